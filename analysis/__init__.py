@@ -1,0 +1,1 @@
+"""Shards and pair log-probs to frames to figures to report."""

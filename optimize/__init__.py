@@ -1,0 +1,1 @@
+"""Shards to packed batches to policy log-probs to loss to step to model."""

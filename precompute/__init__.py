@@ -1,0 +1,1 @@
+"""Dataset to tokenized pairs to reference log-probs to shards."""

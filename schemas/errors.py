@@ -1,0 +1,64 @@
+"""The few ways a run can end badly, each with its exit code: what a person reads instead of a traceback.
+
+Every leaf also inherits the standard error it stands in for, so library users can catch either.
+A new leaf is needed only where the exit code differs.
+"""
+
+
+class DpoOptError(Exception):
+    """A failure that is explained: what is wrong, where, why it matters and the command that fixes it.
+
+    Args:
+        what: The fact, with both values where two disagree.
+        where: File and line, or shard and row.
+        why: What would go wrong if the run went on.
+        fix: One command, or one thing to do.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.why = why
+        self.fix = fix
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        lines = [head]
+        if self.why:
+            lines.append(f"  why: {self.why}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments do not survive the default pickling, and workers send errors home.
+        return (_rebuild, (type(self), self.what, self.where, self.why, self.fix))
+
+
+def _rebuild(
+    kind: type[DpoOptError], what: str, where: str | None, why: str | None, fix: str | None
+) -> DpoOptError:
+    return kind(what, where=where, why=why, fix=fix)
+
+
+class ConfigError(DpoOptError, ValueError):
+    """A setting that cannot work: an unknown key, a missing model folder, a used output folder."""
+
+    exit_code = 2
+
+
+class DataError(DpoOptError, ValueError):
+    """Data that cannot be used: a malformed row, a missing shard, a byte that changed on disk."""
+
+    exit_code = 3
+
+
+class FingerprintError(DpoOptError, ValueError):
+    """Shards that were computed for something else than what they are being used for."""
+
+    exit_code = 4

@@ -1,0 +1,86 @@
+"""What must match for cached log-probs to mean what a reader thinks they mean.
+
+A cache keyed by a model's name or by a row's position goes stale in silence. Here every shard carries
+the content digests of everything its numbers depend on, and each command compares the fields that
+matter to it, by name.
+"""
+
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict
+
+from dpo_opt.schemas.errors import FingerprintError
+
+
+class Fingerprint(BaseModel):
+    """Identity of a shard's numbers; two shards with equal fingerprints may stand in one folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int
+    """Version of the folder format (FORMAT.md)."""
+    weights: str
+    """Digest of the reference's tensors, independent of how they are split into files."""
+    model_config_digest: str
+    """Digest of config.json without names and versions."""
+    tokenizer: str
+    """Digest of the tokenizer's behaviour."""
+    chat_template: str
+    """Digest of the chat template; ``none`` without one."""
+    text_to_ids: str
+    """Version of the rules that turn text into ids (precompute/tokenize.py)."""
+    max_length: int
+    """Most tokens of prompt plus completion."""
+    truncation: str
+    """``keep_start``, ``keep_end`` or ``drop``."""
+    engine: str
+    engine_version: str
+    strategy: str
+    dtype: str
+
+
+MODEL_FIELDS = ("schema_version", "weights", "model_config_digest", "tokenizer")
+"""Compared by ``train`` and ``verify``: the numerics are settled by measured parity instead."""
+
+TOKENIZER_FIELDS = ("schema_version", "tokenizer")
+"""Compared by ``score``, which may use any model that reads the same ids."""
+
+ALL_FIELDS = tuple(Fingerprint.model_fields)
+"""Compared by a worker that adds shards to a folder."""
+
+
+def refuse_differences(
+    *, cached: Fingerprint, current: Fingerprint, fields: Iterable[str], where: str, fix: str
+) -> None:
+    """Compare two fingerprints field by field.
+
+    Args:
+        cached: What the folder says.
+        current: What this run would need.
+        fields: The fields that matter to this command.
+        where: The folder, for the message.
+        fix: The command that resolves the difference.
+
+    Raises:
+        FingerprintError: At least one field differs; the message lists each with both values.
+    """
+    fields = tuple(fields)
+    differing = [name for name in fields if getattr(cached, name) != getattr(current, name)]
+    if not differing:
+        return
+    rows = [("field", "cached", "this run")]
+    rows += [(n, _short(getattr(cached, n)), _short(getattr(current, n))) for n in differing]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    table = "\n".join(f"    {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
+    same = ", ".join(name for name in fields if name not in differing) or "nothing else"
+    raise FingerprintError(
+        f"the cached log-probs were not computed for this run\n{table}\n    same: {same}",
+        where=where,
+        why="numbers computed for another model or other ids would train towards the wrong reference",
+        fix=fix,
+    )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[:16]}..." if len(text) == 64 else text

@@ -1,0 +1,240 @@
+"""The commit records of a shard folder, and the one way to open it: readers trust the manifest alone.
+
+A Parquet file with a readable footer may still be half a shard, and a flipped bit inside a page goes
+unnoticed by most readers. So a file counts only if the manifest names it, and only with the bytes the
+manifest says.
+
+    plan.json        what will be scored: row ranges, dataset digest, fingerprint (byte-deterministic)
+    commits/*.json   one per finished attempt, written after its data is durable and was read back
+    manifest.json    one attempt per shard, exact coverage; written last
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.fingerprint import Fingerprint
+from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.shards import read_pairs
+from dpo_opt.schemas.storage import sha256_file, write_text
+
+PLAN = "plan.json"
+MANIFEST = "manifest.json"
+INDEX = "index.parquet"
+TOKENIZER = "tokenizer"
+R = TypeVar("R", bound=BaseModel)
+_SAFE_FILE = re.compile(r"(data/)?[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardRange(_Record):
+    """Source rows ``start`` (included) to ``stop`` (excluded)."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+class Plan(_Record):
+    """What a folder is going to hold; the same input always gives the same bytes."""
+
+    fingerprint: Fingerprint
+    dataset_digest: str
+    """SHA-256 of the source rows' content, in order."""
+    rows: int
+    """Source rows."""
+    shards: list[ShardRange]
+
+
+class ShardCommit(_Record):
+    """One finished attempt at one shard."""
+
+    shard: int
+    start: int
+    stop: int
+    attempt: str
+    file: str
+    """Relative to the folder."""
+    rows: int
+    bytes: int
+    sha256: str
+    dropped_file: str
+    dropped_sha256: str
+    dropped: dict[str, int]
+    """Reason to number of rows."""
+    truncated: int
+    """Kept pairs with at least one completion cut."""
+    tokens: int
+    """Prompts count twice."""
+    unique_sequences: int
+    """Sequences that were scored; equal ones are scored once."""
+    fingerprint: Fingerprint
+
+
+class Manifest(_Record):
+    """The cover of a folder: exactly one committed attempt per shard of the plan."""
+
+    fingerprint: Fingerprint
+    dataset_digest: str
+    rows: int
+    kept: int
+    dropped: dict[str, int]
+    truncated: int
+    tokens: int
+    shards: list[ShardCommit]
+    index_sha256: str
+    tokenizer_sha256: str
+
+
+def to_json(record: BaseModel) -> str:
+    """The one spelling of a record on disk: sorted keys, so equal records are equal bytes."""
+    return json.dumps(record.model_dump(), sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+
+
+def write_manifest(shards_dir: Path, manifest: Manifest) -> None:
+    """Publish the manifest with the hash of its own body."""
+    body = json.loads(to_json(manifest))
+    write_text(
+        shards_dir / MANIFEST,
+        json.dumps({**body, "sha256": _body_hash(body)}, sort_keys=True, indent=1, ensure_ascii=False) + "\n",
+    )
+
+
+def load_manifest(shards_dir: Path) -> Manifest:
+    """Read and check a folder's manifest.
+
+    Raises:
+        DataError: There is no manifest, or it was changed after it was written.
+    """
+    path = shards_dir / MANIFEST
+    if not path.is_file():
+        planned = (shards_dir / PLAN).is_file()
+        raise DataError(
+            f"there is no {MANIFEST}",
+            where=str(shards_dir),
+            why="scoring has not finished, so some pairs have no reference log-probs"
+            if planned
+            else "this is not a folder of reference shards",
+            fix=f"dpo-opt {'finalize' if planned else 'precompute --model M --data DATA'}"
+            f" --shards {shards_dir}",
+        )
+    damaged = f"run `dpo-opt finalize --shards {shards_dir}` after removing {path}"
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        stated = body.pop("sha256")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DataError("not readable as a manifest", where=str(path), fix=damaged) from error
+    if stated != _body_hash(body):
+        raise DataError(
+            "the manifest does not match its own hash",
+            where=str(path),
+            why="it was edited or damaged after it was written",
+            fix=damaged,
+        )
+    manifest = parse(Manifest, json.dumps(body), where=path)
+    for shard in manifest.shards:
+        for name in (shard.file, shard.dropped_file):
+            if not _SAFE_FILE.fullmatch(name):
+                raise DataError(f"the manifest names the file {name!r}, outside the folder", where=str(path))
+    return manifest
+
+
+def parse(kind: type[R], text: str, *, where: Path) -> R:
+    """Read a record.
+
+    Raises:
+        DataError: The text is not such a record; the message names the field.
+    """
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(f"{field}: {first['msg']}", where=str(where)) from error
+
+
+class ShardFolder:
+    """A finalized folder, opened for reading: every file is hashed once, before its first use."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._verified: set[str] = set()
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a folder.
+
+        Raises:
+            DataError: It has no valid manifest.
+        """
+        return cls(path, load_manifest(path))
+
+    def index(self) -> pa.Table:
+        """One row per kept pair: identifiers, lengths, shard and row group (shards.INDEX_SCHEMA)."""
+        self._check(INDEX, self.manifest.index_sha256)
+        return pq.read_table(self.path / INDEX)
+
+    def row_groups(
+        self, shard: int, *, row_groups: Sequence[int] | None = None
+    ) -> Iterator[list[ScoredPair]]:
+        """Pairs of one shard, one list per row group, from verified bytes.
+
+        Raises:
+            DataError: The file is missing or is not the one the manifest names.
+        """
+        commit = self.manifest.shards[shard]
+        self._check(commit.file, commit.sha256)
+        yield from read_pairs(self.path / commit.file, row_groups=row_groups)
+
+    def pairs(self) -> Iterator[ScoredPair]:
+        """Every pair, in row order, one row group in memory at a time."""
+        for commit in self.manifest.shards:
+            for group in self.row_groups(commit.shard):
+                yield from group
+
+    def _check(self, name: str, sha256: str) -> None:
+        if name in self._verified:
+            return
+        check_file(self.path, name, sha256)
+        self._verified.add(name)
+
+
+def check_file(shards_dir: Path, name: str, sha256: str) -> None:
+    """Compare a file with the hash its record states.
+
+    Raises:
+        DataError: The file is missing or its bytes changed.
+    """
+    path = shards_dir / name
+    if not path.is_file():
+        raise DataError(
+            "the file is missing",
+            where=str(path),
+            why="the manifest names it, so pairs would be missing from training",
+            fix="restore the file, or delete the folder and run `dpo-opt precompute` again",
+        )
+    actual = sha256_file(path)
+    if actual != sha256:
+        raise DataError(
+            f"the bytes changed: sha256 is {actual[:16]}..., the record says {sha256[:16]}...",
+            where=str(path),
+            why="its log-probs can no longer be trusted",
+            fix="restore the file, or delete the folder and run `dpo-opt precompute` again",
+        )
+
+
+def _body_hash(body: dict[str, object]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,211 @@
+"""A model on disk: where it is, whether it is safe to load, and what its content is called.
+
+A path or a Hub name says nothing about content; these digests do. They read bytes only, so the stage
+that plans a job needs no deep-learning library to know exactly which model it is about.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from dpo_opt.schemas.errors import ConfigError
+
+# Saving a model again may change these without changing one log-prob.
+_VOLATILE_CONFIG_KEYS = frozenset(
+    {
+        "_name_or_path",
+        "_model_name_or_path",
+        "architectures",
+        "dtype",
+        "id2label",
+        "label2id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+def find_model(model: str, *, revision: str | None = None) -> Path:
+    """Folder of a model's files: a local path, or a Hub name fetched at a pinned revision.
+
+    Raises:
+        ConfigError: There is no such folder, the Hub cannot provide it, or it is not safe to load.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        folder = _fetch(model, revision)
+    _refuse_unsafe(folder)
+    return folder
+
+
+def _fetch(model: str, revision: str | None) -> Path:
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_local:
+        raise ConfigError(
+            f"there is no model folder {model!r}",
+            why="the reference is loaded from a folder with config.json and *.safetensors",
+            fix="pass --model with an existing folder, or a Hub name such as organisation/model",
+        )
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ConfigError(
+            f"{model!r} is not a folder, and fetching it needs huggingface_hub",
+            fix="pip install 'dpo-opt[train]'",
+        ) from error
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"{model!r} is neither a folder here nor to be had from the Hub ({first_line})",
+            fix="pass --model with an existing folder, or check the name and `hf auth login`",
+        ) from error
+
+
+def _refuse_unsafe(folder: Path) -> None:
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise ConfigError(
+            f"{folder} has no config.json",
+            why="it is not a model folder in the Hugging Face layout",
+            fix="pass --model with a folder that save_pretrained wrote",
+        )
+    if "auto_map" in read_config(folder):
+        raise ConfigError(
+            f"{folder} asks to run its own Python code (auto_map in config.json)",
+            why="loading it would execute code from the model folder",
+            fix="use a model that transformers supports without remote code",
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{folder} holds no *.safetensors weights",
+            why="other weight formats are pickles, which can run code when loaded",
+            fix="convert the model with save_pretrained(..., safe_serialization=True)",
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json.
+
+    Raises:
+        ConfigError: The file is not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"not readable as JSON ({error})", where=str(path)) from error
+    if not isinstance(config, dict):
+        raise ConfigError("not a JSON object", where=str(path))
+    return config
+
+
+def checkpoint_dtype(folder: Path) -> str:
+    """The dtype the checkpoint declares, ``float32`` where it declares none."""
+    config = read_config(folder)
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def context_length(folder: Path) -> int | None:
+    """Most tokens a sequence may have, where the config states it."""
+    value = read_config(folder).get("max_position_embeddings")
+    return int(value) if value is not None else None
+
+
+def config_digest(folder: Path) -> str:
+    """SHA-256 of what config.json says about the computation; names and versions left out."""
+    config = {k: v for k, v in read_config(folder).items() if k not in _VOLATILE_CONFIG_KEYS}
+    return _sha256(json.dumps(config, sort_keys=True, separators=(",", ":")))
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes: the same for a re-sharded copy.
+
+    Raises:
+        ConfigError: A safetensors file is truncated or damaged.
+    """
+    tensors = [t for path in sorted(folder.glob("*.safetensors")) for t in _tensors(path)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        lines = sorted(pool.map(_tensor_line, tensors))
+    return _sha256("\n".join(lines))
+
+
+def _tensors(path: Path) -> list[tuple[Path, str, str, tuple[int, ...], int, int]]:
+    """(file, name, dtype, shape, first byte, last byte) of each tensor, from the safetensors header."""
+    size = path.stat().st_size
+    damaged = ConfigError(
+        "the safetensors file is truncated or damaged",
+        where=str(path),
+        fix="copy or download the model again",
+    )
+    with path.open("rb") as handle:
+        prefix = handle.read(8)
+        if len(prefix) < 8:
+            raise damaged
+        (header_size,) = struct.unpack("<Q", prefix)
+        if header_size > size - 8:
+            raise damaged
+        try:
+            header = json.loads(handle.read(header_size))
+        except ValueError as error:
+            raise damaged from error
+    start = 8 + header_size
+    found = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        if start + end > size:
+            raise damaged
+        found.append((path, name, entry["dtype"], tuple(entry["shape"]), start + begin, start + end))
+    return found
+
+
+def _tensor_line(tensor: tuple[Path, str, str, tuple[int, ...], int, int]) -> str:
+    path, name, dtype, shape, begin, end = tensor
+    digest = hashlib.sha256()
+    if end > begin:
+        with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            view = memoryview(data)
+            try:
+                digest.update(view[begin:end])
+            finally:
+                view.release()
+    return f"{name} {dtype} {shape} {digest.hexdigest()}"
+
+
+def tokenizer_digest(backend_json: str, special_tokens: dict[str, str | None]) -> str:
+    """SHA-256 of a tokenizer's behaviour.
+
+    Args:
+        backend_json: The fast tokenizer's own serialization (``tokenizer.json``).
+        special_tokens: Role to token, such as ``{"eos_token": "</s>"}``.
+    """
+    backend = json.loads(backend_json)
+    # Left over from the last call that padded or truncated; no part of how text becomes ids here.
+    backend.pop("padding", None)
+    backend.pop("truncation", None)
+    return _sha256(json.dumps([backend, special_tokens], sort_keys=True, separators=(",", ":")))
+
+
+def template_digest(template: str | None) -> str:
+    """SHA-256 of a chat template, ``none`` where the tokenizer has none."""
+    return "none" if template is None else _sha256(template)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

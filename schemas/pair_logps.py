@@ -1,0 +1,62 @@
+"""The table of policy log-probs: what training, evaluation and ``dpo-opt score`` say of each pair.
+
+Everything the analysis shows (rewards, margins, trajectories, hardest pairs) is this table joined with
+the reference shards on (row, pair_id).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_opt.schemas.pairs import LogpArray
+from dpo_opt.schemas.storage import publish
+
+Phase = Literal["train", "eval", "score"]
+
+PAIR_LOGPS_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("epoch", pa.float64(), nullable=False),
+        pa.field("phase", pa.string(), nullable=False),
+        pa.field("checkpoint", pa.string()),
+        pa.field("chosen_logps", pa.float64(), nullable=False),
+        pa.field("rejected_logps", pa.float64(), nullable=False),
+        pa.field("chosen_length", pa.int32(), nullable=False),
+        pa.field("rejected_length", pa.int32(), nullable=False),
+        pa.field("chosen_token_logps", pa.list_(pa.float32())),
+        pa.field("rejected_token_logps", pa.list_(pa.float32())),
+    ],
+    metadata={"dpo_opt.schema_version": "1"},
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairLogps:
+    """Log-probs of one pair under one state of the policy, in nats."""
+
+    row: int
+    pair_id: str
+    step: int
+    """Optimizer updates made before these values were taken."""
+    epoch: float
+    phase: Phase
+    checkpoint: str | None = None
+    chosen_logps: float
+    rejected_logps: float
+    chosen_length: int
+    rejected_length: int
+    chosen_token_logps: LogpArray | None = None
+    rejected_token_logps: LogpArray | None = None
+
+
+def write_pair_logps(path: Path, rows: Sequence[PairLogps]) -> None:
+    """Publish one segment of the table."""
+    columns = {name: [getattr(row, name) for row in rows] for name in PAIR_LOGPS_SCHEMA.names}
+    with publish(path) as private:
+        pq.write_table(pa.Table.from_pydict(columns, schema=PAIR_LOGPS_SCHEMA), private, compression="zstd")

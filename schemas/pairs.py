@@ -1,0 +1,146 @@
+"""What travels between the stages in memory: pairs, the sequences to score, and who scores or samples them.
+
+Shapes in this package: L = tokens of one sequence, P = prompt tokens, C = completion tokens.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+IdArray = npt.NDArray[np.int32]
+LogpArray = npt.NDArray[np.float32]
+
+Message = dict[str, object]
+Text = str | list[Message]
+
+
+class PreferencePair(NamedTuple):
+    """One source row, still text: plain strings, or lists of chat messages."""
+
+    row: int
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    source: str | None
+    where: str
+    """File and line (or row group and row), for messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedPair:
+    """One pair as token ids: exactly what is scored and what is trained on."""
+
+    row: int
+    source: str | None
+    prompt_ids: IdArray
+    chosen_ids: IdArray
+    rejected_ids: IdArray
+    chosen_truncated: bool = False
+    rejected_truncated: bool = False
+
+    @property
+    def pair_id(self) -> str:
+        return content_hash(self.prompt_ids, self.chosen_ids, self.rejected_ids)
+
+    @property
+    def prompt_id(self) -> str:
+        return content_hash(self.prompt_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredPair(TokenizedPair):
+    """A pair with the reference's log-prob of every completion token, in nats: one row of a shard."""
+
+    ref_chosen_token_logps: LogpArray
+    ref_rejected_token_logps: LogpArray
+
+    @property
+    def ref_chosen_logps(self) -> float:
+        """Sum over the completion's tokens, accumulated in float64."""
+        return float(self.ref_chosen_token_logps.sum(dtype=np.float64))
+
+    @property
+    def ref_rejected_logps(self) -> float:
+        """Sum over the completion's tokens, accumulated in float64."""
+        return float(self.ref_rejected_token_logps.sum(dtype=np.float64))
+
+
+def content_hash(*parts: IdArray) -> str:
+    """32 hex digits that name token ids by content (FORMAT.md, "Identifiers").
+
+    Each part is preceded by its length, so moving a token across the prompt boundary changes the hash.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(4, "little"))
+        digest.update(np.ascontiguousarray(part, dtype="<i4").tobytes())
+    return digest.hexdigest()[:32]
+
+
+class TokenSequence(NamedTuple):
+    """A prompt and one completion of it: what a scorer is asked about."""
+
+    prompt_ids: IdArray  # (P,), P >= 1
+    completion_ids: IdArray  # (C,), C >= 1
+
+    @property
+    def key(self) -> tuple[bytes, bytes]:
+        """Equal for equal sequences; memoisation uses it so that a completion is scored once."""
+        return self.prompt_ids.tobytes(), self.completion_ids.tobytes()
+
+
+class Numerics(NamedTuple):
+    """How log-probs are computed, as the fingerprint records it."""
+
+    engine: str
+    """``vllm`` or ``transformers``."""
+    engine_version: str
+    strategy: str
+    """Which of the engine's ways of returning log-probs is used."""
+    dtype: str
+    """Compute dtype, spelled as torch spells it: ``float32``, ``bfloat16``, ``float16``."""
+
+
+class Scorer(Protocol):
+    """A frozen model that says how likely completions are."""
+
+    @property
+    def numerics(self) -> Numerics: ...
+
+    def token_logps(self, sequences: Sequence[TokenSequence]) -> list[LogpArray]:
+        """Log-probs, in nats, of every completion token: one float32 (C,) array per sequence, in order.
+
+        Sequences of one prompt should be adjacent: scorers reuse the work done for a prompt.
+
+        Raises:
+            DpoOptError: A value is not finite, is above 0, or does not belong to the ids asked for.
+        """
+        ...
+
+
+class Completion(NamedTuple):
+    """One sampled completion."""
+
+    completion_ids: IdArray  # (C,), C >= 1; ends with EOS where the model ended it
+    finished: bool
+    """False where ``max_new_tokens`` cut it off."""
+
+
+class Sampler(Protocol):
+    """A model that writes completions."""
+
+    def sample(
+        self,
+        prompts: Sequence[IdArray],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[list[Completion]]:
+        """``num_samples`` completions of every prompt, in order: whole vocabulary, no top-k, no top-p."""
+        ...

@@ -1,0 +1,185 @@
+"""The table of scored pairs: its columns, its writer and its reader.
+
+This is the contract between the precompute and the training environment; FORMAT.md says the same in
+words for readers in other languages.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.fingerprint import Fingerprint
+from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.storage import publish
+
+SCHEMA_VERSION = 1
+ROW_GROUP_ROWS = 128
+"""Rows per row group: the unit that training reads and shuffles."""
+
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("source", pa.string()),
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("chosen_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("rejected_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("ref_chosen_token_logps", pa.list_(pa.float32()), nullable=False),
+        pa.field("ref_rejected_token_logps", pa.list_(pa.float32()), nullable=False),
+        pa.field("ref_chosen_logps", pa.float64(), nullable=False),
+        pa.field("ref_rejected_logps", pa.float64(), nullable=False),
+        pa.field("prompt_length", pa.int32(), nullable=False),
+        pa.field("chosen_length", pa.int32(), nullable=False),
+        pa.field("rejected_length", pa.int32(), nullable=False),
+        pa.field("chosen_truncated", pa.bool_(), nullable=False),
+        pa.field("rejected_truncated", pa.bool_(), nullable=False),
+    ]
+)
+
+DROPPED_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("source", pa.string()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("where", pa.string(), nullable=False),
+    ]
+)
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt_length", pa.int32(), nullable=False),
+        pa.field("chosen_length", pa.int32(), nullable=False),
+        pa.field("rejected_length", pa.int32(), nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("row_group", pa.int32(), nullable=False),
+    ]
+)
+
+
+class DroppedRow(NamedTuple):
+    """A source row that was left out, and why."""
+
+    row: int
+    source: str | None
+    reason: str
+    where: str
+
+
+def write_shard(path: Path, pairs: Sequence[ScoredPair], *, fingerprint: Fingerprint, shard: int) -> None:
+    """Publish one shard: rows in order, small row groups, page checksums, zstd."""
+    table = pa.Table.from_pydict(
+        {
+            "row": [p.row for p in pairs],
+            "pair_id": [p.pair_id for p in pairs],
+            "prompt_id": [p.prompt_id for p in pairs],
+            "source": [p.source for p in pairs],
+            "prompt_ids": [p.prompt_ids for p in pairs],
+            "chosen_ids": [p.chosen_ids for p in pairs],
+            "rejected_ids": [p.rejected_ids for p in pairs],
+            "ref_chosen_token_logps": [p.ref_chosen_token_logps for p in pairs],
+            "ref_rejected_token_logps": [p.ref_rejected_token_logps for p in pairs],
+            "ref_chosen_logps": [p.ref_chosen_logps for p in pairs],
+            "ref_rejected_logps": [p.ref_rejected_logps for p in pairs],
+            "prompt_length": [len(p.prompt_ids) for p in pairs],
+            "chosen_length": [len(p.chosen_ids) for p in pairs],
+            "rejected_length": [len(p.rejected_ids) for p in pairs],
+            "chosen_truncated": [p.chosen_truncated for p in pairs],
+            "rejected_truncated": [p.rejected_truncated for p in pairs],
+        },
+        schema=SHARD_SCHEMA.with_metadata(
+            {
+                "dpo_opt.schema_version": str(SCHEMA_VERSION),
+                "dpo_opt.fingerprint": fingerprint.model_dump_json(),
+                "dpo_opt.shard": str(shard),
+            }
+        ),
+    )
+    write_table(path, table)
+
+
+def write_dropped(path: Path, dropped: Sequence[DroppedRow]) -> None:
+    """Publish the rows that were left out, with the reason for each."""
+    columns = list(zip(*dropped, strict=True)) or [()] * len(DROPPED_SCHEMA)
+    write_table(path, pa.Table.from_arrays([pa.array(c) for c in columns], schema=DROPPED_SCHEMA))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Publish a table the way every file of a shard folder is written."""
+    with publish(path) as private:
+        pq.write_table(
+            table,
+            private,
+            row_group_size=ROW_GROUP_ROWS,
+            compression="zstd",
+            write_page_checksum=True,
+            write_page_index=True,
+        )
+
+
+def read_pairs(path: Path, *, row_groups: Sequence[int] | None = None) -> Iterator[list[ScoredPair]]:
+    """The pairs of a shard, one list per row group.
+
+    Callers that follow a manifest check the file's hash first (``manifest.open_shard``).
+
+    Raises:
+        DataError: The file cannot be read as a shard of this version.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_schema(file, path)
+            groups = range(file.num_row_groups) if row_groups is None else row_groups
+            for group in groups:
+                yield _to_pairs(file.read_row_group(group))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"not readable as a shard ({str(error).splitlines()[0]})",
+            where=str(path),
+            why="the file is truncated, damaged or not a Parquet file",
+            fix=f"dpo-opt verify --shards {path.parent.parent}",
+        ) from error
+
+
+def _check_schema(file: pq.ParquetFile, path: Path) -> None:
+    version = (file.schema_arrow.metadata or {}).get(b"dpo_opt.schema_version", b"none").decode()
+    if version != str(SCHEMA_VERSION):
+        raise DataError(
+            f"the shard has schema version {version}, this program reads {SCHEMA_VERSION}",
+            where=str(path),
+            fix="use the version of dpo-opt that wrote it, or run `dpo-opt precompute` again",
+        )
+    missing = [name for name in SHARD_SCHEMA.names if name not in file.schema_arrow.names]
+    if missing:
+        raise DataError(f"the shard lacks the columns {', '.join(missing)}", where=str(path))
+
+
+def _to_pairs(table: pa.Table) -> list[ScoredPair]:
+    ids = {name: _lists(table[name], np.int32) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    logps = {
+        name: _lists(table[name], np.float32)
+        for name in ("ref_chosen_token_logps", "ref_rejected_token_logps")
+    }
+    flat = {
+        name: table[name].to_pylist() for name in ("row", "source", "chosen_truncated", "rejected_truncated")
+    }
+    columns = {**ids, **logps, **flat}
+    return [ScoredPair(**{name: column[i] for name, column in columns.items()}) for i in range(len(table))]
+
+
+def _lists(column: pa.ChunkedArray, dtype: type[np.generic]) -> list[np.ndarray]:
+    """A list column as numpy views of its flat values: no Python object per token."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0) if array.num_chunks else pa.array([], type=column.type)
+    offsets = array.offsets.to_numpy()
+    values = array.values.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+    return [values[a:b] for a, b in itertools.pairwise(offsets)]

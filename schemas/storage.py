@@ -1,0 +1,71 @@
+"""How a file becomes visible: whole and durable, or not at all.
+
+Every file that another process may read is written under a private name, synced, and then given its
+final name in one step. A crash leaves at most a private file, which no reader looks at.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpo_opt.schemas.errors import DpoOptError
+
+
+@contextlib.contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Yield a private path to write; on success it replaces ``path`` durably, on any error it is removed.
+
+    Raises:
+        DpoOptError: The disk is full or over quota; nothing was written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    private = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield private
+        with private.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        private.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DpoOptError(
+                f"the disk is full ({os.strerror(error.errno)})",
+                where=str(path.parent),
+                why="the file could not be written whole, so nothing of it was kept",
+                fix="free some space and run the same command again",
+            ) from error
+        raise
+    finally:
+        private.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Publish a small text file."""
+    with publish(path) as private:
+        private.write_text(text, encoding="utf-8")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, as ``sha256sum`` prints it."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_folder(folder: Path) -> str:
+    """One hash of the names and bytes of a folder's files, independent of listing order."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(f"{sha256_file(path)}  {path.name}\n".encode())
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
