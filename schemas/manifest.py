@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.pairs import ScoredPair
-from dpo_opt.schemas.shards import read_pairs
+from dpo_opt.schemas.shards import read_row_groups
 from dpo_opt.schemas.storage import sha256_file, write_text
 
 PLAN = "plan.json"
@@ -196,7 +196,7 @@ class ShardFolder:
         """
         commit = self.manifest.shards[shard]
         self._check(commit.file, commit.sha256)
-        yield from read_pairs(self.path / commit.file, row_groups=row_groups)
+        yield from read_row_groups(self.path / commit.file, row_groups=row_groups)
 
     def pairs(self) -> Iterator[ScoredPair]:
         """Every pair, in row order, one row group in memory at a time."""

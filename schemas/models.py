@@ -6,12 +6,13 @@ that plans a job needs no deep-learning library to know exactly which model it i
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dpo_opt.schemas.errors import ConfigError
 
@@ -188,18 +189,36 @@ def _tensor_line(tensor: tuple[Path, str, str, tuple[int, ...], int, int]) -> st
     return f"{name} {dtype} {shape} {digest.hexdigest()}"
 
 
-def tokenizer_digest(backend_json: str, special_tokens: dict[str, str | None]) -> str:
-    """SHA-256 of a tokenizer's behaviour.
+def parameter_count(folder: Path) -> int:
+    """Number of weights in a model's safetensors files, from their headers alone."""
+    return sum(
+        math.prod(shape)
+        for path in sorted(folder.glob("*.safetensors"))
+        for _, _, _, shape, _, _ in _tensors(path)
+    )
 
-    Args:
-        backend_json: The fast tokenizer's own serialization (``tokenizer.json``).
-        special_tokens: Role to token, such as ``{"eos_token": "</s>"}``.
-    """
-    backend = json.loads(backend_json)
+
+class _Backend(Protocol):
+    def to_str(self) -> str: ...
+
+
+class FastTokenizer(Protocol):
+    """The part of a transformers tokenizer that decides how text becomes ids."""
+
+    backend_tokenizer: _Backend
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+
+
+def tokenizer_digest(tokenizer: FastTokenizer) -> str:
+    """SHA-256 of a tokenizer's behaviour, independent of how its files are written."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Left over from the last call that padded or truncated; no part of how text becomes ids here.
     backend.pop("padding", None)
     backend.pop("truncation", None)
-    return _sha256(json.dumps([backend, special_tokens], sort_keys=True, separators=(",", ":")))
+    special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
+    return _sha256(json.dumps([backend, special], sort_keys=True, separators=(",", ":")))
 
 
 def template_digest(template: str | None) -> str:

@@ -4,7 +4,7 @@ Everything the analysis shows (rewards, margins, trajectories, hardest pairs) is
 the reference shards on (row, pair_id).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,8 +55,9 @@ class PairLogps:
     rejected_token_logps: LogpArray | None = None
 
 
-def write_pair_logps(path: Path, rows: Sequence[PairLogps]) -> None:
-    """Publish one segment of the table."""
-    columns = {name: [getattr(row, name) for row in rows] for name in PAIR_LOGPS_SCHEMA.names}
-    with publish(path) as private:
-        pq.write_table(pa.Table.from_pydict(columns, schema=PAIR_LOGPS_SCHEMA), private, compression="zstd")
+def write_pair_logps(path: Path, batches: Iterable[Sequence[PairLogps]]) -> None:
+    """Publish one segment of the table; each batch is a row group, and only one is in memory."""
+    with publish(path) as private, pq.ParquetWriter(private, PAIR_LOGPS_SCHEMA, compression="zstd") as writer:
+        for rows in batches:
+            columns = {name: [getattr(row, name) for row in rows] for name in PAIR_LOGPS_SCHEMA.names}
+            writer.write_table(pa.Table.from_pydict(columns, schema=PAIR_LOGPS_SCHEMA))

@@ -126,7 +126,7 @@ def write_table(path: Path, table: pa.Table) -> None:
         )
 
 
-def read_pairs(path: Path, *, row_groups: Sequence[int] | None = None) -> Iterator[list[ScoredPair]]:
+def read_row_groups(path: Path, *, row_groups: Sequence[int] | None = None) -> Iterator[list[ScoredPair]]:
     """The pairs of a shard, one list per row group.
 
     Callers that follow a manifest check the file's hash first (``manifest.open_shard``).

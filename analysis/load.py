@@ -1,0 +1,197 @@
+"""Parquet on disk to polars frames: reference shards, pair log-probs, on-policy samples, and their join.
+
+Everything else in this stage works on frames and never asks where they came from. Scans are lazy and
+read the scalar columns only, unless the token lists are asked for.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+import pyarrow as pa
+
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA
+from dpo_opt.schemas.manifest import ShardCommit, check_file, load_manifest
+from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA
+from dpo_opt.schemas.shards import SHARD_SCHEMA
+
+PAIR_LOGPS_FOLDER = "pair_logps"
+KL_FOLDER = "kl"
+
+_SLICE_ROWS = 100_000
+_MAX_SLICES = 20
+
+
+class ShardSlice(NamedTuple):
+    """Neighbouring shards, and which rows of other tables are theirs."""
+
+    shards: pl.LazyFrame
+    rows: pl.Expr
+    """True for the rows of a pair log-prob table that belong to this slice."""
+
+
+def scan_shards(shards_dir: Path | str) -> pl.LazyFrame:
+    """Every kept pair with its reference log-probs in nats: the columns of ``SHARD_SCHEMA``, in row order.
+
+    Raises:
+        DataError: The folder has no valid manifest, or a file is not the one the manifest names.
+    """
+    shards_dir = Path(shards_dir)
+    return _scan_commits(shards_dir, load_manifest(shards_dir).shards)
+
+
+def shard_slices(shards_dir: Path | str) -> list[ShardSlice]:
+    """The same pairs in at most 20 slices, so that a join need not hold the whole reference in memory.
+
+    Together the slices claim every row number there is, also those that no shard has: a foreign row
+    reaches :func:`join_reference` in some slice and is refused there.
+
+    Raises:
+        DataError: As :func:`scan_shards`.
+    """
+    shards_dir = Path(shards_dir)
+    commits = load_manifest(shards_dir).shards
+    # Each slice is one pass over the other table, whose rows may be in any order.
+    wanted = max(_SLICE_ROWS, -(-sum(c.rows for c in commits) // _MAX_SLICES))
+    groups: list[list[ShardCommit]] = [[]]
+    for commit in commits:
+        if sum(c.rows for c in groups[-1]) >= wanted:
+            groups.append([])
+        groups[-1].append(commit)
+    starts = [group[0].start for group in groups[1:]]
+    bounds = zip([None, *starts], [*starts, None], strict=True)
+    return [
+        ShardSlice(_scan_commits(shards_dir, group), _between(start, stop))
+        for group, (start, stop) in zip(groups, bounds, strict=True)
+    ]
+
+
+def scan_pair_logps(path: Path | str) -> pl.LazyFrame:
+    """Policy log-probs in nats: the columns of ``PAIR_LOGPS_SCHEMA``.
+
+    Args:
+        path: A Parquet file, a folder of them, or a run folder (its ``pair_logps/``).
+
+    Raises:
+        DataError: There is no such file, or one is not a table of pair log-probs.
+    """
+    return _scan(parquet_files(path, inside=PAIR_LOGPS_FOLDER), PAIR_LOGPS_SCHEMA, what="pair log-probs")
+
+
+def scan_kl_samples(path: Path | str) -> pl.LazyFrame:
+    """Completions sampled from the policy, scored under both models: the columns of ``KL_SAMPLES_SCHEMA``.
+
+    Args:
+        path: A Parquet file, a folder of them, or a run folder (its ``kl/``).
+
+    Raises:
+        DataError: There is no such file, or one is not a table of on-policy samples.
+    """
+    return _scan(parquet_files(path, inside=KL_FOLDER), KL_SAMPLES_SCHEMA, what="on-policy samples")
+
+
+def join_reference(
+    pair_logps: pl.LazyFrame, shards: pl.LazyFrame, *, where: str = "pair log-probs"
+) -> pl.LazyFrame:
+    """Put the reference's columns beside the policy's, joined on (row, pair_id).
+
+    Rows of ``pair_logps`` are checked before this returns, which reads two columns of each table once.
+
+    Args:
+        pair_logps: Columns ``row``, ``pair_id`` and whatever else is wanted.
+        shards: From :func:`scan_shards`.
+        where: What the pair log-probs are, for the message.
+
+    Raises:
+        DataError: A row is not in the shards, or is another pair there.
+    """
+    # Hashes, because a million pair_ids as text are 50 MB in the table that the join builds.
+    found = shards.select("row", reference_hash=pl.col("pair_id").hash())
+    policy_hash = pl.col("pair_id").hash()
+    foreign = (
+        pair_logps.select("row", "pair_id")
+        .join(found, on="row", how="left")
+        .filter(pl.col("reference_hash").is_null() | (pl.col("reference_hash") != policy_hash))
+        .head(1)
+        .collect(engine="streaming")
+    )
+    if len(foreign):
+        row, pair_id, reference_hash = foreign.row(0)
+        state = "no such row" if reference_hash is None else "another pair at this row"
+        raise DataError(
+            f"row {row} is pair {pair_id}, but the shards have {state}",
+            where=where,
+            why="log-probs of one set of pairs minus the reference's of another would mean nothing",
+            fix="score again with `dpo-opt score --model CKPT --shards SHARDS --output FILE.parquet`, "
+            "or name the shards that these values belong to",
+        )
+    # Lengths follow from the ids, so the policy's own columns are already the reference's.
+    return pair_logps.join(shards.drop("pair_id", "chosen_length", "rejected_length"), on="row")
+
+
+def parquet_files(path: Path | str, *, inside: str) -> list[Path]:
+    """The Parquet files meant by a file, a folder, or a run folder that has a folder ``inside``.
+
+    Names that start with a dot are files still being written, and are left out.
+
+    Raises:
+        DataError: There is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    folder = path / inside if (path / inside).is_dir() else path
+    files = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
+    if not files:
+        raise DataError(
+            "there is no Parquet file",
+            where=str(folder),
+            fix=f"name a .parquet file, a folder of them, or a run folder with {inside}/",
+        )
+    return files
+
+
+def _between(start: int | None, stop: int | None) -> pl.Expr:
+    rows = pl.col("row")
+    at_least = pl.lit(True) if start is None else rows >= start
+    return at_least if stop is None else at_least & (rows < stop)
+
+
+def _scan_commits(shards_dir: Path, commits: Sequence[ShardCommit]) -> pl.LazyFrame:
+    if not commits:
+        return pl.LazyFrame(pl.from_arrow(SHARD_SCHEMA.empty_table()))
+    for commit in commits:
+        path = shards_dir / commit.file
+        state = path.stat() if path.is_file() else None
+        _check_once(
+            shards_dir.absolute(), commit.file, commit.sha256, state and (state.st_mtime_ns, state.st_size)
+        )
+    return _scan([shards_dir / c.file for c in commits], SHARD_SCHEMA, what="reference log-probs")
+
+
+@cache
+def _check_once(shards_dir: Path, name: str, sha256: str, state: tuple[int, int] | None) -> None:
+    # `state` is part of the key only: a file that was touched is hashed again.
+    check_file(shards_dir, name, sha256)
+
+
+def _scan(files: Sequence[Path], schema: pa.Schema, *, what: str) -> pl.LazyFrame:
+    for file in files:
+        try:
+            names = pl.read_parquet_schema(file)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise DataError(
+                f"not readable as Parquet ({str(error).splitlines()[0]})",
+                where=str(file),
+                why="the file is truncated, damaged or something else",
+            ) from error
+        missing = [name for name in schema.names if name not in names]
+        if missing:
+            raise DataError(
+                f"this is no table of {what}: it lacks the columns {', '.join(missing)}", where=str(file)
+            )
+    # Not as a pattern: folder names may hold [ or *.
+    return pl.scan_parquet(list(files), glob=False, hive_partitioning=False).select(schema.names)

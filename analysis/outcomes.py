@@ -1,0 +1,232 @@
+"""What training did to every pair: one frame of final values, and the tables read off it.
+
+Accuracy alone says little: a policy may find the chosen completion likelier in most pairs because its
+reference already did. So each table puts the reference's own ranking beside the policy's.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import polars as pl
+
+from dpo_opt.analysis import rewards
+from dpo_opt.analysis.intervals import Interval, bootstrap_share, wilson
+from dpo_opt.analysis.load import ShardSlice, join_reference
+
+
+class Outcome(NamedTuple):
+    """What became of a set of pairs; intervals are over prompts."""
+
+    pairs: int
+    prompts: int
+    reward_accuracy: Interval
+    ranking_accuracy: Interval
+    reference_ranking_accuracy: Interval
+    flipped_right: float
+    """Share of pairs that the reference ranks wrongly and the policy rightly."""
+    flipped_wrong: float
+    """Share of pairs that the reference ranks rightly and the policy wrongly."""
+    mean_margin: float
+    mean_chosen_logratio: float
+    """In nats per completion."""
+    mean_rejected_logratio: float
+    chosen_fell: float
+    """Share of pairs whose chosen completion became less likely."""
+    rejected_fell: float
+    fell_without_margin: float
+    """Share of pairs whose chosen completion fell, and at least as far as the rejected one."""
+
+
+class SourceOutcome(NamedTuple):
+    """The pairs of one source."""
+
+    source: str | None
+    pairs: int
+    prompts: int
+    reward_accuracy: Interval
+    """Wilson's, with prompts as trials: sources may be small."""
+    ranking_accuracy: float
+    reference_ranking_accuracy: float
+    mean_margin: float
+
+
+class LengthGroup(NamedTuple):
+    """The pairs whose chosen completion is longer, shorter, or as long."""
+
+    name: str
+    pairs: int
+    reward_accuracy: float
+    reference_ranking_accuracy: float
+    mean_margin: float
+
+
+class LengthBias(NamedTuple):
+    """How much of preference and of margin goes with length."""
+
+    longer_chosen: float
+    """Share of pairs of unequal length whose longer completion is the chosen one."""
+    unequal_pairs: int
+    correlation: float | None
+    """Pearson's, between margin and length difference in tokens; None where one does not vary."""
+    groups: list[LengthGroup]
+
+
+def reference_accuracy(slices: Sequence[ShardSlice]) -> float | None:
+    """Share of all kept pairs that the reference ranks rightly; None without pairs."""
+    right = rewards.reference_ranking_accuracy()
+    sums = [
+        s.shards.select(right.sum().alias("right"), pl.len().alias("pairs")).collect(engine="streaming")
+        for s in slices
+    ]
+    pairs = sum(frame["pairs"].item() for frame in sums)
+    return sum(frame["right"].item() for frame in sums) / pairs if pairs else None
+
+
+def final_pairs(
+    pair_logps: pl.LazyFrame, slices: Sequence[ShardSlice], *, held_out: pl.Series, where: str
+) -> pl.DataFrame:
+    """The final values of each pair beside the reference's: about 60 bytes per pair, in memory.
+
+    Args:
+        pair_logps: At most one state of the policy; a pair scored twice is kept once.
+        slices: From ``shard_slices``.
+        held_out: Row numbers of the pairs that training did not see.
+        where: What the values are, for messages.
+
+    Returns:
+        ``row``, ``prompt`` (a hash of prompt_id), ``source``, ``held_out``, the four log-probs and the
+        two lengths.
+
+    Raises:
+        DataError: The pairs are not those of the shards.
+    """
+    parts = [
+        join_reference(pair_logps.filter(s.rows), s.shards, where=where)
+        .select(
+            "row",
+            pl.col("prompt_id").hash().alias("prompt"),
+            pl.col("source").cast(pl.Categorical),
+            "chosen_logps",
+            "rejected_logps",
+            "ref_chosen_logps",
+            "ref_rejected_logps",
+            "chosen_length",
+            "rejected_length",
+        )
+        .unique("row", keep="any")
+        .sort("row")
+        .collect(engine="streaming")
+        for s in slices
+    ]
+    return pl.concat(parts).with_columns(pl.col("row").is_in(held_out.implode()).alias("held_out"))
+
+
+def outcome(pairs: pl.DataFrame, *, beta: float) -> Outcome:
+    """Summarize final pairs; ``pairs`` has at least one row."""
+    policy, reference = rewards.ranking_accuracy(), rewards.reference_ranking_accuracy()
+    means = pairs.select(
+        flipped_right=(policy & ~reference).mean(),
+        flipped_wrong=(~policy & reference).mean(),
+        mean_margin=rewards.margin(beta=beta).mean(),
+        mean_chosen_logratio=rewards.chosen_logratio().mean(),
+        mean_rejected_logratio=rewards.rejected_logratio().mean(),
+        chosen_fell=rewards.chosen_fell().mean(),
+        rejected_fell=rewards.rejected_fell().mean(),
+        fell_without_margin=(rewards.chosen_fell() & ~rewards.reward_accuracy()).mean(),
+    ).row(0, named=True)
+    by_prompt = (
+        pairs.lazy()
+        .group_by("prompt")
+        .agg(
+            pl.len().alias("pairs"),
+            rewards.reward_accuracy().sum().alias("reward"),
+            policy.sum().alias("policy"),
+            reference.sum().alias("reference"),
+        )
+        .collect(engine="streaming")
+    )
+    return Outcome(
+        pairs=len(pairs),
+        prompts=len(by_prompt),
+        reward_accuracy=_share(by_prompt, "reward"),
+        ranking_accuracy=_share(by_prompt, "policy"),
+        reference_ranking_accuracy=_share(by_prompt, "reference"),
+        **means,
+    )
+
+
+def by_source(pairs: pl.DataFrame, *, beta: float) -> list[SourceOutcome]:
+    """One outcome per source, largest first; empty where no pair has a source."""
+    if pairs["source"].null_count() == len(pairs):
+        return []
+    table = (
+        pairs.lazy()
+        .group_by("source")
+        .agg(
+            pl.len().alias("pairs"),
+            pl.col("prompt").n_unique().alias("prompts"),
+            rewards.reward_accuracy().mean().alias("reward_accuracy"),
+            rewards.ranking_accuracy().mean().alias("ranking_accuracy"),
+            rewards.reference_ranking_accuracy().mean().alias("reference_ranking_accuracy"),
+            rewards.margin(beta=beta).mean().alias("mean_margin"),
+        )
+        .with_columns(pl.col("source").cast(pl.String))
+        .sort("pairs", "source", descending=[True, False])
+        .collect()
+    )
+    return [
+        SourceOutcome(
+            **{**row, "reward_accuracy": wilson(share=row["reward_accuracy"], trials=row["prompts"])}
+        )
+        for row in table.iter_rows(named=True)
+    ]
+
+
+def length_bias(pairs: pl.DataFrame, *, beta: float) -> LengthBias:
+    """How length goes with being chosen, and with the margin."""
+    difference, margin = rewards.length_difference(), rewards.margin(beta=beta)
+    correlation = pairs.select(pl.corr(margin, difference.cast(pl.Float64))).item()
+    names = {1: "chosen is longer", -1: "chosen is shorter", 0: "equal length"}
+    table = (
+        pairs.group_by(difference.sign().alias("sign"))
+        .agg(
+            pl.len().alias("pairs"),
+            rewards.reward_accuracy().mean().alias("reward_accuracy"),
+            rewards.reference_ranking_accuracy().mean().alias("reference_ranking_accuracy"),
+            margin.mean().alias("mean_margin"),
+        )
+        .rows_by_key("sign", named=True, unique=True)
+    )
+    groups = [LengthGroup(name=name, **table[sign]) for sign, name in names.items() if sign in table]
+    count = {sign: table[sign]["pairs"] if sign in table else 0 for sign in names}
+    unequal = count[1] + count[-1]
+    return LengthBias(
+        longer_chosen=count[1] / unequal if unequal else float("nan"),
+        unequal_pairs=unequal,
+        correlation=correlation if correlation is not None and correlation == correlation else None,
+        groups=groups,
+    )
+
+
+def hardest_pairs(pairs: pl.DataFrame, *, beta: float, count: int) -> pl.DataFrame:
+    """The pairs with the lowest final margin, lowest first, with ``margin`` and both ranking margins."""
+    return (
+        pairs.lazy()
+        .with_columns(
+            margin=rewards.margin(beta=beta),
+            ranking_margin=rewards.ranking_margin(),
+            reference_ranking_margin=rewards.reference_ranking_margin(),
+        )
+        .bottom_k(count, by=["margin", "row"])
+        .sort("margin", "row")
+        .collect()
+    )
+
+
+def _share(by_prompt: pl.DataFrame, column: str) -> Interval:
+    distinct = by_prompt.group_by("pairs", column).len().sort("pairs", column)
+    return bootstrap_share(
+        successes=distinct[column].cast(pl.Float64).to_numpy(),
+        trials=distinct["pairs"].cast(pl.Float64).to_numpy(),
+        multiplicities=distinct["len"].cast(pl.Int64).to_numpy(),
+    )

@@ -1,0 +1,302 @@
+"""Frames to figures: what a run did, drawn so that it can be read in print and by colour-blind eyes.
+
+Titles state the fact that is shown, axes carry units, and lines are held-out or training by their marks
+as well as by their colour. Nothing here touches files or pyplot's global figures.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
+
+import matplotlib
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from dpo_opt.analysis import rewards
+
+# Okabe and Ito's palette, which stays apart under the common colour deficiencies.
+_CHOSEN = "#0072B2"
+_REJECTED = "#D55E00"
+_HELD_OUT = "#009E73"
+_INK = "#1f2933"
+_MUTED = "#7b8794"
+_GRID = "#e4e7eb"
+
+_STYLE: Any = {  # matplotlib types each key as a literal
+    "axes.axisbelow": True,
+    "axes.edgecolor": _MUTED,
+    "axes.grid": True,
+    "axes.labelcolor": _INK,
+    "axes.labelsize": 9,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "font.size": 9,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.8,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
+    "svg.hashsalt": "dpo-opt",  # equal figures are equal bytes
+    "text.color": _INK,
+    "text.parse_math": False,  # names come from folders, and a $ in one is no formula
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+}
+
+_SIZE = (6.0, 3.2)
+_RAW_POINTS = 60
+_BINS = 60
+
+P = ParamSpec("P")
+
+
+def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+def svg(figure: Figure, *, label: str) -> str:
+    """The figure as one inline ``<svg>`` element without ids, scripts or references to anything outside.
+
+    Args:
+        figure: From this module.
+        label: What a screen reader says in its place; no markup.
+    """
+    text = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", metadata=nothing)
+    body = text.getvalue()
+    body = body[body.index("<svg") :].strip()
+    # Several figures share a page: group names would repeat, and matplotlib's style would apply to all.
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    body = re.sub(r"<style type=.*?</style>", "", body, flags=re.DOTALL)
+    safe = re.sub(r'[&<>"]', " ", label)
+    return body.replace("<svg", f'<svg role="img" aria-label="{safe}"', 1)
+
+
+@_styled
+def loss_curve(train: pl.DataFrame, evals: pl.DataFrame, *, untrained: float | None) -> Figure:
+    """Loss against steps.
+
+    Args:
+        train: ``step`` and ``loss``.
+        evals: ``step`` and ``eval_loss``; may be empty.
+        untrained: The loss of a policy equal to its reference, where that is one number.
+    """
+    first, last = _ends(train, "loss")
+    figure, axes = _figure(f"Training loss went from {first:.3g} to {last:.3g}", y="loss (nats)")
+    if untrained is not None:
+        _baseline(axes, untrained, f"policy = reference ({untrained:.3f})")
+    _line(axes, train, "loss", _INK, "training")
+    _points(axes, evals, "eval_loss", _HELD_OUT, "held-out")
+    return _legend(figure, axes)
+
+
+@_styled
+def reward_curves(train: pl.DataFrame, evals: pl.DataFrame) -> Figure:
+    """Implicit rewards of chosen and rejected against steps; columns as training logs them."""
+    chosen, rejected = _ends(train, "rewards/chosen")[1], _ends(train, "rewards/rejected")[1]
+    figure, axes = _figure(
+        f"Rewards end at {chosen:+.3g} (chosen) and {rejected:+.3g} (rejected)",
+        y="implicit reward (nats)",
+    )
+    _baseline(axes, 0, None)
+    for side, colour in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
+        _line(axes, train, f"rewards/{side}", colour, f"{side}, training")
+        _points(axes, evals, f"eval_rewards/{side}", colour, f"{side}, held-out")
+    return _legend(figure, axes, columns=2)
+
+
+@_styled
+def margin_curve(train: pl.DataFrame, evals: pl.DataFrame) -> Figure:
+    """Reward margin against steps."""
+    figure, axes = _figure(
+        f"The margin ends at {_ends(train, 'rewards/margins')[1]:+.3g}", y="reward margin (nats)"
+    )
+    _baseline(axes, 0, None)
+    _line(axes, train, "rewards/margins", _INK, "training")
+    _points(axes, evals, "eval_rewards/margins", _HELD_OUT, "held-out")
+    return _legend(figure, axes)
+
+
+@_styled
+def accuracy_curve(train: pl.DataFrame, evals: pl.DataFrame, *, reference: float | None) -> Figure:
+    """Reward accuracy against steps, beside the share of pairs that the reference alone ranks rightly."""
+    held_out = "eval_rewards/accuracies" in evals.columns
+    end = _ends(evals, "eval_rewards/accuracies") if held_out else _ends(train, "rewards/accuracies")
+    figure, axes = _figure(
+        f"Accuracy ends at {end[1]:.0%} {'held-out' if held_out else 'in training'}",
+        y="pairs with margin > 0",
+    )
+    _baseline(axes, 0.5, None)
+    if reference is not None:
+        _baseline(axes, reference, f"reference ranks {reference:.0%} rightly", dashes=(5, 2))
+    _line(axes, train, "rewards/accuracies", _INK, "training")
+    _points(axes, evals, "eval_rewards/accuracies", _HELD_OUT, "held-out")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return _legend(figure, axes)
+
+
+@_styled
+def logratio_curves(trajectories: pl.DataFrame) -> Figure:
+    """Mean log-ratios of both sides against steps, from ``logratio_trajectories``."""
+    train = trajectories.filter(pl.col("phase") == "train")
+    evals = trajectories.filter(pl.col("phase") == "eval")
+    shown = train if len(train) else evals
+    chosen, rejected = _ends(shown, "chosen_logratio")[1], _ends(shown, "rejected_logratio")[1]
+    both = (
+        "Both went down" if max(chosen, rejected) < 0 else "Both went up" if min(chosen, rejected) > 0 else ""
+    )
+    figure, axes = _figure(
+        f"{both or 'Mean log-ratios'}: chosen {chosen:+.3g}, rejected {rejected:+.3g} nats",
+        y="mean log-ratio (nats per completion)",
+    )
+    _baseline(axes, 0, "reference")
+    for side, colour in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
+        _line(axes, train, f"{side}_logratio", colour, f"{side}, training")
+        _points(axes, evals, f"{side}_logratio", colour, f"{side}, held-out")
+    return _legend(figure, axes, columns=2)
+
+
+@_styled
+def margin_histogram(pairs: pl.DataFrame) -> Figure:
+    """log p(chosen) - log p(rejected) under the reference and under the final policy.
+
+    Args:
+        pairs: From ``final_pairs``. The outermost 1% of either distribution is gathered at the edges.
+    """
+    margins = pairs.select(
+        before=rewards.reference_ranking_margin(), after=rewards.ranking_margin()
+    ).with_columns(pl.all().fill_nan(None))
+    right = [float((margins[name] > 0).mean() or 0) for name in ("before", "after")]  # type: ignore[arg-type]
+    figure, axes = _figure(
+        f"Ranked rightly: {right[0]:.0%} of pairs before, {right[1]:.0%} after",
+        x="log p(chosen) − log p(rejected), in nats",
+        y="pairs",
+    )
+    before, after = (margins[name].drop_nulls().to_numpy() for name in ("before", "after"))
+    outer = [np.quantile(values, [0.005, 0.995]) for values in (before, after) if len(values)]
+    low, high = min(q[0] for q in outer), max(q[1] for q in outer)
+    edges = np.linspace(low, max(high, low + 1e-6), _BINS + 1)
+    for values, colour, label in ((before, _MUTED, "reference"), (after, _CHOSEN, "final policy")):
+        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
+        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22)
+        axes.stairs(counts, edges, color=colour, linewidth=1.4, label=label)
+    axes.axvline(0, color=_INK, linewidth=0.8, linestyle=(0, (2, 2)))
+    return _legend(figure, axes)
+
+
+@_styled
+def margin_by_length(pairs: pl.DataFrame, *, beta: float) -> Figure:
+    """Mean reward margin against the length difference of the two completions, in up to 12 equal groups."""
+    groups = (
+        pairs.select(difference=rewards.length_difference(), margin=rewards.margin(beta=beta))
+        .with_columns(
+            group=pl.col("difference").qcut(12, labels=[str(i) for i in range(12)], allow_duplicates=True)
+        )
+        .group_by("group")
+        .agg(pl.col("difference").mean(), pl.col("margin").mean())
+        .sort("difference")
+    )
+    span = float(groups["margin"].max() - groups["margin"].min())  # type: ignore[operator, arg-type]
+    figure, axes = _figure(
+        f"Between length groups the mean margin varies by {span:.2g}",
+        x="chosen length − rejected length (tokens)",
+        y="mean reward margin (nats)",
+    )
+    _baseline(axes, 0, None)
+    axes.plot(groups["difference"], groups["margin"], color=_INK, marker="o", markersize=5)
+    return figure
+
+
+def smoothed(train: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+    """Means over equal intervals of logged steps: at most 60 points, whatever the run's length."""
+    width = -(-len(train) // _RAW_POINTS)
+    return (
+        train.with_row_index("interval")
+        .group_by(pl.col("interval") // max(width, 1))
+        .agg(pl.col("step", *columns).mean())
+        .sort("interval")
+    )
+
+
+def _figure(title: str, *, y: str, x: str = "step (optimizer updates)") -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(axis="x", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    return figure, axes
+
+
+def _legend(figure: Figure, axes: Axes, *, columns: int = 1) -> Figure:
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="best", ncols=columns)
+    return figure
+
+
+def _line(axes: Axes, train: pl.DataFrame, column: str, colour: str, label: str) -> None:
+    if column not in train.columns or not len(train):
+        return
+    line = smoothed(train, [column])
+    if len(line) < len(train):
+        axes.plot(train["step"], train[column], color=colour, linewidth=0.6, alpha=0.25)
+    # A single point has no line.
+    marker = "o" if len(line) == 1 else ""
+    axes.plot(line["step"], line[column], color=colour, label=label, marker=marker)
+
+
+def _points(axes: Axes, evals: pl.DataFrame, column: str, colour: str, label: str) -> None:
+    if column not in evals.columns or not len(evals):
+        return
+    axes.plot(
+        evals["step"],
+        evals[column],
+        color=colour,
+        linewidth=0.9,
+        linestyle=(0, (3, 2)),
+        marker="o",
+        markersize=5.5,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        label=label,
+    )
+
+
+def _baseline(axes: Axes, y: float, label: str | None, *, dashes: tuple[int, int] = (1, 2)) -> None:
+    axes.axhline(y, color=_MUTED, linewidth=1.1, linestyle=(0, dashes), label=label, zorder=1)
+
+
+def _ends(frame: pl.DataFrame, column: str) -> tuple[float, float]:
+    """First and last logged value, NaN where there is none."""
+    values = frame[column].drop_nulls() if column in frame.columns else pl.Series([], dtype=pl.Float64)
+    return (float(values[0]), float(values[-1])) if len(values) else (math.nan, math.nan)

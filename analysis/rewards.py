@@ -1,0 +1,94 @@
+"""What DPO's numbers mean, as polars expressions over pair log-probs joined with the reference.
+
+Columns read: ``chosen_logps``, ``rejected_logps`` (policy) and ``ref_chosen_logps``,
+``ref_rejected_logps`` (reference), sums over the completion in nats; the per-token variants also read
+``chosen_length`` and ``rejected_length`` in tokens. Equations are those of Rafailov et al. 2023
+(2305.18290); names are TRL's where it has one.
+"""
+
+import polars as pl
+
+
+def chosen_logratio() -> pl.Expr:
+    """log policy(chosen) - log reference(chosen), in nats."""
+    return pl.col("chosen_logps") - pl.col("ref_chosen_logps")
+
+
+def rejected_logratio() -> pl.Expr:
+    """log policy(rejected) - log reference(rejected), in nats."""
+    return pl.col("rejected_logps") - pl.col("ref_rejected_logps")
+
+
+def chosen_logratio_per_token() -> pl.Expr:
+    """:func:`chosen_logratio` divided by the completion's tokens, in nats per token."""
+    return chosen_logratio() / pl.col("chosen_length")
+
+
+def rejected_logratio_per_token() -> pl.Expr:
+    """:func:`rejected_logratio` divided by the completion's tokens, in nats per token."""
+    return rejected_logratio() / pl.col("rejected_length")
+
+
+def chosen_reward(*, beta: float) -> pl.Expr:
+    """Implicit reward of the chosen completion, beta x logratio (eq. 5 without the prompt's constant)."""
+    return beta * chosen_logratio()
+
+
+def rejected_reward(*, beta: float) -> pl.Expr:
+    """Implicit reward of the rejected completion, beta x logratio."""
+    return beta * rejected_logratio()
+
+
+def margin(*, beta: float) -> pl.Expr:
+    """Chosen reward minus rejected reward, TRL's ``rewards/margins``."""
+    return beta * (chosen_logratio() - rejected_logratio())
+
+
+def margin_per_token(*, beta: float) -> pl.Expr:
+    """Margin of the rewards per token: how far the policy moved apart, whatever the lengths."""
+    return beta * (chosen_logratio_per_token() - rejected_logratio_per_token())
+
+
+def reward_accuracy() -> pl.Expr:
+    """True where the margin is above 0, for any beta; a tie is False."""
+    return _above_zero(chosen_logratio() - rejected_logratio())
+
+
+def ranking_margin() -> pl.Expr:
+    """log policy(chosen) - log policy(rejected), in nats."""
+    return pl.col("chosen_logps") - pl.col("rejected_logps")
+
+
+def ranking_accuracy() -> pl.Expr:
+    """True where the policy itself finds the chosen completion more likely (Chen et al. 2405.19534)."""
+    return _above_zero(ranking_margin())
+
+
+def reference_ranking_margin() -> pl.Expr:
+    """log reference(chosen) - log reference(rejected), in nats: known before any training."""
+    return pl.col("ref_chosen_logps") - pl.col("ref_rejected_logps")
+
+
+def reference_ranking_accuracy() -> pl.Expr:
+    """True where the reference already finds the chosen completion more likely."""
+    return _above_zero(reference_ranking_margin())
+
+
+def chosen_fell() -> pl.Expr:
+    """True where the chosen completion is less likely under the policy than under the reference."""
+    return _above_zero(-chosen_logratio())
+
+
+def rejected_fell() -> pl.Expr:
+    """True where the rejected completion is less likely under the policy than under the reference."""
+    return _above_zero(-rejected_logratio())
+
+
+def length_difference() -> pl.Expr:
+    """Chosen length minus rejected length, in tokens."""
+    return pl.col("chosen_length").cast(pl.Int64) - pl.col("rejected_length")
+
+
+def _above_zero(value: pl.Expr) -> pl.Expr:
+    # polars orders NaN above every number, so a diverged run would count as right.
+    return (value > 0) & value.is_not_nan()

@@ -1,0 +1,168 @@
+"""A run folder as training left it: its config, its metrics, and which of its optional parts are there.
+
+Runs stop in the middle, are resumed, and are read while they write; this file is where that is handled.
+"""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import yaml
+
+from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.manifest import MANIFEST
+
+CONFIG = "config.resolved.yaml"
+METRICS = "metrics.jsonl"
+PARITY = "parity.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One training run, opened."""
+
+    path: Path
+    shards: Path
+    """The folder of reference shards it trained on."""
+    config: Mapping[str, object]
+    train: pl.DataFrame
+    """One row per logged step: ``step`` and every logged number, by its name in metrics.jsonl."""
+    evals: pl.DataFrame
+    """The same for evaluations; names keep their ``eval_``."""
+    parity: Mapping[str, float] | None
+    """Cached against recomputed reference log-probs, measured before the first step."""
+
+    @property
+    def name(self) -> str:
+        return self.path.absolute().name
+
+    @property
+    def beta(self) -> float:
+        value = self.config.get("beta")
+        if not isinstance(value, int | float):
+            raise ConfigError(
+                f"beta is {value!r}, not a number",
+                where=str(self.path / CONFIG),
+                why="rewards are beta times a log-ratio",
+            )
+        return float(value)
+
+    @property
+    def score_command(self) -> str:
+        """The command whose output the report reads from ``scores/``."""
+        output = self.path / "scores" / "final.parquet"
+        return _command("score", shards=self.shards, model=self.path / "final", output=output)
+
+    @property
+    def kl_command(self) -> str:
+        """The command whose output the report reads from ``kl/``."""
+        reference, output = self.config.get("model", "MODEL"), self.path / "kl" / "final.parquet"
+        return _command(
+            "kl", model=self.path / "final", reference=reference, prompts=self.shards, output=output
+        )
+
+    def tables(self, folder: str) -> list[Path]:
+        """The finished Parquet files of one of the run's folders; none where there is no such folder."""
+        return sorted(p for p in (self.path / folder).glob("*.parquet") if not p.name.startswith("."))
+
+
+def open_run(path: Path) -> Run:
+    """Open a run folder.
+
+    Raises:
+        ConfigError: It is no run folder, or its shards are not to be found.
+        DataError: One of its files is damaged.
+    """
+    config = _read_config(path)
+    train, evals = _read_metrics(path / METRICS)
+    return Run(
+        path=path,
+        shards=_find_shards(path, config),
+        config=config,
+        train=train,
+        evals=evals,
+        parity=_read_parity(path / PARITY),
+    )
+
+
+def _command(name: str, **options: object) -> str:
+    words = [f"dpo-opt {name}", *(f"--{k} {shlex.quote(str(v))}" for k, v in options.items())]
+    return " ".join(words)
+
+
+def _read_config(path: Path) -> Mapping[str, object]:
+    file = path / CONFIG
+    if not file.is_file():
+        raise ConfigError(
+            f"there is no {CONFIG}" if path.is_dir() else "there is no such folder",
+            where=str(path),
+            why="this is not a folder that training wrote",
+            fix=f"dpo-opt train --shards SHARDS --model MODEL --output-dir {shlex.quote(str(path))}",
+        )
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError("not readable as YAML", where=str(file)) from error
+    if not isinstance(config, dict) or not isinstance(config.get("shards"), str):
+        raise ConfigError("the config names no shards", where=str(file))
+    return config
+
+
+def _find_shards(path: Path, config: Mapping[str, object]) -> Path:
+    stated = Path(str(config["shards"])).expanduser()
+    # Paths in the config are as typed, so relative ones hold from the folder the command ran in.
+    places = [stated] if stated.is_absolute() else [stated, path.absolute().parent / stated]
+    for place in places:
+        if (place / MANIFEST).is_file():
+            return place
+    raise ConfigError(
+        f"the shards {str(stated)!r} are not there (looked at {', '.join(map(str, places))})",
+        where=str(path / CONFIG),
+        why="without the reference log-probs there is nothing to compare the policy with",
+        fix="run the report from the folder the training was started in, or move the shards back",
+    )
+
+
+def _read_metrics(file: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+    entries = []
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            # Without its newline the last line is still being written, or a crash cut it off.
+            if number == len(lines):
+                break
+            raise DataError("not a JSON object", where=f"{file}:{number}") from error
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise DataError("an entry without a step", where=f"{file}:{number}")
+        entries.append(entry)
+    evals = [e for e in entries if any(name.startswith("eval_") for name in e)]
+    return _metrics_frame([e for e in entries if "loss" in e]), _metrics_frame(evals)
+
+
+def _metrics_frame(entries: list[dict[str, object]]) -> pl.DataFrame:
+    names = dict.fromkeys(k for e in entries for k, v in e.items() if isinstance(v, int | float))
+    columns = {n: [v if isinstance(v := e.get(n), int | float) else None for e in entries] for n in names}
+    frame = pl.DataFrame(columns, schema_overrides=dict.fromkeys(names, pl.Float64), strict=False)
+    if not len(frame):
+        return pl.DataFrame(schema={"step": pl.Int64})
+    # A resumed run writes the steps since its last checkpoint again; the later values are the run's.
+    return frame.cast({"step": pl.Int64}).unique("step", keep="last").sort("step")
+
+
+def _read_parity(file: Path) -> Mapping[str, float] | None:
+    if not file.is_file():
+        return None
+    try:
+        parity = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError("not readable as JSON", where=str(file)) from error
+    if not isinstance(parity, dict):
+        raise DataError("not a JSON object", where=str(file))
+    return {k: v for k, v in parity.items() if isinstance(v, int | float)}

@@ -1,0 +1,130 @@
+"""summary.json: what a script, a sweep or a CI job reads of a report. Numbers that are not known are null."""
+
+import math
+from collections.abc import Mapping
+
+import polars as pl
+from pydantic import BaseModel, ConfigDict
+
+from dpo_opt.analysis.intervals import Interval
+from dpo_opt.analysis.kl import KLEstimate
+from dpo_opt.analysis.outcomes import Outcome
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Bounds(_Record):
+    """An estimate with its 95% interval over prompts."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, interval: Interval) -> "Bounds":
+        return cls(value=known(interval.value), low=known(interval.low), high=known(interval.high))
+
+
+class PairsSummary(_Record):
+    """Pairs under the final policy."""
+
+    pairs: int
+    prompts: int
+    reward_accuracy: float | None
+    reward_accuracy_low: float | None
+    reward_accuracy_high: float | None
+    ranking_accuracy: float | None
+    reference_ranking_accuracy: float | None
+    mean_margin: float | None
+    share_chosen_logps_fell: float | None
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> "PairsSummary":
+        return cls(
+            pairs=outcome.pairs,
+            prompts=outcome.prompts,
+            reward_accuracy=known(outcome.reward_accuracy.value),
+            reward_accuracy_low=known(outcome.reward_accuracy.low),
+            reward_accuracy_high=known(outcome.reward_accuracy.high),
+            ranking_accuracy=known(outcome.ranking_accuracy.value),
+            reference_ranking_accuracy=known(outcome.reference_ranking_accuracy.value),
+            mean_margin=known(outcome.mean_margin),
+            share_chosen_logps_fell=known(outcome.chosen_fell),
+        )
+
+
+class KLSummary(_Record):
+    """KL(policy || reference) on the policy's own samples, in nats."""
+
+    file: str
+    samples: int
+    prompts: int
+    tokens: int
+    share_unfinished: float | None
+    k1_sequence: Bounds
+    k1_token: Bounds
+    k3_token: Bounds
+
+    @classmethod
+    def of(cls, file: str, estimate: KLEstimate) -> "KLSummary":
+        return cls(
+            file=file,
+            samples=estimate.samples,
+            prompts=estimate.prompts,
+            tokens=estimate.tokens,
+            share_unfinished=known(estimate.unfinished.value),
+            k1_sequence=Bounds.of(estimate.k1_sequence),
+            k1_token=Bounds.of(estimate.k1_token),
+            k3_token=Bounds.of(estimate.k3_token),
+        )
+
+
+class RunSummary(_Record):
+    """One run."""
+
+    run: str
+    """The folder, as given."""
+    model: str | None
+    loss_type: str | None
+    beta: float
+    steps: int | None
+    epochs: float | None
+    first_loss: float | None
+    final: dict[str, float | None]
+    """The last training entry of metrics.jsonl; empty where there is none."""
+    eval: dict[str, float | None]
+    """The last evaluation; names keep their ``eval_``."""
+    reference_ranking_accuracy: float | None
+    """Of all kept pairs, before any training."""
+    scored: PairsSummary | None
+    """All pairs under the scored checkpoint, from ``scores/``."""
+    held_out: PairsSummary | None
+    """Pairs that training did not see, under the scored checkpoint or else at the last evaluation."""
+    kl: KLSummary | None
+    """The last file of ``kl/``."""
+    parity: dict[str, float | bool | None] | None
+
+
+class Summary(_Record):
+    """A report's numbers, one entry per run, in the order they were named."""
+
+    runs: list[RunSummary]
+
+
+def known(value: float | None) -> float | None:
+    """The value, None where it is not finite: JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def last_entry(metrics: pl.DataFrame) -> dict[str, float | None]:
+    """The last row of a metrics frame, its nulls left out."""
+    if not len(metrics):
+        return {}
+    return {name: known(value) for name, value in metrics.row(-1, named=True).items() if value is not None}
+
+
+def known_values(values: Mapping[str, float] | None) -> dict[str, float | bool | None] | None:
+    """A mapping with every number that is not finite made None."""
+    return None if values is None else {name: known(value) for name, value in values.items()}

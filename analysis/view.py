@@ -1,0 +1,227 @@
+"""Everything one run's section of the report says, worked out before a line of HTML is written.
+
+Each part may be missing: a run that was not scored, not evaluated or has only just begun still has a
+section, and its view holds None there.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import polars as pl
+
+from dpo_opt.analysis import plots
+from dpo_opt.analysis.kl import KLEstimate, estimate_kl
+from dpo_opt.analysis.load import (
+    KL_FOLDER,
+    PAIR_LOGPS_FOLDER,
+    ShardSlice,
+    scan_kl_samples,
+    scan_pair_logps,
+    scan_shards,
+    shard_slices,
+)
+from dpo_opt.analysis.outcomes import (
+    LengthBias,
+    Outcome,
+    SourceOutcome,
+    by_source,
+    final_pairs,
+    hardest_pairs,
+    length_bias,
+    outcome,
+    reference_accuracy,
+)
+from dpo_opt.analysis.runs import Run
+from dpo_opt.analysis.summary import KLSummary, PairsSummary, RunSummary, known, known_values, last_entry
+from dpo_opt.analysis.texts import PairText, TokenDecoder, pair_texts
+from dpo_opt.analysis.trajectories import logratio_trajectories
+from dpo_opt.schemas.manifest import Manifest, load_manifest
+
+SCORES_FOLDER = "scores"
+HARDEST = 8
+
+
+class HardPair(NamedTuple):
+    """One of the pairs with the lowest final margin."""
+
+    row: int
+    source: str | None
+    held_out: bool
+    margin: float
+    reference_ranking_margin: float
+    ranking_margin: float
+    chosen_length: int
+    rejected_length: int
+    text: PairText
+
+
+class KLFile(NamedTuple):
+    """One table of on-policy samples."""
+
+    file: str
+    estimate: KLEstimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalState:
+    """The pairs under the last state of the policy that is known for them."""
+
+    pairs: pl.DataFrame
+    scored: bool
+    """True from ``scores/``; False where the last evaluation stands in."""
+    label: str
+    """Which state, in words."""
+    splits: dict[str, Outcome]
+    """``all``, ``training``, ``held-out``: those that can be told apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunView:
+    """One run as the template shows it; figures are SVG made by us."""
+
+    run: Run
+    manifest: Manifest
+    summary: RunSummary
+    figures: dict[str, str]
+    trajectories: pl.DataFrame | None
+    final: FinalState | None
+    sources: list[SourceOutcome]
+    lengths: LengthBias | None
+    kl: list[KLFile]
+    hardest: list[HardPair]
+    text_problem: str | None
+
+
+def view_run(run: Run) -> RunView:
+    """Read all there is to say about a run.
+
+    Raises:
+        DataError: A table is damaged, or its pairs are not those of the run's shards.
+    """
+    manifest = load_manifest(run.shards)
+    slices = shard_slices(run.shards)
+    logps = scan_pair_logps(run.path) if run.tables(PAIR_LOGPS_FOLDER) else None
+    held_out = _held_out_rows(logps)
+    final = _final_state(run, logps, slices, held_out)
+    trajectories = logratio_trajectories(logps, slices) if logps is not None else None
+    kl = [KLFile(file.name, estimate_kl(scan_kl_samples(file))) for file in run.tables(KL_FOLDER)]
+    reference = reference_accuracy(slices)
+    decoder = TokenDecoder(run.shards)
+    return RunView(
+        run=run,
+        manifest=manifest,
+        summary=_summary(run, reference, final, kl),
+        figures=_figures(run, reference, trajectories, final),
+        trajectories=trajectories,
+        final=final,
+        sources=by_source(final.pairs, beta=run.beta) if final else [],
+        lengths=length_bias(final.pairs, beta=run.beta) if final else None,
+        kl=kl,
+        hardest=_hardest(run, final, decoder) if final else [],
+        text_problem=decoder.problem,
+    )
+
+
+def _held_out_rows(logps: pl.LazyFrame | None) -> pl.Series:
+    if logps is None:
+        return pl.Series("row", [], dtype=pl.Int64)
+    rows = logps.filter(pl.col("phase") == "eval").select(pl.col("row").unique())
+    return rows.collect(engine="streaming")["row"]
+
+
+def _final_state(
+    run: Run, logps: pl.LazyFrame | None, slices: Sequence[ShardSlice], held_out: pl.Series
+) -> FinalState | None:
+    scored = bool(run.tables(SCORES_FOLDER))
+    if scored:
+        # Several checkpoints may have been scored; the one that was trained longest is the result.
+        scores = scan_pair_logps(run.path / SCORES_FOLDER)
+        states = scores.select("step", "checkpoint").unique().sort("step", "checkpoint")
+        chosen = states.last().collect(engine="streaming")
+        if not len(chosen):
+            return None
+        step, checkpoint = chosen.row(0)
+        same = (pl.col("step") == step) & pl.col("checkpoint").eq_missing(pl.lit(checkpoint, dtype=pl.String))
+        table = scores.filter(same)
+        where = str(run.path / SCORES_FOLDER)
+        label = f"the scored checkpoint {checkpoint or ''}".strip() + f" (step {step:,})"
+    elif logps is not None and len(held_out):
+        evaluated = logps.filter(pl.col("phase") == "eval")
+        step = evaluated.select(pl.col("step").max()).collect(engine="streaming").item()
+        table = evaluated.filter(pl.col("step") == step)
+        where = str(run.path / PAIR_LOGPS_FOLDER)
+        label = f"the held-out pairs at the last evaluation (step {step:,})"
+    else:
+        return None
+    pairs = final_pairs(table, slices, held_out=held_out, where=where)
+    parts = {"all": pairs} if scored else {}
+    if len(held_out):
+        parts["training"] = pairs.filter(~pl.col("held_out"))
+        parts["held-out"] = pairs.filter(pl.col("held_out"))
+    splits = {name: outcome(part, beta=run.beta) for name, part in parts.items() if len(part)}
+    return FinalState(pairs=pairs, scored=scored, label=label, splits=splits) if splits else None
+
+
+def _figures(
+    run: Run, reference: float | None, trajectories: pl.DataFrame | None, final: FinalState | None
+) -> dict[str, str]:
+    figures = {}
+    if "loss" in run.train.columns:
+        # The loss of zero margins is known in closed form for this loss only.
+        untrained = math.log(2) if run.config.get("loss_type") == "sigmoid" else None
+        figures["loss"] = plots.svg(
+            plots.loss_curve(run.train, run.evals, untrained=untrained), label="Loss against steps"
+        )
+    if "rewards/margins" in run.train.columns:
+        figures["rewards"] = plots.svg(
+            plots.reward_curves(run.train, run.evals), label="Implicit rewards against steps"
+        )
+        figures["margin"] = plots.svg(plots.margin_curve(run.train, run.evals), label="Margin against steps")
+        figures["accuracy"] = plots.svg(
+            plots.accuracy_curve(run.train, run.evals, reference=reference), label="Accuracy against steps"
+        )
+    if trajectories is not None and len(trajectories):
+        figures["logratios"] = plots.svg(
+            plots.logratio_curves(trajectories), label="Mean log-ratios against steps"
+        )
+    if final:
+        figures["histogram"] = plots.svg(
+            plots.margin_histogram(final.pairs), label="Log-prob margins before and after training"
+        )
+        figures["lengths"] = plots.svg(
+            plots.margin_by_length(final.pairs, beta=run.beta), label="Margin against length difference"
+        )
+    return figures
+
+
+def _hardest(run: Run, final: FinalState, decoder: TokenDecoder) -> list[HardPair]:
+    hardest = hardest_pairs(final.pairs, beta=run.beta, count=HARDEST)
+    texts = pair_texts(scan_shards(run.shards), hardest["row"].to_list(), decoder)
+    columns = [name for name in HardPair._fields if name != "text"]
+    rows = hardest.select(columns).cast({"source": pl.String}).iter_rows(named=True)
+    return [HardPair(**row, text=texts[row["row"]]) for row in rows]
+
+
+def _summary(run: Run, reference: float | None, final: FinalState | None, kl: list[KLFile]) -> RunSummary:
+    splits = final.splits if final else {}
+    first = last_entry(run.train.head(1))
+    last = last_entry(run.train)
+    steps, model, loss_type = last.get("step"), run.config.get("model"), run.config.get("loss_type")
+    return RunSummary(
+        run=str(run.path),
+        model=None if model is None else str(model),
+        loss_type=None if loss_type is None else str(loss_type),
+        beta=run.beta,
+        steps=None if steps is None else int(steps),
+        epochs=last.get("epoch"),
+        first_loss=first.get("loss"),
+        final=last,
+        eval=last_entry(run.evals),
+        reference_ranking_accuracy=known(reference),
+        scored=PairsSummary.of(splits["all"]) if "all" in splits else None,
+        held_out=PairsSummary.of(splits["held-out"]) if "held-out" in splits else None,
+        kl=KLSummary.of(*kl[-1]) if kl else None,
+        parity=known_values(run.parity),
+    )

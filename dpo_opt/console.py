@@ -1,0 +1,80 @@
+"""What a person sees while a job runs: a bar on a terminal, a plain line now and then elsewhere.
+
+All of it goes to stderr, so that stdout holds results only.
+"""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from dpo_opt.schemas.progress import Progress as ProgressProtocol
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def watched() -> ProgressProtocol:
+    """A bar where stderr is a terminal, lines where it is a file or a pipe."""
+    return _Bar() if sys.stderr.isatty() else _Lines()
+
+
+class _Lines:
+    def start(self, what: str, *, total: int, unit: str) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._done = 0
+        self._begin = self._last = time.monotonic()
+
+    def advance(self, count: int, note: str = "") -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._last < _SECONDS_BETWEEN_LINES and self._done < self._total:
+            return
+        self._last = now
+        rate = self._done / max(now - self._begin, 1e-9)
+        left = (self._total - self._done) / rate if rate else 0.0
+        print(
+            f"{self._what}: {self._done}/{self._total} {self._unit}, {rate:.1f} {self._unit}/s, "
+            f"{left:.0f} s left" + (f", {note}" if note else ""),
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def finish(self) -> None:
+        pass
+
+
+class _Bar:
+    def start(self, what: str, *, total: int, unit: str) -> None:
+        self._unit = unit
+        self._begin = time.monotonic()
+        self._done = 0
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}", markup=False),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=Console(stderr=True),
+        )
+        self._bar.start()
+        self._task: TaskID = self._bar.add_task(what, total=total, rate="", note="")
+
+    def advance(self, count: int, note: str = "") -> None:
+        self._done += count
+        rate = self._done / max(time.monotonic() - self._begin, 1e-9)
+        self._bar.update(self._task, advance=count, rate=f"{rate:.1f} {self._unit}/s", note=Text(note).plain)
+
+    def finish(self) -> None:
+        self._bar.stop()

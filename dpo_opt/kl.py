@@ -1,0 +1,107 @@
+"""KL divergence measured where it is defined: on completions that the policy itself samples.
+
+The policy writes, then both models score what it wrote through the same forward. Only this composition
+needs two models, and it holds one at a time.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_opt.kl_config import KLConfig
+from dpo_opt.precompute.datasets import read_prompts
+from dpo_opt.precompute.tokenize import load_tokenizer, prompt_ids
+from dpo_opt.precompute.vllm_model import VllmModel, prepare_environment, vllm_version
+from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.kl_samples import KLSample, write_kl_samples
+from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.models import checkpoint_dtype, context_length, find_model
+from dpo_opt.schemas.pairs import IdArray, Sampler, TokenSequence, content_hash
+from dpo_opt.schemas.progress import Progress, Silent
+
+
+def measure_kl(config: KLConfig, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Sample, score twice, write the samples, and return the estimates with their intervals.
+
+    Raises:
+        ConfigError: A model is missing, or a prompt leaves no room for a completion.
+        DataError: The prompts cannot be read.
+    """
+    progress = progress or Silent()
+    policy_folder, reference_folder = find_model(config.model), find_model(config.reference)
+    dtype = checkpoint_dtype(policy_folder) if config.dtype == "auto" else config.dtype
+    prompts = _spread(_prompts(config, policy_folder), config.num_prompts)
+    longest = max(len(p) for p in prompts) + config.max_new_tokens
+    context = context_length(policy_folder)
+    if context is not None and longest > context:
+        raise ConfigError(
+            f"the longest prompt and --max-new-tokens {config.max_new_tokens} take {longest} tokens, "
+            f"the model's context has {context}",
+            fix="pass a smaller --max-new-tokens, or shorter prompts",
+        )
+    sampler = _sampler(config, policy_folder, dtype=dtype, max_length=longest)
+    progress.start("measuring KL", total=3, unit="stages")
+    completions = sampler.sample(
+        prompts,
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=1.0,
+        seed=config.seed,
+    )
+    del sampler
+    progress.advance(1, "sampled")
+    from dpo_opt.optimize.score import HfScorer
+
+    flat = [(p, n, c) for p, cs in zip(prompts, completions, strict=True) for n, c in enumerate(cs)]
+    sequences = [TokenSequence(p, c.completion_ids) for p, _, c in flat]
+    policy_logps = HfScorer(policy_folder, dtype=dtype).token_logps(sequences)
+    progress.advance(1, "scored under the policy")
+    reference_logps = HfScorer(reference_folder, dtype=dtype).token_logps(sequences)
+    progress.advance(1, "scored under the reference")
+    progress.finish()
+    write_kl_samples(
+        config.output,
+        [
+            KLSample(
+                prompt_id=content_hash(prompt),
+                sample=number,
+                finished=completion.finished,
+                prompt_ids=prompt,
+                completion_ids=completion.completion_ids,
+                policy_token_logps=own,
+                ref_token_logps=reference,
+            )
+            for (prompt, number, completion), own, reference in zip(
+                flat, policy_logps, reference_logps, strict=True
+            )
+        ],
+    )
+    from dpo_opt.analysis.kl import estimate_kl
+    from dpo_opt.analysis.load import scan_kl_samples
+
+    return {"output": str(config.output), **estimate_kl(scan_kl_samples(config.output))._asdict()}
+
+
+def _prompts(config: KLConfig, policy_folder: Path) -> list[IdArray]:
+    """Distinct prompts, in order."""
+    if config.prompts.is_dir():
+        found = (pair.prompt_ids for pair in ShardFolder.open(config.prompts).pairs())
+    else:
+        tokenizer = load_tokenizer(policy_folder)
+        found = (prompt_ids(text, tokenizer, where=where) for text, where in read_prompts(config.prompts))
+    return list({ids.tobytes(): ids for ids in found}.values())
+
+
+def _spread(prompts: list[IdArray], count: int) -> list[IdArray]:
+    chosen = np.unique(np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int))
+    return [prompts[i] for i in chosen]
+
+
+def _sampler(config: KLConfig, folder: Path, *, dtype: str, max_length: int) -> Sampler:
+    if config.backend == "vllm" or (config.backend == "auto" and vllm_version() is not None):
+        prepare_environment()
+        return VllmModel(folder, dtype=dtype, max_length=max_length)
+    from dpo_opt.optimize.score import HfScorer
+
+    return HfScorer(folder, dtype=dtype)

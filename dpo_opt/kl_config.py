@@ -1,0 +1,33 @@
+"""Every setting of ``dpo-opt kl``, documented where it is declared."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from dpo_opt.schemas.settings import Settings
+
+
+class KLConfig(Settings):
+    """On-policy KL of a policy from a reference."""
+
+    model: str
+    """Policy: completions are sampled from it."""
+    reference: str
+    """Reference: the other model that scores them."""
+    prompts: Path
+    """A folder of shards, or a .jsonl file with a "prompt" in each row."""
+    output: Path
+    """Parquet file of the samples, with both models' log-probs."""
+    num_prompts: PositiveInt = 64
+    """Prompts to sample for, spread evenly over those given."""
+    num_samples: PositiveInt = 4
+    """Completions per prompt."""
+    max_new_tokens: PositiveInt = 128
+    """Longest completion; what lies beyond is not measured."""
+    backend: Literal["auto", "vllm", "hf"] = "auto"
+    """What samples. Both models' log-probs always come from transformers, so that they compare."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of both models. auto: the dtype the policy's checkpoint declares."""
+    seed: int = 0
+    """Seed of the sampling."""

@@ -1,0 +1,121 @@
+"""Command-line options made from a configuration's fields, so that each setting is declared once.
+
+A field's name, type, default and docstring become ``--name``, its type, its default and its help;
+``--config run.yaml`` may give any of them, and flags win.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import click
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.settings import Settings
+
+C = TypeVar("C", bound=Settings)
+Command = Callable[..., None]
+
+
+def configured(kind: type[C]) -> Callable[[Command], Command]:
+    """Give a command every field of ``kind`` as an option; it receives the result as ``config``."""
+
+    def decorate(command: Command) -> Command:
+        def run(config_file: Path | None, **given: Any) -> None:
+            flags = {name: given.pop(name) for name in list(given) if name in kind.model_fields}
+            command(config=_resolve(kind, config_file, flags), **given)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
+        for name, field in reversed(kind.model_fields.items()):
+            _option(name, field)(run)
+        click.option(
+            "--config",
+            "config_file",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="YAML file with any of these settings; flags win.",
+        )(run)
+        return run
+
+    return decorate
+
+
+def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
+    kind = _without_none(field.annotation)
+    flag = "--" + name.replace("_", "-")
+    text = (field.description or "").replace("`", "'")
+    if not field.is_required() and field.default is not None:
+        shown = {True: "on", False: "off"}.get(field.default, field.default)
+        text += f"  [default: {shown}]"
+    if field.is_required():
+        text += "  [required]"
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
+    return click.option(flag, name, type=_click_type(kind), default=None, help=text)
+
+
+def _without_none(annotation: Any) -> Any:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        (annotation,) = (a for a in typing.get_args(annotation) if a is not types.NoneType)
+    # Annotated[int, ...]: the constraint is pydantic's to check.
+    return typing.get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
+
+
+def _click_type(kind: Any) -> click.ParamType[Any]:
+    if typing.get_origin(kind) is Literal:
+        return click.Choice(list(typing.get_args(kind)))
+    if kind is Path:
+        return click.Path(path_type=Path)
+    simple: dict[type, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT, str: click.STRING}
+    return simple[kind]
+
+
+def _resolve(kind: type[C], config_file: Path | None, flags: dict[str, Any]) -> C:
+    """The configuration from a file and flags.
+
+    Raises:
+        ConfigError: A key is unknown, a value is refused, or a required setting is missing.
+    """
+    values = _read(kind, config_file) if config_file else {}
+    values |= {name: value for name, value in flags.items() if value is not None}
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        flag = "--" + name.replace("_", "-")
+        if first["type"] == "missing":
+            raise ConfigError(f"{flag} is missing", fix=f"pass {flag}, or set {name} in --config") from error
+        raise ConfigError(
+            f"{flag} {first['input']!r}: {first['msg'].removeprefix('Value error, ')}",
+            where=str(config_file) if config_file and flags.get(name) is None else None,
+        ) from error
+
+
+def _read(kind: type[C], path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not readable as YAML ({str(error).splitlines()[0]})", where=str(path)) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError("not a mapping of settings to values", where=str(path))
+    known = list(kind.model_fields)
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known settings: {', '.join(known)}"
+            raise ConfigError(
+                f"unknown setting {key!r}",
+                where=str(path),
+                why="a misspelt setting would have no effect",
+                fix=hint,
+            )
+    return values

@@ -1,0 +1,70 @@
+"""Exact attention over packed, prefix-shared rows, plugged into transformers without touching a model.
+
+Stock backends would read the jump in position ids as a new document and cut the rejected completion
+off from its prompt, in silence. Here every segment names its prefix, so it sees [prefix, itself] and
+nothing else, and no T x T mask is ever built. Because those keys have consecutive positions, a
+sliding window counts positions, as it must.
+
+    H = query heads, K = key-value heads, D = head dimension, T = packed rows
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+from dpo_opt.optimize.packing import Segment
+
+SEGMENT_ATTENTION = "dpo_opt_segments"
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # (1, H, T, D)
+    key: Tensor,  # (1, K, T, D)
+    value: Tensor,  # (1, K, T, D)
+    attention_mask: Tensor | None,
+    *,
+    segments: tuple[Segment, ...],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention output (1, T, H, D) in the form transformers' ``AttentionInterface`` expects.
+
+    Raises:
+        NotImplementedError: The model wants soft-capping or sinks, which this kernel would ignore;
+            ``policy.load`` detects such models and falls back to padded rows.
+    """
+    if attention_mask is not None or softcap is not None or s_aux is not None:
+        raise NotImplementedError("segment attention has no masks, soft-capping or sinks")
+    grouped = query.shape[1] != key.shape[1]
+    outputs = []
+    for start, stop, prefix_start, prefix_stop in segments:
+        q, k, v = query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
+        offset = prefix_stop - prefix_start
+        if offset:
+            k = torch.cat([key[:, :, prefix_start:prefix_stop], k], dim=2)
+            v = torch.cat([value[:, :, prefix_start:prefix_stop], v], dim=2)
+        rows, columns = q.shape[2], k.shape[2]
+        windowed = sliding_window is not None and columns > sliding_window
+        mask = None
+        if offset or windowed:
+            mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(offset)
+            if windowed:
+                assert sliding_window is not None
+                # Row i stands at position offset + i and sees that position and the window - 1 before it.
+                mask = mask.triu(offset - sliding_window + 1)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)

@@ -1,0 +1,31 @@
+"""The trained model as a folder that transformers and vLLM load: weights, tokenizer, template, card."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from dpo_opt.optimize.policy import Policy
+
+
+def save_final(policy: Policy, path: Path, *, dtype: torch.dtype, tokenizer_dir: Path, card: str) -> None:
+    """Write the folder whole or not at all. The policy's parameters are cast in place.
+
+    Args:
+        policy: What was trained.
+        path: Folder to make.
+        dtype: Dtype of the weights on disk.
+        tokenizer_dir: The tokenizer whose ids were trained on.
+        card: Text of the model card.
+    """
+    private = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(private, ignore_errors=True)
+    model = policy.model
+    # The segment attention exists in this program only; the saved config must not ask for it.
+    model.set_attn_implementation("sdpa")
+    model.to(dtype=dtype)
+    model.save_pretrained(private, safe_serialization=True)
+    for file in tokenizer_dir.iterdir():
+        shutil.copyfile(file, private / file.name)
+    (private / "README.md").write_text(card, encoding="utf-8")
+    private.replace(path)

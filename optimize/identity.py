@@ -1,0 +1,38 @@
+"""Is this the model the shards were scored with? Answered from content digests, field by field."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from dpo_opt.schemas.fingerprint import refuse_differences
+from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.models import config_digest, tokenizer_digest, weights_digest
+
+
+def require_same_model(folder: ShardFolder, model_folder: Path, *, fields: Sequence[str], fix: str) -> None:
+    """Compare a model folder with the fingerprint of the shards.
+
+    Args:
+        folder: The shards.
+        model_folder: The model.
+        fields: ``MODEL_FIELDS`` where it must be the reference, ``TOKENIZER_FIELDS`` where only the ids
+            must mean the same.
+        fix: What to do where they differ.
+
+    Raises:
+        FingerprintError: A field differs.
+    """
+    cached = folder.manifest.fingerprint
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    found = {"tokenizer": tokenizer_digest(tokenizer)}
+    if "weights" in fields:
+        found["weights"] = weights_digest(model_folder)
+        found["model_config_digest"] = config_digest(model_folder)
+    refuse_differences(
+        cached=cached,
+        current=cached.model_copy(update=found),
+        fields=fields,
+        where=str(folder.path),
+        fix=fix,
+    )

@@ -1,0 +1,174 @@
+"""Pairs to batches without padding: what is computed once, where each token sits, which row predicts it.
+
+Chosen and rejected share their prompt, and often their first words. A shared row holds that common
+prefix once, followed by what is left of each sequence:
+
+    [ prefix | rest of chosen | rest of rejected | next pair ... ]
+
+Position ids restart after the prefix, the attention (attention.py) lets each rest see the prefix and
+itself only, and the last token of a sequence is not fed at all, since it predicts nothing. Packing
+changes how much is computed, never which pairs share an optimizer step.
+
+    T = rows of tokens in the batch, S = scored tokens, B = sequences per padded batch
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_opt.schemas.pairs import IdArray, TokenizedPair, TokenSequence
+
+
+class Segment(NamedTuple):
+    """Consecutive rows that attend causally to themselves, and before that to a shared prefix."""
+
+    start: int
+    stop: int
+    prefix_start: int
+    prefix_stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Model input plus where to find the prediction of every scored token."""
+
+    input_ids: Tensor  # (1, T) packed, or (B, T) padded
+    model_kwargs: dict[str, object]
+    """``position_ids`` and ``segments`` when packed, ``attention_mask`` when padded."""
+    scored_rows: Tensor  # (S,) row of the flattened hidden states that predicts the token
+    targets: Tensor  # (S,)
+    lengths: list[int]
+    """Scored tokens of each sequence, in order; they sum to S."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        kwargs = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.model_kwargs.items()
+        }
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            model_kwargs=kwargs,
+            scored_rows=self.scored_rows.to(device),
+            targets=self.targets.to(device),
+            lengths=self.lengths,
+        )
+
+
+Group = tuple[TokenSequence, ...]
+"""Sequences of one prompt: the two sides of a pair, or all completions of a prompt."""
+
+
+def pair_group(pair: TokenizedPair) -> Group:
+    """Chosen, then rejected."""
+    return (
+        TokenSequence(pair.prompt_ids, pair.chosen_ids),
+        TokenSequence(pair.prompt_ids, pair.rejected_ids),
+    )
+
+
+def shared_length(group: Group) -> int:
+    """Length of the longest common prefix, at least 1 and below every sequence's length."""
+    sequences = [_joined(s) for s in group]
+    limit = min(len(s) for s in sequences) - 1
+    first = sequences[0][:limit]
+    for other in sequences[1:]:
+        different = np.flatnonzero(first != other[: len(first)])
+        if len(different):
+            first = first[: different[0]]
+    return max(1, len(first))
+
+
+def packed_size(group: Group) -> int:
+    """Rows the group takes in a packed batch."""
+    shared = shared_length(group)
+    return shared + sum(len(s.prompt_ids) + len(s.completion_ids) - 1 - shared for s in group)
+
+
+def plan_bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices grouped so that each group's sizes stay within ``budget``: first fit, longest first.
+
+    An item larger than the budget gets a bin of its own.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        fit = next((b for b, free in enumerate(room) if sizes[index] <= free), None)
+        if fit is None:
+            bins.append([index])
+            room.append(budget - sizes[index])
+        else:
+            bins[fit].append(index)
+            room[fit] -= sizes[index]
+    return bins
+
+
+def pack(groups: Sequence[Group]) -> Batch:
+    """One packed row of all groups, prefixes shared."""
+    ids: list[IdArray] = []
+    positions: list[np.ndarray] = []
+    segments: list[Segment] = []
+    rows: list[np.ndarray] = []
+    targets: list[IdArray] = []
+    lengths: list[int] = []
+    end = 0
+    for group in groups:
+        shared = shared_length(group)
+        prefix_start = end
+        for number, sequence in enumerate(group):
+            joined = _joined(sequence)
+            fed = len(joined) - 1
+            # The first sequence of a group is laid out whole; the others continue its prefix.
+            begin = 0 if number == 0 else shared
+            ids.append(joined[begin:fed])
+            positions.append(np.arange(begin, fed))
+            prefix_stop = prefix_start + begin
+            if fed > begin:
+                segments.append(Segment(end, end + fed - begin, prefix_start, prefix_stop))
+            # Position p sits in the prefix, or in this sequence's own rows.
+            own = end - begin
+            scored = np.arange(len(sequence.prompt_ids) - 1, fed)
+            rows.append(np.where(scored < shared, scored + prefix_start, scored + own))
+            targets.append(sequence.completion_ids)
+            lengths.append(len(sequence.completion_ids))
+            end += fed - begin
+    return Batch(
+        input_ids=_long(ids)[None],
+        model_kwargs={"position_ids": _long(positions)[None], "segments": tuple(segments)},
+        scored_rows=_long(rows),
+        targets=_long(targets),
+        lengths=lengths,
+    )
+
+
+def pad(groups: Sequence[Group]) -> Batch:
+    """One padded row per sequence, nothing shared: for models whose state cannot be forked."""
+    sequences = [s for group in groups for s in group]
+    fed = [_joined(s)[:-1] for s in sequences]
+    width = max(len(s) for s in fed)
+    input_ids = np.zeros((len(fed), width), dtype=np.int64)
+    mask = np.zeros((len(fed), width), dtype=np.int64)
+    rows = []
+    for i, (sequence, tokens) in enumerate(zip(sequences, fed, strict=True)):
+        input_ids[i, : len(tokens)] = tokens
+        mask[i, : len(tokens)] = 1
+        rows.append(i * width + np.arange(len(sequence.prompt_ids) - 1, len(tokens)))
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        model_kwargs={"attention_mask": torch.from_numpy(mask)},
+        scored_rows=_long(rows),
+        targets=_long([s.completion_ids for s in sequences]),
+        lengths=[len(s.completion_ids) for s in sequences],
+    )
+
+
+def _joined(sequence: TokenSequence) -> IdArray:
+    return np.concatenate([sequence.prompt_ids, sequence.completion_ids])
+
+
+def _long(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))

@@ -1,0 +1,168 @@
+"""Score a dataset: for each shard that is not committed yet, tokenize, score, write, read back, commit.
+
+A job killed at any moment loses at most the shard it was working on, and leaves nothing that a reader
+would take for a result.
+"""
+
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dpo_opt.precompute.commits import committed, finalize
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.datasets import read_pairs
+from dpo_opt.precompute.plan import adopt_plan, make_plan, make_tokenizer, resolve_reference
+from dpo_opt.precompute.tokenize import PairTokenizer
+from dpo_opt.schemas.errors import DpoOptError
+from dpo_opt.schemas.fingerprint import Fingerprint
+from dpo_opt.schemas.manifest import Manifest, Plan, ShardCommit, ShardRange, to_json
+from dpo_opt.schemas.pairs import LogpArray, ScoredPair, Scorer, TokenizedPair, TokenSequence
+from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.shards import DroppedRow, read_row_groups, write_dropped, write_shard
+from dpo_opt.schemas.storage import sha256_file, write_text
+
+# A log-prob may exceed 0 by rounding of log_softmax in half precision, and by no more.
+_ABOVE_ZERO = 1e-3
+
+
+def precompute(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None = None) -> Manifest:
+    """Score every pair once under the reference, and finalize the folder.
+
+    Args:
+        config: What to score, and where to.
+        scorer: The reference; its model must be ``config.model``.
+        progress: Told of every scored pair.
+
+    Raises:
+        ConfigError: The model cannot be used.
+        DataError: The data is malformed, or nothing is left of it.
+        FingerprintError: The folder holds something else.
+        DpoOptError: The scorer returned values that cannot be log-probs.
+    """
+    progress = progress or Silent()
+    reference = resolve_reference(config)
+    tokenizer = make_tokenizer(config, reference)
+    plan = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=scorer.numerics)
+    adopt_plan(config.shards, plan, tokenizer.tokenizer)
+    done = committed(config.shards, plan)
+    missing = [planned for planned in plan.shards if planned.shard not in done]
+    progress.start("scoring", total=sum(r.stop - r.start for r in missing), unit="pairs")
+    for planned in missing:
+        commit = score_shard(config, plan, planned, tokenizer=tokenizer, scorer=scorer)
+        progress.advance(planned.stop - planned.start, f"{commit.tokens} tokens in the last shard")
+    progress.finish()
+    return finalize(config.shards)
+
+
+def score_shard(
+    config: PrecomputeConfig,
+    plan: Plan,
+    planned: ShardRange,
+    *,
+    tokenizer: PairTokenizer,
+    scorer: Scorer,
+) -> ShardCommit:
+    """Score one shard's rows and commit them."""
+    kept: list[TokenizedPair] = []
+    dropped: list[DroppedRow] = []
+    for pair in read_pairs(config.data, start=planned.start, stop=planned.stop):
+        tokenized = tokenizer(pair)
+        if isinstance(tokenized, TokenizedPair):
+            kept.append(tokenized)
+        else:
+            dropped.append(tokenized)
+    scored, unique = score_pairs(kept, scorer)
+    return _commit(config.shards, plan.fingerprint, planned, scored, dropped, unique)
+
+
+def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer) -> tuple[list[ScoredPair], int]:
+    """Score pairs, equal sequences once.
+
+    Returns:
+        The scored pairs in order, and how many sequences were scored for them.
+
+    Raises:
+        DpoOptError: A returned row has the wrong length, is not finite, or is above 0.
+    """
+    # Completions of one prompt next to each other, so that the scorer can reuse the prompt's work.
+    by_prompt: dict[bytes, dict[tuple[bytes, bytes], TokenSequence]] = {}
+    for pair in pairs:
+        for completion in (pair.chosen_ids, pair.rejected_ids):
+            sequence = TokenSequence(pair.prompt_ids, completion)
+            by_prompt.setdefault(sequence.key[0], {})[sequence.key] = sequence
+    sequences = {key: s for group in by_prompt.values() for key, s in group.items()}
+    values = dict(zip(sequences, scorer.token_logps(list(sequences.values())), strict=True))
+    scored = []
+    for pair in pairs:
+        chosen = values[TokenSequence(pair.prompt_ids, pair.chosen_ids).key]
+        rejected = values[TokenSequence(pair.prompt_ids, pair.rejected_ids).key]
+        _require_logps(chosen, len(pair.chosen_ids), pair.row)
+        _require_logps(rejected, len(pair.rejected_ids), pair.row)
+        scored.append(
+            ScoredPair(
+                row=pair.row,
+                source=pair.source,
+                prompt_ids=pair.prompt_ids,
+                chosen_ids=pair.chosen_ids,
+                rejected_ids=pair.rejected_ids,
+                chosen_truncated=pair.chosen_truncated,
+                rejected_truncated=pair.rejected_truncated,
+                ref_chosen_token_logps=chosen,
+                ref_rejected_token_logps=rejected,
+            )
+        )
+    return scored, len(sequences)
+
+
+def _require_logps(values: LogpArray, length: int, row: int) -> None:
+    if len(values) == length and bool(np.isfinite(values).all()) and float(values.max()) <= _ABOVE_ZERO:
+        return
+    raise DpoOptError(
+        f"the scorer returned values that are no log-probs ({len(values)} for {length} tokens, "
+        f"largest {float(np.max(values, initial=-np.inf)):g}, "
+        f"{int((~np.isfinite(values)).sum())} not finite)",
+        where=f"source row {row}",
+        why="training on them would be silently wrong; nothing of this shard was kept",
+        fix="check the model with `dpo-opt precompute --backend hf --dtype float32` on a few rows",
+    )
+
+
+def _commit(
+    shards_dir: Path,
+    fingerprint: Fingerprint,
+    planned: ShardRange,
+    scored: Sequence[ScoredPair],
+    dropped: Sequence[DroppedRow],
+    unique_sequences: int,
+) -> ShardCommit:
+    """Data first, read back from disk, commit last."""
+    attempt = secrets.token_hex(4)
+    name = f"{planned.shard:05d}-{attempt}"
+    data, left_out = f"data/{name}.parquet", f"data/{name}.dropped.parquet"
+    write_shard(shards_dir / data, scored, fingerprint=fingerprint, shard=planned.shard)
+    write_dropped(shards_dir / left_out, dropped)
+    on_disk = [pair for group in read_row_groups(shards_dir / data) for pair in group]
+    if [p.pair_id for p in on_disk] != [p.pair_id for p in scored]:
+        raise DpoOptError("the shard read back from disk is not what was written", where=data)
+    commit = ShardCommit(
+        shard=planned.shard,
+        start=planned.start,
+        stop=planned.stop,
+        attempt=attempt,
+        file=data,
+        rows=len(scored),
+        bytes=(shards_dir / data).stat().st_size,
+        sha256=sha256_file(shards_dir / data),
+        dropped_file=left_out,
+        dropped_sha256=sha256_file(shards_dir / left_out),
+        dropped=dict(sorted(Counter(row.reason for row in dropped).items())),
+        truncated=sum(p.chosen_truncated or p.rejected_truncated for p in scored),
+        tokens=sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in scored),
+        unique_sequences=unique_sequences,
+        fingerprint=fingerprint,
+    )
+    write_text(shards_dir / "commits" / f"{name}.json", to_json(commit))
+    return commit

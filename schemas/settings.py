@@ -1,0 +1,9 @@
+"""What every configuration has in common: fields that explain themselves, and no unknown key."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Settings(BaseModel):
+    """Base of the configurations: one model is the Python API, the YAML file and the command line."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
