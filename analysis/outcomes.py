@@ -124,7 +124,7 @@ def final_pairs(
 def outcome(pairs: pl.DataFrame, *, beta: float) -> Outcome:
     """Summarize final pairs; ``pairs`` has at least one row."""
     policy, reference = rewards.ranking_accuracy(), rewards.reference_ranking_accuracy()
-    means = pairs.select(
+    means = pairs.lazy().select(
         flipped_right=(policy & ~reference).mean(),
         flipped_wrong=(~policy & reference).mean(),
         mean_margin=rewards.margin(beta=beta).mean(),
@@ -133,7 +133,7 @@ def outcome(pairs: pl.DataFrame, *, beta: float) -> Outcome:
         chosen_fell=rewards.chosen_fell().mean(),
         rejected_fell=rewards.rejected_fell().mean(),
         fell_without_margin=(rewards.chosen_fell() & ~rewards.reward_accuracy()).mean(),
-    ).row(0, named=True)
+    )
     by_prompt = (
         pairs.lazy()
         .group_by("prompt")
@@ -151,7 +151,7 @@ def outcome(pairs: pl.DataFrame, *, beta: float) -> Outcome:
         reward_accuracy=_share(by_prompt, "reward"),
         ranking_accuracy=_share(by_prompt, "policy"),
         reference_ranking_accuracy=_share(by_prompt, "reference"),
-        **means,
+        **means.collect(engine="streaming").row(0, named=True),
     )
 
 
@@ -172,7 +172,7 @@ def by_source(pairs: pl.DataFrame, *, beta: float) -> list[SourceOutcome]:
         )
         .with_columns(pl.col("source").cast(pl.String))
         .sort("pairs", "source", descending=[True, False])
-        .collect()
+        .collect(engine="streaming")
     )
     return [
         SourceOutcome(
@@ -185,16 +185,20 @@ def by_source(pairs: pl.DataFrame, *, beta: float) -> list[SourceOutcome]:
 def length_bias(pairs: pl.DataFrame, *, beta: float) -> LengthBias:
     """How length goes with being chosen, and with the margin."""
     difference, margin = rewards.length_difference(), rewards.margin(beta=beta)
-    correlation = pairs.select(pl.corr(margin, difference.cast(pl.Float64))).item()
-    names = {1: "chosen is longer", -1: "chosen is shorter", 0: "equal length"}
+    correlation = (
+        pairs.lazy().select(pl.corr(margin, difference.cast(pl.Float64))).collect(engine="streaming").item()
+    )
+    names = {1: "longer", -1: "shorter", 0: "as long"}
     table = (
-        pairs.group_by(difference.sign().alias("sign"))
+        pairs.lazy()
+        .group_by(difference.sign().alias("sign"))
         .agg(
             pl.len().alias("pairs"),
             rewards.reward_accuracy().mean().alias("reward_accuracy"),
             rewards.reference_ranking_accuracy().mean().alias("reference_ranking_accuracy"),
             margin.mean().alias("mean_margin"),
         )
+        .collect(engine="streaming")
         .rows_by_key("sign", named=True, unique=True)
     )
     groups = [LengthGroup(name=name, **table[sign]) for sign, name in names.items() if sign in table]
@@ -219,7 +223,7 @@ def hardest_pairs(pairs: pl.DataFrame, *, beta: float, count: int) -> pl.DataFra
         )
         .bottom_k(count, by=["margin", "row"])
         .sort("margin", "row")
-        .collect()
+        .collect(engine="streaming")
     )
 
 

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dpo_opt.analysis import rewards
+from dpo_opt.analysis.intervals import FloatArray
 
 # Okabe and Ito's palette, which stays apart under the common colour deficiencies.
 _CHOSEN = "#0072B2"
@@ -64,9 +65,10 @@ _STYLE: Any = {  # matplotlib types each key as a literal
     "ytick.major.size": 0,
 }
 
-_SIZE = (6.0, 3.2)
-_RAW_POINTS = 60
-_BINS = 60
+_SIZE = (6.0, 3.4)
+_LINE_POINTS = 24
+_MAX_BINS = 60
+_LENGTH_GROUPS = 12
 
 P = ParamSpec("P")
 
@@ -108,8 +110,9 @@ def loss_curve(train: pl.DataFrame, evals: pl.DataFrame, *, untrained: float | N
         evals: ``step`` and ``eval_loss``; may be empty.
         untrained: The loss of a policy equal to its reference, where that is one number.
     """
-    first, last = _ends(train, "loss")
-    figure, axes = _figure(f"Training loss went from {first:.3g} to {last:.3g}", y="loss (nats)")
+    last, which = _result(train, evals, "loss")
+    first, _ = _ends(train, "loss")
+    figure, axes = _figure(f"Loss ends at {last:.3g}, {which} (first logged: {first:.3g})", y="loss (nats)")
     if untrained is not None:
         _baseline(axes, untrained, f"policy = reference ({untrained:.3f})")
     _line(axes, train, "loss", _INK, "training")
@@ -120,24 +123,24 @@ def loss_curve(train: pl.DataFrame, evals: pl.DataFrame, *, untrained: float | N
 @_styled
 def reward_curves(train: pl.DataFrame, evals: pl.DataFrame) -> Figure:
     """Implicit rewards of chosen and rejected against steps; columns as training logs them."""
-    chosen, rejected = _ends(train, "rewards/chosen")[1], _ends(train, "rewards/rejected")[1]
+    chosen, which = _result(train, evals, "rewards/chosen")
+    rejected, _ = _result(train, evals, "rewards/rejected")
     figure, axes = _figure(
-        f"Rewards end at {chosen:+.3g} (chosen) and {rejected:+.3g} (rejected)",
+        f"Rewards end at {_signed(chosen)} (chosen) and {_signed(rejected)} (rejected), {which}",
         y="implicit reward (nats)",
     )
     _baseline(axes, 0, None)
     for side, colour in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
         _line(axes, train, f"rewards/{side}", colour, f"{side}, training")
         _points(axes, evals, f"eval_rewards/{side}", colour, f"{side}, held-out")
-    return _legend(figure, axes, columns=2)
+    return _legend(figure, axes)
 
 
 @_styled
 def margin_curve(train: pl.DataFrame, evals: pl.DataFrame) -> Figure:
     """Reward margin against steps."""
-    figure, axes = _figure(
-        f"The margin ends at {_ends(train, 'rewards/margins')[1]:+.3g}", y="reward margin (nats)"
-    )
+    margin, which = _result(train, evals, "rewards/margins")
+    figure, axes = _figure(f"The margin ends at {_signed(margin)}, {which}", y="reward margin (nats)")
     _baseline(axes, 0, None)
     _line(axes, train, "rewards/margins", _INK, "training")
     _points(axes, evals, "eval_rewards/margins", _HELD_OUT, "held-out")
@@ -147,12 +150,8 @@ def margin_curve(train: pl.DataFrame, evals: pl.DataFrame) -> Figure:
 @_styled
 def accuracy_curve(train: pl.DataFrame, evals: pl.DataFrame, *, reference: float | None) -> Figure:
     """Reward accuracy against steps, beside the share of pairs that the reference alone ranks rightly."""
-    held_out = "eval_rewards/accuracies" in evals.columns
-    end = _ends(evals, "eval_rewards/accuracies") if held_out else _ends(train, "rewards/accuracies")
-    figure, axes = _figure(
-        f"Accuracy ends at {end[1]:.0%} {'held-out' if held_out else 'in training'}",
-        y="pairs with margin > 0",
-    )
+    accuracy, which = _result(train, evals, "rewards/accuracies")
+    figure, axes = _figure(f"Accuracy ends at {accuracy:.0%}, {which}", y="pairs with margin > 0")
     _baseline(axes, 0.5, None)
     if reference is not None:
         _baseline(axes, reference, f"reference ranks {reference:.0%} rightly", dashes=(5, 2))
@@ -167,20 +166,19 @@ def logratio_curves(trajectories: pl.DataFrame) -> Figure:
     """Mean log-ratios of both sides against steps, from ``logratio_trajectories``."""
     train = trajectories.filter(pl.col("phase") == "train")
     evals = trajectories.filter(pl.col("phase") == "eval")
-    shown = train if len(train) else evals
+    shown = evals if len(evals) else train
     chosen, rejected = _ends(shown, "chosen_logratio")[1], _ends(shown, "rejected_logratio")[1]
-    both = (
-        "Both went down" if max(chosen, rejected) < 0 else "Both went up" if min(chosen, rejected) > 0 else ""
-    )
+    down, up = max(chosen, rejected) < 0, min(chosen, rejected) > 0
+    fact = "Both went down" if down else "Both went up" if up else "Mean log-ratios"
     figure, axes = _figure(
-        f"{both or 'Mean log-ratios'}: chosen {chosen:+.3g}, rejected {rejected:+.3g} nats",
+        f"{fact}: chosen {_signed(chosen)}, rejected {_signed(rejected)} nats",
         y="mean log-ratio (nats per completion)",
     )
-    _baseline(axes, 0, "reference")
+    _baseline(axes, 0, None)
     for side, colour in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
         _line(axes, train, f"{side}_logratio", colour, f"{side}, training")
         _points(axes, evals, f"{side}_logratio", colour, f"{side}, held-out")
-    return _legend(figure, axes, columns=2)
+    return _legend(figure, axes)
 
 
 @_styled
@@ -188,40 +186,46 @@ def margin_histogram(pairs: pl.DataFrame) -> Figure:
     """log p(chosen) - log p(rejected) under the reference and under the final policy.
 
     Args:
-        pairs: From ``final_pairs``. The outermost 1% of either distribution is gathered at the edges.
+        pairs: From ``final_pairs``. The outermost 2% of either distribution is gathered at the edges.
     """
-    margins = pairs.select(
-        before=rewards.reference_ranking_margin(), after=rewards.ranking_margin()
-    ).with_columns(pl.all().fill_nan(None))
-    right = [float((margins[name] > 0).mean() or 0) for name in ("before", "after")]  # type: ignore[arg-type]
+    before = _finite(pairs, rewards.reference_ranking_margin())
+    after = _finite(pairs, rewards.ranking_margin())
     figure, axes = _figure(
-        f"Ranked rightly: {right[0]:.0%} of pairs before, {right[1]:.0%} after",
+        f"Ranked rightly: {_share_right(before):.0%} of pairs before, {_share_right(after):.0%} after",
         x="log p(chosen) − log p(rejected), in nats",
         y="pairs",
     )
-    before, after = (margins[name].drop_nulls().to_numpy() for name in ("before", "after"))
-    outer = [np.quantile(values, [0.005, 0.995]) for values in (before, after) if len(values)]
-    low, high = min(q[0] for q in outer), max(q[1] for q in outer)
-    edges = np.linspace(low, max(high, low + 1e-6), _BINS + 1)
-    for values, colour, label in ((before, _MUTED, "reference"), (after, _CHOSEN, "final policy")):
-        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
-        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22)
-        axes.stairs(counts, edges, color=colour, linewidth=1.4, label=label)
-    axes.axvline(0, color=_INK, linewidth=0.8, linestyle=(0, (2, 2)))
+    _histogram(axes, (before, after), colours=(_MUTED, _CHOSEN), labels=("reference", "final policy"))
     return _legend(figure, axes)
+
+
+@_styled
+def reward_margin_histogram(pairs: pl.DataFrame, *, beta: float) -> Figure:
+    """The final reward margins, all 0 before training.
+
+    Args:
+        pairs: From ``final_pairs``. The outermost 2% is gathered at the edges.
+        beta: Of the run.
+    """
+    margins = _finite(pairs, rewards.margin(beta=beta))
+    figure, axes = _figure(
+        f"Moved the right way: {_share_right(margins):.0%} of pairs", x="reward margin (nats)", y="pairs"
+    )
+    _histogram(axes, (margins,), colours=(_HELD_OUT,), labels=(None,))
+    return figure
 
 
 @_styled
 def margin_by_length(pairs: pl.DataFrame, *, beta: float) -> Figure:
     """Mean reward margin against the length difference of the two completions, in up to 12 equal groups."""
+    values = pairs.select(difference=rewards.length_difference(), margin=rewards.margin(beta=beta))
+    difference = values["difference"].to_numpy()
+    edges = np.unique(np.quantile(difference, np.linspace(0, 1, _LENGTH_GROUPS + 1)[1:-1]))
     groups = (
-        pairs.select(difference=rewards.length_difference(), margin=rewards.margin(beta=beta))
-        .with_columns(
-            group=pl.col("difference").qcut(12, labels=[str(i) for i in range(12)], allow_duplicates=True)
-        )
+        values.with_columns(group=np.searchsorted(edges, difference, side="right"))
         .group_by("group")
         .agg(pl.col("difference").mean(), pl.col("margin").mean())
-        .sort("difference")
+        .sort("group")
     )
     span = float(groups["margin"].max() - groups["margin"].min())  # type: ignore[operator, arg-type]
     figure, axes = _figure(
@@ -235,8 +239,8 @@ def margin_by_length(pairs: pl.DataFrame, *, beta: float) -> Figure:
 
 
 def smoothed(train: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-    """Means over equal intervals of logged steps: at most 60 points, whatever the run's length."""
-    width = -(-len(train) // _RAW_POINTS)
+    """Means over equal intervals of logged steps: at most 24 points, whatever the run's length."""
+    width = -(-len(train) // _LINE_POINTS)
     return (
         train.with_row_index("interval")
         .group_by(pl.col("interval") // max(width, 1))
@@ -253,14 +257,15 @@ def _figure(title: str, *, y: str, x: str = "step (optimizer updates)") -> tuple
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(axis="x", visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(6))
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes, *, columns: int = 1) -> Figure:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="best", ncols=columns)
+def _legend(figure: Figure, axes: Axes) -> Figure:
+    # Below the axes, where it covers no data.
+    if entries := len(axes.get_legend_handles_labels()[1]):
+        figure.legend(loc="outside lower left", ncols=2 if entries == 4 else 3)
     return figure
 
 
@@ -294,6 +299,42 @@ def _points(axes: Axes, evals: pl.DataFrame, column: str, colour: str, label: st
 
 def _baseline(axes: Axes, y: float, label: str | None, *, dashes: tuple[int, int] = (1, 2)) -> None:
     axes.axhline(y, color=_MUTED, linewidth=1.1, linestyle=(0, dashes), label=label, zorder=1)
+
+
+def _histogram(
+    axes: Axes, samples: Sequence[FloatArray], *, colours: Sequence[str], labels: Sequence[str | None]
+) -> None:
+    # A handful of far outliers would squeeze everything else into a few bars.
+    outer = [np.quantile(values, [0.01, 0.99]) for values in samples if len(values)]
+    low, high = min((q[0] for q in outer), default=0.0), max((q[1] for q in outer), default=0.0)
+    bins = int(min(_MAX_BINS, 4 + 2 * math.sqrt(len(samples[0]))))
+    edges = np.linspace(low, max(high, low + 1e-6), bins + 1)
+    for values, colour, label in zip(samples, colours, labels, strict=True):
+        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
+        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22)
+        axes.stairs(counts, edges, color=colour, linewidth=1.4, label=label)
+    axes.axvline(0, color=_INK, linewidth=0.8, linestyle=(0, (2, 2)))
+
+
+def _finite(pairs: pl.DataFrame, value: pl.Expr) -> FloatArray:
+    values: FloatArray = pairs.select(value.alias("value"))["value"].to_numpy()
+    finite: FloatArray = values[np.isfinite(values)]
+    return finite
+
+
+def _share_right(margins: FloatArray) -> float:
+    return float((margins > 0).mean()) if len(margins) else math.nan
+
+
+def _result(train: pl.DataFrame, evals: pl.DataFrame, column: str) -> tuple[float, str]:
+    """The last value of a metric, held-out where there are evaluations, and which of the two it is."""
+    if f"eval_{column}" in evals.columns:
+        return _ends(evals, f"eval_{column}")[1], "held-out"
+    return _ends(train, column)[1], "in training"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}".replace("-", "−")
 
 
 def _ends(frame: pl.DataFrame, column: str) -> tuple[float, float]:

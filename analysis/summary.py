@@ -92,9 +92,9 @@ class RunSummary(_Record):
     steps: int | None
     epochs: float | None
     first_loss: float | None
-    final: dict[str, float | None]
+    final: dict[str, int | float | None]
     """The last training entry of metrics.jsonl; empty where there is none."""
-    eval: dict[str, float | None]
+    eval: dict[str, int | float | None]
     """The last evaluation; names keep their ``eval_``."""
     reference_ranking_accuracy: float | None
     """Of all kept pairs, before any training."""
@@ -104,7 +104,7 @@ class RunSummary(_Record):
     """Pairs that training did not see, under the scored checkpoint or else at the last evaluation."""
     kl: KLSummary | None
     """The last file of ``kl/``."""
-    parity: dict[str, float | bool | None] | None
+    parity: dict[str, bool | int | float | None] | None
 
 
 class Summary(_Record):
@@ -118,13 +118,13 @@ def known(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def last_entry(metrics: pl.DataFrame) -> dict[str, float | None]:
+def last_entry(metrics: pl.DataFrame) -> dict[str, int | float | None]:
     """The last row of a metrics frame, its nulls left out."""
     if not len(metrics):
         return {}
     return {name: known(value) for name, value in metrics.row(-1, named=True).items() if value is not None}
 
 
-def known_values(values: Mapping[str, float] | None) -> dict[str, float | bool | None] | None:
+def known_values(values: Mapping[str, float] | None) -> dict[str, bool | int | float | None] | None:
     """A mapping with every number that is not finite made None."""
     return None if values is None else {name: known(value) for name, value in values.items()}

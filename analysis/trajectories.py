@@ -11,7 +11,7 @@ import polars as pl
 from dpo_opt.analysis import rewards
 from dpo_opt.analysis.load import ShardSlice, join_reference
 
-INTERVALS = 60
+INTERVALS = 24
 """Training steps are gathered in at most this many equal intervals."""
 
 

@@ -190,6 +190,9 @@ def _figures(
         figures["histogram"] = plots.svg(
             plots.margin_histogram(final.pairs), label="Log-prob margins before and after training"
         )
+        figures["margins"] = plots.svg(
+            plots.reward_margin_histogram(final.pairs, beta=run.beta), label="Final reward margins"
+        )
         figures["lengths"] = plots.svg(
             plots.margin_by_length(final.pairs, beta=run.beta), label="Margin against length difference"
         )

@@ -3,6 +3,7 @@
 ``--help`` and ``status`` must answer at once, so nothing here imports torch, vllm or polars at the top.
 """
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -17,9 +18,18 @@ from dpo_opt.kl_config import KLConfig
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import configured
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.schemas.errors import DpoOptError
+from dpo_opt.schemas.errors import ConfigError, DpoOptError
 
 _INTERRUPTED = 130
+_PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+_EXTRAS = {
+    "torch": "train",
+    "transformers": "train",
+    "safetensors": "train",
+    "polars": "analysis",
+    "matplotlib": "analysis",
+    "jinja2": "analysis",
+}
 
 
 class _Explained(click.ClickException):
@@ -40,6 +50,19 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except DpoOptError as error:
             raise _Explained(error) from error
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in _EXTRAS:
+                raise
+            missing = ConfigError(
+                f"{package} is not installed", fix=f"pip install 'dpo-opt[{_EXTRAS[package]}]'"
+            )
+            raise _Explained(missing) from error
+        except OSError as error:
+            # A path that cannot be read or written is the user's to mend; the rest is a bug to report.
+            if error.filename is None or error.errno not in _PATH_ERRORS:
+                raise
+            raise _Explained(DpoOptError(str(error.strerror), where=str(error.filename))) from error
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(_INTERRUPTED)

@@ -6,6 +6,7 @@ All of it goes to stderr, so that stdout holds results only.
 import sys
 import time
 
+import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -69,6 +70,10 @@ class _Bar:
             console=Console(stderr=True),
         )
         self._bar.start()
+        # However the command ends: a bar that is left running leaves the terminal without a cursor.
+        context = click.get_current_context(silent=True)
+        if context is not None:
+            context.call_on_close(self._bar.stop)
         self._task: TaskID = self._bar.add_task(what, total=total, rate="", note="")
 
     def advance(self, count: int, note: str = "") -> None:

@@ -51,7 +51,9 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
     flag = "--" + name.replace("_", "-")
     text = (field.description or "").replace("`", "'")
     if not field.is_required() and field.default is not None:
-        shown = {True: "on", False: "off"}.get(field.default, field.default)
+        shown = field.default
+        if isinstance(shown, bool):
+            shown = "on" if shown else "off"
         text += f"  [default: {shown}]"
     if field.is_required():
         text += "  [required]"

@@ -12,7 +12,7 @@ import numpy as np
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import INDEX, TOKENIZER, Manifest, ShardFolder, check_file, load_manifest
 from dpo_opt.schemas.pairs import ScoredPair
-from dpo_opt.schemas.shards import read_row_groups
+from dpo_opt.schemas.shards import inconsistent_columns, read_row_groups
 from dpo_opt.schemas.storage import sha256_folder
 
 _MOST_PROBLEMS = 20
@@ -102,6 +102,10 @@ def _row_problems(path: Path, rows: range, expected: int) -> list[str]:
             seen.add(pair.row)
             if not _is_sound(pair):
                 problems.append(f"{path}: row {pair.row} has log-probs that do not fit its ids")
+    problems += [
+        f"{path}: row {row} has a {name} that does not follow from its ids and log-probs"
+        for row, name in inconsistent_columns(path)
+    ]
     if len(seen) != expected:
         problems.append(f"{path}: {len(seen)} rows, the manifest says {expected}")
     return problems

@@ -37,11 +37,14 @@ def segment_attention(
     """Attention output (1, T, H, D) in the form transformers' ``AttentionInterface`` expects.
 
     Raises:
-        NotImplementedError: The model wants soft-capping or sinks, which this kernel would ignore;
-            ``policy.load`` detects such models and falls back to padded rows.
+        NotImplementedError: The model wants soft-capping or sinks, which this kernel would ignore,
+            or applies its sliding window in a mask that is never built here; ``policy.load_policy``
+            detects such models and falls back to padded rows.
     """
     if attention_mask is not None or softcap is not None or s_aux is not None:
         raise NotImplementedError("segment attention has no masks, soft-capping or sinks")
+    if sliding_window is None and _is_windowed(module):
+        raise NotImplementedError("the layer has a sliding window and does not pass it on")
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     for start, stop, prefix_start, prefix_stop in segments:
@@ -65,6 +68,15 @@ def segment_attention(
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _is_windowed(module: torch.nn.Module) -> bool:
+    """Whether the configuration gives this layer a window: the check at loading is too short to tell."""
+    config = getattr(module, "config", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        return bool(layer_types[module.layer_idx] == "sliding_attention")
+    return getattr(config, "sliding_window", None) is not None
 
 
 AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)

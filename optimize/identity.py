@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.fingerprint import refuse_differences
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import config_digest, tokenizer_digest, weights_digest
@@ -21,10 +22,22 @@ def require_same_model(folder: ShardFolder, model_folder: Path, *, fields: Seque
         fix: What to do where they differ.
 
     Raises:
+        ConfigError: The model folder has no readable tokenizer.
         FingerprintError: A field differs.
     """
     cached = folder.manifest.fingerprint
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"the tokenizer cannot be loaded ({str(error).splitlines()[0]})",
+            where=str(model_folder),
+            why="whether its ids mean what they mean in the shards cannot be known",
+            fix=f"copy the model's own tokenizer there, or, if it is the same, cp {folder.path}/tokenizer/* "
+            f"{model_folder}",
+        ) from error
     found = {"tokenizer": tokenizer_digest(tokenizer)}
     if "weights" in fields:
         found["weights"] = weights_digest(model_folder)

@@ -18,7 +18,7 @@ from dpo_opt.optimize.export import save_final
 from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.loss import PreferenceLoss, preference_loss
 from dpo_opt.optimize.optimizer import learning_rate, make_optimizer
-from dpo_opt.optimize.packing import pair_group, plan_bins
+from dpo_opt.optimize.packing import pair_group
 from dpo_opt.optimize.parity import PARITY_PAIRS, Parity, measure_parity, require_parity
 from dpo_opt.optimize.policy import Policy, compute_dtype, default_device, load_policy
 from dpo_opt.optimize.run_folder import Metrics, RunFolder
@@ -188,6 +188,7 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
     save_final(
         policy,
         final,
+        source=model_folder,
         dtype=getattr(torch, save_dtype),
         tokenizer_dir=folder.path / TOKENIZER,
         card=_model_card(config, folder, parity, step),
@@ -203,7 +204,7 @@ def _forward_pairs(
     The loss is the sum over the step's pairs divided by their number, whatever the micro-batches are.
     """
     groups = [pair_group(pair) for pair in pairs]
-    bins = plan_bins([policy.size(group) for group in groups], config.micro_batch_tokens)
+    bins = policy.bins(groups, config.micro_batch_tokens)
     parts: list[_PairResults] = []
     for chosen in bins:
         batch = policy.layout([groups[i] for i in chosen]).to(policy.device)

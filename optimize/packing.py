@@ -107,6 +107,24 @@ def plan_bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return bins
 
 
+def plan_padded_bins(groups: Sequence[Group], budget: int) -> list[list[int]]:
+    """Indices of neighbours in length, longest first, so that each padded batch stays within ``budget`` rows.
+
+    A group larger than the budget gets a bin of its own.
+    """
+    widths = [max(len(s.prompt_ids) + len(s.completion_ids) - 1 for s in group) for group in groups]
+    bins: list[list[int]] = []
+    width = sequences = 0
+    for index in sorted(range(len(groups)), key=lambda i: (-widths[i], i)):
+        if bins and width * (sequences + len(groups[index])) <= budget:
+            bins[-1].append(index)
+            sequences += len(groups[index])
+        else:
+            bins.append([index])
+            width, sequences = widths[index], len(groups[index])
+    return bins
+
+
 def pack(groups: Sequence[Group]) -> Batch:
     """One packed row of all groups, prefixes shared."""
     ids: list[IdArray] = []

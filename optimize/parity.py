@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dpo_opt.optimize.loss import preference_loss
-from dpo_opt.optimize.packing import pair_group, plan_bins
+from dpo_opt.optimize.packing import pair_group
 from dpo_opt.optimize.policy import Policy
 from dpo_opt.schemas.errors import FingerprintError
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
@@ -57,8 +57,7 @@ def measure_parity(policy: Policy, pairs: Sequence[ScoredPair], *, cached_dtype:
         cached_dtype: Dtype the reference was scored in, from the fingerprint.
     """
     cached = np.concatenate([_cached(pair) for pair in pairs])
-    sizes = [policy.size(pair_group(pair)) for pair in pairs]
-    own = _own(policy, pairs, plan_bins(sizes, _BATCH_ROWS))
+    own = _own(policy, pairs, policy.bins([pair_group(pair) for pair in pairs], _BATCH_ROWS))
     alone = _own(policy, pairs, [[i] for i in range(len(pairs))])
     difference = cached - own
     floor = alone - own
@@ -69,7 +68,7 @@ def measure_parity(policy: Policy, pairs: Sequence[ScoredPair], *, cached_dtype:
 
     within = (
         # A mean over few tokens may exceed the limit by chance: three standard errors are allowed.
-        abs(mean) <= _MEAN_LIMIT + 3 * floor_sd / np.sqrt(len(cached))
+        abs(mean) <= _MEAN_LIMIT + 3 * sd / np.sqrt(len(cached))
         and sd <= max(2 * floor_sd, _SD_LIMIT)
         and p99 <= max(3 * floor_p99, _P99_LIMIT)
     )

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
+from dpo_opt.optimize.attention import SEGMENT_ATTENTION
 from dpo_opt.optimize.identity import require_same_model
-from dpo_opt.optimize.packing import Group, pair_group, plan_bins
+from dpo_opt.optimize.packing import Group, pair_group
 from dpo_opt.optimize.policy import Policy, default_device, load_policy
 from dpo_opt.schemas.fingerprint import TOKENIZER_FIELDS
 from dpo_opt.schemas.manifest import ShardFolder
@@ -72,7 +74,7 @@ class HfScorer:
         """See ``Scorer``: adjacent sequences of one prompt share its forward."""
         groups = _by_prompt(sequences)
         found: list[list[LogpArray]] = [[] for _ in groups]
-        for chosen in plan_bins([self.policy.size(g) for g in groups], _BATCH_ROWS):
+        for chosen in self.policy.bins(groups, _BATCH_ROWS):
             logps = iter(_forward(self.policy, [groups[i] for i in chosen]))
             for i in chosen:
                 found[i] = [next(logps) for _ in groups[i]]
@@ -89,10 +91,22 @@ class HfScorer:
     ) -> list[list[Completion]]:
         """See ``Sampler``. Left-padded batches through ``generate``; vLLM is faster where it runs."""
         model = self.policy.model
-        eos = _eos_ids(model.generation_config.eos_token_id)
+        declared = model.generation_config
+        eos = _eos_ids(declared.eos_token_id)
+        # What the checkpoint declares beyond its EOS (repetition penalty, top-k, ...) would fill every gap of
+        # a call, and the samples would not be the model's own.
+        model.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(eos) or None,
+            pad_token_id=0,
+        )
         # The packed attention has no key-value cache; generation needs the stock one.
-        packed = model.config._attn_implementation
-        model.set_attn_implementation("sdpa")
+        if self.policy.packs:
+            model.set_attn_implementation("sdpa")
         torch.manual_seed(seed)
         jobs = [prompt for prompt in prompts for _ in range(num_samples)]
         written: list[Completion] = []
@@ -108,16 +122,12 @@ class HfScorer:
                 out = model.generate(
                     input_ids=torch.from_numpy(ids).to(self.policy.device),
                     attention_mask=torch.from_numpy(mask).to(self.policy.device),
-                    do_sample=True,
-                    temperature=temperature,
-                    top_k=0,
-                    top_p=1.0,
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=0,
                 )
                 written += [_completion(row, eos) for row in out[:, width:].cpu().numpy()]
         finally:
-            model.set_attn_implementation(packed)
+            model.generation_config = declared
+            if self.policy.packs:
+                model.set_attn_implementation(SEGMENT_ATTENTION)
         return [written[i : i + num_samples] for i in range(0, len(written), num_samples)]
 
 

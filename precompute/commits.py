@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from dpo_opt.precompute.plan import read_plan
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import (
+    COMMITS,
     INDEX,
     MANIFEST,
     TOKENIZER,
@@ -46,8 +47,8 @@ def committed(shards_dir: Path, plan: Plan) -> dict[int, ShardCommit]:
     """
     found: dict[int, ShardCommit] = {}
     ranges = {r.shard: r for r in plan.shards}
-    for path in sorted((shards_dir / "commits").glob("[0-9]*.json")):
-        commit = parse(ShardCommit, path.read_text(encoding="utf-8"), where=path)
+    for path in sorted((shards_dir / COMMITS).glob("[0-9]*.json")):
+        commit = parse(ShardCommit, path.read_bytes(), where=path)
         planned = ranges.get(commit.shard)
         belongs = (
             planned is not None
@@ -91,7 +92,10 @@ def finalize(shards_dir: Path) -> Manifest:
         DataError: Shards are missing, a file changed after its commit, or no pair was kept.
     """
     if (shards_dir / MANIFEST).is_file():
-        return load_manifest(shards_dir)
+        manifest = load_manifest(shards_dir)
+        for commit in manifest.shards:
+            _require_present(shards_dir, commit)
+        return manifest
     plan = read_plan(shards_dir)
     done = committed(shards_dir, plan)
     missing = [r.shard for r in plan.shards if r.shard not in done]
@@ -137,6 +141,19 @@ def finalize(shards_dir: Path) -> Manifest:
     )
     write_manifest(shards_dir, manifest)
     return manifest
+
+
+def _require_present(shards_dir: Path, commit: ShardCommit) -> None:
+    """Notice a lost or cut file without reading it; whoever reads it compares its hash."""
+    path = shards_dir / commit.file
+    size = path.stat().st_size if path.is_file() else None
+    if size != commit.bytes:
+        raise DataError(
+            "the file is missing" if size is None else f"the file has {size} bytes of {commit.bytes}",
+            where=str(path),
+            why="the manifest names it, so pairs would be missing from training",
+            fix="restore the file, or delete the folder and run `dpo-opt precompute` again",
+        )
 
 
 def _index_rows(path: Path, shard: int) -> pa.Table:

@@ -5,6 +5,7 @@ written until at least one pair is known to survive tokenization.
 """
 
 import hashlib
+import secrets
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,7 @@ from dpo_opt.precompute.datasets import read_pairs, row_content
 from dpo_opt.precompute.tokenize import TEXT_TO_IDS, PairTokenizer, chat_template, load_tokenizer
 from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, refuse_differences
-from dpo_opt.schemas.manifest import PLAN, TOKENIZER, Plan, ShardRange, parse, to_json
+from dpo_opt.schemas.manifest import COMMITS, PLAN, TOKENIZER, Plan, ShardRange, parse, to_json
 from dpo_opt.schemas.models import (
     checkpoint_dtype,
     config_digest,
@@ -26,9 +27,9 @@ from dpo_opt.schemas.models import (
     tokenizer_digest,
     weights_digest,
 )
-from dpo_opt.schemas.pairs import Numerics, TokenizedPair
+from dpo_opt.schemas.pairs import Numerics, PreferencePair, TokenizedPair
 from dpo_opt.schemas.shards import SCHEMA_VERSION
-from dpo_opt.schemas.storage import write_text
+from dpo_opt.schemas.storage import sha256_folder, write_text
 
 _DEFAULT_MAX_LENGTH = 1024
 
@@ -62,14 +63,30 @@ def resolve_reference(config: PrecomputeConfig) -> Reference:
 
 
 def make_tokenizer(config: PrecomputeConfig, reference: Reference) -> PairTokenizer:
-    """The tokenizer with this configuration's truncation."""
-    model_config = read_config(reference.folder)
+    """The tokenizer with this configuration's truncation.
+
+    Raises:
+        ConfigError: The model folder has no usable tokenizer, or does not say how many ids there are.
+    """
     return PairTokenizer(
         load_tokenizer(reference.folder),
         max_length=reference.max_length,
         truncation=config.truncation,
-        vocab_size=int(model_config.get("text_config", model_config)["vocab_size"]),
+        vocab_size=_vocab_size(reference.folder),
     )
+
+
+def _vocab_size(folder: Path) -> int:
+    config = read_config(folder)
+    try:
+        return int(config.get("text_config", config)["vocab_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            "config.json does not say how large the vocabulary is (vocab_size)",
+            where=str(folder),
+            why="ids beyond it would be scored as something else",
+            fix="save the model again with save_pretrained",
+        ) from error
 
 
 def make_plan(
@@ -80,13 +97,17 @@ def make_plan(
     Raises:
         DataError: A row is malformed, or no pair survives tokenization.
     """
-    digest = hashlib.sha256()
+    size = config.pairs_per_shard
+    whole = RowsDigest()
+    parts: list[RowsDigest] = []
     rows = 0
     survives = False
     reasons: Counter[str] = Counter()
     for pair in read_pairs(config.data):
-        content = row_content(pair)
-        digest.update(len(content).to_bytes(8, "little") + content)
+        if rows % size == 0:
+            parts.append(RowsDigest())
+        parts[-1].add(pair)
+        whole.add(pair)
         rows += 1
         if not survives:
             tokenized = tokenizer(pair)
@@ -101,30 +122,52 @@ def make_plan(
             why=f"at --max-length {reference.max_length} nothing would be left to train on",
             fix="pass a larger --max-length, or --truncation keep_end",
         )
-    size = config.pairs_per_shard
     return Plan(
         fingerprint=_fingerprint(config, reference, tokenizer, numerics),
-        dataset_digest=digest.hexdigest(),
+        dataset_digest=whole.hexdigest(),
         rows=rows,
         shards=[
-            ShardRange(shard=i, start=start, stop=min(start + size, rows))
-            for i, start in enumerate(range(0, rows, size))
+            ShardRange(shard=i, start=i * size, stop=min((i + 1) * size, rows), rows_digest=part.hexdigest())
+            for i, part in enumerate(parts)
         ],
     )
+
+
+class RowsDigest:
+    """SHA-256 of rows' content, in order; each row is preceded by its length."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, pair: PreferencePair) -> None:
+        content = row_content(pair)
+        self._digest.update(len(content).to_bytes(8, "little") + content)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 def adopt_plan(shards_dir: Path, plan: Plan, tokenizer: Any) -> None:
     """Write the plan, or check that the folder already follows it.
 
     Raises:
+        DataError: The folder holds shards, but no plan that says what they are of.
         FingerprintError: The folder was planned for something else.
     """
     path = shards_dir / PLAN
+    # Asked first: whoever commits has written the plan before.
+    holds_commits = any((shards_dir / COMMITS).glob("*.json"))
     if not path.is_file():
+        if holds_commits:
+            raise DataError(
+                f"the folder holds scored shards, but no {PLAN}",
+                where=str(shards_dir),
+                why="nothing says which data they belong to",
+                fix=f"restore {PLAN}, or pass another --shards folder",
+            )
         _save_tokenizer(shards_dir / TOKENIZER, tokenizer)
         write_text(path, to_json(plan))
-        return
-    existing = parse(Plan, path.read_text(encoding="utf-8"), where=path)
+    existing = read_plan(shards_dir)
     fix = "pass another --shards folder, or remove this one to score it again"
     refuse_differences(
         cached=existing.fingerprint,
@@ -138,7 +181,8 @@ def adopt_plan(shards_dir: Path, plan: Plan, tokenizer: Any) -> None:
             f"its data has {existing.rows} rows with digest {existing.dataset_digest[:16]}..., this data "
             f"{plan.rows} rows with digest {plan.dataset_digest[:16]}..."
             if existing.dataset_digest != plan.dataset_digest
-            else f"it has {len(existing.shards)} shards, --pairs-per-shard now gives {len(plan.shards)}"
+            else f"its shards hold {existing.shards[0].stop} rows, --pairs-per-shard now gives "
+            f"{plan.shards[0].stop}"
         )
         raise FingerprintError(
             f"the folder was planned for another run: {different}",
@@ -162,7 +206,7 @@ def read_plan(shards_dir: Path) -> Plan:
             why="this is not a folder of reference shards",
             fix=f"dpo-opt precompute --model M --data DATA --shards {shards_dir}",
         )
-    return parse(Plan, path.read_text(encoding="utf-8"), where=path)
+    return parse(Plan, path.read_bytes(), where=path)
 
 
 def _fingerprint(
@@ -182,9 +226,17 @@ def _fingerprint(
 
 
 def _save_tokenizer(path: Path, tokenizer: Any) -> None:
-    private = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(private, ignore_errors=True)
-    tokenizer.save_pretrained(private)
-    if not path.exists():
-        private.replace(path)
-    shutil.rmtree(private, ignore_errors=True)
+    """Put the tokenizer in place; a folder that an interrupted run left for another one is replaced."""
+    private = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        tokenizer.save_pretrained(private)
+        if path.exists() and sha256_folder(path) != sha256_folder(private):
+            shutil.rmtree(path)
+        try:
+            private.replace(path)
+        except OSError:
+            # Another run, or an earlier one, put the same files there.
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(private, ignore_errors=True)

@@ -14,11 +14,11 @@ import numpy as np
 from dpo_opt.precompute.commits import committed, finalize
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.datasets import read_pairs
-from dpo_opt.precompute.plan import adopt_plan, make_plan, make_tokenizer, resolve_reference
+from dpo_opt.precompute.plan import RowsDigest, adopt_plan, make_plan, make_tokenizer, resolve_reference
 from dpo_opt.precompute.tokenize import PairTokenizer
-from dpo_opt.schemas.errors import DpoOptError
+from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import Fingerprint
-from dpo_opt.schemas.manifest import Manifest, Plan, ShardCommit, ShardRange, to_json
+from dpo_opt.schemas.manifest import COMMITS, MANIFEST, Manifest, Plan, ShardCommit, ShardRange, to_json
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair, Scorer, TokenizedPair, TokenSequence
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.shards import DroppedRow, read_row_groups, write_dropped, write_shard
@@ -47,6 +47,8 @@ def precompute(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress |
     tokenizer = make_tokenizer(config, reference)
     plan = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=scorer.numerics)
     adopt_plan(config.shards, plan, tokenizer.tokenizer)
+    if (config.shards / MANIFEST).is_file():
+        return finalize(config.shards)
     done = committed(config.shards, plan)
     missing = [planned for planned in plan.shards if planned.shard not in done]
     progress.start("scoring", total=sum(r.stop - r.start for r in missing), unit="pairs")
@@ -65,15 +67,29 @@ def score_shard(
     tokenizer: PairTokenizer,
     scorer: Scorer,
 ) -> ShardCommit:
-    """Score one shard's rows and commit them."""
+    """Score one shard's rows and commit them.
+
+    Raises:
+        DataError: The rows are not those that were planned.
+        DpoOptError: The scorer returned values that cannot be log-probs.
+    """
     kept: list[TokenizedPair] = []
     dropped: list[DroppedRow] = []
+    digest = RowsDigest()
     for pair in read_pairs(config.data, start=planned.start, stop=planned.stop):
+        digest.add(pair)
         tokenized = tokenizer(pair)
         if isinstance(tokenized, TokenizedPair):
             kept.append(tokenized)
         else:
             dropped.append(tokenized)
+    if digest.hexdigest() != planned.rows_digest:
+        raise DataError(
+            f"rows {planned.start} to {planned.stop} changed while the file was being scored",
+            where=str(config.data),
+            why="the shards of one folder would hold two versions of the data",
+            fix="restore the file and run the same command again, or pass another --shards folder",
+        )
     scored, unique = score_pairs(kept, scorer)
     return _commit(config.shards, plan.fingerprint, planned, scored, dropped, unique)
 
@@ -164,5 +180,5 @@ def _commit(
         unique_sequences=unique_sequences,
         fingerprint=fingerprint,
     )
-    write_text(shards_dir / "commits" / f"{name}.json", to_json(commit))
+    write_text(shards_dir / COMMITS / f"{name}.json", to_json(commit))
     return commit

@@ -13,6 +13,7 @@ Guards, each against something that vLLM does silently otherwise:
 
 import importlib.metadata
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def prepare_environment() -> None:
     settings = {
         # In one process: no engine outlives its parent, and no core is set aside for a front end.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
+        # Its errors come as exceptions too; at ERROR it also prints every request's ids.
+        "VLLM_LOGGING_LEVEL": "CRITICAL",
         "VLLM_NO_USAGE_STATS": "1",
     }
     if _is_cpu_build():
@@ -115,7 +117,7 @@ class VllmModel:
         prompts = [
             {"prompt_token_ids": np.concatenate([s.prompt_ids, s.completion_ids]).tolist()} for s in sequences
         ]
-        outputs = self._started().generate(prompts, params, use_tqdm=False)
+        outputs = self._generate(prompts, params, seed=0)
         return [_completion_logps(s, o) for s, o in zip(sequences, outputs, strict=True)]
 
     def sample(
@@ -130,19 +132,12 @@ class VllmModel:
         """See ``Sampler``."""
         from vllm import SamplingParams
 
-        params = [
-            SamplingParams(
-                n=num_samples,
-                max_tokens=max_new_tokens,
-                temperature=temperature,
-                # Requests of one seed would draw the same noise; a request's samples add 0, 1, ... to it.
-                seed=seed + i * num_samples,
-                detokenize=False,
-            )
-            for i in range(len(prompts))
-        ]
+        # No seed per request: on a CPU a seeded request that is prefilled in two steps stops the engine.
+        params = SamplingParams(
+            n=num_samples, max_tokens=max_new_tokens, temperature=temperature, detokenize=False
+        )
         requests = [{"prompt_token_ids": p.tolist()} for p in prompts]
-        outputs = self._started().generate(requests, params, use_tqdm=False)
+        outputs = self._generate(requests, params, seed=seed)
         return [
             [
                 Completion(np.asarray(c.token_ids, dtype=np.int32), c.finish_reason == "stop")
@@ -150,6 +145,22 @@ class VllmModel:
             ]
             for output in outputs
         ]
+
+    def _generate(self, prompts: list[dict[str, list[int]]], params: Any, *, seed: int) -> Any:
+        import torch
+
+        engine = self._started()
+        # The engine runs in this process and draws from its generator.
+        torch.manual_seed(seed)
+        try:
+            return engine.generate(prompts, params, use_tqdm=False)
+        except RuntimeError as error:
+            raise DpoOptError(
+                f"vLLM stopped ({str(error).strip().splitlines()[0][:200]})",
+                where=str(self._folder),
+                why="what it was working on is lost; finished shards are kept",
+                fix="run the command again, or pass --backend hf",
+            ) from error
 
     def _started(self) -> Any:
         if self._engine is None:
@@ -181,6 +192,8 @@ def _start(**settings: Any) -> Any:
         settings["enforce_eager"] = True
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
+        # Its imports warn about its own use of torch, which nobody here can mend.
+        warnings.simplefilter("ignore", FutureWarning)
         return LLM(
             **settings,
             load_format="safetensors",

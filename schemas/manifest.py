@@ -29,6 +29,7 @@ from dpo_opt.schemas.storage import sha256_file, write_text
 PLAN = "plan.json"
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
+COMMITS = "commits"
 TOKENIZER = "tokenizer"
 R = TypeVar("R", bound=BaseModel)
 _SAFE_FILE = re.compile(r"(data/)?[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -44,6 +45,8 @@ class ShardRange(_Record):
     shard: int
     start: int
     stop: int
+    rows_digest: str
+    """SHA-256 of these rows' content, in order: whoever scores them reads the same rows, or stops."""
 
 
 class Plan(_Record):
@@ -133,7 +136,7 @@ def load_manifest(shards_dir: Path) -> Manifest:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         stated = body.pop("sha256")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError("not readable as a manifest", where=str(path), fix=damaged) from error
     if stated != _body_hash(body):
         raise DataError(
@@ -150,7 +153,7 @@ def load_manifest(shards_dir: Path) -> Manifest:
     return manifest
 
 
-def parse(kind: type[R], text: str, *, where: Path) -> R:
+def parse(kind: type[R], text: str | bytes, *, where: Path) -> R:
     """Read a record.
 
     Raises:

@@ -55,7 +55,7 @@ def _fetch(model: str, revision: str | None) -> Path:
         )
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise ConfigError(
             f"{model!r} is not a folder, and fetching it needs huggingface_hub",
@@ -69,7 +69,7 @@ def _fetch(model: str, revision: str | None) -> Path:
                 allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
             f"{model!r} is neither a folder here nor to be had from the Hub ({first_line})",
@@ -160,19 +160,19 @@ def _tensors(path: Path) -> list[tuple[Path, str, str, tuple[int, ...], int, int
         (header_size,) = struct.unpack("<Q", prefix)
         if header_size > size - 8:
             raise damaged
-        try:
-            header = json.loads(handle.read(header_size))
-        except ValueError as error:
-            raise damaged from error
+        header_bytes = handle.read(header_size)
     start = 8 + header_size
     found = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        if start + end > size:
-            raise damaged
-        found.append((path, name, entry["dtype"], tuple(entry["shape"]), start + begin, start + end))
+    try:
+        for name, entry in json.loads(header_bytes).items():
+            if name != "__metadata__":
+                begin, end = map(int, entry["data_offsets"])
+                shape = tuple(map(int, entry["shape"]))
+                found.append((path, name, str(entry["dtype"]), shape, start + begin, start + end))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged from error
+    if any(not start <= begin <= end <= size for *_, begin, end in found):
+        raise damaged
     return found
 
 
@@ -186,7 +186,7 @@ def _tensor_line(tensor: tuple[Path, str, str, tuple[int, ...], int, int]) -> st
                 digest.update(view[begin:end])
             finally:
                 view.release()
-    return f"{name} {dtype} {shape} {digest.hexdigest()}"
+    return f"{name} {dtype} {'x'.join(map(str, shape))} {digest.hexdigest()}"
 
 
 def parameter_count(folder: Path) -> int:

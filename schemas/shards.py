@@ -5,6 +5,7 @@ words for readers in other languages.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,17 @@ DROPPED_SCHEMA = pa.schema(
     ]
 )
 
+# What follows from the other columns: stored so that a reader in any language can join and sum at once.
+_DERIVED = (
+    "pair_id",
+    "prompt_id",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "prompt_length",
+    "chosen_length",
+    "rejected_length",
+)
+
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -78,24 +90,7 @@ class DroppedRow(NamedTuple):
 def write_shard(path: Path, pairs: Sequence[ScoredPair], *, fingerprint: Fingerprint, shard: int) -> None:
     """Publish one shard: rows in order, small row groups, page checksums, zstd."""
     table = pa.Table.from_pydict(
-        {
-            "row": [p.row for p in pairs],
-            "pair_id": [p.pair_id for p in pairs],
-            "prompt_id": [p.prompt_id for p in pairs],
-            "source": [p.source for p in pairs],
-            "prompt_ids": [p.prompt_ids for p in pairs],
-            "chosen_ids": [p.chosen_ids for p in pairs],
-            "rejected_ids": [p.rejected_ids for p in pairs],
-            "ref_chosen_token_logps": [p.ref_chosen_token_logps for p in pairs],
-            "ref_rejected_token_logps": [p.ref_rejected_token_logps for p in pairs],
-            "ref_chosen_logps": [p.ref_chosen_logps for p in pairs],
-            "ref_rejected_logps": [p.ref_rejected_logps for p in pairs],
-            "prompt_length": [len(p.prompt_ids) for p in pairs],
-            "chosen_length": [len(p.chosen_ids) for p in pairs],
-            "rejected_length": [len(p.rejected_ids) for p in pairs],
-            "chosen_truncated": [p.chosen_truncated for p in pairs],
-            "rejected_truncated": [p.rejected_truncated for p in pairs],
-        },
+        _columns(pairs),
         schema=SHARD_SCHEMA.with_metadata(
             {
                 "dpo_opt.schema_version": str(SCHEMA_VERSION),
@@ -105,6 +100,27 @@ def write_shard(path: Path, pairs: Sequence[ScoredPair], *, fingerprint: Fingerp
         ),
     )
     write_table(path, table)
+
+
+def _columns(pairs: Sequence[ScoredPair]) -> dict[str, list[object]]:
+    return {
+        "row": [p.row for p in pairs],
+        "pair_id": [p.pair_id for p in pairs],
+        "prompt_id": [p.prompt_id for p in pairs],
+        "source": [p.source for p in pairs],
+        "prompt_ids": [p.prompt_ids for p in pairs],
+        "chosen_ids": [p.chosen_ids for p in pairs],
+        "rejected_ids": [p.rejected_ids for p in pairs],
+        "ref_chosen_token_logps": [p.ref_chosen_token_logps for p in pairs],
+        "ref_rejected_token_logps": [p.ref_rejected_token_logps for p in pairs],
+        "ref_chosen_logps": [p.ref_chosen_logps for p in pairs],
+        "ref_rejected_logps": [p.ref_rejected_logps for p in pairs],
+        "prompt_length": [len(p.prompt_ids) for p in pairs],
+        "chosen_length": [len(p.chosen_ids) for p in pairs],
+        "rejected_length": [len(p.rejected_ids) for p in pairs],
+        "chosen_truncated": [p.chosen_truncated for p in pairs],
+        "rejected_truncated": [p.rejected_truncated for p in pairs],
+    }
 
 
 def write_dropped(path: Path, dropped: Sequence[DroppedRow]) -> None:
@@ -129,7 +145,7 @@ def write_table(path: Path, table: pa.Table) -> None:
 def read_row_groups(path: Path, *, row_groups: Sequence[int] | None = None) -> Iterator[list[ScoredPair]]:
     """The pairs of a shard, one list per row group.
 
-    Callers that follow a manifest check the file's hash first (``manifest.open_shard``).
+    Callers that follow a manifest check the file's hash first (``manifest.ShardFolder`` does).
 
     Raises:
         DataError: The file cannot be read as a shard of this version.
@@ -140,13 +156,36 @@ def read_row_groups(path: Path, *, row_groups: Sequence[int] | None = None) -> I
             groups = range(file.num_row_groups) if row_groups is None else row_groups
             for group in groups:
                 yield _to_pairs(file.read_row_group(group))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"not readable as a shard ({str(error).splitlines()[0]})",
             where=str(path),
             why="the file is truncated, damaged or not a Parquet file",
             fix=f"dpo-opt verify --shards {path.parent.parent}",
         ) from error
+
+
+def inconsistent_columns(path: Path) -> Iterator[tuple[int, str]]:
+    """(row, column) wherever a stored identifier, length or sum does not follow from the ids and log-probs.
+
+    Raises:
+        DataError: The file cannot be read as a shard of this version.
+    """
+    position = 0
+    stored = pq.read_table(path, columns=["row", *_DERIVED])
+    for pairs in read_row_groups(path):
+        part = stored.slice(position, len(pairs))
+        position += len(pairs)
+        expected = _columns(pairs)
+        for name in _DERIVED:
+            for row, found, right in zip(
+                part["row"].to_pylist(), part[name].to_pylist(), expected[name], strict=True
+            ):
+                # Another writer may add in another order.
+                if found != right and not (
+                    isinstance(right, float) and math.isclose(found, right, rel_tol=1e-6)
+                ):
+                    yield row, name
 
 
 def _check_schema(file: pq.ParquetFile, path: Path) -> None:

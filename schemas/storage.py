@@ -57,9 +57,10 @@ def sha256_file(path: Path) -> str:
 
 def sha256_folder(folder: Path) -> str:
     """One hash of the names and bytes of a folder's files, independent of listing order."""
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        digest.update(f"{sha256_file(path)}  {path.name}\n".encode())
+    for name in sorted(files):
+        digest.update(f"{sha256_file(files[name])}  {name}\n".encode())
     return digest.hexdigest()
 
 

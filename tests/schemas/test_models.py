@@ -1,0 +1,222 @@
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.models import (
+    checkpoint_dtype,
+    config_digest,
+    context_length,
+    find_model,
+    parameter_count,
+    template_digest,
+    tokenizer_digest,
+    weights_digest,
+)
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy that may be changed."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def refusal(call: Callable[[], object]) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        call()
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def test_weights_digest_is_the_documented_formula(tiny_model: Path) -> None:
+    from safetensors.torch import load_file
+
+    lines = []
+    for name, tensor in load_file(tiny_model / "model.safetensors").items():
+        content = hashlib.sha256(tensor.numpy().astype("<f4").tobytes()).hexdigest()
+        lines.append(f"{name} F32 {'x'.join(map(str, tensor.shape))} {content}")
+    assert len(lines) == 21
+    assert weights_digest(tiny_model) == hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def test_a_resharded_copy_is_the_same_model(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "m", max_shard_size="50KB")
+    files = list((tmp_path / "m").glob("*.safetensors"))
+    assert len(files) > 3
+    assert weights_digest(tmp_path / "m") == weights_digest(tiny_model)
+    assert config_digest(tmp_path / "m") == config_digest(tiny_model)
+    assert parameter_count(tmp_path / "m") == parameter_count(tiny_model)
+
+
+def test_one_changed_weight_is_another_model(tiny_model: Path, model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] += 1e-3
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert weights_digest(model) != weights_digest(tiny_model)
+
+
+def test_exchanged_tensors_are_another_model(tiny_model: Path, model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    a, b = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
+    assert tensors[a].shape == tensors[b].shape
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert weights_digest(model) != weights_digest(tiny_model)
+
+
+def test_parameters_are_counted(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert parameter_count(tiny_model) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
+def test_truncated_weights_are_refused(model: Path, keep: int) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    error = refusal(lambda: weights_digest(model))
+    assert error.where == str(path)
+    assert "truncated or damaged" in error.what
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        "text",
+        {"a": 1},
+        {"a": {"dtype": "F32", "shape": [1]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 10**9]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
+        {"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": 4, "data_offsets": [0, 4]}},
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(model: Path, header: object) -> None:
+    text = json.dumps(header).encode()
+    (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 4)
+    assert "truncated or damaged" in refusal(lambda: weights_digest(model)).what
+
+
+def test_no_flipped_byte_of_the_weights_goes_unnoticed(model: Path) -> None:
+    path = model / "model.safetensors"
+    whole = path.read_bytes()
+    right = weights_digest(model)
+    data = 8 + int.from_bytes(whole[:8], "little")
+    # The header's keys and offsets, and bytes of the tensors; its metadata and padding do not matter.
+    first = whole.index(b'"lm_head')
+    for place in [*range(first, first + 120), *range(data, len(whole), 20_011)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        try:
+            assert weights_digest(model) != right, place
+        except ConfigError:
+            pass
+    path.write_bytes(whole)
+    assert weights_digest(model) == right
+
+
+def test_a_model_folder_is_found(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_model(str(tiny_model)) == tiny_model
+    monkeypatch.chdir(tiny_model.parent)
+    assert find_model(tiny_model.name).samefile(tiny_model)
+    monkeypatch.setenv("HOME", str(tiny_model.parent))
+    assert find_model(f"~/{tiny_model.name}") == tiny_model
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "~/nowhere", "a/b/c", ""])
+def test_a_folder_that_does_not_exist_is_named(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    if name:
+        error = refusal(lambda: find_model(name))
+        assert error.what == f"there is no model folder {name!r}"
+    else:
+        error = refusal(lambda: find_model(name))
+    assert error.fix
+
+
+@pytest.mark.parametrize("name", ["organisation/model", "not a/valid name", "models/none:latest"])
+def test_a_name_that_the_hub_does_not_have_is_a_config_error(
+    name: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    error = refusal(lambda: find_model(name))
+    assert repr(name) in error.what
+    assert "neither a folder here nor to be had from the Hub" in error.what
+
+
+def test_a_model_that_brings_its_own_code_is_refused(model: Path) -> None:
+    change_config(model, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    assert "auto_map" in refusal(lambda: find_model(str(model))).what
+
+
+def test_a_model_without_safetensors_is_refused(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    error = refusal(lambda: find_model(str(model)))
+    assert "no *.safetensors" in error.what
+    assert "pickle" in str(error.why)
+
+
+def test_a_folder_without_a_readable_config_is_refused(model: Path) -> None:
+    for text, what in (("{", "not readable as JSON"), ("[]", "not a JSON object"), (b"\xff", "not readable")):
+        (model / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert what in refusal(lambda: find_model(str(model))).what
+    (model / "config.json").unlink()
+    assert "no config.json" in refusal(lambda: find_model(str(model))).what
+
+
+def test_the_config_digest_ignores_names_and_versions_only(tiny_model: Path, model: Path) -> None:
+    change_config(model, transformers_version="4.0", torch_dtype="bfloat16", use_cache=False, _name_or_path="x")
+    assert config_digest(model) == config_digest(tiny_model)
+    change_config(model, rms_norm_eps=1e-5)
+    assert config_digest(model) != config_digest(tiny_model)
+
+
+def test_the_context_and_the_declared_dtype_are_read_from_the_config(tiny_model: Path, model: Path) -> None:
+    assert (context_length(tiny_model), checkpoint_dtype(tiny_model)) == (256, "float32")
+    change_config(model, dtype=None, torch_dtype="bfloat16", max_position_embeddings=None)
+    assert (context_length(model), checkpoint_dtype(model)) == (None, "bfloat16")
+    change_config(model, torch_dtype=None)
+    assert checkpoint_dtype(model) == "float32"
+
+
+def test_the_tokenizer_digest_is_of_behaviour(tiny_model: Path, model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    right = tokenizer_digest(tokenizer)
+    tokenizer(["a", "b c d"], padding=False, truncation=True, max_length=2)
+    assert tokenizer_digest(tokenizer) == right
+    tokenizer.save_pretrained(model)
+    assert tokenizer_digest(AutoTokenizer.from_pretrained(model)) == right
+    tokenizer.add_tokens(["<new>"])
+    added = tokenizer_digest(tokenizer)
+    other_end = AutoTokenizer.from_pretrained(tiny_model)
+    other_end.eos_token = "<s>"
+    assert len({right, added, tokenizer_digest(other_end)}) == 3
+
+
+def test_the_template_digest_tells_templates_apart() -> None:
+    assert template_digest(None) == "none"
+    assert template_digest("{{ a }}") == hashlib.sha256(b"{{ a }}").hexdigest()

@@ -1,0 +1,130 @@
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_opt.schemas.errors import DpoOptError
+from dpo_opt.schemas.shards import write_table
+from dpo_opt.schemas.storage import publish, sha256_file, sha256_folder, write_text
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_published_file_has_its_content_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "note.txt"
+    write_text(path, "first\n")
+    write_text(path, "Größe\n")
+    assert path.read_bytes() == b"Gr\xc3\xb6\xc3\x9fe\n"
+    assert names(path.parent) == {"note.txt"}
+
+
+def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "note.txt"
+    path.write_text("old")
+    with publish(path) as private:
+        private.write_text("ne")
+        assert path.read_text() == "old"
+        assert private.parent == path.parent
+        assert private.name.startswith(".")
+        private.write_text("new")
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), OSError(errno.EIO, "broken")])
+def test_an_error_while_writing_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    kept = tmp_path / "kept.txt"
+    kept.write_text("old")
+    for path in (kept, tmp_path / "new.txt"):
+        with pytest.raises(type(error)), publish(path) as private:
+            private.write_text("half")
+            raise error
+    assert names(tmp_path) == {"kept.txt"}
+    assert kept.read_text() == "old"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_by_name(tmp_path: Path, code: int) -> None:
+    with pytest.raises(DpoOptError, match="the disk is full") as caught, publish(tmp_path / "a") as private:
+        private.write_text("half")
+        raise OSError(code, os.strerror(code))
+    assert caught.value.where == str(tmp_path)
+    assert caught.value.fix
+    assert names(tmp_path) == set()
+
+
+def test_a_really_full_disk_leaves_nothing(small_disk: Path) -> None:
+    noise = pa.table({"noise": np.random.default_rng(0).random(100_000)})
+    with pytest.raises(DpoOptError, match="the disk is full"):
+        write_table(small_disk / "data" / "big.parquet", noise)
+    assert names(small_disk / "data") == set()
+    # The place is free again, and a table that fits is written.
+    write_table(small_disk / "data" / "small.parquet", noise.slice(0, 1000))
+    assert pq.read_table(small_disk / "data" / "small.parquet").num_rows == 1000
+
+
+def test_a_file_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "note.txt"
+    synced: list[tuple[str, bool]] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, path.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(path, "text")
+    (private, named_before), (folder, named_after) = synced
+    assert private.startswith(".note.txt.")
+    assert not named_before
+    assert folder == tmp_path.name
+    assert named_after
+
+
+def test_sha256_file_is_what_sha256sum_prints(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "abc") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_folders_hash_covers_names_bytes_and_subfolders(tmp_path: Path) -> None:
+    def make(folder: str, files: dict[str, str]) -> str:
+        for name, text in files.items():
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return sha256_folder(tmp_path / folder)
+
+    same = make("a", {"x": "1", "y": "2"})
+    assert same == make("b", {"y": "2", "x": "1"})
+    lines = "".join(f"{hashlib.sha256(t.encode()).hexdigest()}  {n}\n" for n, t in (("x", "1"), ("y", "2")))
+    assert same == hashlib.sha256(lines.encode()).hexdigest()
+    others = [
+        make("c", {"x": "2", "y": "1"}),
+        make("d", {"x": "1", "z": "2"}),
+        make("e", {"x": "1"}),
+        # A tokenizer with several chat templates keeps them in a subfolder.
+        make("f", {"x": "1", "y": "2", "templates/t.jinja": "3"}),
+        make("g", {"x": "1", "y": "2", "templates/t.jinja": "4"}),
+    ]
+    assert len({same, *others}) == 6
