@@ -76,6 +76,15 @@ def bootstrap_share(
     return interval
 
 
+def cluster_starts(*sorted_keys: npt.NDArray[np.generic]) -> IntArray:
+    """Where each run of equal keys begins, in arrays (N,) sorted together; empty for none."""
+    changes = [keys[1:] != keys[:-1] for keys in sorted_keys]
+    first = [0] if len(sorted_keys[0]) else []
+    return np.concatenate(
+        [np.array(first, dtype=np.int64), 1 + np.flatnonzero(np.logical_or.reduce(changes))]
+    )
+
+
 def wilson(*, share: float, trials: float) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927): holds for few trials and near 0 and 1.
 

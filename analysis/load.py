@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA
@@ -21,16 +22,21 @@ from dpo_opt.schemas.shards import SHARD_SCHEMA
 PAIR_LOGPS_FOLDER = "pair_logps"
 KL_FOLDER = "kl"
 
-_SLICE_ROWS = 100_000
-_MAX_SLICES = 20
+_SLICE_ROWS = 25_000
+_MAX_SLICES = 40
 
 
 class ShardSlice(NamedTuple):
-    """Neighbouring shards, and which rows of other tables are theirs."""
+    """Neighbouring shards, verified, and which rows of other tables are theirs."""
 
-    shards: pl.LazyFrame
+    files: list[Path]
     rows: pl.Expr
     """True for the rows of a pair log-prob table that belong to this slice."""
+
+    @property
+    def shards(self) -> pl.LazyFrame:
+        """A new scan each time: one that is kept holds on to its files' footers, megabytes per slice."""
+        return _lazy(self.files, SHARD_SCHEMA)
 
 
 def scan_shards(shards_dir: Path | str) -> pl.LazyFrame:
@@ -40,11 +46,11 @@ def scan_shards(shards_dir: Path | str) -> pl.LazyFrame:
         DataError: The folder has no valid manifest, or a file is not the one the manifest names.
     """
     shards_dir = Path(shards_dir)
-    return _scan_commits(shards_dir, load_manifest(shards_dir).shards)
+    return _lazy(_verified(shards_dir, load_manifest(shards_dir).shards), SHARD_SCHEMA)
 
 
 def shard_slices(shards_dir: Path | str) -> list[ShardSlice]:
-    """The same pairs in at most 20 slices, so that a join need not hold the whole reference in memory.
+    """The same pairs in at most 40 slices, so that a join need not hold the whole reference in memory.
 
     Together the slices claim every row number there is, also those that no shard has: a foreign row
     reaches :func:`join_reference` in some slice and is refused there.
@@ -64,7 +70,7 @@ def shard_slices(shards_dir: Path | str) -> list[ShardSlice]:
     starts = [group[0].start for group in groups[1:]]
     bounds = zip([None, *starts], [*starts, None], strict=True)
     return [
-        ShardSlice(_scan_commits(shards_dir, group), _between(start, stop))
+        ShardSlice(_verified(shards_dir, group), _between(start, stop))
         for group, (start, stop) in zip(groups, bounds, strict=True)
     ]
 
@@ -102,7 +108,8 @@ def join_reference(
 
     Args:
         pair_logps: Columns ``row``, ``pair_id`` and whatever else is wanted.
-        shards: From :func:`scan_shards`.
+        shards: From :func:`scan_shards`, or those of its columns that are wanted and ``row`` and
+            ``pair_id``.
         where: What the pair log-probs are, for the message.
 
     Raises:
@@ -129,7 +136,8 @@ def join_reference(
             "or name the shards that these values belong to",
         )
     # Lengths follow from the ids, so the policy's own columns are already the reference's.
-    return pair_logps.join(shards.drop("pair_id", "chosen_length", "rejected_length"), on="row")
+    own = ["pair_id", "chosen_length", "rejected_length"]
+    return pair_logps.join(shards.drop(own, strict=False), on="row")
 
 
 def parquet_files(path: Path | str, *, inside: str) -> list[Path]:
@@ -160,16 +168,13 @@ def _between(start: int | None, stop: int | None) -> pl.Expr:
     return at_least if stop is None else at_least & (rows < stop)
 
 
-def _scan_commits(shards_dir: Path, commits: Sequence[ShardCommit]) -> pl.LazyFrame:
-    if not commits:
-        return pl.LazyFrame(pl.from_arrow(SHARD_SCHEMA.empty_table()))
-    for commit in commits:
-        path = shards_dir / commit.file
-        state = path.stat() if path.is_file() else None
-        _check_once(
-            shards_dir.absolute(), commit.file, commit.sha256, state and (state.st_mtime_ns, state.st_size)
-        )
-    return _scan([shards_dir / c.file for c in commits], SHARD_SCHEMA, what="reference log-probs")
+def _verified(shards_dir: Path, commits: Sequence[ShardCommit]) -> list[Path]:
+    files = [shards_dir / commit.file for commit in commits]
+    for file, commit in zip(files, commits, strict=True):
+        state = file.stat() if file.is_file() else None
+        touched = state and (state.st_mtime_ns, state.st_size)
+        _check_once(shards_dir.absolute(), commit.file, commit.sha256, touched)
+    return files
 
 
 @cache
@@ -181,8 +186,8 @@ def _check_once(shards_dir: Path, name: str, sha256: str, state: tuple[int, int]
 def _scan(files: Sequence[Path], schema: pa.Schema, *, what: str) -> pl.LazyFrame:
     for file in files:
         try:
-            names = pl.read_parquet_schema(file)
-        except (pl.exceptions.PolarsError, OSError) as error:
+            names = pq.read_schema(file).names
+        except (pa.ArrowInvalid, OSError) as error:
             raise DataError(
                 f"not readable as Parquet ({str(error).splitlines()[0]})",
                 where=str(file),
@@ -193,5 +198,11 @@ def _scan(files: Sequence[Path], schema: pa.Schema, *, what: str) -> pl.LazyFram
             raise DataError(
                 f"this is no table of {what}: it lacks the columns {', '.join(missing)}", where=str(file)
             )
+    return _lazy(files, schema)
+
+
+def _lazy(files: Sequence[Path], schema: pa.Schema) -> pl.LazyFrame:
+    if not files:
+        return pl.LazyFrame(pl.from_arrow(schema.empty_table()))
     # Not as a pattern: folder names may hold [ or *.
     return pl.scan_parquet(list(files), glob=False, hive_partitioning=False).select(schema.names)

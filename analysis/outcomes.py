@@ -7,10 +7,11 @@ reference already did. So each table puts the reference's own ranking beside the
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.intervals import Interval, bootstrap_share, wilson
+from dpo_opt.analysis.intervals import IntArray, Interval, bootstrap_share, cluster_starts, wilson
 from dpo_opt.analysis.load import ShardSlice, join_reference
 
 
@@ -100,19 +101,19 @@ def final_pairs(
     Raises:
         DataError: The pairs are not those of the shards.
     """
+    # Hashed before the join: identifiers as text would be most of what it holds.
+    reference = (
+        "row",
+        "pair_id",
+        pl.col("prompt_id").hash().alias("prompt"),
+        pl.col("source").cast(pl.Categorical),
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+    )
+    policy = ("row", "pair_id", "chosen_logps", "rejected_logps", "chosen_length", "rejected_length")
     parts = [
-        join_reference(pair_logps.filter(s.rows), s.shards, where=where)
-        .select(
-            "row",
-            pl.col("prompt_id").hash().alias("prompt"),
-            pl.col("source").cast(pl.Categorical),
-            "chosen_logps",
-            "rejected_logps",
-            "ref_chosen_logps",
-            "ref_rejected_logps",
-            "chosen_length",
-            "rejected_length",
-        )
+        join_reference(pair_logps.filter(s.rows).select(policy), s.shards.select(*reference), where=where)
+        .drop("pair_id")
         .unique("row", keep="any")
         .sort("row")
         .collect(engine="streaming")
@@ -134,23 +135,21 @@ def outcome(pairs: pl.DataFrame, *, beta: float) -> Outcome:
         rejected_fell=rewards.rejected_fell().mean(),
         fell_without_margin=(rewards.chosen_fell() & ~rewards.reward_accuracy()).mean(),
     )
-    by_prompt = (
-        pairs.lazy()
-        .group_by("prompt")
-        .agg(
-            pl.len().alias("pairs"),
-            rewards.reward_accuracy().sum().alias("reward"),
-            policy.sum().alias("policy"),
-            reference.sum().alias("reference"),
-        )
-        .collect(engine="streaming")
-    )
+    # numpy, because a hash table of a million prompts would outweigh the frame itself.
+    prompts = pairs["prompt"].to_numpy()
+    order = np.argsort(prompts)
+    starts = cluster_starts(prompts[order])
+
+    def share(right: pl.Expr) -> Interval:
+        values = pairs.select(right.cast(pl.Int32).alias("right"))["right"].to_numpy()
+        return _share(np.add.reduceat(values[order], starts), np.diff(starts, append=len(pairs)))
+
     return Outcome(
         pairs=len(pairs),
-        prompts=len(by_prompt),
-        reward_accuracy=_share(by_prompt, "reward"),
-        ranking_accuracy=_share(by_prompt, "policy"),
-        reference_ranking_accuracy=_share(by_prompt, "reference"),
+        prompts=len(starts),
+        reward_accuracy=share(rewards.reward_accuracy()),
+        ranking_accuracy=share(policy),
+        reference_ranking_accuracy=share(reference),
         **means.collect(engine="streaming").row(0, named=True),
     )
 
@@ -164,12 +163,12 @@ def by_source(pairs: pl.DataFrame, *, beta: float) -> list[SourceOutcome]:
         .group_by("source")
         .agg(
             pl.len().alias("pairs"),
-            pl.col("prompt").n_unique().alias("prompts"),
             rewards.reward_accuracy().mean().alias("reward_accuracy"),
             rewards.ranking_accuracy().mean().alias("ranking_accuracy"),
             rewards.reference_ranking_accuracy().mean().alias("reference_ranking_accuracy"),
             rewards.margin(beta=beta).mean().alias("mean_margin"),
         )
+        .join(_prompts_by_source(pairs).lazy(), on="source", nulls_equal=True)
         .with_columns(pl.col("source").cast(pl.String))
         .sort("pairs", "source", descending=[True, False])
         .collect(engine="streaming")
@@ -227,10 +226,20 @@ def hardest_pairs(pairs: pl.DataFrame, *, beta: float, count: int) -> pl.DataFra
     )
 
 
-def _share(by_prompt: pl.DataFrame, column: str) -> Interval:
-    distinct = by_prompt.group_by("pairs", column).len().sort("pairs", column)
+def _prompts_by_source(pairs: pl.DataFrame) -> pl.DataFrame:
+    sources = pairs["source"].to_physical()
+    codes = sources.fill_null(sources.max() + 1).to_numpy()  # type: ignore[operator]
+    prompts = pairs["prompt"].to_numpy()
+    order = np.lexsort((prompts, codes))
+    distinct = order[cluster_starts(codes[order], prompts[order])]
+    return pairs.select(pl.col("source").gather(distinct)).group_by("source").agg(pl.len().alias("prompts"))
+
+
+def _share(right: IntArray, pairs: IntArray) -> Interval:
+    # Most prompts have equal counts: dozens of distinct ones stand for a million.
+    base = int(pairs.max()) + 1
+    distinct, counts = np.unique(pairs * base + right, return_counts=True)
+    trials, successes = np.divmod(distinct, base)
     return bootstrap_share(
-        successes=distinct[column].cast(pl.Float64).to_numpy(),
-        trials=distinct["pairs"].cast(pl.Float64).to_numpy(),
-        multiplicities=distinct["len"].cast(pl.Int64).to_numpy(),
+        successes=successes.astype(np.float64), trials=trials.astype(np.float64), multiplicities=counts
     )

@@ -104,8 +104,8 @@ def view_run(run: Run) -> RunView:
     slices = shard_slices(run.shards)
     logps = scan_pair_logps(run.path) if run.tables(PAIR_LOGPS_FOLDER) else None
     held_out = _held_out_rows(logps)
-    final = _final_state(run, logps, slices, held_out)
     trajectories = logratio_trajectories(logps, slices) if logps is not None else None
+    final = _final_state(run, logps, slices, held_out)
     kl = [KLFile(file.name, estimate_kl(scan_kl_samples(file))) for file in run.tables(KL_FOLDER)]
     reference = reference_accuracy(slices)
     decoder = TokenDecoder(run.shards)

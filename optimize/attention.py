@@ -46,13 +46,19 @@ def segment_attention(
     if sliding_window is None and _is_windowed(module):
         raise NotImplementedError("the layer has a sliding window and does not pass it on")
     grouped = query.shape[1] != key.shape[1]
+    # Split, not sliced: the gradient of T rows is then put together once, not once per segment.
+    sizes = [segment.stop - segment.start for segment in segments]
+    queries, keys, values = (torch.split(x, sizes, dim=2) for x in (query, key, value))
+    begins = {segment.start: number for number, segment in enumerate(segments)}
     outputs = []
-    for start, stop, prefix_start, prefix_stop in segments:
-        q, k, v = query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
-        offset = prefix_stop - prefix_start
+    for number, segment in enumerate(segments):
+        q, k, v = queries[number], keys[number], values[number]
+        offset = segment.prefix_stop - segment.prefix_start
         if offset:
-            k = torch.cat([key[:, :, prefix_start:prefix_stop], k], dim=2)
-            v = torch.cat([value[:, :, prefix_start:prefix_stop], v], dim=2)
+            # The prefix is the beginning of the segment that the group starts with.
+            first = begins[segment.prefix_start]
+            k = torch.cat([keys[first][:, :, :offset], k], dim=2)
+            v = torch.cat([values[first][:, :, :offset], v], dim=2)
         rows, columns = q.shape[2], k.shape[2]
         windowed = sliding_window is not None and columns > sliding_window
         mask = None

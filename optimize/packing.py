@@ -24,7 +24,10 @@ from dpo_opt.schemas.pairs import IdArray, TokenizedPair, TokenSequence
 
 
 class Segment(NamedTuple):
-    """Consecutive rows that attend causally to themselves, and before that to a shared prefix."""
+    """Consecutive rows that attend causally to themselves, and before that to a shared prefix.
+
+    Segments cover all rows in order; a prefix is the beginning of the segment that starts where it starts.
+    """
 
     start: int
     stop: int

@@ -75,17 +75,18 @@ def load_policy(folder: Path, *, dtype: torch.dtype, device: torch.device, train
         trainable: Whether gradients will be taken.
 
     Raises:
-        ConfigError: transformers cannot load the folder.
+        ConfigError: transformers cannot load the folder, weights are missing, or no layout is exact.
     """
     # Its bars for reading and writing files would stand between ours.
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32 if trainable else dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(
@@ -93,6 +94,14 @@ def load_policy(folder: Path, *, dtype: torch.dtype, device: torch.device, train
             where=str(folder),
             fix='check the folder with `python -c "from transformers import AutoConfig"` and its config.json',
         ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ConfigError(
+            f"the checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}",
+            where=str(folder),
+            why="transformers fills them with random numbers",
+            fix="copy the whole model, or save it again from the model that was trained",
+        )
     model.to(device)
     # Dropout must be off: the reference was scored without it, so with it policy != reference at step 0.
     model.eval()

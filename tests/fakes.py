@@ -2,13 +2,31 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.pairs import IdArray, LogpArray, Numerics, TokenSequence
 
 NUMERICS = Numerics(engine="scripted", engine_version="1", strategy="hash", dtype="float32")
+
+FINGERPRINT = Fingerprint(
+    schema_version=1,
+    weights="a" * 64,
+    model_config_digest="b" * 64,
+    tokenizer="c" * 64,
+    chat_template="none",
+    text_to_ids="1",
+    max_length=512,
+    truncation="keep_start",
+    engine="vllm",
+    engine_version="0.32.0",
+    strategy="prompt_logprobs",
+    dtype="float32",
+)
 
 
 class ScriptedScorer:
@@ -53,3 +71,22 @@ def scripted_logps(prompt_ids: IdArray, completion_ids: IdArray) -> LogpArray:
         context.update(int(token).to_bytes(4, "little"))
         values.append(-8 * int.from_bytes(context.digest()[:4], "little") / 2**32)
     return np.array(values, dtype=np.float32)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> Path:
+    """Write a dataset."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def preference_rows(count: int) -> list[dict[str, object]]:
+    """Rows that all differ; every third prompt is that of the row before."""
+    return [
+        {
+            "prompt": f"Question {i - (i % 3 == 2)}?",
+            "chosen": f" The answer is {i}.",
+            "rejected": f" No {i}",
+            "source": ["web", "books"][i % 2],
+        }
+        for i in range(count)
+    ]

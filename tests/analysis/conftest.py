@@ -1,4 +1,4 @@
-"""Small real runs: shards with a manifest, metrics, pair log-probs, scores and samples, by the schemas' writers."""
+"""Small real runs, by the schemas' own writers: shards, metrics, pair log-probs, scores and samples."""
 
 import hashlib
 import json

@@ -21,7 +21,7 @@ from dpo_opt.schemas.storage import sha256_folder
 torch.set_num_threads(2)
 
 FullLogps = Callable[[PreTrainedModel, TokenSequence], Tensor]
-WORDS = "the cat sat on a mat and then it ran out of town with nine red hats while owls sang".split()
+WORDS = ["the", "cat", "sat", "and", "then", "it", "ran", "out", "of", "town", "with", "nine", "red", "hats"]
 
 
 @pytest.fixture(scope="session")

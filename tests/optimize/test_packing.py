@@ -30,7 +30,9 @@ def random_groups(count: int, *, seed: int = 0) -> list[Group]:
     for _ in range(count):
         prompt = rng.integers(2, 9, size=rng.integers(1, 6)).tolist()
         # Few different ids, so that completions often begin alike.
-        completions = [rng.integers(2, 4, size=rng.integers(1, 7)).tolist() for _ in range(rng.integers(1, 5))]
+        completions = [
+            rng.integers(2, 4, size=rng.integers(1, 7)).tolist() for _ in range(rng.integers(1, 5))
+        ]
         groups.append(group(prompt, *completions))
     return groups
 

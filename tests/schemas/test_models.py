@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import shutil
@@ -128,10 +129,8 @@ def test_no_flipped_byte_of_the_weights_goes_unnoticed(model: Path) -> None:
         damaged = bytearray(whole)
         damaged[place] ^= 1
         path.write_bytes(damaged)
-        try:
+        with contextlib.suppress(ConfigError):
             assert weights_digest(model) != right, place
-        except ConfigError:
-            pass
     path.write_bytes(whole)
     assert weights_digest(model) == right
 
@@ -187,7 +186,9 @@ def test_a_folder_without_a_readable_config_is_refused(model: Path) -> None:
 
 
 def test_the_config_digest_ignores_names_and_versions_only(tiny_model: Path, model: Path) -> None:
-    change_config(model, transformers_version="4.0", torch_dtype="bfloat16", use_cache=False, _name_or_path="x")
+    change_config(
+        model, transformers_version="4.0", torch_dtype="bfloat16", use_cache=False, _name_or_path="x"
+    )
     assert config_digest(model) == config_digest(tiny_model)
     change_config(model, rms_norm_eps=1e-5)
     assert config_digest(model) != config_digest(tiny_model)

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fakes import FINGERPRINT
 
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shards import (
     DROPPED_SCHEMA,
@@ -19,21 +19,6 @@ from dpo_opt.schemas.shards import (
     write_dropped,
     write_shard,
     write_table,
-)
-
-FINGERPRINT = Fingerprint(
-    schema_version=1,
-    weights="a" * 64,
-    model_config_digest="b" * 64,
-    tokenizer="c" * 64,
-    chat_template="none",
-    text_to_ids="1",
-    max_length=512,
-    truncation="keep_start",
-    engine="vllm",
-    engine_version="0.32.0",
-    strategy="prompt_logprobs",
-    dtype="float32",
 )
 
 

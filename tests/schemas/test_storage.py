@@ -20,6 +20,13 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def write_half(path: Path, error: BaseException) -> None:
+    with publish(path) as private:
+        private.write_text("half")
+        assert names(path.parent) >= {private.name}
+        raise error
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
@@ -57,18 +64,16 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path, error: BaseExcept
     kept = tmp_path / "kept.txt"
     kept.write_text("old")
     for path in (kept, tmp_path / "new.txt"):
-        with pytest.raises(type(error)), publish(path) as private:
-            private.write_text("half")
-            raise error
+        with pytest.raises(type(error)):
+            write_half(path, error)
     assert names(tmp_path) == {"kept.txt"}
     assert kept.read_text() == "old"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_said_by_name(tmp_path: Path, code: int) -> None:
-    with pytest.raises(DpoOptError, match="the disk is full") as caught, publish(tmp_path / "a") as private:
-        private.write_text("half")
-        raise OSError(code, os.strerror(code))
+    with pytest.raises(DpoOptError, match="the disk is full") as caught:
+        write_half(tmp_path / "a", OSError(code, os.strerror(code)))
     assert caught.value.where == str(tmp_path)
     assert caught.value.fix
     assert names(tmp_path) == set()
@@ -90,7 +95,7 @@ def test_a_file_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: p
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
-        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, path.exists()))
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, path.exists()))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
