@@ -4,16 +4,14 @@ Names are loaded when they are first used, so that importing the package stays c
 matplotlib come with the functions that need them.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpo_opt.analysis.intervals import Interval, bootstrap_ratio, bootstrap_share, wilson
     from dpo_opt.analysis.kl import KLEstimate, estimate_kl
     from dpo_opt.analysis.load import join_reference, scan_kl_samples, scan_pair_logps, scan_shards
-    from dpo_opt.analysis.report import report
+    from dpo_opt.analysis.page import report
     from dpo_opt.analysis.summary import Summary
 
 __all__ = [
@@ -39,7 +37,7 @@ _HOMES = {
     "bootstrap_share": "intervals",
     "estimate_kl": "kl",
     "join_reference": "load",
-    "report": "report",
+    "report": "page",
     "scan_kl_samples": "load",
     "scan_pair_logps": "load",
     "scan_shards": "load",
@@ -51,14 +49,3 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-class _Package(ModuleType):
-    """Keeps ``report`` the function: importing the submodule of that name would rebind it."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -101,7 +101,7 @@ def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer) -> tuple[list[Sc
         The scored pairs in order, and how many sequences were scored for them.
 
     Raises:
-        DpoOptError: A returned row has the wrong length, is not finite, or is above 0.
+        DpoOptError: An answer is missing, has the wrong length, is not finite, or is above 0.
     """
     # Completions of one prompt next to each other, so that the scorer can reuse the prompt's work.
     by_prompt: dict[bytes, dict[tuple[bytes, bytes], TokenSequence]] = {}
@@ -110,7 +110,10 @@ def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer) -> tuple[list[Sc
             sequence = TokenSequence(pair.prompt_ids, completion)
             by_prompt.setdefault(sequence.key[0], {})[sequence.key] = sequence
     sequences = {key: s for group in by_prompt.values() for key, s in group.items()}
-    values = dict(zip(sequences, scorer.token_logps(list(sequences.values())), strict=True))
+    answers = scorer.token_logps(list(sequences.values())) if sequences else []
+    if len(answers) != len(sequences):
+        raise DpoOptError(f"the scorer gave {len(answers)} answers for {len(sequences)} sequences")
+    values = dict(zip(sequences, answers, strict=True))
     scored = []
     for pair in pairs:
         chosen = values[TokenSequence(pair.prompt_ids, pair.chosen_ids).key]

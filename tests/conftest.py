@@ -17,7 +17,7 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
-    "{{ m['role'] }}: {{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n"
+    "{{ m['role'] }}: {{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %} "
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 # Tokens that join letters, so that words are shorter in tokens than in bytes and may merge across a boundary.

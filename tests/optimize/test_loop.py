@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dpo_opt.optimize import TrainConfig, loop, train
+from dpo_opt.optimize import TrainConfig, loop, run_folder, train
 from dpo_opt.optimize.loop import prepare
 from dpo_opt.optimize.optimizer import learning_rate
 from dpo_opt.optimize.stream import PairStream
@@ -159,3 +159,316 @@ def test_micro_batches_change_neither_metrics_nor_weights(settings: dict[str, An
     for weights in found:
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
+
+
+def test_two_runs_with_one_seed_are_equal_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None:
+    runs = [tmp_path / "first", tmp_path / "second"]
+    for run in runs:
+        train(TrainConfig(**{**settings, "output_dir": run}, num_train_epochs=2, eval_split=0.3))
+    first, second = (
+        [{k: v for k, v in line.items() if k != "pairs_per_second"} for line in metrics_of(run)]
+        for run in runs
+    )
+    assert first == second
+    assert pair_rows(runs[0], "train") == pair_rows(runs[1], "train")
+    weights, others = (final_weights(run) for run in runs)
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+
+
+def test_another_seed_is_another_order(settings: dict[str, Any], tmp_path: Path) -> None:
+    visited = []
+    for seed in (1, 2):
+        run = tmp_path / f"seed-{seed}"
+        train(TrainConfig(**{**settings, "output_dir": run}, seed=seed, max_steps=2))
+        visited.append([row["row"] for row in pair_rows(run, "train")])
+    assert visited[0] != visited[1]
+
+
+def test_metrics_have_the_names_of_trl(settings: dict[str, Any]) -> None:
+    train(TrainConfig(**settings, eval_split=0.3, eval_steps=2))
+    evals = [line for line in metrics_of(settings["output_dir"]) if "eval_loss" in line]
+    assert {frozenset(line) for line in train_metrics(settings["output_dir"])} == {frozenset(TRAIN_METRICS)}
+    assert {frozenset(line) for line in evals} == {frozenset(EVAL_METRICS)}
+    steps = train_metrics(settings["output_dir"])[-1]["step"]
+    assert [line["step"] for line in evals] == sorted({*range(2, int(steps), 2), steps})
+
+
+def test_counts_and_rates_of_the_metrics(settings: dict[str, Any]) -> None:
+    config = TrainConfig(**settings, warmup_steps=2, lr_scheduler_type="cosine")
+    train(config)
+    pairs = list(ShardFolder.open(config.shards).pairs())
+    last = train_metrics(config.output_dir)[-1]
+    completions = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    prompts = sum(len(p.prompt_ids) for p in pairs)
+    assert last["num_tokens"] == completions + 2 * prompts
+    assert last["num_unique_tokens"] == completions + prompts
+    assert last["epoch"] == 1.0
+    assert [line["epoch"] for line in train_metrics(config.output_dir)] == pytest.approx(
+        [8 / 28, 16 / 28, 24 / 28, 1.0], abs=1e-6
+    )
+    rates = [line["learning_rate"] for line in train_metrics(config.output_dir)]
+    assert rates == [learning_rate(step, total_steps=4, config=config) for step in range(4)]
+    assert all(line["pairs_per_second"] > 0 for line in train_metrics(config.output_dir))
+
+
+def test_a_line_of_metrics_is_the_mean_over_its_pairs(settings: dict[str, Any], tmp_path: Path) -> None:
+    each, together = tmp_path / "each", tmp_path / "together"
+    train(TrainConfig(**{**settings, "output_dir": each}))
+    train(TrainConfig(**{**settings, "output_dir": together, "logging_steps": 3}))
+    lines, grouped = train_metrics(each), train_metrics(together)
+    assert [line["step"] for line in grouped] == [3, 4]
+    for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+        assert grouped[0][name] == pytest.approx(np.mean([line[name] for line in lines[:3]]))
+        assert grouped[1][name] == pytest.approx(lines[3][name])  # the 4 pairs of the last step
+
+
+def test_trainer_state_is_what_notebooks_read(settings: dict[str, Any]) -> None:
+    result = train(TrainConfig(**settings, eval_split=0.3, num_train_epochs=2))
+    run = settings["output_dir"]
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert state["log_history"] == metrics_of(run)
+    assert state["global_step"] == state["max_steps"] == result.steps == train_metrics(run)[-1]["step"]
+    assert state["epoch"] == 2.0
+    assert state["num_train_epochs"] == 2
+
+
+def test_the_resolved_configuration_makes_the_same_configuration(settings: dict[str, Any]) -> None:
+    config = TrainConfig(**settings, max_steps=1)
+    train(config)
+    saved = yaml.safe_load((config.output_dir / "config.resolved.yaml").read_text())
+    assert TrainConfig.model_validate(saved) == config
+
+
+def test_every_visited_pair_has_its_row_once_per_epoch(settings: dict[str, Any]) -> None:
+    config = TrainConfig(**settings, num_train_epochs=2)
+    train(config)
+    rows = pair_rows(config.output_dir, "train")
+    pairs = {p.row: p for p in ShardFolder.open(config.shards).pairs()}
+    for epoch in (0, 1):
+        visited = [row for row in rows if epoch <= row["epoch"] < epoch + 1]
+        assert sorted(row["row"] for row in visited) == list(range(PAIRS))
+        assert [row["step"] for row in visited] == [4 * epoch + i // 8 for i in range(PAIRS)]
+    for row in rows:
+        pair = pairs[row["row"]]
+        assert row["pair_id"] == pair.pair_id
+        assert (row["chosen_length"], row["rejected_length"]) == (
+            len(pair.chosen_ids),
+            len(pair.rejected_ids),
+        )
+    untrained = [row for row in rows if row["step"] == 0]
+    assert len(untrained) == 8
+    for row in untrained:
+        assert row["chosen_logps"] == pytest.approx(pairs[row["row"]].ref_chosen_logps, abs=1e-4)
+        assert row["rejected_logps"] == pytest.approx(pairs[row["row"]].ref_rejected_logps, abs=1e-4)
+    (file,) = (config.output_dir / "pair_logps").glob("*.parquet")
+    assert pq.read_schema(file).equals(PAIR_LOGPS_SCHEMA)
+
+
+def test_rows_of_evaluation_are_the_trained_policys(settings: dict[str, Any], full_logps: FullLogps) -> None:
+    config = TrainConfig(**settings, eval_split=0.3, eval_steps=3)
+    result = train(config)
+    held_out = PairStream(ShardFolder.open(config.shards), eval_split=0.3).eval_positions.tolist()
+    rows = pair_rows(config.output_dir, "eval")
+    trained_on = {row["row"] for row in pair_rows(config.output_dir, "train")}
+    assert 0 < len(held_out) < PAIRS
+    assert trained_on == set(range(PAIRS)) - set(held_out)
+    assert {row["step"] for row in rows} == {3, result.steps} - ({3} if result.steps < 3 else set())
+    for step in {row["step"] for row in rows}:
+        assert sorted(row["row"] for row in rows if row["step"] == step) == held_out
+    model = AutoModelForCausalLM.from_pretrained(result.final, dtype=torch.float32).eval()
+    pairs = {p.row: p for p in ShardFolder.open(config.shards).pairs()}
+    with torch.no_grad():
+        for row in (row for row in rows if row["step"] == result.steps):
+            chosen, rejected = sums(full_logps, model, pairs[row["row"]])
+            assert row["chosen_logps"] == pytest.approx(float(chosen), abs=1e-3)
+            assert row["rejected_logps"] == pytest.approx(float(rejected), abs=1e-3)
+
+
+def test_segments_hold_every_row_whatever_their_size(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "_SEGMENT_ROWS", 10)
+    train(TrainConfig(**settings, num_train_epochs=2))
+    files = sorted((settings["output_dir"] / "pair_logps").iterdir())
+    assert [file.name for file in files] == [
+        "00000.parquet",
+        "00001.parquet",
+        "00002.parquet",
+        "00003.parquet",
+    ]
+    rows = [row["row"] for row in pair_rows(settings["output_dir"], "train")]
+    assert sorted(rows) == sorted([*range(PAIRS), *range(PAIRS)])
+
+
+@pytest.mark.parametrize(("max_steps", "epochs"), [(2, 0.571429), (6, 1.571429)])
+def test_max_steps_stops_early_or_goes_on(settings: dict[str, Any], max_steps: int, epochs: float) -> None:
+    result = train(TrainConfig(**settings, max_steps=max_steps))
+    last = train_metrics(settings["output_dir"])[-1]
+    assert result.steps == last["step"] == max_steps
+    assert last["epoch"] == pytest.approx(epochs, abs=1e-6)
+    assert result.last_metrics == last
+
+
+def test_rmsprop_learns_too(settings: dict[str, Any]) -> None:
+    train(TrainConfig(**{**settings, "learning_rate": 1e-4}, optim="rmsprop", num_train_epochs=3))
+    logged = train_metrics(settings["output_dir"])
+    assert logged[-1]["loss"] < logged[0]["loss"] - 0.05
+
+
+def test_bf16_starts_near_ln_2_and_learns(settings: dict[str, Any], bf16_shards: Path) -> None:
+    result = train(TrainConfig(**{**settings, "shards": bf16_shards}, dtype="bfloat16", num_train_epochs=4))
+    logged = train_metrics(settings["output_dir"])
+    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=0.03)
+    assert logged[-1]["loss"] < 0.6
+    # The masters stayed fp32 all along: what is saved is as declared by the checkpoint.
+    assert {w.dtype for w in load_file(result.final / "model.safetensors").values()} == {torch.float32}
+
+
+def test_the_parity_of_the_run_is_kept(settings: dict[str, Any]) -> None:
+    result = train(TrainConfig(**settings, max_steps=1))
+    saved = json.loads((settings["output_dir"] / "parity.json").read_text())
+    assert result.parity is not None
+    assert saved == result.parity._asdict()
+    assert saved["ok"] is True
+    assert saved["pairs"] == PAIRS
+
+
+def test_another_model_is_refused_by_content(settings: dict[str, Any], other_model: Path) -> None:
+    with pytest.raises(FingerprintError, match="weights") as caught:
+        train(TrainConfig(**{**settings, "model": str(other_model)}))
+    assert f"dpo-opt precompute --model {other_model}" in str(caught.value)
+    assert not settings["output_dir"].exists()
+
+
+def test_a_reference_that_differs_is_allowed_when_said(settings: dict[str, Any], other_model: Path) -> None:
+    config = TrainConfig(**{**settings, "model": str(other_model)}, reference_differs=True, max_steps=1)
+    result = train(config)
+    assert result.parity is None
+    assert not (config.output_dir / "parity.json").exists()
+    assert "another model than the starting policy" in (result.final / "README.md").read_text()
+    # The reference is still the cached one.
+    assert abs(train_metrics(config.output_dir)[0]["loss"] - math.log(2)) > 0.01
+
+
+@pytest.mark.parametrize("reference_differs", [False, True])
+def test_another_tokenizer_is_always_refused(
+    settings: dict[str, Any], tiny_model: Path, tmp_path: Path, reference_differs: bool
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(FingerprintError, match="tokenizer"):
+        train(TrainConfig(**{**settings, "model": str(folder)}, reference_differs=reference_differs))
+
+
+def test_a_model_without_tokenizer_is_refused_in_words(
+    settings: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ConfigError, match="the tokenizer cannot be loaded"):
+        train(TrainConfig(**{**settings, "model": str(folder)}))
+
+
+def test_a_used_folder_is_refused_and_left_alone(settings: dict[str, Any]) -> None:
+    run = settings["output_dir"]
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="already in use"):
+        train(TrainConfig(**settings))
+    assert [file.name for file in run.iterdir()] == ["notes.txt"]
+
+
+def test_an_empty_folder_may_be_used(settings: dict[str, Any]) -> None:
+    settings["output_dir"].mkdir()
+    assert train(TrainConfig(**settings, max_steps=1)).final.is_dir()
+
+
+def test_holding_out_everything_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="holds out every pair"):
+        prepare(TrainConfig(**settings, eval_split=0.9999999))
+
+
+def test_preparing_writes_nothing(settings: dict[str, Any]) -> None:
+    prepared = prepare(TrainConfig(**settings, num_train_epochs=3))
+    assert prepared.total_steps == 12
+    assert not settings["output_dir"].exists()
+
+
+def test_numbers_of_another_model_stop_the_run_before_it_starts(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, other_model: Path
+) -> None:
+    """The digests agree, the numbers do not: as after a wrong chat template, or a broken engine."""
+    monkeypatch.setattr(loop, "require_same_model", lambda *args, **kwargs: None)
+    with pytest.raises(FingerprintError, match="the cached log-probs are not those of"):
+        train(TrainConfig(**{**settings, "model": str(other_model)}))
+    assert not settings["output_dir"].exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(**{**settings, "learning_rate": 1e30})  # one step, and the weights overflow
+    steps = 0
+    make = loop.make_optimizer
+
+    def counting(*args: Any) -> torch.optim.Optimizer:
+        optimizer = make(*args)
+
+        def count(*_: object) -> None:
+            nonlocal steps
+            steps += 1
+
+        optimizer.register_step_post_hook(count)
+        return optimizer
+
+    monkeypatch.setattr(loop, "make_optimizer", counting)
+    with pytest.raises(DpoOptError, match="a loss is not finite") as caught:
+        train(config)
+    assert steps == 1
+    stream = PairStream(ShardFolder.open(config.shards), eval_split=0.0)
+    second = stream.fetch(stream.epoch(seed=config.seed, epoch=0)[8:16])
+    message = str(caught.value)
+    assert message.startswith("step 2: ")
+    named = {int(row) for row in message.split("source rows ")[1].split(")")[0].split(", ")}
+    assert named
+    assert named <= {pair.row for pair in second}
+    assert not (config.output_dir / "final").exists()
+
+
+def test_the_final_model_is_an_ordinary_one(settings: dict[str, Any], shards: Path, tiny_model: Path) -> None:
+    result = train(TrainConfig(**settings, save_dtype="bfloat16"))
+    model = AutoModelForCausalLM.from_pretrained(result.final)
+    tokenizer = AutoTokenizer.from_pretrained(result.final)
+    original = AutoTokenizer.from_pretrained(tiny_model)
+    text = "the hat and </s> the cat"
+    assert tokenizer(text)["input_ids"] == original(text)["input_ids"]
+    assert tokenizer.chat_template == original.chat_template
+    assert model.dtype == torch.bfloat16
+    assert "dpo_opt" not in (result.final / "config.json").read_text()
+    saved = final_weights(settings["output_dir"])
+    assert {w.dtype for w in saved.values()} == {torch.bfloat16}
+    assert set(saved) == set(load_file(tiny_model / "model.safetensors"))
+    card = (result.final / "README.md").read_text()
+    manifest = ShardFolder.open(shards).manifest
+    for part in (
+        manifest.fingerprint.weights,
+        manifest.dataset_digest,
+        "28 of 28",
+        "beta 0.1",
+        "| steps | 4 |",
+    ):
+        assert part in card
+    assert [p.name for p in settings["output_dir"].iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_final_model_has_changed(settings: dict[str, Any], tiny_model: Path) -> None:
+    train(TrainConfig(**settings, max_steps=1))
+    before = load_file(tiny_model / "model.safetensors")
+    after = final_weights(settings["output_dir"])
+    for name, weight in after.items():
+        # AdamW's first step is the learning rate, in the direction of the gradient's sign.
+        change = (weight - before[name]).abs().max().item()
+        assert change == pytest.approx(1e-3, rel=0.01), name

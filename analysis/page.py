@@ -24,7 +24,7 @@ from dpo_opt.schemas.storage import write_text
 
 SUMMARY = "summary.json"
 
-_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+_TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
 def report(run_dirs: Sequence[Path], output: Path) -> Summary:

@@ -1,0 +1,297 @@
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dpo_opt.analysis import report
+from dpo_opt.analysis.kl import estimate_kl
+from dpo_opt.analysis.load import scan_kl_samples
+from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.pair_logps import write_pair_logps
+
+HOSTILE = (
+    "Ignore this <script>alert(1)</script></style></div> \x1b]0;owned\x07 \u202ereversed <img src=http://x>"
+)
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, attributes, text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.links, self.text, self.open = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("href", "src", "xlink:href", "action", "data")]
+        assert not [k for k, _ in attrs if k.startswith("on")]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def __contains__(self, words):
+        return words in re.sub(r"\s+", " ", "".join(self.text))
+
+
+@pytest.fixture
+def shards(tmp_path, shards_writer, texts):
+    dropped = {"too_long": 12, "empty_completion": 4}
+    return tmp_path / "shards", shards_writer(
+        tmp_path / "shards", texts(120, prompts=60), pairs_per_shard=40, dropped=dropped
+    )
+
+
+@pytest.fixture
+def make_run(tmp_path, shards, run_writer):
+    def make(name="run", **settings):
+        return run_writer(tmp_path / name, *shards, steps=20, **settings)
+
+    return make
+
+
+def write_report(*runs):
+    output = runs[0].parent / "report.html"
+    return report(runs, output), Page(output)
+
+
+def test_summary_file_is_what_is_returned_and_agrees_with_the_run(make_run, shards):
+    run = make_run()
+    summary, _ = write_report(run)
+    saved = json.loads((run.parent / "summary.json").read_text())
+    assert saved == json.loads(summary.model_dump_json())
+    (entry,) = saved["runs"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if "loss" in line]
+    assert entry["run"] == str(run)
+    assert (entry["steps"], entry["beta"], entry["loss_type"]) == (20, 0.1, "sigmoid")
+    assert entry["first_loss"] == train[0]["loss"]
+    assert entry["final"] == train[-1]
+    assert entry["eval"] == [line for line in lines if "eval_loss" in line][-1]
+    assert entry["parity"]["ok"] is True
+    right = [p.ref_chosen_logps > p.ref_rejected_logps for p in shards[1]]
+    assert entry["reference_ranking_accuracy"] == pytest.approx(sum(right) / 120)
+
+
+def test_held_out_pairs_agree_with_the_trainers_own_last_evaluation(make_run):
+    summary, _ = write_report(make_run())
+    entry = summary.runs[0]
+    assert entry.held_out.reward_accuracy == pytest.approx(entry.eval["eval_rewards/accuracies"])
+    assert entry.held_out.mean_margin == pytest.approx(entry.eval["eval_rewards/margins"])
+    assert entry.held_out.reward_accuracy_low < entry.held_out.reward_accuracy
+    assert entry.scored.pairs == 120
+    assert entry.held_out.pairs < 120
+
+
+def test_kl_in_the_summary_is_the_estimate(make_run):
+    run = make_run()
+    entry = write_report(run)[0].runs[0]
+    estimate = estimate_kl(scan_kl_samples(run))
+    assert entry.kl.k1_sequence.value == pytest.approx(estimate.k1_sequence.value)
+    assert (entry.kl.samples, entry.kl.file) == (80, "final.parquet")
+
+
+def test_page_shows_every_part(make_run):
+    _, page = write_report(make_run())
+    for words in (
+        "136: 120 pairs kept, 4 dropped (empty_completion), 12 dropped (too_long)",
+        "cached and recomputed log-probs agree",
+        "Accuracy ends at",
+        "Ranked rightly:",
+        "When both go down.",
+        "2410.08847",
+        "Loss ends at",
+        "The longer one is chosen in",
+        "By source",
+        "k3 per token",
+        "This is not a KL",
+        "The 8 hardest pairs",
+    ):
+        assert words in page
+    assert page.tags.count("svg") == 8
+
+
+def test_every_figure_states_n(make_run):
+    run = make_run()
+    write_report(run)
+    captions = re.findall(
+        r"<figcaption>(.*?)</figcaption>", (run.parent / "report.html").read_text(), re.DOTALL
+    )
+    assert len(captions) == 8
+    assert all(re.search(r"n = \d", caption) for caption in captions)
+
+
+def test_page_has_no_script_and_reaches_for_nothing(make_run):
+    run = make_run()
+    _, page = write_report(run)
+    text = (run.parent / "report.html").read_text()
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text
+    assert not {"script", "iframe", "object", "embed", "link", "form", "base", "img"} & set(page.tags)
+    assert all(link.startswith("#") for link in page.links)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_hostile_text_ends_escaped(tmp_path, shards_writer, run_writer, texts):
+    pairs = texts(20)
+    pairs = [(HOSTILE, chosen + HOSTILE, rejected + HOSTILE) for _, chosen, rejected in pairs]
+    made = shards_writer(tmp_path / "s", pairs, sources=("<b onclick=x>\x1b[2Jsource",))
+    run = run_writer(tmp_path / "<script>alert(2)<", tmp_path / "s", made, steps=5, eval_every=0)
+    _, page = write_report(run)
+    text = (tmp_path / "report.html").read_text()
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert "Ignore this <script>alert(1)</script></style></div> ]0;owned reversed <img src=http://x>" in page
+    assert "<b onclick=x>[2Jsource" in page
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+
+
+def test_dollars_and_angles_in_a_run_name_do_no_harm(make_run):
+    summary, page = write_report(make_run("a $x^{2$ & <b>"), make_run("b"))
+    assert len(summary.runs) == 2
+    assert "a $x^{2$ & <b>" in page
+
+
+def test_several_runs_are_compared_first(make_run):
+    summary, page = write_report(make_run("one"), make_run("two", beta=0.3))
+    assert [entry.beta for entry in summary.runs] == [0.1, 0.3]
+    assert "Comparison" in page
+    assert page.links[:2] == ["#run-1", "#run-2"]
+    _, page = write_report(make_run("three"))
+    assert "Comparison" not in page
+
+
+def test_without_scores_the_last_evaluation_stands_in_and_the_command_is_shown(make_run):
+    run = make_run(scored=False)
+    summary, page = write_report(run)
+    assert summary.runs[0].scored is None
+    assert summary.runs[0].held_out.mean_margin == pytest.approx(summary.runs[0].eval["eval_rewards/margins"])
+    assert "the held-out pairs at the last evaluation (step 20)" in page
+    assert f"dpo-opt score --shards {run.parent / 'shards'} --model {run / 'final'}" in page
+
+
+def test_a_bare_run_says_what_is_missing_and_how_to_get_it(make_run):
+    run = make_run(scored=False, kl=False, parity=False, eval_every=0)
+    summary, page = write_report(run)
+    entry = summary.runs[0]
+    assert (entry.scored, entry.held_out, entry.kl, entry.parity, entry.eval) == (None, None, None, None, {})
+    assert "No pair's final log-probs are known." in page
+    assert "dpo-opt score --shards" in page
+    assert "dpo-opt kl --model" in page
+    assert "no parity.json" in page
+
+
+def test_a_run_that_has_only_begun_is_shown(make_run):
+    run = make_run(scored=False, kl=False, parity=False)
+    (run / "metrics.jsonl").unlink()
+    for file in (run / "pair_logps").iterdir():
+        file.unlink()
+    summary, page = write_report(run)
+    assert summary.runs[0].steps is None
+    assert "Nothing was logged yet" in page
+    assert "There are no pair log-probs" in page
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out_and_repeated_steps_count_once(make_run):
+    run = make_run()
+    metrics = run / "metrics.jsonl"
+    again = json.dumps({"step": 20, "epoch": 1.5, "loss": 0.125})
+    metrics.write_text(metrics.read_text() + again + "\n" + '{"step": 21, "lo')
+    entry = write_report(run)[0].runs[0]
+    assert (entry.steps, entry.final["loss"]) == (20, 0.125)
+
+
+def test_a_damaged_line_in_the_middle_is_named(make_run):
+    run = make_run()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[3] = "{{{"
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl:4"):
+        write_report(run)
+
+
+def test_a_diverged_run_has_nulls_and_no_nan(make_run):
+    run = make_run()
+    with (run / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 21, "epoch": 2.0, "loss": NaN, "rewards/margins": Infinity}\n')
+    write_report(run)
+    text = (run.parent / "summary.json").read_text()
+    entry = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["runs"][0]
+    assert entry["final"]["loss"] is None
+    assert entry["final"]["step"] == 21
+
+
+def test_the_checkpoint_that_was_trained_longest_is_the_result(make_run, shards, fake_policy):
+    run = make_run()
+    last = write_report(run)[0].runs[0].scored
+    early = fake_policy(shards[1]).rows(range(120), step=5, steps=20, phase="score")
+    write_pair_logps(run / "scores" / "step-5.parquet", [early])
+    assert write_report(run)[0].runs[0].scored == last
+
+
+def test_scores_of_other_shards_are_refused(tmp_path, make_run, shards_writer, texts, fake_policy):
+    run = make_run()
+    other = shards_writer(tmp_path / "other", texts(140)[20:])
+    rows = fake_policy(other).rows(range(120), step=20, steps=20, phase="score")
+    write_pair_logps(run / "scores" / "final.parquet", [rows])
+    with pytest.raises(DataError, match="another pair at this row"):
+        write_report(run)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_folder_that_is_no_run_is_refused_with_the_command_that_makes_one(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        report([tmp_path], tmp_path / "report.html")
+    assert "there is no config.resolved.yaml" in str(error.value)
+    assert "dpo-opt train --shards SHARDS --model MODEL --output-dir" in str(error.value)
+    with pytest.raises(ConfigError, match="no such folder"):
+        report([tmp_path / "nowhere"], tmp_path / "report.html")
+
+
+def test_relative_shards_are_found_from_the_working_folder_or_beside_the_run(make_run, tmp_path, monkeypatch):
+    run = make_run()
+    config = (run / "config.resolved.yaml").read_text()
+    (run / "config.resolved.yaml").write_text(config.replace(str(tmp_path / "shards"), "shards"))
+    monkeypatch.chdir("/")
+    assert write_report(run)[0].runs[0].scored.pairs == 120
+    monkeypatch.chdir(tmp_path)
+    assert report([Path("run")], tmp_path / "report.html").runs[0].scored.pairs == 120
+
+
+def test_moved_shards_are_named_with_the_places_looked_at(make_run, tmp_path):
+    run = make_run()
+    (tmp_path / "shards").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="are not there"):
+        write_report(run)
+
+
+def test_without_the_tokenizer_ids_are_shown_with_a_line_saying_so(make_run, tmp_path, shards):
+    (tmp_path / "shards" / "tokenizer" / "tokenizer.json").unlink()
+    _, page = write_report(make_run())
+    assert "Token ids are shown because there is no tokenizer/tokenizer.json" in page
+    ids = shards[1][0].prompt_ids.tolist()[:5]
+    assert " ".join(map(str, ids)) in page
+
+
+def test_the_page_is_not_written_over_its_own_summary(make_run, tmp_path):
+    with pytest.raises(ConfigError, match="cannot be written"):
+        report([make_run()], tmp_path / "summary.json")
+
+
+def test_a_damaged_score_file_is_an_explained_error(make_run):
+    run = make_run()
+    file = run / "scores" / "final.parquet"
+    damaged = bytearray(file.read_bytes())
+    damaged[40:400] = bytes(360)
+    file.write_bytes(damaged)
+    with pytest.raises(DataError, match="damaged"):
+        write_report(run)
+
+
+def test_importing_the_package_loads_no_polars():
+    code = "import sys, dpo_opt.analysis; sys.exit('polars' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,88 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from dpo_opt.optimize.export import save_final
+from dpo_opt.optimize.policy import Policy, load_policy
+
+
+def loaded(folder: Path) -> Policy:
+    return load_policy(folder, dtype=torch.float32, device=torch.device("cpu"), trainable=True)
+
+
+@pytest.fixture
+def tokenizer_dir(tiny_model: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(tiny_model / name, folder / name)
+    return folder
+
+
+def save(source: Path, path: Path, tokenizer_dir: Path) -> None:
+    save_final(
+        loaded(source), path, source=source, dtype=torch.float32, tokenizer_dir=tokenizer_dir, card="card"
+    )
+
+
+def test_saving_without_training_keeps_every_weight(
+    tiny_model: Path, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    save(tiny_model, tmp_path / "final", tokenizer_dir)
+    before, after = (load_file(f / "model.safetensors") for f in (tiny_model, tmp_path / "final"))
+    assert set(before) == set(after)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert (tmp_path / "final" / "README.md").read_text() == "card"
+
+
+def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path, tokenizer_dir: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=270,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
+    save(tmp_path / "source", tmp_path / "final", tokenizer_dir)
+    saved = load_file(tmp_path / "final" / "model.safetensors")
+    assert sum(w.shape == (270, 64) for w in saved.values()) == 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # As Llama 2 and many others were released: transformers reads it, and refuses to write it.
+        pytest.param(
+            {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 1}, id="temperature without sampling"
+        ),
+        pytest.param({"do_sample": True, "repetition_penalty": 1.1, "eos_token_id": [0, 1]}, id="ordinary"),
+    ],
+)
+def test_generation_settings_are_kept_as_they_were(
+    tiny_model: Path, tmp_path: Path, tokenizer_dir: Path, settings: dict[str, object]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model, source)
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    save(source, tmp_path / "final", tokenizer_dir)
+    assert json.loads((tmp_path / "final" / "generation_config.json").read_text()) == settings
+
+
+def test_a_folder_left_by_a_crash_is_replaced(tiny_model: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+    left = tmp_path / ".final.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    save(tiny_model, tmp_path / "final", tokenizer_dir)
+    assert not left.exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "final")

@@ -1,0 +1,129 @@
+"""Who may import whom, read from the syntax trees: nothing is run, so lazy imports are seen too."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("precompute", "optimize", "analysis")
+FOLDERS = {"dpo_opt": "dpo_opt", "schemas": "dpo_opt.schemas", **{s: f"dpo_opt.{s}" for s in STAGES}}
+
+ANYWHERE = {"numpy", "pydantic", "pyarrow", "fsspec"}
+ALLOWED: dict[str, set[str]] = {
+    "schemas": set(),
+    "precompute": set(),
+    "optimize": {"torch", "transformers", "safetensors", "yaml", "peft"},
+    "analysis": {"polars", "matplotlib", "jinja2", "markupsafe"},
+    "dpo_opt": {"click", "rich", "yaml"},
+}
+"""Beyond ``ANYWHERE``, at the top of any file of a folder or inside its functions."""
+
+LAZY: dict[str, set[str]] = {
+    "schemas/models.py": {"huggingface_hub"},
+    "precompute/tokenize.py": {"transformers", "jinja2"},
+    "precompute/vllm_model.py": {"vllm", "torch"},
+    "dpo_opt": {"torch"},
+    "dpo_opt/demo_model.py": {"torch", "transformers", "gguf"},
+    "dpo_opt/demo.py": {"torch", "transformers", "safetensors", "vaderSentiment"},
+}
+"""Inside functions only, so that importing the module does not load them."""
+
+
+class Import(NamedTuple):
+    file: str
+    line: int
+    folder: str
+    module: str
+    lazy: bool
+    """Inside a function, or for type checkers only."""
+
+    @property
+    def top(self) -> str:
+        return self.module.partition(".")[0]
+
+
+def imports_of(path: Path, folder: str) -> Iterator[Import]:
+    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                inside = True
+            if isinstance(child, ast.Import):
+                modules = [alias.name for alias in child.names]
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}:{child.lineno}: a relative import"
+                modules = [f"{child.module}.{alias.name}" for alias in child.names]
+            else:
+                modules = []
+            for module in modules:
+                yield Import(path.relative_to(ROOT).as_posix(), child.lineno, folder, module, lazy)
+            yield from visit(child, inside)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), lazy=False)
+
+
+IMPORTS = [i for f in FOLDERS for path in sorted((ROOT / f).rglob("*.py")) for i in imports_of(path, f)]
+
+
+def stage_of(module: str) -> str:
+    """The folder that a ``dpo_opt`` module lies in."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in FOLDERS else "dpo_opt"
+
+
+def test_the_imports_are_seen() -> None:
+    seen = {(i.file, i.top, i.lazy) for i in IMPORTS}
+    assert ("precompute/vllm_model.py", "vllm", True) in seen
+    assert ("optimize/loop.py", "torch", False) in seen
+    assert ("precompute/tokenize.py", "transformers", True) in seen
+    assert ("schemas/models.py", "huggingface_hub", True) in seen
+    assert {i.folder for i in IMPORTS} == set(FOLDERS)
+    edges = {(i.folder, stage_of(i.module)) for i in IMPORTS if i.top == "dpo_opt"}
+    assert {("dpo_opt", stage) for stage in STAGES} <= edges
+    assert {(stage, "schemas") for stage in STAGES} <= edges
+
+
+def test_stages_import_schemas_and_never_each_other() -> None:
+    allowed = {
+        ("schemas", "schemas"),
+        *((stage, to) for stage in STAGES for to in (stage, "schemas")),
+        *(("dpo_opt", to) for to in FOLDERS),
+    }
+    wrong = [i for i in IMPORTS if i.top == "dpo_opt" and (i.folder, stage_of(i.module)) not in allowed]
+    assert wrong == []
+
+
+def test_no_module_is_imported_by_its_folders_bare_name() -> None:
+    # From the repository's root that would work, and load a second copy.
+    assert [i for i in IMPORTS if i.top in FOLDERS and i.top != "dpo_opt"] == []
+
+
+def test_third_party_packages_stay_where_they_belong() -> None:
+    wrong = []
+    for found in IMPORTS:
+        if found.top in sys.stdlib_module_names or found.top == "dpo_opt":
+            continue
+        allowed = ANYWHERE | ALLOWED[found.folder]
+        if found.lazy:
+            allowed |= LAZY.get(found.file, set()) | LAZY.get(found.folder, set())
+        if found.top not in allowed:
+            wrong.append(found)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", ["vllm", "torch", "polars", "click", "huggingface_hub"])
+def test_a_package_in_the_wrong_place_would_be_noticed(package: str, tmp_path: Path) -> None:
+    found = [i for i in IMPORTS if i.top == package]
+    assert found
+    homes = {
+        "vllm": {"precompute"},
+        "torch": {"optimize", "precompute", "dpo_opt"},
+        "polars": {"analysis"},
+        "click": {"dpo_opt"},
+        "huggingface_hub": {"schemas"},
+    }
+    assert {i.folder for i in found} <= homes[package]
