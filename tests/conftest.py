@@ -62,6 +62,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, "a test changed tiny_model"
 
 
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like ``tiny_model``, with other weights and the same tokenizer."""
+    folder = tmp_path_factory.mktemp("other-model")
+    make_tiny_model(folder, seed=1)
+    return folder
+
+
 def make_tiny_model(folder: Path, *, seed: int) -> None:
     """Save a random model; another seed is another model with the same tokenizer."""
     import torch

@@ -1,0 +1,503 @@
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from fakes import preference_rows, write_jsonl
+
+import dpo_opt
+from dpo_opt.cli import main
+from dpo_opt.schemas.manifest import MANIFEST, PLAN, load_manifest
+
+ROWS = preference_rows(12)
+HEAVY = ("torch", "vllm", "polars", "matplotlib", "transformers")
+
+
+def invoke(*arguments: object) -> Result:
+    """Run a command; whatever happens, nobody sees a traceback."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "Traceback" not in result.output
+    return result
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder, files with their bytes."""
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")
+    }
+
+
+def refused(exit_code: int, *arguments: object, unchanged: Path) -> str:
+    """The message of a command that must fail and write nothing."""
+    before = snapshot(unchanged)
+    result = invoke(*arguments)
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    assert snapshot(unchanged) == before
+    return str(result.stderr)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards, scored by the command."""
+    base = tmp_path_factory.mktemp("cli")
+    data = write_jsonl(base / "data.jsonl", ROWS)
+    arguments = ["precompute", "--model", tiny_model, "--data", data, "--shards", base / "shards"]
+    result = invoke(*arguments, "--backend", "hf", "--pairs-per-shard", 5, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {
+        "shards": str(base / "shards"),
+        "rows": 12,
+        "kept": 12,
+        "dropped": {},
+        "truncated": 0,
+        "tokens": load_manifest(base / "shards").tokens,
+        "engine": "transformers",
+    }
+    return base / "shards"
+
+
+@pytest.fixture
+def shards(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "shards"))
+
+
+def flip(path: Path) -> None:
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+
+
+# What is said of bad input, and that it leaves nothing behind ---------------------------------------------
+
+GOOD = b'{"prompt": "a", "chosen": " b", "rejected": " c"}\n'
+BAD_DATA: dict[str, tuple[bytes, str, str]] = {
+    "malformed": (GOOD + b'{"prompt": "a", "cho\n', ":2", "not valid JSON"),
+    "missing_key": (GOOD + GOOD + b'{"prompt": "a", "chosen": "b"}\n', ":3", '"rejected" is missing'),
+    "null": (b'{"prompt": "a", "chosen": null, "rejected": "c"}\n', ":1", '"chosen" is null'),
+    "number": (b'{"prompt": 5, "chosen": "b", "rejected": "c"}\n', ":1", '"prompt" is a number'),
+    "empty_completion": (GOOD + b'{"prompt": "a", "chosen": "b", "rejected": ""}\n', ":2", "is empty"),
+    "not_utf8": (GOOD + b'{"prompt": "\xff", "chosen": "b", "rejected": "c"}\n', ":2", "not valid UTF-8"),
+    "empty_file": (b"", "", "no pair"),
+    "blank_lines": (b"\n\n", "", "no pair"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_named_by_its_line_and_nothing_is_written(
+    name: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    content, line, message = BAD_DATA[name]
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(content)
+    arguments = ["precompute", "--model", tiny_model, "--data", data, "--shards", tmp_path / "shards"]
+    for extra in ([], ["--dry-run"]):
+        shown = refused(3, *arguments, "--backend", "hf", *extra, unchanged=tmp_path)
+        assert shown.startswith(f"error: {data}{line}: ")
+        assert message in shown
+        assert "  fix: " in shown
+
+
+def precompute_arguments(model: object, folder: Path) -> list[object]:
+    data = write_jsonl(folder / "data.jsonl", ROWS)
+    arguments = ["precompute", "--model", model, "--data", data, "--shards", folder / "shards"]
+    return [*arguments, "--backend", "hf"]
+
+
+BAD_SETTINGS: dict[str, tuple[list[str], int, str]] = {
+    "no_room": (["--max-length", "2"], 3, "12 prompt_fills_max_length"),
+    "beyond_context": (["--max-length", "300"], 2, "beyond the model's context of 256"),
+    "negative": (["--max-length", "-1"], 2, "greater than 0"),
+    "not_a_number": (["--max-length", "long"], 2, "not a valid integer"),
+    "choice": (["--truncation", "middle"], 2, "keep_start"),
+    "no_file": (["--data", "nowhere.jsonl"], 3, "there is no such file"),
+    "no_model": (["--model", "./nowhere"], 2, "there is no model folder './nowhere'"),
+    "no_config": (["--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+    "unknown_flag": (["--pairs_per_shrad", "3"], 2, "--pairs-per-shard"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_bad_settings_are_refused_and_nothing_is_written(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    extra, exit_code, message = BAD_SETTINGS[name]
+    arguments = precompute_arguments(tiny_model, tmp_path)
+    assert message in refused(exit_code, *arguments, *extra, unchanged=tmp_path)
+
+
+def test_a_missing_setting_is_named(tmp_path: Path) -> None:
+    assert "--model is missing" in refused(2, "precompute", unchanged=tmp_path)
+
+
+def test_the_config_file_gives_settings_and_flags_win(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", ROWS)
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {tiny_model}\ndata: {data}\nbackend: hf\nmax_length: 100\nshards: unused\n")
+    arguments = ["precompute", "--config", config, "--shards", tmp_path / "shards", "--max_length", 99]
+    result = invoke(*arguments, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert (plan["rows"], plan["shards"], plan["max_length"], plan["engine"]) == (12, 1, 99, "transformers")
+    assert {p.name for p in tmp_path.iterdir()} == {"data.jsonl", "run.yaml"}
+
+    config.write_text(config.read_text() + "max_lenght: 5\n")
+    shown = refused(2, *arguments, unchanged=tmp_path)
+    assert f"{config}: unknown setting 'max_lenght'" in shown
+    assert "did you mean 'max_length'?" in shown
+
+
+def test_a_folder_of_another_run_is_refused(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    arguments = precompute_arguments(tiny_model, tmp_path)
+    shown = refused(4, *arguments, "--pairs-per-shard", 5, "--max-length", 77, unchanged=tmp_path)
+    assert f"error: {shards}: the cached log-probs were not computed for this run" in shown
+    assert [line.split() for line in shown.splitlines() if "max_length" in line][0] == [
+        "max_length",
+        "256",
+        "77",
+    ]
+    # The same command again is no other run.
+    assert invoke(*arguments, "--pairs-per-shard", 5).exit_code == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    arguments = precompute_arguments(tiny_model, tmp_path)
+    (tmp_path / "shards").mkdir(mode=0o500)
+    assert "Permission denied" in refused(1, *arguments, unchanged=tmp_path)
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    arguments = precompute_arguments(tiny_model, tmp_path)
+    (tmp_path / "shards").write_text("")
+    shown = refused(1, *arguments, unchanged=tmp_path)
+    assert str(tmp_path / "shards") in shown
+    assert "Not a directory" in shown
+
+
+# Reading shards -------------------------------------------------------------------------------------------
+
+
+def test_status_counts(shards: Path) -> None:
+    shown = json.loads(invoke("status", "--shards", shards, "--json").stdout)
+    assert shown == {
+        "shards_total": 3,
+        "shards_committed": 3,
+        "pairs_total": 12,
+        "pairs_kept": 12,
+        "pairs_dropped": 0,
+        "dropped": {},
+        "finalized": True,
+    }
+    assert "shards_committed  3\n" in invoke("status", "--shards", shards).stdout
+
+
+def test_finalize_writes_the_manifest(shards: Path, tmp_path: Path) -> None:
+    whole = (shards / MANIFEST).read_bytes()
+    (shards / MANIFEST).unlink()
+    shown = json.loads(invoke("finalize", "--shards", shards, "--json").stdout)
+    assert (shown["rows"], shown["kept"]) == (12, 12)
+    assert (shards / MANIFEST).read_bytes() == whole
+    (shards / MANIFEST).unlink()
+    next((shards / "commits").glob("00001-*")).unlink()
+    message = refused(3, "finalize", "--shards", shards, unchanged=tmp_path)
+    assert "1 of 3 shards are not scored yet (1)" in message
+
+
+def test_verify_says_what_is_wrong(shards: Path, tiny_model: Path) -> None:
+    good = invoke("verify", "--shards", shards, "--json")
+    assert good.exit_code == 0
+    assert json.loads(good.stdout) == {"integrity": {"ok": True, "problems": []}, "parity": None}
+    with_model = invoke("verify", "--shards", shards, "--model", tiny_model, "--pairs", 4, "--json")
+    assert json.loads(with_model.stdout)["parity"]["ok"] is True
+
+    damaged = shards / load_manifest(shards).shards[1].file
+    flip(damaged)
+    bad = invoke("verify", "--shards", shards, "--json")
+    assert bad.exit_code == 3
+    (problem,) = json.loads(bad.stdout)["integrity"]["problems"]
+    assert str(damaged) in problem
+    assert "1 problem" in bad.stderr
+
+
+def test_verify_refuses_another_model(shards: Path, other_model: Path, tmp_path: Path) -> None:
+    shown = refused(4, "verify", "--shards", shards, "--model", other_model, unchanged=tmp_path)
+    assert "weights" in shown
+
+
+# Every command that reads shards, with a place for its output.
+READERS: dict[str, Callable[[Path, Path, Path], list[object]]] = {
+    "status": lambda shards, model, out: ["status", "--shards", shards],
+    "finalize": lambda shards, model, out: ["finalize", "--shards", shards],
+    "verify": lambda shards, model, out: ["verify", "--shards", shards],
+    "train": lambda shards, model, out: ["train", "--shards", shards, "--model", model, "--output-dir", out],
+    "score": lambda shards, model, out: ["score", "--shards", shards, "--model", model, "--output", out],
+}
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_a_folder_without_shards_is_refused(command: str, tiny_model: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        arguments = READERS[command](folder, tiny_model, tmp_path / "out")
+        shown = refused(3, *arguments, unchanged=tmp_path)
+        assert shown.startswith(f"error: {folder}: there is no ")
+        assert "dpo-opt precompute" in shown
+
+
+@pytest.mark.parametrize("command", ["verify", "train", "score"])
+def test_a_folder_that_is_not_finished_is_refused(
+    command: str, shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    (shards / MANIFEST).unlink()
+    shown = refused(3, *READERS[command](shards, tiny_model, tmp_path / "out"), unchanged=tmp_path)
+    assert f"fix: dpo-opt finalize --shards {shards}" in shown
+
+
+@pytest.mark.parametrize("command", ["train", "score"])
+@pytest.mark.parametrize("file", ["shard", "index", "manifest"])
+def test_a_flipped_byte_stops_who_reads_it(
+    command: str, file: str, shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    paths = {
+        "shard": shards / load_manifest(shards).shards[0].file,
+        "index": shards / "index.parquet",
+        "manifest": shards / MANIFEST,
+    }
+    if (command, file) == ("score", "index"):
+        pytest.skip("scoring does not read the index")
+    flip(paths[file])
+    shown = refused(3, *READERS[command](shards, tiny_model, tmp_path / "out"), unchanged=tmp_path)
+    assert str(paths[file]) in shown
+
+
+def train_arguments(shards: Path, model: Path, out: Path) -> list[object]:
+    return [*READERS["train"](shards, model, out), "--batch-size", 4]
+
+
+def test_training_from_another_model_is_refused(
+    shards: Path, other_model: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    shown = refused(4, *train_arguments(shards, other_model, tmp_path / "run"), unchanged=tmp_path)
+    assert "weights" in shown
+    assert "same: schema_version, model_config_digest, tokenizer" in shown
+    truncated = Path(shutil.copytree(tiny_model, tmp_path / "truncated"))
+    (truncated / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:-9])
+    shown = refused(2, *train_arguments(shards, truncated, tmp_path / "run"), unchanged=tmp_path)
+    assert "truncated or damaged" in shown
+
+
+BAD_TRAINING: dict[str, tuple[list[str], str]] = {
+    "beta": (["--beta", "0"], "--beta 0.0: Input should be greater than 0"),
+    "loss": (["--loss-type", "none"], "'none'"),
+    "smoothing": (["--label_smoothing", "0.5"], "less than 0.5"),
+    "split": (["--eval-split", "1"], "less than 1"),
+    "model": (["--model", "/no/where"], "there is no model folder '/no/where'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TRAINING)
+def test_bad_training_settings_are_refused(name: str, shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    extra, message = BAD_TRAINING[name]
+    arguments = train_arguments(shards, tiny_model, tmp_path / "run")
+    assert message in refused(2, *arguments, *extra, unchanged=tmp_path)
+
+
+def test_a_used_output_folder_is_refused(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    shown = refused(2, *train_arguments(shards, tiny_model, tmp_path / "run"), unchanged=tmp_path)
+    assert f"the output folder {tmp_path / 'run'} is already in use" in shown
+
+
+def test_a_run_is_trained_scored_and_described(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    arguments = train_arguments(shards, tiny_model, tmp_path / "run")
+    planned = invoke(*arguments, "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.output
+    assert json.loads(planned.stdout)["steps"] == 3
+    assert not (tmp_path / "run").exists()
+
+    trained = invoke(*arguments, "--learning_rate", "1e-3", "--json")
+    assert trained.exit_code == 0, trained.output
+    result = json.loads(trained.stdout)
+    assert result["steps"] == 3
+    assert result["parity"]["ok"] is True
+    assert (tmp_path / "run" / "config.resolved.yaml").is_file()
+
+    scored = invoke(
+        "score", "--shards", shards, "--model", result["final"], "--output", tmp_path / "s", "--json"
+    )
+    assert scored.exit_code == 0, scored.output
+    assert json.loads(scored.stdout) == {"output": str(tmp_path / "s"), "pairs": 12}
+    assert pq.read_table(tmp_path / "s")["row"].to_pylist() == list(range(12))
+
+
+def test_kl_of_a_model_from_itself_is_nothing(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    arguments = [
+        "kl",
+        "--model",
+        tiny_model,
+        "--reference",
+        tiny_model,
+        "--prompts",
+        shards,
+        "--backend",
+        "hf",
+    ]
+    small = ["--num-prompts", 3, "--num-samples", 2, "--output", tmp_path / "kl.parquet"]
+    result = invoke(*arguments, *small, "--max-new-tokens", 8, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["output"] == str(tmp_path / "kl.parquet")
+    samples = pq.read_table(tmp_path / "kl.parquet").to_pylist()
+    assert len(samples) == 6
+    for sample in samples:
+        assert sample["policy_token_logps"] == sample["ref_token_logps"]
+    long = refused(2, *arguments, *small, "--max-new-tokens", 250, unchanged=tmp_path)
+    assert "the model's context has 256" in long
+
+
+# The program itself ---------------------------------------------------------------------------------------
+
+
+def python(code: str, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+LIGHT = """
+import sys
+from dpo_opt.cli import main
+try:
+    main(sys.argv[1:], prog_name="dpo-opt")
+except SystemExit as end:
+    assert not end.code, end.code
+print("loaded:", *(name for name in sys.modules if "." not in name))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["precompute", "-h"], ["kl", "--help"], ["env"], ["status"]],
+)
+def test_a_light_command_loads_nothing_heavy(arguments: list[str], made: Path) -> None:
+    given = [*arguments, "--shards", str(made)] if arguments == ["status"] else arguments
+    result = python(LIGHT, *given)
+    assert result.returncode == 0, result.stderr
+    loaded = result.stdout.split("loaded:")[1].split()
+    assert "click" in loaded
+    assert [name for name in HEAVY if name in loaded] == []
+
+
+def test_every_command_has_help() -> None:
+    shown = invoke("--help").output
+    assert len(main.commands) >= 9
+    for name, command in main.commands.items():
+        assert f"  {name} " in shown
+        assert command.help
+        assert "Usage: " in invoke(name, "--help").output
+
+
+def test_the_version_is_shown() -> None:
+    assert invoke("--version").output == f"dpo-opt, version {dpo_opt.__version__}\n"
+
+
+def test_env_names_every_package() -> None:
+    shown = json.loads(invoke("env", "--json").stdout)
+    assert shown["dpo-opt"] == dpo_opt.__version__
+    assert {"python", "torch", "vllm", "pyarrow"} <= set(shown)
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "extra"),
+    [
+        ("torch", ["train", "--shards", "s", "--model", "m", "--output-dir", "o"], "train"),
+        ("polars", ["report", "run"], "analysis"),
+    ],
+)
+def test_a_missing_extra_is_named(package: str, arguments: list[str], extra: str, tmp_path: Path) -> None:
+    code = "import sys; sys.modules[sys.argv[1]] = None; from dpo_opt.cli import main; main(sys.argv[2:])"
+    result = python(code, package, *arguments)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {package} is not installed\n  fix: pip install 'dpo-opt[{extra}]'\n"
+
+
+SLOW_SCORER = """
+import sys, time
+import dpo_opt.scorers
+from fakes import ScriptedScorer
+
+def wait(calls):
+    print("scoring", flush=True)
+    if calls == 1:
+        time.sleep(60)
+
+dpo_opt.scorers.make_scorer = lambda config: ScriptedScorer(before_call=wait)
+from dpo_opt.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_interrupted_command_exits_130_and_can_go_on(
+    terminal: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    arguments = [*precompute_arguments(tiny_model, tmp_path), "--pairs-per-shard", 5]
+    screen, keyboard = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_SCORER, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TERM": "xterm"},
+        stdout=subprocess.PIPE,
+        stderr=keyboard if terminal else subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["scoring\n"] * 2
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    if terminal:
+        error = os.read(screen, 1_000_000).decode()
+        # The bar hid the cursor, and gave it back.
+        assert "\x1b[?25l" in error
+        assert error.rindex("\x1b[?25h") > error.rindex("\x1b[?25l")
+    os.close(screen)
+    os.close(keyboard)
+    assert process.returncode == 130
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    status = json.loads(invoke("status", "--shards", tmp_path / "shards", "--json").stdout)
+    assert (status["shards_committed"], status["finalized"]) == (1, False)
+
+
+@pytest.mark.vllm
+def test_the_program_scores_with_vllm(tiny_model: Path, tmp_path: Path) -> None:
+    arguments = [*precompute_arguments(tiny_model, tmp_path)[:-1], "vllm", "--json"]
+    # Without what this process set: the program prepares the engine's surroundings itself.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "OMP_", "TORCH_"))}
+    result = subprocess.run(
+        [sys.executable, "-m", "dpo_opt", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    # Engines print; the result is all there is on stdout.
+    assert json.loads(result.stdout)["engine"] == "vllm"
+    assert json.loads((tmp_path / "shards" / PLAN).read_text())["fingerprint"]["engine"] == "vllm"
+    verified = invoke("verify", "--shards", tmp_path / "shards", "--model", tiny_model, "--json")
+    assert verified.exit_code == 0, verified.output
+    parity: dict[str, Any] = json.loads(verified.stdout)["parity"]
+    assert parity["max"] < 5e-3
