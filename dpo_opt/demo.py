@@ -102,7 +102,11 @@ def demo(output_dir: Path) -> None:
     )  # fmt: skip
     _command("report", run, "--output", report)
     after = _read_samples(samples, model, analyser)
-    _print_comparison(before, after, json.loads(report.with_name("summary.json").read_text(encoding="utf-8")))
+    summary = json.loads(report.with_name("summary.json").read_text(encoding="utf-8"))
+    comparison = _compare(before, after, summary["runs"][0])
+    write_text(output_dir / "comparison.json", json.dumps(comparison, indent=1) + "\n")
+    _print_examples(before, after)
+    _print_table(comparison)
     print(f"\nreport: {report}    ({time.perf_counter() - start:.0f} s in all)")
 
 
@@ -154,40 +158,44 @@ def _read_samples(path: Path, model: Path, analyser: Any) -> list[list[_Written]
     return list(written.values())
 
 
-def _print_comparison(
-    before: list[list[_Written]], after: list[list[_Written]], summary: dict[str, Any]
-) -> None:
+def _compare(
+    before: list[list[_Written]], after: list[list[_Written]], run: dict[str, Any]
+) -> dict[str, dict[str, float | None]]:
+    """What the table shows; intervals are 95%, by bootstrap over openings or prompts."""
     import numpy as np
 
     from dpo_opt.analysis.intervals import bootstrap_ratio
 
-    def mean_sentiment(written: list[list[_Written]]) -> str:
+    def mean_sentiment(written: list[list[_Written]]) -> dict[str, float | None]:
         interval = bootstrap_ratio(
             numerators=np.array([sum(w.sentiment for w in group) for group in written]),
             denominators=np.array([float(len(group)) for group in written]),
         )
-        return f"{interval.value:+.3f}  [{interval.low:+.3f}, {interval.high:+.3f}]"
+        return dict(interval._asdict())
 
-    (run,) = summary["runs"]
-    count = sum(len(group) for group in before)
+    return {
+        f"mean sentiment before ({sum(map(len, before))} samples)": mean_sentiment(before),
+        f"mean sentiment after ({sum(map(len, after))} samples)": mean_sentiment(after),
+        "KL(policy || reference), nats per completion": run["kl"]["k1_sequence"],
+        "reward accuracy on held-out pairs": {"value": run["eval"]["eval_rewards/accuracies"]},
+        "the reference's own ranking accuracy": {"value": run["reference_ranking_accuracy"]},
+    }
+
+
+def _print_examples(before: list[list[_Written]], after: list[list[_Written]]) -> None:
     print("\nThe first eight held-out openings, one completion each, not selected:\n")
     for was, now in list(zip(before, after, strict=True))[:8]:
         print(f"  {was[0].opening} ...")
         print(f"    before {was[0].sentiment:+.2f}  {_one_line(was[0].text)}")
         print(f"    after  {now[0].sentiment:+.2f}  {_one_line(now[0].text)}")
-    kl = run["kl"]["k1_sequence"]
-    rows = [
-        (f"mean sentiment before, 95% interval ({count} samples)", mean_sentiment(before)),
-        (f"mean sentiment after, 95% interval ({count} samples)", mean_sentiment(after)),
-        (
-            "KL(policy || reference) per completion, nats",
-            f"{kl['value']:.2f}  [{kl['low']:.2f}, {kl['high']:.2f}]",
-        ),
-        ("reward accuracy on held-out pairs", f"{run['eval']['eval_rewards/accuracies']:.3f}"),
-        ("the reference's own ranking accuracy", f"{run['reference_ranking_accuracy']:.3f}"),
-    ]
-    width = max(len(name) for name, _ in rows)
-    print("\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in rows))
+
+
+def _print_table(comparison: dict[str, dict[str, float | None]]) -> None:
+    width = max(map(len, comparison))
+    print()
+    for name, found in comparison.items():
+        interval = f"   95% interval {found['low']:.3f} to {found['high']:.3f}" if "low" in found else ""
+        print(f"  {name:<{width}}  {found['value']:+.3f}{interval}")
 
 
 def _one_line(text: str) -> str:

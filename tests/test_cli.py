@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import pty
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +90,8 @@ BAD_DATA: dict[str, tuple[bytes, str, str]] = {
     "number": (b'{"prompt": 5, "chosen": "b", "rejected": "c"}\n', ":1", '"prompt" is a number'),
     "empty_completion": (GOOD + b'{"prompt": "a", "chosen": "b", "rejected": ""}\n', ":2", "is empty"),
     "not_utf8": (GOOD + b'{"prompt": "\xff", "chosen": "b", "rejected": "c"}\n', ":2", "not valid UTF-8"),
-    "empty_file": (b"", "", "no pair"),
-    "blank_lines": (b"\n\n", "", "no pair"),
+    "empty_file": (b"", "", "the file has no rows"),
+    "blank_lines": (b"\n\n", "", "the file has no rows"),
 }
 
 
@@ -119,7 +121,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], int, str]] = {
     "beyond_context": (["--max-length", "300"], 2, "beyond the model's context of 256"),
     "negative": (["--max-length", "-1"], 2, "greater than 0"),
     "not_a_number": (["--max-length", "long"], 2, "not a valid integer"),
-    "choice": (["--truncation", "middle"], 2, "keep_start"),
+    "choice": (["--truncation", "middle"], 2, "keep-start"),
     "no_file": (["--data", "nowhere.jsonl"], 3, "there is no such file"),
     "no_model": (["--model", "./nowhere"], 2, "there is no model folder './nowhere'"),
     "no_config": (["--config", "nowhere.yaml"], 2, "nowhere.yaml"),
@@ -159,11 +161,7 @@ def test_a_folder_of_another_run_is_refused(shards: Path, tiny_model: Path, tmp_
     arguments = precompute_arguments(tiny_model, tmp_path)
     shown = refused(4, *arguments, "--pairs-per-shard", 5, "--max-length", 77, unchanged=tmp_path)
     assert f"error: {shards}: the cached log-probs were not computed for this run" in shown
-    assert [line.split() for line in shown.splitlines() if "max_length" in line][0] == [
-        "max_length",
-        "256",
-        "77",
-    ]
+    assert next(line.split() for line in shown.splitlines() if "max_length" in line)[1:] == ["256", "77"]
     # The same command again is no other run.
     assert invoke(*arguments, "--pairs-per-shard", 5).exit_code == 0
 
@@ -261,8 +259,14 @@ def test_a_folder_that_is_not_finished_is_refused(
     assert f"fix: dpo-opt finalize --shards {shards}" in shown
 
 
-@pytest.mark.parametrize("command", ["train", "score"])
-@pytest.mark.parametrize("file", ["shard", "index", "manifest"])
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        *(("train", file) for file in ("shard", "index", "manifest")),
+        ("score", "shard"),
+        ("score", "manifest"),
+    ],
+)
 def test_a_flipped_byte_stops_who_reads_it(
     command: str, file: str, shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -271,8 +275,6 @@ def test_a_flipped_byte_stops_who_reads_it(
         "index": shards / "index.parquet",
         "manifest": shards / MANIFEST,
     }
-    if (command, file) == ("score", "index"):
-        pytest.skip("scoring does not read the index")
     flip(paths[file])
     shown = refused(3, *READERS[command](shards, tiny_model, tmp_path / "out"), unchanged=tmp_path)
     assert str(paths[file]) in shown
@@ -434,13 +436,17 @@ def test_a_missing_extra_is_named(package: str, arguments: list[str], extra: str
     assert result.stderr == f"error: {package} is not installed\n  fix: pip install 'dpo-opt[{extra}]'\n"
 
 
+HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 SLOW_SCORER = """
-import sys, time
+import os, signal, sys, time
 import dpo_opt.scorers
 from fakes import ScriptedScorer
 
+# Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def wait(calls):
-    print("scoring", flush=True)
+    os.write(1, b"scoring\\n")  # a bar takes over sys.stdout
     if calls == 1:
         time.sleep(60)
 
@@ -455,30 +461,39 @@ def test_an_interrupted_command_exits_130_and_can_go_on(
     terminal: bool, tiny_model: Path, tmp_path: Path
 ) -> None:
     arguments = [*precompute_arguments(tiny_model, tmp_path), "--pairs-per-shard", 5]
-    screen, keyboard = pty.openpty()
-    with subprocess.Popen(
+    screen, keyboard = pty.openpty() if terminal else os.pipe()
+    process = subprocess.Popen(
         [sys.executable, "-c", SLOW_SCORER, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TERM": "xterm"},
         stdout=subprocess.PIPE,
-        stderr=keyboard if terminal else subprocess.PIPE,
+        stderr=keyboard,
         text=True,
-    ) as process:
+    )
+    os.close(keyboard)
+    with ThreadPoolExecutor() as pool, process:
+        shown = pool.submit(read_to_the_end, screen)
         assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)] == ["scoring\n"] * 2
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    if terminal:
-        error = os.read(screen, 1_000_000).decode()
-        # The bar hid the cursor, and gave it back.
-        assert "\x1b[?25l" in error
-        assert error.rindex("\x1b[?25h") > error.rindex("\x1b[?25l")
-    os.close(screen)
-    os.close(keyboard)
-    assert process.returncode == 130
+        assert process.wait(timeout=60) == 130
+    error = shown.result()
     assert "interrupted" in error
     assert "Traceback" not in error
+    # A bar hides the cursor; it must come back.
+    assert (HIDE_CURSOR in error) == terminal
+    assert error.rfind(SHOW_CURSOR) >= error.rfind(HIDE_CURSOR)
     status = json.loads(invoke("status", "--shards", tmp_path / "shards", "--json").stdout)
     assert (status["shards_committed"], status["finalized"]) == (1, False)
+
+
+def read_to_the_end(descriptor: int) -> str:
+    found = b""
+    # A terminal whose other side is closed is an error, not an end.
+    with contextlib.suppress(OSError):
+        while part := os.read(descriptor, 10_000):
+            found += part
+    os.close(descriptor)
+    return found.decode()
 
 
 @pytest.mark.vllm

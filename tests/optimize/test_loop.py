@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import shutil
@@ -161,7 +162,11 @@ def test_micro_batches_change_neither_metrics_nor_weights(settings: dict[str, An
             torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
 
 
-def test_two_runs_with_one_seed_are_equal_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_two_runs_with_one_seed_are_equal_bit_for_bit(
+    settings: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
     runs = [tmp_path / "first", tmp_path / "second"]
     for run in runs:
         train(TrainConfig(**{**settings, "output_dir": run}, num_train_epochs=2, eval_split=0.3))
