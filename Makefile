@@ -38,8 +38,8 @@ demo: setup  ## Run the demo: real pairs, real engine, training, report (about 5
 test: setup check typecheck  ## Lint, types and all tests but the slow ones, with a real vLLM engine.
 	DPO_OPT_REQUIRE_VLLM=1 $(BIN)/pytest
 
-test-slow: setup  ## The slow tests: real models at full size, the demo.
-	DPO_OPT_REQUIRE_VLLM=1 $(BIN)/pytest -m "slow and not gpu" --timeout 1800
+test-slow: setup  ## The slow tests (real models at full size, the demo), with the figures they print.
+	DPO_OPT_REQUIRE_VLLM=1 $(BIN)/pytest -m "slow and not gpu" --timeout 1800 -rP
 
 check: setup  ## Lint and formatting.
 	$(BIN)/ruff check .

@@ -44,7 +44,14 @@ class _Explained(click.ClickException):
         click.echo(f"error: {self.message}", file=file or sys.stderr)
 
 
+class _Command(click.Command):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [_with_dashes(argument) for argument in args])
+
+
 class _Commands(click.Group):
+    command_class = _Command
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -68,9 +75,12 @@ class _Commands(click.Group):
             ctx.exit(_INTERRUPTED)
 
 
-def _same_word(name: str) -> str:
-    # TRL's users type --learning_rate.
-    return name.replace("_", "-")
+def _with_dashes(argument: str) -> str:
+    """TRL's users type --learning_rate; values, such as keep_start, stay as they are."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -83,7 +93,6 @@ _shards = click.option(
 @click.group(
     cls=_Commands,
     context_settings={
-        "token_normalize_func": _same_word,
         "help_option_names": ["-h", "--help"],
         "max_content_width": 110,
     },

@@ -80,7 +80,9 @@ def measure_kl(config: KLConfig, *, progress: Progress | None = None) -> dict[st
     from dpo_opt.analysis.kl import estimate_kl
     from dpo_opt.analysis.load import scan_kl_samples
 
-    return {"output": str(config.output), **estimate_kl(scan_kl_samples(config.output))._asdict()}
+    estimate = estimate_kl(scan_kl_samples(config.output))._asdict()
+    plain = {name: value._asdict() if isinstance(value, tuple) else value for name, value in estimate.items()}
+    return {"output": str(config.output), **plain}
 
 
 def _prompts(config: KLConfig, policy_folder: Path) -> list[IdArray]:

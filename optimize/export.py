@@ -33,8 +33,9 @@ def save_final(
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.to(dtype=dtype)
     model.save_pretrained(private, safe_serialization=True)
+    shutil.copytree(tokenizer_dir, private, dirs_exist_ok=True)
     settings = source / "generation_config.json"
-    for file in (*tokenizer_dir.iterdir(), *([settings] if settings.is_file() else [])):
-        shutil.copyfile(file, private / file.name)
+    if settings.is_file():
+        shutil.copyfile(settings, private / settings.name)
     (private / "README.md").write_text(card, encoding="utf-8")
     private.replace(path)
