@@ -77,11 +77,14 @@ def measure_kl(config: KLConfig, *, progress: Progress | None = None) -> dict[st
             )
         ],
     )
+    from dpo_opt.analysis.intervals import Interval
     from dpo_opt.analysis.kl import estimate_kl
     from dpo_opt.analysis.load import scan_kl_samples
 
     estimate = estimate_kl(scan_kl_samples(config.output))._asdict()
-    plain = {name: value._asdict() if isinstance(value, tuple) else value for name, value in estimate.items()}
+    plain = {
+        name: value._asdict() if isinstance(value, Interval) else value for name, value in estimate.items()
+    }
     return {"output": str(config.output), **plain}
 
 
