@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 from dpo_opt.demo_model import smollm2_folder
 from dpo_opt.precompute.tokenize import load_tokenizer, prompt_ids
-from dpo_opt.precompute.vllm_model import VllmModel, prepare_environment, vllm_version
+from dpo_opt.precompute.vllm_model import prepare_environment
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.pairs import Completion, Sampler
 from dpo_opt.schemas.storage import write_text
+from dpo_opt.scorers import make_engine
 
 # Held-out openings are about other things, so that the comparison is about style and not memory.
 _TRAIN_SUBJECTS = (
@@ -82,7 +83,7 @@ def demo(output_dir: Path) -> None:
 
     _say("2. It completes openings of film reviews; a sentiment analyser ranks what it wrote")
     openings, unseen = _openings(_TRAIN_SUBJECTS), _openings(_HELD_OUT_SUBJECTS)
-    sampler = _sampler(model)
+    sampler = make_engine(model, backend="auto", dtype="bfloat16", max_length=64)
     ranked = _write(sampler, model, openings, _SAMPLES_PER_OPENING, analyser, seed=0)
     before = _write(sampler, model, unseen, _HELD_OUT_SAMPLES, analyser, seed=1)
     del sampler
@@ -210,14 +211,6 @@ def _command(*arguments: object) -> None:
     code = subprocess.run([sys.executable, "-m", "dpo_opt", *words], check=False).returncode
     if code != 0:
         raise DpoOptError(f"`dpo-opt {words[0]}` failed with exit code {code}", fix="see its message above")
-
-
-def _sampler(model: Path) -> Sampler:
-    if vllm_version() is not None:
-        return VllmModel(model, dtype="bfloat16", max_length=64)
-    from dpo_opt.optimize.score import HfScorer
-
-    return HfScorer(model, dtype="bfloat16")
 
 
 def _analyser() -> Any:

@@ -12,13 +12,13 @@ import numpy as np
 from dpo_opt.kl_config import KLConfig
 from dpo_opt.precompute.datasets import read_prompts
 from dpo_opt.precompute.tokenize import load_tokenizer, prompt_ids
-from dpo_opt.precompute.vllm_model import VllmModel, prepare_environment, vllm_version
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.kl_samples import KLSample, write_kl_samples
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import checkpoint_dtype, context_length, find_model
 from dpo_opt.schemas.pairs import IdArray, Sampler, TokenSequence, content_hash
 from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.scorers import make_engine
 
 
 def measure_kl(config: KLConfig, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def measure_kl(config: KLConfig, *, progress: Progress | None = None) -> dict[st
             f"the model's context has {context}",
             fix="pass a smaller --max-new-tokens, or shorter prompts",
         )
-    sampler = _sampler(config, policy_folder, dtype=dtype, max_length=longest)
+    sampler: Sampler = make_engine(policy_folder, backend=config.backend, dtype=dtype, max_length=longest)
     progress.start("measuring KL", total=3, unit="stages")
     completions = sampler.sample(
         prompts,
@@ -101,12 +101,3 @@ def _prompts(config: KLConfig, policy_folder: Path) -> list[IdArray]:
 def _spread(prompts: list[IdArray], count: int) -> list[IdArray]:
     chosen = np.unique(np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int))
     return [prompts[i] for i in chosen]
-
-
-def _sampler(config: KLConfig, folder: Path, *, dtype: str, max_length: int) -> Sampler:
-    if config.backend == "vllm" or (config.backend == "auto" and vllm_version() is not None):
-        prepare_environment()
-        return VllmModel(folder, dtype=dtype, max_length=max_length)
-    from dpo_opt.optimize.score import HfScorer
-
-    return HfScorer(folder, dtype=dtype)

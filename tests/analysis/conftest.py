@@ -10,30 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from fakes import FINGERPRINT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.kl_samples import KLSample, write_kl_samples
 from dpo_opt.schemas.manifest import Manifest, ShardCommit, write_manifest
 from dpo_opt.schemas.pair_logps import PairLogps, write_pair_logps
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shards import write_shard
 from dpo_opt.schemas.storage import sha256_file
-
-FINGERPRINT = Fingerprint(
-    schema_version=1,
-    weights="w" * 64,
-    model_config_digest="c" * 64,
-    tokenizer="t" * 64,
-    chat_template="none",
-    text_to_ids="1",
-    max_length=1024,
-    truncation="keep_start",
-    engine="vllm",
-    engine_version="0.12.0",
-    strategy="prompt_logprobs",
-    dtype="bfloat16",
-)
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -117,9 +117,12 @@ def test_length_groups_hold_about_equal_numbers(pairs):
 def test_one_pair_and_equal_pairs_can_be_drawn(pairs):
     same = pl.concat([pairs.head(1)] * 5)
     for frame in (pairs.head(1), same):
-        plots.svg(plots.margin_histogram(frame), label="x")
-        plots.svg(plots.reward_margin_histogram(frame, beta=0.1), label="x")
-        plots.svg(plots.margin_by_length(frame, beta=0.1), label="x")
+        for figure in (
+            plots.margin_histogram(frame),
+            plots.reward_margin_histogram(frame, beta=0.1),
+            plots.margin_by_length(frame, beta=0.1),
+        ):
+            assert str(plots.svg(figure, label="x")).endswith("</svg>")
 
 
 def test_svg_is_well_formed_and_refers_to_nothing_outside(train, evals):
