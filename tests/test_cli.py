@@ -121,7 +121,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], int, str]] = {
     "beyond_context": (["--max-length", "300"], 2, "beyond the model's context of 256"),
     "negative": (["--max-length", "-1"], 2, "greater than 0"),
     "not_a_number": (["--max-length", "long"], 2, "not a valid integer"),
-    "choice": (["--truncation", "middle"], 2, "keep-start"),
+    "choice": (["--truncation", "middle"], 2, "keep_start"),
     "no_file": (["--data", "nowhere.jsonl"], 3, "there is no such file"),
     "no_model": (["--model", "./nowhere"], 2, "there is no model folder './nowhere'"),
     "no_config": (["--config", "nowhere.yaml"], 2, "nowhere.yaml"),

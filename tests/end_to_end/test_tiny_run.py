@@ -92,10 +92,10 @@ def work(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny_model: Path)
     return folder
 
 
-def estimate_value(interval: list[float]) -> float:
-    """The estimate of an interval as ``--json`` prints it: value, low, high."""
-    value, low, high = interval
-    assert low < value < high
+def estimate_value(interval: dict[str, float]) -> float:
+    """The estimate of an interval as ``--json`` prints it."""
+    value = interval["value"]
+    assert interval["low"] < value < interval["high"]
     return value
 
 
