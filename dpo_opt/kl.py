@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpo_opt.kl_config import KLConfig
+from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.datasets import read_prompts
 from dpo_opt.precompute.tokenize import load_tokenizer, prompt_ids
 from dpo_opt.schemas.errors import ConfigError
@@ -94,7 +95,8 @@ def _prompts(config: KLConfig, policy_folder: Path) -> list[IdArray]:
         found = (pair.prompt_ids for pair in ShardFolder.open(config.prompts).pairs())
     else:
         tokenizer = load_tokenizer(policy_folder)
-        found = (prompt_ids(text, tokenizer, where=where) for text, where in read_prompts(config.prompts))
+        data = DataConfig(data=[str(config.prompts)])
+        found = (prompt_ids(text, tokenizer, where=where) for text, where in read_prompts(data))
     return list({ids.tobytes(): ids for ids in found}.values())
 
 

@@ -23,18 +23,32 @@ C = TypeVar("C", bound=Settings)
 Command = Callable[..., None]
 
 
-def configured(kind: type[C]) -> Callable[[Command], Command]:
-    """Give a command every field of ``kind`` as an option; it receives the result as ``config``."""
+def configured(kind: type[C], *, argument: str | None = None) -> Callable[[Command], Command]:
+    """Give a command every field of ``kind`` as an option; it receives the result as ``config``.
+
+    Args:
+        kind: The configuration.
+        argument: A field that lists things, and is given without a flag.
+    """
 
     def decorate(command: Command) -> Command:
         def run(config_file: Path | None, **given: Any) -> None:
-            flags = {name: given.pop(name) for name in list(given) if name in kind.model_fields}
+            # An option that may be given several times, and was not, is an empty tuple.
+            flags = {
+                name: None if value == () else value
+                for name in list(given)
+                if name in kind.model_fields
+                for value in [given.pop(name)]
+            }
             command(config=_resolve(kind, config_file, flags), **given)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
         for name, field in reversed(kind.model_fields.items()):
-            _option(name, field)(run)
+            if name == argument:
+                click.argument(name, nargs=-1, metavar=f"{name.upper()}...")(run)
+            else:
+                _option(name, field)(run)
         click.option(
             "--config",
             "config_file",
@@ -50,7 +64,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
     kind = _without_none(field.annotation)
     flag = "--" + name.replace("_", "-")
     text = (field.description or "").replace("`", "'")
-    if not field.is_required() and field.default is not None:
+    if not field.is_required() and field.default not in (None, [], {}):
         shown = field.default
         if isinstance(shown, bool):
             shown = "on" if shown else "off"
@@ -59,7 +73,24 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
         text += "  [required]"
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
-    return click.option(flag, name, type=_click_type(kind), default=None, help=text)
+    several = typing.get_origin(kind)
+    if several is dict:
+        return click.option(flag, name, type=_Assignment(), multiple=True, help=text, metavar="PART=NAME")
+    if several is list:
+        (kind,) = map(_without_none, typing.get_args(kind))
+    return click.option(flag, name, type=_click_type(kind), default=None, multiple=several is list, help=text)
+
+
+class _Assignment(click.ParamType[Any]):
+    """``key=value``, as one item of a mapping."""
+
+    name = "assignment"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        key, equals, content = str(value).partition("=")
+        if not (key and equals and content):
+            self.fail(f"{value!r} is not of the form key=value", param, ctx)
+        return key, content
 
 
 def _without_none(annotation: Any) -> Any:
@@ -85,7 +116,12 @@ def _resolve(kind: type[C], config_file: Path | None, flags: dict[str, Any]) -> 
         ConfigError: A key is unknown, a value is refused, or a required setting is missing.
     """
     values = _read(kind, config_file) if config_file else {}
-    values |= {name: value for name, value in flags.items() if value is not None}
+    for name, value in flags.items():
+        if isinstance(value, tuple):
+            of_mapping = typing.get_origin(kind.model_fields[name].annotation) is dict
+            values[name] = dict(value) if of_mapping else list(value)
+        elif value is not None:
+            values[name] = value
     try:
         return kind.model_validate(values)
     except ValidationError as error:

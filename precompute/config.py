@@ -1,20 +1,52 @@
-"""Every setting of ``dpo-opt precompute``, documented where it is declared."""
+"""Every setting of the commands that read preference data, documented where it is declared."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from dpo_opt.schemas.settings import Settings
 
+Truncation = Literal["keep_start", "keep_end", "drop"]
+"""What happens to a pair that is longer than ``max_length``."""
 
-class PrecomputeConfig(Settings):
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _listed(value: object) -> object:
+    """One source may be given as it is."""
+    values = [value] if isinstance(value, str | Path) else value
+    return [str(v) if isinstance(v, Path) else v for v in values] if isinstance(values, list) else values
+
+
+Sources = Annotated[list[str], BeforeValidator(_listed)]
+
+
+class DataConfig(Settings):
+    """Which preference data is read, and how."""
+
+    data: Annotated[Sources, Field(min_length=1)]
+    """Preference pairs: files (.jsonl, .json, .parquet), folders, globs, URLs, or a Hub ORG/NAME@REVISION."""
+    data_share: list[Share] = []
+    """Share of the pairs of each --data that is used, chosen by content; one per --data."""
+    column: dict[str, str] = {}
+    """Column that holds a part, such as prompt=question; once for every renamed column."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a malformed row does: stop everything before it begins, or be left out, counted and listed."""
+
+
+class WholeDataConfig(DataConfig):
+    """Reading all of it, on several cores."""
+
+    processes: NonNegativeInt = 0
+    """Processes that parse the data. 0: as many as there are cores, where there is enough to do."""
+
+
+class PrecomputeConfig(WholeDataConfig):
     """Scoring a dataset once under the reference."""
 
     model: str
     """Reference model: a folder or a Hub name."""
-    data: Path
-    """Preference pairs: .jsonl, .jsonl.gz, .jsonl.zst or .parquet."""
     shards: Path
     """Folder to fill; running the same command again goes on where it stopped."""
     backend: Literal["auto", "vllm", "hf"] = "auto"
@@ -23,7 +55,60 @@ class PrecomputeConfig(Settings):
     """Dtype of the reference. auto: the dtype its checkpoint declares."""
     max_length: PositiveInt | None = None
     """Most tokens of prompt plus completion. Default: 1024, or the model's context if that is shorter."""
-    truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
+    truncation: Truncation = "keep_start"
     """What happens to a longer pair: cut the completions' ends, cut the prompt's start, or leave it out."""
     pairs_per_shard: PositiveInt = 1024
     """Source rows per shard: the unit that is lost when a job is killed."""
+
+
+class CheckConfig(WholeDataConfig):
+    """Auditing a dataset before any GPU time."""
+
+    model: str | None = None
+    """Count in tokens of this model, and forecast truncation, disk and GPU hours; else in characters."""
+    eval_data: Sources = []
+    """Evaluation data, whose prompts should not stand in the training data."""
+    shards: Path | None = None
+    """Folder of reference shards of this data: also say how the reference itself ranks the pairs."""
+    max_length: PositiveInt | None = None
+    """Length for the estimates. Default: 1024, or the model's context if that is shorter."""
+    truncation: Truncation = "keep_start"
+    """What the truncation forecast assumes."""
+    pairs_per_shard: PositiveInt = 1024
+    """Source rows per shard, for the estimate."""
+    near_duplicates: bool = False
+    """Also look for pairs that nearly repeat another one (MinHash)."""
+    similarity: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Estimated Jaccard similarity from which two pairs count as nearly the same."""
+    html: Path | None = None
+    """Also write the result as a self-contained page."""
+
+
+class PreviewConfig(DataConfig):
+    """Showing pairs as the model will see them."""
+
+    model: str
+    """Model whose tokenizer and chat template are used."""
+    pairs: PositiveInt = 3
+    """How many pairs to show."""
+    start: NonNegativeInt = 0
+    """First row to show."""
+    max_length: PositiveInt | None = None
+    """Most tokens of prompt plus completion. Default: 1024, or the model's context if that is shorter."""
+    truncation: Truncation = "keep_start"
+    """What happens to a longer pair."""
+
+
+class ConvertConfig(WholeDataConfig):
+    """Writing a cleaned, deduplicated dataset, split by prompt."""
+
+    output: Path
+    """New folder for train.jsonl, eval.jsonl, removed.jsonl and convert.json."""
+    eval_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of prompts that goes to eval.jsonl, by a hash of the prompt."""
+    on_bad_row: Literal["error", "skip"] = "skip"
+    """What a malformed row does: stop everything, or be left out and listed in removed.jsonl."""
+    near_duplicates: bool = False
+    """Also remove pairs that nearly repeat an earlier one (MinHash)."""
+    similarity: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Estimated Jaccard similarity from which two pairs count as nearly the same."""

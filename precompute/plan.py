@@ -8,12 +8,16 @@ import hashlib
 import secrets
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.datasets import read_pairs, row_content
+from dpo_opt.precompute.datasets import BadRow, Reading, parse_block, row_digest, scan_blocks, scan_pairs
+from dpo_opt.precompute.files import Block
+from dpo_opt.precompute.parallel import map_in_order
 from dpo_opt.precompute.tokenize import TEXT_TO_IDS, PairTokenizer, chat_template, load_tokenizer
+from dpo_opt.schemas.columns import Column, new_column, write_column
 from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, refuse_differences
 from dpo_opt.schemas.manifest import COMMITS, PLAN, TOKENIZER, Plan, ShardRange, parse, to_json
@@ -27,7 +31,7 @@ from dpo_opt.schemas.models import (
     tokenizer_digest,
     weights_digest,
 )
-from dpo_opt.schemas.pairs import Numerics, PreferencePair, TokenizedPair
+from dpo_opt.schemas.pairs import Numerics, TokenizedPair
 from dpo_opt.schemas.shards import SCHEMA_VERSION
 from dpo_opt.schemas.storage import sha256_folder, write_text
 
@@ -89,40 +93,51 @@ def _vocab_size(folder: Path) -> int:
         ) from error
 
 
+class Planned(NamedTuple):
+    """A plan, and what the data says about its rows beside their texts."""
+
+    plan: Plan
+    columns: dict[str, Column]
+    """``weight`` and ``margin``, where some row has one."""
+    bad_rows: list[BadRow]
+    """Rows that are left out; empty unless ``on_bad_row`` is ``skip``. At most ``_BAD_ROWS_SHOWN``."""
+
+
+_BAD_ROWS_SHOWN = 5
+
+
 def make_plan(
     config: PrecomputeConfig, *, reference: Reference, tokenizer: PairTokenizer, numerics: Numerics
-) -> Plan:
+) -> Planned:
     """Count and digest the rows, and divide them into shards.
 
     Raises:
         DataError: A row is malformed, or no pair survives tokenization.
     """
+    _require_a_usable_pair(config, reference, tokenizer)
     size = config.pairs_per_shard
-    whole = RowsDigest()
+    whole = hashlib.sha256()
     parts: list[RowsDigest] = []
     rows = 0
-    survives = False
-    reasons: Counter[str] = Counter()
-    for pair in read_pairs(config.data):
-        if rows % size == 0:
-            parts.append(RowsDigest())
-        parts[-1].add(pair)
-        whole.add(pair)
-        rows += 1
-        if not survives:
-            tokenized = tokenizer(pair)
-            survives = isinstance(tokenized, TokenizedPair)
-            if not isinstance(tokenized, TokenizedPair):
-                reasons[tokenized.reason] += 1
-    if not survives:
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        raise DataError(
-            f"none of the {rows} pairs can be used ({counts})",
-            where=str(config.data),
-            why=f"at --max-length {reference.max_length} nothing would be left to train on",
-            fix="pass a larger --max-length, or --truncation keep_end",
-        )
-    return Plan(
+    columns: dict[str, Column] = {}
+    bad_rows: list[BadRow] = []
+    for block in map_in_order(_read_block, _good_blocks(config), processes=config.processes):
+        for found in block:
+            if isinstance(found.error, DataError):
+                if config.on_bad_row == "error":
+                    raise found.error
+                if len(bad_rows) < _BAD_ROWS_SHOWN:
+                    bad_rows.append(BadRow(rows, found.error))
+            if rows % size == 0:
+                parts.append(RowsDigest())
+            parts[-1].add(found.digest)
+            for name, value in found.numbers.items():
+                column = columns.setdefault(name, new_column())
+                column.rows.append(rows)
+                column.values.append(value)
+            whole.update(found.digest)
+            rows += 1
+    plan = Plan(
         fingerprint=_fingerprint(config, reference, tokenizer, numerics),
         dataset_digest=whole.hexdigest(),
         rows=rows,
@@ -131,29 +146,76 @@ def make_plan(
             for i, part in enumerate(parts)
         ],
     )
+    return Planned(plan, columns, bad_rows)
 
 
 class RowsDigest:
-    """SHA-256 of rows' content, in order; each row is preceded by its length."""
+    """SHA-256 of the digests of rows, in order."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
-    def add(self, pair: PreferencePair) -> None:
-        content = row_content(pair)
-        self._digest.update(len(content).to_bytes(8, "little") + content)
+    def add(self, row_digest: bytes) -> None:
+        self._digest.update(row_digest)
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
 
 
-def adopt_plan(shards_dir: Path, plan: Plan, tokenizer: Any) -> None:
-    """Write the plan, or check that the folder already follows it.
+class _RowFacts(NamedTuple):
+    digest: bytes
+    numbers: dict[str, float]
+    error: DataError | None
+
+
+def _read_block(task: tuple[Block, Reading]) -> list[_RowFacts]:
+    facts = []
+    for item in parse_block(*task):
+        if isinstance(item, BadRow):
+            facts.append(_RowFacts(row_digest(item), {}, item.error))
+        else:
+            numbers = {"weight": item.weight, "margin": item.margin}
+            known = {name: value for name, value in numbers.items() if value is not None}
+            facts.append(_RowFacts(row_digest(item), known, None))
+    return facts
+
+
+def _good_blocks(config: PrecomputeConfig) -> Iterator[tuple[Block, Reading]]:
+    for item in scan_blocks(config):
+        if isinstance(item, DataError):
+            raise item
+        yield item
+
+
+def _require_a_usable_pair(config: PrecomputeConfig, reference: Reference, tokenizer: PairTokenizer) -> None:
+    reasons: Counter[str] = Counter()
+    for item in scan_pairs(config):
+        if isinstance(item, BadRow):
+            if config.on_bad_row == "error":
+                raise item.error
+            reasons["bad_row"] += 1
+            continue
+        tokenized = tokenizer(item)
+        if isinstance(tokenized, TokenizedPair):
+            return
+        reasons[tokenized.reason] += 1
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    raise DataError(
+        f"none of the {reasons.total()} pairs can be used ({counts})",
+        where=", ".join(config.data),
+        why=f"at --max-length {reference.max_length} nothing would be left to train on",
+        fix="pass a larger --max-length, or --truncation keep_end",
+    )
+
+
+def adopt_plan(shards_dir: Path, planned: Planned, tokenizer: Any) -> None:
+    """Write the plan and the columns beside it, or check that the folder already follows it.
 
     Raises:
         DataError: The folder holds shards, but no plan that says what they are of.
         FingerprintError: The folder was planned for something else.
     """
+    plan = planned.plan
     path = shards_dir / PLAN
     # Asked first: whoever commits has written the plan before.
     holds_commits = any((shards_dir / COMMITS).glob("*.json"))
@@ -166,6 +228,8 @@ def adopt_plan(shards_dir: Path, plan: Plan, tokenizer: Any) -> None:
                 fix=f"restore {PLAN}, or pass another --shards folder",
             )
         _save_tokenizer(shards_dir / TOKENIZER, tokenizer)
+        for name, column in planned.columns.items():
+            write_column(shards_dir, name, column)
         write_text(path, to_json(plan))
     existing = read_plan(shards_dir)
     fix = "pass another --shards folder, or remove this one to score it again"

@@ -1,8 +1,8 @@
-"""One source row, checked: raw values become a preference pair, or an error that names the row.
+"""One source row, checked: raw values become preference pairs, or an error that names the row.
 
-Common loaders fill a missing key with null, accept a file that is text in one row and messages in the
-next, and decode what is not UTF-8; each of these reaches the loss as an ordinary number. Here every row is
-what it says, or it is refused with its line.
+Common loaders fill a missing key with null and accept a file that is text in one row and messages in the
+next; each of these reaches the loss as an ordinary number. Here every row is what it says, or it is refused
+with its line.
 
 A row without ``prompt`` holds the prompt inside both completions. It is found by one of three rules:
 
@@ -15,143 +15,63 @@ A row without ``prompt`` holds the prompt inside both completions. It is found b
 """
 
 import json
-from collections import Counter
+import math
 from typing import NamedTuple, NoReturn, cast
 
+from dpo_opt.precompute.messages import read_messages, refuse_roles, refuse_surrogates
+from dpo_opt.precompute.shapes import CARRIED_KEYS, PROMPT_KEYS, Values, find_shape
+from dpo_opt.precompute.strict_json import FIX_ROW, escape, kind_of, quote
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message, PreferencePair, Text
 
-COLUMNS = ("prompt", "chosen", "rejected", "source")
-"""The keys that are read; any other key of a row is ignored."""
-
 _HUMAN = "\n\nHuman:"
 _ASSISTANT = "\n\nAssistant:"
-_MESSAGE_KEYS = ("role", "content")
-_LONGEST_QUOTE = 60  # a message may quote a key of the user's file, never a whole text
-_FIX_ROW = "correct or remove the row; `dpo-opt check` lists every such row at once"
 
 
 class Form(NamedTuple):
-    """What kind of row it is; all rows of a file are of one form."""
+    """What a row was recognised as; all rows of a source are of one form."""
 
-    messages: bool
-    prompt_given: bool
-
-    def __str__(self) -> str:
-        return f'{"messages" if self.messages else "text"} with{"" if self.prompt_given else "out"} "prompt"'
-
-
-class _RefusedJson(ValueError):
-    """Something json would accept and no other reader should see."""
+    name: str
+    """For people."""
+    rules: str
+    """Rows with the same rules become ids in the same way."""
+    ranked: bool = False
+    """A row may be any number of pairs."""
 
 
-def parse_object(line: bytes, *, where: str) -> dict[str, object]:
-    """The JSON object on one line.
-
-    Raises:
-        DataError: Not UTF-8, not JSON, no object, nested too deeply, a key twice in an object, or NaN.
-    """
-    try:
-        text = line.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"not valid UTF-8 at byte {error.start + 1} of the line",
-            where=where,
-            why="guessing another encoding would change the text",
-            fix="save the file as UTF-8, for example with `iconv -f WINDOWS-1252 -t UTF-8 FILE`",
-        ) from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"not valid JSON at column {error.colno} ({error.msg})",
-            where=where,
-            why="each line is one JSON object",
-            fix=_FIX_ROW,
-        ) from error
-    except _RefusedJson as error:
-        raise DataError(str(error), where=where, why="JSON does not define it", fix=_FIX_ROW) from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise DataError(f"not readable as JSON ({quote(str(error))})", where=where, fix=_FIX_ROW) from error
-    except RecursionError as error:
-        raise DataError(
-            "the JSON value is nested too deeply",
-            where=where,
-            why="no preference pair looks like that",
-            fix=_FIX_ROW,
-        ) from error
-    if not isinstance(value, dict):
-        raise DataError(
-            f"{_kind_of(value)} where a JSON object is expected",
-            where=where,
-            why='each line is one pair: {"prompt": ..., "chosen": ..., "rejected": ...}',
-            fix=_FIX_ROW,
-        )
-    return value
-
-
-def to_pair(values: dict[str, object], *, row: int, where: str) -> tuple[PreferencePair, Form]:
-    """Check a row's values and find its prompt.
+def to_pairs(values: Values, *, where: str) -> tuple[list[PreferencePair], Form]:
+    """Check a row's values and find its pairs: one, or several of a row of ranked completions.
 
     Args:
         values: Key to value, as JSON or Parquet gives it.
-        row: Index of the row in its file.
         where: Names the row in messages.
+
+    Returns:
+        The pairs, all numbered 0, and the row's form.
 
     Raises:
         DataError: A key is missing, a value is of the wrong kind or empty, or there is no common prompt.
     """
-    for key in ("chosen", "rejected"):
-        if key not in values:
-            found = quote(", ".join(map(_escape, values))) or "none"
-            raise DataError(
-                f'the key "{key}" is missing (found: {found})',
-                where=where,
-                why='a pair needs both completions, under the keys "chosen" and "rejected"',
-                fix=_FIX_ROW,
-            )
-    texts: dict[str, Text] = {
-        key: _text(values[key], key, where) for key in ("prompt", "chosen", "rejected") if key in values
-    }
-    _refuse_mixture(texts, where)
-    form = Form(messages=isinstance(texts["chosen"], list), prompt_given="prompt" in texts)
-    chosen, rejected = texts["chosen"], texts["rejected"]
-    _refuse_empty(chosen, "chosen", where)
-    _refuse_empty(rejected, "rejected", where)
-    if form.prompt_given:
-        prompt = texts["prompt"]
-        if prompt == []:
-            _refuse("prompt", "is an empty list", where, why="a conversation has at least one message")
-    else:
-        prompt, chosen, rejected = _split_prompt(chosen, rejected, where)
-        _refuse_empty(chosen, "chosen", where, after="after the prompt that both sides share")
-        _refuse_empty(rejected, "rejected", where, after="after the prompt that both sides share")
-    source = _source(values.get("source"), where)
-    return PreferencePair(row, prompt, chosen, rejected, source, where), form
+    if "chosen" in values and "rejected" in values:
+        pair, form = _to_pair(values, where)
+        return [pair], form
+    shape = find_shape(values)
+    if shape is None:
+        missing = "rejected" if "chosen" in values else "chosen"
+        found = quote(", ".join(map(escape, values))) or "none"
+        raise DataError(
+            f'the key "{missing}" is missing (found: {found})',
+            where=where,
+            why='a pair needs both completions, under the keys "chosen" and "rejected"',
+            fix=f"{FIX_ROW}; --column chosen=NAME reads it from another key",
+            kind="missing_key",
+        )
+    made = [_to_pair(row, where) for row in shape.convert(values, where)]
+    name = f"{shape.name}: {made[0][1].name}"
+    return [pair for pair, _ in made], Form(name, f"{shape.name}: {made[0][1].rules}", shape.ranked)
 
 
-def quote(text: str) -> str:
-    """The beginning of a text, short enough for a message."""
-    return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."
-
-
-def _unique(members: list[tuple[str, object]]) -> dict[str, object]:
-    values = dict(members)
-    if len(values) < len(members):
-        ((key, _),) = Counter(key for key, _ in members).most_common(1)
-        raise _RefusedJson(f'the key "{quote(_escape(key))}" appears twice in one object')
-    return values
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise _RefusedJson(f"{name} is not a JSON value")
-
-
-def _escape(key: str) -> str:
-    """A key as it can be printed: control characters and lone surrogates escaped."""
-    return json.dumps(key)[1:-1]
-
-
-def to_prompt(values: dict[str, object], *, where: str) -> Text:
+def to_prompt(values: Values, *, where: str) -> Text:
     """A row's prompt alone; its other keys are ignored.
 
     Raises:
@@ -159,68 +79,174 @@ def to_prompt(values: dict[str, object], *, where: str) -> Text:
     """
     prompt = _text(values.get("prompt"), "prompt", where)
     if not prompt:
-        _refuse("prompt", "is empty", where, why="there is nothing to complete")
+        _refuse("prompt", "is empty", where, why="there is nothing to complete", kind="empty")
     return prompt
 
 
-def _kind_of(value: object) -> str:
-    """What a JSON value is, in words."""
-    kinds = {bool: "a boolean", str: "a string", list: "a list", dict: "an object", int: "a number"}
-    return "null" if value is None else kinds.get(type(value), "a number")
+def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:
+    chosen = _text(values["chosen"], "chosen", where)
+    rejected = _text(values["rejected"], "rejected", where)
+    given = values.get("prompt") if "prompt" in values else None
+    if isinstance(given, str) and isinstance(chosen, list):
+        # UltraFeedback says the prompt twice: as text, and as the messages both sides begin with.
+        prompt: Text | None = None
+        form = Form("UltraFeedback (text prompt, message lists)", 'messages without "prompt"')
+    elif "prompt" in values:
+        prompt = _text(given, "prompt", where)
+        form = _FORMS[isinstance(chosen, list), True]
+    else:
+        prompt = None
+        form = _FORMS[isinstance(chosen, list), False]
+    _refuse_mixture(
+        {"chosen": chosen, "rejected": rejected} | ({} if prompt is None else {"prompt": prompt}), where
+    )
+    _refuse_empty(chosen, "chosen", where)
+    _refuse_empty(rejected, "rejected", where)
+    if prompt is None:
+        _refuse_other_prompt_key(values, where)
+        if isinstance(chosen, str) and _is_transcript(chosen) and _is_transcript(cast(str, rejected)):
+            form = _TRANSCRIPTS
+        prompt, chosen, rejected = _split_prompt(chosen, rejected, where)
+        _refuse_empty(chosen, "chosen", where, after="after the prompt that both sides share")
+        _refuse_empty(rejected, "rejected", where, after="after the prompt that both sides share")
+        if isinstance(given, str):
+            _refuse_other_prompt(given, cast(list[Message], prompt), where)
+    elif isinstance(prompt, list) and not prompt:
+        _refuse(
+            "prompt", "is an empty list", where, why="a conversation has at least one message", kind="empty"
+        )
+    if isinstance(prompt, list):
+        refuse_roles(cast(list[Message], chosen), "chosen", where)
+        refuse_roles(cast(list[Message], rejected), "rejected", where)
+    if values.keys().isdisjoint(_CARRIED):
+        return PreferencePair(0, prompt, chosen, rejected, None, where), form
+    pair = PreferencePair(
+        0,
+        prompt,
+        chosen,
+        rejected,
+        _source(values.get("source"), where),
+        where,
+        weight=_number(values.get("weight"), "weight", where, least=0.0),
+        margin=_margin(values, where),
+        tools=_tools(values.get("tools"), where),
+        chat_template_kwargs=_template_kwargs(values.get("chat_template_kwargs"), where),
+    )
+    if pair.tools is not None and isinstance(prompt, str):
+        _refuse(
+            "tools", "stands beside plain text", where, why="only a chat template shows tools", kind="tools"
+        )
+    return pair, form
+
+
+_CARRIED = frozenset(CARRIED_KEYS) | {"score_chosen"}
+_FORMS = {
+    (messages, given): Form(name, rules=name)
+    for messages, kind in ((False, "text"), (True, "messages"))
+    for given, how in ((False, "without"), (True, "with"))
+    for name in [f'{kind} {how} "prompt"']
+}
+_TRANSCRIPTS = Form('HH-RLHF transcripts (text without "prompt")', 'text without "prompt"')
 
 
 def _text(value: object, key: str, where: str) -> Text:
     if isinstance(value, str):
-        _refuse_surrogates(value, key, where)
+        refuse_surrogates(value, key, where)
         return value
     if isinstance(value, list):
-        return [_message(m, f'message {i} of "{key}"', where) for i, m in enumerate(value, start=1)]
-    _refuse(key, f"is {_kind_of(value)}", where, why="it must be text or a list of messages")
-
-
-def _message(value: object, name: str, where: str) -> Message:
-    if not isinstance(value, dict):
-        raise DataError(
-            f"{name} is {_kind_of(value)}",
-            where=where,
-            why='a message is an object with "role" and "content"',
-            fix=_FIX_ROW,
-        )
-    # A table holds every key in every message; one that is null there was not in the message.
-    others = [key for key, member in value.items() if key not in _MESSAGE_KEYS and member is not None]
-    if others:
-        raise DataError(
-            f'{name} has the key "{quote(_escape(str(others[0])))}", which is not supported yet',
-            where=where,
-            why="ignoring it would train on another conversation than the one in the data",
-            fix='keep only "role" and "content", or render the conversation to text',
-        )
-    for key in _MESSAGE_KEYS:
-        if key not in value:
-            raise DataError(
-                f'{name} lacks "{key}"',
-                where=where,
-                why='a message has "role" and "content"',
-                fix=_FIX_ROW,
-            )
-        if not isinstance(value[key], str):
-            raise DataError(
-                f'"{key}" in {name} is {_kind_of(value[key])}',
-                where=where,
-                why="only text is supported, no images and no parts",
-                fix=_FIX_ROW,
-            )
-        _refuse_surrogates(value[key], key, where)
-    return {key: value[key] for key in _MESSAGE_KEYS}
+        return read_messages(value, key, where)
+    _refuse(key, f"is {kind_of(value)}", where, why="it must be text or a list of messages", kind="type")
 
 
 def _source(value: object, where: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        _refuse("source", f"is {_kind_of(value)}", where, why="it names where the pair comes from, as text")
-    _refuse_surrogates(value, "source", where)
+        why = "it names where the pair comes from, as text"
+        _refuse("source", f"is {kind_of(value)}", where, why=why, kind="type")
+    refuse_surrogates(value, "source", where)
     return value
+
+
+def _number(value: object, key: str, where: str, *, least: float = -math.inf) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _refuse(key, f"is {kind_of(value)}", where, why="it must be a number", kind="number")
+    number = float(value) if abs(value) <= _LARGEST else math.inf
+    if not least <= number < math.inf:
+        why = f"it must be finite and at least {least:g}" if math.isfinite(least) else "it must be finite"
+        _refuse(key, f"is {number:g}", where, why=why, kind="number")
+    return number
+
+
+_LARGEST = 1e30  # no weight or margin is; a whole number of hundreds of digits is no float at all
+
+
+def _margin(values: Values, where: str) -> float | None:
+    """The row's own margin, or how much better the chosen completion was scored."""
+    if "margin" in values or "score_chosen" not in values or "score_rejected" not in values:
+        return _number(values.get("margin"), "margin", where)
+    chosen = _number(values["score_chosen"], "score_chosen", where)
+    rejected = _number(values["score_rejected"], "score_rejected", where)
+    return None if chosen is None or rejected is None else chosen - rejected
+
+
+def _tools(value: object, where: str) -> list[object] | None:
+    """JSON schemas of functions: a list, or the text of one as tables store it."""
+    value = _from_text(value, "tools", where)
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        why = "it must be a list of JSON schemas, or the JSON text of one"
+        _refuse("tools", f"is {kind_of(value)}", where, why=why, kind="tools")
+    return value
+
+
+def _template_kwargs(value: object, where: str) -> dict[str, object] | None:
+    value = _from_text(value, "chat_template_kwargs", where)
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        why = "it must be an object of settings for the chat template"
+        _refuse("chat_template_kwargs", f"is {kind_of(value)}", where, why=why, kind="tools")
+    # A table holds every key in every row; one that is null there was not in the row.
+    found = {str(name): setting for name, setting in value.items() if setting is not None}
+    return found or None
+
+
+def _from_text(value: object, key: str, where: str) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        _refuse(
+            key, "is text that is not JSON", where, why="it must be JSON, as a value or as text", kind="tools"
+        )
+
+
+def _refuse_other_prompt_key(values: Values, where: str) -> None:
+    key = next((key for key in PROMPT_KEYS if key != "prompt" and key in values), None)
+    if key is not None and "prompt" not in values:
+        raise DataError(
+            f'there is no "prompt", but the key "{key}"',
+            where=where,
+            why="what both completions begin with would be taken for the prompt, and this key ignored",
+            fix=f"pass --column prompt={key}, or remove the key",
+            kind="missing_key",
+        )
+
+
+def _refuse_other_prompt(given: str, prompt: list[Message], where: str) -> None:
+    if given not in {message["content"] for message in prompt}:
+        raise DataError(
+            '"prompt" is no message of the conversation that both sides begin with',
+            where=where,
+            why='the text in "prompt" and the messages would ask for different things',
+            fix='remove "prompt", or correct the messages',
+            kind="prompt_mismatch",
+        )
 
 
 def _split_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
@@ -240,19 +266,24 @@ def _split_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text,
             where=where,
             why="without a common beginning nothing says what the completions answer",
             fix='add the key "prompt", or remove the row',
+            kind="no_common_prompt",
         )
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _is_transcript(text: str | list[Message]) -> bool:
-    return isinstance(text, str) and text.startswith(_HUMAN) and _ASSISTANT in text
+def _is_transcript(text: str) -> bool:
+    return text.startswith(_HUMAN) and _ASSISTANT in text
 
 
 def _common_prefix_length(a: Text, b: Text) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    # By halves: comparing slices is far quicker than comparing characters one by one.
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
+    return low
 
 
 def _refuse_mixture(texts: dict[str, Text], where: str) -> None:
@@ -260,31 +291,23 @@ def _refuse_mixture(texts: dict[str, Text], where: str) -> None:
     for key in others:
         if type(texts[key]) is not type(texts[first]):
             raise DataError(
-                f'"{first}" is {_kind_of(texts[first])}, but "{key}" is {_kind_of(texts[key])}',
+                f'"{first}" is {kind_of(texts[first])}, but "{key}" is {kind_of(texts[key])}',
                 where=where,
                 why="a row is text in all its parts, or messages in all",
                 fix='give all parts one form; leave "prompt" out where "chosen" and "rejected" contain it',
+                kind="mixed_row",
             )
 
 
 def _refuse_empty(completion: Text, key: str, where: str, *, after: str = "") -> None:
-    contents = [completion] if isinstance(completion, str) else [m["content"] for m in completion]
-    if not any(contents):
+    if isinstance(completion, str):
+        empty = not completion
+    else:
+        empty = not any(message["content"] or "tool_calls" in message for message in completion)
+    if empty:
         what = " ".join(["is empty", after]).rstrip()
-        _refuse(key, what, where, why="a completion without a token has no log-prob")
+        _refuse(key, what, where, why="a completion without a token has no log-prob", kind="empty")
 
 
-def _refuse_surrogates(text: str, key: str, where: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f'"{key}" contains half a character (a lone surrogate) at character {error.start + 1}',
-            where=where,
-            why="it cannot be written as UTF-8; text was cut inside a character",
-            fix=_FIX_ROW,
-        ) from error
-
-
-def _refuse(key: str, what: str, where: str, *, why: str) -> NoReturn:
-    raise DataError(f'"{key}" {what}', where=where, why=why, fix=_FIX_ROW)
+def _refuse(key: str, what: str, where: str, *, why: str, kind: str) -> NoReturn:
+    raise DataError(f'"{key}" {what}', where=where, why=why, fix=FIX_ROW, kind=kind)

@@ -13,13 +13,13 @@ import numpy as np
 
 from dpo_opt.precompute.commits import committed, finalize
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.datasets import read_pairs
+from dpo_opt.precompute.datasets import BadRow, row_digest, scan_pairs
 from dpo_opt.precompute.plan import RowsDigest, adopt_plan, make_plan, make_tokenizer, resolve_reference
 from dpo_opt.precompute.tokenize import PairTokenizer
 from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.manifest import COMMITS, MANIFEST, Manifest, Plan, ShardCommit, ShardRange, to_json
-from dpo_opt.schemas.pairs import LogpArray, ScoredPair, Scorer, TokenizedPair, TokenSequence
+from dpo_opt.schemas.pairs import LogpArray, PreferencePair, ScoredPair, Scorer, TokenizedPair, TokenSequence
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.shards import DroppedRow, read_row_groups, write_dropped, write_shard
 from dpo_opt.schemas.storage import sha256_file, write_text
@@ -45,16 +45,17 @@ def precompute(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress |
     progress = progress or Silent()
     reference = resolve_reference(config)
     tokenizer = make_tokenizer(config, reference)
-    plan = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=scorer.numerics)
-    adopt_plan(config.shards, plan, tokenizer.tokenizer)
+    planned = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=scorer.numerics)
+    plan = planned.plan
+    adopt_plan(config.shards, planned, tokenizer.tokenizer)
     if (config.shards / MANIFEST).is_file():
         return finalize(config.shards)
     done = committed(config.shards, plan)
-    missing = [planned for planned in plan.shards if planned.shard not in done]
+    missing = [shard for shard in plan.shards if shard.shard not in done]
     progress.start("scoring", total=sum(r.stop - r.start for r in missing), unit="pairs")
-    for planned in missing:
-        commit = score_shard(config, plan, planned, tokenizer=tokenizer, scorer=scorer)
-        progress.advance(planned.stop - planned.start, f"{commit.tokens} tokens in the last shard")
+    for shard in missing:
+        commit = score_shard(config, plan, shard, tokenizer=tokenizer, scorer=scorer)
+        progress.advance(shard.stop - shard.start, f"{commit.tokens} tokens in the last shard")
     progress.finish()
     return finalize(config.shards)
 
@@ -76,22 +77,40 @@ def score_shard(
     kept: list[TokenizedPair] = []
     dropped: list[DroppedRow] = []
     digest = RowsDigest()
-    for pair in read_pairs(config.data, start=planned.start, stop=planned.stop):
-        digest.add(pair)
-        tokenized = tokenizer(pair)
-        if isinstance(tokenized, TokenizedPair):
-            kept.append(tokenized)
+    pairs: list[PreferencePair] = []
+    for item in scan_pairs(config, start=planned.start, stop=planned.stop):
+        digest.add(row_digest(item))
+        if isinstance(item, BadRow):
+            dropped.append(_left_out(item.row, item.error, config))
         else:
-            dropped.append(tokenized)
+            pairs.append(item)
+    for pair, ids in zip(pairs, tokenizer.encode(pairs), strict=True):
+        fitted = _left_out(pair.row, ids, config) if isinstance(ids, DataError) else tokenizer.fit(pair, ids)
+        if isinstance(fitted, TokenizedPair):
+            kept.append(fitted)
+        else:
+            dropped.append(fitted)
+    dropped.sort(key=lambda row: row.row)
     if digest.hexdigest() != planned.rows_digest:
         raise DataError(
             f"rows {planned.start} to {planned.stop} changed while the file was being scored",
-            where=str(config.data),
+            where=", ".join(config.data),
             why="the shards of one folder would hold two versions of the data",
             fix="restore the file and run the same command again, or pass another --shards folder",
         )
     scored, unique = score_pairs(kept, scorer)
     return _commit(config.shards, plan.fingerprint, planned, scored, dropped, unique)
+
+
+def _left_out(row: int, error: DataError, config: PrecomputeConfig) -> DroppedRow:
+    """A row that cannot be used, as it is listed.
+
+    Raises:
+        DataError: Bad rows are to stop the run.
+    """
+    if config.on_bad_row == "error":
+        raise error
+    return DroppedRow(row, None, f"bad_row:{error.kind}", error.where or "")
 
 
 def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer) -> tuple[list[ScoredPair], int]:

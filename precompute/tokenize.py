@@ -8,10 +8,13 @@ The policy, version ``TEXT_TO_IDS``:
 1. Text: the EOS token's text is appended to a completion that does not end with it. Prompt and
    prompt + completion are tokenized whole, by the tokenizer's own call, with the special tokens it adds.
    Messages: the chat template renders the prompt with the generation prompt, and prompt + completion
-   without it; what it renders is tokenized without further special tokens.
+   without it, each with the row's ``tools`` and ``chat_template_kwargs``; what it renders is tokenized
+   without further special tokens. A pair whose prompt is rendered differently when something follows it is
+   refused.
 2. The prompt's ids are those which the tokenized prompt and both tokenized sequences begin with in common;
    what follows them is completion. Text on both sides of the boundary may merge into one token, and a
-   template may render a prompt differently when something follows it: those tokens count as completion.
+   template may end the prompt for generation as no finished conversation does (an opened thought): such
+   tokens count as completion.
 3. ``truncation`` makes each sequence fit ``max_length``, or leaves the pair out.
 
 Differences from TRL 1.16, which gives the same ids otherwise:
@@ -21,15 +24,21 @@ Differences from TRL 1.16, which gives the same ids otherwise:
   different prompts, and a long completion loses its own beginning.
 * A pair without a signal is dropped and counted: equal completions, before or after truncation; a completion
   or a prompt without a token. TRL keeps those rows; their gradient is zero, or a first token has no log-prob.
-* ``drop`` does not exist in TRL. ``tools`` and ``chat_template_kwargs`` columns are not read.
+* A template that renders the prompt's messages differently when a completion follows is refused. TRL takes
+  what the ids have in common, and the policy is trained on parts of the prompt.
+* ``drop`` does not exist in TRL.
 """
 
+import copy
 import functools
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, assert_never, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, assert_never, cast
 
 import numpy as np
 
+from dpo_opt.precompute.config import Truncation
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import IdArray, Message, PreferencePair, Text, TokenizedPair
 from dpo_opt.schemas.shards import DroppedRow
@@ -39,8 +48,6 @@ if TYPE_CHECKING:
 
 TEXT_TO_IDS = "1"
 """Changes whenever the same text could become other ids, or another pair could be dropped."""
-
-Truncation = Literal["keep_start", "keep_end", "drop"]
 
 DropReason = Literal[
     "empty_prompt",
@@ -144,6 +151,7 @@ class PairTokenizer:
         vocab_size: int,
     ) -> None:
         self.tokenizer = tokenizer
+        self._backend = _whole_text_backend(tokenizer)
         self._max_length = max_length
         self._truncation: Truncation = truncation
         self._vocab_size = vocab_size
@@ -155,11 +163,38 @@ class PairTokenizer:
             ConfigError: The pair holds messages and the tokenizer has no chat template.
             DataError: The chat template refuses the messages, or an id is outside the vocabulary.
         """
-        prompt, chosen, rejected = _encode(pair, self.tokenizer)
-        _refuse_foreign_ids(pair, np.concatenate([chosen, rejected]), vocab_size=self._vocab_size)
-        boundary = min(_common_prefix_length(prompt, chosen), _common_prefix_length(prompt, rejected))
-        whole = _PairIds(chosen[:boundary], chosen[boundary:], rejected[boundary:])
-        fitted = _fit(whole, max_length=self._max_length, truncation=self._truncation)
+        (found,) = self.encode([pair])
+        if isinstance(found, DataError):
+            raise found
+        return self.fit(pair, found)
+
+    def encode(self, pairs: Sequence[PreferencePair]) -> list["PairIds | DataError"]:
+        """The whole ids of many pairs, which is quicker than one by one; an unusable pair is its error.
+
+        Raises:
+            ConfigError: A pair holds messages and the tokenizer has no chat template.
+        """
+        texts: list[tuple[str, str, str] | DataError] = [self._texts(pair) for pair in pairs]
+        ids: dict[int, PairIds] = {}
+        # A chat template writes the special tokens itself.
+        for plain in (True, False):
+            chosen = [
+                i
+                for i, (pair, text) in enumerate(zip(pairs, texts, strict=True))
+                if isinstance(pair.prompt, str) == plain and not isinstance(text, DataError)
+            ]
+            flat = [text for i in chosen for text in cast(tuple[str, str, str], texts[i])]
+            encoded = self._backend.encode_batch_fast(flat, add_special_tokens=plain)
+            for n, i in enumerate(chosen):
+                ids[i] = _split(*(np.array(e.ids, dtype=np.int32) for e in encoded[3 * n : 3 * n + 3]))
+        return [
+            text if isinstance(text, DataError) else self._checked(pair, ids[i])
+            for i, (pair, text) in enumerate(zip(pairs, texts, strict=True))
+        ]
+
+    def fit(self, pair: PreferencePair, whole: "PairIds") -> TokenizedPair | DroppedRow:
+        """A pair's whole ids within ``max_length``, or why it is left out."""
+        fitted = fit_ids(whole, max_length=self._max_length, truncation=self._truncation)
         if isinstance(fitted, str):
             return DroppedRow(pair.row, pair.source, fitted, pair.where)
         return TokenizedPair(
@@ -172,16 +207,53 @@ class PairTokenizer:
             rejected_truncated=len(fitted.rejected) < len(whole.rejected),
         )
 
+    def _texts(self, pair: PreferencePair) -> tuple[str, str, str] | DataError:
+        if isinstance(pair.prompt, str):
+            return _plain_texts(pair, str(self.tokenizer.eos_token))
+        try:
+            return _rendered_texts(pair, self.tokenizer)
+        except DataError as error:
+            return error
 
-class _PairIds(NamedTuple):
+    def _checked(self, pair: PreferencePair, ids: "PairIds") -> "PairIds | DataError":
+        highest = max(int(part.max(initial=0)) for part in (ids.prompt, ids.chosen, ids.rejected))
+        if highest < self._vocab_size:
+            return ids
+        return DataError(
+            f"token id {highest} is outside the model's vocabulary of {self._vocab_size}",
+            where=pair.where,
+            why="the tokenizer is not the model's: the same ids would mean other text",
+            fix="use the tokenizer that was saved with the model",
+            kind="vocabulary",
+        )
+
+
+def _whole_text_backend(tokenizer: "PreTrainedTokenizerFast") -> Any:
+    """The tokenizer's own engine, on its own: it cuts and pads nothing, and returns ids without offsets."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+class PairIds(NamedTuple):
+    """A pair's token ids before truncation, divided where the prompt ends."""
+
     prompt: IdArray
     chosen: IdArray
     rejected: IdArray
+    merged: bool = False
+    """The prompt's last tokens merged with what follows, and count as completion."""
 
 
-def _fit(ids: _PairIds, *, max_length: int, truncation: Truncation) -> _PairIds | DropReason:
+def _split(prompt: IdArray, chosen: IdArray, rejected: IdArray) -> PairIds:
+    boundary = min(_common_prefix_length(prompt, chosen), _common_prefix_length(prompt, rejected))
+    return PairIds(chosen[:boundary], chosen[boundary:], rejected[boundary:], merged=boundary < len(prompt))
+
+
+def fit_ids(ids: PairIds, *, max_length: int, truncation: Truncation) -> PairIds | DropReason:
     """The pair's ids within ``max_length``, or why there are none."""
-    prompt, chosen, rejected = ids
+    prompt, chosen, rejected, merged = ids
     longest = max(len(chosen), len(rejected))
     if len(prompt) == 0:
         return "empty_prompt"
@@ -207,41 +279,36 @@ def _fit(ids: _PairIds, *, max_length: int, truncation: Truncation) -> _PairIds 
                 return "longer_than_max_length"
         case _:
             assert_never(truncation)
-    return _PairIds(prompt, chosen, rejected)
+    return PairIds(prompt, chosen, rejected, merged)
 
 
-def _encode(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast") -> list[IdArray]:
-    """Ids of the prompt, of prompt + chosen and of prompt + rejected."""
-    if isinstance(pair.prompt, str):
-        texts = _plain_texts(pair, str(tokenizer.eos_token))
-    else:
-        texts = _rendered_texts(pair, tokenizer)
-    encoded = tokenizer(
-        texts,
-        # A chat template writes the special tokens itself.
-        add_special_tokens=isinstance(pair.prompt, str),
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # a length beyond the model's context is dealt with by truncation
-    )
-    return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+def _plain_texts(pair: PreferencePair, eos_text: str) -> tuple[str, str, str]:
+    prompt, chosen, rejected = cast(tuple[str, str, str], (pair.prompt, pair.chosen, pair.rejected))
+    return prompt, prompt + _ended(chosen, eos_text), prompt + _ended(rejected, eos_text)
 
 
-def _plain_texts(pair: PreferencePair, eos_text: str) -> list[str]:
-    prompt, *completions = cast(tuple[str, str, str], (pair.prompt, pair.chosen, pair.rejected))
-    ended = [text if text.endswith(eos_text) else text + eos_text for text in completions]
-    return [prompt, *(prompt + text for text in ended)]
+def _ended(text: str, eos_text: str) -> str:
+    return text if text.endswith(eos_text) else text + eos_text
 
 
-def _rendered_texts(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+def _rendered_texts(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, str, str]:
     prompt, chosen, rejected = cast(
         tuple[list[Message], list[Message], list[Message]], (pair.prompt, pair.chosen, pair.rejected)
     )
-    return _render([prompt, prompt + chosen, prompt + rejected], tokenizer, where=pair.where)
+    conversations = [prompt, prompt + chosen, prompt + rejected]
+    settings = {"tools": pair.tools, **(pair.chat_template_kwargs or {})}
+    opened, *wholes = _render(conversations, tokenizer, where=pair.where, **settings)
+    for side, whole in zip(("chosen", "rejected"), wholes, strict=True):
+        if not whole.startswith(opened):
+            # The prompt's end may be written for generation only; its messages may not change.
+            _, alone = _render([prompt, prompt], tokenizer, where=pair.where, **settings)
+            if not whole.startswith(alone):
+                raise _other_prompt(alone, whole, side, pair.where)
+    return opened, wholes[0], wholes[1]
 
 
 def _render(
-    conversations: list[list[Message]], tokenizer: "PreTrainedTokenizerFast", *, where: str
+    conversations: list[list[Message]], tokenizer: "PreTrainedTokenizerFast", *, where: str, **settings: Any
 ) -> list[str]:
     """Conversations as text; the first is a prompt, and ends with the generation prompt."""
     from jinja2.exceptions import TemplateError
@@ -254,31 +321,39 @@ def _render(
             why="only the template the model was trained with turns messages into the text it knows",
             fix="save one with the tokenizer (chat_template.jinja), or use data whose rows are text",
         )
-    render = functools.partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
-    prompt, *whole = conversations
     try:
+        render = functools.partial(
+            tokenizer.apply_chat_template, **{"chat_template": template, "tokenize": False, **settings}
+        )
+        prompt, *whole = conversations
         return [render(prompt, add_generation_prompt=True), *(render(messages) for messages in whole)]
-    except TemplateError as error:
+    # A template is a program of its own: it may add text to a list, or ask for what a message does not have.
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise DataError(
             f"the chat template refuses the messages ({str(error)[:_LONGEST_TEMPLATE_MESSAGE]})",
             where=where,
             why="the model was not trained on conversations of this shape",
             fix="correct the roles and their order, or remove the row",
+            kind="template",
         ) from error
+
+
+def _other_prompt(prompt: str, whole: str, side: str, where: str) -> DataError:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))
+    differs = sum(1 for _ in same)
+    alone, followed = (repr(text[max(0, differs - 20) : differs + 30]) for text in (prompt, whole))
+    return DataError(
+        f"the chat template renders the prompt differently when {side} follows: "
+        f"from character {differs + 1} on it is {followed}, alone {alone}",
+        where=where,
+        why="part of the prompt would be scored and trained on as if the model had said it",
+        fix="use a template that renders prompt + completion as the prompt's own text and more; "
+        "`dpo-opt preview` shows what is rendered",
+        kind="template_mismatch",
+    )
 
 
 def _common_prefix_length(a: IdArray, b: IdArray) -> int:
     shortest = min(len(a), len(b))
     differs = a[:shortest] != b[:shortest]
     return int(differs.argmax()) if differs.any() else shortest
-
-
-def _refuse_foreign_ids(pair: PreferencePair, ids: IdArray, *, vocab_size: int) -> None:
-    highest = int(ids.max(initial=0))
-    if highest >= vocab_size:
-        raise DataError(
-            f"token id {highest} is outside the model's vocabulary of {vocab_size}",
-            where=pair.where,
-            why="the tokenizer is not the model's: the same ids would mean other text",
-            fix="use the tokenizer that was saved with the model",
-        )

@@ -37,13 +37,12 @@ class DpoOptError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments do not survive the default pickling, and workers send errors home.
-        return (_rebuild, (type(self), self.what, self.where, self.why, self.fix))
+        others = {name: value for name, value in vars(self).items() if name != "what"}
+        return (_rebuild, (type(self), self.what, others))
 
 
-def _rebuild(
-    kind: type[DpoOptError], what: str, where: str | None, why: str | None, fix: str | None
-) -> DpoOptError:
-    return kind(what, where=where, why=why, fix=fix)
+def _rebuild(kind: type[DpoOptError], what: str, others: dict[str, str | None]) -> DpoOptError:
+    return kind(what, **others)
 
 
 class ConfigError(DpoOptError, ValueError):
@@ -53,9 +52,29 @@ class ConfigError(DpoOptError, ValueError):
 
 
 class DataError(DpoOptError, ValueError):
-    """Data that cannot be used: a malformed row, a missing shard, a byte that changed on disk."""
+    """Data that cannot be used: a malformed row, a missing shard, a byte that changed on disk.
+
+    Args:
+        what: As in the base, and so are the next three.
+        where: File and line, or shard and row.
+        why: What would go wrong.
+        fix: One thing to do.
+        kind: Short name under which rows with the same defect are counted.
+    """
 
     exit_code = 3
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        why: str | None = None,
+        fix: str | None = None,
+        kind: str | None = None,
+    ) -> None:
+        super().__init__(what, where=where, why=why, fix=fix)
+        self.kind = kind
 
 
 class FingerprintError(DpoOptError, ValueError):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.hub import fetch
 
 # Saving a model again may change these without changing one log-prob.
 _VOLATILE_CONFIG_KEYS = frozenset(
@@ -53,28 +54,8 @@ def _fetch(model: str, revision: str | None) -> Path:
             why="the reference is loaded from a folder with config.json and *.safetensors",
             fix="pass --model with an existing folder, or a Hub name such as organisation/model",
         )
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise ConfigError(
-            f"{model!r} is not a folder, and fetching it needs huggingface_hub",
-            fix="pip install 'dpo-opt[train]'",
-        ) from error
-    try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
-            f"{model!r} is neither a folder here nor to be had from the Hub ({first_line})",
-            fix="pass --model with an existing folder, or check the name and `hf auth login`",
-        ) from error
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    return fetch(model, kind="model", revision=revision, patterns=patterns, extra="train")
 
 
 def _refuse_unsafe(folder: Path) -> None:

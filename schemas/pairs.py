@@ -28,6 +28,14 @@ class PreferencePair(NamedTuple):
     source: str | None
     where: str
     """File and line (or row group and row), for messages."""
+    weight: float | None = None
+    """How much the pair counts in the loss; None where the data does not say."""
+    margin: float | None = None
+    """How much better chosen is than rejected, as the data says."""
+    tools: list[object] | None = None
+    """JSON schemas of the functions the model could call, for the chat template."""
+    chat_template_kwargs: dict[str, object] | None = None
+    """Settings of the chat template for this pair."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,7 +137,7 @@ def test_bad_settings_are_refused_and_nothing_is_written(name: str, tiny_model: 
 
 
 def test_a_missing_setting_is_named(tmp_path: Path) -> None:
-    assert "--model is missing" in refused(2, "precompute", unchanged=tmp_path)
+    assert "--data is missing" in refused(2, "precompute", unchanged=tmp_path)
 
 
 def test_the_config_file_gives_settings_and_flags_win(tiny_model: Path, tmp_path: Path) -> None:

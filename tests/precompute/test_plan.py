@@ -10,7 +10,14 @@ import pytest
 from fakes import NUMERICS, preference_rows, write_jsonl
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.plan import adopt_plan, make_plan, make_tokenizer, read_plan, resolve_reference
+from dpo_opt.precompute.plan import (
+    Planned,
+    adopt_plan,
+    make_plan,
+    make_tokenizer,
+    read_plan,
+    resolve_reference,
+)
 from dpo_opt.precompute.tokenize import load_tokenizer
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.manifest import PLAN, TOKENIZER, Plan
@@ -36,7 +43,7 @@ def plan_of(tiny_model: Path, data: Path, tmp_path: Path) -> Plans:
         made = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
         if adopt is not None:
             adopt_plan(adopt, made, tokenizer.tokenizer)
-        return made
+        return made.plan
 
     return plan
 
@@ -54,7 +61,7 @@ def test_digests_are_the_documented_formula(plan_of: Plans) -> None:
         message = b""
         for row in rows:
             text = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
-            message += len(text).to_bytes(8, "little") + text
+            message += hashlib.sha256(text).digest()
         return hashlib.sha256(message).hexdigest()
 
     rows = preference_rows(10)
@@ -246,11 +253,12 @@ def test_a_tokenizer_left_by_an_interrupted_run_is_replaced(
 
 def test_runs_that_start_together_agree_on_one_plan(plan_of: Plans, tiny_model: Path, tmp_path: Path) -> None:
     plan = plan_of()
+    planned = Planned(plan, {}, [])
     tokenizers = [load_tokenizer(tiny_model) for _ in range(8)]
     for attempt in range(5):
         folder = tmp_path / f"shards-{attempt}"
         with ThreadPoolExecutor(len(tokenizers)) as pool:
-            list(pool.map(lambda t, folder=folder: adopt_plan(folder, plan, t), tokenizers))
+            list(pool.map(lambda t, folder=folder: adopt_plan(folder, planned, t), tokenizers))
         assert read_plan(folder) == plan
         assert {p.name for p in folder.iterdir()} == {PLAN, TOKENIZER}
 

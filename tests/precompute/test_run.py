@@ -211,14 +211,14 @@ def wait(calls):
     if calls >= int(free):
         time.sleep(float(seconds))
 
-config = PrecomputeConfig(model=model, data=Path(data), shards=Path(shards), pairs_per_shard=3)
+config = PrecomputeConfig(model=model, data=data, shards=Path(shards), pairs_per_shard=3)
 precompute(config, scorer=ScriptedScorer(before_call=wait))
 """
 
 
 def start_child(config: PrecomputeConfig, *, free: int, seconds: float) -> subprocess.Popen[str]:
     """A process that runs precompute; from call ``free`` on, each call takes ``seconds``."""
-    arguments = [config.model, str(config.data), str(config.shards), str(free), str(seconds)]
+    arguments = [config.model, config.data[0], str(config.shards), str(free), str(seconds)]
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, *arguments],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
@@ -303,15 +303,15 @@ def test_data_that_changes_while_it_is_scored_is_noticed(config_of: Configs) -> 
 
     def change(calls: int) -> None:
         if calls == 1:
-            write_jsonl(config.data, changed)
+            write_jsonl(Path(config.data[0]), changed)
 
     with pytest.raises(DataError, match="rows 6 to 9 changed") as caught:
         precompute(config, scorer=ScriptedScorer(before_call=change))
-    assert caught.value.where == str(config.data)
+    assert caught.value.where == config.data[0]
     assert status(config.shards).shards_committed == 2
     with pytest.raises(FingerprintError, match="its data has 11 rows"):
         precompute(config, scorer=ScriptedScorer())
-    write_jsonl(config.data, ROWS)
+    write_jsonl(Path(config.data[0]), ROWS)
     assert precompute(config, scorer=ScriptedScorer()).kept == 10
 
 
@@ -344,12 +344,12 @@ def test_another_run_in_the_same_folder_is_refused_and_changes_nothing(
 )
 def test_a_malformed_row_leaves_no_folder(config_of: Configs, line: bytes) -> None:
     config = config_of()
-    with config.data.open("ab") as file:
+    with Path(config.data[0]).open("ab") as file:
         file.write(line + b"\n")
     scorer = ScriptedScorer()
     with pytest.raises(DataError) as caught:
         precompute(config, scorer=scorer)
-    assert caught.value.where == f"{config.data}:12"
+    assert caught.value.where == f"{config.data[0]}:12"
     assert scorer.calls == []
     assert not config.shards.exists()
 

@@ -10,12 +10,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
+from dpo_opt.precompute.config import DataConfig, Truncation
 from dpo_opt.precompute.datasets import read_pairs
 from dpo_opt.precompute.tokenize import (
     DROP_REASONS,
     DropReason,
     PairTokenizer,
-    Truncation,
     load_tokenizer,
 )
 from dpo_opt.schemas.errors import ConfigError, DataError
@@ -315,7 +315,7 @@ def stories() -> PreTrainedTokenizerFast:
 
 
 def human_pairs(name: str, **rows: int) -> Iterator[PreferencePair]:
-    return read_pairs(SHARED / "pairs" / name, **rows)
+    return read_pairs(DataConfig(data=[str(SHARED / "pairs" / name)]), **rows)
 
 
 @needs_shared

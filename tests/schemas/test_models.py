@@ -162,7 +162,7 @@ def test_a_name_that_the_hub_does_not_have_is_a_config_error(
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     error = refusal(lambda: find_model(name))
     assert repr(name) in error.what
-    assert "neither a folder here nor to be had from the Hub" in error.what
+    assert "neither here nor to be had from the Hub" in error.what
 
 
 def test_a_model_that_brings_its_own_code_is_refused(model: Path) -> None:

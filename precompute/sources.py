@@ -1,0 +1,194 @@
+"""What ``--data`` names, as a list of files: paths, folders, globs, URLs and Hub datasets.
+
+The order of the files fixes every row's number, so it never depends on how a folder happens to be listed.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from dpo_opt.precompute.config import DataConfig
+from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.hub import current_commit, fetch
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
+"""How the name of a file that holds pairs ends."""
+
+# What stands beside data in a published dataset and holds none.
+_NOT_DATA_SUFFIXES = (".md", ".txt", ".yaml", ".yml", ".py", ".toml", ".lock", ".crc")
+_NOT_DATA_NAMES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "LICENSE"}
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<files>.+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3"}
+
+
+class Source(NamedTuple):
+    """One ``--data`` argument: its files in order, and the share of its pairs that is used."""
+
+    name: str
+    files: list[str]
+    share: float
+
+
+def find_sources(config: DataConfig) -> list[Source]:
+    """The files that the configuration names.
+
+    Raises:
+        ConfigError: The number of shares is not that of the sources, or a package for a URL is missing.
+        DataError: A source does not exist, holds no data file, or cannot be listed.
+    """
+    shares = config.data_share or [1.0] * len(config.data)
+    if len(shares) != len(config.data):
+        raise ConfigError(
+            f"{len(config.data)} --data, but {len(shares)} --data-share",
+            why="each share belongs to the source at the same place",
+            fix="give as many --data-share as --data, or none",
+        )
+    return [Source(name, _files(name), share) for name, share in zip(config.data, shares, strict=True)]
+
+
+def open_file(name: str) -> BinaryIO:
+    """A local file or a URL, for reading from its start.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    if "://" not in name:
+        return Path(name).open("rb")
+    filesystem, path = _filesystem(name)
+    return cast(BinaryIO, filesystem.open(path, "rb", block_size=2**23))
+
+
+def _files(name: str) -> list[str]:
+    if name.startswith("hf://datasets/"):
+        return _hub_files(name.removeprefix("hf://datasets/"))
+    if "://" in name:
+        return _remote_files(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _data_files(name, [str(p) for p in path.rglob("*") if p.is_file()], base=str(path))
+    if path.exists():
+        return [str(path)]
+    if _has_glob(name):
+        anchor = Path(path.anchor)
+        pattern = str(path.relative_to(anchor)) if path.anchor else str(path)
+        return _matches(name, [str(p) for p in anchor.glob(pattern) if p.is_file()])
+    hub = _HUB_ID.fullmatch(name)
+    if hub and not name.startswith(".") and not name.endswith(SUFFIXES):
+        return _hub_files(name)
+    raise DataError(
+        "there is no such file or folder",
+        where=name,
+        fix="check the path given to --data; a Hub dataset is named ORGANISATION/NAME@REVISION",
+        kind="no_such_file",
+    )
+
+
+def _remote_files(url: str) -> list[str]:
+    filesystem, path = _filesystem(url)
+    protocol = url.partition("://")[0]
+    try:
+        # Listings are never cached: another job may have written since.
+        filesystem.invalidate_cache()
+        if _has_glob(path):
+            return _matches(url, [f"{protocol}://{p}" for p in filesystem.glob(path)])
+        if filesystem.isfile(path):
+            return [url]
+        found = [f"{protocol}://{p}" for p in filesystem.find(path)]
+    except Exception as error:
+        # A file system of fsspec may raise its own client's errors, which share no base.
+        raise DataError(
+            f"cannot be listed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+            where=url,
+            fix="check the URL and the credentials in the environment",
+            kind="no_such_file",
+        ) from error
+    if not found:
+        raise DataError(
+            "there is no such file or folder", where=url, fix="check the URL", kind="no_such_file"
+        )
+    return _data_files(url, found, base=f"{protocol}://{path}")
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        protocol = url.partition("://")[0]
+        extra = _EXTRA_OF_PROTOCOL.get(protocol)
+        raise ConfigError(
+            f"reading {protocol}:// needs a package that is not installed",
+            where=url,
+            why=str(error).splitlines()[0],
+            fix=f"pip install 'dpo-opt[{extra}]'" if extra else "install the package that fsspec names",
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"not a URL that can be read ({error})", where=url) from error
+    return filesystem, path
+
+
+def _hub_files(name: str) -> list[str]:
+    found = _HUB_ID.fullmatch(name)
+    if found is None:
+        raise DataError(
+            "not the name of a Hub dataset",
+            where=name,
+            fix="ORGANISATION/NAME@REVISION, or ORGANISATION/NAME@REVISION/data/train-*.parquet",
+            kind="no_such_file",
+        )
+    repository, revision, files = found["name"], found["revision"], found["files"]
+    if revision is None or not _COMMIT.fullmatch(revision):
+        commit = current_commit(repository, kind="dataset", revision=revision, extra="hub")
+        raise ConfigError(
+            f"{name!r} is not pinned to a commit",
+            why="the dataset could change between planning and scoring, and nobody would know",
+            fix=f"--data {repository}@{commit}" + (f"/{files}" if files else ""),
+        )
+    patterns = [files] if files else [f"**{suffix}" for suffix in SUFFIXES]
+    folder = fetch(repository, kind="dataset", revision=revision, patterns=patterns, extra="hub")
+    if files:
+        return _matches(name, [str(p) for p in folder.glob(files) if p.is_file()])
+    return _data_files(name, [str(p) for p in folder.rglob("*") if p.is_file()], base=str(folder))
+
+
+def _has_glob(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def _matches(name: str, found: Sequence[str]) -> list[str]:
+    if not found:
+        raise DataError("nothing matches", where=name, fix="check the pattern", kind="no_such_file")
+    return sorted(found)
+
+
+def _data_files(name: str, found: Sequence[str], *, base: str) -> list[str]:
+    """The data files of a folder, by name; anything that might be data in a form not read is refused."""
+    visible = [
+        file
+        for file in sorted(found)
+        if not any(part.startswith((".", "_")) for part in file.removeprefix(base).strip("/").split("/"))
+    ]
+    files = [
+        file for file in visible if file.endswith(SUFFIXES) and file.rpartition("/")[2] not in _NOT_DATA_NAMES
+    ]
+    for file in visible:
+        known = file.endswith(SUFFIXES + _NOT_DATA_SUFFIXES) or file.rpartition("/")[2] in _NOT_DATA_NAMES
+        if not known:
+            raise DataError(
+                "the file's name does not say what it holds",
+                where=file,
+                why="leaving it out could leave out data",
+                fix=f"name the files that are meant, such as {name}/*.jsonl, or move this one away",
+                kind="no_such_file",
+            )
+    if not files:
+        raise DataError(
+            f"the folder holds no file that ends in {', '.join(SUFFIXES)}",
+            where=name,
+            fix="check the path given to --data",
+            kind="no_such_file",
+        )
+    return files

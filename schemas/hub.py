@@ -1,0 +1,71 @@
+"""Files from the Hugging Face Hub, at a commit: the one place that may go to the network for them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from dpo_opt.schemas.errors import ConfigError
+
+Kind = Literal["model", "dataset"]
+
+
+def fetch(repository: str, *, kind: Kind, revision: str | None, patterns: Sequence[str], extra: str) -> Path:
+    """Folder with a repository's files, from the local cache where they are there already.
+
+    Args:
+        repository: ``ORGANISATION/NAME``.
+        kind: What it holds.
+        revision: Commit, branch or tag; the default branch where it is None.
+        patterns: Files that are wanted.
+        extra: Extra of this package that installs what is needed.
+
+    Raises:
+        ConfigError: A package is missing, or the Hub cannot provide it.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise _not_installed(repository, extra) from error
+    try:
+        return Path(
+            snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=list(patterns))
+        )
+    except _hub_errors() as error:
+        raise _not_to_be_had(repository, error) from error
+
+
+def current_commit(repository: str, *, kind: Kind, revision: str | None, extra: str) -> str:
+    """The commit that a branch or tag stands at now.
+
+    Raises:
+        ConfigError: A package is missing, or the Hub cannot say.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise _not_installed(repository, extra) from error
+    try:
+        return str(HfApi().repo_info(repository, repo_type=kind, revision=revision).sha)
+    except _hub_errors() as error:
+        raise _not_to_be_had(repository, error) from error
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    return (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+
+
+def _not_installed(repository: str, extra: str) -> ConfigError:
+    return ConfigError(
+        f"{repository!r} is not here, and fetching it needs huggingface_hub",
+        fix=f"pip install 'dpo-opt[{extra}]'",
+    )
+
+
+def _not_to_be_had(repository: str, error: Exception) -> ConfigError:
+    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ConfigError(
+        f"{repository!r} is neither here nor to be had from the Hub ({first_line})",
+        fix="name what exists on this machine, or check the name and `hf auth login`",
+    )
