@@ -8,10 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dpo_opt.analysis.check_page import write_check_page
     from dpo_opt.analysis.intervals import Interval, bootstrap_ratio, bootstrap_share, wilson
     from dpo_opt.analysis.kl import KLEstimate, estimate_kl
     from dpo_opt.analysis.load import join_reference, scan_kl_samples, scan_pair_logps, scan_shards
     from dpo_opt.analysis.page import report
+    from dpo_opt.analysis.reference import reference_view
     from dpo_opt.analysis.summary import Summary
 
 __all__ = [
@@ -22,11 +24,13 @@ __all__ = [
     "bootstrap_share",
     "estimate_kl",
     "join_reference",
+    "reference_view",
     "report",
     "scan_kl_samples",
     "scan_pair_logps",
     "scan_shards",
     "wilson",
+    "write_check_page",
 ]
 
 _HOMES = {
@@ -37,11 +41,13 @@ _HOMES = {
     "bootstrap_share": "intervals",
     "estimate_kl": "kl",
     "join_reference": "load",
+    "reference_view": "reference",
     "report": "page",
     "scan_kl_samples": "load",
     "scan_pair_logps": "load",
     "scan_shards": "load",
     "wilson": "intervals",
+    "write_check_page": "check_page",
 }
 
 

@@ -135,23 +135,37 @@ def outcome(pairs: pl.DataFrame, *, beta: float) -> Outcome:
         rejected_fell=rewards.rejected_fell().mean(),
         fell_without_margin=(rewards.chosen_fell() & ~rewards.reward_accuracy()).mean(),
     )
+    prompts, (reward_accuracy, ranking_accuracy, reference_accuracy) = shares_over_prompts(
+        pairs, rewards.reward_accuracy(), policy, reference
+    )
+    return Outcome(
+        pairs=len(pairs),
+        prompts=prompts,
+        reward_accuracy=reward_accuracy,
+        ranking_accuracy=ranking_accuracy,
+        reference_ranking_accuracy=reference_accuracy,
+        **means.collect(engine="streaming").row(0, named=True),
+    )
+
+
+def shares_over_prompts(pairs: pl.DataFrame, *conditions: pl.Expr) -> tuple[int, list[Interval]]:
+    """The number of prompts, and for how large a share of the pairs each condition holds.
+
+    Args:
+        pairs: At least one; ``prompt`` (a hash of prompt_id) and what the conditions read.
+        conditions: True or False for each pair.
+    """
     # numpy, because a hash table of a million prompts would outweigh the frame itself.
     prompts = pairs["prompt"].to_numpy()
     order = np.argsort(prompts)
     starts = cluster_starts(prompts[order])
+    sizes = np.diff(starts, append=len(pairs))
 
-    def share(right: pl.Expr) -> Interval:
-        values = pairs.select(right.cast(pl.Int32).alias("right"))["right"].to_numpy()
-        return _share(np.add.reduceat(values[order], starts), np.diff(starts, append=len(pairs)))
+    def share(condition: pl.Expr) -> Interval:
+        values = pairs.select(condition.cast(pl.Int32).alias("holds"))["holds"].to_numpy()
+        return _share(np.add.reduceat(values[order], starts), sizes)
 
-    return Outcome(
-        pairs=len(pairs),
-        prompts=len(starts),
-        reward_accuracy=share(rewards.reward_accuracy()),
-        ranking_accuracy=share(policy),
-        reference_ranking_accuracy=share(reference),
-        **means.collect(engine="streaming").row(0, named=True),
-    )
+    return len(starts), [share(condition) for condition in conditions]
 
 
 def by_source(pairs: pl.DataFrame, *, beta: float) -> list[SourceOutcome]:

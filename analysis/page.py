@@ -4,27 +4,20 @@ The page has no script and loads nothing; a policy in its head forbids both, sho
 a data set ever get past the escaping.
 """
 
-import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
-import jinja2
 import polars as pl
 from markupsafe import Markup
 
-from dpo_opt.analysis.intervals import Interval
+from dpo_opt.analysis.html import render
 from dpo_opt.analysis.runs import open_run
 from dpo_opt.analysis.summary import Summary
-from dpo_opt.analysis.texts import printable
 from dpo_opt.analysis.view import RunView, view_run
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.storage import write_text
 
 SUMMARY = "summary.json"
-
-_TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
 def report(run_dirs: Sequence[Path], output: Path) -> Summary:
@@ -64,50 +57,5 @@ def report(run_dirs: Sequence[Path], output: Path) -> Summary:
 
 
 def _page(views: Sequence[RunView]) -> str:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        count=_count, num=_num, signed=_signed, pct=_pct, pct_bounds=_pct_bounds, bounds=_bounds
-    )
-    # Every string that is not made here passes through this, names of folders and sources included.
-    environment.finalize = lambda value: printable(value) if type(value) is str else value
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        views=views,
-        figures=[{name: Markup(svg) for name, svg in view.figures.items()} for view in views],
-        version=version("dpo-opt"),
-        written=datetime.now(tz=UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
-def _num(value: float | None, digits: int = 3) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    # A minus sign is as wide as the digits, a hyphen is not.
-    return f"{value:.{digits}g}".replace("-", "−")
-
-
-def _signed(value: float | None, digits: int = 3) -> str:
-    text = _num(value, digits)
-    return text if value is None or text[0] in "–−" or value == 0 else f"+{text}"
-
-
-def _pct(value: float | None, decimals: int = 1) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{decimals}%}"
-
-
-def _pct_bounds(interval: Interval) -> str:
-    if not math.isfinite(interval.low):
-        return "one prompt: no interval"
-    return f"{100 * interval.low:.1f} to {interval.high:.1%}"
-
-
-def _bounds(interval: Interval) -> str:
-    if not math.isfinite(interval.low):
-        return "one prompt: no interval"
-    return f"{_num(interval.low)} to {_num(interval.high)}"
+    figures = [{name: Markup(svg) for name, svg in view.figures.items()} for view in views]
+    return render("page.html.jinja", views=views, figures=figures)

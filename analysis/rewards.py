@@ -74,6 +74,17 @@ def reference_ranking_accuracy() -> pl.Expr:
     return _above_zero(reference_ranking_margin())
 
 
+def reference_ranking_margin_per_token() -> pl.Expr:
+    """Mean log-prob of chosen's tokens minus that of rejected's, in nats per token."""
+    chosen = pl.col("ref_chosen_logps") / pl.col("chosen_length")
+    return chosen - pl.col("ref_rejected_logps") / pl.col("rejected_length")
+
+
+def normalised_reference_ranking_accuracy() -> pl.Expr:
+    """:func:`reference_ranking_accuracy` per token: short completions are not likelier for that alone."""
+    return _above_zero(reference_ranking_margin_per_token())
+
+
 def chosen_fell() -> pl.Expr:
     """True where the chosen completion is less likely under the policy than under the reference."""
     return _above_zero(-chosen_logratio())

@@ -4,7 +4,6 @@ The text is a model's or a stranger's. It is shown, never trusted: control chara
 and markup is escaped by the template.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,16 +11,11 @@ from typing import NamedTuple
 import polars as pl
 
 from dpo_opt.schemas.manifest import TOKENIZER
+from dpo_opt.schemas.text import printable
 
 _CHARACTERS = 900
 # No text of 900 characters needs more ids than this, and a prompt may hold a hundred thousand.
 _IDS = 2000
-
-# Controls (a terminal's escape among them) other than tab and newline, and the invisible characters
-# that reorder text (Trojan Source, CVE-2021-42574).
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
 
 
 class PairText(NamedTuple):
@@ -87,11 +81,6 @@ def pair_texts(shards: pl.LazyFrame, rows: Sequence[int], decoder: TokenDecoder)
             rejected=_head(rejected, more=row["rejected_length"] > _IDS),
         )
     return texts
-
-
-def printable(text: str) -> str:
-    """The text without control characters and without characters that reorder it."""
-    return _UNSAFE.sub("", text)
 
 
 def _head(text: str, *, more: bool) -> str:

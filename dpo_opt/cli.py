@@ -4,21 +4,22 @@
 """
 
 import errno
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
-from pydantic import BaseModel
 
 from dpo_opt import __version__
 from dpo_opt.console import watched
+from dpo_opt.data_cli import check, convert, preview
 from dpo_opt.kl_config import KLConfig
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import configured
 from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.results import json_option, show
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
+from dpo_opt.schemas.text import printable
 
 _INTERRUPTED = 130
 _PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
@@ -41,7 +42,7 @@ class _Explained(click.ClickException):
         self.exit_code = error.exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"error: {self.message}", file=file or sys.stderr)
+        click.echo(f"error: {printable(self.message)}", file=file or sys.stderr)
 
 
 class _Command(click.Command):
@@ -83,7 +84,6 @@ def _with_dashes(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _dry_run = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 _shards = click.option(
     "--shards", type=click.Path(path_type=Path), required=True, help="Folder of reference shards."
@@ -102,10 +102,14 @@ def main() -> None:
     """Score preference pairs once under the reference, then train with only the policy in memory."""
 
 
+for _command in (check, preview, convert):
+    main.add_command(_command)
+
+
 @main.command()
 @configured(PrecomputeConfig)
 @_dry_run
-@_json
+@json_option
 def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
     """Score every pair once under the reference and write Parquet shards."""
     from dpo_opt.scorers import make_scorer
@@ -114,34 +118,34 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         from dpo_opt.plans import plan_precompute
 
-        _print(plan_precompute(config, scorer.numerics), as_json)
+        show(plan_precompute(config, scorer.numerics), as_json)
         return
     from dpo_opt.precompute.run import precompute as run
 
     manifest = run(config, scorer=scorer, progress=watched())
     result = manifest.model_dump(include={"rows", "kept", "dropped", "truncated", "tokens"})
-    _print({"shards": str(config.shards), **result, "engine": manifest.fingerprint.engine}, as_json)
+    show({"shards": str(config.shards), **result, "engine": manifest.fingerprint.engine}, as_json)
 
 
 @main.command()
 @_shards
-@_json
+@json_option
 def status(shards: Path, as_json: bool) -> None:
     """Show how many shards and pairs are scored."""
     from dpo_opt.precompute.commits import status as read_status
 
-    _print(read_status(shards).model_dump(), as_json)
+    show(read_status(shards).model_dump(), as_json)
 
 
 @main.command()
 @_shards
-@_json
+@json_option
 def finalize(shards: Path, as_json: bool) -> None:
     """Check that all shards are there and write the manifest."""
     from dpo_opt.precompute.commits import finalize as run
 
     manifest = run(shards)
-    _print(manifest.model_dump(include={"rows", "kept", "dropped", "truncated", "tokens"}), as_json)
+    show(manifest.model_dump(include={"rows", "kept", "dropped", "truncated", "tokens"}), as_json)
 
 
 @main.command()
@@ -162,32 +166,32 @@ def finalize(shards: Path, as_json: bool) -> None:
     show_default=True,
     help="Compute dtype of the comparison. auto: as training would take.",
 )
-@_json
+@json_option
 def verify(shards: Path, model: str | None, num_pairs: int, dtype: str, as_json: bool) -> None:
     """Check every byte and row of a folder; with --model also that the numbers are that model's."""
     from dpo_opt.verify import verify as run
 
     verdict = run(shards, model=model, num_pairs=num_pairs, dtype=dtype)
-    _print(verdict.as_dict(), as_json)
+    show(verdict.as_dict(), as_json)
     verdict.require_ok()
 
 
 @main.command()
 @configured(TrainConfig)
 @_dry_run
-@_json
+@json_option
 def train(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
     """Train a policy on cached reference log-probs; no reference model in memory."""
     if dry_run:
         from dpo_opt.plans import plan_train
 
-        _print(plan_train(config), as_json)
+        show(plan_train(config), as_json)
         return
     from dpo_opt.optimize.loop import train as run
 
     result = run(config, progress=watched())
     parity = None if result.parity is None else result.parity._asdict()
-    _print(
+    show(
         {"final": str(result.final), "steps": result.steps, "parity": parity, **result.last_metrics}, as_json
     )
 
@@ -203,23 +207,23 @@ def train(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
     show_default=True,
     help="Dtype of the model. auto: as its checkpoint declares.",
 )
-@_json
+@json_option
 def score(shards: Path, model: str, output: Path, dtype: str, as_json: bool) -> None:
     """Log-probs of every pair under any checkpoint, as a table for the analysis."""
     from dpo_opt.optimize.score import score_shards
 
     count = score_shards(shards, model=model, output=output, dtype=dtype, progress=watched())
-    _print({"output": str(output), "pairs": count}, as_json)
+    show({"output": str(output), "pairs": count}, as_json)
 
 
 @main.command()
 @configured(KLConfig)
-@_json
+@json_option
 def kl(config: KLConfig, as_json: bool) -> None:
     """KL divergence of a policy from a reference, on completions sampled from the policy."""
     from dpo_opt.kl import measure_kl
 
-    _print(measure_kl(config, progress=watched()), as_json)
+    show(measure_kl(config, progress=watched()), as_json)
 
 
 @main.command()
@@ -231,13 +235,13 @@ def kl(config: KLConfig, as_json: bool) -> None:
     show_default=True,
     help="HTML file to write; summary.json goes beside it.",
 )
-@_json
+@json_option
 def report(runs: tuple[Path, ...], output: Path, as_json: bool) -> None:
     """Write one self-contained HTML page about one or more training runs."""
     from dpo_opt.analysis import report as write_report
 
     write_report(runs, output)
-    _print({"report": str(output), "summary": str(output.with_name("summary.json"))}, as_json)
+    show({"report": str(output), "summary": str(output.with_name("summary.json"))}, as_json)
 
 
 @main.command()
@@ -256,32 +260,9 @@ def demo(output_dir: Path) -> None:
 
 
 @main.command()
-@_json
+@json_option
 def env(as_json: bool) -> None:
     """Versions of everything that matters, for bug reports."""
     from dpo_opt.environment import describe
 
-    _print(describe(), as_json)
-
-
-def _print(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(result, indent=1, default=_plain))
-        return
-    width = max(len(name) for name in result)
-    for name, value in result.items():
-        click.echo(f"{name:<{width}}  {_words(value)}")
-
-
-def _words(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_words(member)}" for name, member in value.items()) or "none"
-    if isinstance(value, list):
-        return "; ".join(map(str, value)) or "none"
-    return str(value)
-
-
-def _plain(value: object) -> object:
-    return value.model_dump() if isinstance(value, BaseModel) else str(value)
+    show(describe(), as_json)

@@ -30,7 +30,7 @@ def watched() -> ProgressProtocol:
 
 
 class _Lines:
-    def start(self, what: str, *, total: int, unit: str) -> None:
+    def start(self, what: str, *, total: int | None, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
         self._done = 0
         self._begin = self._last = time.monotonic()
@@ -38,14 +38,17 @@ class _Lines:
     def advance(self, count: int, note: str = "") -> None:
         self._done += count
         now = time.monotonic()
-        if now - self._last < _SECONDS_BETWEEN_LINES and self._done < self._total:
+        if now - self._last < _SECONDS_BETWEEN_LINES and self._done != self._total:
             return
         self._last = now
         rate = self._done / max(now - self._begin, 1e-9)
-        left = (self._total - self._done) / rate if rate else 0.0
+        done, left = str(self._done), ""
+        if self._total is not None:
+            done += f"/{self._total}"
+            left = f", {(self._total - self._done) / rate if rate else 0.0:.0f} s left"
         print(
-            f"{self._what}: {self._done}/{self._total} {self._unit}, {rate:.1f} {self._unit}/s, "
-            f"{left:.0f} s left" + (f", {note}" if note else ""),
+            f"{self._what}: {done} {self._unit}, {rate:.1f} {self._unit}/s{left}"
+            + (f", {note}" if note else ""),
             file=sys.stderr,
             flush=True,
         )
@@ -55,7 +58,7 @@ class _Lines:
 
 
 class _Bar:
-    def start(self, what: str, *, total: int, unit: str) -> None:
+    def start(self, what: str, *, total: int | None, unit: str) -> None:
         self._unit = unit
         self._begin = time.monotonic()
         self._done = 0

@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from dpo_opt.optimize.policy import Policy
+from dpo_opt.schemas.storage import publish_folder
 
 
 def save_final(
@@ -22,8 +23,6 @@ def save_final(
         tokenizer_dir: The tokenizer whose ids were trained on.
         card: Text of the model card.
     """
-    private = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(private, ignore_errors=True)
     model = policy.model
     # The segment attention exists in this program only; the saved config must not ask for it.
     if policy.packs:
@@ -32,10 +31,10 @@ def save_final(
     # do_sample, as in many released models), which would lose the run at its very end: copied instead.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.to(dtype=dtype)
-    model.save_pretrained(private, safe_serialization=True)
-    shutil.copytree(tokenizer_dir, private, dirs_exist_ok=True)
     settings = source / "generation_config.json"
-    if settings.is_file():
-        shutil.copyfile(settings, private / settings.name)
-    (private / "README.md").write_text(card, encoding="utf-8")
-    private.replace(path)
+    with publish_folder(path) as private:
+        model.save_pretrained(private, safe_serialization=True)
+        shutil.copytree(tokenizer_dir, private, dirs_exist_ok=True)
+        if settings.is_file():
+            shutil.copyfile(settings, private / settings.name)
+        (private / "README.md").write_text(card, encoding="utf-8")

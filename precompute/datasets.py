@@ -27,6 +27,13 @@ class BadRow(NamedTuple):
     error: DataError
 
 
+class BadFile(NamedTuple):
+    """A file that cannot be read, or not to its end."""
+
+    source: int
+    error: DataError
+
+
 class Reading(NamedTuple):
     """How the rows of one source are read; small enough to send along with every block."""
 
@@ -71,8 +78,8 @@ def scan_pairs(
     """
     row = 0
     for item in scan_blocks(config):
-        if isinstance(item, DataError):
-            raise item
+        if isinstance(item, BadFile):
+            raise item.error
         block, reading = item
         if stop is not None and row >= stop:
             return
@@ -87,8 +94,8 @@ def scan_pairs(
             row += 1
 
 
-def scan_blocks(config: DataConfig) -> Iterator[tuple[Block, Reading] | DataError]:
-    """All data as raw blocks, each with how to read it; a file that cannot be read is its error.
+def scan_blocks(config: DataConfig) -> Iterator[tuple[Block, Reading] | BadFile]:
+    """All data as raw blocks, each with how to read it; reading goes on after a file that cannot be read.
 
     Raises:
         ConfigError: The sources cannot be what is meant.
@@ -98,7 +105,7 @@ def scan_blocks(config: DataConfig) -> Iterator[tuple[Block, Reading] | DataErro
         reading = Reading(number, config.column, source.share, None)
         for item in _source_blocks(source, config):
             if isinstance(item, DataError):
-                yield item
+                yield BadFile(number, item)
                 continue
             if reading.first is None:
                 reading = reading._replace(first=_first_form(item, reading))
@@ -127,8 +134,8 @@ def read_prompts(config: DataConfig) -> Iterator[tuple[Text, str]]:
         DataError: A row has no usable prompt, or a file cannot be read.
     """
     for item in scan_blocks(config):
-        if isinstance(item, DataError):
-            raise item
+        if isinstance(item, BadFile):
+            raise item.error
         block, reading = item
         for where, load in block.rows():
             yield to_prompt(_renamed(load(), reading.column), where=where), where

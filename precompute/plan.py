@@ -13,10 +13,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.datasets import BadRow, Reading, parse_block, row_digest, scan_blocks, scan_pairs
+from dpo_opt.precompute.datasets import (
+    BadFile,
+    BadRow,
+    Reading,
+    parse_block,
+    row_digest,
+    scan_blocks,
+    scan_pairs,
+)
 from dpo_opt.precompute.files import Block
 from dpo_opt.precompute.parallel import map_in_order
-from dpo_opt.precompute.tokenize import TEXT_TO_IDS, PairTokenizer, chat_template, load_tokenizer
+from dpo_opt.precompute.tokenize import (
+    TEXT_TO_IDS,
+    PairTokenizer,
+    chat_template,
+    load_tokenizer,
+    model_vocab_size,
+)
 from dpo_opt.schemas.columns import Column, new_column, write_column
 from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, refuse_differences
@@ -26,7 +40,6 @@ from dpo_opt.schemas.models import (
     config_digest,
     context_length,
     find_model,
-    read_config,
     template_digest,
     tokenizer_digest,
     weights_digest,
@@ -53,17 +66,25 @@ def resolve_reference(config: PrecomputeConfig) -> Reference:
         ConfigError: There is no such model, or ``max_length`` is beyond its context.
     """
     folder = find_model(config.model)
+    dtype = checkpoint_dtype(folder) if config.dtype == "auto" else config.dtype
+    return Reference(folder, dtype, resolve_max_length(folder, config.max_length))
+
+
+def resolve_max_length(folder: Path, max_length: int | None) -> int:
+    """The most tokens of prompt plus completion, where it was left to the model too.
+
+    Raises:
+        ConfigError: It is beyond the model's context.
+    """
     context = context_length(folder)
-    if config.max_length is not None and context is not None and config.max_length > context:
+    if max_length is not None and context is not None and max_length > context:
         raise ConfigError(
-            f"--max-length {config.max_length} is beyond the model's context of {context} tokens",
+            f"--max-length {max_length} is beyond the model's context of {context} tokens",
             where=str(folder),
             why="log-probs past the context mean nothing",
             fix=f"pass --max-length {context} or less",
         )
-    max_length = config.max_length or min(_DEFAULT_MAX_LENGTH, context or _DEFAULT_MAX_LENGTH)
-    dtype = checkpoint_dtype(folder) if config.dtype == "auto" else config.dtype
-    return Reference(folder, dtype, max_length)
+    return max_length or min(_DEFAULT_MAX_LENGTH, context or _DEFAULT_MAX_LENGTH)
 
 
 def make_tokenizer(config: PrecomputeConfig, reference: Reference) -> PairTokenizer:
@@ -76,21 +97,8 @@ def make_tokenizer(config: PrecomputeConfig, reference: Reference) -> PairTokeni
         load_tokenizer(reference.folder),
         max_length=reference.max_length,
         truncation=config.truncation,
-        vocab_size=_vocab_size(reference.folder),
+        vocab_size=model_vocab_size(reference.folder),
     )
-
-
-def _vocab_size(folder: Path) -> int:
-    config = read_config(folder)
-    try:
-        return int(config.get("text_config", config)["vocab_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            "config.json does not say how large the vocabulary is (vocab_size)",
-            where=str(folder),
-            why="ids beyond it would be scored as something else",
-            fix="save the model again with save_pretrained",
-        ) from error
 
 
 class Planned(NamedTuple):
@@ -182,8 +190,8 @@ def _read_block(task: tuple[Block, Reading]) -> list[_RowFacts]:
 
 def _good_blocks(config: PrecomputeConfig) -> Iterator[tuple[Block, Reading]]:
     for item in scan_blocks(config):
-        if isinstance(item, DataError):
-            raise item
+        if isinstance(item, BadFile):
+            raise item.error
         yield item
 
 

@@ -40,6 +40,7 @@ import numpy as np
 
 from dpo_opt.precompute.config import Truncation
 from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import IdArray, Message, PreferencePair, Text, TokenizedPair
 from dpo_opt.schemas.shards import DroppedRow
 
@@ -109,6 +110,24 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             fix='set "eos_token" in tokenizer_config.json',
         )
     return tokenizer
+
+
+def model_vocab_size(folder: Path) -> int:
+    """How many ids the model knows.
+
+    Raises:
+        ConfigError: Its config.json does not say.
+    """
+    config = read_config(folder)
+    try:
+        return int(config.get("text_config", config)["vocab_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            "config.json does not say how large the vocabulary is (vocab_size)",
+            where=str(folder),
+            why="ids beyond it would be scored as something else",
+            fix="save the model again with save_pretrained",
+        ) from error
 
 
 def chat_template(tokenizer: "PreTrainedTokenizerFast") -> str | None:
@@ -244,6 +263,11 @@ class PairIds(NamedTuple):
     rejected: IdArray
     merged: bool = False
     """The prompt's last tokens merged with what follows, and count as completion."""
+
+    @property
+    def shared(self) -> int:
+        """How many tokens both completions begin with."""
+        return _common_prefix_length(self.chosen, self.rejected)
 
 
 def _split(prompt: IdArray, chosen: IdArray, rejected: IdArray) -> PairIds:

@@ -12,6 +12,9 @@ Severity = Literal["error", "warning", "note"]
 """error: a later command refuses the data. warning: training on it does harm. note: worth knowing."""
 
 
+Part = Literal["prompt", "chosen", "rejected", "prompt + longer completion"]
+
+
 class Example(BaseModel):
     """One place where a problem shows."""
 
@@ -46,7 +49,7 @@ class DataSource(BaseModel):
 class Lengths(BaseModel):
     """Percentiles of one part's length, in the audit's unit."""
 
-    part: Literal["prompt", "chosen", "rejected", "prompt + longer completion"]
+    part: Part
     mean: float
     p50: int
     p90: int
@@ -72,8 +75,9 @@ class SourceCount(BaseModel):
     prompts: int
     duplicates: int
     contradictory: int
-    longer_chosen: float | None
+    length_bias: LengthBias
     median_prompt: int
+    """In the audit's unit, as are the next two."""
     median_chosen: int
     median_rejected: int
 
@@ -135,13 +139,15 @@ class ReferenceView(BaseModel):
     pairs: int
     ranking_accuracy: float
     """Share of pairs whose chosen completion the reference finds likelier."""
-    ranking_accuracy_interval: tuple[float, float]
-    """95%, over prompts."""
+    ranking_accuracy_interval: tuple[float, float] | None
+    """95%, over prompts; None for a single prompt."""
     normalised_ranking_accuracy: float
     """The same per token: without the advantage of the shorter completion."""
     margin_quantiles: dict[str, float]
     """Of the ranking margin in nats: p5, p25, p50, p75, p95."""
     hardest: list[HardPair]
+    text_problem: str | None = None
+    """Why token ids stand where the texts of the hardest pairs should."""
     sources: list[SourceRanking]
 
 
@@ -155,6 +161,8 @@ class Audit(BaseModel):
     lengths: list[Lengths]
     length_bias: LengthBias
     sources: list[SourceCount]
+    truncation_mode: str | None = None
+    """``keep_start``, ``keep_end`` or ``drop``: what the forecasts assume."""
     truncation: list[TruncationForecast] = []
     estimate: Estimate | None = None
     reference: ReferenceView | None = None

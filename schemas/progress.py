@@ -6,8 +6,8 @@ from typing import Protocol
 class Progress(Protocol):
     """One counted piece of work."""
 
-    def start(self, what: str, *, total: int, unit: str) -> None:
-        """Begin counting ``total`` units of ``what``."""
+    def start(self, what: str, *, total: int | None, unit: str) -> None:
+        """Begin counting ``total`` units of ``what``; None where nobody knows how many there are."""
         ...
 
     def advance(self, count: int, note: str = "") -> None:
@@ -20,7 +20,7 @@ class Progress(Protocol):
 class Silent:
     """Progress that nobody watches: the default of the Python API."""
 
-    def start(self, what: str, *, total: int, unit: str) -> None:
+    def start(self, what: str, *, total: int | None, unit: str) -> None:
         pass
 
     def advance(self, count: int, note: str = "") -> None:

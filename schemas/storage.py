@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,22 +26,56 @@ def publish(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     private = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        yield private
-        with private.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        private.replace(path)
-        _sync_folder(path.parent)
+        with _out_of_space(path.parent):
+            yield private
+            with private.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            private.replace(path)
+            _sync_folder(path.parent)
+    finally:
+        private.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def publish_folder(path: Path) -> Iterator[Path]:
+    """Like ``publish``, for a folder that does not exist yet.
+
+    Raises:
+        DpoOptError: The disk is full or over quota; nothing was written.
+    """
+    private = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with _out_of_space(path.parent):
+            private.mkdir(parents=True)
+            yield private
+            for file in private.rglob("*"):
+                if file.is_file():
+                    with file.open("rb+") as handle:
+                        os.fsync(handle.fileno())
+            private.replace(path)
+            _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _out_of_space(folder: Path) -> Iterator[None]:
+    """Say a full disk by name.
+
+    Raises:
+        DpoOptError: The disk is full or over quota.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DpoOptError(
                 f"the disk is full ({os.strerror(error.errno)})",
-                where=str(path.parent),
-                why="the file could not be written whole, so nothing of it was kept",
+                where=str(folder),
+                why="what was being written could not be written whole, so nothing of it was kept",
                 fix="free some space and run the same command again",
             ) from error
         raise
-    finally:
-        private.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,0 +1,34 @@
+"""One HTML file that says what ``dpo-opt check`` found: a record drawn, nothing read or worked out."""
+
+import math
+from pathlib import Path
+
+from dpo_opt.analysis.html import render
+from dpo_opt.analysis.intervals import Interval
+from dpo_opt.schemas.audit import Audit
+from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.storage import write_text
+
+
+def write_check_page(audit: Audit, output: Path) -> None:
+    """Write the page of an audit. It has no script and loads nothing.
+
+    Args:
+        audit: Parts that are None or empty are left out, or the page says in a line what they would take.
+        output: The HTML file; one that is there is replaced.
+
+    Raises:
+        ConfigError: The output is a folder.
+    """
+    if output.is_dir():
+        raise ConfigError(
+            f"the page cannot be written to {output}",
+            why="it is a folder",
+            fix=f"name a file: {output}/check.html",
+        )
+    reference = audit.reference
+    accuracy = None
+    if reference is not None:
+        bounds = reference.ranking_accuracy_interval or (math.nan, math.nan)
+        accuracy = Interval(reference.ranking_accuracy, *bounds)
+    write_text(output, render("check.html.jinja", audit=audit, reference_accuracy=accuracy))

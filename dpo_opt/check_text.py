@@ -1,0 +1,127 @@
+"""An audit as lines of text: what is wrong first, then what the data is like."""
+
+from collections.abc import Iterator
+
+from dpo_opt.schemas.audit import Audit
+from dpo_opt.schemas.text import printable
+
+_EXAMPLES = 3
+_SIGNS = {"error": "ERROR  ", "warning": "warning", "note": "note   "}
+
+
+def lines(audit: Audit) -> Iterator[str]:
+    """The audit, printable on any terminal."""
+    yield from (printable(line) for line in _lines(audit))
+
+
+def _lines(audit: Audit) -> Iterator[str]:
+    for data in audit.data:
+        bad = f", {data.bad_rows:,} bad rows" if data.bad_rows else ""
+        yield f"{data.name}: {data.pairs:,} pairs{bad}, read as {data.form}"
+    yield ""
+    if not audit.problems:
+        yield "no problem found"
+    for problem in audit.problems:
+        yield f"{_SIGNS[problem.severity]} {problem.count:,} {problem.title} [{problem.kind}]"
+        yield f"        why: {problem.why}"
+        yield f"        fix: {problem.fix}"
+        for example in problem.examples[:_EXAMPLES]:
+            yield f"        {example.where}: {example.detail}"
+    if not audit.pairs:
+        return
+    yield ""
+    yield from _table(
+        [f"length in {audit.unit}", "mean", "p50", "p90", "p95", "p99", "longest"],
+        [[r.part, f"{r.mean:.1f}", r.p50, r.p90, r.p95, r.p99, r.longest] for r in audit.lengths],
+    )
+    bias = audit.length_bias
+    if bias.longer_chosen is not None:
+        yield ""
+        yield (
+            f"the longer completion wins {bias.longer_chosen:.1%} of {bias.unequal_pairs:,} pairs "
+            "of unequal length"
+        )
+    if len(audit.sources) > 1 or audit.sources[0].source is not None:
+        yield ""
+        header = [
+            "source",
+            "pairs",
+            "prompts",
+            "duplicates",
+            "contradictory",
+            "longer wins",
+            "median lengths",
+        ]
+        yield from _table(
+            header,
+            [
+                [
+                    "none" if s.source is None else s.source,
+                    s.pairs,
+                    s.prompts,
+                    s.duplicates,
+                    s.contradictory,
+                    "-" if s.length_bias.longer_chosen is None else f"{s.length_bias.longer_chosen:.1%}",
+                    f"{s.median_prompt} + {s.median_chosen} / {s.median_rejected}",
+                ]
+                for s in audit.sources
+            ],
+        )
+    if audit.truncation:
+        yield ""
+        yield from _table(
+            [f"--max-length ({audit.truncation_mode})", "whole", "cut", "left out", ""],
+            [
+                [t.max_length, t.whole, t.cut, sum(t.dropped.values()), _reasons(t.dropped)]
+                for t in audit.truncation
+            ],
+        )
+    if audit.estimate is not None:
+        e = audit.estimate
+        yield ""
+        yield (
+            f"scoring at --max-length {e.max_length}: {e.sequences:,} distinct sequences, {e.tokens:,} "
+            f"tokens, {e.shards:,} shards, {e.disk_gb:g} GB, {e.gpu_hours:.3g} GPU hours"
+        )
+        yield f"  ({e.assumption})"
+    yield from _reference(audit)
+
+
+def _reference(audit: Audit) -> Iterator[str]:
+    found = audit.reference
+    if found is None:
+        return
+    bounds = found.ranking_accuracy_interval
+    interval = "" if bounds is None else f" (95%: {bounds[0]:.1%} to {bounds[1]:.1%})"
+    yield ""
+    yield (
+        f"the reference itself ranks {found.ranking_accuracy:.1%}{interval} of {found.pairs:,} pairs "
+        f"as labelled, {found.normalised_ranking_accuracy:.1%} per token"
+    )
+    quantiles = ", ".join(f"{name} {value:+.1f}" for name, value in found.margin_quantiles.items())
+    yield f"its log-prob of chosen minus rejected, in nats: {quantiles}"
+    if len(found.sources) > 1:
+        rows = [
+            [s.source or "none", s.pairs, f"{s.ranking_accuracy:.1%}", f"{s.mean_ranking_margin:+.1f}"]
+            for s in found.sources
+        ]
+        yield from _table(["source", "pairs", "as labelled", "mean nats"], rows)
+    yield "hardest to flip (row, nats, beginnings of chosen and rejected):"
+    for pair in found.hardest:
+        chosen, rejected = (" ".join(text.split())[:50] for text in (pair.chosen, pair.rejected))
+        yield f"  {pair.row:>8}  {pair.ranking_margin:+9.1f}  {chosen!r} | {rejected!r}"
+
+
+def _reasons(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+
+
+def _table(header: list[str], rows: list[list[object]]) -> Iterator[str]:
+    cells = [header, *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    for row in cells:
+        first, *others = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join([first, *others]).rstrip()

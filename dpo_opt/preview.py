@@ -1,0 +1,117 @@
+"""Pairs as the model will see them: what is context, what is scored, what was cut."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+
+from dpo_opt.precompute.config import PreviewConfig
+from dpo_opt.precompute.datasets import BadRow, scan_pairs
+from dpo_opt.precompute.plan import resolve_max_length
+from dpo_opt.precompute.tokenize import PairIds, PairTokenizer, load_tokenizer, model_vocab_size
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.models import find_model
+from dpo_opt.schemas.pairs import IdArray, PreferencePair, TokenizedPair
+from dpo_opt.schemas.text import printable
+
+_STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red", "cut": "strike bright_black"}
+
+
+def preview(config: PreviewConfig) -> list[dict[str, Any]]:
+    """The pairs from ``config.start`` on, divided into what each part of them is.
+
+    Returns:
+        One entry per row: ``where``, and ``error``, or ``dropped`` (a reason or None), ``merged`` and, under
+        ``chosen`` and ``rejected``, segments of ``kind`` (prompt, chosen, rejected, cut), ``ids``, ``text``.
+
+    Raises:
+        ConfigError: The model's tokenizer cannot be used.
+        DataError: A file cannot be read.
+    """
+    folder = find_model(config.model)
+    tokenizer = PairTokenizer(
+        load_tokenizer(folder),
+        max_length=resolve_max_length(folder, config.max_length),
+        truncation=config.truncation,
+        vocab_size=model_vocab_size(folder),
+    )
+    return list(_entries(config, tokenizer))
+
+
+def rendered(entries: list[dict[str, Any]]) -> Text:
+    """The same for a terminal: no text of the data is taken for markup or control codes."""
+    legend = (
+        ("prompt", "prompt"),
+        ("chosen, scored", "chosen"),
+        ("rejected, scored", "rejected"),
+        ("cut", "cut"),
+    )
+    page = Text()
+    for name, kind in legend:
+        page.append(name, style=_STYLES[kind]).append("  ")
+    page.append("\n")
+    for entry in entries:
+        page.append(f"\n{printable(entry['where'])}\n", style="bold")
+        if "error" in entry:
+            page.append(f"  {printable(entry['error'])}\n", style="yellow")
+            continue
+        if entry["dropped"]:
+            page.append(f"  left out: {entry['dropped']}\n", style="yellow")
+        if entry["merged"]:
+            page.append("  the prompt's last token changes when a completion follows\n", style="yellow")
+        for side in ("chosen", "rejected"):
+            counts = ", ".join(f"{len(s['ids'])} {s['kind']}" for s in entry[side])
+            page.append(f"{side} ({counts} tokens)\n", style="bold " + _STYLES[side])
+            for segment in entry[side]:
+                page.append(printable(segment["text"]), style=_STYLES[segment["kind"]])
+            page.append("\n")
+    return page
+
+
+def _entries(config: PreviewConfig, tokenizer: PairTokenizer) -> Iterator[dict[str, Any]]:
+    for item in scan_pairs(config, start=config.start, stop=config.start + config.pairs):
+        if isinstance(item, BadRow):
+            yield {"where": item.error.where, "error": item.error.what}
+            continue
+        (whole,) = tokenizer.encode([item])
+        if isinstance(whole, DataError):
+            yield {"where": item.where, "error": whole.what}
+        else:
+            yield _entry(item, whole, tokenizer)
+
+
+def _entry(pair: PreferencePair, whole: PairIds, tokenizer: PairTokenizer) -> dict[str, Any]:
+    fitted = tokenizer.fit(pair, whole)
+    entry: dict[str, Any] = {
+        "where": pair.where,
+        "source": pair.source,
+        "dropped": None if isinstance(fitted, TokenizedPair) else fitted.reason,
+        "merged": whole.merged,
+    }
+    for side, ids in (("chosen", whole.chosen), ("rejected", whole.rejected)):
+        prompt_kept, kept_ids = 0, 0
+        if isinstance(fitted, TokenizedPair):
+            prompt_kept = len(fitted.prompt_ids)
+            kept_ids = len(fitted.chosen_ids if side == "chosen" else fitted.rejected_ids)
+        cut_prompt = len(whole.prompt) - prompt_kept
+        parts = [
+            ("cut", whole.prompt[:cut_prompt]),
+            ("prompt", whole.prompt[cut_prompt:]),
+            (side, ids[:kept_ids]),
+            ("cut", ids[kept_ids:]),
+        ]
+        entry[side] = list(_segments(parts, tokenizer))
+    return entry
+
+
+def _segments(parts: list[tuple[str, IdArray]], tokenizer: PairTokenizer) -> Iterator[dict[str, Any]]:
+    """Texts that together are the decoded sequence: a character's bytes may stand in two parts."""
+    sequence = np.concatenate([ids for _, ids in parts])
+    end, before = 0, ""
+    for kind, ids in parts:
+        end += len(ids)
+        text = tokenizer.tokenizer.decode(sequence[:end].tolist())
+        if len(ids):
+            yield {"kind": kind, "ids": ids.tolist(), "text": text[len(before) :]}
+        before = text
