@@ -226,21 +226,25 @@ def _shared_with_eval(facts: Facts, config: CheckConfig, progress: Progress) -> 
 
 def _biased(everything: LengthBias, sources: list[SourceCount]) -> list[Problem]:
     """Of all data and of each source: two opposite biases may cancel out."""
-    groups = [("all data", everything)]
-    groups += [(f"source {s.source}", s.length_bias) for s in sources if s.source is not None]
-    found = []
-    pairs = 0
-    for name, bias in groups:
-        share = bias.longer_chosen
-        if share is None or bias.unequal_pairs < _LEAST_UNEQUAL or max(share, 1 - share) < _BIASED:
-            continue
-        wins, who = (share, "longer") if share > 0.5 else (1 - share, "shorter")
-        detail = f"the {who} completion wins {wins:.1%} of {bias.unequal_pairs:,} pairs of unequal length"
-        found.append(Example(where=name, detail=detail))
-        pairs = max(pairs, bias.unequal_pairs) if name == "all data" else pairs + bias.unequal_pairs
-    if not found:
+    groups = {"all data": everything}
+    groups |= {f"source {s.source}": s.length_bias for s in sources if s.source is not None}
+    biased = {name: bias for name, bias in groups.items() if _is_biased(bias)}
+    if not biased:
         return []
-    return [problem("length_bias", min(pairs, everything.unequal_pairs), found[:EXAMPLES])]
+    counted = [biased["all data"]] if "all data" in biased else biased.values()
+    examples = [Example(where=name, detail=_bias_in_words(bias)) for name, bias in biased.items()]
+    return [problem("length_bias", sum(bias.unequal_pairs for bias in counted), examples[:EXAMPLES])]
+
+
+def _is_biased(bias: LengthBias) -> bool:
+    share = bias.longer_chosen
+    return share is not None and bias.unequal_pairs >= _LEAST_UNEQUAL and max(share, 1 - share) >= _BIASED
+
+
+def _bias_in_words(bias: LengthBias) -> str:
+    share = bias.longer_chosen or 0.0
+    wins, who = (share, "longer") if share > 0.5 else (1 - share, "shorter")
+    return f"the {who} completion wins {wins:.1%} of {bias.unequal_pairs:,} pairs of unequal length"
 
 
 def _data(facts: Facts, config: CheckConfig) -> list[DataSource]:

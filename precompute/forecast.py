@@ -21,7 +21,7 @@ _FLOPS = 0.4 * 989e12
 def kept_pairs(
     tokens: npt.NDArray[np.int32], *, max_length: int, truncation: Truncation
 ) -> tuple[Mask, dict[str, int]]:
-    """Which pairs are kept, and how many are not for which reason, from lengths alone: as ``fit_ids`` decides.
+    """Which pairs ``fit_ids`` keeps, and how many it leaves out for which reason, from lengths alone.
 
     Args:
         tokens: (P, 4): lengths of prompt, chosen, rejected, and of what both completions begin with.
@@ -46,7 +46,7 @@ def kept_pairs(
         case _:
             assert_never(truncation)
     kept = np.ones(len(tokens), dtype=bool)
-    dropped = {}
+    dropped: dict[str, int] = {}
     for reason, mask in reasons:
         count = int((mask & kept).sum())
         if count:

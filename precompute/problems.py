@@ -164,7 +164,7 @@ FOUND: dict[str, Kind] = {
     ),
     "length_bias": Kind(
         "warning",
-        "length tells which completion is chosen",
+        "pairs of a set where length tells which completion is chosen",
         "a policy can lower the loss by writing more, or less, and nothing else",
         "balance the data, or train with a length-normalised loss and watch lengths in the report",
     ),
