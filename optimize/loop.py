@@ -130,7 +130,7 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
             rate = learning_rate(step, total_steps=total_steps, config=config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            results = _forward_pairs(policy, pairs, config, backward=True)
+            results = _forward_pairs(policy, pairs, config, weights=stream.weights(pairs), backward=True)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             _require_finite(results.losses, grad_norm, pairs, step=step)
             optimizer.step()
@@ -197,11 +197,16 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
 
 
 def _forward_pairs(
-    policy: Policy, pairs: Sequence[ScoredPair], config: TrainConfig, *, backward: bool
+    policy: Policy,
+    pairs: Sequence[ScoredPair],
+    config: TrainConfig,
+    *,
+    weights: Sequence[float] | None,
+    backward: bool,
 ) -> _PairResults:
     """Losses of a step's pairs, micro-batch by micro-batch; gradients add up over all of them.
 
-    The loss is the sum over the step's pairs divided by their number, whatever the micro-batches are.
+    The loss is the weighted sum over the step's pairs divided by their number, however they are batched.
     """
     groups = [pair_group(pair) for pair in pairs]
     bins = policy.bins(groups, config.micro_batch_tokens)
@@ -213,12 +218,15 @@ def _forward_pairs(
         # float64: a margin is a small difference of sums over hundreds of tokens.
         sums = logps.new_zeros(2 * len(chosen), dtype=torch.float64).index_add(0, owners, logps.double())
         loss = _loss(sums, [pairs[i] for i in chosen], config)
+        losses = loss.losses
+        if weights is not None:
+            losses = losses * torch.tensor([weights[i] for i in chosen], device=losses.device)
         if backward:
-            torch.autograd.backward(loss.losses.sum() / len(pairs))
+            torch.autograd.backward(losses.sum() / len(pairs))
         detached = sums.detach()
         parts.append(
             _PairResults(
-                loss.losses.detach(),
+                losses.detach(),
                 detached[0::2],
                 detached[1::2],
                 loss.chosen_rewards,
@@ -259,7 +267,7 @@ def _evaluate(
 ) -> Metrics:
     window = []
     for pairs in stream.batches(positions, config.batch_size):
-        results = _forward_pairs(policy, pairs, config, backward=False)
+        results = _forward_pairs(policy, pairs, config, weights=None, backward=False)
         run.add_pair_logps(_rows(pairs, results, step=step, epoch=epoch, phase="eval"))
         window.append(results)
     return _means(window, prefix="eval_")

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from dpo_opt.schemas.columns import COLUMNS, WEIGHT, read_column
+from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import ScoredPair
 
@@ -18,6 +20,7 @@ from dpo_opt.schemas.pairs import ScoredPair
 WINDOW_GROUPS = 16
 
 Positions = npt.NDArray[np.int64]
+Weights = npt.NDArray[np.float64]
 
 
 class PairStream:
@@ -30,6 +33,9 @@ class PairStream:
             folder: Where the shards are.
             eval_split: Share of prompts that is held out, decided by each prompt's own hash, so that no
                 prompt stands on both sides and growing the dataset moves no prompt.
+
+        Raises:
+            DataError: The index or a column beside it is damaged, or all weights are 0.
         """
         index = folder.index()
         self._folder = folder
@@ -45,6 +51,9 @@ class PairStream:
         self._held_out = held_out
         self.train_size = int((~held_out).sum())
         self.eval_positions: Positions = np.flatnonzero(held_out)
+        self._weights = self._normalised_weights(
+            read_column(folder.path, WEIGHT, rows=self._rows, default=1.0)
+        )
         self._cache: OrderedDict[int, list[ScoredPair]] = OrderedDict()
 
     def epoch(self, *, seed: int, epoch: int) -> Positions:
@@ -64,6 +73,27 @@ class PairStream:
             block = int(self._block_of[position])
             found.append(self._block(block)[int(position - self._blocks[block][0])])
         return found
+
+    def weights(self, pairs: Sequence[ScoredPair]) -> list[float] | None:
+        """How much each pair counts in the loss, 1 on average over the training pairs; None: all alike."""
+        if self._weights is None:
+            return None
+        places = np.searchsorted(self._rows, [pair.row for pair in pairs])
+        return [float(weight) for weight in self._weights[places]]
+
+    def _normalised_weights(self, weights: Weights | None) -> Weights | None:
+        """Weights whose scale does not change the learning rate's meaning."""
+        if weights is None:
+            return None
+        mean = weights[~self._held_out].mean() if self.train_size else 1.0
+        if not mean > 0:
+            raise DataError(
+                "the weights of all training pairs are 0",
+                where=str(self._folder.path / COLUMNS / f"{WEIGHT}.parquet"),
+                why="nothing would be learnt",
+                fix="correct the file, or remove it to let all pairs count alike",
+            )
+        return weights / mean
 
     def sample(self, count: int) -> list[ScoredPair]:
         """Pairs spread evenly over the folder."""

@@ -31,7 +31,7 @@ from dpo_opt.precompute.tokenize import (
     load_tokenizer,
     model_vocab_size,
 )
-from dpo_opt.schemas.columns import Column, new_column, write_column
+from dpo_opt.schemas.columns import MARGIN, WEIGHT, Column, new_column, write_column
 from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, refuse_differences
 from dpo_opt.schemas.manifest import COMMITS, PLAN, TOKENIZER, Plan, ShardRange, parse, to_json
@@ -182,7 +182,7 @@ def _read_block(task: tuple[Block, Reading]) -> list[_RowFacts]:
         if isinstance(item, BadRow):
             facts.append(_RowFacts(row_digest(item), {}, item.error))
         else:
-            numbers = {"weight": item.weight, "margin": item.margin}
+            numbers = {WEIGHT: item.weight, MARGIN: item.margin}
             known = {name: value for name, value in numbers.items() if value is not None}
             facts.append(_RowFacts(row_digest(item), known, None))
     return facts

@@ -17,6 +17,8 @@ from dpo_opt.schemas.storage import publish
 
 COLUMNS = "columns"
 """Folder of the sidecars, inside a folder of shards."""
+WEIGHT = "weight"
+MARGIN = "margin"
 
 
 class Column(NamedTuple):

@@ -2,6 +2,7 @@ import functools
 import json
 import math
 import shutil
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dpo_opt.optimize import TrainConfig, loop, run_folder, train
 from dpo_opt.optimize.loop import prepare
 from dpo_opt.optimize.optimizer import learning_rate
 from dpo_opt.optimize.stream import PairStream
+from dpo_opt.schemas.columns import Column, write_column
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, FingerprintError
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA
@@ -74,7 +76,12 @@ def sums(full_logps: FullLogps, model: PreTrainedModel, pair: ScoredPair) -> tup
 
 
 def textbook_step(
-    full_logps: FullLogps, model: PreTrainedModel, pairs: list[ScoredPair], *, label_smoothing: float
+    full_logps: FullLogps,
+    model: PreTrainedModel,
+    pairs: list[ScoredPair],
+    *,
+    label_smoothing: float,
+    weights: dict[int, float],
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics and clipped gradients of one step from full logits, pair by pair, in float64."""
     model.zero_grad()
@@ -85,6 +92,7 @@ def textbook_step(
         rejected_reward = 0.1 * (rejected - float(pair.ref_rejected_token_logps.astype(np.float64).sum()))
         odds = torch.sigmoid(chosen_reward - rejected_reward)
         loss = -(1 - label_smoothing) * odds.log() - label_smoothing * (1 - odds).log()
+        loss = loss * weights.get(pair.row, 1.0)
         (loss / len(pairs)).backward()
         values = {
             "loss": loss,
@@ -108,10 +116,25 @@ def plain_descent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("plain_descent")
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(("label_smoothing", "weighted"), [(0.0, False), (0.2, False), (0.0, True)])
 def test_steps_are_those_of_the_textbook(
-    settings: dict[str, Any], full_logps: FullLogps, tiny_model: Path, label_smoothing: float
+    settings: dict[str, Any],
+    full_logps: FullLogps,
+    tiny_model: Path,
+    tmp_path: Path,
+    label_smoothing: float,
+    weighted: bool,
 ) -> None:
+    weights: dict[int, float] = {}
+    if weighted:
+        # Half of the rows say nothing, and count as 1 before all are brought to a mean of 1.
+        folder = Path(shutil.copytree(settings["shards"], tmp_path / "weighted"))
+        rows = [pair.row for pair in ShardFolder.open(folder).pairs()]
+        given = {row: float(row % 5) for row in rows[::2]}
+        write_column(folder, "weight", Column(array("q", given), array("d", given.values())))
+        mean = np.mean([given.get(row, 1.0) for row in rows])
+        weights = {row: given.get(row, 1.0) / mean for row in rows}
+        settings |= {"shards": folder}
     settings |= {"learning_rate": 0.5, "label_smoothing": label_smoothing}
     config = TrainConfig(**settings, lr_scheduler_type="constant")
     train(config)
@@ -120,7 +143,9 @@ def test_steps_are_those_of_the_textbook(
     batches = stream.batches(stream.epoch(seed=config.seed, epoch=0), config.batch_size)
     logged = train_metrics(config.output_dir)
     for line, pairs in zip(logged, batches, strict=True):
-        expected, grads = textbook_step(full_logps, model, pairs, label_smoothing=label_smoothing)
+        expected, grads = textbook_step(
+            full_logps, model, pairs, label_smoothing=label_smoothing, weights=weights
+        )
         for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"):
             assert line[name] == pytest.approx(expected[name], abs=1e-4), name
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
