@@ -133,7 +133,8 @@ def collect(config: DataConfig, wanted: Wanted, *, processes: int, progress: Pro
 
     progress.start("reading", total=None, unit="pairs")
     blocks = []
-    for block in map_in_order(_block_facts, tasks(), processes=processes):
+    preload = () if wanted.model_folder is None else ("transformers.models.auto.tokenization_auto",)
+    for block in map_in_order(_block_facts, tasks(), processes=processes, preload=preload):
         progress.advance(len(block.facts))
         blocks.append(block)
     progress.finish()
@@ -187,7 +188,9 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
         pairs, ids = _encoded(pairs, wanted.model_folder, reading.source, bad_rows)
     labels: dict[str | None, int] = {}
     codes = [labels.setdefault(pair.source, len(labels)) for pair in pairs]
-    hashes = [(text_hash(p.prompt), text_hash(p.chosen), text_hash(p.rejected)) for p in pairs]
+    hashes = [
+        (text_hash(p.prompt), _completion_hash(p, p.chosen), _completion_hash(p, p.rejected)) for p in pairs
+    ]
     columns = np.array(hashes, dtype=np.uint64).reshape(len(pairs), 3).T
     special = None if wanted.model_folder is None else _special_tokens(wanted.model_folder)
     implicit = reading.first is not None and reading.first[0].name == 'text without "prompt"'
@@ -242,6 +245,13 @@ def _count(bad_rows: dict[tuple[int, str], BadRows], source: int, error: DataErr
 def _add(bad_rows: dict[tuple[int, str], BadRows], key: tuple[int, str], more: BadRows) -> None:
     rows, examples = bad_rows.get(key, BadRows(0, []))
     bad_rows[key] = BadRows(rows + more.rows, [*examples, *more.examples][:EXAMPLES])
+
+
+def _completion_hash(pair: PreferencePair, completion: Text) -> int:
+    """What else the template is shown counts here: with other tools it is the same prompt."""
+    if pair.tools is None and pair.chat_template_kwargs is None:
+        return text_hash(completion)
+    return text_hash([{"said": completion, "tools": pair.tools, "settings": pair.chat_template_kwargs}])
 
 
 def _table(rows: list[list[int]], columns: int, *, height: int) -> Int32s:

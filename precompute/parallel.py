@@ -2,11 +2,11 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from typing import TypeVar
 
 from dpo_opt.schemas.errors import DpoOptError
@@ -14,13 +14,18 @@ from dpo_opt.schemas.errors import DpoOptError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# Starting processes takes about a second; so much is done at once before any is started.
-_INLINE_TASKS = 6
+# Starting processes takes a second or more; so much is done before they are thought of, and as much again
+# while they get ready.
+_INLINE_TASKS = 3
 _TASKS_AHEAD = 3  # per process: enough that none waits, few enough that memory stays flat
 
 
 def map_in_order(
-    function: Callable[[Task], Result], tasks: Iterable[Task], *, processes: int
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    *,
+    processes: int,
+    preload: Sequence[str] = (),
 ) -> Iterator[Result]:
     """``map``, with the tasks after the first few spread over processes.
 
@@ -28,6 +33,7 @@ def map_in_order(
         function: A module-level function; its results come back in the tasks' order.
         tasks: Taken from as results are asked for, so that few of them are in memory.
         processes: How many; 0 for one per core that this process may use.
+        preload: Modules that the function imports late; they are imported once for all processes.
 
     Raises:
         DpoOptError: A process was killed.
@@ -38,11 +44,19 @@ def map_in_order(
         yield from map(function, tasks)
         return
     yield from map(function, islice(tasks, _INLINE_TASKS))
+    ahead = list(islice(tasks, _INLINE_TASKS))
+    if not ahead:
+        return
+    # Not forked from this process, whose threads may hold locks that no fork would ever release.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([function.__module__, *preload])
+    # It imports what it needs while this process goes on by itself.
+    forkserver.ensure_running()
+    yield from map(function, ahead)
     ahead = list(islice(tasks, 1))
     if not ahead:
         return
-    # Spawned, because a fork of a process with threads may never wake up.
-    with ProcessPoolExecutor(processes, get_context("spawn"), _begin) as pool:
+    with ProcessPoolExecutor(processes, context, _begin) as pool:
         waiting: deque[Future[Result]] = deque(pool.submit(function, task) for task in ahead)
         try:
             for task in tasks:

@@ -1,0 +1,119 @@
+"""How fast a dataset is audited, and how near that is to the tokenizer library itself.
+
+    python bench/check.py --like PAIRS.jsonl.gz --model MODEL
+
+Writes ``--rows`` pairs of about 2 KB, made of the texts of ``--like`` and all different, and measures
+`dpo-opt check` on all of them (seconds and peak memory of its processes together), then, on the first
+``--tokenized`` of them and in turns, `dpo-opt check --model` against the tokenizers library alone: the same
+texts, read beforehand, in batches of a thousand, on as many threads as there are cores.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_BYTES_PER_ROW = 2000
+_BATCH = 1000
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--like", type=Path, required=True, help="any preference data with text rows")
+    parser.add_argument("--model", type=Path, required=True, help="folder with a tokenizer")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--tokenized", type=int, default=50_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        whole, part = Path(folder) / "whole.jsonl", Path(folder) / "part.jsonl"
+        with whole.open("w") as file, part.open("w") as first:
+            for i, row in enumerate(_rows(arguments.like, arguments.rows)):
+                line = json.dumps(row) + "\n"
+                file.write(line)
+                if i < arguments.tokenized:
+                    first.write(line)
+        seconds, gigabytes = _check(whole)
+        print(f"| check, {arguments.rows:,} pairs, {whole.stat().st_size / 1e9:.2f} GB | {seconds:.1f} s |")
+        print(f"| peak memory of its processes | {gigabytes:.2f} GB |")
+        ours, library = [], []
+        for _ in range(arguments.rounds):
+            ours.append(_check(part, "--model", str(arguments.model))[0])
+            library.append(_library(part, arguments.model))
+            print(f"check --model {ours[-1]:.1f} s, library {library[-1]:.1f} s", file=sys.stderr, flush=True)
+    print(f"| check --model, {arguments.tokenized:,} pairs | {statistics.median(ours):.1f} s |")
+    print(f"| tokenizers library alone, the same texts | {statistics.median(library):.1f} s |")
+    ratios = [theirs / mine for mine, theirs in zip(ours, library, strict=True)]
+    print(f"| speed relative to the library | {statistics.median(ratios):.2f} |")
+
+
+def _rows(like: Path, count: int) -> Iterator[dict[str, Any]]:
+    from dpo_opt.precompute.config import DataConfig
+    from dpo_opt.precompute.datasets import read_pairs
+
+    pairs = list(read_pairs(DataConfig(data=[str(like)])))
+    mean = statistics.fmean(len(f"{p.prompt}{p.chosen}{p.rejected}") for p in pairs)
+    together = max(1, round(_BYTES_PER_ROW / mean))
+    rng = random.Random(0)
+    for i in range(count):
+        some = rng.sample(pairs, together)
+        prompt, chosen, rejected = (
+            "\n".join(map(str, texts)) for texts in zip(*(p[1:4] for p in some), strict=True)
+        )
+        yield {"prompt": f"{i}. {prompt}", "chosen": chosen, "rejected": rejected, "source": some[0].source}
+
+
+def _check(data: Path, *options: str) -> tuple[float, float]:
+    """Seconds and peak GB of the command, start-up included."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "dpo_opt", "check", str(data), "--json", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak = 0
+    watch = threading.Thread(target=process.wait)
+    watch.start()
+    while watch.is_alive():
+        peak = max(peak, _tree_bytes(process.pid))
+        watch.join(0.2)
+    if process.returncode:
+        raise SystemExit(f"check ended with {process.returncode}")
+    return time.perf_counter() - began, peak / 1e9
+
+
+def _tree_bytes(pid: int) -> int:
+    """Resident bytes of a process and its descendants, shared pages counted once for each."""
+    total, waiting = 0, [pid]
+    while waiting:
+        current = waiting.pop()
+        try:
+            total += int(Path(f"/proc/{current}/statm").read_text().split()[1]) * 4096
+            for task in Path(f"/proc/{current}/task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended
+    return total
+
+
+def _library(data: Path, model: Path) -> float:
+    """Seconds that the library alone takes for prompt, prompt + chosen, prompt + rejected of every row."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    rows = (json.loads(line) for line in data.open())
+    texts = [t for r in rows for t in (r["prompt"], r["prompt"] + r["chosen"], r["prompt"] + r["rejected"])]
+    began = time.perf_counter()
+    for i in range(0, len(texts), _BATCH):
+        [encoding.ids for encoding in tokenizer.encode_batch(texts[i : i + _BATCH])]
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
