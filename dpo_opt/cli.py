@@ -4,6 +4,7 @@
 """
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dpo_opt.options import configured
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.results import json_option, show
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
+from dpo_opt.schemas.manifest import COMMAND
 from dpo_opt.schemas.text import printable
 
 _INTERRUPTED = 130
@@ -112,17 +114,36 @@ for _command in (check, preview, convert):
 @json_option
 def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
     """Score every pair once under the reference and write Parquet shards."""
+    from dpo_opt.precompute.workers import worker_from_environment
     from dpo_opt.scorers import make_scorer
 
+    worker = worker_from_environment(os.environ)
+    if config.launcher == "local" and config.worker_index is None and worker is not None:
+        config = config.model_copy(update={"worker_index": worker.number, "num_workers": worker.of})
     scorer = make_scorer(config)
     if dry_run:
         from dpo_opt.plans import plan_precompute
 
         show(plan_precompute(config, scorer.numerics), as_json)
         return
-    from dpo_opt.precompute.run import precompute as run
+    if config.launcher != "local":
+        from dpo_opt.launch import launch
 
-    manifest = run(config, scorer=scorer, progress=watched())
+        show(launch(config), as_json)
+        return
+    from dpo_opt.precompute.run import precompute as run
+    from dpo_opt.precompute.run import work
+    from dpo_opt.preemption import preemptible
+
+    with preemptible(f"dpo-opt precompute --config {config.shards / COMMAND}"):
+        if config.worker_index is not None:
+            scored = work(config, scorer=scorer, progress=watched())
+            show(
+                {"shards": str(config.shards), "worker": config.worker_index, "scored_shards": scored},
+                as_json,
+            )
+            return
+        manifest = run(config, scorer=scorer, progress=watched())
     result = manifest.model_dump(include={"rows", "kept", "dropped", "truncated", "tokens"})
     show({"shards": str(config.shards), **result, "engine": manifest.fingerprint.engine}, as_json)
 
@@ -146,6 +167,30 @@ def finalize(shards: Path, as_json: bool) -> None:
 
     manifest = run(shards)
     show(manifest.model_dump(include={"rows", "kept", "dropped", "truncated", "tokens"}), as_json)
+
+
+@main.command()
+@_shards
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0),
+    default=24.0,
+    show_default=True,
+    help="Hours for which nobody may have written to a file; longer than any worker takes for a shard.",
+)
+@_dry_run
+@json_option
+def gc(shards: Path, older_than: float, dry_run: bool, as_json: bool) -> None:
+    """Remove what killed and repeated attempts left behind."""
+    from dpo_opt.precompute.gc import find_garbage, remove_garbage
+
+    garbage = find_garbage(shards, older_than_hours=older_than)
+    if not dry_run:
+        remove_garbage(garbage)
+    show(
+        {"removed": 0 if dry_run else len(garbage.files), "found": len(garbage.files), "bytes": garbage.size},
+        as_json,
+    )
 
 
 @main.command()

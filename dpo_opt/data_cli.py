@@ -31,7 +31,7 @@ def check(context: click.Context, config: CheckConfig, as_json: bool) -> None:
 
         write_check_page(found, config.html)
     if as_json:
-        click.echo(found.model_dump_json(indent=1))
+        show(found.model_dump(), as_json)
     else:
         for line in lines(found):
             click.echo(line)
@@ -40,7 +40,7 @@ def check(context: click.Context, config: CheckConfig, as_json: bool) -> None:
 
 
 @click.command()
-@configured(PreviewConfig, argument="data")
+@configured(PreviewConfig, argument="data", short={"pairs": "-n"})
 @json_option
 def preview(config: PreviewConfig, as_json: bool) -> None:
     """Show pairs of DATA as the model will see them: prompt, scored tokens, cut tokens."""

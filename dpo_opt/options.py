@@ -7,8 +7,9 @@ A field's name, type, default and docstring become ``--name``, its type, its def
 import difflib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import click
@@ -23,12 +24,15 @@ C = TypeVar("C", bound=Settings)
 Command = Callable[..., None]
 
 
-def configured(kind: type[C], *, argument: str | None = None) -> Callable[[Command], Command]:
+def configured(
+    kind: type[C], *, argument: str | None = None, short: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[Command], Command]:
     """Give a command every field of ``kind`` as an option; it receives the result as ``config``.
 
     Args:
         kind: The configuration.
         argument: A field that lists things, and is given without a flag.
+        short: Field to a one-letter flag, such as ``-n``.
     """
 
     def decorate(command: Command) -> Command:
@@ -40,7 +44,7 @@ def configured(kind: type[C], *, argument: str | None = None) -> Callable[[Comma
                 if name in kind.model_fields
                 for value in [given.pop(name)]
             }
-            command(config=_resolve(kind, config_file, flags), **given)
+            command(config=_resolve(kind, config_file, flags, argument), **given)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
@@ -48,7 +52,7 @@ def configured(kind: type[C], *, argument: str | None = None) -> Callable[[Comma
             if name == argument:
                 click.argument(name, nargs=-1, metavar=f"{name.upper()}...")(run)
             else:
-                _option(name, field)(run)
+                _option(name, field, *([short[name]] if name in short else []))(run)
         click.option(
             "--config",
             "config_file",
@@ -60,7 +64,7 @@ def configured(kind: type[C], *, argument: str | None = None) -> Callable[[Comma
     return decorate
 
 
-def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
+def _option(name: str, field: FieldInfo, *short: str) -> Callable[[Command], Command]:
     kind = _without_none(field.annotation)
     flag = "--" + name.replace("_", "-")
     text = (field.description or "").replace("`", "'")
@@ -78,7 +82,9 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
         return click.option(flag, name, type=_Assignment(), multiple=True, help=text, metavar="PART=NAME")
     if several is list:
         (kind,) = map(_without_none, typing.get_args(kind))
-    return click.option(flag, name, type=_click_type(kind), default=None, multiple=several is list, help=text)
+    return click.option(
+        flag, *short, name, type=_click_type(kind), default=None, multiple=several is list, help=text
+    )
 
 
 class _Assignment(click.ParamType[Any]):
@@ -109,7 +115,7 @@ def _click_type(kind: Any) -> click.ParamType[Any]:
     return simple[kind]
 
 
-def _resolve(kind: type[C], config_file: Path | None, flags: dict[str, Any]) -> C:
+def _resolve(kind: type[C], config_file: Path | None, flags: dict[str, Any], argument: str | None) -> C:
     """The configuration from a file and flags.
 
     Raises:
@@ -127,9 +133,10 @@ def _resolve(kind: type[C], config_file: Path | None, flags: dict[str, Any]) -> 
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        flag = "--" + name.replace("_", "-")
+        flag = name.upper() if name == argument else "--" + name.replace("_", "-")
         if first["type"] == "missing":
-            raise ConfigError(f"{flag} is missing", fix=f"pass {flag}, or set {name} in --config") from error
+            how = "name it after the command" if name == argument else f"pass {flag}"
+            raise ConfigError(f"{flag} is missing", fix=f"{how}, or set {name} in --config") from error
         raise ConfigError(
             f"{flag} {first['input']!r}: {first['msg'].removeprefix('Value error, ')}",
             where=str(config_file) if config_file and flags.get(name) is None else None,

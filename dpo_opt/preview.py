@@ -1,5 +1,6 @@
 """Pairs as the model will see them: what is context, what is scored, what was cut."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,11 +108,17 @@ def _entry(pair: PreferencePair, whole: PairIds, tokenizer: PairTokenizer) -> di
 
 def _segments(parts: list[tuple[str, IdArray]], tokenizer: PairTokenizer) -> Iterator[dict[str, Any]]:
     """Texts that together are the decoded sequence: a character's bytes may stand in two parts."""
-    sequence = np.concatenate([ids for _, ids in parts])
-    end, before = 0, ""
+    sequence = np.concatenate([ids for _, ids in parts]).tolist()
+    whole = str(tokenizer.tokenizer.decode(sequence))
+    end, shown = 0, 0
     for kind, ids in parts:
         end += len(ids)
-        text = tokenizer.tokenizer.decode(sequence[:end].tolist())
+        # Half a character decodes to something else, so it is shown with the part that completes it.
+        begun = _common_prefix_length(whole, str(tokenizer.tokenizer.decode(sequence[:end])))
         if len(ids):
-            yield {"kind": kind, "ids": ids.tolist(), "text": text[len(before) :]}
-        before = text
+            yield {"kind": kind, "ids": ids.tolist(), "text": whole[shown:begun]}
+            shown = begun
+
+
+def _common_prefix_length(a: str, b: str) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

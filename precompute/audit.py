@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dpo_opt.precompute.config import CheckConfig, DataConfig, Truncation
 from dpo_opt.precompute.facts import EXAMPLES, BadRows, Facts, Flag, Wanted, collect, mixed_hash
-from dpo_opt.precompute.forecast import estimate, forecast, forecast_lengths
+from dpo_opt.precompute.forecast import estimate, forecast, forecast_lengths, kept_pairs
 from dpo_opt.precompute.near_duplicates import nearest_earlier
 from dpo_opt.precompute.plan import resolve_max_length
 from dpo_opt.precompute.problems import by_harm, problem
@@ -312,20 +312,27 @@ def _forecast_problems(facts: Facts, fit: TruncationForecast, truncation: Trunca
     prompt, longest = facts.tokens[:, 0], facts.tokens[:, 1:3].max(axis=1)
     if not fit.whole and not fit.cut:
         return [problem("nothing_fits", len(facts), [])]
-    by_length = {key: n for key, n in fit.dropped.items() if key not in ("identical_completions",)}
+    too_long = prompt + longest > fit.max_length
+    kept, _ = kept_pairs(facts.tokens, max_length=fit.max_length, truncation=truncation)
+    usable, of_themselves = kept_pairs(
+        facts.tokens, max_length=int((prompt + longest).max()) + 1, truncation=truncation
+    )
     problems = []
-    if by_length:
-        blamed = {"keep_start": prompt >= fit.max_length, "keep_end": longest >= fit.max_length}
-        pairs = np.flatnonzero(blamed.get(truncation, prompt + longest > fit.max_length))
+    pairs = np.flatnonzero(facts.tokens[:, [0, 1, 2]].min(axis=1) == 0)
+    if len(pairs):
+        examples = _examples(facts, pairs, lambda i: _shape_of(facts, i))
+        problems.append(problem("no_token", len(pairs), examples))
+    pairs = np.flatnonzero(usable & ~kept)
+    if len(pairs):
+        by_length = {key: n for key, n in fit.dropped.items() if key not in of_themselves}
         reasons = ", ".join(f"{count} {reason}" for reason, count in by_length.items())
         summary = Example(where=f"--max-length {fit.max_length}", detail=reasons)
         examples = _examples(
             facts, pairs, lambda i: f"prompt of {prompt[i]}, completion of {longest[i]} tokens"
         )
-        problems.append(problem("left_out", sum(by_length.values()), [summary, *examples][:EXAMPLES]))
+        problems.append(problem("left_out", len(pairs), [summary, *examples][:EXAMPLES]))
     if fit.cut:
-        room = fit.max_length if truncation == "keep_start" else longest.max() + 1
-        pairs = np.flatnonzero((prompt + longest > fit.max_length) & (prompt < room))
+        pairs = np.flatnonzero(kept & too_long)
         examples = _examples(
             facts, pairs, lambda i: f"{prompt[i] + longest[i]} tokens, {fit.max_length} are kept"
         )

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 from dpo_opt.precompute.plan import read_plan
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import (
+    COMMAND,
     COMMITS,
     INDEX,
     MANIFEST,
@@ -18,6 +20,7 @@ from dpo_opt.schemas.manifest import (
     Manifest,
     Plan,
     ShardCommit,
+    ShardRange,
     check_file,
     load_manifest,
     parse,
@@ -45,20 +48,33 @@ def committed(shards_dir: Path, plan: Plan) -> dict[int, ShardCommit]:
 
     Commits of another plan, and commits whose file is gone or has another size, do not count.
     """
-    found: dict[int, ShardCommit] = {}
-    ranges = {r.shard: r for r in plan.shards}
+    names: dict[int, list[Path]] = {}
     for path in sorted((shards_dir / COMMITS).glob("[0-9]*.json")):
+        names.setdefault(int(path.name.partition("-")[0]), []).append(path)
+    found = {r.shard: _first_valid(shards_dir, r, plan, names.get(r.shard, [])) for r in plan.shards}
+    return {shard: commit for shard, commit in found.items() if commit is not None}
+
+
+def is_committed(shards_dir: Path, planned: ShardRange, plan: Plan) -> bool:
+    """Whether a shard is finished now; looks at this shard's commits only."""
+    paths = sorted((shards_dir / COMMITS).glob(f"{planned.shard:05d}-*.json"))
+    return _first_valid(shards_dir, planned, plan, paths) is not None
+
+
+def _first_valid(
+    shards_dir: Path, planned: ShardRange, plan: Plan, paths: Sequence[Path]
+) -> ShardCommit | None:
+    for path in paths:
         commit = parse(ShardCommit, path.read_bytes(), where=path)
-        planned = ranges.get(commit.shard)
         belongs = (
-            planned is not None
-            and (planned.start, planned.stop) == (commit.start, commit.stop)
+            (commit.shard, commit.start, commit.stop) == (planned.shard, planned.start, planned.stop)
+            and commit.rows_digest == planned.rows_digest
             and commit.fingerprint == plan.fingerprint
         )
         file = shards_dir / commit.file
         if belongs and file.is_file() and file.stat().st_size == commit.bytes:
-            found.setdefault(commit.shard, commit)
-    return found
+            return commit
+    return None
 
 
 def status(shards_dir: Path) -> Status:
@@ -105,7 +121,7 @@ def finalize(shards_dir: Path) -> Manifest:
             f"{len(missing)} of {len(plan.shards)} shards are not scored yet ({listed})",
             where=str(shards_dir),
             why="pairs would be missing from training",
-            fix="run the same `dpo-opt precompute` command again; it goes on with these shards",
+            fix=f"dpo-opt precompute --config {shards_dir / COMMAND}",
         )
     dropped: Counter[str] = Counter()
     tables = []

@@ -1,9 +1,9 @@
 """Every setting of the commands that read preference data, documented where it is declared."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from dpo_opt.schemas.settings import Settings
 
@@ -59,6 +59,37 @@ class PrecomputeConfig(WholeDataConfig):
     """What happens to a longer pair: cut the completions' ends, cut the prompt's start, or leave it out."""
     pairs_per_shard: PositiveInt = 1024
     """Source rows per shard: the unit that is lost when a job is killed."""
+    worker_index: NonNegativeInt | None = None
+    """This worker's number, from 0. Default: from the Slurm array or RANK, else all work is done here."""
+    num_workers: PositiveInt | None = None
+    """How many workers there are. Default: from the Slurm array or WORLD_SIZE."""
+    launcher: Literal["local", "slurm", "ray"] = "local"
+    """What runs --num-workers workers: this process alone, a Slurm array, or Ray."""
+    gpus_per_worker: NonNegativeInt = 1
+    """GPUs that each launched worker gets."""
+    submit: bool = False
+    """slurm: submit the jobs, not only write them."""
+    job_option: list[str] = []
+    """slurm: an option of sbatch, such as partition=gpu; once for each."""
+    time_limit: str = "04:00:00"
+    """slurm: the longest that one task may run before it is requeued, as sbatch spells it."""
+    ray_address: str | None = None
+    """ray: the cluster. Default: the one in RAY_ADDRESS, else one on this machine."""
+
+    @model_validator(mode="after")
+    def _know_the_worker(self) -> Self:
+        if self.launcher != "local":
+            if self.worker_index is not None:
+                raise ValueError(
+                    f"{self.launcher} numbers its workers itself; worker_index is for one of them"
+                )
+            if self.num_workers is None:
+                raise ValueError(f"{self.launcher} needs num_workers")
+        elif (self.worker_index is None) != (self.num_workers is None):
+            raise ValueError("worker_index and num_workers belong together")
+        if self.worker_index is not None and self.worker_index >= (self.num_workers or 0):
+            raise ValueError(f"worker_index {self.worker_index} is not below num_workers {self.num_workers}")
+        return self
 
 
 class CheckConfig(WholeDataConfig):

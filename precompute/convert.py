@@ -8,16 +8,16 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from dpo_opt import __version__
 from dpo_opt.precompute.audit import find_repeats, near_repeats
 from dpo_opt.precompute.config import ConvertConfig
 from dpo_opt.precompute.datasets import BadRow, scan_pairs
-from dpo_opt.precompute.facts import Facts, Wanted, collect, text_hash
+from dpo_opt.precompute.facts import Facts, Wanted, collect, pair_hashes, text_hash
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import PreferencePair
 from dpo_opt.schemas.progress import Progress, Silent
@@ -99,7 +99,8 @@ def _write(
     with (
         (folder / "train.jsonl").open("w", encoding="utf-8") as train,
         (folder / "eval.jsonl").open("w", encoding="utf-8") as held_out,
-        (folder / "removed.jsonl").open("w", encoding="utf-8") as record,
+        # The name of a file need not be UTF-8; what cannot be written as it is, JSON escapes in this way.
+        (folder / "removed.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as record,
     ):
         number = itertools.count()
         for item in _in_step(config, facts):
@@ -131,7 +132,7 @@ def _write(
     progress.finish()
     converted = Converted(counts["train"], counts["eval"], dict(sorted(removed.items())))
     about = {
-        "dpo_opt": __version__,
+        "dpo_opt": version("dpo-opt"),
         "settings": config.model_dump(mode="json", exclude={"processes"}),
         **converted._asdict(),
     }
@@ -146,8 +147,7 @@ def _in_step(config: ConvertConfig, facts: Facts) -> Iterator[PreferencePair | B
     pairs = 0
     for item in scan_pairs(config):
         if isinstance(item, PreferencePair):
-            same = pairs < len(facts) and int(facts.prompt[pairs]) == text_hash(item.prompt)
-            if not same:
+            if pairs == len(facts) or facts.hashes(pairs) != pair_hashes(item):
                 raise _changed(config)
             pairs += 1
         yield item

@@ -85,6 +85,10 @@ class Facts(NamedTuple):
     def __len__(self) -> int:
         return len(self.prompt)
 
+    def hashes(self, pair: int) -> tuple[int, int, int]:
+        """``pair_hashes`` of a pair that was read."""
+        return int(self.prompt[pair]), int(self.chosen[pair]), int(self.rejected[pair])
+
 
 class Places:
     """File and line of every pair, compressed: names of neighbouring lines hardly differ."""
@@ -147,6 +151,17 @@ def text_hash(text: Text) -> int:
     return int.from_bytes(hashlib.blake2b(data.encode("utf-8"), digest_size=8).digest(), "little")
 
 
+def pair_hashes(pair: PreferencePair) -> tuple[int, int, int]:
+    """Of prompt, chosen and rejected. What else the template is shown counts with the completions: it is the
+    same prompt with other tools, but no completion of it is the same.
+    """
+    beside = {"tools": pair.tools, "settings": pair.chat_template_kwargs}
+    if any(value is not None for value in beside.values()):
+        sides = [text_hash([{"text": side, **beside}]) for side in (pair.chosen, pair.rejected)]
+        return text_hash(pair.prompt), sides[0], sides[1]
+    return text_hash(pair.prompt), text_hash(pair.chosen), text_hash(pair.rejected)
+
+
 def mixed_hash(*columns: Hashes) -> Hashes:
     """One hash of several, row by row; their order counts."""
     mixed = np.zeros(len(columns[0]), dtype=np.uint64)
@@ -188,10 +203,7 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
         pairs, ids = _encoded(pairs, wanted.model_folder, reading.source, bad_rows)
     labels: dict[str | None, int] = {}
     codes = [labels.setdefault(pair.source, len(labels)) for pair in pairs]
-    hashes = [
-        (text_hash(p.prompt), _completion_hash(p, p.chosen), _completion_hash(p, p.rejected)) for p in pairs
-    ]
-    columns = np.array(hashes, dtype=np.uint64).reshape(len(pairs), 3).T
+    columns = np.array([pair_hashes(pair) for pair in pairs], dtype=np.uint64).reshape(len(pairs), 3).T
     special = None if wanted.model_folder is None else _special_tokens(wanted.model_folder)
     implicit = reading.first is not None and reading.first[0].name == 'text without "prompt"'
     flags = [_flags(pair, special, implicit=implicit) for pair in pairs]
@@ -245,13 +257,6 @@ def _count(bad_rows: dict[tuple[int, str], BadRows], source: int, error: DataErr
 def _add(bad_rows: dict[tuple[int, str], BadRows], key: tuple[int, str], more: BadRows) -> None:
     rows, examples = bad_rows.get(key, BadRows(0, []))
     bad_rows[key] = BadRows(rows + more.rows, [*examples, *more.examples][:EXAMPLES])
-
-
-def _completion_hash(pair: PreferencePair, completion: Text) -> int:
-    """What else the template is shown counts here: with other tools it is the same prompt."""
-    if pair.tools is None and pair.chat_template_kwargs is None:
-        return text_hash(completion)
-    return text_hash([{"said": completion, "tools": pair.tools, "settings": pair.chat_template_kwargs}])
 
 
 def _table(rows: list[list[int]], columns: int, *, height: int) -> Int32s:

@@ -26,7 +26,7 @@ LONGEST_ROW = 64 * 2**20
 _BLOCK_BYTES = 2**21
 # A Parquet footer does not bound what a row takes in memory, so few rows at a time, and none too large.
 _TABLE_ROWS = 256
-_TABLE_BYTES = 2**28
+_TABLE_BYTES = 2**27
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 Row = tuple[str, Callable[[], dict[str, object]]]
@@ -157,7 +157,8 @@ def _lines(file: str, chunk: bytes, stream: BinaryIO) -> Iterator[TextBlock]:
         yield TextBlock(file, f"{file}:", [number], [rest])
 
 
-_SCANNER = json.JSONDecoder()
+# Finds where elements end; a number of thousands of digits is refused with its element, not here.
+_SCANNER = json.JSONDecoder(parse_int=str)
 
 
 def _elements(file: str, chunk: bytes, stream: BinaryIO) -> Iterator[TextBlock]:
@@ -166,7 +167,7 @@ def _elements(file: str, chunk: bytes, stream: BinaryIO) -> Iterator[TextBlock]:
     text = decoder.decode(chunk).lstrip().removeprefix("[")
     prefix, first = f"{file}:element ", 1
     while True:
-        texts, position, failure = _whole_elements(text)
+        texts, position, failure, final = _whole_elements(text)
         if texts:
             yield TextBlock(file, prefix, range(first, first + len(texts)), texts)
         first += len(texts)
@@ -176,31 +177,40 @@ def _elements(file: str, chunk: bytes, stream: BinaryIO) -> Iterator[TextBlock]:
         if len(text) > LONGEST_ROW:
             raise _too_long(f"{prefix}{first}", "element", "write JSON Lines: one JSON object per line")
         # As much again as is left, so that a long element is not scanned many times over.
-        more = stream.read(max(_BLOCK_BYTES, len(text)))
+        wanted = min(max(_BLOCK_BYTES, len(text)), LONGEST_ROW + _BLOCK_BYTES - len(text))
+        more = b"" if final else stream.read(wanted)
         if not more:
             raise _bad_array(f"{prefix}{first}", f"not readable as JSON from here ({quote(failure)})")
         text += decoder.decode(more)
-    if text[1:].strip() or stream.read(_BLOCK_BYTES).strip():
+    is_more = bool(text[1:].strip() or decoder.decode(b"", final=True))
+    # To the file's very end, where a compressed one says whether it is whole.
+    while not is_more and (more := stream.read(_BLOCK_BYTES)):
+        is_more = bool(more.strip())
+    if is_more:
         raise _bad_array(f"{prefix}{first}", "there is something after the end of the array")
 
 
-def _whole_elements(text: str) -> tuple[list[bytes], int, str]:
-    """The elements that ``text`` holds whole, where the rest begins, and why the rest is none."""
+def _whole_elements(text: str) -> tuple[list[bytes], int, str, bool]:
+    """The elements that ``text`` holds whole, where the rest begins, why, and whether for good.
+
+    Only after the end of an object is it sure that more text would not help.
+    """
     texts: list[bytes] = []
     position = _after_space(text, 0)
     while position < len(text) and text[position] != "]":
         try:
             _, end = _SCANNER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            return texts, position, str(error)
+            return texts, position, str(error), False
         after = _after_space(text, end)
         if after == len(text):
             break  # a number may go on
         if text[after] not in ",]":
-            return texts, position, "the element is followed by neither a comma nor the array's end"
+            failure = "no comma and no end of the array follows the element"
+            return texts, position, failure, text[end - 1] == "}"
         texts.append(text[position:end].encode("utf-8", errors="surrogateescape"))
         position = _after_space(text, after + 1) if text[after] == "," else after
-    return texts, position, "the array does not end"
+    return texts, position, "the array does not end", False
 
 
 def _bad_array(where: str, what: str) -> DataError:
@@ -239,23 +249,36 @@ def _table_blocks(file: str, columns: frozenset[str]) -> Iterator[TableBlock]:
             ) as table,
         ):
             names = _columns(table.schema_arrow, file, columns)
+            rows = 0
             for group in range(table.num_row_groups):
-                yield from _group_blocks(file, raw, table, group, names)
+                for block in _group_blocks(file, raw, table, group, names):
+                    rows += len(block)
+                    yield block
+            # A damaged count makes Arrow stop early and say nothing.
+            if rows != table.metadata.num_rows:
+                raise _not_parquet(file, f"{rows} of its {table.metadata.num_rows} rows can be read")
     except _reading_errors() as error:
-        raise DataError(
-            f"not readable as Parquet ({_reason(error)})",
-            where=file,
-            why="the file is cut off, damaged or of another format",
-            fix="copy or download the file again",
-            kind="unreadable_file",
-        ) from error
+        raise _not_parquet(file, _reason(error)) from error
+
+
+def _not_parquet(file: str, reason: str) -> DataError:
+    return DataError(
+        f"not readable as Parquet ({reason})",
+        where=file,
+        why="the file is cut off, damaged or of another format",
+        fix="copy or download the file again",
+        kind="unreadable_file",
+    )
 
 
 def _group_blocks(
     file: str, raw: BinaryIO, table: pq.ParquetFile, group: int, names: list[str]
 ) -> Iterator[TableBlock]:
     prefix = f"{file}:row group {group}, row "
-    rows = _rows_at_once(raw, table.metadata.row_group(group), names)
+    # Arrow's reader refuses a damaged description of a column; asking for the description itself would end
+    # the process.
+    next(table.iter_batches(1, row_groups=[group], columns=names), None)
+    rows = _rows_at_once(raw, table, group, names)
     first = 0
     for batch in table.iter_batches(rows, row_groups=[group], columns=names):
         if batch.nbytes > max(_TABLE_BYTES, LONGEST_ROW * batch.num_rows):
@@ -265,21 +288,25 @@ def _group_blocks(
         first += batch.num_rows
 
 
-def _rows_at_once(raw: BinaryIO, group: Any, names: list[str]) -> int:
+def _rows_at_once(raw: BinaryIO, table: pq.ParquetFile, group: int, names: list[str]) -> int:
     """How many rows can be decoded together without an entry of a dictionary, repeated, filling the memory.
 
     A dictionary's size stands only in the header of its page: type and uncompressed size are the first two
     fields of a Thrift compact structure (parquet-format, PageHeader).
     """
-    largest = 1
+    largest = 1  # bytes that a row of one column may take
     position = raw.tell()
-    for i in range(group.num_columns):
-        column = group.column(i)
-        if column.path_in_schema.split(".")[0] in names and column.dictionary_page_offset is not None:
+    for i in range(len(table.schema)):
+        if table.schema.column(i).path.split(".")[0] not in names:
+            continue
+        column = table.metadata.row_group(group).column(i)
+        if column.dictionary_page_offset is not None:
             raw.seek(column.dictionary_page_offset)
             header = raw.read(16)
             if header[:1] == b"\x15" and header[2:3] == b"\x15":
-                largest = max(largest, _zigzag_varint(header[3:]))
+                # A list repeats entries within a row too.
+                per_row = -(-column.num_values // max(1, table.metadata.row_group(group).num_rows))
+                largest = max(largest, _zigzag_varint(header[3:]) * per_row)
     raw.seek(position)
     return max(1, min(_TABLE_ROWS, _TABLE_BYTES // largest))
 
@@ -312,11 +339,12 @@ def _columns(schema: pa.Schema, file: str, columns: frozenset[str]) -> list[str]
 
 
 def _values(batch: pa.RecordBatch, i: int, where: str) -> dict[str, object]:
+    name = ""
     try:
-        return {
-            name: _without_nulls(column[i].as_py())
-            for name, column in zip(batch.schema.names, batch.columns, strict=True)
-        }
+        values = {}
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            values[name] = _without_nulls(column[i].as_py())
+        return values
     except UnicodeDecodeError as error:
         raise DataError(
             f"a text that is not valid UTF-8 at its byte {error.start + 1}",
@@ -324,6 +352,15 @@ def _values(batch: pa.RecordBatch, i: int, where: str) -> dict[str, object]:
             why="guessing another encoding would change the text",
             fix="write the file again with texts in UTF-8",
             kind="encoding",
+        ) from error
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        # A date beyond the calendar, an unknown time zone, an object with a key twice.
+        raise DataError(
+            f'"{name}" holds a value that cannot be read ({_reason(error)})',
+            where=where,
+            why=f"the column's type is {quote(str(batch.schema.field(name).type))}",
+            fix="write the file again with this column as text or as numbers, or without it",
+            kind="type",
         ) from error
 
 
@@ -337,7 +374,8 @@ def _without_nulls(value: object) -> object:
 def _reading_errors() -> tuple[type[BaseException], ...]:
     """What reading may raise; a store's client has errors of its own, with no common base."""
     botocore = sys.modules.get("botocore.exceptions")
-    return (OSError, pa.ArrowException, *([botocore.BotoCoreError] if botocore else []))
+    # Names of a table's columns are decoded as they are asked for.
+    return (OSError, UnicodeDecodeError, pa.ArrowException, *([botocore.BotoCoreError] if botocore else []))
 
 
 def _reason(error: BaseException) -> str:

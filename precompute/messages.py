@@ -1,8 +1,9 @@
 """Chat messages, checked before a template sees them: a template ignores in silence what it does not know."""
 
+import json
 from typing import NoReturn
 
-from dpo_opt.precompute.strict_json import FIX_ROW, escape, kind_of
+from dpo_opt.precompute.strict_json import FIX_ROW, escape, kind_of, quote
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message
 
@@ -55,6 +56,25 @@ def refuse_surrogates(text: str, key: str, where: str) -> None:
         ) from error
 
 
+def refuse_unwritable(value: object, key: str, where: str, *, kind: str) -> None:
+    """Refuse a value that no JSON file can hold; tables hold many.
+
+    Raises:
+        DataError: Somewhere in it is a date, binary data, NaN, infinity or a lone surrogate.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f'"{key}" holds what JSON cannot ({quote(str(error))})',
+            where=where,
+            why="it is shown to the chat template, and recorded, as JSON",
+            fix=FIX_ROW,
+            kind=kind,
+        ) from error
+    refuse_surrogates(text, key, where)
+
+
 def _message(value: object, name: str, where: str) -> Message:
     if not isinstance(value, dict):
         _refuse(f"{name} is {kind_of(value)}", where, why='a message is an object with "role" and "content"')
@@ -76,6 +96,7 @@ def _message(value: object, name: str, where: str) -> Message:
         calls = message["tool_calls"]
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             _refuse(f'"tool_calls" in {name} is {kind_of(calls)}', where, why="it must be a list of objects")
+        refuse_unwritable(calls, "tool_calls", where, kind="message")
         message.setdefault("content", "")
     else:
         message.pop("tool_calls", None)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.datasets import (
     BadFile,
@@ -34,7 +36,7 @@ from dpo_opt.precompute.tokenize import (
 from dpo_opt.schemas.columns import MARGIN, WEIGHT, Column, new_column, write_column
 from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, refuse_differences
-from dpo_opt.schemas.manifest import COMMITS, PLAN, TOKENIZER, Plan, ShardRange, parse, to_json
+from dpo_opt.schemas.manifest import COMMAND, COMMITS, PLAN, TOKENIZER, Plan, ShardRange, parse, to_json
 from dpo_opt.schemas.models import (
     checkpoint_dtype,
     config_digest,
@@ -157,6 +159,27 @@ def make_plan(
     return Planned(plan, columns, bad_rows)
 
 
+def settle_plan(
+    config: PrecomputeConfig, *, reference: Reference, tokenizer: PairTokenizer, numerics: Numerics
+) -> Plan:
+    """The folder's plan, made here or by another run for the same thing.
+
+    One of several workers that finds a plan does not read all data again: it compares the rows of each shard
+    with the plan when it reads them.
+
+    Raises:
+        DataError: A row is malformed, no pair survives tokenization, or the plan is gone.
+        FingerprintError: The folder was planned for something else.
+    """
+    if config.worker_index is not None and (config.shards / PLAN).is_file():
+        plan = read_plan(config.shards)
+        _refuse_other_fingerprint(plan, _fingerprint(config, reference, tokenizer, numerics), config.shards)
+        return plan
+    planned = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
+    adopt_plan(config, planned, tokenizer.tokenizer)
+    return planned.plan
+
+
 class RowsDigest:
     """SHA-256 of the digests of rows, in order."""
 
@@ -216,14 +239,14 @@ def _require_a_usable_pair(config: PrecomputeConfig, reference: Reference, token
     )
 
 
-def adopt_plan(shards_dir: Path, planned: Planned, tokenizer: Any) -> None:
+def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> None:
     """Write the plan and the columns beside it, or check that the folder already follows it.
 
     Raises:
         DataError: The folder holds shards, but no plan that says what they are of.
         FingerprintError: The folder was planned for something else.
     """
-    plan = planned.plan
+    plan, shards_dir = planned.plan, config.shards
     path = shards_dir / PLAN
     # Asked first: whoever commits has written the plan before.
     holds_commits = any((shards_dir / COMMITS).glob("*.json"))
@@ -238,16 +261,10 @@ def adopt_plan(shards_dir: Path, planned: Planned, tokenizer: Any) -> None:
         _save_tokenizer(shards_dir / TOKENIZER, tokenizer)
         for name, column in planned.columns.items():
             write_column(shards_dir, name, column)
+        write_text(shards_dir / COMMAND, _command(config))
         write_text(path, to_json(plan))
     existing = read_plan(shards_dir)
-    fix = "pass another --shards folder, or remove this one to score it again"
-    refuse_differences(
-        cached=existing.fingerprint,
-        current=plan.fingerprint,
-        fields=ALL_FIELDS,
-        where=str(shards_dir),
-        fix=fix,
-    )
+    _refuse_other_fingerprint(existing, plan.fingerprint, shards_dir)
     if existing != plan:
         different = (
             f"its data has {existing.rows} rows with digest {existing.dataset_digest[:16]}..., this data "
@@ -260,8 +277,32 @@ def adopt_plan(shards_dir: Path, planned: Planned, tokenizer: Any) -> None:
             f"the folder was planned for another run: {different}",
             where=str(shards_dir),
             why="its shards would not belong together",
-            fix=fix,
+            fix=_OTHER_FOLDER,
         )
+
+
+_OTHER_FOLDER = "pass another --shards folder, or remove this one to score it again"
+
+
+def _refuse_other_fingerprint(plan: Plan, current: Fingerprint, shards_dir: Path) -> None:
+    refuse_differences(
+        cached=plan.fingerprint, current=current, fields=ALL_FIELDS, where=str(shards_dir), fix=_OTHER_FOLDER
+    )
+
+
+def _command(config: PrecomputeConfig) -> str:
+    """The settings as a file that ``--config`` reads, for whoever goes on with the folder."""
+    settings = config.model_dump(mode="json", exclude={"worker_index", "num_workers"}, exclude_defaults=True)
+    settings["shards"] = str(config.shards.absolute())
+    # What is no path here is a URL, a pattern or a name on the Hub.
+    settings["data"] = [_absolute(name) for name in config.data]
+    settings["model"] = _absolute(config.model)
+    return yaml.safe_dump(settings, sort_keys=False)
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
 def read_plan(shards_dir: Path) -> Plan:

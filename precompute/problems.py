@@ -138,6 +138,12 @@ FOUND: dict[str, Kind] = {
         "they would not be scored or trained on",
         "pass a larger `--max-length`; the forecast says what each would cost",
     ),
+    "no_token": Kind(
+        "warning",
+        "pairs whose prompt or completion has no token",
+        "nothing predicts the first token of a completion, or nothing is scored; they will be left out",
+        "remove the rows, or give them the text that is missing",
+    ),
     "blank_completion": Kind(
         "warning",
         "completions of white space alone",

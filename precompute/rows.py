@@ -14,13 +14,12 @@ A row without ``prompt`` holds the prompt inside both completions. It is found b
 * Messages: the longest common prefix in messages, always leaving at least one to either side (TRL's rule).
 """
 
-import json
 import math
 from typing import NamedTuple, NoReturn, cast
 
-from dpo_opt.precompute.messages import read_messages, refuse_roles, refuse_surrogates
+from dpo_opt.precompute.messages import read_messages, refuse_roles, refuse_surrogates, refuse_unwritable
 from dpo_opt.precompute.shapes import CARRIED_KEYS, PROMPT_KEYS, Values, find_shape
-from dpo_opt.precompute.strict_json import FIX_ROW, escape, kind_of, quote
+from dpo_opt.precompute.strict_json import FIX_ROW, escape, kind_of, parse_json, quote
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message, PreferencePair, Text
 
@@ -173,8 +172,8 @@ def _number(value: object, key: str, where: str, *, least: float = -math.inf) ->
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         _refuse(key, f"is {kind_of(value)}", where, why="it must be a number", kind="number")
-    number = float(value) if abs(value) <= _LARGEST else math.inf
-    if not least <= number < math.inf:
+    number = -math.inf if value < -_LARGEST else math.inf if value > _LARGEST else float(value)
+    if not (math.isfinite(number) and number >= least):
         why = f"it must be finite and at least {least:g}" if math.isfinite(least) else "it must be finite"
         _refuse(key, f"is {number:g}", where, why=why, kind="number")
     return number
@@ -200,6 +199,7 @@ def _tools(value: object, where: str) -> list[object] | None:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         why = "it must be a list of JSON schemas, or the JSON text of one"
         _refuse("tools", f"is {kind_of(value)}", where, why=why, kind="tools")
+    refuse_unwritable(value, "tools", where, kind="tools")
     return value
 
 
@@ -210,6 +210,7 @@ def _template_kwargs(value: object, where: str) -> dict[str, object] | None:
     if not isinstance(value, dict):
         why = "it must be an object of settings for the chat template"
         _refuse("chat_template_kwargs", f"is {kind_of(value)}", where, why=why, kind="tools")
+    refuse_unwritable(value, "chat_template_kwargs", where, kind="tools")
     # A table holds every key in every row; one that is null there was not in the row.
     found = {str(name): setting for name, setting in value.items() if setting is not None}
     return found or None
@@ -219,11 +220,10 @@ def _from_text(value: object, key: str, where: str) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        _refuse(
-            key, "is text that is not JSON", where, why="it must be JSON, as a value or as text", kind="tools"
-        )
+        return parse_json(value)
+    except (ValueError, RecursionError) as error:
+        why = f"it must be JSON, as a value or as text ({quote(str(error))})"
+        _refuse(key, "is text that is not JSON", where, why=why, kind="tools")
 
 
 def _refuse_other_prompt_key(values: Values, where: str) -> None:

@@ -13,9 +13,11 @@ import numpy as np
 
 from dpo_opt.precompute.commits import committed, finalize
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.datasets import BadRow, row_digest, scan_pairs
-from dpo_opt.precompute.plan import RowsDigest, adopt_plan, make_plan, make_tokenizer, resolve_reference
+from dpo_opt.precompute.datasets import BadRow, row_digest
+from dpo_opt.precompute.plan import RowsDigest, make_tokenizer, resolve_reference, settle_plan
+from dpo_opt.precompute.row_reader import RowReader
 from dpo_opt.precompute.tokenize import PairTokenizer
+from dpo_opt.precompute.workers import Worker, shards_for
 from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.manifest import COMMITS, MANIFEST, Manifest, Plan, ShardCommit, ShardRange, to_json
@@ -32,7 +34,7 @@ def precompute(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress |
     """Score every pair once under the reference, and finalize the folder.
 
     Args:
-        config: What to score, and where to.
+        config: What to score, and where to; as one of several workers only its part, then whatever is left.
         scorer: The reference; its model must be ``config.model``.
         progress: Told of every scored pair.
 
@@ -42,28 +44,48 @@ def precompute(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress |
         FingerprintError: The folder holds something else.
         DpoOptError: The scorer returned values that cannot be log-probs.
     """
+    work(config, scorer=scorer, progress=progress)
+    return finalize(config.shards)
+
+
+def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None = None) -> int:
+    """Score the shards that nobody has committed yet, and leave the folder to ``finalize``.
+
+    One worker of several starts with its own share; it plans where nobody has, and follows a plan that is
+    there.
+
+    Returns:
+        How many shards it scored.
+
+    Raises:
+        ConfigError, DataError, FingerprintError, DpoOptError: As ``precompute``.
+    """
     progress = progress or Silent()
     reference = resolve_reference(config)
     tokenizer = make_tokenizer(config, reference)
-    planned = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=scorer.numerics)
-    plan = planned.plan
-    adopt_plan(config.shards, planned, tokenizer.tokenizer)
+    plan = settle_plan(config, reference=reference, tokenizer=tokenizer, numerics=scorer.numerics)
     if (config.shards / MANIFEST).is_file():
-        return finalize(config.shards)
+        return 0
+    worker = Worker(config.worker_index or 0, config.num_workers or 1)
     done = committed(config.shards, plan)
-    missing = [shard for shard in plan.shards if shard.shard not in done]
-    progress.start("scoring", total=sum(r.stop - r.start for r in missing), unit="pairs")
-    for shard in missing:
-        commit = score_shard(config, plan, shard, tokenizer=tokenizer, scorer=scorer)
+    left = sum(r.stop - r.start for r in plan.shards if r.shard not in done)
+    progress.start("scoring", total=left, unit="pairs")
+    reader = RowReader(config)
+    scored = 0
+    for shard in shards_for(worker, plan, config.shards):
+        items = reader.rows(shard.start, shard.stop)
+        commit = score_shard(config, plan, shard, items, tokenizer=tokenizer, scorer=scorer)
         progress.advance(shard.stop - shard.start, f"{commit.tokens} tokens in the last shard")
+        scored += 1
     progress.finish()
-    return finalize(config.shards)
+    return scored
 
 
 def score_shard(
     config: PrecomputeConfig,
     plan: Plan,
     planned: ShardRange,
+    items: Sequence[PreferencePair | BadRow],
     *,
     tokenizer: PairTokenizer,
     scorer: Scorer,
@@ -78,7 +100,7 @@ def score_shard(
     dropped: list[DroppedRow] = []
     digest = RowsDigest()
     pairs: list[PreferencePair] = []
-    for item in scan_pairs(config, start=planned.start, stop=planned.stop):
+    for item in items:
         digest.add(row_digest(item))
         if isinstance(item, BadRow):
             dropped.append(_left_out(item.row, item.error, config))
@@ -200,6 +222,7 @@ def _commit(
         truncated=sum(p.chosen_truncated or p.rejected_truncated for p in scored),
         tokens=sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in scored),
         unique_sequences=unique_sequences,
+        rows_digest=planned.rows_digest,
         fingerprint=fingerprint,
     )
     write_text(shards_dir / COMMITS / f"{name}.json", to_json(commit))

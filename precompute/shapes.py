@@ -19,6 +19,7 @@ makes 6 pairs of 4); a tie prefers nothing and is refused as such, so that leavi
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
@@ -36,6 +37,7 @@ _FIRST = {"a", "model_a", "response_a"}
 _SECOND = {"b", "model_b", "response_b"}
 _TIES = {"tie", "tie (bothbad)", "both", "neither"}
 _GRADES = range(-3, 4)
+_MOST_COMPLETIONS = 256  # of one prompt; they are up to 32,640 pairs
 
 
 class Shape(NamedTuple):
@@ -129,6 +131,8 @@ def _ranked(values: Values, where: str) -> list[Values]:
     completions = values[key]
     if not isinstance(completions, list) or len(completions) < 2:
         _refuse(f'"{key}" is not a list of at least two completions', where)
+    if len(completions) > _MOST_COMPLETIONS:
+        _refuse(f'"{key}" has {len(completions)} completions, and {_MOST_COMPLETIONS} is the most', where)
     goodness = _goodness(values, completions, key, where)
     texts = [_completion_text(c, f'completion {i} of "{key}"', where) for i, c in enumerate(completions, 1)]
     prompt = _prompt_of(values, where)
@@ -158,8 +162,10 @@ def _numbers(found: list[object], count: int, name: str, where: str) -> list[flo
         _refuse(f'"{name}" has {len(found)} values for {count} completions', where)
     numbers = []
     for value in found:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        if isinstance(value, bool) or not isinstance(value, int | float):
             _refuse(f'"{name}" holds {kind_of(value)} where a number is expected', where)
+        if not -math.inf < value < math.inf:
+            _refuse(f'"{name}" holds {value:g}, which ranks nothing', where)
         numbers.append(-value if name.startswith("rank") else value)
     return numbers
 

@@ -3,10 +3,13 @@
 The order of the files fixes every row's number, so it never depends on how a folder happens to be listed.
 """
 
+import errno
+import os
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.schemas.errors import ConfigError, DataError
@@ -52,9 +55,12 @@ def open_file(name: str) -> BinaryIO:
     """A local file or a URL, for reading from its start.
 
     Raises:
-        OSError: It cannot be opened.
+        OSError: It cannot be opened, or is a folder, a pipe or a device.
     """
     if "://" not in name:
+        # Opening a pipe waits for somebody to write; and all data is read more than once.
+        if not stat.S_ISREG(Path(name).stat().st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", name)
         return Path(name).open("rb")
     filesystem, path = _filesystem(name)
     return cast(BinaryIO, filesystem.open(path, "rb", block_size=2**23))
@@ -65,15 +71,23 @@ def _files(name: str) -> list[str]:
         return _hub_files(name.removeprefix("hf://datasets/"))
     if "://" in name:
         return _remote_files(name)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _data_files(name, [str(p) for p in path.rglob("*") if p.is_file()], base=str(path))
-    if path.exists():
-        return [str(path)]
-    if _has_glob(name):
-        anchor = Path(path.anchor)
-        pattern = str(path.relative_to(anchor)) if path.anchor else str(path)
-        return _matches(name, [str(p) for p in anchor.glob(pattern) if p.is_file()])
+    if not name.strip():
+        raise DataError(
+            "the name of the data is empty",
+            where="--data",
+            why="it would be taken for the current folder",
+            fix="check the path given to --data",
+            kind="no_such_file",
+        )
+    try:
+        path = Path(name).expanduser()
+        is_folder, found = path.is_dir(), _local_files(path)
+    except (OSError, RuntimeError, ValueError) as error:  # the last two: ~NOBODY, and "**.jsonl"
+        raise _not_listed(name, error, "check the path given to --data") from error
+    if is_folder:
+        return _data_files(name, found, base=str(path))
+    if found or _has_glob(name):
+        return _matches(name, found)
     hub = _HUB_ID.fullmatch(name)
     if hub and not name.startswith(".") and not name.endswith(SUFFIXES):
         return _hub_files(name)
@@ -82,6 +96,37 @@ def _files(name: str) -> list[str]:
         where=name,
         fix="check the path given to --data; a Hub dataset is named ORGANISATION/NAME@REVISION",
         kind="no_such_file",
+    )
+
+
+def _local_files(path: Path) -> list[str]:
+    if path.is_dir():
+        return _inside(path)
+    if path.exists():
+        return [str(path)]
+    if not _has_glob(str(path)):
+        return []
+    pattern = str(path.relative_to(path.anchor))
+    return [str(p) for p in Path(path.anchor).glob(pattern) if not p.is_dir()]
+
+
+def _inside(folder: Path) -> list[str]:
+    """All that is no folder. A link to a folder is listed too: following it might never end."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        found += [Path(parent, file) for file in files]
+        found += [link for name in folders if (link := Path(parent, name)).is_symlink()]
+    return [str(path) for path in found]
+
+
+def _not_listed(name: str, error: Exception, fix: str) -> DataError:
+    reason = str(error).splitlines()[0] if str(error) else ""
+    return DataError(
+        f"cannot be listed ({type(error).__name__}: {reason})", where=name, fix=fix, kind="no_such_file"
     )
 
 
@@ -98,12 +143,7 @@ def _remote_files(url: str) -> list[str]:
         found = [f"{protocol}://{p}" for p in filesystem.find(path)]
     except Exception as error:
         # A file system of fsspec may raise its own client's errors, which share no base.
-        raise DataError(
-            f"cannot be listed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
-            where=url,
-            fix="check the URL and the credentials in the environment",
-            kind="no_such_file",
-        ) from error
+        raise _not_listed(url, error, "check the URL and the credentials in the environment") from error
     if not found:
         raise DataError(
             "there is no such file or folder", where=url, fix="check the URL", kind="no_such_file"
@@ -125,7 +165,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
             why=str(error).splitlines()[0],
             fix=f"pip install 'dpo-opt[{extra}]'" if extra else "install the package that fsspec names",
         ) from error
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(f"not a URL that can be read ({error})", where=url) from error
     return filesystem, path
 

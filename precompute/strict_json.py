@@ -13,8 +13,10 @@ from dpo_opt.schemas.errors import DataError
 
 FIX_ROW = "correct or remove the row; `dpo-opt check` lists every such row at once"
 
+_DEEPEST = 100  # levels; what json alone takes depends on how deep its caller is
 _LONGEST_QUOTE = 60  # a message may quote a key of the user's file, never a whole text
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # the first begins like UTF-16
 
 
 class _RefusedJson(ValueError):
@@ -34,7 +36,7 @@ def parse_object(line: bytes, *, where: str) -> dict[str, object]:
     try:
         # A text cut off at the line's end would else read as a bad newline in it.
         text = line.rstrip().decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = parse_json(text)
     except UnicodeDecodeError as error:
         raise _wrong_encoding(line, error, where) from error
     except json.JSONDecodeError as error:
@@ -66,6 +68,19 @@ def parse_object(line: bytes, *, where: str) -> dict[str, object]:
     return value
 
 
+def parse_json(text: str) -> object:
+    """Any JSON value.
+
+    Raises:
+        ValueError: Not JSON, a key twice in an object, or NaN.
+        RecursionError: Nested too deeply.
+    """
+    value: object = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    if text.count("[") + text.count("{") > _DEEPEST and _depth(value) > _DEEPEST:
+        raise RecursionError(f"more than {_DEEPEST} levels")
+    return value
+
+
 def quote(text: str) -> str:
     """The beginning of a text, short enough for a message."""
     return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."
@@ -83,6 +98,14 @@ def kind_of(value: object) -> str:
     return "null" if value is None else kinds.get(type(value), f"a value of type {type(value).__name__}")
 
 
+def _depth(value: object) -> int:
+    level, depth = [value], 0
+    while level := [v for v in level if isinstance(v, dict | list)]:
+        depth += 1
+        level = [member for v in level for member in (v.values() if isinstance(v, dict) else v)]
+    return depth
+
+
 def _unique(members: list[tuple[str, object]]) -> dict[str, object]:
     values = dict(members)
     if len(values) < len(members):
@@ -96,7 +119,9 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _wrong_encoding(line: bytes, error: UnicodeDecodeError, where: str) -> DataError:
-    if line.startswith(_UTF16):
+    if line.startswith(_UTF32):
+        what, fix = "the file is UTF-32, not UTF-8", "iconv -f UTF-32 -t UTF-8 FILE > NEW.jsonl"
+    elif line.startswith(_UTF16):
         what, fix = "the file is UTF-16, not UTF-8", "iconv -f UTF-16 -t UTF-8 FILE > NEW.jsonl"
     else:
         what = f"not valid UTF-8 at byte {error.start + 1} of the line"

@@ -31,6 +31,7 @@ Differences from TRL 1.16, which gives the same ids otherwise:
 
 import copy
 import functools
+import inspect
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -320,7 +321,7 @@ def _rendered_texts(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast") 
         tuple[list[Message], list[Message], list[Message]], (pair.prompt, pair.chosen, pair.rejected)
     )
     conversations = [prompt, prompt + chosen, prompt + rejected]
-    settings = {"tools": pair.tools, **(pair.chat_template_kwargs or {})}
+    settings = {"tools": pair.tools, **_template_settings(pair, tokenizer)}
     opened, *wholes = _render(conversations, tokenizer, where=pair.where, **settings)
     for side, whole in zip(("chosen", "rejected"), wholes, strict=True):
         if not whole.startswith(opened):
@@ -329,6 +330,23 @@ def _rendered_texts(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast") 
             if not whole.startswith(alone):
                 raise _other_prompt(alone, whole, side, pair.where)
     return opened, wholes[0], wholes[1]
+
+
+def _template_settings(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast") -> dict[str, object]:
+    """The row's settings of the template; those of the call that renders it are not a row's to set."""
+    settings = pair.chat_template_kwargs or {}
+    if settings:
+        arguments = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
+        taken = next((name for name in settings if name in arguments), None)
+        if taken is not None:
+            raise DataError(
+                f'"chat_template_kwargs" sets {taken}, which is no setting of a template',
+                where=pair.where,
+                why="it would change what is rendered or tokenized for this row alone",
+                fix="remove it from the row",
+                kind="tools",
+            )
+    return settings
 
 
 def _render(

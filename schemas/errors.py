@@ -81,3 +81,9 @@ class FingerprintError(DpoOptError, ValueError):
     """Shards that were computed for something else than what they are being used for."""
 
     exit_code = 4
+
+
+class Preempted(DpoOptError):
+    """The scheduler asked for the machine; what was finished is kept, and the same command goes on."""
+
+    exit_code = 75

@@ -27,9 +27,12 @@ from dpo_opt.schemas.shards import read_row_groups
 from dpo_opt.schemas.storage import sha256_file, write_text
 
 PLAN = "plan.json"
+COMMAND = "precompute.yaml"
+"""Settings of the run that planned the folder; read by people and ``--config``, compared by nobody."""
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 COMMITS = "commits"
+DATA = "data"
 TOKENIZER = "tokenizer"
 R = TypeVar("R", bound=BaseModel)
 _SAFE_FILE = re.compile(r"(data/)?[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -82,6 +85,8 @@ class ShardCommit(_Record):
     """Prompts count twice."""
     unique_sequences: int
     """Sequences that were scored; equal ones are scored once."""
+    rows_digest: str
+    """As in the plan: the rows that were scored are the rows that were planned."""
     fingerprint: Fingerprint
 
 

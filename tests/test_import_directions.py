@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
 
 LAZY: dict[str, set[str]] = {
     "schemas/hub.py": {"huggingface_hub"},
+    "precompute/near_duplicates.py": {"rensa"},
     "precompute/tokenize.py": {"transformers", "jinja2"},
     "precompute/vllm_model.py": {"vllm", "torch"},
     "analysis/texts.py": {"tokenizers"},

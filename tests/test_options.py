@@ -11,7 +11,7 @@ from dpo_opt.cli import main
 from dpo_opt.kl_config import KLConfig
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import configured
-from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.config import CheckConfig, ConvertConfig, PrecomputeConfig, PreviewConfig
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.settings import Settings
 
@@ -214,3 +214,127 @@ def test_every_setting_is_an_option_of_its_command(command: str, kind: type[Sett
     options = {name for p in main.commands[command].params for name in p.opts}
     for name in kind.model_fields:
         assert "--" + name.replace("_", "-") in options
+
+
+class Feast(Settings):
+    """A configuration with fields that hold several things."""
+
+    dishes: list[str] = Field(min_length=1)
+    """What is served."""
+    portions: list[PositiveInt] = Field(default=[])
+    """How many of each."""
+    seats: dict[str, str] = Field(default={})
+    """Who sits where."""
+    hour: int = 12
+    """When."""
+
+
+@click.command()
+@configured(Feast, argument="dishes")
+def serve(config: Feast) -> None:
+    """Serve."""
+    click.echo(config.model_dump_json())
+
+
+@click.command()
+@configured(Feast)
+def serve_named(config: Feast) -> None:
+    """Serve, all of it by name."""
+    click.echo(config.model_dump_json())
+
+
+def served(*arguments: str, command: click.Command = serve) -> dict[str, Any]:
+    found = CliRunner().invoke(command, list(arguments))
+    assert found.exit_code == 0, found.output
+    return dict(json.loads(found.stdout))
+
+
+FEAST = {"dishes": ["soup"], "portions": [], "seats": {}, "hour": 12}
+
+
+def test_a_list_is_given_one_by_one_and_keeps_its_order() -> None:
+    arguments = ["--dishes", "soup", "--portions", "2", "--dishes", "pie", "--portions=1", "--dishes", "soup"]
+    expected = {**FEAST, "dishes": ["soup", "pie", "soup"], "portions": [2, 1]}
+    assert served(*arguments, command=serve_named) == expected
+
+
+def test_a_positional_field_takes_all_that_has_no_flag() -> None:
+    expected = {**FEAST, "dishes": ["soup", "pie", "cake"], "hour": 3}
+    assert served("soup", "pie", "--hour=3", "cake") == expected
+    assert served("--hour", "3", "--", "soup", "--pie")["dishes"] == ["soup", "--pie"]
+    assert "--dishes" not in CliRunner().invoke(serve, ["--help"]).output
+    assert "DISHES..." in CliRunner().invoke(serve, ["--help"]).output
+
+
+def test_a_mapping_is_given_entry_by_entry() -> None:
+    assert served("soup", "--seats", "anna=window", "--seats=bob=door=left")["seats"] == {
+        "anna": "window",
+        "bob": "door=left",
+    }
+    assert served("soup", "--seats=anna=window", "--seats=anna=door")["seats"] == {"anna": "door"}
+
+
+@pytest.mark.parametrize("value", ["anna", "=window", "anna=", "="])
+def test_an_entry_without_a_key_or_a_value_is_refused(value: str) -> None:
+    found = CliRunner().invoke(serve, ["soup", "--seats", value])
+    assert found.exit_code == 2
+    assert f"{value!r} is not of the form key=value" in found.output
+
+
+def test_several_things_may_stand_in_a_file_and_flags_replace_them_whole(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, "dishes: [stew, pie]\nportions: [3, 4]\nseats: {anna: window}\nhour: 1\n")
+    in_file = {"dishes": ["stew", "pie"], "portions": [3, 4], "seats": {"anna": "window"}, "hour": 1}
+    for command in (serve, serve_named):
+        assert served("--config", file, command=command) == in_file
+    assert served("--config", file, "soup") == {**in_file, "dishes": ["soup"]}
+    assert served("--config", file, "--portions=9") == {**in_file, "portions": [9]}
+    assert served("--config", file, "--seats", "bob=door") == {**in_file, "seats": {"bob": "door"}}
+
+
+def test_a_refused_item_names_its_setting(tmp_path: Path) -> None:
+    found = CliRunner().invoke(serve, ["soup", "--portions", "0"])
+    assert isinstance(found.exception, ConfigError)
+    assert found.exception.what == "--portions 0: Input should be greater than 0"
+    assert found.exception.where is None
+    file = yaml_file(tmp_path, "dishes: [soup]\nseats: [anna]\n")
+    found = CliRunner().invoke(serve, ["--config", file])
+    assert isinstance(found.exception, ConfigError)
+    assert found.exception.what.startswith("--seats ['anna']: ")
+    assert found.exception.where == file
+
+
+def test_an_empty_list_in_a_file_is_not_a_missing_one(tmp_path: Path) -> None:
+    found = CliRunner().invoke(serve_named, ["--config", yaml_file(tmp_path, "dishes: []\n")])
+    assert isinstance(found.exception, ConfigError)
+    assert found.exception.what.startswith("--dishes []: ")
+    missing = CliRunner().invoke(serve_named, [])
+    assert isinstance(missing.exception, ConfigError)
+    assert missing.exception.what == "--dishes is missing"
+
+
+def test_a_missing_positional_field_is_named_as_it_is_given() -> None:
+    missing = CliRunner().invoke(serve, [])
+    assert isinstance(missing.exception, ConfigError)
+    assert missing.exception.what == "DISHES is missing"
+    assert missing.exception.fix == "name it after the command, or set dishes in --config"
+
+
+def test_help_shows_no_default_of_several_things() -> None:
+    text = " ".join(CliRunner().invoke(serve_named, ["--help"]).output.split())
+    assert "--seats PART=NAME Who sits where. " in text
+    assert "How many of each. --" in text
+    assert "What is served. [required]" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [("check", CheckConfig), ("preview", PreviewConfig), ("convert", ConvertConfig)]
+)
+def test_commands_that_look_at_data_take_it_by_place_and_all_else_by_name(
+    command: str, kind: type[Settings]
+) -> None:
+    params = main.commands[command].params
+    assert [p.name for p in params if isinstance(p, click.Argument)] == ["data"]
+    options = {name for p in params if isinstance(p, click.Option) for name in p.opts}
+    for name, field in kind.model_fields.items():
+        assert field.description, name
+        assert ("--" + name.replace("_", "-") in options) == (name != "data")

@@ -77,6 +77,7 @@ def write_shards(
                 dropped_file=f"data/{shard:05d}-a.dropped.parquet",
                 dropped_sha256="",
                 dropped={},
+                rows_digest="d" * 64,
                 truncated=sum(q.chosen_truncated for q in part),
                 tokens=0,
                 unique_sequences=2 * len(part),

@@ -20,7 +20,7 @@ from dpo_opt.precompute.plan import (
 )
 from dpo_opt.precompute.tokenize import load_tokenizer
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
-from dpo_opt.schemas.manifest import PLAN, TOKENIZER, Plan
+from dpo_opt.schemas.manifest import COMMAND, PLAN, TOKENIZER, Plan
 from dpo_opt.schemas.pairs import Numerics
 
 Plans = Callable[..., Plan]
@@ -42,7 +42,7 @@ def plan_of(tiny_model: Path, data: Path, tmp_path: Path) -> Plans:
         tokenizer = make_tokenizer(config, reference)
         made = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
         if adopt is not None:
-            adopt_plan(adopt, made, tokenizer.tokenizer)
+            adopt_plan(config.model_copy(update={"shards": adopt}), made, tokenizer.tokenizer)
         return made.plan
 
     return plan
@@ -146,7 +146,7 @@ def test_a_folder_is_planned_once(plan_of: Plans, tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     plan_of(adopt=folder)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
-    assert {p.name for p in folder.iterdir()} == {PLAN, TOKENIZER}
+    assert {p.name for p in folder.iterdir()} == {PLAN, TOKENIZER, COMMAND}
 
 
 OTHER_SETTINGS: dict[str, dict[str, Any]] = {
@@ -252,15 +252,15 @@ def test_a_tokenizer_left_by_an_interrupted_run_is_replaced(
 
 
 def test_runs_that_start_together_agree_on_one_plan(plan_of: Plans, tiny_model: Path, tmp_path: Path) -> None:
-    plan = plan_of()
-    planned = Planned(plan, {}, [])
+    planned = Planned(plan_of(), {}, [])
     tokenizers = [load_tokenizer(tiny_model) for _ in range(8)]
     for attempt in range(5):
         folder = tmp_path / f"shards-{attempt}"
+        config = PrecomputeConfig(model=str(tiny_model), data=["unread.jsonl"], shards=folder)
         with ThreadPoolExecutor(len(tokenizers)) as pool:
-            list(pool.map(lambda t, folder=folder: adopt_plan(folder, planned, t), tokenizers))
-        assert read_plan(folder) == plan
-        assert {p.name for p in folder.iterdir()} == {PLAN, TOKENIZER}
+            list(pool.map(lambda t, config=config: adopt_plan(config, planned, t), tokenizers))
+        assert read_plan(folder) == planned.plan
+        assert {p.name for p in folder.iterdir()} == {PLAN, TOKENIZER, COMMAND}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff"])

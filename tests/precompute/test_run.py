@@ -18,7 +18,7 @@ from fakes import ScriptedScorer, preference_rows, scripted_logps, write_jsonl
 from dpo_opt.precompute.commits import status
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.plan import make_tokenizer, resolve_reference
-from dpo_opt.precompute.run import precompute
+from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.manifest import MANIFEST, ShardFolder, load_manifest
 from dpo_opt.schemas.pairs import LogpArray, PreferencePair, ScoredPair, TokenizedPair
@@ -297,21 +297,23 @@ def test_rounding_above_zero_is_allowed(config_of: Configs) -> None:
     assert precompute(config_of(), scorer=tiny).kept == 10
 
 
-def test_data_that_changes_while_it_is_scored_is_noticed(config_of: Configs) -> None:
+def test_data_that_changes_after_planning_is_noticed(config_of: Configs) -> None:
+    def interrupt(calls: int) -> None:
+        if calls == 2:
+            raise KeyboardInterrupt
+
     config = config_of()
-    changed = [*ROWS[:7], {**ROWS[7], "chosen": " Something else"}, *ROWS[8:]]
-
-    def change(calls: int) -> None:
-        if calls == 1:
-            write_jsonl(Path(config.data[0]), changed)
-
+    with pytest.raises(KeyboardInterrupt):
+        precompute(config, scorer=ScriptedScorer(before_call=interrupt))
+    data = Path(config.data[0])
+    write_jsonl(data, [*ROWS[:7], {**ROWS[7], "chosen": " Something else"}, *ROWS[8:]])
     with pytest.raises(DataError, match="rows 6 to 9 changed") as caught:
-        precompute(config, scorer=ScriptedScorer(before_call=change))
-    assert caught.value.where == config.data[0]
+        work(config_of(worker_index=0, num_workers=1), scorer=ScriptedScorer())
+    assert caught.value.where == str(data)
     assert status(config.shards).shards_committed == 2
     with pytest.raises(FingerprintError, match="its data has 11 rows"):
         precompute(config, scorer=ScriptedScorer())
-    write_jsonl(Path(config.data[0]), ROWS)
+    write_jsonl(data, ROWS)
     assert precompute(config, scorer=ScriptedScorer()).kept == 10
 
 

@@ -78,6 +78,7 @@ def make_folder(path: Path) -> Manifest:
                 dropped_file=dropped,
                 dropped_sha256=sha256_file(path / dropped),
                 dropped={},
+                rows_digest="d" * 64,
                 truncated=0,
                 tokens=7 * ROWS,
                 unique_sequences=2 * ROWS,
