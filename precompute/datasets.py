@@ -14,6 +14,7 @@ from dpo_opt.precompute.files import Block, read_blocks
 from dpo_opt.precompute.rows import Form, to_pairs, to_prompt
 from dpo_opt.precompute.shapes import Values
 from dpo_opt.precompute.sources import Source, find_sources
+from dpo_opt.precompute.strict_json import escape
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair, Text
 
@@ -116,7 +117,7 @@ def parse_block(block: Block, reading: Reading) -> Iterator[PreferencePair | Bad
     """The pairs of a block, and its bad rows; all of them numbered 0."""
     for where, load in block.rows():
         try:
-            pairs, form = to_pairs(_renamed(load(), reading.column), where=where)
+            pairs, form = to_pairs(_renamed(load(), reading.column, where), where=where)
             if reading.first is not None and form.rules != reading.first[0].rules:
                 raise _other_form(form, where, reading.first)
         except DataError as error:
@@ -138,7 +139,7 @@ def read_prompts(config: DataConfig) -> Iterator[tuple[Text, str]]:
             raise item.error
         block, reading = item
         for where, load in block.rows():
-            yield to_prompt(_renamed(load(), reading.column), where=where), where
+            yield to_prompt(_renamed(load(), reading.column, where), where=where), where
 
 
 def row_digest(item: PreferencePair | BadRow) -> bytes:
@@ -170,15 +171,24 @@ def _source_blocks(source: Source, config: DataConfig) -> Iterator[Block | DataE
 def _first_form(block: Block, reading: Reading) -> tuple[Form, str] | None:
     for where, load in block.rows():
         try:
-            return to_pairs(_renamed(load(), reading.column), where=where)[1], where
+            return to_pairs(_renamed(load(), reading.column, where), where=where)[1], where
         except DataError:
             continue  # it is reported when the block is parsed
     return None
 
 
-def _renamed(values: Values, column: dict[str, str]) -> Values:
+def _renamed(values: Values, column: dict[str, str], where: str) -> Values:
     if not column:
         return values
+    for part, key in column.items():
+        if key not in values and part not in values:
+            raise DataError(
+                f'the key "{escape(key)}" is missing, from which --column reads "{part}"',
+                where=where,
+                why="a misspelt name would leave the part out in silence",
+                fix="correct --column, or the row",
+                kind="missing_key",
+            )
     others = {key: value for key, value in values.items() if key not in column.values()}
     return others | {part: values[key] for part, key in column.items() if key in values}
 

@@ -99,7 +99,7 @@ class Places:
 
     def __getitem__(self, pair: int) -> str:
         block = bisect.bisect_right(self._ends, pair)
-        names = zlib.decompress(self._blocks[block]).decode("utf-8", errors="surrogateescape").split("\n")
+        names = zlib.decompress(self._blocks[block]).decode("utf-8", errors="surrogateescape").split("\0")
         return names[pair - self._ends[block]]
 
 
@@ -209,7 +209,7 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
     flags = [_flags(pair, special, implicit=implicit) for pair in pairs]
     for i, encoded in enumerate(ids):
         flags[i] |= Flag.MERGED * encoded.merged
-    names = "\n".join(pair.where for pair in pairs).encode("utf-8", errors="surrogateescape")
+    names = "\0".join(pair.where for pair in pairs).encode("utf-8", errors="surrogateescape")
     facts = Facts(
         source=np.full(len(pairs), reading.source, dtype=np.int32),
         label=np.array(codes, dtype=np.int32),

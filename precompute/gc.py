@@ -42,7 +42,7 @@ def find_garbage(shards_dir: Path, *, older_than_hours: float) -> Garbage:
                 age = now - path.stat().st_mtime
             except FileNotFoundError:
                 continue  # its writer has given it its final name
-            if age > older_than_hours * 3600 and path.is_file():
+            if age >= older_than_hours * 3600 and path.is_file():
                 found.append(path)
     return Garbage(found, sum(path.stat().st_size for path in found))
 

@@ -86,11 +86,11 @@ def _files(name: str) -> list[str]:
         raise _not_listed(name, error, "check the path given to --data") from error
     if is_folder:
         return _data_files(name, found, base=str(path))
+    hub = None if name.startswith((".", "/", "~")) else _HUB_ID.fullmatch(name)
+    if hub and not found and (hub["revision"] or not (_has_glob(name) or name.endswith(SUFFIXES))):
+        return _hub_files(name)
     if found or _has_glob(name):
         return _matches(name, found)
-    hub = _HUB_ID.fullmatch(name)
-    if hub and not name.startswith(".") and not name.endswith(SUFFIXES):
-        return _hub_files(name)
     raise DataError(
         "there is no such file or folder",
         where=name,
@@ -107,7 +107,9 @@ def _local_files(path: Path) -> list[str]:
     if not _has_glob(str(path)):
         return []
     pattern = str(path.relative_to(path.anchor))
-    return [str(p) for p in Path(path.anchor).glob(pattern) if not p.is_dir()]
+    found = [p for p in Path(path.anchor).glob(pattern) if not p.is_dir()]
+    # As a shell does: a hidden file is meant only by a pattern that begins with a dot.
+    return [str(p) for p in found if not p.name.startswith(".") or path.name.startswith(".")]
 
 
 def _inside(folder: Path) -> list[str]:
@@ -136,14 +138,16 @@ def _remote_files(url: str) -> list[str]:
     try:
         # Listings are never cached: another job may have written since.
         filesystem.invalidate_cache()
-        if _has_glob(path):
-            return _matches(url, [f"{protocol}://{p}" for p in filesystem.glob(path)])
-        if filesystem.isfile(path):
-            return [url]
-        found = [f"{protocol}://{p}" for p in filesystem.find(path)]
+        is_file = not _has_glob(path) and filesystem.isfile(path)
+        listed = filesystem.glob(path) if _has_glob(path) else filesystem.find(path)
     except Exception as error:
         # A file system of fsspec may raise its own client's errors, which share no base.
         raise _not_listed(url, error, "check the URL and the credentials in the environment") from error
+    found = [f"{protocol}://{p}" for p in listed]
+    if is_file:
+        return [url]
+    if _has_glob(path):
+        return _matches(url, found)
     if not found:
         raise DataError(
             "there is no such file or folder", where=url, fix="check the URL", kind="no_such_file"

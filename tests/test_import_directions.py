@@ -13,7 +13,7 @@ FOLDERS = {"dpo_opt": "dpo_opt", "schemas": "dpo_opt.schemas", **{s: f"dpo_opt.{
 ANYWHERE = {"numpy", "pydantic", "pyarrow", "fsspec"}
 ALLOWED: dict[str, set[str]] = {
     "schemas": set(),
-    "precompute": set(),
+    "precompute": {"yaml"},
     "optimize": {"torch", "transformers", "safetensors", "yaml"},
     "analysis": {"polars", "matplotlib", "jinja2", "markupsafe", "yaml"},
     "dpo_opt": {"click", "rich", "yaml"},

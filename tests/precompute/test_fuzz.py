@@ -123,7 +123,7 @@ def said(found: Found) -> list[Any]:
     return [(i.error.where, i.error.what) if isinstance(i, BadRow) else i for i in found]
 
 
-@examples(800)
+@examples(500)
 @given(st.lists(OBJECTS | NEARLY_GOOD, min_size=1, max_size=3), st.booleans())
 def test_any_objects_are_pairs_or_bad_rows(rows: list[Row], array: bool) -> None:
     data = json.dumps(rows) if array else "\n".join(map(json.dumps, rows))
@@ -137,9 +137,12 @@ def test_any_objects_are_pairs_or_bad_rows(rows: list[Row], array: bool) -> None
 
 
 JSON_PARTS = st.sampled_from(
-    [b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\u", b"\\ud83d", b"1e999", b"NaN", b"\n", b"\r\n", b"\0"]
-    + [b"\xef\xbb\xbf", b"\xff\xfe", b'"prompt": "a"', b'"chosen": "b"', b'"rejected": "c"', b" ", b"\xc3"]
-    + [lines(numbers=[0]), lines(numbers=[1]).rstrip()]
+    [
+        *(b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\u", b"\\ud83d", b"1e999", b"NaN", b" "),
+        *(b"\n", b"\r\n", b"\0", b"\xef\xbb\xbf", b"\xff\xfe", b"\xc3"),
+        *(b'"prompt": "a"', b'"chosen": "b"', b'"rejected": "c"'),
+        *(lines(numbers=[0]), lines(numbers=[1]).rstrip()),
+    ]
 )
 RAW = st.binary(max_size=200) | st.lists(JSON_PARTS, max_size=20).map(b"".join)
 SUFFIXES = [".jsonl", ".json", ".jsonl.gz", ".json.zst", ".parquet"]
@@ -197,7 +200,7 @@ def edited(data: bytes, edits: list[tuple[str, float, int]]) -> bytes:
     return data
 
 
-@examples(2500)
+@examples(1500)
 @given(st.sampled_from(VALID), EDITS)
 def test_a_valid_file_that_was_damaged_is_rows_or_refused(
     valid: tuple[str, bytes], edits: list[tuple[str, float, int]]
@@ -207,7 +210,7 @@ def test_a_valid_file_that_was_damaged_is_rows_or_refused(
         scan(path)
 
 
-@examples(1500)
+@examples(1000)
 @given(st.sampled_from(VALID[5:]), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
 def test_a_table_whose_description_was_damaged_loses_no_row_in_silence(
     valid: tuple[str, bytes], share: float, byte: int
@@ -268,7 +271,7 @@ WRITERS: list[tuple[str, Callable[[list[Row]], bytes]]] = [
 ]
 
 
-@examples(300)
+@examples(200)
 @given(TEXT_ROWS | CHAT_ROWS)
 def test_what_is_written_in_any_format_is_what_is_read(rows: list[Row]) -> None:
     expected = [(row["prompt"], row["chosen"], row["rejected"], row["source"]) for row in rows]
@@ -307,7 +310,7 @@ def scan_to_the_end(path: Path) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(("suffix", "data"), ANY_SPLIT)
+@pytest.mark.parametrize(("suffix", "data"), ANY_SPLIT, ids=range(len(ANY_SPLIT)))
 def test_a_file_is_the_same_rows_however_it_is_divided_into_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, data: bytes
 ) -> None:

@@ -1,0 +1,167 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_opt.precompute.config import DataConfig
+from dpo_opt.precompute.datasets import read_pairs, row_content
+from dpo_opt.precompute.rows import to_pairs
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.pairs import PreferencePair
+
+USER = {"role": "user", "content": "How warm is it?"}
+CALL = {
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Rome"}'},
+}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+ANSWER = {"role": "tool", "content": "31", "name": "weather", "tool_call_id": "1"}
+GOOD, BAD = ({"role": "assistant", "content": text} for text in ("31 degrees.", "No idea."))
+ROW: dict[str, Any] = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+TEXT_ROW = {"prompt": "a", "chosen": "b", "rejected": "c"}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}]
+
+
+def pair_of(row: dict[str, Any]) -> PreferencePair:
+    (pair,), _ = to_pairs(row, where="data.jsonl:1")
+    return pair
+
+
+def refusal(row: dict[str, Any]) -> DataError:
+    with pytest.raises(DataError) as caught:
+        pair_of(row)
+    assert caught.value.where == "data.jsonl:1"
+    return caught.value
+
+
+def test_a_message_that_calls_a_tool_needs_no_content() -> None:
+    for message in (CALLING, {**CALLING, "content": None}, {"role": "assistant", "tool_calls": [CALL]}):
+        assert pair_of({**ROW, "chosen": [message, ANSWER, GOOD]}).chosen == [CALLING, ANSWER, GOOD]
+        assert pair_of({**ROW, "chosen": [message]}).chosen == [CALLING]
+
+
+def test_an_empty_list_of_tool_calls_is_none() -> None:
+    assert pair_of({**ROW, "chosen": [{**GOOD, "tool_calls": []}]}).chosen == [GOOD]
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        ({**CALLING, "tool_calls": "weather()"}, '"tool_calls" in message 1 of "chosen" is a string'),
+        ({**CALLING, "tool_calls": ["weather()"]}, '"tool_calls" in message 1 of "chosen" is a list'),
+        ({"role": "assistant", "tool_calls": []}, 'message 1 of "chosen" lacks "content"'),
+        ({**GOOD, "tool_call_id": 7}, '"tool_call_id" in message 1 of "chosen" is a number'),
+        ({**GOOD, "reasoning_content": ["x"]}, '"reasoning_content" in message 1 of "chosen" is a list'),
+        ({"from": "gpt", "value": "x"}, 'message 1 of "chosen" lacks "role" (it has "from" and "value")'),
+    ],
+)
+def test_a_message_that_no_template_could_show_is_refused(message: dict[str, Any], what: str) -> None:
+    error = refusal({**ROW, "chosen": [message]})
+    assert (error.kind, error.what) == ("message", what)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_a_thought_is_part_of_its_message(key: str) -> None:
+    message = {**GOOD, key: "Rome in July."}
+    assert pair_of({**ROW, "chosen": [message]}).chosen == [message]
+
+
+@pytest.mark.parametrize("role", ["user", "human", "system", "developer"])
+def test_a_completion_that_the_user_begins_is_refused(role: str) -> None:
+    for side in ("chosen", "rejected"):
+        error = refusal({**ROW, side: [{"role": role, "content": "And tomorrow?"}, GOOD]})
+        assert error.kind == "role_order"
+        assert error.what == f'"{side}" begins with a message of the role "{role}"'
+
+
+def test_a_completion_may_begin_with_a_tools_answer_and_go_on_with_the_user() -> None:
+    assert pair_of({**ROW, "chosen": [ANSWER, GOOD, USER, GOOD]}).chosen == [ANSWER, GOOD, USER, GOOD]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_template_settings_are_values_or_their_json_text(as_text: bool) -> None:
+    settings = {"enable_thinking": False, "documents": ["a"]}
+    row = {**ROW, "tools": TOOLS, "chat_template_kwargs": settings}
+    if as_text:
+        row |= {name: json.dumps(row[name]) for name in ("tools", "chat_template_kwargs")}
+    pair = pair_of(row)
+    assert (pair.tools, pair.chat_template_kwargs) == (TOOLS, settings)
+
+
+def test_tools_of_a_table_are_those_of_its_lines(tmp_path: Path) -> None:
+    rows = [{**ROW, "tools": TOOLS}, {**ROW, "chat_template_kwargs": {"enable_thinking": True}}]
+    lines, table = tmp_path / "data.jsonl", tmp_path / "data.parquet"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.Table.from_pylist([rows[0] | rows[1]]).schema), table)
+    found = [
+        [(p.tools, p.chat_template_kwargs) for p in read_pairs(DataConfig(data=[str(path)]))]
+        for path in (lines, table)
+    ]
+    assert found[0] == found[1] == [(TOOLS, None), (None, {"enable_thinking": True})]
+
+
+@pytest.mark.parametrize("nothing", [None, [], "[]", "null"])
+def test_no_tools_are_none(nothing: object) -> None:
+    assert pair_of({**ROW, "tools": nothing}).tools is None
+    assert pair_of({**TEXT_ROW, "tools": nothing}).tools is None
+
+
+@pytest.mark.parametrize("nothing", [None, {}, "{}", {"enable_thinking": None}])
+def test_no_template_settings_are_none(nothing: object) -> None:
+    assert pair_of({**ROW, "chat_template_kwargs": nothing}).chat_template_kwargs is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"tools": "weather"}, '"tools" is text that is not JSON'),
+        ({"tools": "[" * 100_000}, '"tools" is text that is not JSON'),
+        ({"tools": {"name": "weather"}}, '"tools" is an object'),
+        ({"tools": ["weather"]}, '"tools" is a list'),
+        ({"chat_template_kwargs": [1]}, '"chat_template_kwargs" is a list'),
+        ({"chat_template_kwargs": "thinking"}, '"chat_template_kwargs" is text that is not JSON'),
+    ],
+)
+def test_tools_and_settings_that_cannot_be_used_are_refused(changes: dict[str, Any], what: str) -> None:
+    error = refusal({**ROW, **changes})
+    assert (error.kind, error.what) == ("tools", what)
+
+
+def test_tools_beside_plain_text_are_refused() -> None:
+    assert refusal({**TEXT_ROW, "tools": TOOLS}).what == '"tools" stands beside plain text'
+
+
+@pytest.mark.parametrize("row", [ROW, TEXT_ROW])
+@pytest.mark.parametrize(("value", "number"), [(2, 2.0), (0, 0.0), (0.25, 0.25), (None, None)])
+def test_weight_and_margin_are_numbers_or_none(
+    row: dict[str, Any], value: float | None, number: float | None
+) -> None:
+    pair = pair_of({**row, "weight": value, "margin": value})
+    assert (pair.weight, pair.margin) == (number, number)
+    assert pair_of({**row, "margin": -1.5}).margin == -1.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"weight": -0.5}, '"weight" is -0.5'),
+        ({"weight": True}, '"weight" is a boolean'),
+        ({"weight": "1"}, '"weight" is a string'),
+        ({"weight": 10**400}, '"weight" is inf'),
+        ({"margin": float("inf")}, '"margin" is inf'),
+        ({"score_chosen": "8", "score_rejected": 1}, '"score_chosen" is a string'),
+    ],
+)
+def test_a_weight_or_margin_that_is_no_number_is_refused(changes: dict[str, Any], what: str) -> None:
+    error = refusal({**TEXT_ROW, **changes})
+    assert (error.kind, error.what) == ("number", what)
+
+
+def test_weight_and_margin_are_no_part_of_what_a_pair_says_but_tools_are() -> None:
+    plain = row_content(pair_of(ROW))
+    assert row_content(pair_of({**ROW, "weight": 3, "margin": 2})) == plain
+    assert row_content(pair_of({**ROW, "tools": TOOLS})) != plain
+    assert row_content(pair_of({**ROW, "chat_template_kwargs": {"a": 1}})) != plain

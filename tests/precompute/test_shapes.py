@@ -1,0 +1,334 @@
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_opt.precompute.config import DataConfig
+from dpo_opt.precompute.datasets import BadRow, read_pairs, scan_pairs
+from dpo_opt.precompute.rows import to_pairs
+from dpo_opt.precompute.shapes import READ_KEYS, SHAPES, find_shape
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.pairs import PreferencePair
+
+LONG = "private words " * 20
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def pairs_of(row: dict[str, Any]) -> list[PreferencePair]:
+    return to_pairs(row, where="data.jsonl:1")[0]
+
+
+def texts_of(row: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
+    return [(p.prompt, p.chosen, p.rejected) for p in pairs_of(row)]
+
+
+def refusal(row: dict[str, Any]) -> DataError:
+    with pytest.raises(DataError) as caught:
+        pairs_of(row)
+    assert caught.value.where == "data.jsonl:1"
+    assert caught.value.fix
+    assert LONG[:61] not in str(caught.value)
+    return caught.value
+
+
+A, B = [user("Hi"), assistant("Hello!")], [user("Hi"), assistant("Go away.")]
+SHP = {"history": "How?", "human_ref_A": "So.", "human_ref_B": "No.", "domain": "askbaking", "seconds": 9}
+LABELLED = {"prompt": "How?", "response_a": "So.", "response_b": "No."}
+SAFETY = {"prompt": "How?", "response_0": "So.", "response_1": "No.", "safer_response_id": 1}
+GRADED = {"prompt": "How?", "response1": "So.", "response2": "No.", "domain": "code"}
+ARENA = {"conversation_a": A, "conversation_b": B, "language": "English"}
+SO_NO, NO_SO = ("How?", "So.", "No."), ("How?", "No.", "So.")
+SHP_SO_NO = ([user("How?")], [assistant("So.")], [assistant("No.")])
+SHP_NO_SO = ([user("How?")], [assistant("No.")], [assistant("So.")])
+
+# Form, row, and the only pair that the row means.
+ONE_PAIR: list[tuple[str, dict[str, Any], tuple[Any, Any, Any]]] = [
+    ("SHP", {**SHP, "labels": 1}, SHP_SO_NO),
+    ("SHP", {**SHP, "labels": 0}, SHP_NO_SO),
+    ("labelled responses", {**LABELLED, "preference": "a"}, SO_NO),
+    ("labelled responses", {**LABELLED, "preference": " B "}, NO_SO),
+    ("labelled responses", {**LABELLED, "winner": "response_b"}, NO_SO),
+    ("labelled responses", {**LABELLED, "winner": "model_a"}, SO_NO),
+    ("safety-labelled responses", {**SAFETY, "better_response_id": 0}, SO_NO),
+    ("safety-labelled responses", {**SAFETY, "better_response_id": 1}, NO_SO),
+    *(("graded responses", {**GRADED, "overall_preference": g}, SO_NO) for g in (-3, -2, -1)),
+    *(("graded responses", {**GRADED, "overall_preference": g}, NO_SO) for g in (1, 2, 3)),
+    (
+        "graded responses",
+        {"context": A, "response1": "So.", "response2": "No.", "overall_preference": 2},
+        (A, [assistant("No.")], [assistant("So.")]),
+    ),
+    ("conversations", {**ARENA, "winner": "model_a"}, (A[:1], A[1:], B[1:])),
+    ("conversations", {**ARENA, "winner": "model_b"}, (A[:1], B[1:], A[1:])),
+    (
+        "conversations",
+        {"conversation_a": [*A, *A], "conversation_b": [*A, *B], "winner": "b"},
+        ([*A, user("Hi")], B[1:], A[1:]),
+    ),
+    ("ranked completions", {"prompt": "How?", "completions": ["No.", "So."], "ranks": [2, 1]}, SO_NO),
+    ("ranked completions", {"question": "How?", "responses": ["So.", "No."], "scores": [0.5, -1]}, SO_NO),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "pair"), ONE_PAIR)
+def test_a_published_row_is_the_pair_that_its_label_means(
+    name: str, row: dict[str, Any], pair: tuple[Any, Any, Any]
+) -> None:
+    shape = find_shape(row)
+    assert shape is not None
+    assert shape.name == name
+    assert texts_of(row) == [pair]
+
+
+@pytest.mark.parametrize(("name", "row", "pair"), ONE_PAIR)
+def test_a_table_of_a_published_form_is_read_like_its_lines(
+    tmp_path: Path, name: str, row: dict[str, Any], pair: tuple[Any, Any, Any]
+) -> None:
+    lines, table = tmp_path / "data.jsonl", tmp_path / "data.parquet"
+    lines.write_text(json.dumps(row) + "\n")
+    pq.write_table(pa.Table.from_pylist([{**row, "embedding": [0.5]}]), table)
+    for path in (lines, table):
+        (found,) = read_pairs(DataConfig(data=[str(path)]))
+        assert (found.prompt, found.chosen, found.rejected) == pair
+
+
+def test_every_form_has_a_row_above_and_every_key_of_it_is_loaded_from_tables() -> None:
+    assert {shape.name for shape in SHAPES} == {name for name, _, _ in ONE_PAIR}
+    for shape in SHAPES:
+        assert shape.keys <= READ_KEYS
+    assert {"context", "instruction", "weight", "tools", "score_chosen"} <= READ_KEYS
+
+
+def test_a_row_with_both_completions_is_never_taken_for_another_form() -> None:
+    row = {"prompt": "p", "chosen": " a", "rejected": " b"}
+    others = {**SHP, "labels": 0, **LABELLED, "winner": "b", "completions": ["x", "y"], "ranks": [1, 2]}
+    assert texts_of({**others, **row}) == [("p", " a", " b")]
+
+
+def test_the_domain_of_shp_is_its_source_unless_a_source_is_given() -> None:
+    assert pairs_of({**SHP, "labels": 1})[0].source == "askbaking"
+    assert pairs_of({**SHP, "labels": 1, "source": "reddit"})[0].source == "reddit"
+    assert pairs_of({**GRADED, "overall_preference": 1})[0].source is None
+
+
+def test_what_any_row_may_carry_is_kept_by_every_form() -> None:
+    carried = {"source": "made", "weight": 2, "margin": 0.5, "chat_template_kwargs": {"thinking": True}}
+    for _, row, _ in ONE_PAIR:
+        (pair,) = pairs_of({**row, **carried})
+        kept = (pair.source, pair.weight, pair.margin, pair.chat_template_kwargs)
+        assert kept == ("made", 2.0, 0.5, {"thinking": True})
+
+
+@pytest.mark.parametrize("key", ["prompt", "instruction", "question", "context", "input", "query"])
+def test_a_prompt_is_found_under_every_name_that_publishers_use(key: str) -> None:
+    row = {key: "How?", "response_a": "So.", "response_b": "No.", "preference": "a"}
+    assert texts_of(row) == [SO_NO]
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({**SHP, "labels": 2}, '"labels" is "2", not 1'),
+        ({**SHP, "labels": True}, '"labels" is "True", not 1'),
+        ({**SHP, "labels": None}, '"labels" is null, not 1'),
+        ({**SHP, "labels": "1"}, '"labels" is "1", not 1'),
+        ({**LABELLED, "preference": LONG}, '"preference" is "private words'),
+        ({**LABELLED, "preference": 1}, '"preference" is "1", not "a", "b" or "tie"'),
+        ({**LABELLED, "winner": ["a"]}, '"winner" is a list'),
+        ({**SAFETY, "better_response_id": -1}, '"better_response_id" is "-1"'),
+        ({**SAFETY, "better_response_id": False}, '"better_response_id" is "False"'),
+        ({**GRADED, "overall_preference": 4}, '"overall_preference" is "4"'),
+        ({**GRADED, "overall_preference": 1.0}, '"overall_preference" is "1.0"'),
+        ({**ARENA, "winner": "model_c"}, '"winner" is "model_c"'),
+    ],
+)
+def test_a_label_that_names_no_side_is_refused(row: dict[str, Any], what: str) -> None:
+    error = refusal(row)
+    assert error.kind == "label"
+    assert error.what.startswith(what)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**LABELLED, "preference": "tie"},
+        {**LABELLED, "winner": "Neither"},
+        {**GRADED, "overall_preference": 0},
+        {**ARENA, "winner": "tie (bothbad)"},
+        {"prompt": "p", "completions": ["a", "b"], "scores": [3, 3.0]},
+    ],
+)
+def test_a_tie_is_refused_as_a_tie(row: dict[str, Any]) -> None:
+    error = refusal(row)
+    assert (error.kind, error.what) == ("tie", "no completion is preferred over another")
+    assert "--on-bad-row skip" in str(error.fix)
+
+
+def test_four_ranked_completions_are_six_pairs_best_first() -> None:
+    ranks = {"poor": 4, "best": 1, "fair": 3, "good": 2}
+    row = {"prompt": "p", "completions": list(ranks), "ranks": list(ranks.values())}
+    assert texts_of(row) == [
+        ("p", "best", "good"),
+        ("p", "best", "fair"),
+        ("p", "best", "poor"),
+        ("p", "good", "fair"),
+        ("p", "good", "poor"),
+        ("p", "fair", "poor"),
+    ]
+
+
+def test_tied_completions_make_no_pair_with_each_other() -> None:
+    row = {"prompt": "p", "completions": ["a", "b", "c", "d"], "scores": [1, 2, 2, 1]}
+    assert texts_of(row) == [("p", "b", "a"), ("p", "b", "d"), ("p", "c", "a"), ("p", "c", "d")]
+
+
+@pytest.mark.parametrize("values", list(itertools.product([1, 2, 3], repeat=3)))
+def test_ranks_and_scores_of_opposite_sign_mean_the_same(values: tuple[int, ...]) -> None:
+    base = {"prompt": "p", "completions": ["a", "b", "c"]}
+    better = {
+        (x, y)
+        for x, y in itertools.product("abc", repeat=2)
+        if values["abc".index(x)] < values["abc".index(y)]
+    }
+    if not better:
+        assert refusal({**base, "ranks": list(values)}).kind == "tie"
+        return
+    by_rank = texts_of({**base, "ranks": list(values)})
+    assert {(c, r) for _, c, r in by_rank} == better
+    assert len(by_rank) == len(better)
+    assert texts_of({**base, "scores": [-v for v in values]}) == by_rank
+
+
+def test_scores_may_stand_inside_each_completion() -> None:
+    def completion(text: str, score: float, **others: Any) -> dict[str, Any]:
+        return {"response": text, "overall_score": score, "model": "m", **others}
+
+    row = {"instruction": "How?", "source": "sharegpt", "models": ["m", "n"]}
+    published = {**row, "completions": [completion("No.", 3.5), completion("So.", 8.0, critique="fine")]}
+    assert texts_of(published) == [SO_NO]
+    assert pairs_of(published)[0].source == "sharegpt"
+    texts = [{"text": "No.", "rank": 2}, {"text": "So.", "rank": 1}]
+    assert texts_of({**row, "completions": texts}) == [SO_NO]
+
+
+def test_ranked_completions_may_be_messages() -> None:
+    row = {"prompt": [user("How?")], "completions": [[assistant("So.")], [assistant("No.")]], "ranks": [1, 2]}
+    assert texts_of(row) == [SHP_SO_NO]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"completions": ["a"]}, '"completions" is not a list of at least two completions'),
+        ({"completions": "ab"}, '"completions" is not a list of at least two completions'),
+        ({"ranks": [1]}, '"ranks" has 1 values for 2 completions'),
+        ({"ranks": [1, "2"]}, '"ranks" holds a string where a number is expected'),
+        ({"ranks": [1, True]}, '"ranks" holds a boolean where a number is expected'),
+        ({"ranks": None}, '"completions" has neither ranks nor scores'),
+        ({"ranks": None, "completions": [{"text": "a", "score": 1}, {"text": "b"}]}, '"completions" has nei'),
+        ({"completions": [{"reply": "a"}, "b"]}, 'completion 1 of "completions" has none of the keys'),
+    ],
+)
+def test_ranked_completions_that_cannot_be_ranked_are_refused(changes: dict[str, Any], what: str) -> None:
+    error = refusal({"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], **changes})
+    assert error.kind == "shape"
+    assert error.what.startswith(what)
+
+
+def test_a_published_row_without_a_prompt_is_refused() -> None:
+    assert refusal({"completions": ["a", "b"], "ranks": [1, 2]}).what == 'there is no "prompt"'
+    assert refusal({**LABELLED, "prompt": None, "winner": "a"}).what == '"prompt" is null'
+
+
+def test_an_empty_completion_of_a_published_row_is_refused() -> None:
+    assert refusal({**SHP, "labels": 1, "human_ref_B": ""}).kind == "empty"
+    assert refusal({"prompt": "p", "completions": ["a", "", "c"], "ranks": [1, 2, 3]}).kind == "empty"
+
+
+def test_pairs_of_ranked_rows_are_numbered_through(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    counts = [4, 2, 3]
+    rows = [
+        {"prompt": f"p{i}", "completions": [f"{i}{k}" for k in range(n)], "ranks": list(range(n))}
+        for i, n in enumerate(counts)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(data=[str(path)])
+    found = list(read_pairs(config))
+    assert [p.row for p in found] == list(range(6 + 1 + 3))
+    assert [p.where for p in found] == [f"{path}:1"] * 6 + [f"{path}:2"] + [f"{path}:3"] * 3
+    for start, stop in itertools.combinations_with_replacement(range(11), 2):
+        assert list(read_pairs(config, start=start, stop=stop)) == found[start:stop]
+
+
+def test_a_bad_ranked_row_has_one_number(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    good = {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 2, 3]}
+    rows = [good, {**good, "ranks": [1, 1, 1]}, good]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(scan_pairs(DataConfig(data=[str(path)])))
+    assert [item.row for item in found] == list(range(7))
+    assert [item.row for item in found if isinstance(item, BadRow)] == [3]
+
+
+# UltraFeedback, binarized ---------------------------------------------------------------------------------
+
+ULTRA: dict[str, Any] = {
+    "prompt": "Hi",
+    "prompt_id": "ab12",
+    "chosen": A,
+    "rejected": B,
+    "messages": A,
+    "score_chosen": 8.5,
+    "score_rejected": 6.0,
+}
+
+
+def test_ultrafeedback_says_its_prompt_twice_and_is_read_once() -> None:
+    pairs, form = to_pairs(ULTRA, where="data.jsonl:1")
+    assert form.name == "UltraFeedback (text prompt, message lists)"
+    assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == [(A[:1], A[1:], B[1:])]
+    assert pairs[0].margin == 2.5
+
+
+def test_a_prompt_that_is_no_message_of_the_conversation_is_refused() -> None:
+    error = refusal({**ULTRA, "prompt": "Hello there"})
+    assert error.kind == "prompt_mismatch"
+    assert error.what.startswith('"prompt" is no message')
+
+
+def test_ultrafeedback_and_message_lists_without_prompt_may_stand_in_one_source(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    bare = {"chosen": A, "rejected": B}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (ULTRA, bare)))
+    first, second = read_pairs(DataConfig(data=[str(path)]))
+    assert first[1:4] == second[1:4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "margin"),
+    [
+        ({}, 2.5),
+        ({"margin": 7}, 7.0),
+        ({"margin": None}, None),
+        ({"score_chosen": None}, None),
+        ({"score_chosen": 1, "score_rejected": 4}, -3.0),
+    ],
+)
+def test_the_margin_is_the_rows_own_or_the_difference_of_its_scores(
+    changes: dict[str, Any], margin: float | None
+) -> None:
+    assert pairs_of({**ULTRA, **changes})[0].margin == margin
+    without = {key: value for key, value in ULTRA.items() if key != "score_rejected"}
+    assert pairs_of(without)[0].margin is None

@@ -1,0 +1,533 @@
+import gzip
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_opt.precompute.config import DataConfig
+from dpo_opt.precompute.datasets import read_pairs
+from dpo_opt.precompute.sources import find_sources
+from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError
+from dpo_opt.schemas.pairs import PreferencePair
+
+
+def row(name: str) -> dict[str, object]:
+    return {"prompt": f"Question {name}?", "chosen": f" yes {name}", "rejected": f" no {name}"}
+
+
+def lines(*names: str) -> bytes:
+    return b"".join(json.dumps(row(name)).encode() + b"\n" for name in names)
+
+
+def write(path: Path, *names: str) -> Path:
+    """A file of rows, in the form that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([row(name) for name in names]), path, row_group_size=2)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([row(name) for name in names], indent=1))
+    else:
+        path.write_bytes(gzip.compress(lines(*names)) if path.suffix == ".gz" else lines(*names))
+    return path
+
+
+def names_of(*sources: object, **settings: Any) -> list[str]:
+    return [str(p.chosen).split()[1] for p in pairs_of(*sources, **settings)]
+
+
+def pairs_of(
+    *sources: object, start: int = 0, stop: int | None = None, **settings: Any
+) -> list[PreferencePair]:
+    config = DataConfig(data=[str(source) for source in sources], **settings)
+    return list(read_pairs(config, start=start, stop=stop))
+
+
+def refusal(*sources: object, **settings: Any) -> DpoOptError:
+    with pytest.raises(DpoOptError) as caught:
+        pairs_of(*sources, **settings)
+    return caught.value
+
+
+# Folders and globs ----------------------------------------------------------------------------------------
+
+
+NO_DATA = ("README.md", "LICENSE", "dataset_info.json", "b/notes.txt", ".hidden.jsonl", "_part.jsonl")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Data of every form in nested folders, beside what publishers put there too."""
+    base = tmp_path / "set"
+    # Written in another order than that of their names.
+    write(base / "b" / "2.jsonl.gz", "b2")
+    write(base / "z.json", "z1", "z2")
+    write(base / "b" / "1.parquet", "b1", "b1'", "b1''")
+    write(base / "a.jsonl", "a")
+    for other in NO_DATA:
+        (base / other).write_text("{no data")
+    write(base / ".cache" / "old.jsonl", "hidden")
+    write(base / "_temporary" / "half.jsonl", "private")
+    return base
+
+
+IN_ORDER = ["a", "b1", "b1'", "b1''", "b2", "z1", "z2"]
+
+
+def test_a_folder_is_its_data_files_by_name_at_every_depth(folder: Path) -> None:
+    pairs = pairs_of(folder)
+    assert names_of(folder) == IN_ORDER
+    assert [p.row for p in pairs] == list(range(7))
+    assert [p.where for p in pairs] == [
+        f"{folder}/a.jsonl:1",
+        f"{folder}/b/1.parquet:row group 0, row 0",
+        f"{folder}/b/1.parquet:row group 0, row 1",
+        f"{folder}/b/1.parquet:row group 1, row 0",
+        f"{folder}/b/2.jsonl.gz:1",
+        f"{folder}/z.json:element 1",
+        f"{folder}/z.json:element 2",
+    ]
+
+
+def test_a_hidden_folder_may_be_named_itself(folder: Path) -> None:
+    assert names_of(folder / ".cache") == ["hidden"]
+    moved = folder.rename(folder.with_name(".set"))
+    assert names_of(moved) == IN_ORDER
+
+
+def test_a_file_that_might_be_data_is_refused_rather_than_left_out(folder: Path) -> None:
+    (folder / "b" / "more.csv").write_text("chosen,rejected\n")
+    error = refusal(folder)
+    assert isinstance(error, DataError)
+    assert error.what == "the file's name does not say what it holds"
+    assert error.where == f"{folder}/b/more.csv"
+    assert f"{folder}/*.jsonl" in str(error.fix)
+    # Named one by one, the others can be read.
+    assert names_of(folder / "b" / "*.parquet") == ["b1", "b1'", "b1''"]
+
+
+def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("nothing here yet")
+    error = refusal(tmp_path)
+    assert error.what.startswith("the folder holds no file that ends in .jsonl")
+    assert error.where == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.jsonl", ["a"]),
+        ("b/*", ["b1", "b1'", "b1''", "b2"]),
+        ("**/*.jsonl.gz", ["b2"]),
+        ("[az].js*", ["a", "z1", "z2"]),
+        ("b/?.parquet", ["b1", "b1'", "b1''"]),
+    ],
+)
+def test_a_glob_is_what_it_matches_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, names: list[str]
+) -> None:
+    for other in ("b/notes.txt", ".hidden.jsonl", "_part.jsonl"):
+        (folder / other).unlink()
+    assert names_of(folder / pattern) == names
+    monkeypatch.chdir(folder)
+    assert names_of(pattern) == names
+
+
+def test_a_glob_without_a_match_is_refused(folder: Path) -> None:
+    error = refusal(folder / "*.zst")
+    assert (error.what, error.where) == ("nothing matches", f"{folder}/*.zst")
+
+
+def test_a_file_whose_name_is_a_pattern_is_that_file(tmp_path: Path) -> None:
+    write(tmp_path / "1.jsonl", "one")
+    assert names_of(write(tmp_path / "[1].jsonl", "bracket")) == ["bracket"]
+
+
+def test_what_a_folder_lists_does_not_depend_on_when_files_were_made(tmp_path: Path) -> None:
+    files = ["10.jsonl", "9.jsonl", "b.jsonl", "A.jsonl", "a/x.jsonl"]
+    for i, order in enumerate(itertools.permutations(files, len(files))):
+        if i % 17 == 0:
+            base = tmp_path / str(i)
+            for name in order:
+                write(base / name, name)
+            assert names_of(base) == sorted(files)
+
+
+# Several sources ------------------------------------------------------------------------------------------
+
+
+def test_rows_are_numbered_over_all_sources_in_the_order_given(folder: Path, tmp_path: Path) -> None:
+    first, last = write(tmp_path / "y.jsonl", "y1", "y2"), write(tmp_path / "x.json", "x")
+    assert names_of(first, folder, last) == ["y1", "y2", *IN_ORDER, "x"]
+    assert [p.row for p in pairs_of(first, folder, last)] == list(range(10))
+    assert names_of(last, first, last) == ["x", "y1", "y2", "x"]
+
+
+def test_start_and_stop_are_slices_of_every_kind_of_source(folder: Path, tmp_path: Path) -> None:
+    ranked = tmp_path / "ranked.jsonl"
+    ranked.write_text(
+        json.dumps({"prompt": "p", "completions": ["r a", "r b", "r c"], "ranks": [1, 2, 3]}) + "\n"
+    )
+    for sources, share in (
+        ([folder], []),
+        ([folder / "z.json"], []),
+        ([folder / "b" / "1.parquet", ranked, folder / "a.jsonl"], []),
+        ([folder, ranked, folder / "z.json"], [0.7, 1.0, 0.5]),
+    ):
+        everything = pairs_of(*sources, data_share=share)
+        assert [p.row for p in everything] == list(range(len(everything)))
+        for start, stop in itertools.combinations_with_replacement(range(len(everything) + 2), 2):
+            assert pairs_of(*sources, data_share=share, start=start, stop=stop) == everything[start:stop]
+
+
+def test_each_source_may_have_a_form_of_its_own_but_not_each_row(tmp_path: Path) -> None:
+    text = write(tmp_path / "text.jsonl", "one")
+    chat = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yes chat"}]
+    chat.write_text(json.dumps({"chosen": turns, "rejected": [turns[0], {**turns[1], "content": "no"}]}))
+    assert len(pairs_of(text, chat)) == 2
+    both = tmp_path / "both"
+    both.mkdir()
+    for file in (text, chat):
+        shutil.copy(file, both)
+    error = refusal(both)
+    assert error.where == f"{both}/text.jsonl:1"
+    assert f"{both}/chat.jsonl:1 holds messages" in error.what
+
+
+def test_columns_are_renamed_in_every_source(tmp_path: Path) -> None:
+    renamed = [{"q": r["prompt"], "good": r["chosen"], "bad": r["rejected"]} for r in map(row, "abc")]
+    lines_file, table = tmp_path / "data.jsonl", tmp_path / "data.parquet"
+    lines_file.write_text("".join(json.dumps(r) + "\n" for r in renamed))
+    pq.write_table(pa.Table.from_pylist(renamed), table)
+    column = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    assert names_of(lines_file, table, column=column) == list("abcabc")
+    swapped = {"chosen": "rejected", "rejected": "chosen"}
+    pair = pairs_of(write(tmp_path / "plain.jsonl", "a"), column=swapped)[0]
+    assert (pair.chosen, pair.rejected) == (" no a", " yes a")
+
+
+# Shares ---------------------------------------------------------------------------------------------------
+
+
+def test_a_share_takes_about_that_many_rows(tmp_path: Path) -> None:
+    names = [str(i) for i in range(4000)]
+    path = write(tmp_path / "data.jsonl", *names)
+    for share in (0.05, 0.5, 0.9):
+        count = len(pairs_of(path, data_share=[share]))
+        # Five standard deviations of a binomial.
+        assert abs(count - 4000 * share) < 5 * (4000 * share * (1 - share)) ** 0.5
+    assert names_of(path, data_share=[1.0]) == names
+
+
+def test_a_smaller_share_is_part_of_a_larger_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", *map(str, range(300)))
+    taken = [set(names_of(path, data_share=[share])) for share in (0.1, 0.4, 0.8)]
+    assert taken[0] < taken[1] < taken[2]
+
+
+def test_a_share_is_chosen_by_content_alone(tmp_path: Path) -> None:
+    names = [str(i) for i in range(200)]
+    half = names_of(write(tmp_path / "data.jsonl", *names), data_share=[0.5])
+    assert half == [name for name in names if name in half]
+    backwards = write(tmp_path / "backwards.parquet", *reversed(names))
+    assert names_of(backwards, data_share=[0.5]) == half[::-1]
+    # Rows that come later, other sources and other files change nothing.
+    longer = write(tmp_path / "longer" / "0.jsonl", *names)
+    write(tmp_path / "longer" / "1.jsonl", *(f"more {i}" for i in range(200)))
+    assert names_of(longer.parent, data_share=[0.5])[: len(half)] == half
+    assert names_of(backwards, longer, data_share=[1.0, 0.5])[200:] == half
+    # Copies of a row are taken together, or none of them.
+    twice = write(tmp_path / "twice.json", *names, *names)
+    assert names_of(twice, data_share=[0.5]) == half + half
+
+
+def test_as_many_shares_as_sources_or_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", "a")
+    error = refusal(path, path, data_share=[0.5])
+    assert isinstance(error, ConfigError)
+    assert error.what == "2 --data, but 1 --data-share"
+    for share in (0, -0.5, 1.5):
+        with pytest.raises(ValueError, match="data_share"):
+            DataConfig(data=[str(path)], data_share=[share])
+
+
+def test_one_source_may_be_given_without_a_list(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", "a")
+    assert DataConfig.model_validate({"data": path}) == DataConfig(data=[str(path)])
+    (source,) = find_sources(DataConfig.model_validate({"data": str(path)}))
+    assert (source.name, source.files, source.share) == (str(path), [str(path)], 1.0)
+
+
+# Object stores --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of an S3 server on this machine whose bucket ``data`` holds rows."""
+    boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    client = boto3.client(
+        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b"
+    )
+    client.create_bucket(Bucket="data")
+    client.create_bucket(Bucket="empty")
+    local = tmp_path_factory.mktemp("bucket")
+    for key, names in STORED.items():
+        client.put_object(Bucket="data", Key=key, Body=write(local / key, *names).read_bytes())
+    client.put_object(Bucket="data", Key="set/README.md", Body=b"# about")
+    yield url
+    server.stop()
+
+
+STORED = {
+    "set/b.jsonl.gz": ["b1", "b2"],
+    "set/a.jsonl": ["a1", "a2"],
+    "set/c/d.parquet": ["d1", "d2", "d3"],
+    "other/e.json": ["e"],
+}
+
+
+@pytest.fixture
+def s3(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    use_store(bucket, monkeypatch)
+    yield
+    forget_stores()
+
+
+def use_store(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    forget_stores()
+
+
+def forget_stores() -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    # A client keeps the endpoint it was made for.
+    getattr(s3fs.S3FileSystem, "_conn", {}).clear()
+
+
+@pytest.mark.filterwarnings("ignore:.*s3fs.*")
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize(
+    ("url", "names"),
+    [
+        ("s3://data/set/a.jsonl", ["a1", "a2"]),
+        ("s3://data/set/b.jsonl.gz", ["b1", "b2"]),
+        ("s3://data/set/c/d.parquet", ["d1", "d2", "d3"]),
+        ("s3://data/other/e.json", ["e"]),
+        ("s3://data/set", ["a1", "a2", "b1", "b2", "d1", "d2", "d3"]),
+        ("s3://data/set/", ["a1", "a2", "b1", "b2", "d1", "d2", "d3"]),
+        ("s3://data", ["e", "a1", "a2", "b1", "b2", "d1", "d2", "d3"]),
+        ("s3://data/set/*.jsonl*", ["a1", "a2", "b1", "b2"]),
+        ("s3://data/*/*.json", ["e"]),
+    ],
+)
+def test_a_store_is_read_like_a_folder(url: str, names: list[str]) -> None:
+    assert names_of(url) == names
+    assert all(p.where.startswith("s3://data/") for p in pairs_of(url))
+    for start in range(len(names)):
+        assert names_of(url, start=start, stop=start + 1) == [names[start]]
+
+
+@pytest.mark.filterwarnings("ignore:.*s3fs.*")
+@pytest.mark.usefixtures("s3")
+def test_stores_and_files_are_one_sequence(tmp_path: Path) -> None:
+    local = write(tmp_path / "x.jsonl", "x")
+    assert names_of("s3://data/other", local, "s3://data/set/a.jsonl") == ["e", "x", "a1", "a2"]
+    pairs = pairs_of("s3://data/other", local, "s3://data/set/a.jsonl")
+    assert [p.where for p in pairs] == [
+        "s3://data/other/e.json:element 1",
+        f"{local}:1",
+        "s3://data/set/a.jsonl:1",
+        "s3://data/set/a.jsonl:2",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*s3fs.*")
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://nowhere/a.jsonl",
+        "s3://nowhere",
+        "s3://data/set/x.jsonl",
+        "s3://data/nothing/",
+        "s3://data/set/*.zst",
+        "s3://empty",
+    ],
+)
+def test_what_a_store_does_not_have_is_refused_by_its_url(url: str) -> None:
+    error = refusal(url)
+    assert isinstance(error, DataError)
+    assert error.where == url
+    assert "Traceback" not in str(error)
+
+
+@pytest.mark.filterwarnings("ignore:.*s3fs.*")
+def test_a_store_that_does_not_answer_is_refused_by_its_url(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as nobody:
+        closed = nobody.server_address[1]
+    use_store(f"http://127.0.0.1:{closed}", monkeypatch)
+    for url in ("s3://data/set/a.jsonl", "s3://data/set", "s3://data/set/*.jsonl"):
+        error = refusal(url)
+        assert isinstance(error, DataError)
+        assert error.where == url
+        assert error.what.startswith("cannot be listed (")
+        assert error.fix == "check the URL and the credentials in the environment"
+    forget_stores()
+
+
+def test_a_protocol_that_nothing_reads_is_refused() -> None:
+    error = refusal("nonsense://data/a.jsonl")
+    assert isinstance(error, ConfigError)
+    assert error.where == "nonsense://data/a.jsonl"
+
+
+# The Hub --------------------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PUBLISHED = {
+    "README.md": b"# about\n",
+    "data/train-0.jsonl": lines("t0", "t1"),
+    "data/train-1.jsonl": lines("t2"),
+    "data/test.jsonl": lines("e0"),
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few answers of the Hub that finding and fetching a dataset takes."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, *, with_body: bool) -> None:
+        path = self.path.partition("?")[0]
+        api, files = "/api/datasets/made/pairs", f"/datasets/made/pairs/resolve/{COMMIT}/"
+        if path in (api, f"{api}/revision/{COMMIT}", f"{api}/revision/main"):
+            siblings = [{"rfilename": name} for name in PUBLISHED]
+            about = {"id": "made/pairs", "sha": COMMIT, "private": False, "siblings": siblings, "tags": []}
+            self._send(json.dumps(about | {"downloads": 0, "likes": 0}).encode(), with_body=with_body)
+        elif path.startswith(f"{api}/tree/{COMMIT}"):
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": f"{i:040x}"}
+                for i, (name, data) in enumerate(PUBLISHED.items())
+            ]
+            self._send(json.dumps(tree).encode(), with_body=with_body)
+        elif path.startswith(files) and path.removeprefix(files) in PUBLISHED:
+            self._send(PUBLISHED[path.removeprefix(files)], with_body=with_body)
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def _send(self, body: bytes, *, with_body: bool) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hash(body):x}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    pytest.importorskip("huggingface_hub")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+READER = """
+import json, sys
+from dpo_opt.precompute.config import DataConfig
+from dpo_opt.precompute.datasets import read_pairs
+from dpo_opt.schemas.errors import DpoOptError
+
+def read(name):
+    try:
+        return [str(p.chosen).split()[1] for p in read_pairs(DataConfig(data=[name]))]
+    except DpoOptError as error:
+        return [type(error).__name__, error.what, error.fix]
+
+print(json.dumps([read(name) for name in sys.argv[1:]]))
+"""
+
+
+def read_in_a_process(endpoint: str, home: Path, *names: str) -> list[list[str]]:
+    """What a process of its own reads: the endpoint is read once, on import."""
+    unset = ("HF_HUB_OFFLINE", "HF_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+    env = {name: value for name, value in os.environ.items() if name not in unset}
+    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", READER, *names], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout))
+
+
+def test_a_hub_dataset_is_read_at_a_commit_and_nothing_else(hub: str, tmp_path: Path) -> None:
+    unpinned, branch, *pinned, missing, no_match = read_in_a_process(
+        hub,
+        tmp_path / "home",
+        "made/pairs",
+        "hf://datasets/made/pairs@main/data/train-*.jsonl",
+        f"made/pairs@{COMMIT}",
+        f"hf://datasets/made/pairs@{COMMIT}/data/train-*.jsonl",
+        f"hf://datasets/made/pairs@{COMMIT}/data/test.jsonl",
+        "made/nothing",
+        f"hf://datasets/made/pairs@{COMMIT}/data/*.parquet",
+    )
+    assert unpinned == [
+        "ConfigError",
+        "'made/pairs' is not pinned to a commit",
+        f"--data made/pairs@{COMMIT}",
+    ]
+    assert branch[0] == "ConfigError"
+    assert branch[2].endswith(f"made/pairs@{COMMIT}/data/train-*.jsonl")
+    assert pinned == [["e0", "t0", "t1", "t2"], ["t0", "t1", "t2"], ["e0"]]
+    assert missing[0] == "ConfigError"
+    assert missing[1].startswith("'made/nothing' is neither here nor to be had from the Hub (")
+    assert no_match[:2] == ["DataError", "nothing matches"]
+
+
+def test_a_dataset_that_was_fetched_is_read_without_the_hub(hub: str, tmp_path: Path) -> None:
+    name = f"made/pairs@{COMMIT}"
+    (first,) = read_in_a_process(hub, tmp_path / "home", name)
+    (again,) = read_in_a_process("http://127.0.0.1:9", tmp_path / "home", name)
+    assert first == again == ["e0", "t0", "t1", "t2"]
