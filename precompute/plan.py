@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dpo_opt.precompute.blocks import Block
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.datasets import (
     BadFile,
@@ -24,7 +25,6 @@ from dpo_opt.precompute.datasets import (
     scan_blocks,
     scan_pairs,
 )
-from dpo_opt.precompute.files import Block
 from dpo_opt.precompute.parallel import map_in_order
 from dpo_opt.precompute.tokenize import (
     TEXT_TO_IDS,
@@ -292,7 +292,11 @@ def _refuse_other_fingerprint(plan: Plan, current: Fingerprint, shards_dir: Path
 
 def _command(config: PrecomputeConfig) -> str:
     """The settings as a file that ``--config`` reads, for whoever goes on with the folder."""
-    settings = config.model_dump(mode="json", exclude={"worker_index", "num_workers"}, exclude_defaults=True)
+    # Who runs the workers is not theirs to know: each would launch again.
+    launching = {"launcher", "gpus_per_worker", "submit", "job_option", "time_limit", "ray_address"}
+    settings = config.model_dump(
+        mode="json", exclude={"worker_index", "num_workers", *launching}, exclude_defaults=True
+    )
     settings["shards"] = str(config.shards.absolute())
     # What is no path here is a URL, a pattern or a name on the Hub.
     settings["data"] = [_absolute(name) for name in config.data]

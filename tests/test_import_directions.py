@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
 LAZY: dict[str, set[str]] = {
     "schemas/hub.py": {"huggingface_hub"},
     "precompute/near_duplicates.py": {"rensa"},
+    "precompute/ray_workers.py": {"ray"},
     "precompute/tokenize.py": {"transformers", "jinja2"},
     "precompute/vllm_model.py": {"vllm", "torch"},
     "analysis/texts.py": {"tokenizers"},

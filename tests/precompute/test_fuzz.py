@@ -12,14 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import zstandard
-from damage import GOOD, lines, parquet
+from damage import GOOD, lines, parquet, parsed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_opt.precompute import files
 from dpo_opt.precompute.audit import audit
 from dpo_opt.precompute.config import CheckConfig, DataConfig
-from dpo_opt.precompute.datasets import BadRow, parse_block, row_content, scan_blocks, scan_pairs
+from dpo_opt.precompute.datasets import BadRow, row_content, scan_blocks, scan_pairs
 from dpo_opt.precompute.parallel import map_in_order
 from dpo_opt.precompute.problems import BAD_ROWS
 from dpo_opt.precompute.shapes import READ_KEYS
@@ -117,10 +117,6 @@ def assert_explained(error: DataError, path: Path) -> None:
 def good(found: Found) -> list[tuple[Any, ...]]:
     assert not any(isinstance(item, BadRow) for item in found)
     return [(p.prompt, p.chosen, p.rejected, p.source) for p in found if isinstance(p, PreferencePair)]
-
-
-def said(found: Found) -> list[Any]:
-    return [(i.error.where, i.error.what) if isinstance(i, BadRow) else i for i in found]
 
 
 @examples(500)
@@ -332,10 +328,6 @@ def test_any_bytes_are_the_same_rows_in_small_blocks(data: bytes, size: int, suf
         whole = scan_to_the_end(path)
         patch.setattr(files, "_BLOCK_BYTES", size)
         assert scan_to_the_end(path) == whole
-
-
-def parsed(task: Any) -> list[Any]:
-    return said(list(parse_block(*task)))
 
 
 def test_reading_on_two_processes_gives_the_same_rows_as_on_one(

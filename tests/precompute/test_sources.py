@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from object_store import s3_client, serve_s3, using_store
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.datasets import read_pairs
@@ -275,24 +276,13 @@ def test_one_source_may_be_given_without_a_list(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of an S3 server on this machine whose bucket ``data`` holds rows."""
-    boto3 = pytest.importorskip("boto3")
-    pytest.importorskip("s3fs")
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    client = boto3.client(
-        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b"
-    )
-    client.create_bucket(Bucket="data")
-    client.create_bucket(Bucket="empty")
-    local = tmp_path_factory.mktemp("bucket")
-    for key, names in STORED.items():
-        client.put_object(Bucket="data", Key=key, Body=write(local / key, *names).read_bytes())
-    client.put_object(Bucket="data", Key="set/README.md", Body=b"# about")
-    yield url
-    server.stop()
+    with serve_s3("data", "empty") as url:
+        client = s3_client(url)
+        local = tmp_path_factory.mktemp("bucket")
+        for key, names in STORED.items():
+            client.put_object(Bucket="data", Key=key, Body=write(local / key, *names).read_bytes())
+        client.put_object(Bucket="data", Key="set/README.md", Body=b"# about")
+        yield url
 
 
 STORED = {
@@ -304,31 +294,9 @@ STORED = {
 
 
 @pytest.fixture
-def s3(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use_store(bucket, monkeypatch)
-    yield
-    forget_stores()
-
-
-def use_store(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_MAX_ATTEMPTS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    forget_stores()
-
-
-def forget_stores() -> None:
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    # A client keeps the endpoint it was made for.
-    getattr(s3fs.S3FileSystem, "_conn", {}).clear()
+def s3(bucket: str) -> Iterator[None]:
+    with using_store(bucket):
+        yield
 
 
 @pytest.mark.filterwarnings("ignore:.*s3fs.*")
@@ -389,19 +357,17 @@ def test_what_a_store_does_not_have_is_refused_by_its_url(url: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*s3fs.*")
-def test_a_store_that_does_not_answer_is_refused_by_its_url(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_does_not_answer_is_refused_by_its_url() -> None:
+    pytest.importorskip("s3fs")
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as nobody:
         closed = nobody.server_address[1]
-    use_store(f"http://127.0.0.1:{closed}", monkeypatch)
-    for url in ("s3://data/set/a.jsonl", "s3://data/set", "s3://data/set/*.jsonl"):
-        error = refusal(url)
-        assert isinstance(error, DataError)
-        assert error.where == url
-        assert error.what.startswith("cannot be listed (")
-        assert error.fix == "check the URL and the credentials in the environment"
-    forget_stores()
+    with using_store(f"http://127.0.0.1:{closed}"):
+        for url in ("s3://data/set/a.jsonl", "s3://data/set", "s3://data/set/*.jsonl"):
+            error = refusal(url)
+            assert isinstance(error, DataError)
+            assert error.where == url
+            assert error.what.startswith("cannot be listed (")
+            assert error.fix == "check the URL and the credentials in the environment"
 
 
 def test_a_protocol_that_nothing_reads_is_refused() -> None:

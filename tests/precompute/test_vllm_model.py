@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_opt.precompute import vllm_model
-from dpo_opt.precompute.vllm_model import VllmModel, _completion_logps, vllm_version
+from dpo_opt.precompute.vllm_model import VllmModel, vllm_version
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.models import context_length
 from dpo_opt.schemas.pairs import TokenSequence
@@ -182,29 +182,6 @@ def answer(token_ids: list[int], *, cached: int = 0) -> Any:
     )
 
 
-def test_the_completions_part_is_taken() -> None:
-    # Entry k belongs to token k + 1: the completion starts at token 3, so at entry 2.
-    assert _completion_logps(sequence([5, 6, 7], [8, 9]), answer([6, 7, 8, 9])).tolist() == [-2.0, -3.0]
-    assert _completion_logps(sequence([5], [8]), answer([8])).tolist() == [0.0]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        answer([5, 6, 7, 8, 9]),
-        answer([5, 6, 7, 8]),
-        answer([7, 8, 9]),
-        answer([6, 7, 8]),
-        answer([6, 7, 9, 8]),
-        answer([]),
-        answer([6, 7, 8, 9], cached=2),
-    ],
-)
-def test_an_answer_to_another_question_is_refused(wrong: Any) -> None:
-    with pytest.raises(DpoOptError, match="vLLM answered with"):
-        _completion_logps(sequence([5, 6, 7], [8, 9]), wrong)
-
-
 def test_without_vllm_the_way_out_is_said(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_model, "vllm_version", lambda: None)
     with pytest.raises(ConfigError, match="vLLM is not installed") as caught:
@@ -222,7 +199,7 @@ def test_versions_that_run_a_models_code_are_refused(
         return VllmModel(tiny_model, dtype="bfloat16", max_length=10)
 
     if works:
-        assert make().numerics == ("vllm", version, "prompt_logprobs", "bfloat16")
+        assert make().numerics == ("vllm", version, "prompt_logprobs+reuse", "bfloat16")
     else:
         with pytest.raises(ConfigError, match=r"vLLM 0\.17\.9 is too old"):
             make()
@@ -231,7 +208,7 @@ def test_versions_that_run_a_models_code_are_refused(
 @pytest.mark.vllm
 def test_what_scores_is_recorded(tiny_model: Path) -> None:
     numerics = VllmModel(tiny_model, dtype="float32", max_length=10).numerics
-    assert numerics == ("vllm", vllm_version(), "prompt_logprobs", "float32")
+    assert numerics == ("vllm", vllm_version(), "prompt_logprobs+reuse", "float32")
 
 
 def test_the_users_environment_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
