@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA
+from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import ShardCommit, check_file, load_manifest
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA
 from dpo_opt.schemas.shards import SHARD_SCHEMA
@@ -39,17 +40,17 @@ class ShardSlice(NamedTuple):
         return _lazy(self.files, SHARD_SCHEMA)
 
 
-def scan_shards(shards_dir: Path | str) -> pl.LazyFrame:
+def scan_shards(shards_dir: AnyPath | str) -> pl.LazyFrame:
     """Every kept pair with its reference log-probs in nats: the columns of ``SHARD_SCHEMA``, in row order.
 
     Raises:
         DataError: The folder has no valid manifest, or a file is not the one the manifest names.
     """
-    shards_dir = Path(shards_dir)
+    shards_dir = location(shards_dir)
     return _lazy(_verified(shards_dir, load_manifest(shards_dir).shards), SHARD_SCHEMA)
 
 
-def shard_slices(shards_dir: Path | str) -> list[ShardSlice]:
+def shard_slices(shards_dir: AnyPath | str) -> list[ShardSlice]:
     """The same pairs in at most 40 slices, so that a join need not hold the whole reference in memory.
 
     Together the slices claim every row number there is, also those that no shard has: a foreign row
@@ -58,7 +59,7 @@ def shard_slices(shards_dir: Path | str) -> list[ShardSlice]:
     Raises:
         DataError: As :func:`scan_shards`.
     """
-    shards_dir = Path(shards_dir)
+    shards_dir = location(shards_dir)
     commits = load_manifest(shards_dir).shards
     # Each slice is one pass over the other table, whose rows may be in any order.
     wanted = max(_SLICE_ROWS, -(-sum(c.rows for c in commits) // _MAX_SLICES))
@@ -168,19 +169,21 @@ def _between(start: int | None, stop: int | None) -> pl.Expr:
     return at_least if stop is None else at_least & (rows < stop)
 
 
-def _verified(shards_dir: Path, commits: Sequence[ShardCommit]) -> list[Path]:
-    files = [shards_dir / commit.file for commit in commits]
-    for file, commit in zip(files, commits, strict=True):
-        state = file.stat() if file.is_file() else None
-        touched = state and (state.st_mtime_ns, state.st_size)
-        _check_once(shards_dir.absolute(), commit.file, commit.sha256, touched)
+def _verified(shards_dir: AnyPath, commits: Sequence[ShardCommit]) -> list[Path]:
+    files = []
+    for commit in commits:
+        file = shards_dir / commit.file
+        # A file of this machine can change under its name; a store's is read from the cache, by its hash.
+        state = file.stat() if isinstance(file, Path) and file.is_file() else None
+        touched = (state.st_mtime_ns, state.st_size) if state else None
+        files.append(_check_once(shards_dir.absolute(), commit.file, commit.sha256, touched))
     return files
 
 
 @cache
-def _check_once(shards_dir: Path, name: str, sha256: str, state: tuple[int, int] | None) -> None:
+def _check_once(shards_dir: AnyPath, name: str, sha256: str, state: tuple[int, int] | None) -> Path:
     # `state` is part of the key only: a file that was touched is hashed again.
-    check_file(shards_dir, name, sha256)
+    return check_file(shards_dir, name, sha256)
 
 
 def _scan(files: Sequence[Path], schema: pa.Schema, *, what: str) -> pl.LazyFrame:

@@ -7,7 +7,6 @@ the wrong way round.
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import polars as pl
 
@@ -17,11 +16,12 @@ from dpo_opt.analysis.outcomes import shares_over_prompts
 from dpo_opt.analysis.texts import TokenDecoder, pair_texts
 from dpo_opt.schemas.audit import HardPair, ReferenceView, SourceRanking
 from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.locations import AnyPath
 
 _QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 
 
-def reference_view(shards_dir: Path, *, hardest: int = 8) -> ReferenceView:
+def reference_view(shards_dir: AnyPath, *, hardest: int = 8) -> ReferenceView:
     """Summarize the reference's log-probs of all kept pairs: about 50 bytes per pair in memory.
 
     There is no interval where one prompt is all there is. Quantiles lie between two pairs'
@@ -91,7 +91,9 @@ def _by_source(pairs: pl.DataFrame) -> list[SourceRanking]:
     return [SourceRanking(**row) for row in table.iter_rows(named=True)]
 
 
-def _hardest(pairs: pl.DataFrame, shards_dir: Path, decoder: TokenDecoder, *, count: int) -> list[HardPair]:
+def _hardest(
+    pairs: pl.DataFrame, shards_dir: AnyPath, decoder: TokenDecoder, *, count: int
+) -> list[HardPair]:
     columns = ("row", "source", "ranking_margin", "chosen_length", "rejected_length")
     lowest = (
         pairs.lazy()

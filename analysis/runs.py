@@ -13,6 +13,7 @@ import polars as pl
 import yaml
 
 from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import MANIFEST
 
 CONFIG = "config.resolved.yaml"
@@ -25,7 +26,7 @@ class Run:
     """One training run, opened."""
 
     path: Path
-    shards: Path
+    shards: AnyPath
     """The folder of reference shards it trained on."""
     config: Mapping[str, object]
     train: pl.DataFrame
@@ -111,8 +112,9 @@ def _read_config(path: Path) -> Mapping[str, object]:
     return config
 
 
-def _find_shards(path: Path, config: Mapping[str, object]) -> Path:
-    stated = Path(str(config["shards"])).expanduser()
+def _find_shards(path: Path, config: Mapping[str, object]) -> AnyPath:
+    named = str(config["shards"])
+    stated = location(named).expanduser()
     # Paths in the config are as typed, so relative ones hold from the folder the command ran in.
     places = [stated] if stated.is_absolute() else [stated, path.absolute().parent / stated]
     for place in places:

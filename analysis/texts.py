@@ -5,11 +5,11 @@ and markup is escaped by the template.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
 
+from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import TOKENIZER
 from dpo_opt.schemas.text import printable
 
@@ -29,7 +29,7 @@ class PairText(NamedTuple):
 class TokenDecoder:
     """Turns the ids of a shard folder into text; into the numbers themselves where it has no tokenizer."""
 
-    def __init__(self, shards_dir: Path) -> None:
+    def __init__(self, shards_dir: AnyPath) -> None:
         self.problem: str | None = None
         """Why ids are shown instead of text, in one sentence."""
         self._tokenizer = None
@@ -45,7 +45,7 @@ class TokenDecoder:
             self.problem = "Token ids are shown because the package tokenizers is not installed."
             return
         try:
-            self._tokenizer = Tokenizer.from_file(str(file))
+            self._tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception:  # the only class that the Rust library raises
             self.problem = f"Token ids are shown because {TOKENIZER}/tokenizer.json is not readable."
 

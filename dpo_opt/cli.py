@@ -16,10 +16,11 @@ from dpo_opt.console import watched
 from dpo_opt.data_cli import check, convert, preview
 from dpo_opt.kl_config import KLConfig
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.options import configured
+from dpo_opt.options import LocationType, configured
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.results import json_option, show
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
+from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import COMMAND
 from dpo_opt.schemas.text import printable
 
@@ -88,7 +89,7 @@ def _with_dashes(argument: str) -> str:
 
 _dry_run = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 _shards = click.option(
-    "--shards", type=click.Path(path_type=Path), required=True, help="Folder of reference shards."
+    "--shards", type=LocationType(), required=True, help="Folder of reference shards, or its s3:// URL."
 )
 
 
@@ -151,7 +152,7 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
 @main.command()
 @_shards
 @json_option
-def status(shards: Path, as_json: bool) -> None:
+def status(shards: AnyPath, as_json: bool) -> None:
     """Show how many shards and pairs are scored."""
     from dpo_opt.precompute.commits import status as read_status
 
@@ -161,7 +162,7 @@ def status(shards: Path, as_json: bool) -> None:
 @main.command()
 @_shards
 @json_option
-def finalize(shards: Path, as_json: bool) -> None:
+def finalize(shards: AnyPath, as_json: bool) -> None:
     """Check that all shards are there and write the manifest."""
     from dpo_opt.precompute.commits import finalize as run
 
@@ -180,7 +181,7 @@ def finalize(shards: Path, as_json: bool) -> None:
 )
 @_dry_run
 @json_option
-def gc(shards: Path, older_than: float, dry_run: bool, as_json: bool) -> None:
+def gc(shards: AnyPath, older_than: float, dry_run: bool, as_json: bool) -> None:
     """Remove what killed and repeated attempts left behind."""
     from dpo_opt.precompute.gc import find_garbage, remove_garbage
 
@@ -202,7 +203,7 @@ def gc(shards: Path, older_than: float, dry_run: bool, as_json: bool) -> None:
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Pairs to compare.",
+    help="Pairs to compare, spread over all shards.",
 )
 @click.option(
     "--dtype",
@@ -212,12 +213,20 @@ def gc(shards: Path, older_than: float, dry_run: bool, as_json: bool) -> None:
     help="Compute dtype of the comparison. auto: as training would take.",
 )
 @json_option
-def verify(shards: Path, model: str | None, num_pairs: int, dtype: str, as_json: bool) -> None:
-    """Check every byte and row of a folder; with --model also that the numbers are that model's."""
+def verify(shards: AnyPath, model: str | None, num_pairs: int, dtype: str, as_json: bool) -> None:
+    """Check every byte and row of a folder; with --model also that the numbers are that model's.
+
+    The verdict is kept in the folder as verify.json.
+    """
     from dpo_opt.verify import verify as run
+    from dpo_opt.verify_text import lines
 
     verdict = run(shards, model=model, num_pairs=num_pairs, dtype=dtype)
-    show(verdict.as_dict(), as_json)
+    if as_json:
+        show(verdict.as_dict(), as_json)
+    else:
+        for line in lines(verdict):
+            click.echo(line)
     verdict.require_ok()
 
 
@@ -253,7 +262,7 @@ def train(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
     help="Dtype of the model. auto: as its checkpoint declares.",
 )
 @json_option
-def score(shards: Path, model: str, output: Path, dtype: str, as_json: bool) -> None:
+def score(shards: AnyPath, model: str, output: Path, dtype: str, as_json: bool) -> None:
     """Log-probs of every pair under any checkpoint, as a table for the analysis."""
     from dpo_opt.optimize.score import score_shards
 

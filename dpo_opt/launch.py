@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dpo_opt.precompute.commits import finalize
+from dpo_opt.precompute.commits import finalize, is_finalized
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.plan import make_tokenizer, resolve_reference, settle_plan
 from dpo_opt.precompute.run import work
@@ -22,6 +22,8 @@ def launch(config: PrecomputeConfig) -> dict[str, Any]:
         config, reference=reference, tokenizer=make_tokenizer(config, reference), numerics=numerics
     )
     planned = {"shards": str(config.shards), "shards_total": len(plan.shards), "pairs_total": plan.rows}
+    if is_finalized(config.shards, plan):
+        return planned | {"finalized": True}
     if config.launcher == "slurm":
         from dpo_opt.precompute.slurm import launch_array
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.locations import AnyPath, explained, location
 from dpo_opt.schemas.settings import Settings
 
 C = TypeVar("C", bound=Settings)
@@ -36,7 +37,7 @@ def configured(
     """
 
     def decorate(command: Command) -> Command:
-        def run(config_file: Path | None, **given: Any) -> None:
+        def run(config_file: AnyPath | None, **given: Any) -> None:
             # An option that may be given several times, and was not, is an empty tuple.
             flags = {
                 name: None if value == () else value
@@ -56,7 +57,7 @@ def configured(
         click.option(
             "--config",
             "config_file",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            type=LocationType(existing_file=True),
             help="YAML file with any of these settings; flags win.",
         )(run)
         return run
@@ -99,7 +100,26 @@ class _Assignment(click.ParamType[Any]):
         return key, content
 
 
+class LocationType(click.ParamType[AnyPath]):
+    """A path, or the URL of a store."""
+
+    name = "path"
+
+    def __init__(self, *, existing_file: bool = False) -> None:
+        self._existing_file = existing_file
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> AnyPath:
+        path = location(value)
+        if self._existing_file:
+            with explained(path):
+                if not path.is_file():
+                    self.fail(f"File {str(value)!r} does not exist.", param, ctx)
+        return path
+
+
 def _without_none(annotation: Any) -> Any:
+    if annotation == AnyPath:
+        return annotation
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         (annotation,) = (a for a in typing.get_args(annotation) if a is not types.NoneType)
     # Annotated[int, ...]: the constraint is pydantic's to check.
@@ -109,13 +129,15 @@ def _without_none(annotation: Any) -> Any:
 def _click_type(kind: Any) -> click.ParamType[Any]:
     if typing.get_origin(kind) is Literal:
         return click.Choice(list(typing.get_args(kind)))
+    if kind == AnyPath:
+        return LocationType()
     if kind is Path:
         return click.Path(path_type=Path)
     simple: dict[type, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT, str: click.STRING}
     return simple[kind]
 
 
-def _resolve(kind: type[C], config_file: Path | None, flags: dict[str, Any], argument: str | None) -> C:
+def _resolve(kind: type[C], config_file: AnyPath | None, flags: dict[str, Any], argument: str | None) -> C:
     """The configuration from a file and flags.
 
     Raises:
@@ -143,7 +165,7 @@ def _resolve(kind: type[C], config_file: Path | None, flags: dict[str, Any], arg
         ) from error
 
 
-def _read(kind: type[C], path: Path) -> dict[str, Any]:
+def _read(kind: type[C], path: AnyPath) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

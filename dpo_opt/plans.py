@@ -17,15 +17,16 @@ def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, A
 
     reference = resolve_reference(config)
     tokenizer = make_tokenizer(config, reference)
-    plan, columns, bad_rows = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
+    planned = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
+    rows = planned.plan.rows
     return {
-        "rows": plan.rows,
-        "shards": len(plan.shards),
-        "disk_at_most_gb": round(plan.rows * 2 * reference.max_length * _BYTES_PER_TOKEN / 1e9, 3),
+        "rows": rows,
+        "shards": len(planned.plan.shards),
+        "disk_at_most_gb": round(rows * 2 * reference.max_length * _BYTES_PER_TOKEN / 1e9, 3),
         "max_length": reference.max_length,
         "truncation": config.truncation,
-        "columns": sorted(columns),
-        "bad_rows_skipped": [str(bad.error.where) for bad in bad_rows],
+        "columns": sorted(planned.columns),
+        "bad_rows_skipped": [str(bad.error.where) for bad in planned.bad_rows],
         **numerics._asdict(),
     }
 

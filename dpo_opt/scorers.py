@@ -1,11 +1,15 @@
 """Which engine runs a frozen model: the one place that knows both."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
 
 from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.engine_options import read_engine_options
 from dpo_opt.precompute.plan import resolve_reference
 from dpo_opt.precompute.vllm_model import VllmModel, prepare_environment, vllm_version
+from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import Sampler, Scorer
 
 Backend = Literal["auto", "vllm", "hf"]
@@ -15,15 +19,28 @@ class Engine(Scorer, Sampler, Protocol):
     """A frozen model that scores and samples."""
 
 
-def make_engine(folder: Path, *, backend: Backend, dtype: str, max_length: int) -> Engine:
+def make_engine(
+    folder: Path,
+    *,
+    backend: Backend,
+    dtype: str,
+    max_length: int,
+    engine_options: Mapping[str, Any] = MappingProxyType({}),
+) -> Engine:
     """vLLM where it is asked for, or installed and nothing else was asked for; else transformers.
 
     Raises:
-        ConfigError: vLLM is asked for and is not there.
+        ConfigError: vLLM is asked for and is not there, or an engine gets options that it does not have.
     """
     if backend == "vllm" or (backend == "auto" and vllm_version() is not None):
         prepare_environment()
-        return VllmModel(folder, dtype=dtype, max_length=max_length)
+        return VllmModel(folder, dtype=dtype, max_length=max_length, engine_options=engine_options)
+    if engine_options:
+        raise ConfigError(
+            f"--engine-option {next(iter(engine_options))}: the backend hf has no such options",
+            why="they are arguments of vLLM's engine, and would have no effect",
+            fix="leave them out, or pass --backend vllm",
+        )
     from dpo_opt.optimize.score import HfScorer
 
     return HfScorer(folder, dtype=dtype)
@@ -33,9 +50,31 @@ def make_scorer(config: PrecomputeConfig) -> Scorer:
     """The reference of a precompute run.
 
     Raises:
-        ConfigError: The model or the engine is not there.
+        ConfigError: The model or the engine is not there, or an engine option is refused.
     """
+    options = read_engine_options(config.engine_option)
+    _require_the_gpus(config, options)
     reference = resolve_reference(config)
     return make_engine(
-        reference.folder, backend=config.backend, dtype=reference.dtype, max_length=reference.max_length
+        reference.folder,
+        backend=config.backend,
+        dtype=reference.dtype,
+        max_length=reference.max_length,
+        engine_options=options,
     )
+
+
+def _require_the_gpus(config: PrecomputeConfig, options: Mapping[str, Any]) -> None:
+    """Refuse an engine that a launched worker could not hold.
+
+    Raises:
+        ConfigError: It asks for more GPUs than each worker gets.
+    """
+    launched = config.num_workers is not None and config.worker_index is None
+    needed, given = options.get("tensor_parallel_size", 1), config.gpus_per_worker
+    if launched and 0 < given < needed:
+        raise ConfigError(
+            f"--engine-option tensor_parallel_size={needed}: each worker gets {given} GPUs",
+            why="its engine would look for the others where there are none",
+            fix=f"pass --gpus-per-worker {needed}",
+        )

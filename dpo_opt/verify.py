@@ -1,37 +1,67 @@
 """Is a folder of shards whole, and are its numbers those of a given model?
 
-Integrity needs no model: every file's hash, every row's lengths, ids and sums, and exact coverage.
-Parity loads the model and compares with the trainer's own forward.
+Integrity needs no model (integrity.py). Parity loads the model and compares with the trainer's own forward
+(optimize/parity.py). The verdict stays beside the manifest, naming the manifest and the weights it is about.
 """
 
+import json
+import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+from dpo_opt import __version__
+from dpo_opt.folder_notes import VERDICT, folder_notes
+from dpo_opt.integrity import integrity_problems
+from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError
+from dpo_opt.schemas.fingerprint import MODEL_FIELDS
+from dpo_opt.schemas.locations import AnyPath, on_this_machine
+from dpo_opt.schemas.manifest import MANIFEST, TOKENIZER, Manifest, ShardFolder, load_manifest
+from dpo_opt.schemas.models import find_model, tokenizer_digest
+from dpo_opt.schemas.storage import write_text
 
-from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.manifest import INDEX, TOKENIZER, Manifest, ShardFolder, check_file, load_manifest
-from dpo_opt.schemas.pairs import ScoredPair
-from dpo_opt.schemas.shards import inconsistent_columns, read_row_groups
-from dpo_opt.schemas.storage import sha256_folder
-
-_MOST_PROBLEMS = 20
+if TYPE_CHECKING:
+    from dpo_opt.optimize.parity import Parity
 
 
 class Verdict(NamedTuple):
     """Result of a verification."""
 
-    shards: Path
+    shards: AnyPath
+    manifest: Manifest
+    manifest_sha256: str
+    """The manifest's hash of its own body."""
     problems: list[str]
-    parity: Any | None
-    """``optimize.parity.Parity``, None where no model was given."""
+    notes: list[str]
+    """What is unusual and harms no reader."""
+    model: str | None
+    """As it was given."""
+    versions: dict[str, str]
+    """What computed the own values; empty where none were."""
+    parity: "Parity | None"
+    """None where no model was given, or the integrity failed."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and (self.parity is None or self.parity.ok)
 
     def as_dict(self) -> dict[str, Any]:
-        """In the shape that ``--json`` prints."""
-        return {
+        """In the shape that ``--json`` prints and ``verify.json`` holds."""
+        parity = None
+        if self.parity is not None:
+            checks = [check._asdict() for check in self.parity.checks]
+            parity = {**self.parity._asdict(), "checks": checks, **self.versions}
+        found: dict[str, Any] = {
+            "ok": self.ok,
             "integrity": {"ok": not self.problems, "problems": self.problems},
-            "parity": None if self.parity is None else self.parity._asdict(),
+            "parity": parity,
+            "notes": self.notes,
+            "manifest_sha256": self.manifest_sha256,
+            # The weights' digest, wherever the model stood: require_same_model has compared it.
+            "weights": None if self.parity is None else self.manifest.fingerprint.weights,
+            "dpo_opt": __version__,
         }
+        finite: dict[str, Any] = _finite(found)
+        return finite
 
     def require_ok(self) -> None:
         """Turn a bad verdict into its error.
@@ -42,7 +72,7 @@ class Verdict(NamedTuple):
         """
         if self.problems:
             raise DataError(
-                f"{len(self.problems)} problems",
+                f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}",
                 where=str(self.shards),
                 why="log-probs that changed on disk would train towards a wrong reference",
                 fix="restore the files named above, or score into a new folder with `dpo-opt precompute`",
@@ -50,95 +80,94 @@ class Verdict(NamedTuple):
         if self.parity is not None:
             from dpo_opt.optimize.parity import require_parity
 
-            require_parity(self.parity, shards=str(self.shards), model="--model")
+            require_parity(self.parity, shards=str(self.shards), model=str(self.model))
 
 
-def verify(shards: Path, *, model: str | None, num_pairs: int, dtype: str) -> Verdict:
-    """Verify a folder.
+def verify(shards: AnyPath, *, model: str | None, num_pairs: int, dtype: str) -> Verdict:
+    """Verify a folder and write ``verify.json`` beside its manifest.
 
     Args:
         shards: The folder.
         model: With it, parity is measured too.
-        num_pairs: Pairs to compare.
+        num_pairs: Pairs to compare, spread over all shards.
         dtype: Compute dtype of the comparison, or ``auto``.
 
     Raises:
+        ConfigError: There is no such model.
         DataError: There is no readable manifest.
         FingerprintError: The model is not the one that was scored.
     """
     manifest = load_manifest(shards)
+    body = json.loads((shards / MANIFEST).read_text(encoding="utf-8"))
+    model_folder = None
+    if model is not None:
+        # First: reading terabytes to say at the end that the model is another one helps nobody.
+        model_folder = find_model(model)
+        _require_model(ShardFolder(shards, manifest), model_folder)
     problems = integrity_problems(shards, manifest)
-    if model is None or problems:
-        return Verdict(shards, problems, None)
-    return Verdict(shards, problems, _parity(shards, model, num_pairs, dtype))
+    if model is not None and not problems:
+        problems = _tokenizer_problems(shards, manifest)
+    notes = folder_notes(shards, manifest)
+    verdict = Verdict(shards, manifest, body["sha256"], problems, notes, model, {}, None)
+    if model_folder is not None and not problems:
+        versions, parity = _parity(ShardFolder(shards, manifest), model_folder, num_pairs, dtype)
+        verdict = verdict._replace(versions=versions, parity=parity)
+    return _recorded(verdict)
 
 
-def integrity_problems(shards: Path, manifest: Manifest) -> list[str]:
-    """Everything that is wrong with a folder's files and rows, each with its place."""
-    problems: list[str] = []
-    files = [(INDEX, manifest.index_sha256)]
-    for shard in manifest.shards:
-        files += [(shard.file, shard.sha256), (shard.dropped_file, shard.dropped_sha256)]
-    for name, sha256 in files:
-        try:
-            check_file(shards, name, sha256)
-        except DataError as error:
-            problems.append(f"{error.where}: {error.what}")
-    if not (shards / TOKENIZER).is_dir() or sha256_folder(shards / TOKENIZER) != manifest.tokenizer_sha256:
-        problems.append(f"{shards / TOKENIZER}: the tokenizer's files changed")
-    if not problems:
-        for shard in manifest.shards:
-            problems += _row_problems(shards / shard.file, range(shard.start, shard.stop), shard.rows)
-    return problems[:_MOST_PROBLEMS]
+def _recorded(verdict: Verdict) -> Verdict:
+    try:
+        write_text(verdict.shards / VERDICT, json.dumps(verdict.as_dict(), indent=1) + "\n")
+    except (DpoOptError, OSError) as error:
+        # Whoever verifies may only be allowed to read.
+        reason = error.what if isinstance(error, DpoOptError) else error.strerror
+        return verdict._replace(notes=[*verdict.notes, f"{VERDICT} could not be written ({reason})"])
+    return verdict
 
 
-def _row_problems(path: Path, rows: range, expected: int) -> list[str]:
-    problems = []
-    seen: set[int] = set()
-    for group in read_row_groups(path):
-        for pair in group:
-            if pair.row not in rows or pair.row in seen:
-                problems.append(f"{path}: row {pair.row} does not belong here, or twice")
-            seen.add(pair.row)
-            if not _is_sound(pair):
-                problems.append(f"{path}: row {pair.row} has log-probs that do not fit its ids")
-    problems += [
-        f"{path}: row {row} has a {name} that does not follow from its ids and log-probs"
-        for row, name in inconsistent_columns(path)
-    ]
-    if len(seen) != expected:
-        problems.append(f"{path}: {len(seen)} rows, the manifest says {expected}")
-    return problems
-
-
-def _is_sound(pair: ScoredPair) -> bool:
-    sides = (
-        (pair.chosen_ids, pair.ref_chosen_token_logps),
-        (pair.rejected_ids, pair.ref_rejected_token_logps),
-    )
-    return len(pair.prompt_ids) > 0 and all(
-        len(ids) == len(logps) > 0 and bool(np.isfinite(logps).all()) and float(logps.max()) <= 1e-3
-        for ids, logps in sides
-    )
-
-
-def _parity(shards: Path, model: str, num_pairs: int, dtype: str) -> Any:
-    import torch
-
+def _require_model(folder: ShardFolder, model_folder: Path) -> None:
     from dpo_opt.optimize.identity import require_same_model
-    from dpo_opt.optimize.parity import measure_parity
-    from dpo_opt.optimize.policy import compute_dtype, default_device, load_policy
-    from dpo_opt.optimize.stream import PairStream
-    from dpo_opt.schemas.fingerprint import MODEL_FIELDS
-    from dpo_opt.schemas.models import find_model
 
-    folder = ShardFolder.open(shards)
-    model_folder = find_model(model)
     require_same_model(
         folder, model_folder, fields=MODEL_FIELDS, fix="pass the model that was scored as --model"
     )
+
+
+def _tokenizer_problems(shards: AnyPath, manifest: Manifest) -> list[str]:
+    """The copied tokenizer's hash is taken by ``finalize``: what changed before would be pinned with it."""
+    from dpo_opt.precompute.tokenize import load_tokenizer
+
+    folder = shards / TOKENIZER
+    try:
+        with on_this_machine(folder) as local:
+            found = tokenizer_digest(load_tokenizer(local))
+    except ConfigError as error:
+        return [f"{folder}: {error.what}"]
+    if found == manifest.fingerprint.tokenizer:
+        return []
+    return [f"{folder}: it is not the tokenizer whose ids were scored (fingerprint)"]
+
+
+def _parity(
+    folder: ShardFolder, model_folder: Path, num_pairs: int, dtype: str
+) -> tuple[dict[str, str], "Parity"]:
+    from importlib.metadata import version
+
+    from dpo_opt.optimize.parity import measure_parity, spread_pairs
+    from dpo_opt.optimize.policy import compute_dtype, default_device, load_policy
+
     device = default_device()
     policy = load_policy(model_folder, dtype=compute_dtype(dtype, device), device=device, trainable=True)
-    with torch.no_grad():
-        pairs = PairStream(folder, eval_split=0.0).sample(num_pairs)
-        return measure_parity(policy, pairs, cached_dtype=folder.manifest.fingerprint.dtype)
+    pairs = spread_pairs(folder, num_pairs)
+    parity = measure_parity(policy, pairs, cached_dtype=folder.manifest.fingerprint.dtype)
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    return {**versions, "device": str(device), "layout": "packed" if policy.packs else "padded"}, parity
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [_finite(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

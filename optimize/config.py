@@ -5,13 +5,14 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from dpo_opt.schemas.locations import Location
 from dpo_opt.schemas.settings import Settings
 
 
 class TrainConfig(Settings):
     """Training on cached reference log-probs. Names are TRL's where the meaning is the same."""
 
-    shards: Path
+    shards: Location
     """Folder of reference shards that `dpo-opt precompute` finished."""
     model: str
     """Policy to start from: a folder or a Hub name. Must be the model that was scored."""

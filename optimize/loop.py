@@ -25,6 +25,7 @@ from dpo_opt.optimize.run_folder import Metrics, RunFolder
 from dpo_opt.optimize.stream import PairStream, Positions
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS, TOKENIZER_FIELDS
+from dpo_opt.schemas.locations import on_this_machine
 from dpo_opt.schemas.manifest import TOKENIZER, ShardFolder
 from dpo_opt.schemas.models import checkpoint_dtype, find_model
 from dpo_opt.schemas.pair_logps import PairLogps, Phase
@@ -185,14 +186,15 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
     )
     final = config.output_dir / "final"
     save_dtype = checkpoint_dtype(model_folder) if config.save_dtype == "auto" else config.save_dtype
-    save_final(
-        policy,
-        final,
-        source=model_folder,
-        dtype=getattr(torch, save_dtype),
-        tokenizer_dir=folder.path / TOKENIZER,
-        card=_model_card(config, folder, parity, step),
-    )
+    with on_this_machine(folder.path / TOKENIZER) as tokenizer_dir:
+        save_final(
+            policy,
+            final,
+            source=model_folder,
+            dtype=getattr(torch, save_dtype),
+            tokenizer_dir=tokenizer_dir,
+            card=_model_card(config, folder, parity, step),
+        )
     return TrainResult(final, step, parity, last_metrics)
 
 

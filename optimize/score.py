@@ -18,6 +18,7 @@ from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.packing import Group, pair_group
 from dpo_opt.optimize.policy import Policy, default_device, load_policy
 from dpo_opt.schemas.fingerprint import TOKENIZER_FIELDS
+from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import checkpoint_dtype, find_model
 from dpo_opt.schemas.pair_logps import PairLogps, write_pair_logps
@@ -132,7 +133,7 @@ class HfScorer:
 
 
 def score_shards(
-    shards: Path, *, model: str, output: Path, dtype: str, progress: Progress | None = None
+    shards: AnyPath, *, model: str, output: Path, dtype: str, progress: Progress | None = None
 ) -> int:
     """Score every pair of a folder under a checkpoint and write the pair log-prob table.
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,9 +11,11 @@ from pydantic import BaseModel
 
 from dpo_opt.precompute.plan import read_plan
 from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.locations import AnyPath, read_all, sizes
 from dpo_opt.schemas.manifest import (
     COMMAND,
     COMMITS,
+    DATA,
     INDEX,
     MANIFEST,
     TOKENIZER,
@@ -21,9 +23,9 @@ from dpo_opt.schemas.manifest import (
     Plan,
     ShardCommit,
     ShardRange,
-    check_file,
     load_manifest,
     parse,
+    verified_file,
     write_manifest,
 )
 from dpo_opt.schemas.shards import INDEX_SCHEMA, write_table
@@ -43,41 +45,53 @@ class Status(BaseModel):
     finalized: bool
 
 
-def committed(shards_dir: Path, plan: Plan) -> dict[int, ShardCommit]:
+def committed(shards_dir: AnyPath, plan: Plan) -> dict[int, ShardCommit]:
     """One commit per finished shard: of several attempts the smallest id, so that all readers agree.
 
     Commits of another plan, and commits whose file is gone or has another size, do not count.
     """
-    names: dict[int, list[Path]] = {}
-    for path in sorted((shards_dir / COMMITS).glob("[0-9]*.json")):
-        names.setdefault(int(path.name.partition("-")[0]), []).append(path)
-    found = {r.shard: _first_valid(shards_dir, r, plan, names.get(r.shard, [])) for r in plan.shards}
-    return {shard: commit for shard, commit in found.items() if commit is not None}
+    names: dict[int, list[str]] = {}
+    for name in sorted(sizes(shards_dir / COMMITS)):
+        if name.endswith(".json") and name[0].isdigit():
+            names.setdefault(int(name.partition("-")[0]), []).append(name)
+    # After the commits: whoever commits has written the data before.
+    data = sizes(shards_dir / DATA)
+    wanted = [(planned, name) for planned in plan.shards for name in names.get(planned.shard, [])]
+    texts = read_all(shards_dir / COMMITS, [name for _, name in wanted])
+    found: dict[int, ShardCommit] = {}
+    for (planned, name), text in zip(wanted, texts, strict=True):
+        if planned.shard not in found:
+            commit = parse(ShardCommit, text, where=shards_dir / COMMITS / name)
+            if _is_valid(commit, planned, plan, data):
+                found[planned.shard] = commit
+    return found
 
 
-def is_committed(shards_dir: Path, planned: ShardRange, plan: Plan) -> bool:
+def is_committed(shards_dir: AnyPath, planned: ShardRange, plan: Plan) -> bool:
     """Whether a shard is finished now; looks at this shard's commits only."""
-    paths = sorted((shards_dir / COMMITS).glob(f"{planned.shard:05d}-*.json"))
-    return _first_valid(shards_dir, planned, plan, paths) is not None
-
-
-def _first_valid(
-    shards_dir: Path, planned: ShardRange, plan: Plan, paths: Sequence[Path]
-) -> ShardCommit | None:
-    for path in paths:
-        commit = parse(ShardCommit, path.read_bytes(), where=path)
-        belongs = (
-            (commit.shard, commit.start, commit.stop) == (planned.shard, planned.start, planned.stop)
-            and commit.rows_digest == planned.rows_digest
-            and commit.fingerprint == plan.fingerprint
-        )
+    folder = shards_dir / COMMITS
+    for name in sorted(sizes(folder)):
+        if not name.startswith(f"{planned.shard:05d}-"):
+            continue
+        (text,) = read_all(folder, [name])
+        commit = parse(ShardCommit, text, where=folder / name)
         file = shards_dir / commit.file
-        if belongs and file.is_file() and file.stat().st_size == commit.bytes:
-            return commit
-    return None
+        data = {file.name: file.stat().st_size} if file.is_file() else {}
+        if _is_valid(commit, planned, plan, data):
+            return True
+    return False
 
 
-def status(shards_dir: Path) -> Status:
+def _is_valid(commit: ShardCommit, planned: ShardRange, plan: Plan, data: Mapping[str, int]) -> bool:
+    return (
+        (commit.shard, commit.start, commit.stop) == (planned.shard, planned.start, planned.stop)
+        and commit.rows_digest == planned.rows_digest
+        and commit.fingerprint == plan.fingerprint
+        and data.get(commit.file.removeprefix(f"{DATA}/")) == commit.bytes
+    )
+
+
+def status(shards_dir: AnyPath) -> Status:
     """Progress of a folder, from its commits.
 
     Raises:
@@ -95,25 +109,38 @@ def status(shards_dir: Path) -> Status:
         pairs_kept=sum(c.rows for c in done.values()),
         pairs_dropped=sum(dropped.values()),
         dropped=dict(sorted(dropped.items())),
-        finalized=(shards_dir / MANIFEST).is_file(),
+        finalized=is_finalized(shards_dir, plan),
     )
 
 
-def finalize(shards_dir: Path) -> Manifest:
+def is_finalized(shards_dir: AnyPath, plan: Plan) -> bool:
+    """Whether a manifest covers the plan; one of a smaller plan is followed until the next is written.
+
+    Raises:
+        DataError: The manifest is damaged.
+    """
+    return (shards_dir / MANIFEST).is_file() and load_manifest(shards_dir).rows == plan.rows
+
+
+def finalize(shards_dir: AnyPath) -> Manifest:
     """Check that the committed shards cover the plan exactly, and write index and manifest.
 
-    Idempotent: a folder that is finalized already keeps its manifest.
+    Idempotent: a folder that is finalized already keeps its manifest, and one that has grown the entries of it.
 
     Raises:
         DataError: Shards are missing, a file changed after its commit, or no pair was kept.
     """
+    plan = read_plan(shards_dir)
+    earlier: list[ShardCommit] = []
     if (shards_dir / MANIFEST).is_file():
         manifest = load_manifest(shards_dir)
+        data = sizes(shards_dir / DATA)
         for commit in manifest.shards:
-            _require_present(shards_dir, commit)
-        return manifest
-    plan = read_plan(shards_dir)
-    done = committed(shards_dir, plan)
+            _require_present(shards_dir, commit, data)
+        if manifest.rows == plan.rows:
+            return manifest
+        earlier = manifest.shards
+    done = committed(shards_dir, plan) | {commit.shard: commit for commit in earlier}
     missing = [r.shard for r in plan.shards if r.shard not in done]
     if missing:
         listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
@@ -127,8 +154,8 @@ def finalize(shards_dir: Path) -> Manifest:
     tables = []
     for planned in plan.shards:
         commit = done[planned.shard]
-        check_file(shards_dir, commit.file, commit.sha256)
-        check_file(shards_dir, commit.dropped_file, commit.dropped_sha256)
+        with verified_file(shards_dir, commit.dropped_file, commit.dropped_sha256):
+            pass
         if commit.rows + sum(commit.dropped.values()) != planned.stop - planned.start:
             raise DataError(
                 f"shard {planned.shard} accounts for {commit.rows} kept and {sum(commit.dropped.values())} "
@@ -136,13 +163,16 @@ def finalize(shards_dir: Path) -> Manifest:
                 where=str(shards_dir / commit.file),
             )
         dropped.update(commit.dropped)
-        tables.append(_index_rows(shards_dir / commit.file, planned.shard))
+        with verified_file(shards_dir, commit.file, commit.sha256) as file:
+            tables.append(_index_rows(file, planned.shard))
     kept = sum(done[r.shard].rows for r in plan.shards)
     if kept == 0:
         raise DataError(
             f"no pair is left of {plan.rows} ({json.dumps(dict(dropped))})", where=str(shards_dir)
         )
-    write_table(shards_dir / INDEX, pa.concat_tables(tables))
+    # Readers follow the manifest that is there until the next one stands, and that one's index.
+    index = f"index-{plan.rows}.parquet" if earlier else INDEX
+    write_table(shards_dir / index, pa.concat_tables(tables))
     manifest = Manifest(
         fingerprint=plan.fingerprint,
         dataset_digest=plan.dataset_digest,
@@ -152,21 +182,21 @@ def finalize(shards_dir: Path) -> Manifest:
         truncated=sum(done[r.shard].truncated for r in plan.shards),
         tokens=sum(done[r.shard].tokens for r in plan.shards),
         shards=[done[r.shard] for r in plan.shards],
-        index_sha256=sha256_file(shards_dir / INDEX),
+        index_file=index,
+        index_sha256=sha256_file(shards_dir / index),
         tokenizer_sha256=sha256_folder(shards_dir / TOKENIZER),
     )
     write_manifest(shards_dir, manifest)
     return manifest
 
 
-def _require_present(shards_dir: Path, commit: ShardCommit) -> None:
+def _require_present(shards_dir: AnyPath, commit: ShardCommit, data: Mapping[str, int]) -> None:
     """Notice a lost or cut file without reading it; whoever reads it compares its hash."""
-    path = shards_dir / commit.file
-    size = path.stat().st_size if path.is_file() else None
+    size = data.get(commit.file.removeprefix(f"{DATA}/"))
     if size != commit.bytes:
         raise DataError(
             "the file is missing" if size is None else f"the file has {size} bytes of {commit.bytes}",
-            where=str(path),
+            where=str(shards_dir / commit.file),
             why="the manifest names it, so pairs would be missing from training",
             fix="restore the file, or delete the folder and run `dpo-opt precompute` again",
         )

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
+from dpo_opt.schemas.locations import Location
 from dpo_opt.schemas.settings import Settings
 
 Truncation = Literal["keep_start", "keep_end", "drop"]
@@ -47,12 +48,16 @@ class PrecomputeConfig(WholeDataConfig):
 
     model: str
     """Reference model: a folder or a Hub name."""
-    shards: Path
+    shards: Location
     """Folder to fill; running the same command again goes on where it stopped."""
+    append: bool = False
+    """Score rows that were added at the end of the data, beside those that the folder already holds."""
     backend: Literal["auto", "vllm", "hf"] = "auto"
     """What scores. auto: vLLM where it is installed, else transformers."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the reference. auto: the dtype its checkpoint declares."""
+    engine_option: list[str] = []
+    """vllm: an argument of its engine, such as tensor_parallel_size=2; once for each."""
     max_length: PositiveInt | None = None
     """Most tokens of prompt plus completion. Default: 1024, or the model's context if that is shorter."""
     truncation: Truncation = "keep_start"
@@ -62,11 +67,11 @@ class PrecomputeConfig(WholeDataConfig):
     worker_index: NonNegativeInt | None = None
     """This worker's number, from 0. Default: from the Slurm array or RANK, else all work is done here."""
     num_workers: PositiveInt | None = None
-    """How many workers there are. Default: from the Slurm array or WORLD_SIZE."""
+    """How many workers there are. Without --worker-index: how many to start."""
     launcher: Literal["local", "slurm", "ray"] = "local"
-    """What runs --num-workers workers: this process alone, a Slurm array, or Ray."""
+    """What runs --num-workers workers: processes of this machine, a Slurm array, or Ray."""
     gpus_per_worker: NonNegativeInt = 1
-    """GPUs that each launched worker gets."""
+    """GPUs that each worker gets. local: where it is not given, none on a machine without GPUs."""
     submit: bool = False
     """slurm: submit the jobs, not only write them."""
     job_option: list[str] = []
@@ -85,8 +90,8 @@ class PrecomputeConfig(WholeDataConfig):
                 )
             if self.num_workers is None:
                 raise ValueError(f"{self.launcher} needs num_workers")
-        elif (self.worker_index is None) != (self.num_workers is None):
-            raise ValueError("worker_index and num_workers belong together")
+        elif self.worker_index is not None and self.num_workers is None:
+            raise ValueError("worker_index needs num_workers")
         if self.worker_index is not None and self.worker_index >= (self.num_workers or 0):
             raise ValueError(f"worker_index {self.worker_index} is not below num_workers {self.num_workers}")
         return self
@@ -99,7 +104,7 @@ class CheckConfig(WholeDataConfig):
     """Count in tokens of this model, and forecast truncation, disk and GPU hours; else in characters."""
     eval_data: Sources = []
     """Evaluation data, whose prompts should not stand in the training data."""
-    shards: Path | None = None
+    shards: Location | None = None
     """Folder of reference shards of this data: also say how the reference itself ranks the pairs."""
     max_length: PositiveInt | None = None
     """Length for the estimates. Default: 1024, or the model's context if that is shorter."""

@@ -2,10 +2,10 @@
 
 import re
 import secrets
-from pathlib import Path
 from typing import NamedTuple
 
 from dpo_opt.precompute.plan import read_plan
+from dpo_opt.schemas.locations import AnyPath, sizes
 from dpo_opt.schemas.manifest import COMMITS, DATA, MANIFEST, ShardCommit, load_manifest, parse
 
 # Names that this program gives; anything else in the folder is somebody's, and stays.
@@ -16,12 +16,12 @@ _PRIVATE = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 class Garbage(NamedTuple):
     """Files that no reader will ever need."""
 
-    files: list[Path]
+    files: list[AnyPath]
     size: int
     """In bytes."""
 
 
-def find_garbage(shards_dir: Path, *, older_than_hours: float) -> Garbage:
+def find_garbage(shards_dir: AnyPath, *, older_than_hours: float) -> Garbage:
     """Private files and attempts that lost, which nobody has written to for some hours.
 
     Before ``finalize`` every committed attempt stays; an attempt without a commit may be a slow worker's, so
@@ -34,15 +34,16 @@ def find_garbage(shards_dir: Path, *, older_than_hours: float) -> Garbage:
     now = _filesystem_time(shards_dir)
     found = []
     for folder in (shards_dir, shards_dir / DATA, shards_dir / COMMITS):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            ours = _PRIVATE.fullmatch(path.name) or (folder != shards_dir and _ATTEMPT.fullmatch(path.name))
-            if not ours or path.relative_to(shards_dir).as_posix() in kept:
+        for name in sorted(sizes(folder)):
+            ours = _PRIVATE.fullmatch(name) or (folder != shards_dir and _ATTEMPT.fullmatch(name))
+            if not ours or f"{folder.name}/{name}" in kept:
                 continue
+            path = folder / name
             try:
                 age = now - path.stat().st_mtime
             except FileNotFoundError:
                 continue  # its writer has given it its final name
-            if age >= older_than_hours * 3600 and path.is_file():
+            if age >= older_than_hours * 3600:
                 found.append(path)
     return Garbage(found, sum(path.stat().st_size for path in found))
 
@@ -53,7 +54,7 @@ def remove_garbage(garbage: Garbage) -> None:
         path.unlink(missing_ok=True)
 
 
-def _wanted(shards_dir: Path) -> set[str]:
+def _wanted(shards_dir: AnyPath) -> set[str]:
     read_plan(shards_dir)  # else it is no folder of shards
     if (shards_dir / MANIFEST).is_file():
         commits = load_manifest(shards_dir).shards
@@ -67,7 +68,7 @@ def _wanted(shards_dir: Path) -> set[str]:
     }
 
 
-def _filesystem_time(folder: Path) -> float:
+def _filesystem_time(folder: AnyPath) -> float:
     """Now, as the file system that dates the files says it: this machine's clock may be wrong."""
     probe = folder / f".clock.{secrets.token_hex(4)}.tmp"
     try:

@@ -5,8 +5,7 @@ written until at least one pair is known to survive tokenization.
 """
 
 import hashlib
-import secrets
-import shutil
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,9 +32,11 @@ from dpo_opt.precompute.tokenize import (
     load_tokenizer,
     model_vocab_size,
 )
+from dpo_opt.precompute.weights_memo import known_weights_digest, remember_weights, weight_files
 from dpo_opt.schemas.columns import MARGIN, WEIGHT, Column, new_column, write_column
 from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, refuse_differences
+from dpo_opt.schemas.locations import AnyPath, read_all, sizes
 from dpo_opt.schemas.manifest import COMMAND, COMMITS, PLAN, TOKENIZER, Plan, ShardRange, parse, to_json
 from dpo_opt.schemas.models import (
     checkpoint_dtype,
@@ -44,11 +45,10 @@ from dpo_opt.schemas.models import (
     find_model,
     template_digest,
     tokenizer_digest,
-    weights_digest,
 )
 from dpo_opt.schemas.pairs import Numerics, TokenizedPair
 from dpo_opt.schemas.shards import SCHEMA_VERSION
-from dpo_opt.schemas.storage import sha256_folder, write_text
+from dpo_opt.schemas.storage import settle_folder, write_text
 
 _DEFAULT_MAX_LENGTH = 1024
 
@@ -107,6 +107,8 @@ class Planned(NamedTuple):
     """A plan, and what the data says about its rows beside their texts."""
 
     plan: Plan
+    known_digest: str | None
+    """Digest of the rows that the folder's own plan counts; None where the data has fewer, or there is none."""
     columns: dict[str, Column]
     """``weight`` and ``margin``, where some row has one."""
     bad_rows: list[BadRow]
@@ -119,16 +121,19 @@ _BAD_ROWS_SHOWN = 5
 def make_plan(
     config: PrecomputeConfig, *, reference: Reference, tokenizer: PairTokenizer, numerics: Numerics
 ) -> Planned:
-    """Count and digest the rows, and divide them into shards.
+    """Count and digest the rows, and divide them into shards; where the folder grew, a shard begins anew.
 
     Raises:
         DataError: A row is malformed, or no pair survives tokenization.
     """
+    grown_at = [plan.rows for plan in read_plans(config.shards)]
+    known_digest = None
     _require_a_usable_pair(config, reference, tokenizer)
     size = config.pairs_per_shard
     whole = hashlib.sha256()
     parts: list[RowsDigest] = []
-    rows = 0
+    starts: list[int] = []
+    rows = began = 0
     columns: dict[str, Column] = {}
     bad_rows: list[BadRow] = []
     for block in map_in_order(_read_block, _good_blocks(config), processes=config.processes):
@@ -138,7 +143,11 @@ def make_plan(
                     raise found.error
                 if len(bad_rows) < _BAD_ROWS_SHOWN:
                     bad_rows.append(BadRow(rows, found.error))
-            if rows % size == 0:
+            if rows in grown_at:
+                began = rows
+                known_digest = whole.hexdigest() if rows == grown_at[-1] else None
+            if (rows - began) % size == 0:
+                starts.append(rows)
                 parts.append(RowsDigest())
             parts[-1].add(found.digest)
             for name, value in found.numbers.items():
@@ -152,11 +161,13 @@ def make_plan(
         dataset_digest=whole.hexdigest(),
         rows=rows,
         shards=[
-            ShardRange(shard=i, start=i * size, stop=min((i + 1) * size, rows), rows_digest=part.hexdigest())
-            for i, part in enumerate(parts)
+            ShardRange(shard=i, start=start, stop=stop, rows_digest=part.hexdigest())
+            for i, ((start, stop), part) in enumerate(
+                zip(itertools.pairwise([*starts, rows]), parts, strict=True)
+            )
         ],
     )
-    return Planned(plan, columns, bad_rows)
+    return Planned(plan, known_digest, columns, bad_rows)
 
 
 def settle_plan(
@@ -171,12 +182,14 @@ def settle_plan(
         DataError: A row is malformed, no pair survives tokenization, or the plan is gone.
         FingerprintError: The folder was planned for something else.
     """
-    if config.worker_index is not None and (config.shards / PLAN).is_file():
+    if config.worker_index is not None and not config.append and (config.shards / PLAN).is_file():
         plan = read_plan(config.shards)
         _refuse_other_fingerprint(plan, _fingerprint(config, reference, tokenizer, numerics), config.shards)
         return plan
+    files = weight_files(reference.folder)
     planned = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
     adopt_plan(config, planned, tokenizer.tokenizer)
+    remember_weights(config.shards, digest=planned.plan.fingerprint.weights, files=files)
     return planned.plan
 
 
@@ -244,13 +257,13 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> No
 
     Raises:
         DataError: The folder holds shards, but no plan that says what they are of.
-        FingerprintError: The folder was planned for something else.
+        FingerprintError: The folder was planned for something else, or for the first of these rows only.
     """
-    plan, shards_dir = planned.plan, config.shards
-    path = shards_dir / PLAN
+    shards_dir = config.shards
     # Asked first: whoever commits has written the plan before.
-    holds_commits = any((shards_dir / COMMITS).glob("*.json"))
-    if not path.is_file():
+    holds_commits = any(name.endswith(".json") for name in sizes(shards_dir / COMMITS))
+    plans = read_plans(shards_dir)
+    if not plans:
         if holds_commits:
             raise DataError(
                 f"the folder holds scored shards, but no {PLAN}",
@@ -258,33 +271,68 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> No
                 why="nothing says which data they belong to",
                 fix=f"restore {PLAN}, or pass another --shards folder",
             )
-        _save_tokenizer(shards_dir / TOKENIZER, tokenizer)
-        for name, column in planned.columns.items():
-            write_column(shards_dir, name, column)
-        write_text(shards_dir / COMMAND, _command(config))
-        write_text(path, to_json(plan))
+        with settle_folder(shards_dir / TOKENIZER) as private:
+            tokenizer.save_pretrained(private)
+        _write_plan(config, planned, PLAN)
+    else:
+        _refuse_other_fingerprint(plans[-1], planned.plan.fingerprint, shards_dir)
+        if planned.plan.rows > plans[-1].rows and planned.known_digest == plans[-1].dataset_digest:
+            _grow(config, planned, plans)
+    # Another planner may have been first.
     existing = read_plan(shards_dir)
-    _refuse_other_fingerprint(existing, plan.fingerprint, shards_dir)
-    if existing != plan:
-        different = (
-            f"its data has {existing.rows} rows with digest {existing.dataset_digest[:16]}..., this data "
-            f"{plan.rows} rows with digest {plan.dataset_digest[:16]}..."
-            if existing.dataset_digest != plan.dataset_digest
-            else f"its shards hold {existing.shards[0].stop} rows, --pairs-per-shard now gives "
-            f"{plan.shards[0].stop}"
-        )
+    _refuse_other_fingerprint(existing, planned.plan.fingerprint, shards_dir)
+    if existing != planned.plan:
+        raise _other_plan(existing, planned.plan, shards_dir)
+
+
+def _write_plan(config: PrecomputeConfig, planned: Planned, name: str) -> None:
+    for column, values in planned.columns.items():
+        write_column(config.shards, column, values)
+    write_text(config.shards / COMMAND, _command(config))
+    # Last: what a plan names is there.
+    write_text(config.shards / name, to_json(planned.plan))
+
+
+def _grow(config: PrecomputeConfig, planned: Planned, plans: list[Plan]) -> None:
+    """Write the next plan, whose first shards are those of the last one.
+
+    Raises:
+        FingerprintError: Nobody asked for it, or the first shards would be others.
+    """
+    last, new = plans[-1], planned.plan
+    if new.shards[: len(last.shards)] != last.shards:
+        raise _other_plan(last, new, config.shards)
+    if not config.append:
         raise FingerprintError(
-            f"the folder was planned for another run: {different}",
-            where=str(shards_dir),
-            why="its shards would not belong together",
-            fix=_OTHER_FOLDER,
+            f"the data has grown from {last.rows} to {new.rows} rows since the folder was planned",
+            where=str(config.shards),
+            why="its first rows are those that the folder holds",
+            fix="pass --append to score the new rows only, or another --shards folder",
         )
+    _write_plan(config, planned, f"plan-{len(plans)}.json")
+
+
+def _other_plan(existing: Plan, plan: Plan, shards_dir: AnyPath) -> FingerprintError:
+    different = (
+        f"its data has {existing.rows} rows with digest {existing.dataset_digest[:16]}..., this data "
+        f"{plan.rows} rows with digest {plan.dataset_digest[:16]}..."
+        if existing.shards[0].stop == plan.shards[0].stop
+        or existing.rows <= min(existing.shards[0].stop, plan.shards[0].stop)
+        else f"its shards hold {existing.shards[0].stop} rows, --pairs-per-shard now gives "
+        f"{plan.shards[0].stop}"
+    )
+    return FingerprintError(
+        f"the folder was planned for another run: {different}",
+        where=str(shards_dir),
+        why="its shards would not belong together",
+        fix=_OTHER_FOLDER,
+    )
 
 
 _OTHER_FOLDER = "pass another --shards folder, or remove this one to score it again"
 
 
-def _refuse_other_fingerprint(plan: Plan, current: Fingerprint, shards_dir: Path) -> None:
+def _refuse_other_fingerprint(plan: Plan, current: Fingerprint, shards_dir: AnyPath) -> None:
     refuse_differences(
         cached=plan.fingerprint, current=current, fields=ALL_FIELDS, where=str(shards_dir), fix=_OTHER_FOLDER
     )
@@ -293,7 +341,7 @@ def _refuse_other_fingerprint(plan: Plan, current: Fingerprint, shards_dir: Path
 def _command(config: PrecomputeConfig) -> str:
     """The settings as a file that ``--config`` reads, for whoever goes on with the folder."""
     # Who runs the workers is not theirs to know: each would launch again.
-    launching = {"launcher", "gpus_per_worker", "submit", "job_option", "time_limit", "ray_address"}
+    launching = {"launcher", "gpus_per_worker", "submit", "job_option", "time_limit", "ray_address", "append"}
     settings = config.model_dump(
         mode="json", exclude={"worker_index", "num_workers", *launching}, exclude_defaults=True
     )
@@ -309,21 +357,30 @@ def _absolute(name: str) -> str:
     return str(path.absolute()) if path.exists() else name
 
 
-def read_plan(shards_dir: Path) -> Plan:
-    """The folder's plan.
+def read_plans(shards_dir: AnyPath) -> list[Plan]:
+    """The folder's plans, one for each time it grew; each holds the shards of the one before."""
+    names = sizes(shards_dir)
+    wanted = [PLAN, *(f"plan-{i}.json" for i in range(1, len(names)))]
+    found = list(itertools.takewhile(lambda name: name in names, wanted))
+    texts = read_all(shards_dir, found)
+    return [parse(Plan, text, where=shards_dir / name) for name, text in zip(found, texts, strict=True)]
+
+
+def read_plan(shards_dir: AnyPath) -> Plan:
+    """The plan that counts now.
 
     Raises:
         DataError: There is none.
     """
-    path = shards_dir / PLAN
-    if not path.is_file():
+    plans = read_plans(shards_dir)
+    if not plans:
         raise DataError(
             f"there is no {PLAN}",
             where=str(shards_dir),
             why="this is not a folder of reference shards",
             fix=f"dpo-opt precompute --model M --data DATA --shards {shards_dir}",
         )
-    return parse(Plan, path.read_bytes(), where=path)
+    return plans[-1]
 
 
 def _fingerprint(
@@ -331,7 +388,7 @@ def _fingerprint(
 ) -> Fingerprint:
     return Fingerprint(
         schema_version=SCHEMA_VERSION,
-        weights=weights_digest(reference.folder),
+        weights=known_weights_digest(reference.folder, config.shards),
         model_config_digest=config_digest(reference.folder),
         tokenizer=tokenizer_digest(tokenizer.tokenizer),
         chat_template=template_digest(chat_template(tokenizer.tokenizer)),
@@ -340,20 +397,3 @@ def _fingerprint(
         truncation=config.truncation,
         **numerics._asdict(),
     )
-
-
-def _save_tokenizer(path: Path, tokenizer: Any) -> None:
-    """Put the tokenizer in place; a folder that an interrupted run left for another one is replaced."""
-    private = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        tokenizer.save_pretrained(private)
-        if path.exists() and sha256_folder(path) != sha256_folder(private):
-            shutil.rmtree(path)
-        try:
-            private.replace(path)
-        except OSError:
-            # Another run, or an earlier one, put the same files there.
-            if not path.is_dir():
-                raise
-    finally:
-        shutil.rmtree(private, ignore_errors=True)

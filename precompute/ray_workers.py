@@ -13,7 +13,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 from dpo_opt.precompute.commits import committed
 from dpo_opt.precompute.config import PrecomputeConfig
@@ -27,6 +28,7 @@ _RESTARTS = 5
 _OBJECT_STORE_BYTES = 100 * 2**20
 _SECONDS_TO_STOP = 10.0
 _SECONDS_TO_ANSWER = 10.0
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 Work = Callable[[PrecomputeConfig], int]
 
@@ -50,9 +52,9 @@ def run_workers(config: PrecomputeConfig, work: Work) -> None:
     """
     ray = _import_ray()
     # Ray's reports of lost workers go to stdout, whatever its settings, and stdout is for results.
-    with contextlib.redirect_stdout(sys.stderr), _connected(ray, config):
+    with contextlib.redirect_stdout(sys.stderr), _HeldSignals() as held, _connected(ray, config, held):
         _require_room(ray, config)
-        failures = _run_all(ray, config, work)
+        failures = _run_all(ray, config, work, held)
     if failures:
         plan = read_plan(config.shards)
         if len(committed(config.shards, plan)) < len(plan.shards):
@@ -67,8 +69,46 @@ def _import_ray() -> Any:
     return ray
 
 
+class _HeldSignals:
+    """SIGTERM and SIGUSR1 wait for ``deliver``: what their handlers raise in Ray's code Ray prints and drops.
+
+    Only handlers that the caller set are held back, and only in the main thread, which alone runs them.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._came: list[int] = []
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+        self.hold()
+        return self
+
+    def hold(self) -> None:
+        """Take the signals back from whoever else took them."""
+        for number in self._handlers:
+            signal.signal(number, lambda number, frame: self._came.append(number))
+
+    def deliver(self, *more: int) -> None:
+        """Run the caller's handlers of the signals that came, and then of ``more``."""
+        came, self._came = [*self._came, *more], []
+        for number in came:
+            if number in self._handlers:
+                self._handlers[number](number, None)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if kind is None:
+            self.deliver()
+
+
 @contextlib.contextmanager
-def _connected(ray: Any, config: PrecomputeConfig) -> Iterator[None]:
+def _connected(ray: Any, config: PrecomputeConfig, held: _HeldSignals) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
@@ -83,7 +123,6 @@ def _connected(ray: Any, config: PrecomputeConfig) -> Iterator[None]:
             "object_store_memory": _OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         try:
             _require_answer(address)
@@ -97,10 +136,13 @@ def _connected(ray: Any, config: PrecomputeConfig) -> Iterator[None]:
                 where=address,
                 fix="check with `ray status --address ADDRESS`, then pass --ray-address or set RAY_ADDRESS",
             ) from error
-        # Ray puts its own handler there. The caller's knows better what being stopped means; without one
-        # Ray's is better than none, because it lets this block end.
-        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)
+        except SystemExit:
+            # Raised by the handler that Ray puts in place of any other as soon as it starts.
+            held.deliver(signal.SIGTERM)
+            raise
+        # Without a handler of the caller's, Ray's is better than none, because it lets this block end.
+        held.hold()
+        held.deliver()
         yield
     finally:
         # Ends a cluster that init started, and only disconnects from any other.
@@ -153,7 +195,7 @@ def _require_room(ray: Any, config: PrecomputeConfig) -> None:
     )
 
 
-def _run_all(ray: Any, config: PrecomputeConfig, work: Work) -> dict[int, Exception]:
+def _run_all(ray: Any, config: PrecomputeConfig, work: Work, held: _HeldSignals) -> dict[int, Exception]:
     """Run all workers to their ends.
 
     Returns:
@@ -183,15 +225,17 @@ def _run_all(ray: Any, config: PrecomputeConfig, work: Work) -> dict[int, Except
             worker = config.model_copy(update={**shared, "worker_index": i})
             numbers[task.remote(work, worker, Path.cwd())] = i
         while numbers:
-            (ended, *_), _ = ray.wait(list(numbers))
-            number = numbers.pop(ended)
-            try:
-                refusal = ray.get(ended)
-            except ray.exceptions.RayError as error:
-                failures[number] = error
-            else:
-                if refusal is not None:
-                    raise refusal
+            held.deliver()
+            some, _ = ray.wait(list(numbers), timeout=_SECONDS_BETWEEN_LOOKS)
+            for ended in some:
+                number = numbers.pop(ended)
+                try:
+                    refusal = ray.get(ended)
+                except ray.exceptions.RayError as error:
+                    failures[number] = error
+                else:
+                    if refusal is not None:
+                        raise refusal
     finally:
         _stop(ray, list(numbers))
     return failures

@@ -7,20 +7,22 @@ would take for a result.
 import secrets
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from dpo_opt.precompute.commits import committed, finalize
+from dpo_opt.precompute.commits import committed, finalize, is_finalized
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.datasets import BadRow, row_digest
 from dpo_opt.precompute.plan import RowsDigest, make_tokenizer, resolve_reference, settle_plan
+from dpo_opt.precompute.quarantine import ENGINE_ERROR, score_or_leave_out
 from dpo_opt.precompute.row_reader import RowReader
 from dpo_opt.precompute.tokenize import PairTokenizer
 from dpo_opt.precompute.workers import Worker, shards_for
 from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import Fingerprint
-from dpo_opt.schemas.manifest import COMMITS, MANIFEST, Manifest, Plan, ShardCommit, ShardRange, to_json
+from dpo_opt.schemas.locations import AnyPath, on_this_machine
+from dpo_opt.schemas.manifest import COMMITS, Manifest, Plan, ShardCommit, ShardRange, to_json
 from dpo_opt.schemas.pairs import LogpArray, PreferencePair, ScoredPair, Scorer, TokenizedPair, TokenSequence
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.shards import DroppedRow, read_row_groups, write_dropped, write_shard
@@ -64,7 +66,7 @@ def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None 
     reference = resolve_reference(config)
     tokenizer = make_tokenizer(config, reference)
     plan = settle_plan(config, reference=reference, tokenizer=tokenizer, numerics=scorer.numerics)
-    if (config.shards / MANIFEST).is_file():
+    if is_finalized(config.shards, plan):
         return 0
     worker = Worker(config.worker_index or 0, config.num_workers or 1)
     done = committed(config.shards, plan)
@@ -112,7 +114,6 @@ def score_shard(
             kept.append(fitted)
         else:
             dropped.append(fitted)
-    dropped.sort(key=lambda row: row.row)
     if digest.hexdigest() != planned.rows_digest:
         raise DataError(
             f"rows {planned.start} to {planned.stop} changed while the file was being scored",
@@ -120,8 +121,13 @@ def score_shard(
             why="the shards of one folder would hold two versions of the data",
             fix="restore the file and run the same command again, or pass another --shards folder",
         )
-    scored, unique = score_pairs(kept, scorer)
-    return _commit(config.shards, plan.fingerprint, planned, scored, dropped, unique)
+    scored = score_pairs(kept, scorer)
+    where = {pair.row: pair for pair in pairs}
+    for row, message in scored.left_out.items():
+        pair = where[row]
+        dropped.append(DroppedRow(row, pair.source, ENGINE_ERROR, f"{pair.where}: {message}"))
+    dropped.sort(key=lambda row: row.row)
+    return _commit(config.shards, plan.fingerprint, planned, scored, dropped)
 
 
 def _left_out(row: int, error: DataError, config: PrecomputeConfig) -> DroppedRow:
@@ -135,13 +141,22 @@ def _left_out(row: int, error: DataError, config: PrecomputeConfig) -> DroppedRo
     return DroppedRow(row, None, f"bad_row:{error.kind}", error.where or "")
 
 
-def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer) -> tuple[list[ScoredPair], int]:
-    """Score pairs, equal sequences once.
+class ScoredPairs(NamedTuple):
+    """What became of some pairs."""
 
-    Returns:
-        The scored pairs in order, and how many sequences were scored for them.
+    pairs: list[ScoredPair]
+    """In order, without those that were left out."""
+    left_out: dict[int, str]
+    """Row to what the engine said of one of its sequences."""
+    unique_sequences: int
+    """Sequences that were scored."""
+
+
+def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer) -> ScoredPairs:
+    """Score pairs, equal sequences once; pairs whose sequences break the engine are left out.
 
     Raises:
+        EngineStopped: The engine fails whatever it is asked, or too often (``quarantine``).
         DpoOptError: An answer is missing, has the wrong length, is not finite, or is above 0.
     """
     # Completions of one prompt next to each other, so that the scorer can reuse the prompt's work.
@@ -151,14 +166,17 @@ def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer) -> tuple[list[Sc
             sequence = TokenSequence(pair.prompt_ids, completion)
             by_prompt.setdefault(sequence.key[0], {})[sequence.key] = sequence
     sequences = {key: s for group in by_prompt.values() for key, s in group.items()}
-    answers = scorer.token_logps(list(sequences.values())) if sequences else []
-    if len(answers) != len(sequences):
-        raise DpoOptError(f"the scorer gave {len(answers)} answers for {len(sequences)} sequences")
-    values = dict(zip(sequences, answers, strict=True))
+    answers = score_or_leave_out(list(sequences.values()), scorer)
+    values = dict(zip(sequences, answers.values, strict=True))
+    messages = {key: answers.left_out[i] for i, key in enumerate(sequences) if i in answers.left_out}
     scored = []
+    left_out: dict[int, str] = {}
     for pair in pairs:
-        chosen = values[TokenSequence(pair.prompt_ids, pair.chosen_ids).key]
-        rejected = values[TokenSequence(pair.prompt_ids, pair.rejected_ids).key]
+        keys = [TokenSequence(pair.prompt_ids, ids).key for ids in (pair.chosen_ids, pair.rejected_ids)]
+        chosen, rejected = (values[key] for key in keys)
+        if chosen is None or rejected is None:
+            left_out[pair.row] = next(messages[key] for key in keys if key in messages)
+            continue
         _require_logps(chosen, len(pair.chosen_ids), pair.row)
         _require_logps(rejected, len(pair.rejected_ids), pair.row)
         scored.append(
@@ -174,7 +192,7 @@ def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer) -> tuple[list[Sc
                 ref_rejected_token_logps=rejected,
             )
         )
-    return scored, len(sequences)
+    return ScoredPairs(scored, left_out, len(sequences) - len(messages))
 
 
 def _require_logps(values: LogpArray, length: int, row: int) -> None:
@@ -191,21 +209,23 @@ def _require_logps(values: LogpArray, length: int, row: int) -> None:
 
 
 def _commit(
-    shards_dir: Path,
+    shards_dir: AnyPath,
     fingerprint: Fingerprint,
     planned: ShardRange,
-    scored: Sequence[ScoredPair],
+    result: ScoredPairs,
     dropped: Sequence[DroppedRow],
-    unique_sequences: int,
 ) -> ShardCommit:
     """Data first, read back from disk, commit last."""
+    scored = result.pairs
     attempt = secrets.token_hex(4)
     name = f"{planned.shard:05d}-{attempt}"
     data, left_out = f"data/{name}.parquet", f"data/{name}.dropped.parquet"
     write_shard(shards_dir / data, scored, fingerprint=fingerprint, shard=planned.shard)
     write_dropped(shards_dir / left_out, dropped)
-    on_disk = [pair for group in read_row_groups(shards_dir / data) for pair in group]
-    if [p.pair_id for p in on_disk] != [p.pair_id for p in scored]:
+    with on_this_machine(shards_dir / data) as file:
+        on_disk = [pair.pair_id for group in read_row_groups(file) for pair in group]
+        size, sha256 = file.stat().st_size, sha256_file(file)
+    if on_disk != [p.pair_id for p in scored]:
         raise DpoOptError("the shard read back from disk is not what was written", where=data)
     commit = ShardCommit(
         shard=planned.shard,
@@ -214,14 +234,14 @@ def _commit(
         attempt=attempt,
         file=data,
         rows=len(scored),
-        bytes=(shards_dir / data).stat().st_size,
-        sha256=sha256_file(shards_dir / data),
+        bytes=size,
+        sha256=sha256,
         dropped_file=left_out,
         dropped_sha256=sha256_file(shards_dir / left_out),
         dropped=dict(sorted(Counter(row.reason for row in dropped).items())),
         truncated=sum(p.chosen_truncated or p.rejected_truncated for p in scored),
         tokens=sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in scored),
-        unique_sequences=unique_sequences,
+        unique_sequences=result.unique_sequences,
         rows_digest=planned.rows_digest,
         fingerprint=fingerprint,
     )

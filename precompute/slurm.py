@@ -14,7 +14,7 @@ from typing import Any
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.manifest import COMMAND, COMMITS, MANIFEST
+from dpo_opt.schemas.manifest import COMMAND, COMMITS
 from dpo_opt.schemas.storage import write_text
 
 FOLDER = "slurm"
@@ -75,17 +75,23 @@ exit 75
 def launch_array(config: PrecomputeConfig) -> dict[str, Any]:
     """Write the scripts of a planned folder: an array of workers, and ``finalize`` after it.
 
-    With ``config.submit`` they are submitted too. A folder that is finished is left alone.
+    With ``config.submit`` they are submitted too.
 
     Returns:
         ``submitted``, and the job ids ``array_job`` and ``finalize_job``, or the ``commands`` to run.
 
     Raises:
-        ConfigError: A setting cannot stand in a script, there is no sbatch, or sbatch refuses.
+        ConfigError: The folder is in a store, a setting cannot stand in a script, there is no sbatch, or
+            sbatch refuses.
     """
     shards_dir = config.shards.absolute()
-    if (shards_dir / MANIFEST).is_file():
-        return {"submitted": False, "finalized": True}
+    if not isinstance(shards_dir, Path):
+        raise ConfigError(
+            "--launcher slurm needs a --shards folder on a shared file system",
+            where=str(shards_dir),
+            why="its scripts and logs stand in that folder",
+            fix="pass such a folder, or submit an array of `dpo-opt precompute` with this URL yourself",
+        )
     sbatch = shutil.which("sbatch")
     if config.submit and sbatch is None:
         raise ConfigError(

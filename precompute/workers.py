@@ -6,11 +6,11 @@ time, never data: of two commits readers take one.
 
 import random
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from dpo_opt.precompute.commits import is_committed
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import Plan, ShardRange
 
 
@@ -49,7 +49,7 @@ def worker_from_environment(environment: Mapping[str, str]) -> Worker | None:
     return found if found.of > 1 else None
 
 
-def shards_for(worker: Worker, plan: Plan, shards_dir: Path) -> Iterator[ShardRange]:
+def shards_for(worker: Worker, plan: Plan, shards_dir: AnyPath) -> Iterator[ShardRange]:
     """Shards without a commit, the worker's own share first; looked up again before each one."""
     total = len(plan.shards)
     begin, end = (total * i // worker.of for i in (worker.number, worker.number + 1))

@@ -4,7 +4,6 @@ They stand beside the shards, not in them, and no hash names them: replacing a w
 """
 
 from array import array
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.locations import AnyPath, explained, on_this_machine
 from dpo_opt.schemas.storage import publish
 
 COLUMNS = "columns"
@@ -33,7 +33,7 @@ def new_column() -> Column:
     return Column(array("q"), array("d"))
 
 
-def write_column(shards_dir: Path, name: str, column: Column) -> None:
+def write_column(shards_dir: AnyPath, name: str, column: Column) -> None:
     """Publish ``columns/<name>.parquet``."""
     table = pa.table({"row": pa.array(column.rows, pa.int64()), name: pa.array(column.values, pa.float64())})
     with publish(shards_dir / COLUMNS / f"{name}.parquet") as private:
@@ -41,7 +41,7 @@ def write_column(shards_dir: Path, name: str, column: Column) -> None:
 
 
 def read_column(
-    shards_dir: Path, name: str, *, rows: npt.NDArray[np.int64], default: float
+    shards_dir: AnyPath, name: str, *, rows: npt.NDArray[np.int64], default: float
 ) -> npt.NDArray[np.float64] | None:
     """The column's value at each of ``rows``, or None where the folder has no such column.
 
@@ -55,10 +55,12 @@ def read_column(
         DataError: The file is damaged or is another table.
     """
     path = shards_dir / COLUMNS / f"{name}.parquet"
-    if not path.is_file():
-        return None
+    with explained(path):
+        if not path.is_file():
+            return None
     try:
-        table = pq.read_table(path, columns=["row", name])
+        with on_this_machine(path) as file:
+            table = pq.read_table(file, columns=["row", name])
         known = table["row"].to_numpy()
         values = table[name].to_numpy().astype(np.float64)
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:

@@ -1,7 +1,7 @@
 """The few ways a run can end badly, each with its exit code: what a person reads instead of a traceback.
 
 Every leaf also inherits the standard error it stands in for, so library users can catch either.
-A new leaf is needed only where the exit code differs.
+A new leaf is needed only where the exit code differs, or where a caller must tell it apart.
 """
 
 
@@ -81,6 +81,10 @@ class FingerprintError(DpoOptError, ValueError):
     """Shards that were computed for something else than what they are being used for."""
 
     exit_code = 4
+
+
+class EngineStopped(DpoOptError):
+    """An engine broke at what it was asked, maybe through one row of it; asked again, it starts anew."""
 
 
 class Preempted(DpoOptError):

@@ -37,6 +37,8 @@ class Fingerprint(BaseModel):
     engine_version: str
     strategy: str
     dtype: str
+    engine_options: str
+    """Arguments passed through to the engine, as compact JSON with sorted keys; ``{}`` for none."""
 
 
 MODEL_FIELDS = ("schema_version", "weights", "model_config_digest", "tokenizer")

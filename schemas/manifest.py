@@ -9,9 +9,11 @@ manifest says.
     manifest.json    one attempt per shard, exact coverage; written last
 """
 
+import contextlib
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
@@ -22,9 +24,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.fingerprint import Fingerprint
+from dpo_opt.schemas.locations import AnyPath, cache_path, explained, on_this_machine
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shards import read_row_groups
-from dpo_opt.schemas.storage import sha256_file, write_text
+from dpo_opt.schemas.storage import publish, sha256_file, write_text
 
 PLAN = "plan.json"
 COMMAND = "precompute.yaml"
@@ -101,6 +104,7 @@ class Manifest(_Record):
     truncated: int
     tokens: int
     shards: list[ShardCommit]
+    index_file: str
     index_sha256: str
     tokenizer_sha256: str
 
@@ -110,7 +114,7 @@ def to_json(record: BaseModel) -> str:
     return json.dumps(record.model_dump(), sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
-def write_manifest(shards_dir: Path, manifest: Manifest) -> None:
+def write_manifest(shards_dir: AnyPath, manifest: Manifest) -> None:
     """Publish the manifest with the hash of its own body."""
     body = json.loads(to_json(manifest))
     write_text(
@@ -119,7 +123,7 @@ def write_manifest(shards_dir: Path, manifest: Manifest) -> None:
     )
 
 
-def load_manifest(shards_dir: Path) -> Manifest:
+def load_manifest(shards_dir: AnyPath) -> Manifest:
     """Read and check a folder's manifest.
 
     Raises:
@@ -151,14 +155,14 @@ def load_manifest(shards_dir: Path) -> Manifest:
             fix=damaged,
         )
     manifest = parse(Manifest, json.dumps(body), where=path)
-    for shard in manifest.shards:
-        for name in (shard.file, shard.dropped_file):
-            if not _SAFE_FILE.fullmatch(name):
-                raise DataError(f"the manifest names the file {name!r}, outside the folder", where=str(path))
+    named = [name for shard in manifest.shards for name in (shard.file, shard.dropped_file)]
+    for name in [*named, manifest.index_file]:
+        if not _SAFE_FILE.fullmatch(name):
+            raise DataError(f"the manifest names the file {name!r}, outside the folder", where=str(path))
     return manifest
 
 
-def parse(kind: type[R], text: str | bytes, *, where: Path) -> R:
+def parse(kind: type[R], text: str | bytes, *, where: AnyPath) -> R:
     """Read a record.
 
     Raises:
@@ -175,13 +179,13 @@ def parse(kind: type[R], text: str | bytes, *, where: Path) -> R:
 class ShardFolder:
     """A finalized folder, opened for reading: every file is hashed once, before its first use."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: AnyPath, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self._verified: set[str] = set()
+        self._verified: dict[str, Path] = {}
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: AnyPath) -> Self:
         """Open a folder.
 
         Raises:
@@ -191,8 +195,7 @@ class ShardFolder:
 
     def index(self) -> pa.Table:
         """One row per kept pair: identifiers, lengths, shard and row group (shards.INDEX_SCHEMA)."""
-        self._check(INDEX, self.manifest.index_sha256)
-        return pq.read_table(self.path / INDEX)
+        return pq.read_table(self._file(self.manifest.index_file, self.manifest.index_sha256))
 
     def row_groups(
         self, shard: int, *, row_groups: Sequence[int] | None = None
@@ -203,8 +206,7 @@ class ShardFolder:
             DataError: The file is missing or is not the one the manifest names.
         """
         commit = self.manifest.shards[shard]
-        self._check(commit.file, commit.sha256)
-        yield from read_row_groups(self.path / commit.file, row_groups=row_groups)
+        yield from read_row_groups(self._file(commit.file, commit.sha256), row_groups=row_groups)
 
     def pairs(self) -> Iterator[ScoredPair]:
         """Every pair, in row order, one row group in memory at a time."""
@@ -212,35 +214,65 @@ class ShardFolder:
             for group in self.row_groups(commit.shard):
                 yield from group
 
-    def _check(self, name: str, sha256: str) -> None:
-        if name in self._verified:
-            return
-        check_file(self.path, name, sha256)
-        self._verified.add(name)
+    def _file(self, name: str, sha256: str) -> Path:
+        if name not in self._verified:
+            self._verified[name] = check_file(self.path, name, sha256)
+        return self._verified[name]
 
 
-def check_file(shards_dir: Path, name: str, sha256: str) -> None:
-    """Compare a file with the hash its record states.
+def check_file(shards_dir: AnyPath, name: str, sha256: str) -> Path:
+    """A file whose bytes are those that its record states; a store's file is kept in this user's cache.
+
+    Args:
+        shards_dir: Folder of reference shards.
+        name: Relative to the folder.
+        sha256: What the record states.
+
+    Returns:
+        The file on this machine.
 
     Raises:
         DataError: The file is missing or its bytes changed.
+        DpoOptError: The store does not answer.
     """
     path = shards_dir / name
-    if not path.is_file():
+    if isinstance(path, Path):
+        with verified_file(shards_dir, name, sha256):
+            return path
+    kept = cache_path(path, sha256)
+    if not (kept.is_file() and sha256_file(kept) == sha256):
+        with verified_file(shards_dir, name, sha256) as file, publish(kept) as private:
+            shutil.copyfile(file, private)
+    return kept
+
+
+@contextlib.contextmanager
+def verified_file(shards_dir: AnyPath, name: str, sha256: str) -> Iterator[Path]:
+    """As ``check_file``; a store's file is on this machine for as long as it is used.
+
+    Raises:
+        DataError, DpoOptError: As ``check_file``.
+    """
+    path = shards_dir / name
+    with explained(path):
+        there = path.is_file()
+    if not there:
         raise DataError(
             "the file is missing",
             where=str(path),
             why="the manifest names it, so pairs would be missing from training",
             fix="restore the file, or delete the folder and run `dpo-opt precompute` again",
         )
-    actual = sha256_file(path)
-    if actual != sha256:
-        raise DataError(
-            f"the bytes changed: sha256 is {actual[:16]}..., the record says {sha256[:16]}...",
-            where=str(path),
-            why="its log-probs can no longer be trusted",
-            fix="restore the file, or delete the folder and run `dpo-opt precompute` again",
-        )
+    with on_this_machine(path) as file:
+        actual = sha256_file(file)
+        if actual != sha256:
+            raise DataError(
+                f"the bytes changed: sha256 is {actual[:16]}..., the record says {sha256[:16]}...",
+                where=str(path),
+                why="its log-probs can no longer be trusted",
+                fix="restore the file, or delete the folder and run `dpo-opt precompute` again",
+            )
+        yield file
 
 
 def _body_hash(body: dict[str, object]) -> str:

@@ -111,6 +111,8 @@ class Numerics(NamedTuple):
     """Which of the engine's ways of returning log-probs is used."""
     dtype: str
     """Compute dtype, spelled as torch spells it: ``float32``, ``bfloat16``, ``float16``."""
+    engine_options: str = "{}"
+    """Arguments passed through to the engine, as compact JSON with sorted keys."""
 
 
 class Scorer(Protocol):
@@ -126,6 +128,7 @@ class Scorer(Protocol):
 
         Raises:
             DpoOptError: A value is not finite, is above 0, or does not belong to the ids asked for.
+            EngineStopped: The engine broke; the next call starts it anew.
         """
         ...
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.fingerprint import Fingerprint
+from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.storage import publish
 
@@ -87,7 +88,7 @@ class DroppedRow(NamedTuple):
     where: str
 
 
-def write_shard(path: Path, pairs: Sequence[ScoredPair], *, fingerprint: Fingerprint, shard: int) -> None:
+def write_shard(path: AnyPath, pairs: Sequence[ScoredPair], *, fingerprint: Fingerprint, shard: int) -> None:
     """Publish one shard: rows in order, small row groups, page checksums, zstd."""
     table = pa.Table.from_pydict(
         _columns(pairs),
@@ -123,13 +124,13 @@ def _columns(pairs: Sequence[ScoredPair]) -> dict[str, list[object]]:
     }
 
 
-def write_dropped(path: Path, dropped: Sequence[DroppedRow]) -> None:
+def write_dropped(path: AnyPath, dropped: Sequence[DroppedRow]) -> None:
     """Publish the rows that were left out, with the reason for each."""
     columns = list(zip(*dropped, strict=True)) or [()] * len(DROPPED_SCHEMA)
     write_table(path, pa.Table.from_arrays([pa.array(c) for c in columns], schema=DROPPED_SCHEMA))
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_table(path: AnyPath, table: pa.Table) -> None:
     """Publish a table the way every file of a shard folder is written."""
     with publish(path) as private:
         pq.write_table(

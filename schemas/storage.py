@@ -1,7 +1,8 @@
 """How a file becomes visible: whole and durable, or not at all.
 
 Every file that another process may read is written under a private name, synced, and then given its
-final name in one step. A crash leaves at most a private file, which no reader looks at.
+final name in one step. A crash leaves at most a private file, which no reader looks at. A store shows an
+object whole or not at all, so there a finished file is sent.
 """
 
 import contextlib
@@ -10,19 +11,29 @@ import hashlib
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from dpo_opt.schemas.errors import DpoOptError
+from dpo_opt.schemas.locations import AnyPath, explained, on_this_machine, put_file
 
 
 @contextlib.contextmanager
-def publish(path: Path) -> Iterator[Path]:
+def publish(path: AnyPath) -> Iterator[Path]:
     """Yield a private path to write; on success it replaces ``path`` durably, on any error it is removed.
 
     Raises:
-        DpoOptError: The disk is full or over quota; nothing was written.
+        DpoOptError: The disk is full or over quota, or the store refuses; nothing was written.
     """
+    if not isinstance(path, Path):
+        with (
+            _out_of_space(Path(tempfile.gettempdir())),
+            tempfile.TemporaryDirectory(prefix="dpo-opt-") as own,
+        ):
+            yield Path(own) / path.name
+            put_file(Path(own) / path.name, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     private = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -59,6 +70,36 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def settle_folder(path: AnyPath) -> Iterator[Path]:
+    """Yield a private folder to fill; its files then stand in ``path``, where an equal folder is left alone.
+
+    Several processes may do so at once with equal files; an interrupted run's other files are replaced.
+    """
+    with tempfile.TemporaryDirectory(prefix="dpo-opt-") as own:
+        filled = Path(own) / path.name
+        yield filled
+        if isinstance(path, Path):
+            if not path.exists() or sha256_folder(path) != sha256_folder(filled):
+                shutil.rmtree(path, ignore_errors=True)
+                _copy_folder(filled, path)
+            return
+        for file in sorted(filled.rglob("*")):
+            if file.is_file():
+                put_file(file, path / file.relative_to(filled).as_posix())
+
+
+def _copy_folder(source: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with publish_folder(path) as private:
+            shutil.copytree(source, private, dirs_exist_ok=True)
+    except OSError:
+        # Another process put the same files there.
+        if not path.is_dir():
+            raise
+
+
+@contextlib.contextmanager
 def _out_of_space(folder: Path) -> Iterator[None]:
     """Say a full disk by name.
 
@@ -78,24 +119,28 @@ def _out_of_space(folder: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """Publish a small text file."""
     with publish(path) as private:
         private.write_text(text, encoding="utf-8")
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: AnyPath) -> str:
     """Hex SHA-256 of a file's bytes, as ``sha256sum`` prints it."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def sha256_folder(folder: Path) -> str:
-    """One hash of the names and bytes of a folder's files, independent of listing order."""
-    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(f"{sha256_file(files[name])}  {name}\n".encode())
+    with explained(path), path.open("rb") as handle:
+        while chunk := handle.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_folder(folder: AnyPath) -> str:
+    """One hash of the names and bytes of a folder's files, independent of listing order."""
+    digest = hashlib.sha256()
+    with on_this_machine(folder) as here:
+        files = {p.relative_to(here).as_posix(): p for p in here.rglob("*") if p.is_file()}
+        for name in sorted(files):
+            digest.update(f"{sha256_file(files[name])}  {name}\n".encode())
     return digest.hexdigest()
 
 

@@ -26,6 +26,7 @@ FINGERPRINT = Fingerprint(
     engine_version="0.32.0",
     strategy="prompt_logprobs",
     dtype="float32",
+    engine_options="{}",
 )
 
 

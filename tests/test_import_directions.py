@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("precompute", "optimize", "analysis")
 FOLDERS = {"dpo_opt": "dpo_opt", "schemas": "dpo_opt.schemas", **{s: f"dpo_opt.{s}" for s in STAGES}}
 
-ANYWHERE = {"numpy", "pydantic", "pyarrow", "fsspec"}
+ANYWHERE = {"numpy", "pydantic", "pyarrow", "fsspec", "upath"}
 ALLOWED: dict[str, set[str]] = {
     "schemas": set(),
     "precompute": {"yaml"},
@@ -29,6 +29,7 @@ LAZY: dict[str, set[str]] = {
     "analysis/texts.py": {"tokenizers"},
     "dpo_opt": {"torch"},
     "dpo_opt/demo_model.py": {"torch", "transformers", "gguf"},
+    "dpo_opt/trl.py": {"datasets", "filelock"},
     "dpo_opt/demo.py": {"torch", "transformers", "safetensors", "vaderSentiment"},
 }
 """Inside functions only, so that importing the module does not load them."""

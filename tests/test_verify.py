@@ -2,25 +2,46 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
+from dpo_opt.cli import main
+from dpo_opt.folder_notes import VERDICT
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
 from dpo_opt.schemas.errors import DataError, FingerprintError
-from dpo_opt.schemas.manifest import INDEX, MANIFEST, TOKENIZER, load_manifest, write_manifest
+from dpo_opt.schemas.manifest import (
+    COMMITS,
+    INDEX,
+    MANIFEST,
+    PLAN,
+    TOKENIZER,
+    Manifest,
+    ShardCommit,
+    load_manifest,
+    write_manifest,
+)
+from dpo_opt.schemas.models import weights_digest
 from dpo_opt.schemas.shards import write_table
-from dpo_opt.schemas.storage import sha256_file
+from dpo_opt.schemas.storage import sha256_file, sha256_folder
 from dpo_opt.verify import Verdict, verify
+
+# Row 4 prefers nothing and is dropped. Two shards of 8 rows, one of 4.
+ROWS = preference_rows(20)
+ROWS[4]["rejected"] = ROWS[4]["chosen"]
+ROWS[2]["weight"] = 2.0
+ROWS[4]["weight"] = 3.0
 
 
 def make_shards(folder: Path, model: Path, *, scripted: bool) -> Path:
     from dpo_opt.optimize.score import HfScorer
 
-    data = write_jsonl(folder / "data.jsonl", preference_rows(20))
+    data = write_jsonl(folder / "data.jsonl", ROWS)
     config = PrecomputeConfig(model=str(model), data=data, shards=folder / "shards", pairs_per_shard=8)
     precompute(config, scorer=ScriptedScorer() if scripted else HfScorer(model, dtype="float32"))
     return config.shards
@@ -46,9 +67,14 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(damaged)
 
 
+# Integrity ------------------------------------------------------------------------------------------------
+
+
 def test_a_whole_folder_is_ok(shards: Path) -> None:
     verdict = check(shards)
-    assert verdict.as_dict() == {"integrity": {"ok": True, "problems": []}, "parity": None}
+    found = verdict.as_dict()
+    assert found["integrity"] == {"ok": True, "problems": []}
+    assert (found["ok"], found["parity"], found["notes"]) == (True, None, [])
     verdict.require_ok()
 
 
@@ -63,10 +89,18 @@ def test_every_damaged_file_is_named(shards: Path) -> None:
             damage(path)
             (problem,) = check(shards).problems
             assert str(path if path.parent.name != TOKENIZER else path.parent) in problem
-            with pytest.raises(DataError, match="1 problem"):
-                check(shards).require_ok()
+            assert path.name in problem or not path.exists()
+            with pytest.raises(DataError, match=r"1 problem$"):
+                raise_without_details(check(shards))
             path.write_bytes(whole[path])
     assert check(shards).problems == []
+
+
+def raise_without_details(verdict: Verdict) -> None:
+    try:
+        verdict.require_ok()
+    except DataError as error:
+        raise DataError(error.what) from error
 
 
 def test_all_problems_are_named_at_once(shards: Path) -> None:
@@ -78,20 +112,38 @@ def test_all_problems_are_named_at_once(shards: Path) -> None:
     assert not verdict.as_dict()["integrity"]["ok"]
 
 
-def test_an_unfinished_folder_cannot_be_verified(shards: Path) -> None:
+def test_a_damaged_file_does_not_hide_bad_rows_of_another(shards: Path) -> None:
+    bad = rewrite(shards, CHANGES["nan"][0])
+    last = shards / load_manifest(shards).shards[2].file
+    flip(last, 100)
+    problems = check(shards).problems
+    assert any(p.startswith(f"{bad}: row 1 has a log-prob of nan (rejected, token 0)") for p in problems)
+    assert any(p.startswith(f"{last}: the bytes changed") for p in problems)
+
+
+def test_a_folder_that_is_not_finished_says_which_command_goes_on(shards: Path) -> None:
     (shards / MANIFEST).unlink()
-    with pytest.raises(DataError, match="no manifest"):
+    with pytest.raises(DataError, match="no manifest") as caught:
         check(shards)
+    assert caught.value.fix == f"dpo-opt finalize --shards {shards}"
+    assert not (shards / VERDICT).exists()
+
+
+def forge(shards: Path, change: Callable[[Manifest], Manifest]) -> None:
+    """Rewrite the manifest as a careless program would: with its right hash."""
+    write_manifest(shards, change(load_manifest(shards)))
+
+
+def with_first(manifest: Manifest, **changes: Any) -> Manifest:
+    first, *others = manifest.shards
+    return manifest.model_copy(update={"shards": [first.model_copy(update=changes), *others]})
 
 
 def rewrite(shards: Path, change: Callable[[pa.Table], pa.Table]) -> Path:
-    """Replace a shard as a careless program would: with other rows, and with their right hash."""
-    manifest = load_manifest(shards)
-    first = manifest.shards[0]
-    path = shards / first.file
+    """Replace a shard, and write its right hash and size to the manifest."""
+    path = shards / load_manifest(shards).shards[0].file
     write_table(path, change(pq.read_table(path)))
-    first = first.model_copy(update={"sha256": sha256_file(path), "bytes": path.stat().st_size})
-    write_manifest(shards, manifest.model_copy(update={"shards": [first, *manifest.shards[1:]]}))
+    forge(shards, lambda m: with_first(m, sha256=sha256_file(path), bytes=path.stat().st_size))
     return path
 
 
@@ -101,6 +153,11 @@ def set_column(table: pa.Table, name: str, row: int, value: object) -> pa.Table:
     return table.set_column(
         table.schema.get_field_index(name), table.field(name), pa.array(values, table.field(name).type)
     )
+
+
+def without_metadata(table: pa.Table, key: bytes, value: bytes | None) -> pa.Table:
+    metadata = {**table.schema.metadata, key: value}
+    return table.replace_schema_metadata({k: v for k, v in metadata.items() if v is not None})
 
 
 CHANGES: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
@@ -114,20 +171,48 @@ CHANGES: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
     ),
     "nan": (
         lambda t: set_column(t, "ref_rejected_token_logps", 1, [float("nan")] * len(t["rejected_ids"][1])),
-        "row 1 has log-probs that do not fit",
+        "row 1 has a log-prob of nan (rejected, token 0)",
+    ),
+    "infinity": (
+        lambda t: set_column(
+            t, "ref_chosen_token_logps", 1, [-1.0, -float("inf"), *[-1.0] * (len(t["chosen_ids"][1]) - 2)]
+        ),
+        "row 1 has a log-prob of -inf (chosen, token 1)",
     ),
     "length": (
         lambda t: set_column(t, "ref_rejected_token_logps", 1, [-1.0]),
-        "row 1 has log-probs that do not fit",
+        "row 1 has 1 log-probs for ",
     ),
     "positive": (
         lambda t: set_column(t, "ref_chosen_token_logps", 0, [1.0] * len(t["chosen_ids"][0])),
-        "row 0 has log-probs that do not fit",
+        "row 0 has a log-prob of 1.0 (chosen, token 0)",
     ),
-    "empty_prompt": (lambda t: set_column(t, "prompt_ids", 0, []), "row 0 has log-probs that do not fit"),
-    "lost_row": (lambda t: t.slice(1), "7 rows, the manifest says 8"),
+    "empty_prompt": (lambda t: set_column(t, "prompt_ids", 0, []), "row 0 has an empty prompt"),
+    "negative_id": (lambda t: set_column(t, "prompt_ids", 0, [-1]), "row 0 has a negative token id"),
+    "lost_row": (lambda t: t.slice(1), "6 rows, the manifest says 7"),
+    "lost_row_by_number": (lambda t: t.slice(1), "row 0 is neither kept nor dropped"),
     "row_twice": (lambda t: set_column(t, "row", 3, 2), "row 2 does not belong here, or twice"),
     "foreign_row": (lambda t: set_column(t, "row", 3, 12), "row 12 does not belong here, or twice"),
+    "order": (
+        lambda t: pa.concat_tables([t.slice(1, 1), t.slice(0, 1), t.slice(2)]),
+        "row 0 comes after row 1",
+    ),
+    "truncated": (lambda t: set_column(t, "chosen_truncated", 0, True), "1 truncated, the manifest says 0"),
+    "other_shard": (lambda t: without_metadata(t, b"dpo_opt.shard", b"1"), "it says it is shard 1, not 0"),
+    "fingerprint": (
+        lambda t: without_metadata(
+            t,
+            b"dpo_opt.fingerprint",
+            t.schema.metadata[b"dpo_opt.fingerprint"].replace(b"float32", b"float16"),
+        ),
+        "it was scored for another dtype than the manifest says",
+    ),
+    "no_fingerprint": (
+        lambda t: without_metadata(t, b"dpo_opt.fingerprint", None),
+        "it does not say what it was scored for",
+    ),
+    "version": (lambda t: without_metadata(t, b"dpo_opt.schema_version", b"9"), "schema version 9"),
+    "column": (lambda t: t.drop_columns(["prompt_ids"]), "lacks the columns prompt_ids"),
 }
 
 
@@ -136,13 +221,153 @@ def test_rows_that_do_not_hold_together_are_named(shards: Path, name: str) -> No
     change, message = CHANGES[name]
     path = rewrite(shards, change)
     problems = check(shards).problems
-    assert any(problem == f"{path}: {message}" or message in problem for problem in problems), problems
-    assert all(str(path) in problem for problem in problems)
+    assert any(p.startswith(f"{path}: ") and message in p for p in problems), problems
+    # The index and the dropped rows are checked against the shard, so they may disagree with it.
+    assert all(str(path) in p or str(load_manifest(shards).shards[0].dropped_file) in p for p in problems)
 
 
 def test_a_rewritten_but_equal_shard_is_ok(shards: Path) -> None:
     rewrite(shards, lambda table: table)
     assert check(shards).problems == []
+
+
+def test_a_file_with_many_bad_rows_does_not_hide_another(shards: Path) -> None:
+    path = rewrite(shards, lambda t: pa.concat_tables([set_column(t, "row", 0, 100 + i) for i in range(9)]))
+    flip(shards / load_manifest(shards).shards[1].file, 100)
+    problems = check(shards).problems
+    assert sum(p.startswith(f"{path}: ") for p in problems) == 6
+    assert f"{path}: and more of this file" in problems
+    assert any("the bytes changed" in p for p in problems)
+
+
+FORGED: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
+    "kept": (lambda m: m.model_copy(update={"kept": 18}), "it says kept 18, its shards add up to 19"),
+    "tokens": (lambda m: m.model_copy(update={"tokens": 1}), "it says tokens 1, its shards add up to"),
+    "dropped": (lambda m: m.model_copy(update={"dropped": {}}), "it says dropped {}, its shards add up to"),
+    "rows": (lambda m: m.model_copy(update={"rows": 21}), "its shards end at row 20 of 21"),
+    "lost_shard": (lambda m: m.model_copy(update={"shards": m.shards[:2]}), "its shards end at row 16 of 20"),
+    "order": (lambda m: m.model_copy(update={"shards": m.shards[::-1]}), "its entry 0 is shard 2"),
+    "gap": (lambda m: with_first(m, stop=7), "shard 1 has rows 8 to 16, the shard before ends at 7"),
+    "unaccounted": (lambda m: with_first(m, rows=6), "accounts for 6 kept and 1 dropped"),
+    "fingerprint": (
+        lambda m: with_first(m, fingerprint=m.fingerprint.model_copy(update={"dtype": "float16"})),
+        "shard 0 was scored for another fingerprint than the folder's",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_manifest_that_does_not_add_up_is_named(shards: Path, name: str) -> None:
+    change, message = FORGED[name]
+    forge(shards, change)
+    problems = check(shards).problems
+    assert any(p.startswith(f"{shards / MANIFEST}: ") and message in p for p in problems), problems
+
+
+def test_sizes_and_dropped_rows_are_compared_with_the_manifest(shards: Path) -> None:
+    first = load_manifest(shards).shards[0]
+    forge(shards, lambda m: with_first(m, bytes=5))
+    assert any("bytes, the manifest says 5" in p for p in check(shards).problems)
+    path = shards / first.dropped_file
+    table = pq.read_table(path)
+    assert table["row"].to_pylist() == [4]
+    for change, message in (
+        (lambda t: set_column(t, "row", 0, 5), "row 5 is kept as well"),
+        (lambda t: set_column(t, "row", 0, 50), "row 50 does not belong here, or twice"),
+        (lambda t: set_column(t, "reason", 0, "none"), "it lists {'none': 1}, the manifest says"),
+        (lambda t: t.slice(1), "it lists {}, the manifest says"),
+        (lambda t: t.drop_columns(["reason"]), "it lacks the columns reason"),
+    ):
+        write_table(path, change(table))
+        forge(shards, lambda m: with_first(m, bytes=first.bytes, dropped_sha256=sha256_file(path)))
+        problems = check(shards).problems
+        assert any(p.startswith(f"{path}: {message}") for p in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("row", 77), ("pair_id", "ab"), ("prompt_length", 9), ("shard", 1), ("row_group", 3)],
+)
+def test_an_index_that_disagrees_with_its_shard_is_named(shards: Path, column: str, value: object) -> None:
+    table = set_column(pq.read_table(shards / INDEX), column, 3, value)
+    write_table(shards / INDEX, table)
+    forge(shards, lambda m: m.model_copy(update={"index_sha256": sha256_file(shards / INDEX)}))
+    (problem,) = check(shards).problems
+    assert problem.startswith(f"{shards / INDEX}: row ")
+    assert f"has {column} {value}, its shard says" in problem
+
+
+@pytest.mark.parametrize("length", [0, 5, 18])
+def test_an_index_without_some_rows_is_named(shards: Path, length: int) -> None:
+    write_table(shards / INDEX, pq.read_table(shards / INDEX).slice(0, length))
+    forge(shards, lambda m: m.model_copy(update={"index_sha256": sha256_file(shards / INDEX)}))
+    assert f"{shards / INDEX}: {length} rows, the manifest says 19" in check(shards).problems
+
+
+def test_columns_are_checked_by_row(shards: Path) -> None:
+    path = shards / "columns" / "weight.parquet"
+    # Row 4 is dropped, and has a weight all the same.
+    assert pq.read_table(path)["row"].to_pylist() == [2, 4]
+    for rows, values, message in (
+        ([2, 20], [1.0, 1.0], "row 20 is not in this folder"),
+        ([-1], [1.0], "row -1 is not in this folder"),
+        ([2, 2], [1.0, 2.0], "row 2 has 2 values"),
+        ([2], [float("nan")], "row 2 has the value nan"),
+        ([2], [-1.0], "row 2 has the value -1.0"),
+        (["a"], [1.0], 'not a column "weight" by row'),
+        ([2], ["b"], 'not a column "weight" by row'),
+    ):
+        pq.write_table(pa.table({"row": rows, "weight": values}), path)
+        (problem,) = check(shards).problems
+        assert problem.startswith(f"{path}: {message}"), problem
+    path.write_bytes(b"")
+    assert check(shards).problems[0].startswith(f'{path}: not a column "weight" by row')
+    path.unlink()
+    # Another column may hold negative numbers.
+    pq.write_table(pa.table({"row": [2], "margin": [-1.0]}), path.with_name("margin.parquet"))
+    assert check(shards).problems == []
+
+
+# What is only unusual -------------------------------------------------------------------------------------
+
+
+def test_extra_files_are_named_and_fail_nothing(shards: Path) -> None:
+    for name in (
+        "notes.txt",
+        "data/old/a.parquet",
+        "data/00001-0123abcd.parquet",
+        ".index.parquet.0123abcd.tmp",
+    ):
+        (shards / name).parent.mkdir(exist_ok=True)
+        (shards / name).write_text("x")
+    verdict = check(shards)
+    assert verdict.problems == []
+    left, unknown = verdict.notes
+    assert f"dpo-opt gc --shards {shards}" in left
+    assert left.endswith(": .index.parquet.0123abcd.tmp, data/00001-0123abcd.parquet")
+    assert unknown.endswith(": data/old/a.parquet, notes.txt")
+
+
+def test_what_readers_do_not_need_may_be_gone(shards: Path) -> None:
+    shutil.rmtree(shards / COMMITS)
+    assert check(shards).notes == []
+    (shards / PLAN).write_text("{")
+    (note,) = check(shards).notes
+    assert note.startswith(f"{shards / PLAN}: ")
+    (shards / PLAN).unlink()
+    (note,) = check(shards).notes
+    assert "plan.json is missing; readers do not need it" in note
+    assert check(shards).ok
+
+
+def test_the_plan_of_another_run_is_noted(shards: Path) -> None:
+    plan = json.loads((shards / PLAN).read_text())
+    (shards / PLAN).write_text(json.dumps({**plan, "dataset_digest": "0" * 64}))
+    (note,) = check(shards).notes
+    assert "is that of another run" in note
+
+
+# Parity ---------------------------------------------------------------------------------------------------
 
 
 def test_the_model_that_was_scored_passes(shards: Path, tiny_model: Path) -> None:
@@ -153,6 +378,8 @@ def test_the_model_that_was_scored_passes(shards: Path, tiny_model: Path) -> Non
     assert parity["ok"]
     assert parity["pairs"] == 7
     assert parity["max"] < 5e-3
+    assert [check["name"] for check in parity["checks"]] == ["mean", "sd", "p99", "max", "loss"]
+    assert (parity["dtype"], parity["cached_dtype"], parity["device"]) == ("float32", "float32", "cpu")
     json.dumps(parity)
 
 
@@ -160,6 +387,7 @@ def test_another_model_is_refused_by_its_weights(shards: Path, other_model: Path
     with pytest.raises(FingerprintError, match="weights") as caught:
         check(shards, other_model)
     assert caught.value.exit_code == 4
+    assert not (shards / VERDICT).exists()
 
 
 def test_numbers_that_are_not_the_models_fail_parity(tiny_model: Path, tmp_path: Path) -> None:
@@ -167,6 +395,7 @@ def test_numbers_that_are_not_the_models_fail_parity(tiny_model: Path, tmp_path:
     assert check(shards).problems == []
     verdict = check(shards, tiny_model)
     assert not verdict.as_dict()["parity"]["ok"]
+    assert not json.loads((shards / VERDICT).read_text())["ok"]
     with pytest.raises(FingerprintError, match="the cached log-probs are not those of"):
         verdict.require_ok()
 
@@ -176,3 +405,101 @@ def test_parity_is_not_measured_on_damaged_shards(shards: Path, tiny_model: Path
     verdict = check(shards, tiny_model)
     assert verdict.problems
     assert verdict.parity is None
+
+
+def test_a_tokenizer_that_changed_before_it_was_hashed_is_noticed(shards: Path, tiny_model: Path) -> None:
+    path = shards / TOKENIZER / "tokenizer.json"
+    path.write_text(path.read_text().replace('"<s>"', '"<q>"'))
+    forge(shards, lambda m: m.model_copy(update={"tokenizer_sha256": sha256_folder(shards / TOKENIZER)}))
+    assert check(shards).ok, "only the model's tokenizer says what it should be"
+    (problem,) = check(shards, tiny_model).problems
+    assert problem.startswith(f"{shards / TOKENIZER}: ")
+
+
+# The record -----------------------------------------------------------------------------------------------
+
+
+def recorded(shards: Path) -> Any:
+    return json.loads((shards / VERDICT).read_text())
+
+
+def test_the_verdict_names_what_it_is_about(shards: Path, tiny_model: Path) -> None:
+    before = sha256_file(shards / MANIFEST)
+    verdict = check(shards, tiny_model)
+    assert recorded(shards) == verdict.as_dict()
+    assert recorded(shards)["weights"] == weights_digest(tiny_model)
+    assert recorded(shards)["manifest_sha256"] == json.loads((shards / MANIFEST).read_text())["sha256"]
+    assert sha256_file(shards / MANIFEST) == before
+    # It is no part of the folder: neither does it change a later verdict, nor is it noted.
+    assert check(shards, tiny_model).as_dict() == verdict.as_dict()
+    assert check(shards).as_dict()["weights"] is None
+    forge(shards, lambda m: m.model_copy(update={"dataset_digest": "0" * 64}))
+    assert recorded(shards)["manifest_sha256"] != json.loads((shards / MANIFEST).read_text())["sha256"]
+
+
+def test_a_bad_verdict_is_recorded_too(shards: Path) -> None:
+    flip(shards / INDEX, 100)
+    check(shards)
+    assert recorded(shards)["ok"] is False
+    assert str(shards / INDEX) in recorded(shards)["integrity"]["problems"][0]
+
+
+def test_a_folder_that_may_only_be_read_is_verified_all_the_same(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, text: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("dpo_opt.verify.write_text", refuse)
+    verdict = check(shards)
+    assert verdict.ok
+    assert verdict.notes == ["verify.json could not be written (Permission denied)"]
+
+
+# The command ----------------------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, ["verify", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_says_it_in_words(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    code, shown, _ = run("--shards", shards)
+    assert code == 0
+    assert "19 pairs of 20 rows in 3 shards, scored by transformers in float32" in shown
+    assert "integrity ok" in shown
+    assert "not measured: pass --model" in shown
+
+    code, shown, _ = run("--shards", shards, "--model", tiny_model, "--pairs", 5)
+    assert code == 0
+    assert "parity    ok: 5 pairs, " in shown
+    lines = [line.split() for line in shown.splitlines()]
+    for name in ("mean", "sd", "p99", "max"):
+        assert next(line for line in lines if line[0] == name)[-1] == "ok"
+    assert "margin noise" in shown
+
+    (tmp_path / "other").mkdir()
+    scripted = make_shards(tmp_path / "other", tiny_model, scripted=True)
+    code, shown, error = run("--shards", scripted, "--model", tiny_model)
+    assert code == 4
+    assert "parity    FAILED" in shown
+    assert "FAILED: noise beyond rounding" in shown
+    assert f"dpo-opt verify --shards {scripted} --model {tiny_model}" in error
+
+    flip(shards / load_manifest(shards).shards[1].file, 100)
+    code, shown, error = run("--shards", shards, "--model", tiny_model)
+    assert code == 3
+    assert "integrity FAILED: 1 found" in shown
+    assert load_manifest(shards).shards[1].file in shown
+    assert "not measured: the files must be whole first" in shown
+    assert "1 problem" in error
+
+
+def test_commits_are_no_part_of_what_is_verified(shards: Path) -> None:
+    """A reader trusts the manifest alone, so a damaged commit is no damage of the folder."""
+    commit = next((shards / COMMITS).iterdir())
+    ShardCommit.model_validate_json(commit.read_bytes())
+    commit.write_text("{")
+    assert check(shards).ok

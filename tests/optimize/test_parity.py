@@ -1,13 +1,14 @@
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dpo_opt.optimize.parity import Parity, measure_parity, require_parity
+from dpo_opt.optimize.packing import Group
+from dpo_opt.optimize.parity import Parity, measure_parity, require_parity, spread_pairs, spread_positions
 from dpo_opt.optimize.policy import Policy, load_policy
 from dpo_opt.schemas.errors import FingerprintError
 from dpo_opt.schemas.manifest import ShardFolder
@@ -134,22 +135,193 @@ def test_an_error_on_both_sides_leaves_the_margins_and_is_refused(policy: Policy
     assert not parity.ok
 
 
+MEASURED = Parity(
+    pairs=2,
+    tokens=30,
+    mean=0.5,
+    sd=1.5,
+    p99=4.0,
+    max=5.0,
+    floor_sd=0.01,
+    floor_p99=0.02,
+    floor_max=0.03,
+    correlation=0.3,
+    margin_mean=0.0,
+    margin_sd=2.0,
+    floor_margin_sd=0.1,
+    loss=0.9,
+    mean_limit=0.83,
+    sd_limit=0.1,
+    p99_limit=0.3,
+    max_limit=6.0,
+    loss_limit=None,
+    worst_row=17,
+    worst_side="rejected",
+    worst_token=3,
+    worst_cached=-9.0,
+    worst_own=-4.0,
+    dtype="bfloat16",
+    cached_dtype="float16",
+    ok=False,
+)
+
+
 def test_the_refusal_says_what_was_measured_and_what_to_do() -> None:
-    parity = Parity(
-        pairs=2,
-        tokens=30,
-        mean=0.5,
-        sd=1.5,
-        p99=4.0,
-        max=5.0,
-        floor_sd=0.01,
-        floor_p99=0.02,
-        loss=0.9,
-        ok=False,
-    )
     with pytest.raises(FingerprintError) as caught:
-        require_parity(parity, shards="DIR", model="MODEL")
+        require_parity(MEASURED, shards="DIR", model="MODEL")
     text = str(caught.value)
     for part in ("mean +0.5000", "sd 1.5000", "floor sd 0.0100", "30 tokens", "dpo-opt verify --shards DIR"):
         assert part in text
+    # What failed is named with its limit and its usual cause; what held is not.
+    assert "sd 1.5 > 0.1: noise beyond rounding" in text
+    assert "p99 4 > 0.3: " in text
+    assert "every token is shifted" not in text
+    assert "a single token" not in text
+    assert "row 17, rejected, token 3: cached -9.0000, own -4.0000" in text
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(("name", "value"), [("mean", -0.9), ("sd", 0.2), ("p99", 0.4), ("max", 6.1)])
+def test_each_threshold_fails_alone(name: str, value: float) -> None:
+    good = MEASURED._replace(mean=0.1, sd=0.05, p99=0.1, max=0.5)
+    assert all(check.ok for check in good.checks)
+    for wrong in (value, math.nan, math.inf):
+        failed = [check for check in good._replace(**{name: wrong}).checks if not check.ok]
+        assert [check.name for check in failed] == [name]
+    assert len({check.usual_cause for check in good.checks}) == len(good.checks)
+
+
+def test_the_loss_is_judged_in_fp32_only() -> None:
+    assert [check.name for check in MEASURED.checks] == ["mean", "sd", "p99", "max"]
+    fp32 = MEASURED._replace(loss_limit=1e-3)
+    assert next(check.ok for check in fp32.checks if check.name == "loss") is False
+    assert fp32._replace(loss=math.log(2) - 9e-4).checks[-1].ok
+
+
+def spoiled(shards: Path, row: int, amount: float) -> list[ScoredPair]:
+    """One token of one pair is off: the second of the rejected completion."""
+
+    def spoil(pair: ScoredPair) -> ScoredPair:
+        values = pair.ref_rejected_token_logps.copy()
+        values[1] -= amount
+        return dataclasses.replace(pair, ref_rejected_token_logps=values)
+
+    return [spoil(pair) if pair.row == row else pair for pair in pairs_of(shards)]
+
+
+@pytest.mark.parametrize(("dtype", "amount"), [("float32", 0.02), ("bfloat16", 4.0)])
+def test_a_single_bad_token_is_named_by_its_row(
+    policy: Policy, shards: Path, dtype: str, amount: float
+) -> None:
+    # Many enough that one token is no hundredth of them.
+    pairs = 5 * spoiled(shards, -1, 0.0) + spoiled(shards, 11, amount)
+    parity = measure_parity(policy, pairs, cached_dtype=dtype)
+    assert (parity.worst_row, parity.worst_side, parity.worst_token) == (11, "rejected", 1)
+    assert parity.worst_own - parity.worst_cached == pytest.approx(amount, abs=1e-4)
+    failed = {check.name for check in parity.checks if not check.ok}
+    assert "max" in failed
+    assert "p99" not in failed
+    assert not parity.ok
+
+
+def test_a_value_that_is_no_number_is_the_worst(policy: Policy, shards: Path) -> None:
+    parity = measure_parity(policy, spoiled(shards, 5, math.nan), cached_dtype="bfloat16")
+    assert (parity.worst_row, parity.worst_side, parity.worst_token) == (5, "rejected", 1)
+    assert parity.correlation is None
+    assert not parity.ok
+
+
+def test_the_noise_of_margins_is_that_of_sums(policy: Policy, shards: Path) -> None:
+    noise = np.random.default_rng(1)
+    added: list[LogpArray] = []
+
+    def perturb(values: LogpArray) -> LogpArray:
+        added.append(noise.normal(0, 0.02, size=len(values)).astype(np.float32))
+        return values + added[-1]
+
+    parity = measure_parity(policy, changed(shards, perturb), cached_dtype="bfloat16")
+    margins = [float(c.sum()) - float(r.sum()) for c, r in zip(added[0::2], added[1::2], strict=True)]
+    assert parity.margin_mean == pytest.approx(np.mean(margins), abs=1e-4)
+    assert parity.margin_sd == pytest.approx(np.std(margins), abs=1e-4)
+    assert parity.floor_margin_sd < 1e-4
+    cached = np.concatenate([v for p in pairs_of(shards) for v in cached_values(p)])
+    expected = np.corrcoef(cached, cached + np.concatenate(added))[0, 1]
+    assert parity.correlation == pytest.approx(expected, abs=1e-5)
+
+
+def cached_values(pair: ScoredPair) -> tuple[LogpArray, LogpArray]:
+    return pair.ref_chosen_token_logps, pair.ref_rejected_token_logps
+
+
+def test_a_lower_precision_than_stated_is_noise_not_a_bad_row(policy: Policy, bf16_shards: Path) -> None:
+    parity = measure_parity(policy, pairs_of(bf16_shards), cached_dtype="float32")
+    failed = {check.name for check in parity.checks if not check.ok}
+    assert {"sd", "p99"} <= failed
+    assert measure_parity(policy, pairs_of(bf16_shards), cached_dtype="bfloat16").ok
+
+
+def test_the_limits_rise_with_the_floor(
+    policy: Policy, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose own forward is noisy is compared with its own noise."""
+    noise = np.random.default_rng(2)
+    exact = Policy.sequence_logps
+
+    def noisy(self: Policy, groups: Sequence[Group]) -> list[torch.Tensor]:
+        found = exact(self, groups)
+        return [v + torch.from_numpy(noise.normal(0, 0.2, len(v))).float() for v in found]
+
+    monkeypatch.setattr(Policy, "sequence_logps", noisy)
+    parity = measure_parity(policy, pairs_of(shards), cached_dtype="bfloat16")
+    assert parity.sd > 0.1
+    assert parity.sd_limit == pytest.approx(2 * parity.floor_sd)
+    assert parity.p99_limit == pytest.approx(3 * parity.floor_p99)
+    assert parity.ok
+
+
+def test_pairs_longer_than_a_batch_have_a_floor_too(
+    policy: Policy, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[int] = []
+    exact = Policy.sequence_logps
+
+    def count(self: Policy, groups: Sequence[Group]) -> list[torch.Tensor]:
+        together.append(len(groups))
+        return exact(self, groups)
+
+    monkeypatch.setattr(Policy, "sequence_logps", count)
+    monkeypatch.setattr("dpo_opt.optimize.parity._BATCH_ROWS", 1)
+    measure_parity(policy, pairs_of(shards), cached_dtype="float32")
+    first = together[: len(together) - 28]
+    assert sum(first) == 28
+    assert min(first) >= 2 or len(first) > 1
+    assert max(first) > 1
+    assert together[len(first) :] == [1] * 28
+
+
+# Which pairs are compared ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9, 27, 28, 100])
+def test_pairs_come_from_every_shard(shards: Path, count: int) -> None:
+    folder = ShardFolder.open(shards)
+    rows = [pair.row for pair in spread_pairs(folder, count)]
+    assert rows == sorted(set(rows))
+    assert len(rows) == min(count, 28)
+    assert rows == [pair.row for pair in spread_pairs(ShardFolder.open(shards), count)]
+    from_shard = [sum(row // 8 == shard for row in rows) for shard in range(4)]
+    assert sum(n > 0 for n in from_shard) == min(count, 4)
+
+
+@pytest.mark.parametrize("sizes", [[1], [5, 1, 1], [1000, 1, 3, 0, 500], [2] * 40, [7, 7, 7]])
+def test_shards_give_alike_until_they_have_no_more(sizes: list[int]) -> None:
+    shards = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    for count in range(1, sum(sizes) + 2, 1 + sum(sizes) // 50):
+        positions = spread_positions(shards, count)
+        assert len(positions) == min(count, len(shards))
+        assert (np.diff(positions) > 0).all()
+        assert ((positions >= 0) & (positions < len(shards))).all()
+        taken = np.bincount(shards[positions], minlength=len(sizes))
+        most = taken.max()
+        for own, size in zip(taken, sizes, strict=True):
+            assert own >= min(size, most - 1)

@@ -23,7 +23,7 @@ from dpo_opt.precompute.plan import make_tokenizer, resolve_reference, settle_pl
 from dpo_opt.precompute.run import precompute
 from dpo_opt.precompute.slurm import launch_array
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.manifest import COMMAND, COMMITS, MANIFEST, ShardFolder
+from dpo_opt.schemas.manifest import COMMAND, COMMITS, ShardFolder
 from dpo_opt.scorers import make_scorer
 
 Configs = Callable[..., PrecomputeConfig]
@@ -313,16 +313,6 @@ def test_without_sbatch_nothing_is_submitted_or_written(
     assert len(launch_array(config_of())["commands"]) == 2
 
 
-def test_a_finished_folder_is_not_submitted_again(config_of: Configs, path_of: Commands) -> None:
-    called = path_of("sbatch", "echo 17")
-    config = config_of(submit=True)
-    config.shards.mkdir()
-    (config.shards / MANIFEST).touch()
-    assert launch_array(config) == {"submitted": False, "finalized": True}
-    assert called.read_text() == ""
-    assert [path.name for path in config.shards.iterdir()] == [MANIFEST]
-
-
 COMMITTING = f'touch "$(dirname "$6")/{COMMITS}/00000-aa.json"; '
 WAITING = 'touch "$READY"; while :; do sleep 0.05; done'
 STOPPED = "trap 'exit 75' TERM USR1; "
@@ -582,6 +572,7 @@ def test_a_slurm_array_survives_what_happens_to_its_tasks(
 
     before = {p: p.stat().st_mtime_ns for p in config.shards.rglob("*") if p.is_file()}
     again = launch(config)
-    assert (again["submitted"], again["finalized"]) == (False, True)
+    assert again["finalized"]
+    assert "array_job" not in again
     assert cluster.say("squeue", "-h") == ""
     assert {p: p.stat().st_mtime_ns for p in config.shards.rglob("*") if p.is_file()} == before

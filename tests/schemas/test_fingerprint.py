@@ -25,6 +25,7 @@ VALUES: dict[str, Any] = {
     "engine_version": "0.32.0",
     "strategy": "prompt_logprobs",
     "dtype": "bfloat16",
+    "engine_options": "{}",
 }
 OTHER: dict[str, Any] = {
     **{name: f"other-{name}" for name in VALUES},

@@ -97,6 +97,7 @@ def make_folder(path: Path) -> Manifest:
         truncated=0,
         tokens=SHARDS * 7 * ROWS,
         shards=commits,
+        index_file=INDEX,
         index_sha256=sha256_file(path / INDEX),
         tokenizer_sha256=sha256_folder(path / TOKENIZER),
     )
@@ -159,7 +160,7 @@ def test_every_change_of_the_manifest_by_hand_is_noticed(folder: Path) -> None:
     path = folder / MANIFEST
     text = path.read_text(encoding="utf-8")
     body = json.loads(text)
-    assert len(body) == 11
+    assert len(body) == 12
     for key, value in body.items():
         changed = {**body, key: value + 1 if isinstance(value, int) else "changed"}
         path.write_text(json.dumps(changed))

@@ -1,0 +1,97 @@
+"""What is unusual about a folder of shards: files that nobody looks at, a plan that is gone."""
+
+import re
+from collections.abc import Iterator
+
+from dpo_opt.precompute.plan import read_plans
+from dpo_opt.precompute.weights_memo import WEIGHTS
+from dpo_opt.schemas.columns import COLUMNS
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.locations import AnyPath, explained
+from dpo_opt.schemas.manifest import (
+    COMMAND,
+    COMMITS,
+    DATA,
+    INDEX,
+    MANIFEST,
+    PLAN,
+    TOKENIZER,
+    Manifest,
+    Plan,
+)
+
+VERDICT = "verify.json"
+"""What the last verification found; read by people, compared by nobody."""
+
+_MOST_LISTED = 20
+
+_EXPECTED = re.compile(
+    rf"{MANIFEST}|{PLAN}|{INDEX}|{COMMAND}|{VERDICT}|{WEIGHTS}|plan-\d+\.json|{TOKENIZER}/.+|slurm/.+"
+    rf"|{COMMITS}/\d{{5,}}-[0-9a-f]+\.json|{COLUMNS}/[^/]+\.parquet"
+)
+_PRIVATE = re.compile(r"(.+/)?\..+\.[0-9a-f]{8}\.tmp")
+_ATTEMPT = re.compile(rf"{DATA}/(?P<shard>\d{{5,}})-[0-9a-f]+(\.dropped)?\.parquet")
+
+
+def folder_notes(shards: AnyPath, manifest: Manifest) -> list[str]:
+    """Everything that is there and should not be, or is not and could; none of it reaches a reader."""
+    return [*_plan_notes(shards, manifest), *_extra_files(shards, manifest)]
+
+
+def planned_rows(shards: AnyPath, manifest: Manifest) -> int:
+    """Source rows that the folder knows of: more than the manifest's while it grows."""
+    try:
+        plans = read_plans(shards)
+    except DataError:
+        plans = []  # readers do not need them
+    return max(manifest.rows, *(plan.rows for plan in plans), 0)
+
+
+def _plan_notes(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
+    needed = "readers do not need it, `dpo-opt status` and `precompute` do"
+    try:
+        plans = read_plans(shards)
+    except DataError as error:
+        yield f"{error.where}: {error.what}; {needed}"
+        return
+    if not plans:
+        yield f"{shards / PLAN} is missing; {needed}"
+    elif plans[-1].rows > manifest.rows:
+        yield (
+            f"the folder is growing to {plans[-1].rows:,} rows: "
+            f"`dpo-opt precompute --config {shards / COMMAND}` goes on, `dpo-opt finalize --shards {shards}` "
+            "ends it"
+        )
+    if plans and not any(_is_plan_of(plan, manifest) for plan in plans):
+        yield f"{shards / PLAN} is that of another run: `dpo-opt precompute` would not go on with this folder"
+
+
+def _is_plan_of(plan: Plan, manifest: Manifest) -> bool:
+    ranges = [(c.shard, c.start, c.stop, c.rows_digest) for c in manifest.shards]
+    return (
+        (plan.fingerprint, plan.dataset_digest) == (manifest.fingerprint, manifest.dataset_digest)
+    ) and ranges == [(r.shard, r.start, r.stop, r.rows_digest) for r in plan.shards]
+
+
+def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
+    named = {name for commit in manifest.shards for name in (commit.file, commit.dropped_file)}
+    with explained(shards):
+        there = {str(path)[len(str(shards)) + 1 :] for path in shards.rglob("*") if path.is_file()}
+    others = sorted(name for name in there - named if not _EXPECTED.fullmatch(name))
+    growing = planned_rows(shards, manifest) > manifest.rows
+    left: list[str] = []
+    unknown: list[str] = []
+    for name in others:
+        attempt = _ATTEMPT.fullmatch(name)
+        if attempt is not None and growing and int(attempt["shard"]) >= len(manifest.shards):
+            continue  # of the part that is not finalized yet
+        (left if attempt or _PRIVATE.fullmatch(name) else unknown).append(name)
+    if left:
+        yield f"left by other attempts (`dpo-opt gc --shards {shards}`): {_listed(left)}"
+    if unknown:
+        yield f"named by nothing here, and read by nobody: {_listed(unknown)}"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more

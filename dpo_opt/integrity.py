@@ -1,0 +1,283 @@
+"""Is a folder of shards whole? Every byte, every row, exact coverage; no model is needed.
+
+A hash says that bytes are those that were written; it says nothing of a program that wrote other rows and
+hashed them. So the rows are checked too: whether they hold together, belong here, and are all there.
+"""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from dpo_opt.folder_notes import planned_rows
+from dpo_opt.schemas.columns import COLUMNS, WEIGHT
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.fingerprint import Fingerprint
+from dpo_opt.schemas.locations import AnyPath, explained, on_this_machine, sizes
+from dpo_opt.schemas.manifest import (
+    INDEX,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    ShardCommit,
+    verified_file,
+)
+from dpo_opt.schemas.pairs import LogpArray, ScoredPair
+from dpo_opt.schemas.shards import DROPPED_SCHEMA, INDEX_SCHEMA, inconsistent_columns, read_row_groups
+from dpo_opt.schemas.storage import sha256_folder
+
+# A log-prob may exceed 0 by rounding of log_softmax in half precision, and by no more.
+_ABOVE_ZERO = 1e-3
+_MOST_PER_FILE = 5
+_MOST_LISTED = 50
+
+
+def integrity_problems(shards: AnyPath, manifest: Manifest) -> list[str]:
+    """Everything that is wrong with a folder's files and rows, each with its place; at most 50 are listed.
+
+    Raises:
+        DpoOptError: A store does not answer.
+    """
+    problems = list(itertools.islice(_problems(shards, manifest), _MOST_LISTED + 1))
+    if len(problems) > _MOST_LISTED:
+        problems[_MOST_LISTED:] = [f"{shards}: more problems than are listed here"]
+    return problems
+
+
+def _problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
+    yield from (f"{shards / MANIFEST}: {problem}" for problem in _record_problems(manifest))
+    index = None
+    try:
+        with verified_file(shards, INDEX, manifest.index_sha256) as file:
+            index = pq.read_table(file, partitioning=None)
+    except DataError as error:
+        yield f"{error.where}: {error.what}"
+    except (pa.ArrowException, OSError) as error:
+        yield f"{shards / INDEX}: not readable as Parquet ({str(error).splitlines()[0]})"
+    if index is not None and not index.schema.equals(INDEX_SCHEMA):
+        yield f"{shards / INDEX}: its columns are not those of an index"
+        index = None
+    if index is not None and len(index) != manifest.kept:
+        yield f"{shards / INDEX}: {len(index)} rows, the manifest says {manifest.kept}"
+    first = 0
+    for commit in manifest.shards:
+        part = None if index is None else index.slice(first, commit.rows)
+        first += commit.rows
+        yield from _few(_shard_problems(shards, commit, part))
+    yield from _tokenizer_problems(shards, manifest)
+    yield from _column_problems(shards, manifest)
+
+
+def _few(problems: Iterator[str]) -> Iterator[str]:
+    """So that one file does not hide the others."""
+    listed = list(itertools.islice(problems, _MOST_PER_FILE + 1))
+    yield from listed[:_MOST_PER_FILE]
+    if len(listed) > _MOST_PER_FILE:
+        yield f"{listed[0].partition(': ')[0]}: and more of this file"
+
+
+def _record_problems(manifest: Manifest) -> Iterator[str]:
+    """What a manifest says of itself must add up."""
+    expected = 0
+    for number, commit in enumerate(manifest.shards):
+        rows = f"rows {commit.start} to {commit.stop}"
+        if commit.shard != number:
+            yield f"its entry {number} is shard {commit.shard}"
+        if commit.start != expected:
+            yield f"shard {commit.shard} has {rows}, the shard before ends at {expected}"
+        if commit.rows + sum(commit.dropped.values()) != commit.stop - commit.start:
+            yield (
+                f"shard {commit.shard} has {rows}, but accounts for {commit.rows} kept and "
+                f"{sum(commit.dropped.values())} dropped"
+            )
+        if commit.fingerprint != manifest.fingerprint:
+            yield f"shard {commit.shard} was scored for another fingerprint than the folder's"
+        expected = commit.stop
+    if expected != manifest.rows:
+        yield f"its shards end at row {expected} of {manifest.rows}"
+    dropped: dict[str, int] = {}
+    for commit in manifest.shards:
+        for reason, count in commit.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    if dropped != manifest.dropped:
+        yield f"it says dropped {manifest.dropped}, its shards add up to {dropped}"
+    sums = {
+        "kept": sum(c.rows for c in manifest.shards),
+        "truncated": sum(c.truncated for c in manifest.shards),
+        "tokens": sum(c.tokens for c in manifest.shards),
+    }
+    for name, right in sums.items():
+        if (stated := getattr(manifest, name)) != right:
+            yield f"it says {name} {stated}, its shards add up to {right}"
+
+
+def _shard_problems(shards: AnyPath, commit: ShardCommit, index: pa.Table | None) -> Iterator[str]:
+    """One shard's two files, each opened only if its bytes are those that the manifest names."""
+    kept: set[int] | None = None
+    dropped: set[int] | None = None
+    where = shards / commit.file
+    try:
+        with verified_file(shards, commit.file, commit.sha256) as file:
+            if file.stat().st_size != commit.bytes:
+                yield f"{where}: {file.stat().st_size} bytes, the manifest says {commit.bytes}"
+            kept = set()
+            for problem in _row_problems(file, commit, kept):
+                yield f"{where}: {problem}"
+            if index is not None and (difference := _index_difference(file, commit.shard, index)):
+                yield f"{shards / INDEX}: {difference} ({where})"
+    except DataError as error:
+        yield f"{where}: {error.what}"
+    except (pa.ArrowException, OSError, KeyError) as error:
+        yield f"{where}: not readable as a shard ({str(error).splitlines()[0]})"
+    where_dropped = shards / commit.dropped_file
+    try:
+        with verified_file(shards, commit.dropped_file, commit.dropped_sha256) as file:
+            dropped = set()
+            for problem in _dropped_problems(file, commit, dropped):
+                yield f"{where_dropped}: {problem}"
+    except DataError as error:
+        yield f"{where_dropped}: {error.what}"
+    except (pa.ArrowException, OSError) as error:
+        yield f"{where_dropped}: not readable as Parquet ({str(error).splitlines()[0]})"
+    if kept is not None and dropped is not None:
+        yield from (f"{where_dropped}: row {row} is kept as well" for row in sorted(kept & dropped))
+        for row in range(commit.start, commit.stop):
+            if row not in kept and row not in dropped:
+                yield f"{where}: row {row} is neither kept nor dropped"
+
+
+def _row_problems(file: Path, commit: ShardCommit, kept: set[int]) -> Iterator[str]:
+    """Row by row; ``kept`` collects the rows."""
+    yield from _metadata_problems(file, commit)
+    before = -1
+    truncated = tokens = 0
+    for group in read_row_groups(file):
+        for pair in group:
+            if pair.row in kept or not commit.start <= pair.row < commit.stop:
+                yield f"row {pair.row} does not belong here, or twice"
+            elif pair.row < before:
+                yield f"row {pair.row} comes after row {before}"
+            before = pair.row
+            kept.add(pair.row)
+            truncated += pair.chosen_truncated or pair.rejected_truncated
+            tokens += 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+            yield from (f"row {pair.row} {problem}" for problem in _pair_problems(pair))
+    for row, name in inconsistent_columns(file):
+        yield f"row {row} has a {name} that does not follow from its ids and log-probs"
+    counts = {"rows": len(kept), "truncated": truncated, "tokens": tokens}
+    for name, found in counts.items():
+        if (stated := getattr(commit, name)) != found:
+            yield f"{found} {name}, the manifest says {stated}"
+
+
+def _metadata_problems(file: Path, commit: ShardCommit) -> Iterator[str]:
+    metadata = pq.read_schema(file).metadata or {}
+    if metadata.get(b"dpo_opt.shard", b"").decode() != str(commit.shard):
+        yield f"it says it is shard {metadata.get(b'dpo_opt.shard', b'none').decode()}, not {commit.shard}"
+    try:
+        own = Fingerprint.model_validate_json(metadata.get(b"dpo_opt.fingerprint", b""))
+    except ValidationError:
+        yield "it does not say what it was scored for (dpo_opt.fingerprint)"
+        return
+    if own != commit.fingerprint:
+        names = [n for n in Fingerprint.model_fields if getattr(own, n) != getattr(commit.fingerprint, n)]
+        yield f"it was scored for another {', '.join(names)} than the manifest says"
+
+
+def _pair_problems(pair: ScoredPair) -> Iterator[str]:
+    if len(pair.prompt_ids) == 0:
+        yield "has an empty prompt"
+    if min(int(ids.min(initial=0)) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)) < 0:
+        yield "has a negative token id"
+    yield from _side_problems("chosen", len(pair.chosen_ids), pair.ref_chosen_token_logps)
+    yield from _side_problems("rejected", len(pair.rejected_ids), pair.ref_rejected_token_logps)
+
+
+def _side_problems(side: str, ids: int, logps: LogpArray) -> Iterator[str]:
+    if not len(logps) == ids > 0:
+        yield f"has {len(logps)} log-probs for {ids} {side} tokens"
+        return
+    bad = np.flatnonzero(~(np.isfinite(logps) & (logps <= _ABOVE_ZERO)))
+    if len(bad):
+        yield f"has a log-prob of {logps[bad[0]]} ({side}, token {bad[0]})"
+
+
+def _index_difference(file: Path, shard: int, index: pa.Table) -> str | None:
+    """The first row of which the index says something else than the shard."""
+    names = [name for name in INDEX_SCHEMA.names if name not in ("shard", "row_group")]
+    with pq.ParquetFile(file) as opened:
+        parts = [opened.read_row_group(group, columns=names) for group in range(opened.num_row_groups)]
+    groups = [number for number, part in enumerate(parts) for _ in range(len(part))]
+    if len(groups) != len(index):
+        return f"{len(index)} rows of shard {shard}, the shard has {len(groups)}"
+    if not groups:
+        return None
+    expected = pa.concat_tables(parts).select(names)
+    columns = [*expected.columns, pa.array([shard] * len(groups)), pa.array(groups)]
+    for name, column in zip([*names, "shard", "row_group"], columns, strict=True):
+        found, right = index[name].to_pylist(), column.to_pylist()
+        if found != right:
+            place = next(i for i, (a, b) in enumerate(zip(found, right, strict=True)) if a != b)
+            return f"row {index['row'][place]} has {name} {found[place]}, its shard says {right[place]}"
+    return None
+
+
+def _dropped_problems(file: Path, commit: ShardCommit, dropped: set[int]) -> Iterator[str]:
+    """``dropped`` collects the rows."""
+    table = pq.read_table(file, partitioning=None, page_checksum_verification=True)
+    if missing := [name for name in DROPPED_SCHEMA.names if name not in table.schema.names]:
+        yield f"it lacks the columns {', '.join(missing)}"
+        return
+    reasons: dict[str, int] = {}
+    for row, reason in zip(table["row"].to_pylist(), table["reason"].to_pylist(), strict=True):
+        if row in dropped or not commit.start <= row < commit.stop:
+            yield f"row {row} does not belong here, or twice"
+        dropped.add(row)
+        reasons[reason] = reasons.get(reason, 0) + 1
+    if reasons != commit.dropped:
+        yield f"it lists {reasons}, the manifest says {commit.dropped}"
+
+
+def _tokenizer_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
+    folder = shards / TOKENIZER
+    with explained(folder):
+        names = sorted(path.name for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    if not names:
+        yield f"{folder}: the tokenizer's files are missing"
+    elif sha256_folder(folder) != manifest.tokenizer_sha256:
+        yield f"{folder}: a file changed, is missing or is new among {', '.join(names)}"
+
+
+def _column_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
+    """No hash names the columns, because they may be replaced; their rows must still be this folder's."""
+    folder = shards / COLUMNS
+    rows = planned_rows(shards, manifest)
+    for name in sorted(sizes(folder)):
+        if name.endswith(".parquet") and not name.startswith("."):
+            path = folder / name
+            with on_this_machine(path) as file:
+                yield from _few(f"{path}: {problem}" for problem in _values_problems(file, path.stem, rows))
+
+
+def _values_problems(file: Path, name: str, known: int) -> Iterator[str]:
+    try:
+        table = pq.read_table(file, columns=["row", name], partitioning=None)
+        if table.schema.field("row").type != pa.int64():
+            raise TypeError("row is not int64")
+        rows = table["row"].to_numpy()
+        values = table[name].to_numpy().astype(np.float64)
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+        yield f'not a column "{name}" by row ({str(error).splitlines()[0]})'
+        return
+    foreign = (rows < 0) | (rows >= known)
+    yield from (f"row {row} is not in this folder" for row in rows[foreign])
+    unique, counts = np.unique(rows, return_counts=True)
+    yield from (
+        f"row {row} has {count} values" for row, count in zip(unique, counts, strict=True) if count > 1
+    )
+    bad = ~np.isfinite(values) | ((values < 0) if name == WEIGHT else False)
+    yield from (f"row {row} has the value {value}" for row, value in zip(rows[bad], values[bad], strict=True))

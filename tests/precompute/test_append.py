@@ -1,0 +1,208 @@
+"""A folder grows with its data: only new pairs are scored, and readers never see a folder half grown."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import ScriptedScorer, preference_rows, write_jsonl
+
+from dpo_opt.launch import launch
+from dpo_opt.precompute.commits import finalize, status
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.plan import read_plan, read_plans
+from dpo_opt.precompute.run import precompute, work
+from dpo_opt.schemas.columns import WEIGHT, read_column
+from dpo_opt.schemas.errors import DataError, FingerprintError
+from dpo_opt.schemas.manifest import MANIFEST, ShardFolder, load_manifest
+
+Configs = Callable[..., PrecomputeConfig]
+ROWS = preference_rows(20)
+
+
+@pytest.fixture
+def config_of(tiny_model: Path, tmp_path: Path) -> Configs:
+    def config(rows: int, **settings: Any) -> PrecomputeConfig:
+        data = write_jsonl(tmp_path / "data.jsonl", ROWS[:rows])
+        values = {"model": str(tiny_model), "data": data, "shards": tmp_path / "shards", "pairs_per_shard": 4}
+        return PrecomputeConfig.model_validate(values | settings)
+
+    return config
+
+
+def content(shards: Any) -> list[tuple[int, str, list[float]]]:
+    pairs = ShardFolder.open(shards).pairs()
+    return [(p.row, p.pair_id, p.ref_rejected_token_logps.tolist()) for p in pairs]
+
+
+def test_only_new_pairs_are_scored_and_the_result_is_that_of_one_run(
+    config_of: Configs, tmp_path: Path
+) -> None:
+    first = precompute(config_of(10), scorer=ScriptedScorer())
+    scorer = ScriptedScorer()
+    second = precompute(config_of(20, append=True), scorer=scorer)
+    assert len(scorer.scored) == 2 * 10
+    assert second.shards[: len(first.shards)] == first.shards
+    # The last shard of the first run stays as short as it is.
+    assert [(s.start, s.stop) for s in second.shards] == [
+        (0, 4),
+        (4, 8),
+        (8, 10),
+        (10, 14),
+        (14, 18),
+        (18, 20),
+    ]
+    whole = precompute(config_of(20, shards=tmp_path / "whole"), scorer=ScriptedScorer())
+    assert content(tmp_path / "shards") == content(tmp_path / "whole")
+    assert (second.dataset_digest, second.rows, second.kept) == (whole.dataset_digest, 20, 20)
+    columns = ["row", "pair_id", "prompt_id", "chosen_length"]
+    grown, at_once = (ShardFolder.open(tmp_path / n).index().select(columns) for n in ("shards", "whole"))
+    assert grown.equals(at_once)
+
+
+def test_a_folder_grows_more_than_once_and_the_same_command_goes_on(config_of: Configs) -> None:
+    for rows in (5, 6, 13):
+        precompute(config_of(rows, append=rows > 5), scorer=ScriptedScorer())
+    shards = config_of(13).shards
+    assert [plan.rows for plan in read_plans(shards)] == [5, 6, 13]
+    assert [p.name for p in sorted(shards.glob("plan*.json"))] == ["plan-1.json", "plan-2.json", "plan.json"]
+    again = ScriptedScorer()
+    before = {p: p.read_bytes() for p in shards.rglob("*") if p.is_file()}
+    for config in (config_of(13), config_of(13, append=True)):
+        precompute(config, scorer=again)
+    assert again.calls == []
+    assert {p: p.read_bytes() for p in shards.rglob("*") if p.is_file()} == before
+
+
+def test_growth_is_asked_for(config_of: Configs) -> None:
+    precompute(config_of(10), scorer=ScriptedScorer())
+    before = (config_of(10).shards / MANIFEST).read_bytes()
+    with pytest.raises(FingerprintError, match="grown from 10 to 20 rows") as caught:
+        precompute(config_of(20), scorer=ScriptedScorer())
+    assert "--append" in str(caught.value.fix)
+    assert (config_of(10).shards / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        pytest.param(lambda rows: [ROWS[1], ROWS[0], *rows[2:]], "planned for another run", id="order"),
+        pytest.param(lambda rows: [*rows[:3], *rows[4:]], "planned for another run", id="row removed"),
+        pytest.param(lambda rows: rows[:4], "planned for another run", id="shorter"),
+    ],
+)
+def test_what_is_no_growth_is_refused(
+    config_of: Configs, tmp_path: Path, change: Callable[[list[Any]], list[Any]], match: str
+) -> None:
+    precompute(config_of(10), scorer=ScriptedScorer())
+    config = config_of(20, append=True)
+    write_jsonl(tmp_path / "data.jsonl", change(list(ROWS)))
+    with pytest.raises(FingerprintError, match=match):
+        precompute(config, scorer=ScriptedScorer())
+
+
+def test_another_model_or_length_cannot_grow_a_folder(config_of: Configs, other_model: Path) -> None:
+    precompute(config_of(10), scorer=ScriptedScorer())
+    for change, field in (({"model": str(other_model)}, "weights"), ({"max_length": 99}, "max_length")):
+        with pytest.raises(FingerprintError, match=field):
+            precompute(config_of(20, append=True, **change), scorer=ScriptedScorer())
+    with pytest.raises(FingerprintError, match="--pairs-per-shard"):
+        precompute(config_of(20, append=True, pairs_per_shard=5), scorer=ScriptedScorer())
+    assert len(read_plans(config_of(10).shards)) == 1
+
+
+def test_readers_follow_the_old_manifest_until_the_new_one_stands(config_of: Configs) -> None:
+    precompute(config_of(10), scorer=ScriptedScorer())
+    shards = config_of(10).shards
+    old = content(shards)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(call: int) -> None:
+        assert content(shards) == old
+        if call == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        precompute(config_of(20, append=True), scorer=ScriptedScorer(before_call=kill))
+    assert content(shards) == old
+    assert ShardFolder.open(shards).index().num_rows == 10
+    found = status(shards)
+    assert (found.finalized, found.pairs_total, found.shards_committed) == (False, 20, 4)
+    with pytest.raises(DataError, match="2 of 6 shards are not scored yet"):
+        finalize(shards)
+    # The command that the refusal names needs no --append.
+    resumed = ScriptedScorer()
+    precompute(config_of(20), scorer=resumed)
+    assert len(resumed.calls) == 2
+    assert len(content(shards)) == 20
+    assert content(shards)[:10] == old
+
+
+def test_workers_share_what_is_new(config_of: Configs) -> None:
+    precompute(config_of(10), scorer=ScriptedScorer())
+    scored = [
+        work(config_of(20, append=True, worker_index=i, num_workers=2), scorer=ScriptedScorer())
+        for i in (1, 0)
+    ]
+    assert scored == [3, 0]
+    assert finalize(config_of(20).shards).kept == 20
+
+
+def test_columns_of_the_data_grow_too(config_of: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
+    weighted = [row | {"weight": i + 1.0} for i, row in enumerate(ROWS)]
+    monkeypatch.setitem(globals(), "ROWS", weighted)
+    precompute(config_of(10), scorer=ScriptedScorer())
+    precompute(config_of(20, append=True), scorer=ScriptedScorer())
+    found = read_column(config_of(20).shards, WEIGHT, rows=np.arange(20), default=0.0)
+    assert found is not None
+    assert found.tolist() == [i + 1.0 for i in range(20)]
+
+
+def test_a_manifest_keeps_its_entries_whatever_attempt_comes_later(config_of: Configs) -> None:
+    first = precompute(config_of(10), scorer=ScriptedScorer())
+    shards = config_of(10).shards
+    # A stale attempt finishes after finalize, with a smaller name than the one that counts.
+    commit = first.shards[0]
+    text = (shards / "commits" / f"00000-{commit.attempt}.json").read_text()
+    (shards / "commits" / "00000-00000000.json").write_text(text.replace(commit.attempt, "00000000"))
+    (shards / "data" / "00000-00000000.parquet").write_bytes((shards / commit.file).read_bytes())
+    (shards / "data" / "00000-00000000.dropped.parquet").write_bytes(
+        (shards / commit.dropped_file).read_bytes()
+    )
+    second = precompute(config_of(20, append=True), scorer=ScriptedScorer())
+    assert second.shards[0] == commit
+    assert load_manifest(shards) == second
+
+
+def test_a_second_reference_is_another_folder_over_the_same_pairs(
+    config_of: Configs, tmp_path: Path, other_model: Path
+) -> None:
+    precompute(config_of(10), scorer=ScriptedScorer())
+    other = config_of(10, model=str(other_model), shards=tmp_path / "second")
+    precompute(other, scorer=ScriptedScorer(spoil=lambda found: [values - 1 for values in found]))
+    first, second = content(tmp_path / "shards"), content(tmp_path / "second")
+    assert [pair[:2] for pair in first] == [pair[:2] for pair in second]
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_allclose(np.array(a[2]) - 1, b[2], rtol=1e-6)
+
+
+def test_a_finished_folder_is_not_launched_again(config_of: Configs) -> None:
+    config = config_of(10, backend="hf", launcher="slurm", num_workers=2)
+    first = launch(config)
+    assert len(first["commands"]) == 2
+    precompute(config_of(10, backend="hf"), scorer=_hf(config))
+    (config.shards / "slurm" / "score.sbatch").unlink()
+    again = launch(config)
+    assert again["finalized"]
+    assert "commands" not in again
+    assert not (config.shards / "slurm" / "score.sbatch").exists()
+    assert read_plan(config.shards).rows == 10
+
+
+def _hf(config: PrecomputeConfig) -> Any:
+    from dpo_opt.scorers import make_scorer
+
+    return make_scorer(config)

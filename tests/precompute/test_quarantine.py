@@ -1,0 +1,299 @@
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from fakes import NUMERICS, ScriptedScorer, preference_rows, scripted_logps, write_jsonl
+
+from dpo_opt.precompute import vllm_model
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.quarantine import MOST_LEFT_OUT, score_or_leave_out
+from dpo_opt.precompute.run import precompute, score_pairs
+from dpo_opt.precompute.vllm_model import VllmModel
+from dpo_opt.schemas.errors import DpoOptError, EngineStopped, Preempted
+from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.pairs import LogpArray, TokenizedPair, TokenSequence
+
+
+class Engine:
+    """A scorer that breaks or gives NaN by rule; each break counts as a start of the engine.
+
+    Args:
+        breaks: Raised when it returns an exception for what is asked together.
+        nan: Sequences whose last value is no number.
+    """
+
+    numerics = NUMERICS
+
+    def __init__(
+        self,
+        breaks: Callable[[Sequence[TokenSequence]], Exception | None] = lambda asked: None,
+        *,
+        nan: Callable[[TokenSequence, int], bool] = lambda sequence, together: False,
+    ) -> None:
+        self.calls = self.failures = 0
+        self._breaks, self._nan = breaks, nan
+
+    def token_logps(self, sequences: Sequence[TokenSequence]) -> list[LogpArray]:
+        self.calls += 1
+        error = self._breaks(sequences)
+        if error is not None:
+            self.failures += 1
+            raise error
+        found = [scripted_logps(s.prompt_ids, s.completion_ids) for s in sequences]
+        for sequence, values in zip(sequences, found, strict=True):
+            if self._nan(sequence, len(sequences)):
+                values[-1] = np.nan
+        return found
+
+
+def sequences(count: int) -> list[TokenSequence]:
+    """The last token of each is its number."""
+    return [
+        TokenSequence(np.array([1, 2, i % 5], np.int32), np.array([7, i], np.int32)) for i in range(count)
+    ]
+
+
+def number(sequence: TokenSequence) -> int:
+    return int(sequence.completion_ids[-1])
+
+
+def bad(*numbers: int, error: Exception | None = None) -> Callable[[Sequence[TokenSequence]], Any]:
+    raised = error or RuntimeError("device-side assert\nmore")
+    return lambda asked: (
+        raised if {number(s) for s in asked if len(s.completion_ids) > 1} & {*numbers} else None
+    )
+
+
+@pytest.mark.parametrize("wrong", [[], [0], [63], [20], [20, 21], [0, 31, 32, 63], [*range(8, 16)]])
+def test_exactly_the_sequences_that_break_the_engine_are_left_out(wrong: list[int]) -> None:
+    asked = sequences(64)
+    engine = Engine(bad(*wrong))
+    found = score_or_leave_out(asked, engine)
+    assert sorted(found.left_out) == wrong
+    assert {*found.left_out.values()} <= {"the scorer stopped (RuntimeError: device-side assert)"}
+    for i, (sequence, values) in enumerate(zip(asked, found.values, strict=True)):
+        if i in wrong:
+            assert values is None
+        else:
+            np.testing.assert_array_equal(
+                values, scripted_logps(sequence.prompt_ids, sequence.completion_ids)
+            )
+
+
+@pytest.mark.parametrize("position", [0, 100, 2047])
+def test_a_search_takes_few_starts_of_the_engine(position: int) -> None:
+    engine = Engine(lambda asked: RuntimeError() if any(s is one for s in asked) else None)
+    asked = sequences(2048)
+    one = asked[position]
+    assert list(score_or_leave_out(asked, engine).left_out) == [position]
+    # The whole, then at most one failure for each halving.
+    assert engine.failures <= 1 + 11
+    assert engine.calls <= 2 * 12 + engine.failures
+
+
+def test_an_engine_that_fails_at_everything_leaves_nothing_out() -> None:
+    original = MemoryError("no memory")
+    engine = Engine(lambda asked: original)
+    with pytest.raises(EngineStopped, match="MemoryError: no memory") as caught:
+        score_or_leave_out(sequences(64), engine)
+    assert caught.value.__cause__ is not None
+    # The first failure and the small sequence; no search.
+    assert engine.calls == 2
+
+
+def test_an_engine_that_breaks_for_good_stops_the_run() -> None:
+    engine = Engine()
+    engine._breaks = lambda asked: RuntimeError("gone") if engine.calls > 1 else bad(5)(asked)
+    with pytest.raises(EngineStopped, match="device-side assert"):
+        score_or_leave_out(sequences(64), engine)
+    assert engine.calls == 2
+
+
+def test_many_that_fail_are_no_accident() -> None:
+    too_many = range(10, 10 + MOST_LEFT_OUT + 1)
+    with pytest.raises(EngineStopped, match=f"{len(too_many)} sequences of one shard fail alone") as caught:
+        score_or_leave_out(sequences(64), Engine(bad(*too_many)))
+    assert "device-side assert" in caught.value.what
+
+
+def test_an_engine_that_only_takes_little_at_a_time_is_not_asked_for_ever() -> None:
+    engine = Engine(lambda asked: RuntimeError("out of memory") if len(asked) > 2 else None)
+    found = score_or_leave_out(sequences(64), engine)
+    assert not found.left_out
+    assert all(values is not None for values in found.values)
+    with pytest.raises(EngineStopped, match="out of memory"):
+        score_or_leave_out(sequences(2048), engine)
+
+
+@pytest.mark.parametrize("refusal", [DpoOptError("another reference"), Preempted("stopped")])
+def test_refusals_are_not_searched_for(refusal: DpoOptError) -> None:
+    engine = Engine(lambda asked: refusal)
+    with pytest.raises(type(refusal)) as caught:
+        score_or_leave_out(sequences(64), engine)
+    assert caught.value is refusal
+    assert engine.calls == 1
+
+
+def test_being_stopped_during_a_search_is_not_taken_for_a_broken_engine() -> None:
+    stopped = Preempted("stopped")
+    engine = Engine()
+    engine._breaks = lambda asked: stopped if engine.calls == 2 else RuntimeError("broken")
+    with pytest.raises(Preempted):
+        score_or_leave_out(sequences(8), engine)
+
+
+def test_a_sequence_that_overflows_alone_is_left_out() -> None:
+    engine = Engine(nan=lambda sequence, together: number(sequence) == 9)
+    found = score_or_leave_out(sequences(64), engine)
+    assert found.left_out == {9: "1 of 2 log-probs are not finite"}
+    assert found.values[9] is None
+    # All at once, the one again, and a small one beside it.
+    assert engine.calls == 3
+
+
+@pytest.mark.parametrize(
+    "nan",
+    [
+        lambda sequence, together: True,
+        lambda sequence, together: number(sequence) == 9 and together > 1,
+        lambda sequence, together: number(sequence) <= MOST_LEFT_OUT,
+    ],
+    ids=["everywhere", "in company only", "in many"],
+)
+def test_other_values_that_are_not_finite_are_handed_on(nan: Callable[[TokenSequence, int], bool]) -> None:
+    found = score_or_leave_out(sequences(64), Engine(nan=nan))
+    assert not found.left_out
+    assert any(not np.isfinite(v).all() for v in found.values if v is not None)
+
+
+def test_nothing_is_asked_about_nothing() -> None:
+    engine = Engine()
+    assert score_or_leave_out([], engine) == ([], {})
+    assert engine.calls == 0
+
+
+def test_pairs_with_a_bad_sequence_are_dropped_listed_and_counted(tiny_model: Path, tmp_path: Path) -> None:
+    rows = preference_rows(12)
+    # One completion of three pairs, and a pair that stays identical in its text.
+    for i in (2, 5, 9):
+        rows[i] |= {"prompt": "Same?", "chosen": " The bad one.", "rejected": f" Other {i}"}
+    rows[7]["rejected"] = rows[7]["chosen"]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    shards = tmp_path / "shards"
+    config = PrecomputeConfig(model=str(tiny_model), data=[str(data)], shards=shards, pairs_per_shard=6)
+
+    def breaks(asked: Sequence[TokenSequence]) -> Exception | None:
+        from dpo_opt.precompute.tokenize import load_tokenizer
+
+        texts = [load_tokenizer(tiny_model).decode(s.completion_ids) for s in asked]
+        return ValueError("bad\x1b[31m row") if any(" The bad one." in text for text in texts) else None
+
+    manifest = precompute(config, scorer=Engine(breaks))
+    assert manifest.dropped == {"engine_error": 3, "identical_completions": 1}
+    assert manifest.kept == 8
+    assert [c.dropped for c in manifest.shards] == [
+        {"engine_error": 2},
+        {"engine_error": 1, "identical_completions": 1},
+    ]
+    left_out = [row for c in manifest.shards for row in pq.read_table(shards / c.dropped_file).to_pylist()]
+    assert [(r["row"], r["reason"]) for r in left_out] == [
+        (2, "engine_error"),
+        (5, "engine_error"),
+        (7, "identical_completions"),
+        (9, "engine_error"),
+    ]
+    assert left_out[0]["where"] == f"{data}:3: the scorer stopped (ValueError: bad[31m row)"
+    assert left_out[0]["source"] == rows[2]["source"]
+    undisturbed = config.model_copy(update={"shards": tmp_path / "undisturbed"})
+    precompute(undisturbed, scorer=ScriptedScorer())
+    expected = {p.row: p for p in ShardFolder.open(undisturbed.shards).pairs()}
+    for pair in ShardFolder.open(shards).pairs():
+        right = expected.pop(pair.row)
+        assert pair.pair_id == right.pair_id
+        np.testing.assert_array_equal(pair.ref_chosen_token_logps, right.ref_chosen_token_logps)
+        np.testing.assert_array_equal(pair.ref_rejected_token_logps, right.ref_rejected_token_logps)
+    assert sorted(expected) == [2, 5, 9]
+    # Equal sequences are asked for once, so one that is bad is bad once a shard.
+    assert manifest.shards[0].unique_sequences == 2 * 6 - 2
+
+
+@pytest.mark.vllm
+def test_the_real_engine_goes_on_after_a_sequence_that_it_refuses(tiny_model: Path) -> None:
+    rng = np.random.default_rng(0)
+    pairs = [
+        TokenizedPair(
+            row=i,
+            source=None,
+            prompt_ids=np.array([0, *rng.integers(2, 250, 20 + i)], np.int32),
+            chosen_ids=rng.integers(2, 250, 7).astype(np.int32),
+            rejected_ids=rng.integers(2, 250, 9).astype(np.int32),
+        )
+        for i in range(6)
+    ]
+    # Longer than the engine was told to expect.
+    bad_ids = rng.integers(2, 250, 100).astype(np.int32)
+    long = dataclasses.replace(pairs[0], row=9, chosen_ids=bad_ids)
+    broken = [*pairs[:4], long, *pairs[4:]]
+    model = VllmModel(tiny_model, dtype="float32", max_length=64)
+    expected = score_pairs(pairs, model)
+    found = score_pairs(broken, model)
+    assert list(found.left_out) == [9]
+    assert "vLLM stopped" in found.left_out[9]
+    assert [p.row for p in found.pairs] == [p.row for p in pairs]
+    for a, b in zip(found.pairs, expected.pairs, strict=True):
+        np.testing.assert_allclose(a.ref_chosen_token_logps, b.ref_chosen_token_logps, atol=5e-4)
+        np.testing.assert_allclose(a.ref_rejected_token_logps, b.ref_rejected_token_logps, atol=5e-4)
+
+
+@pytest.mark.vllm
+def test_the_real_engine_starts_anew_after_it_broke(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = sequences(12)
+    model = VllmModel(tiny_model, dtype="float32", max_length=64)
+    expected = model.token_logps(asked)
+    engines = [model._started()]
+    step = engines[0].llm_engine.step
+    steps = 0
+
+    def breaking() -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 1:
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return step()
+
+    monkeypatch.setattr(engines[0].llm_engine, "step", breaking)
+    with pytest.raises(EngineStopped, match="illegal memory access"):
+        model.token_logps(asked[:5])
+    # What was queued in the broken engine is not answered by the new one.
+    found = model.token_logps(asked)
+    assert model._started() is not engines[0]
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-4)
+
+
+def test_a_new_engine_that_does_not_start_is_not_blamed_on_a_row(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_model, "vllm_version", lambda: "0.32.0")
+
+    class Dead:
+        def generate(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("the first error")
+
+    starts = iter([Dead()])
+
+    def start(**_: Any) -> Any:
+        for engine in starts:
+            return engine
+        raise DpoOptError("vLLM cannot run this model (poisoned)")
+
+    monkeypatch.setattr(vllm_model, "_start", start)
+    model = VllmModel(tiny_model, dtype="float32", max_length=64, reuse=False)
+    with pytest.raises(EngineStopped, match="the first error"):
+        score_or_leave_out(sequences(4), model)
