@@ -12,14 +12,14 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from measure import Measured, run
 
 _BYTES_PER_ROW = 2000
 _BATCH = 1000
@@ -42,12 +42,13 @@ def main() -> None:
                 file.write(line)
                 if i < arguments.tokenized:
                     first.write(line)
-        seconds, gigabytes = _check(whole)
-        print(f"| check, {arguments.rows:,} pairs, {whole.stat().st_size / 1e9:.2f} GB | {seconds:.1f} s |")
-        print(f"| peak memory of its processes | {gigabytes:.2f} GB |")
+        found = _check(whole)
+        size = whole.stat().st_size / 1e9
+        print(f"| check, {arguments.rows:,} pairs, {size:.2f} GB | {found.seconds:.1f} s |")
+        print(f"| peak memory of its processes | {found.gigabytes:.2f} GB |")
         ours, library = [], []
         for _ in range(arguments.rounds):
-            ours.append(_check(part, "--model", str(arguments.model))[0])
+            ours.append(_check(part, "--model", str(arguments.model)).seconds)
             library.append(_library(part, arguments.model))
             print(f"check --model {ours[-1]:.1f} s, library {library[-1]:.1f} s", file=sys.stderr, flush=True)
     print(f"| check --model, {arguments.tokenized:,} pairs | {statistics.median(ours):.1f} s |")
@@ -72,34 +73,8 @@ def _rows(like: Path, count: int) -> Iterator[dict[str, Any]]:
         yield {"prompt": f"{i}. {prompt}", "chosen": chosen, "rejected": rejected, "source": some[0].source}
 
 
-def _check(data: Path, *options: str) -> tuple[float, float]:
-    """Seconds and peak GB of the command, start-up included."""
-    began = time.perf_counter()
-    command = [sys.executable, "-m", "dpo_opt", "check", str(data), "--json", *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak = 0
-    watch = threading.Thread(target=process.wait)
-    watch.start()
-    while watch.is_alive():
-        peak = max(peak, _tree_bytes(process.pid))
-        watch.join(0.2)
-    if process.returncode:
-        raise SystemExit(f"check ended with {process.returncode}")
-    return time.perf_counter() - began, peak / 1e9
-
-
-def _tree_bytes(pid: int) -> int:
-    """Resident bytes of a process and its descendants, shared pages counted once for each."""
-    total, waiting = 0, [pid]
-    while waiting:
-        current = waiting.pop()
-        try:
-            total += int(Path(f"/proc/{current}/statm").read_text().split()[1]) * 4096
-            for task in Path(f"/proc/{current}/task").iterdir():
-                waiting += map(int, (task / "children").read_text().split())
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it has ended
-    return total
+def _check(data: Path, *options: str) -> Measured:
+    return run([sys.executable, "-m", "dpo_opt", "check", str(data), "--json", *options])
 
 
 def _library(data: Path, model: Path) -> float:

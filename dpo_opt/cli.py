@@ -4,7 +4,6 @@
 """
 
 import errno
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,38 +114,32 @@ for _command in (check, preview, convert):
 @json_option
 def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
     """Score every pair once under the reference and write Parquet shards."""
-    from dpo_opt.precompute.workers import worker_from_environment
-    from dpo_opt.scorers import make_scorer
+    from dpo_opt.launch import launch, take_place
+    from dpo_opt.preemption import preemptible
+    from dpo_opt.scorers import make_scorer, reuse_check
 
-    worker = worker_from_environment(os.environ)
-    if config.launcher == "local" and config.worker_index is None and worker is not None:
-        config = config.model_copy(update={"worker_index": worker.number, "num_workers": worker.of})
+    config = take_place(config)
     scorer = make_scorer(config)
     if dry_run:
         from dpo_opt.plans import plan_precompute
 
         show(plan_precompute(config, scorer.numerics), as_json)
         return
-    if config.launcher != "local":
-        from dpo_opt.launch import launch
-
-        show(launch(config), as_json)
-        return
-    from dpo_opt.precompute.run import precompute as run
-    from dpo_opt.precompute.run import work
-    from dpo_opt.preemption import preemptible
-
     with preemptible(f"dpo-opt precompute --config {config.shards / COMMAND}"):
+        if config.launched:
+            show(launch(config), as_json)
+            return
+        from dpo_opt.precompute.run import precompute as run
+        from dpo_opt.precompute.run import work
+
         if config.worker_index is not None:
             scored = work(config, scorer=scorer, progress=watched())
-            show(
-                {"shards": str(config.shards), "worker": config.worker_index, "scored_shards": scored},
-                as_json,
-            )
-            return
-        manifest = run(config, scorer=scorer, progress=watched())
-    result = manifest.model_dump(include={"rows", "kept", "dropped", "truncated", "tokens"})
-    show({"shards": str(config.shards), **result, "engine": manifest.fingerprint.engine}, as_json)
+            result: dict[str, Any] = {"worker": config.worker_index, "scored_shards": scored}
+        else:
+            manifest = run(config, scorer=scorer, progress=watched())
+            result = manifest.model_dump(include={"rows", "kept", "dropped", "truncated", "tokens"})
+            result["engine"] = manifest.fingerprint.engine
+    show({"shards": str(config.shards), **result, "reuse_check": reuse_check(scorer)}, as_json)
 
 
 @main.command()

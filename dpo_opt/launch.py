@@ -1,12 +1,42 @@
-"""Workers on a cluster: plan here, let an existing engine run the workers, finalize when they are done."""
+"""Several workers: plan here, have them run here or by an existing engine, finalize when they are done."""
 
+import os
 from typing import Any
 
 from dpo_opt.precompute.commits import finalize, is_finalized
 from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.local_workers import own_devices, worker_environments
+from dpo_opt.precompute.local_workers import run_workers as run_here
 from dpo_opt.precompute.plan import make_tokenizer, resolve_reference, settle_plan
 from dpo_opt.precompute.run import work
+from dpo_opt.precompute.workers import worker_from_environment
+from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.scorers import make_scorer
+
+
+def take_place(config: PrecomputeConfig) -> PrecomputeConfig:
+    """The settings of the worker that a scheduler says this process is, on its own GPUs.
+
+    Raises:
+        ConfigError: The scheduler's variables make no sense beside the settings.
+    """
+    if config.launcher != "local":
+        return config
+    worker = worker_from_environment(os.environ)
+    if config.launched:
+        if worker is None:
+            return config
+        raise ConfigError(
+            f"--num-workers {config.num_workers} would start workers in each of {worker.of} workers",
+            why="a scheduler has numbered this process already",
+            fix="leave --num-workers out, or start one process only",
+        )
+    devices = own_devices(config, os.environ)
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    if worker is None or config.worker_index is not None:
+        return config
+    return config.model_copy(update={"worker_index": worker.number, "num_workers": worker.of})
 
 
 def launch(config: PrecomputeConfig) -> dict[str, Any]:
@@ -16,6 +46,9 @@ def launch(config: PrecomputeConfig) -> dict[str, Any]:
         ConfigError, DataError, FingerprintError: As ``precompute``; also where the launcher is not there.
         DpoOptError: Workers failed for good.
     """
+    environments: list[dict[str, str]] = []
+    if config.launcher == "local":
+        environments = worker_environments(config, os.environ, cores=len(os.sched_getaffinity(0)))
     numerics = make_scorer(config).numerics
     reference = resolve_reference(config)
     plan = settle_plan(
@@ -28,11 +61,21 @@ def launch(config: PrecomputeConfig) -> dict[str, Any]:
         from dpo_opt.precompute.slurm import launch_array
 
         return planned | launch_array(config)
-    from dpo_opt.precompute.ray_workers import run_workers
+    scored: dict[str, Any] = {}
+    if config.launcher == "ray":
+        from dpo_opt.precompute.ray_workers import run_workers
 
-    run_workers(config, score_as_worker)
+        run_workers(config, score_as_worker)
+    else:
+        results = run_here(config, environments)
+        checks = [result.reuse_check for result in results if result.reuse_check is not None]
+        scored = {
+            "scored_shards": [result.scored_shards for result in results],
+            # Of several workers the one that saw most.
+            "reuse_check": max(checks, key=lambda check: float(check["mean"]), default=None),
+        }
     manifest = finalize(config.shards)
-    return planned | manifest.model_dump(include={"kept", "dropped", "truncated", "tokens"})
+    return planned | manifest.model_dump(include={"kept", "dropped", "truncated", "tokens"}) | scored
 
 
 def score_as_worker(config: PrecomputeConfig) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.engine_options import read_engine_options
 from dpo_opt.precompute.plan import resolve_reference
-from dpo_opt.precompute.vllm_model import VllmModel, prepare_environment, vllm_version
+from dpo_opt.precompute.vllm_model import ReuseCheck, VllmModel, prepare_environment, vllm_version
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import Sampler, Scorer
 
@@ -64,15 +64,20 @@ def make_scorer(config: PrecomputeConfig) -> Scorer:
     )
 
 
+def reuse_check(scorer: Scorer) -> dict[str, Any] | None:
+    """What a run measured between scoring with and without the prefix cache; None where it was not used."""
+    found: ReuseCheck | None = getattr(scorer, "reuse_check", None)
+    return None if found is None else found._asdict()
+
+
 def _require_the_gpus(config: PrecomputeConfig, options: Mapping[str, Any]) -> None:
     """Refuse an engine that a launched worker could not hold.
 
     Raises:
         ConfigError: It asks for more GPUs than each worker gets.
     """
-    launched = config.num_workers is not None and config.worker_index is None
     needed, given = options.get("tensor_parallel_size", 1), config.gpus_per_worker
-    if launched and 0 < given < needed:
+    if config.launched and 0 < given < needed:
         raise ConfigError(
             f"--engine-option tensor_parallel_size={needed}: each worker gets {given} GPUs",
             why="its engine would look for the others where there are none",

@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _SUMS = ("ref_chosen_logps", "ref_rejected_logps")
-SCHEMA = pa.schema(
-    [(name, pa.list_(pa.int32())) for name in _IDS] + [(name, pa.float32()) for name in _SUMS]
-)
+SCHEMA = pa.schema([(name, pa.list_(pa.int32())) for name in _IDS] + [(name, pa.float32()) for name in _SUMS])
 """The columns that TRL's trainer reads: token ids, and each completion's reference log-prob in nats."""
 
 _HOOKS = ("_prepare_dataset", "_precompute_ref_logps")
@@ -49,12 +47,12 @@ def trl_dataset(
     """Every pair of a finished folder, in row order, as TRL's trainer has it after its own precompute.
 
     The pairs are copied once into an Arrow file, a thousand rows in memory at a time, which `datasets` maps
-    into memory. The file is named by the manifest's hash: the next run, and the other processes of this one, use
-    it again.
+    into memory. It is named by the manifest's hash: the next run, and the other processes of this one, use it
+    again.
 
     Args:
         shards: Folder of reference shards.
-        model: What will be trained, a folder or a Hub name; compared with what was scored. None: not compared.
+        model: What will be trained, a folder or a Hub name: compared with what was scored.
         cache_folder: Where the Arrow file stands. Default: `dpo-opt` in the cache folder of `datasets`.
 
     Raises:
@@ -93,13 +91,17 @@ def _require_scored(folder: ShardFolder, model: str | Path) -> None:
         folder,
         find_model(str(model)),
         fields=MODEL_FIELDS,
-        fix="train the model that was scored, or score this one with `dpo-opt precompute` into another folder",
+        fix="train what was scored, or score this one into another folder with `dpo-opt precompute`",
     )
 
 
 def _write(folder: ShardFolder, path: Path) -> None:
     pairs = folder.pairs()
-    with publish(path) as private, pa.OSFile(str(private), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as out:
+    with (
+        publish(path) as private,
+        pa.OSFile(str(private), "wb") as sink,
+        pa.ipc.new_stream(sink, SCHEMA) as out,
+    ):
         while some := list(itertools.islice(pairs, _ROWS_AT_ONCE)):
             out.write_batch(_batch(some))
 
@@ -114,7 +116,7 @@ class ReferenceFromShards:
     """Mix-in, named before ``trl.DPOTrainer``: datasets from ``trl_dataset`` are used as they are.
 
     Raises:
-        ConfigError: The trainer's settings would cut the ids, load a reference model, or need log-probs by token.
+        ConfigError: The settings would cut the ids, load a reference model, or need log-probs by token.
     """
 
     def __init_subclass__(cls, **others: Any) -> None:
@@ -123,7 +125,7 @@ class ReferenceFromShards:
         if missing:
             raise ConfigError(
                 f"{cls.__name__}'s trainer has no {' or '.join(missing)}",
-                why="it is not TRL's DPOTrainer, or of a version that would tokenize and score the pairs again",
+                why="it is not TRL's DPOTrainer, or one that would tokenize and score the pairs again",
                 fix="pip install trl==1.16.0, and name ReferenceFromShards before DPOTrainer",
             )
 

@@ -8,6 +8,7 @@ sliding window counts positions, as it must.
     H = query heads, K = key-value heads, D = head dimension, T = packed rows
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import AttentionInterface
 from dpo_opt.optimize.packing import Segment
 
 SEGMENT_ATTENTION = "dpo_opt_segments"
+_KEPT_ENTRIES = 2**20
 
 
 def segment_attention(
@@ -63,17 +65,26 @@ def segment_attention(
         windowed = sliding_window is not None and columns > sliding_window
         mask = None
         if offset or windowed:
-            mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(offset)
-            if windowed:
-                assert sliding_window is not None
-                # Row i stands at position offset + i and sees that position and the window - 1 before it.
-                mask = mask.triu(offset - sliding_window + 1)
+            # The layers of one forward ask for the same masks; large ones cost less to make than to keep.
+            make = _kept_mask if rows * columns <= _KEPT_ENTRIES else _mask
+            mask = make(rows, columns, sliding_window if windowed else None, q.device)
         outputs.append(
             F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _mask(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
+    """(rows, columns) bool, true where a query sees a key: row i stands at position columns - rows + i."""
+    offset = columns - rows
+    mask = torch.ones(rows, columns, dtype=torch.bool, device=device).tril(offset)
+    # It sees its own position and the window - 1 before it.
+    return mask if window is None else mask.triu(offset - window + 1)
+
+
+_kept_mask = functools.lru_cache(maxsize=64)(_mask)
 
 
 def _is_windowed(module: torch.nn.Module) -> bool:

@@ -9,6 +9,7 @@ from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.fingerprint import refuse_differences
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import config_digest, tokenizer_digest, weights_digest
+from dpo_opt.schemas.shards import SCHEMA_VERSION
 
 
 def require_same_model(folder: ShardFolder, model_folder: Path, *, fields: Sequence[str], fix: str) -> None:
@@ -38,7 +39,7 @@ def require_same_model(folder: ShardFolder, model_folder: Path, *, fields: Seque
             fix=f"copy the model's own tokenizer there, or, if it is the same, cp {folder.path}/tokenizer/* "
             f"{model_folder}",
         ) from error
-    found = {"tokenizer": tokenizer_digest(tokenizer)}
+    found: dict[str, object] = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer_digest(tokenizer)}
     if "weights" in fields:
         found["weights"] = weights_digest(model_folder)
         found["model_config_digest"] = config_digest(model_folder)

@@ -125,7 +125,7 @@ def is_finalized(shards_dir: AnyPath, plan: Plan) -> bool:
 def finalize(shards_dir: AnyPath) -> Manifest:
     """Check that the committed shards cover the plan exactly, and write index and manifest.
 
-    Idempotent: a folder that is finalized already keeps its manifest, and one that has grown the entries of it.
+    Idempotent: a folder that is finalized keeps its manifest; one that has grown keeps the entries of it.
 
     Raises:
         DataError: Shards are missing, a file changed after its commit, or no pair was kept.

@@ -81,6 +81,11 @@ class PrecomputeConfig(WholeDataConfig):
     ray_address: str | None = None
     """ray: the cluster. Default: the one in RAY_ADDRESS, else one on this machine."""
 
+    @property
+    def launched(self) -> bool:
+        """Whether this process starts workers, instead of being one."""
+        return self.launcher != "local" or (self.num_workers is not None and self.worker_index is None)
+
     @model_validator(mode="after")
     def _know_the_worker(self) -> Self:
         if self.launcher != "local":

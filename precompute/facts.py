@@ -20,9 +20,10 @@ import numpy.typing as npt
 from dpo_opt.precompute.blocks import Block
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.datasets import BadFile, BadRow, Reading, parse_block, scan_blocks
+from dpo_opt.precompute.fitting import PairIds
 from dpo_opt.precompute.near_duplicates import signatures
 from dpo_opt.precompute.parallel import map_in_order
-from dpo_opt.precompute.tokenize import PairIds, PairTokenizer, load_tokenizer, model_vocab_size
+from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import PreferencePair, Text
 from dpo_opt.schemas.progress import Progress

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from dpo_opt.precompute.config import Truncation
 from dpo_opt.precompute.facts import Facts, mixed_hash
-from dpo_opt.precompute.tokenize import DropReason
+from dpo_opt.precompute.fitting import DropReason
 from dpo_opt.schemas.audit import Estimate, TruncationForecast
 
 Mask = npt.NDArray[np.bool_]

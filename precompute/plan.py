@@ -25,13 +25,8 @@ from dpo_opt.precompute.datasets import (
     scan_pairs,
 )
 from dpo_opt.precompute.parallel import map_in_order
-from dpo_opt.precompute.tokenize import (
-    TEXT_TO_IDS,
-    PairTokenizer,
-    chat_template,
-    load_tokenizer,
-    model_vocab_size,
-)
+from dpo_opt.precompute.templates import chat_template
+from dpo_opt.precompute.tokenize import TEXT_TO_IDS, PairTokenizer, load_tokenizer, model_vocab_size
 from dpo_opt.precompute.weights_memo import known_weights_digest, remember_weights, weight_files
 from dpo_opt.schemas.columns import MARGIN, WEIGHT, Column, new_column, write_column
 from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError
@@ -108,7 +103,7 @@ class Planned(NamedTuple):
 
     plan: Plan
     known_digest: str | None
-    """Digest of the rows that the folder's own plan counts; None where the data has fewer, or there is none."""
+    """Digest of the rows that the folder's own plan counts; None where the data has no more than these."""
     columns: dict[str, Column]
     """``weight`` and ``margin``, where some row has one."""
     bad_rows: list[BadRow]

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_opt.precompute.engine_options import canonical, refuse_unknown
+from dpo_opt.precompute.orphans import children_end_with_this_process
 from dpo_opt.precompute.vllm_strategy import choose_strategy, read_answer, request_settings
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped
 from dpo_opt.schemas.models import read_config
@@ -298,15 +299,16 @@ def _start(**settings: Any) -> Any:
     try:
         # Its imports warn about its own use of torch, which nobody here can mend.
         warnings.simplefilter("ignore", FutureWarning)
-        return LLM(
-            **settings,
-            load_format="safetensors",
-            trust_remote_code=False,
-            logprobs_mode="raw_logprobs",
-            generation_config="vllm",
-            disable_log_stats=True,
-            seed=0,
-        )
+        with children_end_with_this_process() if _has_processes(settings) else contextlib.nullcontext():
+            return LLM(
+                **settings,
+                load_format="safetensors",
+                trust_remote_code=False,
+                logprobs_mode="raw_logprobs",
+                generation_config="vllm",
+                disable_log_stats=True,
+                seed=0,
+            )
     except DpoOptError:
         raise
     except Exception as error:
@@ -315,6 +317,12 @@ def _start(**settings: Any) -> Any:
             where=settings["model"],
             fix="pass --backend hf, or see the engine's log with VLLM_LOGGING_LEVEL=INFO",
         ) from error
+
+
+def _has_processes(settings: Mapping[str, Any]) -> bool:
+    """Whether the engine runs in processes beside this one."""
+    apart = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0"
+    return apart or settings.get("tensor_parallel_size", 1) > 1
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from fakes import ScriptedScorer, preference_rows, write_jsonl
+from object_store import serve_s3, using_store
 
 from dpo_opt.cli import main
 from dpo_opt.folder_notes import VERDICT
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
 from dpo_opt.schemas.errors import DataError, FingerprintError
+from dpo_opt.schemas.locations import location
 from dpo_opt.schemas.manifest import (
     COMMITS,
     INDEX,
@@ -497,9 +501,50 @@ def test_the_command_says_it_in_words(shards: Path, tiny_model: Path, tmp_path: 
     assert "1 problem" in error
 
 
+def test_integrity_needs_no_torch(shards: Path) -> None:
+    """It is asked on login nodes and in the scoring environment."""
+    code = "import sys; from dpo_opt.cli import main; main(sys.argv[1:], standalone_mode=False)"
+    code += "; print([m for m in ('torch', 'transformers', 'vllm', 'polars') if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "verify", "--shards", str(shards)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
 def test_commits_are_no_part_of_what_is_verified(shards: Path) -> None:
     """A reader trusts the manifest alone, so a damaged commit is no damage of the folder."""
     commit = next((shards / COMMITS).iterdir())
     ShardCommit.model_validate_json(commit.read_bytes())
     commit.write_text("{")
     assert check(shards).ok
+
+
+@pytest.mark.filterwarnings("ignore:.*s3fs.*")
+def test_a_folder_in_a_store_is_verified_there(
+    shards: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DPO_OPT_CACHE", str(tmp_path / "cache"))
+    (shards / "notes.txt").write_text("mine")
+    with serve_s3("bucket") as url, using_store(url):
+        store = location("s3://bucket/shards")
+        assert not isinstance(store, Path)
+        store.fs.put(str(shards), store.path, recursive=True)
+        verdict = verify(store, model=str(tiny_model), num_pairs=4, dtype="auto")
+        verdict.require_ok()
+        assert verdict.parity is not None
+        (note,) = verdict.notes
+        assert note.endswith(": notes.txt")
+        assert json.loads((store / VERDICT).read_text()) == verdict.as_dict()
+        # Parity has put the shards into this user's cache; what counts is what the store holds.
+        damaged = store / load_manifest(store).shards[1].file
+        data = bytearray(damaged.read_bytes())
+        data[len(data) // 2] ^= 1
+        damaged.write_bytes(bytes(data))
+        (store / "tokenizer" / "tokenizer.json").unlink()
+        shard, tokenizer = verify(store, model=None, num_pairs=1, dtype="auto").problems
+        assert shard.startswith(f"{damaged}: the bytes changed")
+        assert tokenizer.startswith(f"{store / TOKENIZER}: ")

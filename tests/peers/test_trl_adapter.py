@@ -1,4 +1,4 @@
-"""TRL's trainer on our shards takes the steps that it takes after its own precompute, without a reference model."""
+"""TRL's trainer takes the same steps from our shards as after its own precompute, with no reference model."""
 
 import math
 import os
@@ -116,9 +116,10 @@ def test_an_interrupted_copy_leaves_none(shards: Path, cache: Path, monkeypatch:
     def interrupted(pairs: list[Any]) -> pa.RecordBatch:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(adapter, "_batch", interrupted)
-        trl_dataset(shards, cache_folder=cache)
+        with pytest.raises(KeyboardInterrupt):
+            trl_dataset(shards, cache_folder=cache)
     assert not list(cache.glob("*.arrow"))
     assert len(trl_dataset(shards, cache_folder=cache)) == len(ROWS)
 

@@ -20,10 +20,11 @@ from dpo_opt.precompute.audit import audit
 from dpo_opt.precompute.config import CheckConfig, DataConfig, Truncation
 from dpo_opt.precompute.datasets import read_pairs
 from dpo_opt.precompute.facts import Facts, Wanted, collect
+from dpo_opt.precompute.fitting import PairIds
 from dpo_opt.precompute.forecast import estimate, forecast, forecast_lengths, kept_pairs
 from dpo_opt.precompute.near_duplicates import nearest_earlier
 from dpo_opt.precompute.problems import BAD_ROWS, FOUND
-from dpo_opt.precompute.tokenize import PairIds, PairTokenizer, load_tokenizer, model_vocab_size
+from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
 from dpo_opt.schemas.audit import Audit, LengthBias, Problem
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.models import parameter_count

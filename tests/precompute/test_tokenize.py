@@ -12,12 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_opt.precompute.config import DataConfig, Truncation
 from dpo_opt.precompute.datasets import read_pairs
-from dpo_opt.precompute.tokenize import (
-    DROP_REASONS,
-    DropReason,
-    PairTokenizer,
-    load_tokenizer,
-)
+from dpo_opt.precompute.fitting import DROP_REASONS, DropReason
+from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import PreferencePair, Text, TokenizedPair
 from dpo_opt.schemas.shards import DroppedRow

@@ -1,0 +1,87 @@
+"""A pair's ids, divided where the prompt ends and cut to what is scored, or why the pair is left out."""
+
+from typing import Literal, NamedTuple, assert_never
+
+import numpy as np
+
+from dpo_opt.precompute.config import Truncation
+from dpo_opt.schemas.pairs import IdArray
+
+DropReason = Literal[
+    "empty_prompt",
+    "empty_completion",
+    "identical_completions",
+    "prompt_fills_max_length",
+    "completion_fills_max_length",
+    "longer_than_max_length",
+    "identical_after_truncation",
+]
+
+DROP_REASONS: dict[DropReason, str] = {
+    "empty_prompt": "the prompt has no token, so nothing predicts a completion's first token",
+    "empty_completion": "a completion has no token of its own: its sequence is the beginning of the prompt's",
+    "identical_completions": "chosen and rejected are the same ids, so the pair prefers nothing",
+    "prompt_fills_max_length": "keep_start: the prompt leaves no room for a completion token",
+    "completion_fills_max_length": "keep_end: a completion leaves no room for a prompt token",
+    "longer_than_max_length": "drop: a sequence is longer than max_length",
+    "identical_after_truncation": "keep_start: what made the completions differ was cut off",
+}
+"""Why a row was left out, in the order in which the reasons are tried."""
+
+
+class PairIds(NamedTuple):
+    """A pair's token ids before truncation, divided where the prompt ends."""
+
+    prompt: IdArray
+    chosen: IdArray
+    rejected: IdArray
+    merged: bool = False
+    """The prompt's last tokens merged with what follows, and count as completion."""
+
+    @property
+    def shared(self) -> int:
+        """How many tokens both completions begin with."""
+        return _common_prefix_length(self.chosen, self.rejected)
+
+
+def split_ids(prompt: IdArray, chosen: IdArray, rejected: IdArray) -> PairIds:
+    """Divide the ids of prompt + completion where all three begin to differ."""
+    boundary = min(_common_prefix_length(prompt, chosen), _common_prefix_length(prompt, rejected))
+    return PairIds(chosen[:boundary], chosen[boundary:], rejected[boundary:], merged=boundary < len(prompt))
+
+
+def fit_ids(ids: PairIds, *, max_length: int, truncation: Truncation) -> PairIds | DropReason:
+    """The pair's ids within ``max_length``, or why there are none."""
+    prompt, chosen, rejected, merged = ids
+    longest = max(len(chosen), len(rejected))
+    if len(prompt) == 0:
+        return "empty_prompt"
+    if min(len(chosen), len(rejected)) == 0:
+        return "empty_completion"
+    if np.array_equal(chosen, rejected):
+        return "identical_completions"
+    match truncation:
+        case "keep_start":
+            room = max_length - len(prompt)
+            if room < 1:
+                return "prompt_fills_max_length"
+            chosen, rejected = chosen[:room], rejected[:room]
+            if np.array_equal(chosen, rejected):
+                return "identical_after_truncation"
+        case "keep_end":
+            room = max_length - longest
+            if room < 1:
+                return "completion_fills_max_length"
+            prompt = prompt[-room:]
+        case "drop":
+            if len(prompt) + longest > max_length:
+                return "longer_than_max_length"
+        case _:
+            assert_never(truncation)
+    return PairIds(prompt, chosen, rejected, merged)
+
+
+def _common_prefix_length(a: IdArray, b: IdArray) -> int:
+    shortest = min(len(a), len(b))
+    differs = a[:shortest] != b[:shortest]
+    return int(differs.argmax()) if differs.any() else shortest

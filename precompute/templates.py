@@ -1,0 +1,107 @@
+"""Messages to text: the tokenizer's own chat template, and what it must not do to a prompt."""
+
+import functools
+import inspect
+import itertools
+from typing import TYPE_CHECKING, Any, cast
+
+from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.pairs import Message, PreferencePair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_LONGEST_TEMPLATE_MESSAGE = 120
+
+
+def chat_template(tokenizer: "PreTrainedTokenizerFast") -> str | None:
+    """The template that renders messages, None where the tokenizer has none."""
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        return None
+
+
+def rendered_texts(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, str, str]:
+    """A pair of messages as text: the prompt opened for generation, and with either completion.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template.
+        DataError: The template refuses the messages, or renders the prompt's otherwise when one follows.
+    """
+    prompt, chosen, rejected = cast(
+        tuple[list[Message], list[Message], list[Message]], (pair.prompt, pair.chosen, pair.rejected)
+    )
+    conversations = [prompt, prompt + chosen, prompt + rejected]
+    settings = {"tools": pair.tools, **_template_settings(pair, tokenizer)}
+    opened, *wholes = render(conversations, tokenizer, where=pair.where, **settings)
+    for side, whole in zip(("chosen", "rejected"), wholes, strict=True):
+        if not whole.startswith(opened):
+            # The prompt's end may be written for generation only; its messages may not change.
+            _, alone = render([prompt, prompt], tokenizer, where=pair.where, **settings)
+            if not whole.startswith(alone):
+                raise _other_prompt(alone, whole, side, pair.where)
+    return opened, wholes[0], wholes[1]
+
+
+def _template_settings(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast") -> dict[str, object]:
+    """The row's settings of the template; those of the call that renders it are not a row's to set."""
+    settings = pair.chat_template_kwargs or {}
+    if settings:
+        arguments = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
+        taken = next((name for name in settings if name in arguments), None)
+        if taken is not None:
+            raise DataError(
+                f'"chat_template_kwargs" sets {taken}, which is no setting of a template',
+                where=pair.where,
+                why="it would change what is rendered or tokenized for this row alone",
+                fix="remove it from the row",
+                kind="tools",
+            )
+    return settings
+
+
+def render(
+    conversations: list[list[Message]], tokenizer: "PreTrainedTokenizerFast", *, where: str, **settings: Any
+) -> list[str]:
+    """Conversations as text; the first is a prompt, and ends with the generation prompt."""
+    from jinja2.exceptions import TemplateError
+
+    template = chat_template(tokenizer)
+    if template is None:
+        raise ConfigError(
+            "the data holds messages, but the tokenizer has no chat template",
+            where=where,
+            why="only the template the model was trained with turns messages into the text it knows",
+            fix="save one with the tokenizer (chat_template.jinja), or use data whose rows are text",
+        )
+    try:
+        render = functools.partial(
+            tokenizer.apply_chat_template, **{"chat_template": template, "tokenize": False, **settings}
+        )
+        prompt, *whole = conversations
+        return [render(prompt, add_generation_prompt=True), *(render(messages) for messages in whole)]
+    # A template is a program of its own: it may add text to a list, or ask for what a message does not have.
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"the chat template refuses the messages ({str(error)[:_LONGEST_TEMPLATE_MESSAGE]})",
+            where=where,
+            why="the model was not trained on conversations of this shape",
+            fix="correct the roles and their order, or remove the row",
+            kind="template",
+        ) from error
+
+
+def _other_prompt(prompt: str, whole: str, side: str, where: str) -> DataError:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))
+    differs = sum(1 for _ in same)
+    alone, followed = (repr(text[max(0, differs - 20) : differs + 30]) for text in (prompt, whole))
+    return DataError(
+        f"the chat template renders the prompt differently when {side} follows: "
+        f"from character {differs + 1} on it is {followed}, alone {alone}",
+        where=where,
+        why="part of the prompt would be scored and trained on as if the model had said it",
+        fix="use a template that renders prompt + completion as the prompt's own text and more; "
+        "`dpo-opt preview` shows what is rendered",
+        kind="template_mismatch",
+    )

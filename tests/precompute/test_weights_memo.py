@@ -1,0 +1,136 @@
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import ScriptedScorer, preference_rows, write_jsonl
+
+from dpo_opt.precompute import weights_memo
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.run import work
+from dpo_opt.precompute.weights_memo import WEIGHTS, known_weights_digest, remember_weights, weight_files
+from dpo_opt.schemas.errors import FingerprintError
+from dpo_opt.schemas.models import weights_digest
+
+Hashed = list[Path]
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Hashed:
+    """Folders whose weights were read."""
+    folders: Hashed = []
+
+    def digest(folder: Path) -> str:
+        folders.append(folder)
+        return weights_digest(folder)
+
+    monkeypatch.setattr(weights_memo, "weights_digest", digest)
+    return folders
+
+
+@pytest.fixture
+def worker(model: Path, tmp_path: Path) -> Callable[[int], int]:
+    """Runs one of two workers of a folder."""
+    data = write_jsonl(tmp_path / "data.jsonl", preference_rows(6))
+    settings: dict[str, Any] = {"model": str(model), "data": data, "shards": tmp_path / "shards"}
+
+    def run(index: int) -> int:
+        config = PrecomputeConfig.model_validate({**settings, "worker_index": index, "num_workers": 2})
+        return work(config, scorer=ScriptedScorer())
+
+    return run
+
+
+def other_bytes(path: Path) -> None:
+    """Change one weight, and neither size nor name."""
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_worker_does_not_read_what_the_planner_read(
+    worker: Callable[[int], int], model: Path, tmp_path: Path, hashed: Hashed
+) -> None:
+    worker(0)
+    assert hashed == [model]
+    memo = json.loads((tmp_path / "shards" / WEIGHTS).read_text())
+    assert memo["weights"] == weights_digest(model)
+    worker(1)
+    assert hashed == [model]
+
+
+def test_changed_weights_are_read_and_refused(
+    worker: Callable[[int], int], model: Path, hashed: Hashed
+) -> None:
+    worker(0)
+    file = model / "model.safetensors"
+    before = file.stat()
+    other_bytes(file)
+    after = file.stat()
+    assert (after.st_size, after.st_ino) == (before.st_size, before.st_ino)
+    assert after.st_mtime_ns != before.st_mtime_ns
+    with pytest.raises(FingerprintError, match="weights "):
+        worker(1)
+    assert hashed == [model] * 2
+
+
+def test_touched_weights_are_read_and_accepted(
+    worker: Callable[[int], int], model: Path, hashed: Hashed
+) -> None:
+    worker(0)
+    os.utime(model / "model.safetensors")
+    worker(1)
+    assert hashed == [model] * 2
+
+
+def test_weights_that_change_while_they_are_hashed_are_not_remembered(
+    worker: Callable[[int], int], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = weights_digest
+
+    def digest(folder: Path) -> str:
+        found = real(folder)
+        other_bytes(folder / "model.safetensors")
+        return found
+
+    monkeypatch.setattr(weights_memo, "weights_digest", digest)
+    worker(0)
+    monkeypatch.setattr(weights_memo, "weights_digest", real)
+    with pytest.raises(FingerprintError, match="weights "):
+        worker(1)
+
+
+@pytest.mark.parametrize("change", ["another path", "another inode", "one more file"])
+def test_other_files_are_read(model: Path, tmp_path: Path, hashed: Hashed, change: str) -> None:
+    remember_weights(tmp_path, digest="d", files=weight_files(model))
+    assert known_weights_digest(model, tmp_path) == "d"
+    file = model / "model.safetensors"
+    if change == "another path":
+        model = model.rename(tmp_path / "moved")
+    elif change == "another inode":
+        shutil.copy2(file, tmp_path / "copy")
+        (tmp_path / "copy").replace(file)
+    else:
+        from safetensors.numpy import save_file
+
+        save_file({}, model / "more.safetensors")
+    assert known_weights_digest(model, tmp_path) == weights_digest(model)
+    assert hashed == [model]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weights": "d"}', "\x00"])
+def test_a_memo_that_says_nothing_is_as_good_as_none(
+    model: Path, tmp_path: Path, hashed: Hashed, text: str
+) -> None:
+    (tmp_path / WEIGHTS).write_text(text)
+    assert known_weights_digest(model, tmp_path) == weights_digest(model)
+    remember_weights(tmp_path, digest="d", files=weight_files(model))
+    assert known_weights_digest(model, tmp_path) == "d"
