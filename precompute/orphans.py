@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,12 +47,13 @@ def children_end_with_this_process() -> Iterator[None]:
         yield
     finally:
         begun_here = set(_children(os.getpid())) - others - {watcher}
-        os.write(end, " ".join(map(str, begun_here)).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):
+            os.write(end, " ".join(map(str, begun_here)).encode() + b"\n")
         os.close(end)
 
 
 def _watch(parent: int, others: set[int]) -> None:
-    """Kill the parent's children, and theirs, when the parent is gone: the new ones, until a line names them."""
+    """Kill the parent's children, and theirs, when the parent is gone: new ones until a line names them."""
     starting = True
     others = {*others, os.getpid()}
     # With their start times: a number may be given again.
@@ -70,11 +72,15 @@ def _watch(parent: int, others: set[int]) -> None:
         if not starting and not found:
             return
         if not starting:
-            select.select([], [], [], _SECONDS_BETWEEN_LOOKS)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
         elif select.select([0], [], [], _SECONDS_BETWEEN_LOOKS)[0]:
-            named = set(map(int, os.read(0, 65536).split()))
+            line = os.read(0, 65536)
+            if not line:
+                # The parent died at its start, and shows it in a moment.
+                time.sleep(_SECONDS_BETWEEN_LOOKS / 10)
+                continue
             found = {}
-            for pid in named:
+            for pid in map(int, line.split()):
                 _collect(pid, found)
             starting = False
 

@@ -33,9 +33,14 @@ with children_end_with_this_process():
     if forked == 0:
         time.sleep(100)
         os._exit(0)
+    own = [engine.pid, worker, forked]
+    if sys.argv[1] == "inside":
+        time.sleep(1)
+        print(json.dumps({"others": [before], "own": own}), flush=True)
+        time.sleep(100)
     time.sleep(float(sys.argv[1]))
 after = sleeper()
-print(json.dumps({"others": [before, after], "own": [engine.pid, worker, forked]}), flush=True)
+print(json.dumps({"others": [before, after], "own": own}), flush=True)
 sys.stdin.readline()
 os.kill(engine.pid, 9), os.kill(worker, 9), os.kill(forked, 9)
 engine.wait(), os.waitpid(forked, 0)
@@ -71,7 +76,7 @@ def watchers(parent: int) -> list[int]:
 def parent(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], dict[str, list[int]]]]:
     """A process that has started others, and their ids."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(request.param)],
+        [sys.executable, "-c", PARENT, request.param],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -85,7 +90,7 @@ def parent(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[st
     process.communicate()
 
 
-@pytest.mark.parametrize("parent", [0.0, 1.5], indirect=True)
+@pytest.mark.parametrize("parent", ["0.0", "1.5", "inside"], indirect=True)
 def test_what_the_block_started_ends_with_a_killed_process(
     parent: tuple[subprocess.Popen[str], dict[str, list[int]]],
 ) -> None:
@@ -99,7 +104,7 @@ def test_what_the_block_started_ends_with_a_killed_process(
     assert all(alive(pid) for pid in pids["others"])
 
 
-@pytest.mark.parametrize("parent", [0.0], indirect=True)
+@pytest.mark.parametrize("parent", ["0.0"], indirect=True)
 def test_the_watcher_ends_with_what_it_watches(
     parent: tuple[subprocess.Popen[str], dict[str, list[int]]],
 ) -> None:
