@@ -7,7 +7,7 @@ written until at least one pair is known to survive tokenization.
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from dpo_opt.precompute.parallel import map_in_order
 from dpo_opt.precompute.templates import chat_template
 from dpo_opt.precompute.tokenize import TEXT_TO_IDS, PairTokenizer, load_tokenizer, model_vocab_size
 from dpo_opt.precompute.weights_memo import known_weights_digest, remember_weights, weight_files
-from dpo_opt.schemas.columns import MARGIN, WEIGHT, Column, new_column, write_column
+from dpo_opt.schemas.columns import COLUMNS, MARGIN, WEIGHT, Column, new_column, write_column
 from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, read_all, sizes
@@ -278,11 +278,18 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> No
     _refuse_other_fingerprint(existing, planned.plan.fingerprint, shards_dir)
     if existing != planned.plan:
         raise _other_plan(existing, planned.plan, shards_dir)
+    # One that is there may be somebody's own by now; one that was removed is taken from the data again.
+    _write_columns(shards_dir, planned, keep=sizes(shards_dir / COLUMNS))
+
+
+def _write_columns(shards_dir: AnyPath, planned: Planned, *, keep: Iterable[str] = ()) -> None:
+    for name, column in planned.columns.items():
+        if f"{name}.parquet" not in keep:
+            write_column(shards_dir, name, column)
 
 
 def _write_plan(config: PrecomputeConfig, planned: Planned, name: str) -> None:
-    for column, values in planned.columns.items():
-        write_column(config.shards, column, values)
+    _write_columns(config.shards, planned)
     write_text(config.shards / COMMAND, _command(config))
     # Last: what a plan names is there.
     write_text(config.shards / name, to_json(planned.plan))

@@ -65,6 +65,7 @@ def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "truncated": 0,
         "tokens": load_manifest(base / "shards").tokens,
         "engine": "transformers",
+        "reuse_check": None,
     }
     return base / "shards"
 

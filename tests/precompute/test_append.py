@@ -206,3 +206,22 @@ def _hf(config: PrecomputeConfig) -> Any:
     from dpo_opt.scorers import make_scorer
 
     return make_scorer(config)
+
+
+def test_a_column_is_kept_as_it_is_and_taken_from_the_data_again_once_it_is_removed(
+    config_of: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights() -> list[float]:
+        found = read_column(config_of(4).shards, WEIGHT, rows=np.arange(4), default=0.0)
+        assert found is not None
+        return found.tolist()
+
+    for factor, expected in ((1.0, 1.0), (2.0, 1.0)):
+        monkeypatch.setitem(globals(), "ROWS", [row | {"weight": factor} for row in preference_rows(4)])
+        precompute(config_of(4), scorer=ScriptedScorer())
+        assert weights() == [expected] * 4
+    (config_of(4).shards / "columns" / "weight.parquet").unlink()
+    again = ScriptedScorer()
+    precompute(config_of(4), scorer=again)
+    assert weights() == [2.0] * 4
+    assert again.calls == []
