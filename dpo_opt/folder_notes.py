@@ -12,7 +12,6 @@ from dpo_opt.schemas.manifest import (
     COMMAND,
     COMMITS,
     DATA,
-    INDEX,
     MANIFEST,
     PLAN,
     TOKENIZER,
@@ -26,7 +25,7 @@ VERDICT = "verify.json"
 _MOST_LISTED = 20
 
 _EXPECTED = re.compile(
-    rf"{MANIFEST}|{PLAN}|{INDEX}|{COMMAND}|{VERDICT}|{WEIGHTS}|plan-\d+\.json|{TOKENIZER}/.+|slurm/.+"
+    rf"{MANIFEST}|{PLAN}|{COMMAND}|{VERDICT}|{WEIGHTS}|plan-\d+\.json|{TOKENIZER}/.+|slurm/.+"
     rf"|{COMMITS}/\d{{5,}}-[0-9a-f]+\.json|{COLUMNS}/[^/]+\.parquet"
 )
 _PRIVATE = re.compile(r"(.+/)?\..+\.[0-9a-f]{8}\.tmp")
@@ -75,6 +74,7 @@ def _is_plan_of(plan: Plan, manifest: Manifest) -> bool:
 
 def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     named = {name for commit in manifest.shards for name in (commit.file, commit.dropped_file)}
+    named.add(manifest.index_file)
     with explained(shards):
         there = {str(path)[len(str(shards)) + 1 :] for path in shards.rglob("*") if path.is_file()}
     others = sorted(name for name in there - named if not _EXPECTED.fullmatch(name))

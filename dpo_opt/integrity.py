@@ -19,7 +19,6 @@ from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath, explained, on_this_machine, sizes
 from dpo_opt.schemas.manifest import (
-    INDEX,
     MANIFEST,
     TOKENIZER,
     Manifest,
@@ -51,23 +50,24 @@ def integrity_problems(shards: AnyPath, manifest: Manifest) -> list[str]:
 def _problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     yield from (f"{shards / MANIFEST}: {problem}" for problem in _record_problems(manifest))
     index = None
+    index_path = shards / manifest.index_file
     try:
-        with verified_file(shards, INDEX, manifest.index_sha256) as file:
+        with verified_file(shards, manifest.index_file, manifest.index_sha256) as file:
             index = pq.read_table(file, partitioning=None)
     except DataError as error:
         yield f"{error.where}: {error.what}"
     except (pa.ArrowException, OSError) as error:
-        yield f"{shards / INDEX}: not readable as Parquet ({str(error).splitlines()[0]})"
+        yield f"{index_path}: not readable as Parquet ({str(error).splitlines()[0]})"
     if index is not None and not index.schema.equals(INDEX_SCHEMA):
-        yield f"{shards / INDEX}: its columns are not those of an index"
+        yield f"{index_path}: its columns are not those of an index"
         index = None
     if index is not None and len(index) != manifest.kept:
-        yield f"{shards / INDEX}: {len(index)} rows, the manifest says {manifest.kept}"
+        yield f"{index_path}: {len(index)} rows, the manifest says {manifest.kept}"
     first = 0
     for commit in manifest.shards:
         part = None if index is None else index.slice(first, commit.rows)
         first += commit.rows
-        yield from _few(_shard_problems(shards, commit, part))
+        yield from _few(_shard_problems(shards, commit, index_path, part))
     yield from _tokenizer_problems(shards, manifest)
     yield from _column_problems(shards, manifest)
 
@@ -115,7 +115,9 @@ def _record_problems(manifest: Manifest) -> Iterator[str]:
             yield f"it says {name} {stated}, its shards add up to {right}"
 
 
-def _shard_problems(shards: AnyPath, commit: ShardCommit, index: pa.Table | None) -> Iterator[str]:
+def _shard_problems(
+    shards: AnyPath, commit: ShardCommit, index_path: AnyPath, index: pa.Table | None
+) -> Iterator[str]:
     """One shard's two files, each opened only if its bytes are those that the manifest names."""
     kept: set[int] | None = None
     dropped: set[int] | None = None
@@ -128,7 +130,7 @@ def _shard_problems(shards: AnyPath, commit: ShardCommit, index: pa.Table | None
             for problem in _row_problems(file, commit, kept):
                 yield f"{where}: {problem}"
             if index is not None and (difference := _index_difference(file, commit.shard, index)):
-                yield f"{shards / INDEX}: {difference} ({where})"
+                yield f"{index_path}: {difference} ({where})"
     except DataError as error:
         yield f"{where}: {error.what}"
     except (pa.ArrowException, OSError, KeyError) as error:

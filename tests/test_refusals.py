@@ -239,6 +239,9 @@ def forge_manifest(**changes: Any) -> Callable[[Path], Path]:
 
     def damage(shards: Path) -> Path:
         manifest = load_manifest(shards)
+        if "index_file" in changes:
+            write_manifest(shards, manifest.model_copy(update=changes))
+            return shards / MANIFEST
         entries = list(manifest.shards)
         entries[1] = entries[1].model_copy(update=changes)
         write_manifest(shards, manifest.model_copy(update={"shards": entries}))
@@ -338,6 +341,7 @@ TABLE = [
     Damage("forged: a file outside", forge_manifest(file="../data.jsonl"), EVERYBODY),
     Damage("forged: an absolute file", forge_manifest(file="/etc/passwd"), EVERYBODY),
     Damage("forged: dropped rows outside", forge_manifest(dropped_file="../data.jsonl"), EVERYBODY),
+    Damage("forged: an index outside", forge_manifest(index_file="../data.jsonl"), EVERYBODY),
     Damage("forged: a count", forge_manifest(tokens=1), {"verify"}),
     # What analysis asks of a folder does not need the index, and finalize makes it.
     Damage("index of another order", index_of_another_order, {"train", "verify"}),

@@ -15,8 +15,9 @@ from object_store import serve_s3, using_store
 
 from dpo_opt.cli import main
 from dpo_opt.folder_notes import VERDICT
+from dpo_opt.precompute.commits import finalize
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.run import precompute
+from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.locations import location
 from dpo_opt.schemas.manifest import (
@@ -369,6 +370,30 @@ def test_the_plan_of_another_run_is_noted(shards: Path) -> None:
     (shards / PLAN).write_text(json.dumps({**plan, "dataset_digest": "0" * 64}))
     (note,) = check(shards).notes
     assert "is that of another run" in note
+
+
+def test_a_folder_that_has_grown_is_checked_by_its_own_index(tiny_model: Path, tmp_path: Path) -> None:
+    config = PrecomputeConfig(
+        model=str(tiny_model),
+        data=write_jsonl(tmp_path / "data.jsonl", ROWS[:10]),
+        shards=tmp_path / "shards",
+        pairs_per_shard=4,
+    )
+    precompute(config, scorer=ScriptedScorer())
+    write_jsonl(tmp_path / "data.jsonl", ROWS)
+    assert work(config.model_copy(update={"append": True}), scorer=ScriptedScorer()) == 3
+    growing = check(tmp_path / "shards")
+    assert growing.problems == [], "columns know rows that no shard has yet"
+    (note,) = growing.notes
+    assert "the folder is growing to 20 rows" in note
+    finalize(tmp_path / "shards")
+    grown = check(tmp_path / "shards")
+    assert grown.ok
+    (note,) = grown.notes
+    assert note.endswith(": index.parquet")
+    flip(tmp_path / "shards" / grown.manifest.index_file, 100)
+    (problem,) = check(tmp_path / "shards").problems
+    assert problem.startswith(f"{tmp_path / 'shards' / 'index-20.parquet'}: the bytes changed")
 
 
 # Parity ---------------------------------------------------------------------------------------------------

@@ -39,7 +39,14 @@ def textbook(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
     return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
-@pytest.mark.parametrize("rows_per_tile", [1, 5, SCORED, 1000])
+def tiles_of(monkeypatch: pytest.MonkeyPatch, *, rows: int, columns: int) -> None:
+    monkeypatch.setattr(logps_module, "_TILE_ROWS", rows)
+    monkeypatch.setattr(logps_module, "_TILE_ENTRIES", {False: rows * columns, True: rows * columns})
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (1, VOCABULARY), (5, 7), (SCORED, 1), (SCORED, VOCABULARY), (1000, 1000)]
+)
 @pytest.mark.parametrize(
     "case",
     [
@@ -51,9 +58,9 @@ def textbook(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
     ],
 )
 def test_values_and_gradients_are_those_of_full_logits_in_float64(
-    monkeypatch: pytest.MonkeyPatch, case: Case, rows_per_tile: int
+    monkeypatch: pytest.MonkeyPatch, case: Case, rows: int, columns: int
 ) -> None:
-    monkeypatch.setattr(logps_module, "_TILE_BYTES", 4 * VOCABULARY * rows_per_tile)
+    tiles_of(monkeypatch, rows=rows, columns=columns)
     hidden, weight, bias, targets, upstream = case.tensors()
     inputs = [t.requires_grad_() for t in (hidden, weight, bias) if t is not None]
     found = token_logps(hidden, Head(weight, bias, case.scale, case.softcap), targets)
@@ -71,19 +78,22 @@ def test_values_and_gradients_are_those_of_full_logits_in_float64(
         torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=2e-5)
 
 
-def test_one_row_per_tile_where_the_vocabulary_exceeds_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, _, targets, _ = Case().tensors()
-    expected = token_logps(hidden, Head(weight, None, 1.0, None), targets)
-    monkeypatch.setattr(logps_module, "_TILE_BYTES", 1)
-    found = token_logps(hidden, Head(weight, None, 1.0, None), targets)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
 def test_extreme_logits_stay_finite() -> None:
     hidden = torch.tensor([[1.0], [1.0]])
     weight = torch.tensor([[3e4], [0.0], [-3e4]])
     found = token_logps(hidden, Head(weight, None, 1.0, None), torch.tensor([0, 2]))
     assert found.tolist() == [0.0, -6e4]
+
+
+def test_tokens_that_a_bias_forbids_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles_of(monkeypatch, rows=5, columns=10)
+    hidden, weight, _, targets, _ = Case().tensors()
+    forbidden = torch.zeros(VOCABULARY + 30).index_fill_(
+        0, torch.arange(VOCABULARY, VOCABULARY + 30), -torch.inf
+    )
+    padded = torch.cat([weight, weight[:30]])
+    found = token_logps(hidden, Head(padded, forbidden, 1.0, None), targets)
+    torch.testing.assert_close(found, token_logps(hidden, Head(weight, None, 1.0, None), targets))
 
 
 def test_half_precision_states_lose_nothing_in_the_head() -> None:
@@ -97,7 +107,7 @@ def test_half_precision_states_lose_nothing_in_the_head() -> None:
 
 
 def test_half_precision_gradients_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logps_module, "_TILE_BYTES", 4 * VOCABULARY)  # a row per tile: 37 additions
+    tiles_of(monkeypatch, rows=1, columns=VOCABULARY)  # 37 additions
     hidden, weight, _, targets, upstream = Case().tensors()
     hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
     found = token_logps(hidden, Head(weight, None, 1.0, None), targets)

@@ -11,7 +11,7 @@ import pytest
 from dpo_opt.precompute import vllm_model
 from dpo_opt.precompute.vllm_model import VllmModel, vllm_version
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
-from dpo_opt.schemas.models import context_length
+from dpo_opt.schemas.models import checkpoint_dtype, context_length
 from dpo_opt.schemas.pairs import TokenSequence
 
 # In fp32 only the order of additions differs.
@@ -219,3 +219,58 @@ def test_the_users_environment_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+class Started:
+    """What an engine was started with."""
+
+    settings: dict[str, Any]
+
+    def __init__(self, **settings: Any) -> None:
+        Started.settings = settings
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_engine_is_told_the_dtype_and_never_left_to_choose(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    # Left to itself it would take half precision for an fp32 checkpoint.
+    assert checkpoint_dtype(tiny_model) == "float32"
+    monkeypatch.setattr("vllm.LLM", Started)
+    VllmModel(tiny_model, dtype=dtype, max_length=10)._started()
+    assert Started.settings["dtype"] == dtype
+    assert Started.settings["max_model_len"] == 11
+    assert Started.settings["trust_remote_code"] is False
+    assert Started.settings["load_format"] == "safetensors"
+    assert Started.settings["logprobs_mode"] == "raw_logprobs"
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("cpu", [True, False])
+def test_options_replace_what_the_engine_would_be_started_with(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, cpu: bool
+) -> None:
+    monkeypatch.setattr("vllm.LLM", Started)
+    monkeypatch.setattr(vllm_model, "_is_cpu_build", lambda: cpu)
+    VllmModel(tiny_model, dtype="float32", max_length=10)._started()
+    usual = Started.settings
+    assert usual["max_num_batched_tokens"] == 2048
+    assert ("gpu_memory_utilization" in usual, "kv_cache_memory_bytes" in usual) == (not cpu, cpu)
+    options = {"max_num_batched_tokens": 4096, "gpu_memory_utilization": 0.5, "quantization": "fp8"}
+    VllmModel(tiny_model, dtype="float32", max_length=10, engine_options=options)._started()
+    given = Started.settings
+    assert {name: given[name] for name in options} == options
+    # On a CPU the one would have no effect beside the other.
+    assert "kv_cache_memory_bytes" not in given
+    same = set(usual) - set(options) - {"kv_cache_memory_bytes"}
+    assert {name: given[name] for name in same} == {name: usual[name] for name in same}
+
+
+@pytest.mark.vllm
+def test_an_engine_that_does_not_take_a_value_says_which(tiny_model: Path) -> None:
+    model = VllmModel(
+        tiny_model, dtype="float32", max_length=64, engine_options={"max_num_seqs": "many", "block_size": 32}
+    )
+    with pytest.raises(DpoOptError, match="max_num_seqs"):
+        model.token_logps([sequence([0], [5])])
