@@ -1,7 +1,7 @@
 """Hidden states to log-probs of the scored tokens, without ever holding the logits.
 
-Only the rows that predict a completion token reach the head; they are projected a tile at a time, on a part of
-the vocabulary each, reduced to one number per token, and projected again in backward. Peak memory is one tile.
+Only the rows that predict a completion token reach the head; they are projected a tile at a time, each on a
+part of the vocabulary, reduced to one number per token, and projected again in backward.
 
     S = scored tokens, d = hidden size, V = vocabulary
 """

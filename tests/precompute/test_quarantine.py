@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,12 +235,12 @@ def test_the_real_engine_goes_on_after_a_sequence_that_it_refuses(tiny_model: Pa
             chosen_ids=rng.integers(2, 250, 7).astype(np.int32),
             rejected_ids=rng.integers(2, 250, 9).astype(np.int32),
         )
-        for i in range(6)
+        for i in range(3)
     ]
     # Longer than the engine was told to expect.
     bad_ids = rng.integers(2, 250, 100).astype(np.int32)
     long = dataclasses.replace(pairs[0], row=9, chosen_ids=bad_ids)
-    broken = [*pairs[:4], long, *pairs[4:]]
+    broken = [*pairs, long]
     model = VllmModel(tiny_model, dtype="float32", max_length=64)
     expected = score_pairs(pairs, model)
     found = score_pairs(broken, model)
@@ -297,3 +300,47 @@ def test_a_new_engine_that_does_not_start_is_not_blamed_on_a_row(
     model = VllmModel(tiny_model, dtype="float32", max_length=64, reuse=False)
     with pytest.raises(EngineStopped, match="the first error"):
         score_or_leave_out(sequences(4), model)
+
+
+DEATH = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from dpo_opt.precompute import orphans
+from dpo_opt.precompute.quarantine import score_or_leave_out
+from dpo_opt.precompute.vllm_model import VllmModel, prepare_environment
+from dpo_opt.schemas.pairs import TokenSequence
+
+def main():
+    prepare_environment()
+    model = VllmModel(Path(sys.argv[1]), dtype="float32", max_length=64)
+    asked = [TokenSequence(np.array([1, 2, i % 5], np.int32), np.array([7, i], np.int32)) for i in range(20)]
+    before = model.token_logps(asked)
+    below = {}
+    orphans._collect(os.getpid(), below)
+    engines = [p for p in below if "EngineCor" in Path(f"/proc/{p}/comm").read_text()]
+    assert len(engines) == 1, engines
+    os.kill(engines[0], signal.SIGKILL)
+    found = score_or_leave_out(asked, model)
+    assert not found.left_out
+    print(max(float(np.abs(a - b).max()) for a, b in zip(found.values, before)))
+
+# The engine's process imports this file anew.
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_real_engine_that_dies_in_its_own_process_is_started_anew(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "death.py").write_text(DEATH)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "death.py"), str(tiny_model)],
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 5e-4
