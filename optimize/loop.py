@@ -19,7 +19,7 @@ from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.loss import PreferenceLoss, preference_loss
 from dpo_opt.optimize.optimizer import learning_rate, make_optimizer
 from dpo_opt.optimize.packing import pair_group
-from dpo_opt.optimize.parity import PARITY_PAIRS, Parity, measure_parity, require_parity
+from dpo_opt.optimize.parity import PARITY_PAIRS, Parity, measure_parity, require_parity, spread_pairs
 from dpo_opt.optimize.policy import Policy, compute_dtype, default_device, load_policy
 from dpo_opt.optimize.run_folder import Metrics, RunFolder
 from dpo_opt.optimize.stream import PairStream, Positions
@@ -109,7 +109,7 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
     parity = None
     if not config.reference_differs:
         cached_dtype = folder.manifest.fingerprint.dtype
-        parity = measure_parity(policy, stream.sample(PARITY_PAIRS), cached_dtype=cached_dtype)
+        parity = measure_parity(policy, spread_pairs(folder, PARITY_PAIRS), cached_dtype=cached_dtype)
         require_parity(parity, shards=str(config.shards), model=config.model)
 
     run = RunFolder(config.output_dir)

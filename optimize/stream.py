@@ -95,11 +95,6 @@ class PairStream:
             )
         return weights / mean
 
-    def sample(self, count: int) -> list[ScoredPair]:
-        """Pairs spread evenly over the folder."""
-        size = len(self._rows)
-        return self.fetch(np.unique(np.linspace(0, size - 1, min(count, size)).astype(np.int64)))
-
     def batches(self, positions: Positions, size: int) -> Iterator[list[ScoredPair]]:
         """Consecutive batches; the last may be smaller."""
         for i in range(0, len(positions), size):

@@ -136,10 +136,3 @@ def test_batches_are_consecutive_and_the_last_may_be_smaller(folder: ShardFolder
     batches = [[p.row for p in pairs] for pairs in stream.batches(order, 8)]
     assert [len(b) for b in batches] == [8, 8, 7]
     assert [row for b in batches for row in b] == order.tolist()
-
-
-def test_a_sample_is_spread_over_the_folder(folder: ShardFolder) -> None:
-    rows = [p.row for p in PairStream(folder, eval_split=0.0).sample(8)]
-    assert (rows[0], rows[-1], len(rows)) == (0, PAIRS - 1, 8)
-    assert set(np.diff(rows)) <= {59, 60}
-    assert len(PairStream(folder, eval_split=0.0).sample(10_000)) == PAIRS
