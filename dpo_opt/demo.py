@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from dpo_opt.demo_model import smollm2_folder
 from dpo_opt.precompute.tokenize import load_tokenizer, prompt_ids
-from dpo_opt.precompute.vllm_model import prepare_environment
+from dpo_opt.precompute.vllm_model import prepare_environment, vllm_version
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.pairs import Completion, Sampler
 from dpo_opt.schemas.storage import write_text
@@ -93,7 +93,9 @@ def demo(output_dir: Path) -> None:
     print(f"   {len(openings)} openings x {_SAMPLES_PER_OPENING} completions -> {len(rows)} pairs in {pairs}")
 
     _say("3. Score the pairs once under the reference, train without it, measure, report")
-    _command("precompute", "--model", model, "--data", pairs, "--shards", shards)
+    # Another engine than the trainer's, as on a cluster, so that their agreement is seen.
+    engine = "hf" if vllm_version() is None else "vllm"
+    _command("precompute", "--model", model, "--data", pairs, "--shards", shards, "--backend", engine)
     _command("train", "--shards", shards, "--model", model, "--output-dir", run, *_TRAINING)
     _command("score", "--shards", shards, "--model", run / "final", "--output", run / "scores/final.parquet")
     _command(

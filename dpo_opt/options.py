@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.locations import AnyPath, explained, location
+from dpo_opt.schemas.locations import AnyPath, is_file, location
 from dpo_opt.schemas.settings import Settings
 
 C = TypeVar("C", bound=Settings)
@@ -110,10 +110,8 @@ class LocationType(click.ParamType[AnyPath]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> AnyPath:
         path = location(value)
-        if self._existing_file:
-            with explained(path):
-                if not path.is_file():
-                    self.fail(f"File {str(value)!r} does not exist.", param, ctx)
+        if self._existing_file and not is_file(path):
+            self.fail(f"File {str(value)!r} does not exist.", param, ctx)
         return path
 
 

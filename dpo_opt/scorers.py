@@ -8,7 +8,13 @@ from typing import Any, Literal, Protocol
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.engine_options import read_engine_options
 from dpo_opt.precompute.plan import resolve_reference
-from dpo_opt.precompute.vllm_model import ReuseCheck, VllmModel, prepare_environment, vllm_version
+from dpo_opt.precompute.vllm_model import (
+    ReuseCheck,
+    VllmModel,
+    is_cpu_build,
+    prepare_environment,
+    vllm_version,
+)
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import Sampler, Scorer
 
@@ -57,11 +63,18 @@ def make_scorer(config: PrecomputeConfig) -> Scorer:
     reference = resolve_reference(config)
     return make_engine(
         reference.folder,
-        backend=config.backend,
+        backend=_scoring_backend(config, options),
         dtype=reference.dtype,
         max_length=reference.max_length,
         engine_options=options,
     )
+
+
+def _scoring_backend(config: PrecomputeConfig, options: Mapping[str, Any]) -> Backend:
+    """vLLM where it runs on a GPU; on CPU cores transformers scores faster (bench/precompute.py)."""
+    if config.backend == "auto" and is_cpu_build() and not options:
+        return "hf"
+    return config.backend
 
 
 def reuse_check(scorer: Scorer) -> dict[str, Any] | None:

@@ -1,6 +1,8 @@
 """Which shards are done, and the manifest that covers them."""
 
 import json
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +13,7 @@ from pydantic import BaseModel
 
 from dpo_opt.precompute.plan import read_plan
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.locations import AnyPath, read_all, sizes
+from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
 from dpo_opt.schemas.manifest import (
     COMMAND,
     COMMITS,
@@ -29,7 +31,7 @@ from dpo_opt.schemas.manifest import (
     write_manifest,
 )
 from dpo_opt.schemas.shards import INDEX_SCHEMA, write_table
-from dpo_opt.schemas.storage import sha256_file, sha256_folder
+from dpo_opt.schemas.storage import publish, sha256_file, sha256_folder
 
 
 class Status(BaseModel):
@@ -48,38 +50,52 @@ class Status(BaseModel):
 def committed(shards_dir: AnyPath, plan: Plan) -> dict[int, ShardCommit]:
     """One commit per finished shard: of several attempts the smallest id, so that all readers agree.
 
-    Commits of another plan, and commits whose file is gone or has another size, do not count.
+    Commits of another plan, and commits whose file is gone or has another size, do not count. What a manifest
+    names stays, whatever attempt comes later.
     """
+    final = {commit.shard: commit for commit in _finalized(shards_dir)}
     names: dict[int, list[str]] = {}
     for name in sorted(sizes(shards_dir / COMMITS)):
         if name.endswith(".json") and name[0].isdigit():
             names.setdefault(int(name.partition("-")[0]), []).append(name)
     # After the commits: whoever commits has written the data before.
     data = sizes(shards_dir / DATA)
-    wanted = [(planned, name) for planned in plan.shards for name in names.get(planned.shard, [])]
-    texts = read_all(shards_dir / COMMITS, [name for _, name in wanted])
-    found: dict[int, ShardCommit] = {}
-    for (planned, name), text in zip(wanted, texts, strict=True):
-        if planned.shard not in found:
-            commit = parse(ShardCommit, text, where=shards_dir / COMMITS / name)
-            if _is_valid(commit, planned, plan, data):
-                found[planned.shard] = commit
+    found = {
+        planned.shard: final[planned.shard]
+        for planned in plan.shards
+        if planned.shard in final and _is_valid(final[planned.shard], planned, plan, data)
+    }
+    left = {planned.shard: planned for planned in plan.shards if planned.shard not in found}
+    wanted = [name for shard in left for name in names.get(shard, [])]
+    # One that gc has just removed is not there.
+    for name, text in read_all(shards_dir / COMMITS, wanted).items():
+        commit = parse(ShardCommit, text, where=shards_dir / COMMITS / name)
+        planned = left[int(name.partition("-")[0])]
+        if planned.shard not in found and _is_valid(commit, planned, plan, data):
+            found[planned.shard] = commit
     return found
+
+
+def _finalized(shards_dir: AnyPath) -> list[ShardCommit]:
+    """What the manifest names; nothing before the first one.
+
+    Raises:
+        DataError: The manifest is damaged.
+    """
+    return load_manifest(shards_dir).shards if is_file(shards_dir / MANIFEST) else []
 
 
 def is_committed(shards_dir: AnyPath, planned: ShardRange, plan: Plan) -> bool:
     """Whether a shard is finished now; looks at this shard's commits only."""
-    folder = shards_dir / COMMITS
-    for name in sorted(sizes(folder)):
-        if not name.startswith(f"{planned.shard:05d}-"):
-            continue
-        (text,) = read_all(folder, [name])
-        commit = parse(ShardCommit, text, where=folder / name)
-        file = shards_dir / commit.file
-        data = {file.name: file.stat().st_size} if file.is_file() else {}
-        if _is_valid(commit, planned, plan, data):
-            return True
-    return False
+    prefix = f"{planned.shard:05d}-"
+    names = [name for name in sizes(shards_dir / COMMITS, prefix=prefix) if name.endswith(".json")]
+    if not names:
+        return False
+    data = sizes(shards_dir / DATA, prefix=prefix)
+    return any(
+        _is_valid(parse(ShardCommit, text, where=shards_dir / COMMITS / name), planned, plan, data)
+        for name, text in read_all(shards_dir / COMMITS, names).items()
+    )
 
 
 def _is_valid(commit: ShardCommit, planned: ShardRange, plan: Plan, data: Mapping[str, int]) -> bool:
@@ -119,7 +135,7 @@ def is_finalized(shards_dir: AnyPath, plan: Plan) -> bool:
     Raises:
         DataError: The manifest is damaged.
     """
-    return (shards_dir / MANIFEST).is_file() and load_manifest(shards_dir).rows == plan.rows
+    return is_file(shards_dir / MANIFEST) and load_manifest(shards_dir).rows == plan.rows
 
 
 def finalize(shards_dir: AnyPath) -> Manifest:
@@ -131,16 +147,15 @@ def finalize(shards_dir: AnyPath) -> Manifest:
         DataError: Shards are missing, a file changed after its commit, or no pair was kept.
     """
     plan = read_plan(shards_dir)
-    earlier: list[ShardCommit] = []
-    if (shards_dir / MANIFEST).is_file():
+    grown = is_file(shards_dir / MANIFEST)
+    if grown:
         manifest = load_manifest(shards_dir)
         data = sizes(shards_dir / DATA)
         for commit in manifest.shards:
             _require_present(shards_dir, commit, data)
         if manifest.rows == plan.rows:
             return manifest
-        earlier = manifest.shards
-    done = committed(shards_dir, plan) | {commit.shard: commit for commit in earlier}
+    done = committed(shards_dir, plan)
     missing = [r.shard for r in plan.shards if r.shard not in done]
     if missing:
         listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
@@ -171,8 +186,9 @@ def finalize(shards_dir: AnyPath) -> Manifest:
             f"no pair is left of {plan.rows} ({json.dumps(dict(dropped))})", where=str(shards_dir)
         )
     # Readers follow the manifest that is there until the next one stands, and that one's index.
-    index = f"index-{plan.rows}.parquet" if earlier else INDEX
-    write_table(shards_dir / index, pa.concat_tables(tables))
+    index, index_sha256 = _write_index(
+        shards_dir, f"index-{plan.rows}.parquet" if grown else INDEX, pa.concat_tables(tables)
+    )
     manifest = Manifest(
         fingerprint=plan.fingerprint,
         dataset_digest=plan.dataset_digest,
@@ -183,11 +199,31 @@ def finalize(shards_dir: AnyPath) -> Manifest:
         tokens=sum(done[r.shard].tokens for r in plan.shards),
         shards=[done[r.shard] for r in plan.shards],
         index_file=index,
-        index_sha256=sha256_file(shards_dir / index),
+        index_sha256=index_sha256,
         tokenizer_sha256=sha256_folder(shards_dir / TOKENIZER),
     )
     write_manifest(shards_dir, manifest)
     return manifest
+
+
+def _write_index(shards_dir: AnyPath, name: str, table: pa.Table) -> tuple[str, str]:
+    """Publish the index; returns its name and hash.
+
+    Another ``finalize`` may have put one there of other attempts, for a manifest of its own: it stays.
+    """
+    with tempfile.TemporaryDirectory(prefix="dpo-opt-") as own:
+        file = Path(own) / name
+        write_table(file, table)
+        sha256 = sha256_file(file)
+        for place in (shards_dir / name, shards_dir / f"{Path(name).stem}-{sha256[:8]}.parquet"):
+            try:
+                with publish(place, replace=False) as private:
+                    shutil.copyfile(file, private)
+            except FileExistsError:
+                if sha256_file(place) != sha256:
+                    continue
+            return place.name, sha256
+    raise DataError("the index was damaged after it was written", where=str(place), fix=f"remove {place}")
 
 
 def _require_present(shards_dir: AnyPath, commit: ShardCommit, data: Mapping[str, int]) -> None:

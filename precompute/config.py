@@ -53,7 +53,7 @@ class PrecomputeConfig(WholeDataConfig):
     append: bool = False
     """Score rows that were added at the end of the data, beside those that the folder already holds."""
     backend: Literal["auto", "vllm", "hf"] = "auto"
-    """What scores. auto: vLLM where it is installed, else transformers."""
+    """What scores. auto: vLLM on a GPU where it is installed, else transformers (faster on CPU cores)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the reference. auto: the dtype its checkpoint declares."""
     engine_option: list[str] = []

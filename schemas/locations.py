@@ -6,12 +6,15 @@ worker's commit shows at the next look.
 """
 
 import contextlib
+import errno
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import PlainSerializer, PlainValidator
 from upath import UPath
@@ -20,31 +23,63 @@ from dpo_opt.schemas.errors import ConfigError, DpoOptError
 
 AnyPath = Path | UPath
 _EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3"}
+_ON_THIS_MACHINE = ("file", "local")
+# What is left of a URL that went through pathlib, or was mistyped: a folder "s3:" would be made for it.
+_ONE_SLASH = re.compile(r"[a-z][a-z0-9+]+:/(?!/)")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def location(name: str | Path | UPath) -> AnyPath:
-    """The path or URL that a name means.
+    """The path or URL that a name means; ``~`` and ``file://`` are paths.
 
     Raises:
-        ConfigError: Nothing here reads such URLs.
+        ConfigError: It is no usable URL, or nothing here reads such URLs.
     """
-    if isinstance(name, UPath):
-        return name
-    if not isinstance(name, str | Path):
+    if not isinstance(name, str | Path | UPath):
         raise ValueError("not a path")
-    if isinstance(name, Path) or "://" not in name:
-        return Path(name)
-    protocol = name.partition("://")[0]
+    if _ONE_SLASH.match(str(name)):
+        raise ConfigError(
+            "a URL needs two slashes",
+            where=str(name),
+            why="a folder of that name would be made on this machine",
+            fix="pass the URL as text, such as s3://BUCKET/FOLDER",
+        )
+    if not isinstance(name, Path) and "://" in str(name):
+        return _store_path(name)
+    path = Path(str(name))
+    # Only one's own: a folder may really be called ~somebody.
+    return path.expanduser() if path.parts[:1] == ("~",) else path
+
+
+def _store_path(name: str | UPath) -> AnyPath:
+    protocol, _, rest = str(name).partition("://")
+    if protocol in _ON_THIS_MACHINE:
+        return Path(rest)
+    if urlsplit(str(name)).password is not None:
+        raise ConfigError(
+            f"a password inside a {protocol}:// URL",
+            why="the folder's records and messages would show it",
+            fix="pass credentials in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
     try:
-        return UPath(name.rstrip("/"), use_listings_cache=False)
+        if not rest.strip("/"):
+            raise ValueError("it names no bucket or folder")
+        found = UPath(name.rstrip("/") if isinstance(name, str) else name, use_listings_cache=False)
+        # Imports the store's package.
+        _ = found.fs
     except ImportError as error:
         extra = _EXTRA_OF_PROTOCOL.get(protocol)
         fix = f"pip install 'dpo-opt[{extra}]'" if extra else "pip install the package that it names"
-        raise ConfigError(f"cannot be read without another package ({error})", where=name, fix=fix) from error
+        raise ConfigError(
+            f"cannot be read without another package ({error})", where=str(name), fix=fix
+        ) from error
     except ValueError as error:
         raise ConfigError(
-            f"URLs of {protocol}:// are not known", where=name, fix="pass a path, or a URL such as s3://"
+            f"not a URL that can be used here ({error})",
+            where=str(name),
+            fix="pass a path, or a URL such as s3://BUCKET/FOLDER",
         ) from error
+    return found
 
 
 Location = Annotated[AnyPath, PlainValidator(location), PlainSerializer(str, return_type=str)]
@@ -54,7 +89,12 @@ Location = Annotated[AnyPath, PlainValidator(location), PlainSerializer(str, ret
 def store_errors() -> tuple[type[Exception], ...]:
     """What a store may raise: clients have errors of their own, with no common base."""
     botocore = sys.modules.get("botocore.exceptions")
-    return (OSError, *([botocore.BotoCoreError, botocore.ClientError] if botocore else []))
+    aiohttp = sys.modules.get("aiohttp")
+    return (
+        OSError,
+        *([botocore.BotoCoreError, botocore.ClientError] if botocore else []),
+        *([aiohttp.ClientError] if aiohttp else []),
+    )
 
 
 @contextlib.contextmanager
@@ -67,7 +107,7 @@ def explained(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except store_errors() as error:
-        if isinstance(path, Path):
+        if isinstance(path, Path) or getattr(error, "errno", None) in _DISK_FULL:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DpoOptError(
@@ -78,39 +118,148 @@ def explained(path: AnyPath) -> Iterator[None]:
         ) from error
 
 
-def put_file(file: Path, path: UPath) -> None:
-    """Send a finished file; a small one takes one request, a large one shows when its last part is there."""
+@contextlib.contextmanager
+def room_on_disk(folder: Path) -> Iterator[None]:
+    """Say a full disk by name.
+
+    Raises:
+        DpoOptError: The disk is full or over quota.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise DpoOptError(
+                f"the disk is full ({os.strerror(error.errno)})",
+                where=str(folder),
+                why="what was being written could not be written whole, so nothing of it was kept",
+                fix="free some space and run the same command again",
+            ) from error
+        raise
+
+
+def put_file(file: Path, path: UPath, *, replace: bool = True) -> None:
+    """Send a finished file; a small one takes one request, a large one shows when its last part is there.
+
+    Raises:
+        FileExistsError: Something is there, and must not be replaced. A store that cannot refuse by itself
+            is asked first, so of two that come at once the later one may still win.
+        DpoOptError: The store does not answer, or refuses.
+    """
+    if not replace:
+        with contextlib.suppress(*store_errors()):
+            path.fs.put_file(str(file), path.path, mode="create")
+            return
+        # Stores differ in how they refuse, and some do not know such a request.
+        if is_file(path):
+            raise FileExistsError(str(path))
     with explained(path):
         path.fs.put_file(str(file), path.path)
 
 
-def sizes(folder: AnyPath) -> dict[str, int]:
-    """File name to bytes, for the files of a folder now; empty where there is no such folder."""
+def is_file(path: AnyPath) -> bool:
+    """Whether a file is there: a store that does not answer has not said no, unlike with ``Path.is_file``.
+
+    Raises:
+        DpoOptError: The store does not answer, or refuses.
+    """
+    if isinstance(path, Path):
+        return path.is_file()
+    with explained(path):
+        try:
+            return bool(path.fs.info(path.path)["type"] == "file")
+        except FileNotFoundError:
+            return False
+
+
+def remove(path: AnyPath) -> None:
+    """Delete a file; one that is gone already is as good.
+
+    Raises:
+        DpoOptError: The store does not answer, or refuses.
+    """
+    if isinstance(path, Path):
+        path.unlink(missing_ok=True)
+        return
+    with explained(path), contextlib.suppress(FileNotFoundError):
+        # Not `rm`, which takes [ and * in a folder's name for a pattern.
+        path.fs.rm_file(path.path)
+
+
+def sizes(folder: AnyPath, *, prefix: str = "") -> dict[str, int]:
+    """File name to bytes, for the files of a folder now; empty where there is no such folder.
+
+    Args:
+        folder: Path or URL.
+        prefix: Only names that begin so; of these alone a store is asked.
+    """
     if isinstance(folder, Path):
         found = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
             for entry in entries:
                 # One that has just been replaced or removed is not there.
                 with contextlib.suppress(FileNotFoundError):
-                    if entry.is_file():
+                    if entry.name.startswith(prefix) and entry.is_file():
                         found[entry.name] = entry.stat().st_size
         return found
     with explained(folder):
         try:
-            listed = folder.fs.ls(folder.path, detail=True)
+            if prefix:
+                listed = folder.fs.find(folder.path, maxdepth=1, detail=True, prefix=prefix).values()
+            else:
+                listed = folder.fs.ls(folder.path, detail=True)
         except FileNotFoundError:
             return {}
-    return {item["name"].rpartition("/")[2]: item["size"] for item in listed if item["type"] == "file"}
+    named = {item["name"].rpartition("/")[2]: item["size"] for item in listed if item["type"] == "file"}
+    return {name: size for name, size in named.items() if name.startswith(prefix)}
 
 
-def read_all(folder: AnyPath, names: Sequence[str]) -> list[bytes]:
-    """The bytes of some files of a folder; a store is asked for all of them at once."""
-    if isinstance(folder, Path) or not names:
-        return [(folder / name).read_bytes() for name in names]
+def read_all(folder: AnyPath, names: Sequence[str]) -> dict[str, bytes]:
+    """The bytes of those of some files that are there; a store is asked for all of them at once.
+
+    Raises:
+        DpoOptError: The store does not answer, or refuses.
+    """
+    if isinstance(folder, Path):
+        texts = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                texts[name] = (folder / name).read_bytes()
+        return texts
     paths = [(folder / name).path for name in names]
+    found = {}
     with explained(folder):
-        found = folder.fs.cat(paths)
-    return [found[path] for path in paths]
+        # Not `cat`, which takes [ and * in a folder's name for a pattern; from byte 0, because s3fs asks
+        # for the size of a file that is wanted whole.
+        answers = folder.fs.cat_ranges(paths, 0, None)
+        for name, path, answer in zip(names, paths, answers, strict=True):
+            if isinstance(answer, OSError) and answer.errno == errno.EINVAL:
+                # An empty file has no byte 0.
+                found[name] = folder.fs.cat_file(path)
+            elif isinstance(answer, Exception) and not isinstance(answer, FileNotFoundError):
+                raise answer
+            elif isinstance(answer, bytes):
+                found[name] = answer
+    return found
+
+
+def fetch(path: UPath, file: Path) -> None:
+    """A store's file, or a folder's files, as ``file`` on this machine.
+
+    Raises:
+        FileNotFoundError: There is neither.
+        DpoOptError: The store does not answer, or refuses; or the disk is full.
+    """
+    with room_on_disk(file.parent), explained(path):
+        with contextlib.suppress(FileNotFoundError):
+            path.fs.get_file(path.path, str(file))
+        inside = [] if file.is_file() else path.fs.find(path.path)
+        for name in inside:
+            part = file / name.removeprefix(path.path.rstrip("/") + "/")
+            part.parent.mkdir(parents=True, exist_ok=True)
+            path.fs.get_file(name, str(part))
+    if not file.exists():
+        raise FileNotFoundError(str(path))
 
 
 @contextlib.contextmanager
@@ -118,15 +267,15 @@ def on_this_machine(path: AnyPath) -> Iterator[Path]:
     """A file or folder as a path of this machine, fetched for as long as it is used.
 
     Raises:
-        DpoOptError: The store does not answer, or refuses.
+        FileNotFoundError: A store has nothing of that name.
+        DpoOptError: The store does not answer, or refuses; or the disk is full.
     """
     if isinstance(path, Path):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="dpo-opt-") as folder:
         fetched = Path(folder) / path.name
-        with explained(path):
-            path.fs.get(path.path, str(fetched), recursive=path.is_dir())
+        fetch(path, fetched)
         yield fetched
 
 

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
@@ -21,10 +21,11 @@ from typing import Self, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
+from upath import UPath
 
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import Fingerprint
-from dpo_opt.schemas.locations import AnyPath, cache_path, explained, on_this_machine
+from dpo_opt.schemas.locations import AnyPath, cache_path, fetch, is_file, read_all
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shards import read_row_groups
 from dpo_opt.schemas.storage import publish, sha256_file, write_text
@@ -130,8 +131,9 @@ def load_manifest(shards_dir: AnyPath) -> Manifest:
         DataError: There is no manifest, or it was changed after it was written.
     """
     path = shards_dir / MANIFEST
-    if not path.is_file():
-        planned = (shards_dir / PLAN).is_file()
+    text = read_all(shards_dir, [MANIFEST]).get(MANIFEST)
+    if text is None:
+        planned = is_file(shards_dir / PLAN)
         raise DataError(
             f"there is no {MANIFEST}",
             where=str(shards_dir),
@@ -143,7 +145,7 @@ def load_manifest(shards_dir: AnyPath) -> Manifest:
         )
     damaged = f"run `dpo-opt finalize --shards {shards_dir}` after removing {path}"
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(text.decode("utf-8"))
         stated = body.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError("not readable as a manifest", where=str(path), fix=damaged) from error
@@ -241,8 +243,16 @@ def check_file(shards_dir: AnyPath, name: str, sha256: str) -> Path:
             return path
     kept = cache_path(path, sha256)
     if not (kept.is_file() and sha256_file(kept) == sha256):
-        with verified_file(shards_dir, name, sha256) as file, publish(kept) as private:
-            shutil.copyfile(file, private)
+        try:
+            with publish(kept) as private:
+                _fetch_verified(path, sha256, private)
+        except OSError as error:
+            raise DpoOptError(
+                f"the cache cannot be written ({error.strerror or error})",
+                where=str(kept.parent),
+                why="what is read from a store is kept there",
+                fix="set DPO_OPT_CACHE to a folder that can be written",
+            ) from error
     return kept
 
 
@@ -254,25 +264,44 @@ def verified_file(shards_dir: AnyPath, name: str, sha256: str) -> Iterator[Path]
         DataError, DpoOptError: As ``check_file``.
     """
     path = shards_dir / name
-    with explained(path):
-        there = path.is_file()
-    if not there:
+    if isinstance(path, Path):
+        if not path.is_file():
+            raise _missing(path)
+        _require_sha256(path, sha256, where=path)
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="dpo-opt-") as own:
+        file = Path(own) / path.name
+        _fetch_verified(path, sha256, file)
+        yield file
+
+
+def _fetch_verified(path: UPath, sha256: str, file: Path) -> None:
+    try:
+        fetch(path, file)
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    _require_sha256(file, sha256, where=path)
+
+
+def _missing(path: AnyPath) -> DataError:
+    return DataError(
+        "the file is missing",
+        where=str(path),
+        why="the manifest names it, so pairs would be missing from training",
+        fix="restore the file, or delete the folder and run `dpo-opt precompute` again",
+    )
+
+
+def _require_sha256(file: Path, sha256: str, *, where: AnyPath) -> None:
+    actual = sha256_file(file)
+    if actual != sha256:
         raise DataError(
-            "the file is missing",
-            where=str(path),
-            why="the manifest names it, so pairs would be missing from training",
+            f"the bytes changed: sha256 is {actual[:16]}..., the record says {sha256[:16]}...",
+            where=str(where),
+            why="its log-probs can no longer be trusted",
             fix="restore the file, or delete the folder and run `dpo-opt precompute` again",
         )
-    with on_this_machine(path) as file:
-        actual = sha256_file(file)
-        if actual != sha256:
-            raise DataError(
-                f"the bytes changed: sha256 is {actual[:16]}..., the record says {sha256[:16]}...",
-                where=str(path),
-                why="its log-probs can no longer be trusted",
-                fix="restore the file, or delete the folder and run `dpo-opt precompute` again",
-            )
-        yield file
 
 
 def _body_hash(body: dict[str, object]) -> str:

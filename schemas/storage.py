@@ -6,7 +6,6 @@ object whole or not at all, so there a finished file is sent.
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import secrets
@@ -15,36 +14,55 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpo_opt.schemas.errors import DpoOptError
-from dpo_opt.schemas.locations import AnyPath, explained, on_this_machine, put_file
+from dpo_opt.schemas.locations import AnyPath, on_this_machine, put_file, room_on_disk
 
 
 @contextlib.contextmanager
-def publish(path: AnyPath) -> Iterator[Path]:
+def publish(path: AnyPath, *, replace: bool = True) -> Iterator[Path]:
     """Yield a private path to write; on success it replaces ``path`` durably, on any error it is removed.
 
+    Args:
+        path: Path or URL.
+        replace: Otherwise what is there stays, and of several that come at once one is kept.
+
     Raises:
+        FileExistsError: Something is there, and must not be replaced.
         DpoOptError: The disk is full or over quota, or the store refuses; nothing was written.
     """
     if not isinstance(path, Path):
         with (
-            _out_of_space(Path(tempfile.gettempdir())),
+            room_on_disk(Path(tempfile.gettempdir())),
             tempfile.TemporaryDirectory(prefix="dpo-opt-") as own,
         ):
             yield Path(own) / path.name
-            put_file(Path(own) / path.name, path)
+            put_file(Path(own) / path.name, path, replace=replace)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     private = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with _out_of_space(path.parent):
+        with room_on_disk(path.parent):
             yield private
             with private.open("rb+") as handle:
                 os.fsync(handle.fileno())
-            private.replace(path)
+            if replace:
+                private.replace(path)
+            else:
+                _name_if_free(private, path)
             _sync_folder(path.parent)
     finally:
         private.unlink(missing_ok=True)
+
+
+def _name_if_free(private: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(private)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without links: of two that come at once the later one may still win.
+        if path.exists():
+            raise FileExistsError(str(path)) from None
+        private.replace(path)
 
 
 @contextlib.contextmanager
@@ -56,7 +74,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
     """
     private = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with _out_of_space(path.parent):
+        with room_on_disk(path.parent):
             private.mkdir(parents=True)
             yield private
             for file in private.rglob("*"):
@@ -79,7 +97,11 @@ def settle_folder(path: AnyPath) -> Iterator[Path]:
         filled = Path(own) / path.name
         yield filled
         if isinstance(path, Path):
-            if not path.exists() or sha256_folder(path) != sha256_folder(filled):
+            equal = False
+            # Another process may be replacing it.
+            with contextlib.suppress(FileNotFoundError):
+                equal = path.exists() and sha256_folder(path) == sha256_folder(filled)
+            if not equal:
                 shutil.rmtree(path, ignore_errors=True)
                 _copy_folder(filled, path)
             return
@@ -99,36 +121,20 @@ def _copy_folder(source: Path, path: Path) -> None:
             raise
 
 
-@contextlib.contextmanager
-def _out_of_space(folder: Path) -> Iterator[None]:
-    """Say a full disk by name.
+def write_text(path: AnyPath, text: str, *, replace: bool = True) -> None:
+    """Publish a small text file.
 
     Raises:
-        DpoOptError: The disk is full or over quota.
+        FileExistsError, DpoOptError: As ``publish``.
     """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DpoOptError(
-                f"the disk is full ({os.strerror(error.errno)})",
-                where=str(folder),
-                why="what was being written could not be written whole, so nothing of it was kept",
-                fix="free some space and run the same command again",
-            ) from error
-        raise
-
-
-def write_text(path: AnyPath, text: str) -> None:
-    """Publish a small text file."""
-    with publish(path) as private:
+    with publish(path, replace=replace) as private:
         private.write_text(text, encoding="utf-8")
 
 
 def sha256_file(path: AnyPath) -> str:
     """Hex SHA-256 of a file's bytes, as ``sha256sum`` prints it."""
     digest = hashlib.sha256()
-    with explained(path), path.open("rb") as handle:
+    with on_this_machine(path) as file, file.open("rb") as handle:
         while chunk := handle.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()

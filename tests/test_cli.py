@@ -513,6 +513,9 @@ def test_the_program_scores_with_vllm(tiny_model: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     # Engines print; the result is all there is on stdout.
     assert json.loads(result.stdout)["engine"] == "vllm"
+    # Prompts were computed once for two completions, and that was compared with computing them anew.
+    assert json.loads(result.stdout)["reuse_check"]["tokens"] > 50
+    assert json.loads(result.stdout)["reuse_check"]["max"] < 1e-3
     assert json.loads((tmp_path / "shards" / PLAN).read_text())["fingerprint"]["engine"] == "vllm"
     verified = invoke("verify", "--shards", tmp_path / "shards", "--model", tiny_model, "--json")
     assert verified.exit_code == 0, verified.output

@@ -1,21 +1,45 @@
 """A folder grows with its data: only new pairs are scored, and readers never see a folder half grown."""
 
+import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from fakes import ScriptedScorer, preference_rows, write_jsonl
+from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 
 from dpo_opt.launch import launch
 from dpo_opt.precompute.commits import finalize, status
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.plan import read_plan, read_plans
+from dpo_opt.precompute.gc import find_garbage, remove_garbage
+from dpo_opt.precompute.plan import (
+    Planned,
+    adopt_plan,
+    make_plan,
+    make_tokenizer,
+    read_plan,
+    read_plans,
+    resolve_reference,
+)
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.schemas.columns import WEIGHT, read_column
+from dpo_opt.precompute.tokenize import load_tokenizer
+from dpo_opt.schemas.columns import WEIGHT, new_column, read_column, write_column
 from dpo_opt.schemas.errors import DataError, FingerprintError
-from dpo_opt.schemas.manifest import MANIFEST, ShardFolder, load_manifest
+from dpo_opt.schemas.manifest import (
+    INDEX,
+    MANIFEST,
+    PLAN,
+    ShardFolder,
+    load_manifest,
+    to_json,
+    write_manifest,
+)
+from dpo_opt.schemas.shards import DroppedRow, write_dropped, write_table
+from dpo_opt.schemas.storage import sha256_file, write_text
 
 Configs = Callable[..., PrecomputeConfig]
 ROWS = preference_rows(20)
@@ -225,3 +249,168 @@ def test_a_column_is_kept_as_it_is_and_taken_from_the_data_again_once_it_is_remo
     precompute(config_of(4), scorer=again)
     assert weights() == [2.0] * 4
     assert again.calls == []
+
+
+@pytest.mark.parametrize("first", [0, 10])
+def test_of_different_plans_made_at_once_one_stands(
+    config_of: Configs, tmp_path: Path, tiny_model: Path, first: int
+) -> None:
+    """Of different data, planned for the same empty or growing folder."""
+    tokenizers = [load_tokenizer(tiny_model) for _ in range(6)]
+    for attempt in range(4):
+        folder = tmp_path / f"shards-{attempt}"
+        if first:
+            precompute(config_of(first, shards=folder), scorer=ScriptedScorer())
+        rows = [[*ROWS[:first], *({**row, "weight": i + 1.0} for row in ROWS[i:15])] for i in range(1, 7)]
+        made = []
+        for i, some in enumerate(rows):
+            data = write_jsonl(tmp_path / f"data-{i}.jsonl", some)
+            config = config_of(first, shards=folder, append=True).model_copy(update={"data": [str(data)]})
+            reference = resolve_reference(config)
+            tokenizer = make_tokenizer(config, reference)
+            made.append(
+                (config, make_plan(config, reference=reference, tokenizer=tokenizer, numerics=NUMERICS))
+            )
+
+        def adopt(one: tuple[PrecomputeConfig, Planned], tokenizer: Any) -> str:
+            try:
+                adopt_plan(*one, tokenizer)
+            except FingerprintError as error:
+                return str(error.fix)
+            return "adopted"
+
+        with ThreadPoolExecutor(len(made)) as pool:
+            outcomes = list(pool.map(adopt, made, tokenizers))
+        assert outcomes.count("adopted") == 1
+        assert all("run the same command again" in fix for fix in outcomes if fix != "adopted")
+        winner = made[outcomes.index("adopted")][1]
+        assert read_plan(folder) == winner.plan
+        # Whoever loses before the plan stands leaves nothing of its own beside it.
+        weights = read_column(folder, WEIGHT, rows=np.arange(first, winner.plan.rows), default=0.0)
+        assert weights is not None
+
+
+def test_a_plan_is_never_replaced_by_one_that_was_made_from_other_data(
+    config_of: Configs, tmp_path: Path, tiny_model: Path
+) -> None:
+    folder = config_of(1).shards
+
+    def planned(rows: int, weight: float) -> tuple[PrecomputeConfig, Planned]:
+        config = config_of(rows)
+        write_jsonl(tmp_path / "data.jsonl", [row | {"weight": weight} for row in ROWS[:rows]])
+        reference = resolve_reference(config)
+        tokenizer = make_tokenizer(config, reference)
+        return config, make_plan(config, reference=reference, tokenizer=tokenizer, numerics=NUMERICS)
+
+    first, second = planned(8, 1.0), planned(9, 2.0)
+
+    class Slow:
+        """Another planner comes and goes while this one is at it."""
+
+        def save_pretrained(self, path: Path) -> None:
+            load_tokenizer(tiny_model).save_pretrained(path)
+            if not (folder / PLAN).exists():
+                adopt_plan(*first, load_tokenizer(tiny_model))
+
+    with pytest.raises(FingerprintError, match="8 rows"):
+        adopt_plan(*second, Slow())
+    assert read_plan(folder) == first[1].plan
+
+
+def test_gc_keeps_what_a_growing_folder_has_scored(config_of: Configs) -> None:
+    precompute(config_of(10), scorer=ScriptedScorer())
+
+    def kill(call: int) -> None:
+        if call == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        precompute(config_of(20, append=True), scorer=ScriptedScorer(before_call=kill))
+    shards = config_of(20).shards
+    assert find_garbage(shards, older_than_hours=0).files == []
+    resumed = ScriptedScorer()
+    precompute(config_of(20), scorer=resumed)
+    assert len(resumed.calls) == 1
+
+
+def test_gc_removes_the_index_that_nobody_follows_any_more(config_of: Configs) -> None:
+    precompute(config_of(10), scorer=ScriptedScorer())
+    shards = config_of(10).shards
+    before = ShardFolder.open(shards)
+    days_ago = time.time() - 2 * 24 * 3600
+    os.utime(shards / INDEX, (days_ago, days_ago))
+    precompute(config_of(20, append=True), scorer=ScriptedScorer())
+    # Readers that opened the folder before it grew still need it.
+    assert find_garbage(shards, older_than_hours=24).files == []
+    assert before.index().num_rows == 10
+    assert [pair.row for pair in before.pairs()] == list(range(10))
+    os.utime(shards / MANIFEST, (days_ago, days_ago))
+    garbage = find_garbage(shards, older_than_hours=24)
+    assert garbage.files == [shards / INDEX]
+    assert garbage.size == (shards / INDEX).stat().st_size
+    remove_garbage(garbage)
+    assert len(content(shards)) == ShardFolder.open(shards).index().num_rows == 20
+
+
+def test_a_column_that_was_changed_stays_so_when_the_folder_grows(
+    config_of: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "ROWS", [row | {"weight": 1.0} for row in ROWS])
+    precompute(config_of(10), scorer=ScriptedScorer())
+    own = new_column()
+    own.rows.extend([3, 7])
+    own.values.extend([0.25, 0.5])
+    write_column(config_of(10).shards, WEIGHT, own)
+    precompute(config_of(14, append=True), scorer=ScriptedScorer())
+    found = read_column(config_of(14).shards, WEIGHT, rows=np.arange(14), default=-1.0)
+    assert found is not None
+    assert found.tolist() == [-1, -1, -1, 0.25, -1, -1, -1, 0.5, -1, -1, 1, 1, 1, 1]
+
+
+def test_two_that_finalize_at_once_leave_each_other_the_index(config_of: Configs) -> None:
+    first = precompute(config_of(10), scorer=ScriptedScorer())
+    shards = config_of(10).shards
+    # The second one looked before there was a manifest, and finds an attempt that left a row out.
+    (shards / MANIFEST).unlink()
+    commit = first.shards[0]
+    name, attempt = f"data/00000-{'0' * 8}.parquet", "0" * 8
+    table = pq.read_table(shards / commit.file)
+    write_table(shards / name, table.slice(1))
+    dropped = f"data/00000-{attempt}.dropped.parquet"
+    write_dropped(shards / dropped, [DroppedRow(0, None, "engine_error", "")])
+    other = commit.model_copy(
+        update={
+            "attempt": attempt,
+            "file": name,
+            "rows": commit.rows - 1,
+            "bytes": (shards / name).stat().st_size,
+            "sha256": sha256_file(shards / name),
+            "dropped_file": dropped,
+            "dropped_sha256": sha256_file(shards / dropped),
+            "dropped": {"engine_error": 1},
+        }
+    )
+    write_text(shards / "commits" / f"00000-{attempt}.json", to_json(other))
+    second = finalize(shards)
+    for manifest, rows in ((first, 10), (second, 9)):
+        # Whichever manifest is written last has its own index.
+        write_manifest(shards, manifest)
+        assert ShardFolder.open(shards).index().num_rows == len(content(shards)) == rows
+
+
+def test_a_finalize_that_is_killed_before_the_manifest_is_done_again(
+    config_of: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = precompute(config_of(10), scorer=ScriptedScorer())
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo_opt.precompute.commits.write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            precompute(config_of(20, append=True), scorer=ScriptedScorer())
+    shards = config_of(20).shards
+    assert load_manifest(shards) == old
+    assert len(content(shards)) == 10
+    assert finalize(shards).kept == len(content(shards)) == 20

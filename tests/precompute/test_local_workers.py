@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from fakes import preference_rows, write_jsonl
 
+from dpo_opt.cli import main
 from dpo_opt.launch import take_place
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.local_workers import own_devices, visible_devices, worker_environments
@@ -120,6 +122,20 @@ def test_a_numbered_process_is_one_worker_and_starts_none(monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "environ", {})
     assert take_place(config_of(num_workers=4)).launched
     assert not take_place(config_of()).launched
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--worker-index", "3", "--num-workers", "2"], "worker_index 3 is not below num_workers 2"),
+        (["--worker-index", "0"], "worker_index needs num_workers"),
+        (["--launcher", "slurm"], "slurm needs num_workers"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(tmp_path: Path, arguments: list[str], what: str) -> None:
+    given = ["--model", "m", "--data", "d", "--shards", str(tmp_path / "s"), *arguments]
+    result = CliRunner().invoke(main, ["precompute", *given])
+    assert (result.exit_code, result.stderr) == (2, f"error: {what}\n")
 
 
 # Every worker imports this before anything else: scores without a model, and writes down where.

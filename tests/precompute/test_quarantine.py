@@ -1,9 +1,11 @@
 import dataclasses
 import os
+import queue
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from fakes import NUMERICS, ScriptedScorer, preference_rows, scripted_logps, wri
 
 from dpo_opt.precompute import vllm_model
 from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.engine_death import death_is_noticed
 from dpo_opt.precompute.quarantine import MOST_LEFT_OUT, score_or_leave_out
 from dpo_opt.precompute.run import precompute, score_pairs
 from dpo_opt.precompute.vllm_model import VllmModel
@@ -224,6 +227,7 @@ def test_pairs_with_a_bad_sequence_are_dropped_listed_and_counted(tiny_model: Pa
     assert manifest.shards[0].unique_sequences == 2 * 6 - 2
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_the_real_engine_goes_on_after_a_sequence_that_it_refuses(tiny_model: Path) -> None:
     rng = np.random.default_rng(0)
@@ -300,6 +304,20 @@ def test_a_new_engine_that_does_not_start_is_not_blamed_on_a_row(
     model = VllmModel(tiny_model, dtype="float32", max_length=64, reuse=False)
     with pytest.raises(EngineStopped, match="the first error"):
         score_or_leave_out(sequences(4), model)
+
+
+def test_who_waits_for_a_dead_engine_is_told() -> None:
+    answers: queue.Queue[Exception] = queue.Queue()
+    state = SimpleNamespace(engine_dead=False)
+    client = SimpleNamespace(outputs_queue=answers, resources=state)
+    with death_is_noticed(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=client))):
+        with pytest.raises(queue.Empty):
+            answers.get(timeout=0.7)
+        state.engine_dead = True
+        assert "process died" in str(answers.get(timeout=5))
+    # Engines in this process have nothing to wait for.
+    with death_is_noticed(SimpleNamespace()):
+        pass
 
 
 DEATH = """

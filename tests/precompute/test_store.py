@@ -1,29 +1,45 @@
 """A folder of shards in an object store behaves as one on a disk: the same workers, records and readers."""
 
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fakes import ScriptedScorer, preference_rows, write_jsonl
+from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 from object_store import s3_client, serve_s3, using_store
 
 from dpo_opt.analysis import scan_shards
 from dpo_opt.cli import main
-from dpo_opt.precompute.commits import finalize, status
+from dpo_opt.precompute.commits import finalize, is_committed, status
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.gc import find_garbage, remove_garbage
+from dpo_opt.precompute.plan import (
+    adopt_plan,
+    make_plan,
+    make_tokenizer,
+    read_plan,
+    resolve_reference,
+)
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.schemas.errors import DataError, DpoOptError
-from dpo_opt.schemas.locations import location, read_all, sizes
-from dpo_opt.schemas.manifest import ShardFolder, load_manifest
+from dpo_opt.precompute.tokenize import load_tokenizer
+from dpo_opt.precompute.workers import Worker, shards_for
+from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError
+from dpo_opt.schemas.locations import is_file, location, read_all, remove, sizes
+from dpo_opt.schemas.manifest import ShardFolder, check_file, load_manifest
+from dpo_opt.schemas.storage import sha256_file
+
+s3fs = pytest.importorskip("s3fs")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*s3fs.*")
 
@@ -191,9 +207,160 @@ def test_status_and_readers_work_from_the_command_line(
     assert json.loads(capsys.readouterr().out)["integrity"] == {"ok": True, "problems": []}
 
 
+@pytest.mark.parametrize("folder", ["bucket", "odd name"])
+def test_any_url_is_a_folder_like_any_other(
+    config_of: Configs, server: str, store: str, tmp_path: Path, folder: str
+) -> None:
+    """A whole bucket, and a name with everything that means something to shells, URLs and patterns."""
+    bucket = f"b-{abs(hash(store))}"
+    s3_client(server).create_bucket(Bucket=bucket)
+    url = f"s3://{bucket}" if folder == "bucket" else f"s3://{bucket}/a b/ü%20#x[1]*?/"
+    config = config_of(shards=url)
+    precompute(
+        config_of(shards=url, data=write_jsonl(tmp_path / "few.jsonl", ROWS[:4])), scorer=ScriptedScorer()
+    )
+    precompute(config_of(shards=url, append=True), scorer=ScriptedScorer())
+    assert [pair[0] for pair in values(config)] == list(range(11))
+    assert status(config.shards).finalized
+    lost = config.shards / "data" / "00001-0badc0de.parquet"
+    lost.write_bytes(b"half")
+    garbage = find_garbage(config.shards, older_than_hours=0)
+    assert sorted(path.name for path in garbage.files) == ["00001-0badc0de.parquet", "index.parquet"]
+    remove_garbage(garbage)
+    assert [pair[0] for pair in values(config)] == list(range(11))
+    keys = [item["Key"] for item in s3_client(server).list_objects_v2(Bucket=bucket)["Contents"]]
+    inside = "" if folder == "bucket" else "a b/ü%20#x[1]*?/"
+    assert f"{inside}index-11.parquet" in keys
+    assert all(key.startswith(inside) for key in keys)
+
+
+def test_a_plan_is_never_replaced_by_one_that_was_made_from_other_data(
+    config_of: Configs, tmp_path: Path, tiny_model: Path, store: str
+) -> None:
+    made = []
+    for i in range(2):
+        config = config_of(data=write_jsonl(tmp_path / f"data-{i}.jsonl", ROWS[i:]))
+        reference = resolve_reference(config)
+        tokenizer = make_tokenizer(config, reference)
+        made.append((config, make_plan(config, reference=reference, tokenizer=tokenizer, numerics=NUMERICS)))
+
+    class Slow:
+        """Another planner comes and goes while this one is at it."""
+
+        def save_pretrained(self, path: Path) -> None:
+            load_tokenizer(tiny_model).save_pretrained(path)
+            if not is_file(location(f"{store}/plan.json")):
+                adopt_plan(*made[0], load_tokenizer(tiny_model))
+
+    with pytest.raises(FingerprintError, match="run the same command again"):
+        adopt_plan(*made[1], Slow())
+    assert read_plan(location(store)) == made[0][1].plan
+
+
+def test_several_fill_the_cache_at_once(config_of: Configs, tmp_path: Path) -> None:
+    shards = config_of().shards
+    commit = precompute(config_of(), scorer=ScriptedScorer()).shards[0]
+    with ThreadPoolExecutor(8) as pool:
+        (kept,) = set(pool.map(lambda _: check_file(shards, commit.file, commit.sha256), range(16)))
+    assert sha256_file(kept) == commit.sha256
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [kept]
+
+
+def test_looking_at_a_folder_takes_few_requests(config_of: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: Counter[str] = Counter()
+    call = s3fs.S3FileSystem._call_s3
+
+    async def count(self: Any, method: str, *args: Any, **others: Any) -> Any:
+        requests[method] += 1
+        return await call(self, method, *args, **others)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", count)
+
+    def counted(look: Callable[[], object]) -> Counter[str]:
+        requests.clear()
+        look()
+        return Counter(requests)
+
+    shards = config_of().shards
+    config = config_of(pairs_per_shard=1)
+    precompute(config, scorer=ScriptedScorer())
+    plan = read_plan(shards)
+    # Whatever the number of shards: the plan and the manifest are read, and no commit.
+    assert counted(lambda: status(shards))["get_object"] <= 3
+    assert counted(lambda: finalize(shards))["get_object"] <= 2
+    assert counted(lambda: is_committed(shards, plan.shards[0], plan)).total() <= 3
+    assert counted(lambda: list(shards_for(Worker(0, 1), plan, shards))).total() <= 5
+    remove(shards / "manifest.json")
+    assert counted(lambda: is_committed(shards, plan.shards[0], plan)).total() <= 3
+    # Each commit once, and listings.
+    assert counted(lambda: status(shards)).total() <= len(plan.shards) + 8
+    assert counted(lambda: list(shards_for(Worker(0, 1), plan, shards))).total() <= len(plan.shards) + 5
+    # Each shard's commit, data and dropped rows once; plan, index and the tokenizer's files.
+    assert counted(lambda: finalize(shards)).total() <= 3 * len(plan.shards) + 20
+
+
+@pytest.fixture(params=[403, 503])
+def refusing(request: pytest.FixtureRequest) -> Iterator[str]:
+    """URL of a store that answers everything with this code."""
+    name = {403: "AccessDenied", 503: "ServiceUnavailable"}[request.param]
+    body = f"<Error><Code>{name}</Code><Message>Not now</Message></Error>".encode()
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(request.param)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_PUT = do_HEAD = do_POST = do_DELETE = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as refuser:
+        threading.Thread(target=refuser.serve_forever, args=[0.02], daemon=True).start()
+        yield f"http://127.0.0.1:{refuser.server_port}"
+        refuser.shutdown()
+
+
+@pytest.mark.parametrize("command", ["status", "finalize", "gc", "verify"])
+def test_a_refusal_is_never_taken_for_an_empty_folder(
+    refusing: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with using_store(refusing):
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+        assert main_exit(command, "--shards", "s3://bucket/shards") == 1
+    said = capsys.readouterr().err
+    assert "the store refuses or does not answer (" in said
+    assert "s3://bucket/shards" in said
+    assert "hunter2" not in said
+
+
+def test_a_record_that_is_empty_is_damaged_and_not_the_stores_fault(config_of: Configs, store: str) -> None:
+    precompute(config_of(), scorer=ScriptedScorer())
+    for name in ("manifest.json", "plan.json"):
+        location(f"{store}/{name}").write_bytes(b"")
+        with pytest.raises(DataError) as caught:
+            finalize(location(store))
+        assert (caught.value.where or "").endswith("manifest.json" if name == "manifest.json" else name)
+
+
+def test_missing_credentials_are_named(
+    server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with using_store(server):
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert main_exit("status", "--shards", "s3://shards/x") == 1
+    assert "credentials" in capsys.readouterr().err
+
+
 WORKER = """
 import sys, time
-from fakes import ScriptedScorer
+from fakes import NUMERICS, ScriptedScorer
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import work
 work(
@@ -207,26 +374,24 @@ def test_killed_workers_lose_nothing(config_of: Configs, store: str) -> None:
     config = config_of(pairs_per_shard=1)
     command = [sys.executable, "-c", WORKER]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    rng = np.random.default_rng(0)
-    for _ in range(3):
-        workers = [
-            subprocess.Popen(
-                [*command, config.model_copy(update={"worker_index": i, "num_workers": 2}).model_dump_json()],
-                env=environment,
-            )
-            for i in range(2)
-        ]
-        deadline = time.monotonic() + 60
+    # Both plan, at once.
+    workers = [
+        subprocess.Popen(
+            [*command, config.model_copy(update={"worker_index": i, "num_workers": 2}).model_dump_json()],
+            env=environment,
+        )
+        for i in range(2)
+    ]
+    deadline = time.monotonic() + 60
+    for worker in workers:
         before = len(sizes(location(f"{store}/commits")))
         while len(sizes(location(f"{store}/commits"))) < before + 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(float(rng.uniform(0, 0.4)))
-        for worker in workers:
-            worker.send_signal(signal.SIGKILL)
-            worker.wait()
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
     assert status(config.shards).shards_committed > 0
     precompute(config, scorer=ScriptedScorer())
     assert [pair[0] for pair in values(config)] == list(range(11))
     names = [name for name in sizes(location(f"{store}/commits")) if name.endswith(".json")]
-    for text in read_all(location(f"{store}/commits"), names):
+    for text in read_all(location(f"{store}/commits"), names).values():
         json.loads(text)  # no commit is ever half there

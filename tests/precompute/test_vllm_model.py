@@ -252,7 +252,7 @@ def test_options_replace_what_the_engine_would_be_started_with(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, cpu: bool
 ) -> None:
     monkeypatch.setattr("vllm.LLM", Started)
-    monkeypatch.setattr(vllm_model, "_is_cpu_build", lambda: cpu)
+    monkeypatch.setattr(vllm_model, "is_cpu_build", lambda: cpu)
     VllmModel(tiny_model, dtype="float32", max_length=10)._started()
     usual = Started.settings
     assert usual["max_num_batched_tokens"] == 2048

@@ -138,7 +138,7 @@ class DocumentedEngine:
 @pytest.fixture
 def on_a_gpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> VllmModel:
     monkeypatch.setattr(vllm_model, "vllm_version", lambda: "0.32.0")
-    monkeypatch.setattr(vllm_model, "_is_cpu_build", lambda: False)
+    monkeypatch.setattr(vllm_model, "is_cpu_build", lambda: False)
     return VllmModel(tiny_model, dtype="float32", max_length=200)
 
 
