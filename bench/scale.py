@@ -19,8 +19,9 @@ import numpy as np
 from measure import Measured, run
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.plan import make_tokenizer, resolve_reference, settle_plan
+from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import work
+from dpo_opt.precompute.settle import settle_plan
 from dpo_opt.schemas.pairs import LogpArray, Numerics, TokenSequence
 
 WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school"]

@@ -7,8 +7,9 @@ from dpo_opt.precompute.commits import finalize, is_finalized
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.local_workers import own_devices, worker_environments
 from dpo_opt.precompute.local_workers import run_workers as run_here
-from dpo_opt.precompute.plan import make_tokenizer, resolve_reference, settle_plan
+from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import work
+from dpo_opt.precompute.settle import settle_plan
 from dpo_opt.precompute.workers import worker_from_environment
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.scorers import make_scorer

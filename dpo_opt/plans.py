@@ -13,7 +13,8 @@ _BYTES_PER_TOKEN = 6
 
 def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, Any]:
     """Rows, shards, disk and engine of a precompute run; reads all data, writes nothing."""
-    from dpo_opt.precompute.plan import make_plan, make_tokenizer, resolve_reference
+    from dpo_opt.precompute.plan import make_plan
+    from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 
     reference = resolve_reference(config)
     tokenizer = make_tokenizer(config, reference)

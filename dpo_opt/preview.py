@@ -10,7 +10,7 @@ from rich.text import Text
 from dpo_opt.precompute.config import PreviewConfig
 from dpo_opt.precompute.datasets import BadRow, scan_pairs
 from dpo_opt.precompute.fitting import PairIds
-from dpo_opt.precompute.plan import resolve_max_length
+from dpo_opt.precompute.reference import resolve_max_length
 from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.models import find_model

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.engine_options import read_engine_options
-from dpo_opt.precompute.plan import resolve_reference
+from dpo_opt.precompute.reference import resolve_reference
 from dpo_opt.precompute.vllm_model import (
     ReuseCheck,
     VllmModel,

@@ -13,8 +13,8 @@ from dpo_opt.precompute.config import CheckConfig, DataConfig, Truncation
 from dpo_opt.precompute.facts import EXAMPLES, BadRows, Facts, Flag, Wanted, collect, mixed_hash
 from dpo_opt.precompute.forecast import estimate, forecast, forecast_lengths, kept_pairs
 from dpo_opt.precompute.near_duplicates import nearest_earlier
-from dpo_opt.precompute.plan import resolve_max_length
 from dpo_opt.precompute.problems import by_harm, problem
+from dpo_opt.precompute.reference import resolve_max_length
 from dpo_opt.precompute.sources import find_sources
 from dpo_opt.schemas.audit import (
     Audit,

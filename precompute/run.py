@@ -14,9 +14,11 @@ import numpy as np
 from dpo_opt.precompute.commits import committed, finalize, is_finalized
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.datasets import BadRow, row_digest
-from dpo_opt.precompute.plan import RowsDigest, make_tokenizer, resolve_reference, settle_plan
+from dpo_opt.precompute.plan import RowsDigest
 from dpo_opt.precompute.quarantine import ENGINE_ERROR, score_or_leave_out
+from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.row_reader import RowReader
+from dpo_opt.precompute.settle import settle_plan
 from dpo_opt.precompute.tokenize import PairTokenizer
 from dpo_opt.precompute.workers import Worker, shards_for
 from dpo_opt.schemas.errors import DataError, DpoOptError

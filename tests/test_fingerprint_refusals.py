@@ -121,7 +121,7 @@ def another_version(constant: str, value: object) -> Change:
     """As another release of this program writes it."""
 
     def change(_: Cause, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(f"dpo_opt.precompute.plan.{constant}", value)
+        monkeypatch.setattr(f"dpo_opt.precompute.reference.{constant}", value)
 
     return change
 

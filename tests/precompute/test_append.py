@@ -16,16 +16,10 @@ from dpo_opt.launch import launch
 from dpo_opt.precompute.commits import finalize, status
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.gc import find_garbage, remove_garbage
-from dpo_opt.precompute.plan import (
-    Planned,
-    adopt_plan,
-    make_plan,
-    make_tokenizer,
-    read_plan,
-    read_plans,
-    resolve_reference,
-)
+from dpo_opt.precompute.plan import Planned, make_plan, read_plan, read_plans
+from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute, work
+from dpo_opt.precompute.settle import adopt_plan
 from dpo_opt.precompute.tokenize import load_tokenizer
 from dpo_opt.schemas.columns import WEIGHT, new_column, read_column, write_column
 from dpo_opt.schemas.errors import DataError, FingerprintError

@@ -22,9 +22,10 @@ from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 from dpo_opt.precompute import ray_workers
 from dpo_opt.precompute.commits import finalize, status
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.plan import make_tokenizer, resolve_reference, settle_plan
 from dpo_opt.precompute.ray_workers import run_workers
+from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute, work
+from dpo_opt.precompute.settle import settle_plan
 from dpo_opt.preemption import preemptible
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, Preempted
 from dpo_opt.schemas.manifest import load_manifest

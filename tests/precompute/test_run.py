@@ -17,7 +17,7 @@ from fakes import ScriptedScorer, preference_rows, scripted_logps, write_jsonl
 
 from dpo_opt.precompute.commits import status
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.plan import make_tokenizer, resolve_reference
+from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.manifest import MANIFEST, ShardFolder, load_manifest

@@ -19,8 +19,9 @@ from fakes import ScriptedScorer, preference_rows, write_jsonl
 from dpo_opt.launch import launch
 from dpo_opt.precompute.commits import status
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.plan import make_tokenizer, resolve_reference, settle_plan
+from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute
+from dpo_opt.precompute.settle import settle_plan
 from dpo_opt.precompute.slurm import launch_array
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.manifest import COMMAND, COMMITS, ShardFolder

@@ -24,14 +24,10 @@ from dpo_opt.cli import main
 from dpo_opt.precompute.commits import finalize, is_committed, status
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.gc import find_garbage, remove_garbage
-from dpo_opt.precompute.plan import (
-    adopt_plan,
-    make_plan,
-    make_tokenizer,
-    read_plan,
-    resolve_reference,
-)
+from dpo_opt.precompute.plan import make_plan, read_plan
+from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute, work
+from dpo_opt.precompute.settle import adopt_plan
 from dpo_opt.precompute.tokenize import load_tokenizer
 from dpo_opt.precompute.workers import Worker, shards_for
 from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError

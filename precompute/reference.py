@@ -1,0 +1,94 @@
+"""The model that scores: where it is, what was left to it, and what its numbers depend on."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.templates import chat_template
+from dpo_opt.precompute.tokenize import TEXT_TO_IDS, PairTokenizer, load_tokenizer, model_vocab_size
+from dpo_opt.precompute.weights_memo import known_weights_digest
+from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.fingerprint import Fingerprint
+from dpo_opt.schemas.models import (
+    checkpoint_dtype,
+    config_digest,
+    context_length,
+    find_model,
+    template_digest,
+    tokenizer_digest,
+)
+from dpo_opt.schemas.pairs import Numerics
+from dpo_opt.schemas.shards import SCHEMA_VERSION
+
+_DEFAULT_MAX_LENGTH = 1024
+
+
+class Reference(NamedTuple):
+    """The model that scores, with what was left to it resolved."""
+
+    folder: Path
+    dtype: str
+    max_length: int
+
+
+def resolve_reference(config: PrecomputeConfig) -> Reference:
+    """Find the model and fill in the settings that depend on it.
+
+    Raises:
+        ConfigError: There is no such model, or ``max_length`` is beyond its context.
+    """
+    folder = find_model(config.model)
+    dtype = checkpoint_dtype(folder) if config.dtype == "auto" else config.dtype
+    return Reference(folder, dtype, resolve_max_length(folder, config.max_length))
+
+
+def resolve_max_length(folder: Path, max_length: int | None) -> int:
+    """The most tokens of prompt plus completion, where it was left to the model too.
+
+    Raises:
+        ConfigError: It is beyond the model's context.
+    """
+    context = context_length(folder)
+    if max_length is not None and context is not None and max_length > context:
+        raise ConfigError(
+            f"--max-length {max_length} is beyond the model's context of {context} tokens",
+            where=str(folder),
+            why="log-probs past the context mean nothing",
+            fix=f"pass --max-length {context} or less",
+        )
+    return max_length or min(_DEFAULT_MAX_LENGTH, context or _DEFAULT_MAX_LENGTH)
+
+
+def make_tokenizer(config: PrecomputeConfig, reference: Reference) -> PairTokenizer:
+    """The tokenizer with this configuration's truncation.
+
+    Raises:
+        ConfigError: The model folder has no usable tokenizer, or does not say how many ids there are.
+    """
+    return PairTokenizer(
+        load_tokenizer(reference.folder),
+        max_length=reference.max_length,
+        truncation=config.truncation,
+        vocab_size=model_vocab_size(reference.folder),
+    )
+
+
+def fingerprint_of(
+    config: PrecomputeConfig, reference: Reference, tokenizer: PairTokenizer, numerics: Numerics
+) -> Fingerprint:
+    """What the numbers of this run depend on.
+
+    Raises:
+        ConfigError: The model's weights or settings cannot be read.
+    """
+    return Fingerprint(
+        schema_version=SCHEMA_VERSION,
+        weights=known_weights_digest(reference.folder, config.shards),
+        model_config_digest=config_digest(reference.folder),
+        tokenizer=tokenizer_digest(tokenizer.tokenizer),
+        chat_template=template_digest(chat_template(tokenizer.tokenizer)),
+        text_to_ids=TEXT_TO_IDS,
+        max_length=reference.max_length,
+        truncation=config.truncation,
+        **numerics._asdict(),
+    )
