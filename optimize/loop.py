@@ -25,8 +25,7 @@ from dpo_opt.optimize.run_folder import Metrics, RunFolder
 from dpo_opt.optimize.stream import PairStream, Positions
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS, TOKENIZER_FIELDS
-from dpo_opt.schemas.locations import on_this_machine
-from dpo_opt.schemas.manifest import TOKENIZER, ShardFolder
+from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import checkpoint_dtype, find_model
 from dpo_opt.schemas.pair_logps import PairLogps, Phase
 from dpo_opt.schemas.pairs import ScoredPair
@@ -80,6 +79,8 @@ def prepare(config: TrainConfig) -> Prepared:
         fix=f"pass the model that was scored as --model, or `dpo-opt precompute --model {config.model}` "
         "into another --shards folder",
     )
+    with folder.tokenizer():
+        pass  # better now than when the trained model is written
     stream = PairStream(folder, eval_split=config.eval_split)
     if stream.train_size == 0:
         raise ConfigError(
@@ -186,7 +187,7 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
     )
     final = config.output_dir / "final"
     save_dtype = checkpoint_dtype(model_folder) if config.save_dtype == "auto" else config.save_dtype
-    with on_this_machine(folder.path / TOKENIZER) as tokenizer_dir:
+    with folder.tokenizer() as tokenizer_dir:
         save_final(
             policy,
             final,

@@ -79,8 +79,13 @@ def read_column(
     found = np.full(len(rows), default)
     if len(known):
         order = np.argsort(known)
+        twice = np.flatnonzero(np.diff(known[order]) == 0)
+        if len(twice):
+            raise _no_column(path, name, f"row {known[order][twice[0]]} appears twice")
         places = np.minimum(np.searchsorted(known[order], rows), len(known) - 1)
         hit = known[order][places] == rows
+        if len(rows) and not hit.any():
+            raise _no_column(path, name, "none of its rows is one of this folder")
         found[hit] = values[order][places][hit]
     return found
 
@@ -92,9 +97,13 @@ def _read_table(path: AnyPath, name: str) -> pa.Table:
         with on_this_machine(path) as file, file.open("rb") as handle:
             return pq.read_table(handle, columns=["row", name]).select(["row", name]).cast(schema)
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise DataError(
-            f'not a column "{name}" by row ({str(error).splitlines()[0]})',
-            where=str(path),
-            why="pairs would silently count as if the data said nothing about them",
-            fix="write it again with the columns row (int64) and " + name + " (float64), or remove it",
-        ) from error
+        raise _no_column(path, name, str(error).splitlines()[0]) from error
+
+
+def _no_column(path: AnyPath, name: str, reason: str) -> DataError:
+    return DataError(
+        f'not a column "{name}" by row ({reason})',
+        where=str(path),
+        why="pairs would silently count as if the data said nothing about them",
+        fix=f"write it again with the columns row (int64) and {name} (float64), or remove it",
+    )
