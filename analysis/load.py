@@ -18,7 +18,7 @@ from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import ShardCommit, check_file, load_manifest
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA
-from dpo_opt.schemas.shards import SHARD_SCHEMA
+from dpo_opt.schemas.shards import SCHEMA_VERSION, SHARD_SCHEMA
 
 PAIR_LOGPS_FOLDER = "pair_logps"
 KL_FOLDER = "kl"
@@ -47,7 +47,7 @@ def scan_shards(shards_dir: AnyPath | str) -> pl.LazyFrame:
         DataError: The folder has no valid manifest, or a file is not the one the manifest names.
     """
     shards_dir = location(shards_dir)
-    return _lazy(_verified(shards_dir, load_manifest(shards_dir).shards), SHARD_SCHEMA)
+    return _lazy(_verified(shards_dir, _commits(shards_dir)), SHARD_SCHEMA)
 
 
 def shard_slices(shards_dir: AnyPath | str) -> list[ShardSlice]:
@@ -60,7 +60,7 @@ def shard_slices(shards_dir: AnyPath | str) -> list[ShardSlice]:
         DataError: As :func:`scan_shards`.
     """
     shards_dir = location(shards_dir)
-    commits = load_manifest(shards_dir).shards
+    commits = _commits(shards_dir)
     # Each slice is one pass over the other table, whose rows may be in any order.
     wanted = max(_SLICE_ROWS, -(-sum(c.rows for c in commits) // _MAX_SLICES))
     groups: list[list[ShardCommit]] = [[]]
@@ -167,6 +167,19 @@ def _between(start: int | None, stop: int | None) -> pl.Expr:
     rows = pl.col("row")
     at_least = pl.lit(True) if start is None else rows >= start
     return at_least if stop is None else at_least & (rows < stop)
+
+
+def _commits(shards_dir: AnyPath) -> list[ShardCommit]:
+    manifest = load_manifest(shards_dir)
+    # Whoever needs a model compares it with the fingerprint; here nothing else would look at the version.
+    if manifest.fingerprint.schema_version > SCHEMA_VERSION:
+        raise DataError(
+            f"the folder has format version {manifest.fingerprint.schema_version}, "
+            f"this program reads {SCHEMA_VERSION}",
+            where=str(shards_dir),
+            fix="pip install --upgrade dpo-opt",
+        )
+    return manifest.shards
 
 
 def _verified(shards_dir: AnyPath, commits: Sequence[ShardCommit]) -> list[Path]:

@@ -14,7 +14,7 @@ class Measured(NamedTuple):
     seconds: float
     """Start-up included."""
     gigabytes: float
-    """Resident, of all its processes at the worst moment; shared pages count once for each."""
+    """Resident, of all its processes at the worst moment; a page that several of them share counts once."""
     output: str
 
 
@@ -44,9 +44,14 @@ def _tree_bytes(pid: int) -> int:
     while waiting:
         current = waiting.pop()
         try:
-            total += int(Path(f"/proc/{current}/statm").read_text().split()[1]) * 4096
+            total += _proportional_bytes(Path(f"/proc/{current}/smaps_rollup").read_text())
             for task in Path(f"/proc/{current}/task").iterdir():
                 waiting += map(int, (task / "children").read_text().split())
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has ended
     return total
+
+
+def _proportional_bytes(smaps: str) -> int:
+    (kilobytes,) = (line.split()[1] for line in smaps.splitlines() if line.startswith("Pss:"))
+    return int(kilobytes) * 1024

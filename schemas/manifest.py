@@ -27,7 +27,7 @@ from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath, cache_path, fetch, is_file, on_this_machine, read_all
 from dpo_opt.schemas.pairs import ScoredPair
-from dpo_opt.schemas.shards import SCHEMA_VERSION, read_row_groups
+from dpo_opt.schemas.shards import read_row_groups
 from dpo_opt.schemas.storage import publish, sha256_file, sha256_folder, write_text
 
 PLAN = "plan.json"
@@ -157,13 +157,6 @@ def load_manifest(shards_dir: AnyPath) -> Manifest:
             fix=damaged,
         )
     manifest = parse(Manifest, json.dumps(body), where=path)
-    if manifest.fingerprint.schema_version > SCHEMA_VERSION:
-        raise DataError(
-            f"the folder has format version {manifest.fingerprint.schema_version}, "
-            f"this program reads {SCHEMA_VERSION}",
-            where=str(path),
-            fix="pip install --upgrade dpo-opt",
-        )
     named = [name for shard in manifest.shards for name in (shard.file, shard.dropped_file)]
     for name in [*named, manifest.index_file]:
         if not _SAFE_FILE.fullmatch(name):
@@ -227,8 +220,9 @@ class ShardFolder:
         path = self.path / TOKENIZER
         with on_this_machine(path) as here:
             if sha256_folder(here) != self.manifest.tokenizer_sha256:
+                names = ", ".join(sorted(p.name for p in here.rglob("*") if p.is_file())) or "none is left"
                 raise DataError(
-                    "the tokenizer's files changed",
+                    f"the tokenizer's files changed ({names})",
                     where=str(path),
                     why="they turn the folder's ids back into text, and become those of the trained model",
                     fix="restore them, or delete the folder and run `dpo-opt precompute` again",

@@ -97,6 +97,7 @@ def write_shards(
             truncated=sum(q.chosen_truncated for q in pairs),
             tokens=tokens,
             shards=commits,
+            index_file="index.parquet",
             index_sha256="",
             tokenizer_sha256="",
         ),

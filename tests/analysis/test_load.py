@@ -12,7 +12,7 @@ from dpo_opt.analysis.load import (
     shard_slices,
 )
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.manifest import ShardFolder, load_manifest, write_manifest
 from dpo_opt.schemas.pair_logps import write_pair_logps
 from dpo_opt.schemas.shards import SHARD_SCHEMA
 
@@ -130,3 +130,12 @@ def test_scores_of_rows_that_the_shards_lack_are_refused(tmp_path, folder, shard
     write_pair_logps(tmp_path / "scores.parquet", [scored(fake_policy, longer)])
     with pytest.raises(DataError, match=r"row 5\d is pair .* no such row"):
         join_reference(scan_pair_logps(tmp_path / "scores.parquet"), scan_shards(folder))
+
+
+def test_a_folder_of_a_later_format_is_refused(folder):
+    manifest = load_manifest(folder)
+    later = manifest.fingerprint.model_copy(update={"schema_version": 99})
+    write_manifest(folder, manifest.model_copy(update={"fingerprint": later}))
+    for read in (scan_shards, shard_slices):
+        with pytest.raises(DataError, match="format version 99, this program reads 1"):
+            read(folder)
