@@ -14,8 +14,9 @@ def show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(result, indent=1, default=_plain))
         return
-    width = max(len(name) for name in result)
-    for name, value in result.items():
+    known = {name: value for name, value in result.items() if value is not None}
+    width = max(len(name) for name in known)
+    for name, value in known.items():
         click.echo(f"{name:<{width}}  {_words(value)}")
 
 
