@@ -97,17 +97,22 @@ def settle_folder(path: AnyPath) -> Iterator[Path]:
         filled = Path(own) / path.name
         yield filled
         if isinstance(path, Path):
-            equal = False
-            # Another process may be replacing it.
-            with contextlib.suppress(FileNotFoundError):
-                equal = path.exists() and sha256_folder(path) == sha256_folder(filled)
-            if not equal:
+            if _differs(path, filled):
                 shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
                 _copy_folder(filled, path)
             return
         for file in sorted(filled.rglob("*")):
             if file.is_file():
                 put_file(file, path / file.relative_to(filled).as_posix())
+
+
+def _differs(path: Path, filled: Path) -> bool:
+    """Whether a folder is there and is another one; not where another process is just putting it there."""
+    try:
+        return path.exists() and sha256_folder(path) != sha256_folder(filled)
+    except FileNotFoundError:
+        return False
 
 
 def _copy_folder(source: Path, path: Path) -> None:
