@@ -270,7 +270,10 @@ def test_what_one_worker_is_refused_stops_all(start: Command, tmp_path: Path) ->
     process = start("--num-workers", 2, seconds=2)
     # The folder is planned by now, and most rows are still to be read.
     until(lambda: bool(told(tmp_path)), seconds=60)
-    data.write_text(data.read_text().replace("The answer is 1", "The reply is 1"))
+    # In one step: half a file would be refused too, for another reason.
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text(data.read_text().replace("The answer is 1", "The reply is 1"))
+    changed.replace(data)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 3, err
     assert "changed while the file was being scored" in err
