@@ -268,8 +268,8 @@ def test_when_all_workers_die_the_run_fails_and_goes_on_later(start: Command, tm
 def test_what_one_worker_is_refused_stops_all(start: Command, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     process = start("--num-workers", 2, seconds=2)
-    # The folder is planned by now, and most rows are still to be read.
-    until(lambda: bool(told(tmp_path)), seconds=60)
+    # Planned, and no worker has read a row yet: each starts by loading this program.
+    until(lambda: (tmp_path / "shards" / "plan.json").is_file(), seconds=120)
     # In one step: half a file would be refused too, for another reason.
     changed = tmp_path / "changed.jsonl"
     changed.write_text(data.read_text().replace("The answer is 1", "The reply is 1"))
