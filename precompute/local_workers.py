@@ -239,7 +239,7 @@ def _require_done(config: PrecomputeConfig, codes: Mapping[int, int]) -> None:
     left = len(plan.shards) - len(committed(config.shards, plan))
     if not failed or not left:
         return
-    ended = ", ".join(f"worker {number} with {code}" for number, code in failed.items())
+    ended = ", ".join(f"worker {number} with {code}" for number, code in sorted(failed.items()))
     preempted = all(code in (_PREEMPTED, -signal.SIGTERM) for code in failed.values())
     kind = Preempted if preempted else DpoOptError
     raise kind(
