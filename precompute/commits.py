@@ -56,7 +56,7 @@ def committed(shards_dir: AnyPath, plan: Plan) -> dict[int, ShardCommit]:
     final = {commit.shard: commit for commit in _finalized(shards_dir)}
     names: dict[int, list[str]] = {}
     for name in sorted(sizes(shards_dir / COMMITS)):
-        if name.endswith(".json") and name[0].isdigit():
+        if name.endswith(".json") and name.partition("-")[0].isdecimal():
             names.setdefault(int(name.partition("-")[0]), []).append(name)
     # After the commits: whoever commits has written the data before.
     data = sizes(shards_dir / DATA)
@@ -104,6 +104,8 @@ def _is_valid(commit: ShardCommit, planned: ShardRange, plan: Plan, data: Mappin
         and commit.rows_digest == planned.rows_digest
         and commit.fingerprint == plan.fingerprint
         and data.get(commit.file.removeprefix(f"{DATA}/")) == commit.bytes
+        # A manifest that names a file outside the folder is one that nobody can read.
+        and commit.dropped_file == commit.file.removesuffix(".parquet") + ".dropped.parquet"
     )
 
 

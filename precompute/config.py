@@ -1,7 +1,7 @@
 """Every setting of the commands that read preference data, documented where it is declared."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -41,6 +41,12 @@ class WholeDataConfig(DataConfig):
 
     processes: NonNegativeInt = 0
     """Processes that parse the data. 0: as many as there are cores, where there is enough to do."""
+
+
+_OF_THE_LAUNCHER = {
+    *("worker_index", "num_workers", "launcher", "gpus_per_worker", "append"),
+    *("submit", "job_option", "time_limit", "ray_address"),
+}
 
 
 class PrecomputeConfig(WholeDataConfig):
@@ -85,6 +91,10 @@ class PrecomputeConfig(WholeDataConfig):
     def launched(self) -> bool:
         """Whether this process starts workers, instead of being one."""
         return self.launcher != "local" or (self.num_workers is not None and self.worker_index is None)
+
+    def for_workers(self) -> dict[str, Any]:
+        """What a worker's ``--config`` says: not who runs it, or it would launch again."""
+        return self.model_dump(mode="json", exclude=_OF_THE_LAUNCHER, exclude_defaults=True)
 
     @model_validator(mode="after")
     def _know_the_worker(self) -> Self:

@@ -31,12 +31,6 @@ _SECONDS_TO_STOP = 30.0
 _REFUSALS: dict[int, type[DpoOptError]] = {2: ConfigError, 3: DataError, 4: FingerprintError}
 _PREEMPTED = 75
 _PR_SET_PDEATHSIG = 1
-_OF_THE_LAUNCHER = frozenset(
-    {
-        *("worker_index", "num_workers", "launcher", "gpus_per_worker", "append"),
-        *("submit", "job_option", "time_limit", "ray_address"),
-    }
-)
 
 
 class WorkerResult(NamedTuple):
@@ -130,7 +124,7 @@ def run_workers(config: PrecomputeConfig, environments: Sequence[Mapping[str, st
         DpoOptError: A worker failed, and shards are left.
     """
     with tempfile.TemporaryDirectory(prefix="dpo-opt-") as folder:
-        settings = config.model_dump(mode="json", exclude=set(_OF_THE_LAUNCHER), exclude_defaults=True)
+        settings = config.for_workers()
         file = Path(folder) / "precompute.yaml"
         file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         workers: list[_Worker] = []

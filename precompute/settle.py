@@ -154,11 +154,7 @@ def _refuse_other_fingerprint(plan: Plan, current: Fingerprint, shards_dir: AnyP
 
 def _command(config: PrecomputeConfig) -> str:
     """The settings as a file that ``--config`` reads, for whoever goes on with the folder."""
-    # Who runs the workers is not theirs to know: each would launch again.
-    launching = {"launcher", "gpus_per_worker", "submit", "job_option", "time_limit", "ray_address", "append"}
-    settings = config.model_dump(
-        mode="json", exclude={"worker_index", "num_workers", *launching}, exclude_defaults=True
-    )
+    settings = config.for_workers()
     settings["shards"] = str(config.shards.absolute())
     # What is no path here is a URL, a pattern or a name on the Hub.
     settings["data"] = [_absolute(name) for name in config.data]

@@ -218,6 +218,20 @@ def test_files_of_killed_runs_are_ignored(folder: Path) -> None:
     assert [s.attempt for s in finalize(folder).shards] == [expected[i].attempt for i in range(5)]
 
 
+def test_a_commit_that_names_a_file_outside_the_folder_does_not_count(folder: Path) -> None:
+    first, *_ = commit_files(folder)
+    (folder.parent / "x.parquet").touch()
+    first.write_text(to_json(read_commit(first).model_copy(update={"dropped_file": "../x.parquet"})))
+    assert status(folder).shards_committed == len(commit_files(folder)) - 1
+
+
+def test_a_file_that_is_no_commit_is_left_alone(folder: Path) -> None:
+    before = status(folder)
+    for name in ("1x.json", "1.json.json", "notes.json"):
+        (folder / "commits" / name).write_text("mine")
+    assert status(folder) == before
+
+
 def test_a_damaged_commit_is_named(folder: Path) -> None:
     path = commit_files(folder)[2]
     path.write_text(path.read_text()[:-20])
