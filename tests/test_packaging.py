@@ -52,7 +52,7 @@ def test_the_version_is_stated_once() -> None:
 
 
 def test_the_command_is_installed() -> None:
-    assert PROJECT["project"]["scripts"] == {"dpo-opt": "dpo_opt.cli:main"}
+    assert PROJECT["project"]["scripts"] == {"dpo-opt": "dpo_opt.__main__:run"}
     command = [sys.executable, "-m", "dpo_opt", "--version"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert shown == f"dpo-opt, version {dpo_opt.__version__}\n"

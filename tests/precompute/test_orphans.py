@@ -133,12 +133,13 @@ def test_no_process_of_the_real_engine_survives(
     data = write_jsonl(tmp_path / "data.jsonl", preference_rows(4000))
     shards = tmp_path / "shards"
     arguments = ["--model", tiny_model, "--data", data, "--shards", shards, "--pairs-per-shard", 8]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dpo_opt", "precompute", *map(str, arguments), "--backend", "vllm"],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": apart},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dpo_opt", "precompute", *map(str, arguments), "--backend", "vllm"],
+            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": apart, "PYTHONFAULTHANDLER": "1"},
+            stdout=said,
+            stderr=said,
+        )
     try:
         until(lambda: len([*shards.glob("commits/*")]) > 2 or process.poll() is not None, seconds=120)
         children = descendants(process.pid)
@@ -148,4 +149,5 @@ def test_no_process_of_the_real_engine_survives(
         until(lambda: not any(alive(pid) for pid in children), seconds=5)
     finally:
         process.kill()
-    assert code == (75 if number == signal.SIGTERM else -signal.SIGKILL)
+    expected = 75 if number == signal.SIGTERM else -signal.SIGKILL
+    assert code == expected, (tmp_path / "said").read_text(errors="replace")
