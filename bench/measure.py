@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+# Of one core, at most: walking the pages of a large process takes a while, and stops it from getting more.
+_SHARE_OF_A_CORE = 0.02
+
 
 class Measured(NamedTuple):
     """One finished command."""
@@ -30,28 +33,44 @@ def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None)
     # Reads to the end, so that a full pipe never stops the command.
     watch = threading.Thread(target=lambda: output.append(process.communicate()[0]))
     watch.start()
-    peak = 0
+    peak, pause = 0, 0.1
     while watch.is_alive():
+        looked = time.perf_counter()
         peak = max(peak, _tree_bytes(process.pid))
-        watch.join(0.1)
+        pause = max(0.1, (time.perf_counter() - looked) / _SHARE_OF_A_CORE)
+        watch.join(pause)
     if process.returncode:
         raise SystemExit(f"{' '.join(command[:4])} ... ended with {process.returncode}")
     return Measured(time.perf_counter() - began, peak / 1e9, output[0])
 
 
 def _tree_bytes(pid: int) -> int:
-    total, waiting = 0, [pid]
-    while waiting:
-        current = waiting.pop()
+    """Of one process its highest mark so far, which the kernel keeps; of several, what they hold just now."""
+    tree = _tree(pid)
+    total = 0
+    for process in tree:
         try:
-            total += _proportional_bytes(Path(f"/proc/{current}/smaps_rollup").read_text())
-            for task in Path(f"/proc/{current}/task").iterdir():
-                waiting += map(int, (task / "children").read_text().split())
+            if len(tree) == 1:
+                return _kilobytes(Path(f"/proc/{process}/status"), "VmHWM:") * 1024
+            total += _kilobytes(Path(f"/proc/{process}/smaps_rollup"), "Pss:") * 1024
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has ended
     return total
 
 
-def _proportional_bytes(smaps: str) -> int:
-    (kilobytes,) = (line.split()[1] for line in smaps.splitlines() if line.startswith("Pss:"))
-    return int(kilobytes) * 1024
+def _tree(pid: int) -> list[int]:
+    found, waiting = [], [pid]
+    while waiting:
+        current = waiting.pop()
+        found.append(current)
+        try:
+            for task in Path(f"/proc/{current}/task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def _kilobytes(path: Path, name: str) -> int:
+    """A line of a file of /proc; 0 where a process that ended has no such line any more."""
+    return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(name)), 0)

@@ -1,10 +1,12 @@
-"""What planning, status and finalize take at a million pairs, and that a worker's memory does not grow.
+"""What planning, status, finalize and the start of training take at a million pairs, and in which memory.
 
     python bench/scale.py --model MODEL
 
 Pairs are made up, short and all different. Planning reads them as any data; the shards are then filled by the
 real worker with a scorer that answers at once, because what is measured is not the model. The second table is
-the real worker with the real model on transformers, at two sizes. Any small model serves.
+training on these shards and on few, as many steps; "start" is all that comes before the first step, without
+imports and the model's weights. The third is the real worker with the real model on transformers, at two
+sizes. Any small model serves.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +25,8 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import work
 from dpo_opt.precompute.settle import settle_plan
+from dpo_opt.schemas.fingerprint import MODEL_FIELDS
+from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import LogpArray, Numerics, TokenSequence
 
 WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school"]
@@ -38,37 +43,43 @@ class AtOnce:
 
 
 def main() -> None:
-    """Measure and print two tables."""
+    """Measure and print three tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of a small model")
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--train-rows", type=int, default=10_000, help="the smaller of the two training sets")
     parser.add_argument("--worker-rows", type=int, nargs=2, default=[1_000, 100_000])
-    parser.add_argument("--part", choices=["plan", "fill"], help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=["plan", "fill", "start"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
-        config = _config(arguments.model, arguments.folder)
-        reference = resolve_reference(config)
-        if arguments.part == "plan":
-            tokenizer = make_tokenizer(config, reference)
-            settle_plan(config, reference=reference, tokenizer=tokenizer, numerics=AtOnce.numerics)
-        else:
-            work(config.model_copy(update={"worker_index": 0}), scorer=AtOnce())
+        _do(arguments.part, arguments.model, arguments.folder)
         return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        _write_pairs(folder / "pairs.jsonl", arguments.rows)
-        again = [sys.executable, __file__, "--model", str(arguments.model), "--folder", name, "--part"]
-        command = [sys.executable, "-m", "dpo_opt"]
-        shards = ["--shards", str(folder / "shards"), "--json"]
+    command = [sys.executable, "-m", "dpo_opt"]
+    with tempfile.TemporaryDirectory() as large, tempfile.TemporaryDirectory() as small:
+        again = [sys.executable, __file__, "--model", str(arguments.model), "--folder"]
+        shards = ["--shards", f"{large}/shards", "--json"]
+        _write_pairs(Path(large) / "pairs.jsonl", arguments.rows)
         print(f"| {arguments.rows:,} pairs | seconds | GB |\n|---|---|---|")
-        _print("plan", run([*again, "plan"]))
-        _print("(fill)", run([*again, "fill"]))
+        _print("plan", run([*again, large, "--part", "plan"]))
+        _print("(fill)", run([*again, large, "--part", "fill"]))
         _print("status", run([*command, "status", *shards]))
         _print("finalize", run([*command, "finalize", *shards]))
         _print("status, finalized", run([*command, "status", *shards]))
         _print("finalize, again", run([*command, "finalize", *shards]))
         _print("verify", run([*command, "verify", *shards]))
+
+        _write_pairs(Path(small) / "pairs.jsonl", arguments.train_rows)
+        run([*again, small, "--part", "plan"])
+        run([*again, small, "--part", "fill"])
+        run([*command, "finalize", "--shards", f"{small}/shards", "--json"])
+        print("\n| train | start, seconds | 20 steps, seconds | GB |\n|---|---|---|---|")
+        for rows, folder in ((arguments.train_rows, small), (arguments.rows, large)):
+            start = float(run([*again, folder, "--part", "start"]).output)
+            train = ["train", "--shards", f"{folder}/shards", "--model", str(arguments.model), "--json"]
+            train += ["--output-dir", f"{folder}/run", "--max-steps", "20", "--reference-differs"]
+            measured = run([*command, *train, "--dtype", "float32", "--eval-split", "0.0001"])
+            print(f"| {rows:,} pairs | {start:.2f} | {measured.seconds:.1f} | {measured.gigabytes:.2f} |")
     print("\n| worker | seconds | GB |\n|---|---|---|")
     for rows in arguments.worker_rows:
         with tempfile.TemporaryDirectory() as name:
@@ -77,6 +88,37 @@ def main() -> None:
             worker = [*command, "precompute", "--model", str(arguments.model), "--data", str(data)]
             worker += ["--backend", "hf", "--dtype", "float32", "--shards", f"{name}/shards", "--json"]
             _print(f"{rows:,} pairs", run(worker))
+
+
+def _do(part: str, model: Path, folder: Path) -> None:
+    """One part of the work, in a process of its own."""
+    if part == "start":
+        print(_start_seconds(model, folder / "shards"))
+        return
+    config = _config(model, folder)
+    reference = resolve_reference(config)
+    if part == "plan":
+        tokenizer = make_tokenizer(config, reference)
+        settle_plan(config, reference=reference, tokenizer=tokenizer, numerics=AtOnce.numerics)
+    else:
+        work(config.model_copy(update={"worker_index": 0}), scorer=AtOnce())
+
+
+def _start_seconds(model: Path, shards: Path) -> float:
+    """Folder, identity, split, the sample for parity, the first step's pairs."""
+    from dpo_opt.optimize.identity import require_same_model
+    from dpo_opt.optimize.parity import PARITY_PAIRS, spread_pairs
+    from dpo_opt.optimize.stream import PairStream
+
+    began = time.perf_counter()
+    folder = ShardFolder.open(shards)
+    require_same_model(folder, model, fields=MODEL_FIELDS, fix="")
+    with folder.tokenizer():
+        pass
+    stream = PairStream(folder, eval_split=0.0001)
+    spread_pairs(folder, PARITY_PAIRS)
+    next(stream.steps(seed=0, size=64))
+    return time.perf_counter() - began
 
 
 def _config(model: Path, folder: Path) -> PrecomputeConfig:

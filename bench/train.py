@@ -1,161 +1,277 @@
 """Training speed and peak memory against TRL, side by side in one run: the ratios of BENCHMARKS.md.
 
-    python bench/train.py --model MODEL --pairs PAIRS.jsonl --trl-python TRL_ENV/bin/python
+    python bench/train.py --model MODEL --pairs PAIRS.jsonl [--quick] [--trl-python TRL_ENV/bin/python]
 
-Both sides train the same pairs from the same weights in fp32 with AdamW, G pairs per step, references
-precomputed beforehand and not counted. TRL runs with its own settings (micro-batch 8, gradient
-checkpointing) and with the fastest ones known. Each contender is a process of its own, start-up is not
-counted, contenders alternate, and memory is the process's peak resident size.
+All sides train the same pairs, the same ones in each step, from the same weights with AdamW, in fp32 on the
+CPU. Each contender is a process of its own, and contenders take turns. TRL runs as it ships (micro-batch 8,
+gradient checkpointing) and with every other combination of gradient checkpointing and micro-batch, and each
+once more with the pairs in order of their length, so that it pads little. ``--quick`` leaves all out but the
+first and the fastest known.
 
-TRL is a peer, not a dependency: it lives in an environment of its own (`pip install trl datasets`).
+What is not counted: start-up, the first step, and scoring the reference, which both sides do beforehand in
+another process. Memory is the highest resident size of the whole process, start-up included. The arithmetic
+is the floating-point operations that the model needs (none counted twice for being done twice) per second,
+against those of the best 2048^3 matrix product on as many threads, measured before every contender.
 """
 
 import argparse
 import itertools
 import json
-import resource
-import statistics
-import subprocess
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-G = 8
-SETTINGS = {
-    "TRL as it ships (micro-batch 8, gradient checkpointing)": {"micro_batch": 8, "checkpointing": True},
-    "TRL at its fastest (micro-batch 1)": {"micro_batch": 1, "checkpointing": False},
-}
+import trl_side
+from measure import run
+
+SEED = 42
+OURS = "dpo-opt"
+AS_IT_SHIPS = "TRL as it ships: micro-batch 8, gradient checkpointing"
+FASTEST_KNOWN = "TRL, micro-batch 1"
+
+
+# What the project holds: pairs/s at least and peak memory at most, ours to theirs.
+HOLD_AS_IT_SHIPS = (5.0, 0.4)
+HOLD_FASTEST = (2.5, 2 / 3)
+HOLD_ARITHMETIC = 0.7
+
+
+def settings() -> dict[str, dict[str, Any]]:
+    """Every setting of TRL that is tried. Sorting changes nothing where pairs go one at a time."""
+    found = {}
+    for by_length, checkpointing, size in itertools.product((False, True), (True, False), (8, 4, 2, 1)):
+        if by_length and size == 1:
+            continue
+        name = f"TRL, micro-batch {size}" + ", gradient checkpointing" * checkpointing
+        name = AS_IT_SHIPS if (by_length, checkpointing, size) == (False, True, 8) else name
+        found[name + ", sorted by length" * by_length] = {
+            "micro_batch": size, "checkpointing": checkpointing, "by_length": by_length,
+        }  # fmt: skip
+    return found
 
 
 def main() -> None:
-    """Run every contender in turn and print one table."""
+    """Run every contender in turn and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--pairs", type=Path, required=True, help="JSONL with prompt, chosen, rejected")
-    parser.add_argument("--trl-python", required=True, help="Python of the environment that has TRL")
+    parser.add_argument("--pairs", type=Path, required=True, help="JSON lines with prompt, chosen, rejected")
+    parser.add_argument("--trl-python", default=sys.executable, help="Python of an environment that has TRL")
+    parser.add_argument("--pairs-per-step", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="counted steps, after one that is not")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="TRL as it ships and at its fastest known alone")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.contender == "ours":
-        _report(*_ours(arguments))
-        return
     if arguments.contender:
-        _report(*_trl(arguments, **json.loads(arguments.contender)))
+        job, *named = json.loads(arguments.contender)
+        print(json.dumps(JOBS[job](arguments, **(named[0] if named else {}))))
         return
-    contenders = {"dpo-opt": (sys.executable, "ours")}
-    contenders |= {name: (arguments.trl_python, json.dumps(setting)) for name, setting in SETTINGS.items()}
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    for _ in range(arguments.rounds):
-        for name, (python, contender) in contenders.items():
-            command = [python, __file__, "--model", str(arguments.model), "--pairs", str(arguments.pairs)]
-            command += ["--trl-python", "-", "--steps", str(arguments.steps), "--contender", contender]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            results[name].append(json.loads(out.splitlines()[-1]))
-            print(name, results[name][-1], file=sys.stderr, flush=True)
-    _print_table(results)
+    tried = settings()
+    if arguments.quick:
+        tried = {name: tried[name] for name in (AS_IT_SHIPS, FASTEST_KNOWN)}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.folder = Path(folder)
+        count = arguments.pairs_per_step * (arguments.steps + 1)
+        trl_side.write_pairs(arguments.pairs, arguments.folder / "pairs.jsonl", count)
+        facts = _run(arguments, sys.executable, ["prepare"])
+        _run(arguments, arguments.trl_python, ["trl", next(iter(tried.values()))])
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *tried)}
+        rates = []
+        for _ in range(arguments.rounds):
+            for name, found in results.items():
+                rates.append(_run(arguments, sys.executable, ["gemm"])["per_second"])
+                python = sys.executable if name == OURS else arguments.trl_python
+                found.append(_run(arguments, python, ["ours"] if name == OURS else ["trl", tried[name]]))
+                print(f"{name}: {found[-1]}, GEMM {rates[-1] / 1e9:.0f} GFLOP/s", file=sys.stderr, flush=True)
+    _print_tables(results, facts, max(rates), arguments)
 
 
-def _report(seconds: list[float], losses: list[float]) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(json.dumps({"seconds": seconds, "losses": losses, "peak_gb": round(peak, 2)}))
+def _run(arguments: argparse.Namespace, python: str, contender: list[Any]) -> dict[str, Any]:
+    command = [python, __file__, "--model", str(arguments.model), "--pairs", str(arguments.pairs)]
+    command += ["--folder", str(arguments.folder), "--contender", json.dumps(contender)]
+    command += ["--pairs-per-step", str(arguments.pairs_per_step), "--steps", str(arguments.steps)]
+    environment = {
+        **os.environ,
+        # Where TRL finds in every run what it scored in the first.
+        "HF_HOME": str(arguments.folder / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        # The same number of threads for all, and for the matrix product they are compared with.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))),
+    }
+    try:
+        measured = run(command, environment=environment)
+    except SystemExit as failed:
+        if contender[0] != "trl":
+            raise
+        print(f"{contender}: {failed}", file=sys.stderr, flush=True)  # out of memory, for one
+        return {}
+    return {"peak_gb": round(measured.gigabytes, 2), **json.loads(measured.output.splitlines()[-1])}
 
 
-def _ours(arguments: argparse.Namespace) -> tuple[list[float], list[float]]:
-    from dpo_opt.optimize import TrainConfig, train
+def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Score the reference, fix the order of the pairs, and count what the steps need."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     from dpo_opt.optimize.score import HfScorer
+    from dpo_opt.optimize.stream import PairStream
     from dpo_opt.precompute import PrecomputeConfig, precompute
+    from dpo_opt.schemas.manifest import ShardFolder
 
-    class Clock:
-        """Seconds of each step, without the first."""
+    shards = arguments.folder / "shards"
+    precompute(
+        PrecomputeConfig(
+            model=str(arguments.model), data=arguments.folder / "pairs.jsonl", shards=shards, dtype="float32"
+        ),
+        scorer=HfScorer(arguments.model, dtype="float32"),
+    )
+    stream = PairStream(ShardFolder.open(shards), eval_split=0)
+    pairs = stream.fetch(stream.epoch(seed=SEED, epoch=0))
+    size = arguments.pairs_per_step
+    if len(pairs) != size * (arguments.steps + 1):
+        raise SystemExit(f"only {len(pairs)} pairs were kept: leave out those that are too long")
+    order = [pair.row for pair in pairs]
+    longest = {
+        pair.row: len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs
+    }
+    # The step that is not counted stays the first, so that all count the same pairs.
+    by_length = order[:size] + sorted(order[size:], key=lambda row: -longest[row])
+    (arguments.folder / "orders.json").write_text(json.dumps([order, by_length]))
 
-        def __init__(self) -> None:
-            self.marks: list[float] = []
+    config = AutoConfig.from_pretrained(arguments.model).get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = config.num_attention_heads
+    width = head * (getattr(config, "head_dim", None) or config.hidden_size // head)
+    outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in outside)
+    flops = 0.0
+    for pair in pairs[size:]:
+        prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
+        attended = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2 - prompt**2) / 2
+        flops += 6 * matrices * (prompt + chosen + rejected)
+        flops += 12 * width * config.num_hidden_layers * attended
+        flops += 6 * config.hidden_size * config.vocab_size * (chosen + rejected)
+    tokens = [sum(map(len, column)) / len(pairs) for column in zip(*(
+        (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs
+    ), strict=True)]  # fmt: skip
+    prompt_and_completions = [round(number) for number in tokens]
+    return {"flops": flops, "tokens": prompt_and_completions}
 
-        def start(self, what: str, *, total: int, unit: str) -> None:
-            pass
+
+def _gemm(_: argparse.Namespace) -> dict[str, Any]:
+    """The best of many products of two square matrices."""
+    import torch
+
+    a, b = torch.randn(2, 2048, 2048)
+    best = float("inf")
+    for _ in range(20):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return {"per_second": 2 * 2048**3 / best}
+
+
+def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
+    from dpo_opt.optimize import TrainConfig, train
+    from dpo_opt.schemas.progress import Silent
+
+    marks: list[float] = []
+
+    class Clock(Silent):
+        """When each step ended."""
 
         def advance(self, count: int, note: str = "") -> None:
-            self.marks.append(time.perf_counter())
+            marks.append(time.perf_counter())
 
-        def finish(self) -> None:
-            pass
-
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        shards, run = Path(folder) / "shards", Path(folder) / "run"
-        config = PrecomputeConfig(
-            model=str(arguments.model), data=arguments.pairs, shards=shards, dtype="float32"
-        )
-        precompute(config, scorer=HfScorer(arguments.model, dtype="float32"))
-        train(
-            TrainConfig(
-                shards=shards, model=str(arguments.model), output_dir=run, batch_size=G, dtype="float32",
-                max_steps=arguments.steps + 1, logging_steps=1, save_dtype="bfloat16",
-            ),
-            progress=clock,
-        )  # fmt: skip
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return _differences(clock.marks), [json.loads(line)["loss"] for line in lines]
+    output = arguments.folder / f"ours-{time.monotonic_ns()}"
+    train(
+        TrainConfig(
+            shards=arguments.folder / "shards", model=str(arguments.model), output_dir=output, seed=SEED,
+            batch_size=arguments.pairs_per_step, dtype="float32", logging_steps=1,
+        ),
+        progress=Clock(),
+    )  # fmt: skip
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return _counted(marks, [json.loads(line)["loss"] for line in lines])
 
 
-def _trl(arguments: argparse.Namespace, *, micro_batch: int, checkpointing: bool) -> Any:
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-
-    lines = arguments.pairs.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines][: G * (arguments.steps + 1)]
-    keys = ("prompt", "chosen", "rejected")
-    data = Dataset.from_list([{key: row[key] for key in keys} for row in rows])
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.marks: list[float] = []
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.marks.append(time.perf_counter())
-
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(
-            output_dir=folder, per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=G // micro_batch, max_steps=arguments.steps + 1, logging_steps=1,
-            save_strategy="no", report_to=[], use_cpu=True, bf16=False, seed=0, learning_rate=1e-6,
-            gradient_checkpointing=checkpointing, precompute_ref_log_probs=True, disable_tqdm=True,
-            # One row at a time, so that scoring the reference does not set the peak.
-            precompute_ref_batch_size=1,
-        )  # fmt: skip
-        trainer = DPOTrainer(
-            model=model, args=config, train_dataset=data, callbacks=[clock],
-            processing_class=AutoTokenizer.from_pretrained(arguments.model),
-        )  # fmt: skip
-        trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return _differences(clock.marks), losses
+def _trl(
+    arguments: argparse.Namespace, *, micro_batch: int, checkpointing: bool, by_length: bool
+) -> dict[str, Any]:
+    order = json.loads((arguments.folder / "orders.json").read_text())[by_length]
+    found = trl_side.train(
+        arguments.model, arguments.folder / "pairs.jsonl", arguments.folder / "trl", order=order,
+        pairs_per_step=arguments.pairs_per_step, micro_batch=micro_batch, checkpointing=checkpointing,
+        precompute=True, precompute_batch=1,
+    )  # fmt: skip
+    return _counted(found.ends, found.losses)
 
 
-def _differences(marks: list[float]) -> list[float]:
-    return [round(b - a, 3) for a, b in itertools.pairwise(marks)]
+def _counted(ends: list[float], losses: list[float]) -> dict[str, Any]:
+    steps = [round(b - a, 3) for a, b in itertools.pairwise(ends)]
+    return {"seconds": round(sum(steps), 3), "steps": steps, "losses": [round(loss, 6) for loss in losses]}
 
 
-def _print_table(results: dict[str, list[dict[str, Any]]]) -> None:
-    medians = {
-        name: statistics.median(s for run in runs for s in run["seconds"]) for name, runs in results.items()
-    }
-    peaks = {name: max(run["peak_gb"] for run in runs) for name, runs in results.items()}
-    ours = "dpo-opt"
-    print("| contender | s per step (median) | pairs/s, ours to theirs | peak GB | peak, ours to theirs |")
-    print("|---|---|---|---|---|")
+JOBS = {"prepare": _prepare, "gemm": _gemm, "ours": _ours, "trl": _trl}
+
+
+def _print_tables(
+    results: dict[str, list[dict[str, Any]]],
+    facts: dict[str, Any],
+    rate: float,
+    arguments: argparse.Namespace,
+) -> None:
+    ran = {name: runs for name, found in results.items() if (runs := [run for run in found if run])}
+    # The least of a contender's rounds: what disturbs a machine only ever adds.
+    seconds = {name: min(run["seconds"] for run in runs) for name, runs in ran.items()}
+    peaks = {name: max(run["peak_gb"] for run in runs) for name, runs in ran.items()}
+    count = arguments.pairs_per_step * arguments.steps
+    prompt, chosen, rejected = facts["tokens"]
+    print(
+        f"\n{count} pairs in {arguments.steps} steps; tokens on average: prompt {prompt}, "
+        f"chosen {chosen}, rejected {rejected}; matrix product {rate / 1e9:.0f} GFLOP/s\n"
+    )
+    print(
+        "| contender | s per step | pairs/s, ours to theirs | peak GB | peak, ours to theirs | arithmetic |"
+    )
+    print("|---|---|---|---|---|---|")
     for name in results:
+        if name not in ran:
+            print(f"| {name} | did not end | | | | |")
+            continue
         print(
-            f"| {name} | {medians[name]:.1f} | {medians[name] / medians[ours]:.2f}x | {peaks[name]:.1f} "
-            f"| {peaks[ours] / peaks[name]:.2f}x |"
+            f"| {name} | {seconds[name] / arguments.steps:.2f} | {seconds[name] / seconds[OURS]:.2f}x "
+            f"| {peaks[name]:.2f} | {peaks[OURS] / peaks[name]:.2f}x "
+            f"| {facts['flops'] / seconds[name] / rate:.2f} |"
         )
+    away = max(
+        abs(a - b)
+        for name, runs in ran.items()
+        if "sorted" not in name
+        for a, b in zip(runs[0]["losses"], ran[OURS][0]["losses"], strict=True)
+    )
+    print(f"\nlosses of the steps differ by {away:.1e} at most\n")
+    fastest = min(set(ran) - {OURS}, key=lambda name: seconds[name])
+    print(f"fastest of TRL: {fastest}\n\n| to hold | | measured | |\n|---|---|---|---|")
+    for name, (speed, memory) in ((AS_IT_SHIPS, HOLD_AS_IT_SHIPS), (fastest, HOLD_FASTEST)):
+        if name in ran:
+            _print_row(f"pairs/s, against {name}", seconds[name] / seconds[OURS], speed, least=True)
+            _print_row(f"peak memory, against {name}", peaks[OURS] / peaks[name], memory, least=False)
+    arithmetic = facts["flops"] / seconds[OURS] / rate
+    _print_row("arithmetic", arithmetic, HOLD_ARITHMETIC, least=True)
+
+
+def _print_row(what: str, measured: float, bound: float, *, least: bool) -> None:
+    holds = measured >= bound if least else measured <= bound
+    sign = ">=" if least else "<="
+    print(f"| {what} | {sign} {bound:.2f}x | {measured:.2f}x | {'ok' if holds else 'short'} |")
 
 
 if __name__ == "__main__":

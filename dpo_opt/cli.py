@@ -14,6 +14,7 @@ from dpo_opt import __version__
 from dpo_opt.console import watched
 from dpo_opt.data_cli import check, convert, preview
 from dpo_opt.kl_config import KLConfig
+from dpo_opt.merge_config import MergeConfig
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import LocationType, configured
 from dpo_opt.precompute.config import PrecomputeConfig
@@ -29,6 +30,7 @@ _EXTRAS = {
     "torch": "train",
     "transformers": "train",
     "safetensors": "train",
+    "peft": "peft",
     "polars": "analysis",
     "matplotlib": "analysis",
     "jinja2": "analysis",
@@ -230,9 +232,13 @@ def verify(shards: AnyPath, model: str | None, num_pairs: int, dtype: str, as_js
 def train(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
     """Train a policy on cached reference log-probs; no reference model in memory."""
     if dry_run:
-        from dpo_opt.plans import plan_train
+        from dpo_opt.plans import lines, plan_train
 
-        show(plan_train(config), as_json)
+        plan = plan_train(config)
+        if as_json:
+            show(plan, as_json)
+        else:
+            click.echo("\n".join(lines(plan)))
         return
     from dpo_opt.optimize.loop import train as run
 
@@ -241,6 +247,16 @@ def train(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
     show(
         {"final": str(result.final), "steps": result.steps, "parity": parity, **result.last_metrics}, as_json
     )
+
+
+@main.command()
+@configured(MergeConfig)
+@json_option
+def merge(config: MergeConfig, as_json: bool) -> None:
+    """Merge a LoRA adapter into its base: a model to score, serve or train like any other."""
+    from dpo_opt.merge import merge as run
+
+    show(run(config, progress=watched()), as_json)
 
 
 @main.command()

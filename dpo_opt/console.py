@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 from dpo_opt.schemas.progress import Progress as ProgressProtocol
+from dpo_opt.schemas.text import printable
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -56,6 +57,9 @@ class _Lines:
     def finish(self) -> None:
         pass
 
+    def say(self, line: str) -> None:
+        click.echo(printable(line), err=True)
+
 
 class _Bar:
     def start(self, what: str, *, total: int | None, unit: str) -> None:
@@ -86,3 +90,7 @@ class _Bar:
 
     def finish(self) -> None:
         self._bar.stop()
+
+    def say(self, line: str) -> None:
+        # A console that draws a bar writes above it; before there is one, a plain line will do.
+        click.echo(printable(line), err=True)

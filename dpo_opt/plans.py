@@ -4,7 +4,6 @@ from typing import Any
 
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.schemas.models import parameter_count
 from dpo_opt.schemas.pairs import Numerics
 
 # Two ids and two log-probs of 4 bytes per completion token, prompts once, before compression.
@@ -33,23 +32,74 @@ def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, A
 
 
 def plan_train(config: TrainConfig) -> dict[str, Any]:
-    """Pairs, steps and memory of a training run; loads no weights, writes nothing."""
+    """Pairs, steps and memory of a training run; loads no weights, writes nothing.
+
+    Raises:
+        DpoOptError: The run could not start; see ``optimize.loop.prepare``.
+    """
+    from dpo_opt.optimize.budget import least_budget, longest_pair
     from dpo_opt.optimize.loop import prepare
+    from dpo_opt.optimize.memory import estimate_memory
+    from dpo_opt.optimize.policy import default_device
 
     prepared = prepare(config)
-    parameters = parameter_count(prepared.model_folder)
-    moments = 2 if config.optim == "adamw" else 1
-    gigabyte = 4 * parameters / 1e9
+    device = default_device()
+    longest = longest_pair(prepared.folder)
+    rows = config.micro_batch_tokens or least_budget(longest, device)
+    memory = estimate_memory(config, prepared.model_folder, rows=rows, device=device)
     return {
         "pairs_train": prepared.stream.train_size,
         "pairs_eval": len(prepared.stream.eval_positions),
         "steps": prepared.total_steps,
-        "parameters": parameters,
+        "parameters": memory.parameters,
+        "trained": memory.trained,
+        "device": device.type,
+        "micro_batch_tokens": rows,
+        "longest_pair": {
+            "row": longest.row,
+            "prompt": len(longest.prompt_ids),
+            "chosen": len(longest.chosen_ids),
+            "rejected": len(longest.rejected_ids),
+        },
         "memory_gb": {
-            "policy weights (fp32)": round(gigabyte, 3),
-            "gradients": round(gigabyte, 3),
-            "optimizer state": round(moments * gigabyte, 3),
-            "reference model": "0 (cached)",
-            "an online reference would add": round(gigabyte / 2, 3),
+            "weights": _gb(memory.weights),
+            "gradients": _gb(memory.gradients),
+            "optimizer state": _gb(memory.optimizer),
+            "activations": None if memory.activations is None else _gb(memory.activations),
+            "head": _gb(memory.head),
+            "total": _gb(memory.total),
+            "reference model": 0.0,
+            "an online reference would add": _gb(memory.online_reference),
         },
     }
+
+
+def lines(plan: dict[str, Any]) -> list[str]:
+    """The plan of a training run for a person: what it will do, then its memory as a table."""
+    memory = plan["memory_gb"]
+    pair = plan["longest_pair"]
+    remarks = {
+        "weights": f"{plan['parameters']:,} parameters, {plan['trained']:,} trained",
+        "activations": f"{plan['micro_batch_tokens']} token rows per micro-batch, on {plan['device']}",
+        "head": "its fp32 gradient, summed over tiles",
+        "total": "without Python, its libraries and what the allocator wastes",
+    }
+    table = [
+        f"  {name:<16} {'not known' if memory[name] is None else f'{memory[name]:.3f} GB':>12}"
+        f"   {remarks.get(name, '')}".rstrip()
+        for name in ("weights", "gradients", "optimizer state", "activations", "head", "total")
+    ]
+    return [
+        f"pairs        {plan['pairs_train']:,} to train on, {plan['pairs_eval']:,} held out",
+        f"steps        {plan['steps']:,}",
+        f"longest pair row {pair['row']}: prompt {pair['prompt']}, chosen {pair['chosen']}, "
+        f"rejected {pair['rejected']} tokens",
+        "memory at the peak of a step:",
+        *table,
+        f"  reference model: 0 GB, cached (online it would cost "
+        f"{memory['an online reference would add']:.3f} GB)",
+    ]
+
+
+def _gb(count: int) -> float:
+    return round(count / 1e9, 6)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from dpo_opt.optimize.packing import Segment
+from dpo_opt.optimize.packing import Segment, VarlenIndex
+from dpo_opt.optimize.varlen import takes_varlen, varlen_attention
 
 SEGMENT_ATTENTION = "dpo_opt_segments"
 _KEPT_ENTRIES = 2**20
@@ -30,6 +31,7 @@ def segment_attention(
     attention_mask: Tensor | None,
     *,
     segments: tuple[Segment, ...],
+    varlen: VarlenIndex | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -37,6 +39,8 @@ def segment_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention output (1, T, H, D) in the form transformers' ``AttentionInterface`` expects.
+
+    ``varlen`` says the same as ``segments`` to the fused kernel of a CUDA device.
 
     Raises:
         NotImplementedError: The model wants soft-capping or sinks, which this kernel would ignore,
@@ -47,7 +51,13 @@ def segment_attention(
         raise NotImplementedError("segment attention has no masks, soft-capping or sinks")
     if sliding_window is None and _is_windowed(module):
         raise NotImplementedError("the layer has a sliding window and does not pass it on")
+    if varlen is not None and takes_varlen(query, value):
+        return varlen_attention(query, key, value, varlen, scale=scaling, window=sliding_window), None
     grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda:
+        # There the one kernel that takes grouped heads with fp32 or a mask keeps all scores for backward.
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        grouped = False
     # Split, not sliced: the gradient of T rows is then put together once, not once per segment.
     sizes = [segment.stop - segment.start for segment in segments]
     queries, keys, values = (torch.split(x, sizes, dim=2) for x in (query, key, value))

@@ -28,18 +28,26 @@ class TrainConfig(Settings):
     """Peak learning rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """How the rate falls after the warm-up."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the rate rises linearly."""
-    optim: Literal["adamw", "rmsprop"] = "adamw"
-    """AdamW, or the paper's RMSprop."""
+    warmup_steps: float = Field(default=0, ge=0)
+    """Steps over which the rate rises linearly; below 1, their share of all steps."""
+    optim: Literal["adamw", "rmsprop", "adamw-8bit"] = "adamw"
+    """AdamW, the paper's RMSprop, or AdamW with its state in 8 bits (torchao)."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to the root of AdamW's mean of squared gradients."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled for AdamW, added to the gradient for RMSprop; never on vectors."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm."""
     batch_size: PositiveInt = 64
     """Pairs per optimizer step."""
-    micro_batch_tokens: PositiveInt = 2048
-    """Most token rows per forward and backward; changes memory and speed, not the result."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Most token rows per forward and backward; changes memory and speed alone. Default: measured."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What of the forward is computed again in backward, to save memory: nothing, what is cheap, or all."""
     num_train_epochs: PositiveInt = 1
     """Passes over the training pairs."""
     max_steps: PositiveInt | None = None
@@ -51,9 +59,35 @@ class TrainConfig(Settings):
     logging_steps: PositiveInt = 10
     """Write metrics every so many steps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; parameters stay fp32 masters. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Compute dtype. auto: bfloat16 on a GPU, float32 on a CPU."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the parameters; bfloat16 takes half the memory, and updates are rounded stochastically."""
+    use_peft: bool = False
+    """Train a LoRA adapter (peft) instead of all weights."""
+    lora_r: PositiveInt = 16
+    """Rank of the adapter."""
+    lora_alpha: PositiveInt = 32
+    """The adapter's output counts lora_alpha / lora_r times."""
+    lora_target_modules: list[str] = []
+    """Names of the layers that get an adapter. Default: all linear layers but the head."""
+    adapter: Path | None = None
+    """Adapter to go on from; its reference must have been scored with it merged."""
+    load_in_4bit: bool = False
+    """QLoRA: keep the frozen weights in 4 bits (bitsandbytes, GPU)."""
     save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the final model's weights. auto: the dtype the policy's checkpoint declares."""
+    save_steps: PositiveInt | None = None
+    """Save a checkpoint every so many steps."""
+    save_minutes: PositiveFloat | None = None
+    """Save a checkpoint every so many minutes."""
+    save_total_limit: int = Field(default=2, ge=2)
+    """How many checkpoints are kept; the best one is kept beside them."""
+    metric_for_best_model: str | None = None
+    """Metric, such as eval_rewards/accuracies, that decides which checkpoint is the best."""
+    resume: bool = False
+    """Go on from the newest valid checkpoint of the output folder."""
+    eval_shards: list[Location] = []
+    """More folders of shards to evaluate on; metrics are named after them."""
     reference_differs: bool = False
     """Train towards another reference than the starting policy: skips the identity and parity gates."""
     seed: int = 42

@@ -1,6 +1,8 @@
-"""The trained model as a folder that transformers and vLLM load: weights, tokenizer, template, card."""
+"""A policy as a folder that transformers and vLLM load: weights, tokenizer, template, settings, card."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,18 +25,33 @@ def save_final(
         tokenizer_dir: The tokenizer whose ids were trained on.
         card: Text of the model card.
     """
+    policy.model.to(dtype=dtype)
+    with publish_folder(path) as private:
+        write_model(policy, private, source=source, tokenizer_dir=tokenizer_dir, card=card)
+
+
+def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Path, card: str) -> None:
+    """Put a policy as it is into a folder; arguments as in ``save_final``."""
     model = policy.model
-    # The segment attention exists in this program only; the saved config must not ask for it.
-    if policy.packs:
-        model.set_attn_implementation("sdpa")
     # transformers refuses to write generation settings that it was willing to read (a temperature without
     # do_sample, as in many released models), which would lose the run at its very end: copied instead.
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.to(dtype=dtype)
     settings = source / "generation_config.json"
-    with publish_folder(path) as private:
-        model.save_pretrained(private, safe_serialization=True)
-        shutil.copytree(tokenizer_dir, private, dirs_exist_ok=True)
-        if settings.is_file():
-            shutil.copyfile(settings, private / settings.name)
-        (private / "README.md").write_text(card, encoding="utf-8")
+    with _stock_attention(policy):
+        model.save_pretrained(folder, safe_serialization=True)
+    shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+    if settings.is_file():
+        shutil.copyfile(settings, folder / settings.name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _stock_attention(policy: Policy) -> Iterator[None]:
+    """The segment attention exists in this program only; a saved config must not ask for it."""
+    own = policy.model.config._attn_implementation
+    if policy.packs:
+        policy.model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        policy.model.set_attn_implementation(own)

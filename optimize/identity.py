@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from dpo_opt.optimize.adapter_folder import merged_digests, read_adapter
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.fingerprint import refuse_differences
 from dpo_opt.schemas.manifest import ShardFolder
@@ -12,7 +13,14 @@ from dpo_opt.schemas.models import config_digest, tokenizer_digest, weights_dige
 from dpo_opt.schemas.shards import SCHEMA_VERSION
 
 
-def require_same_model(folder: ShardFolder, model_folder: Path, *, fields: Sequence[str], fix: str) -> None:
+def require_same_model(
+    folder: ShardFolder,
+    model_folder: Path,
+    *,
+    fields: Sequence[str],
+    fix: str,
+    adapter: Path | None = None,
+) -> None:
     """Compare a model folder with the fingerprint of the shards.
 
     Args:
@@ -21,9 +29,11 @@ def require_same_model(folder: ShardFolder, model_folder: Path, *, fields: Seque
         fields: ``MODEL_FIELDS`` where it must be the reference, ``TOKENIZER_FIELDS`` where only the ids
             must mean the same.
         fix: What to do where they differ.
+        adapter: Adapter that training goes on from: the reference must be the model with it merged, as
+            ``dpo-opt merge`` writes it.
 
     Raises:
-        ConfigError: The model folder has no readable tokenizer.
+        ConfigError: The model folder has no readable tokenizer, or the adapter is for another model.
         FingerprintError: A field differs.
     """
     cached = folder.manifest.fingerprint
@@ -41,7 +51,15 @@ def require_same_model(folder: ShardFolder, model_folder: Path, *, fields: Seque
         ) from error
     found: dict[str, object] = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer_digest(tokenizer)}
     if "weights" in fields:
-        found["weights"] = weights_digest(model_folder)
+        digests = (
+            merged_digests(model_folder, read_adapter(adapter))
+            if adapter
+            else iter([weights_digest(model_folder)])
+        )
+        for digest in digests:
+            found["weights"] = digest
+            if digest == cached.weights:
+                break
         found["model_config_digest"] = config_digest(model_folder)
     refuse_differences(
         cached=cached,

@@ -35,13 +35,34 @@ class Segment(NamedTuple):
     prefix_stop: int
 
 
+class VarlenIndex(NamedTuple):
+    """The same segments as a fused kernel takes them: where each one's queries and keys begin.
+
+    A prefix is a key of several segments, so keys and values are gathered first, to N rows.
+    """
+
+    key_rows: Tensor | None  # (N,) int64 packed row of each key; None: the packed rows as they are
+    query_starts: Tensor  # (segments + 1,) int32, from 0 to T
+    key_starts: Tensor  # (segments + 1,) int32, from 0 to N
+    longest_query: int
+    """Rows of the longest segment."""
+    longest_key: int
+    """Keys of the segment with the most, its prefix included."""
+
+    def to(self, device: torch.device) -> "VarlenIndex":
+        """The same index on a device."""
+        key_rows = None if self.key_rows is None else to_device(self.key_rows, device)
+        starts = (to_device(self.query_starts, device), to_device(self.key_starts, device))
+        return VarlenIndex(key_rows, *starts, self.longest_query, self.longest_key)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Model input plus where to find the prediction of every scored token."""
 
     input_ids: Tensor  # (1, T) packed, or (B, T) padded
     model_kwargs: dict[str, object]
-    """``position_ids`` and ``segments`` when packed, ``attention_mask`` when padded."""
+    """``position_ids``, ``segments`` and ``varlen`` when packed, ``attention_mask`` when padded."""
     scored_rows: Tensor  # (S,) row of the flattened hidden states that predicts the token
     targets: Tensor  # (S,)
     lengths: list[int]
@@ -49,15 +70,17 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        kwargs = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in self.model_kwargs.items()
-        }
+        kwargs = dict(self.model_kwargs)
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor):
+                kwargs[name] = to_device(value, device)
+            elif isinstance(value, VarlenIndex):
+                kwargs[name] = value.to(device)
         return Batch(
-            input_ids=self.input_ids.to(device),
+            input_ids=to_device(self.input_ids, device),
             model_kwargs=kwargs,
-            scored_rows=self.scored_rows.to(device),
-            targets=self.targets.to(device),
+            scored_rows=to_device(self.scored_rows, device),
+            targets=to_device(self.targets, device),
             lengths=self.lengths,
         )
 
@@ -159,10 +182,31 @@ def pack(groups: Sequence[Group]) -> Batch:
             end += fed - begin
     return Batch(
         input_ids=_long(ids)[None],
-        model_kwargs={"position_ids": _long(positions)[None], "segments": tuple(segments)},
+        model_kwargs={
+            "position_ids": _long(positions)[None],
+            "segments": tuple(segments),
+            "varlen": varlen_index(segments),
+        },
         scored_rows=_long(rows),
         targets=_long(targets),
         lengths=lengths,
+    )
+
+
+def varlen_index(segments: Sequence[Segment]) -> VarlenIndex:
+    """Segments, which cover the packed rows in order, as a fused kernel takes them."""
+    queries = [s.stop - s.start for s in segments]
+    keys = [s.stop - s.start + s.prefix_stop - s.prefix_start for s in segments]
+    key_rows = None
+    if keys != queries:
+        parts = (span for s in segments for span in ((s.prefix_start, s.prefix_stop), (s.start, s.stop)))
+        key_rows = _long([np.arange(*part) for part in parts])
+    return VarlenIndex(
+        key_rows=key_rows,
+        query_starts=_starts(queries),
+        key_starts=_starts(keys),
+        longest_query=max(queries),
+        longest_key=max(keys),
     )
 
 
@@ -189,6 +233,18 @@ def pad(groups: Sequence[Group]) -> Batch:
 
 def _joined(sequence: TokenSequence) -> IdArray:
     return np.concatenate([sequence.prompt_ids, sequence.completion_ids])
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for what the device is doing."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        # From pinned memory the copy is queued; otherwise it would wait for all earlier work on the GPU.
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
+
+
+def _starts(lengths: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
 
 
 def _long(parts: Sequence[np.ndarray]) -> Tensor:

@@ -220,8 +220,9 @@ def spread_pairs(folder: ShardFolder, count: int) -> list[ScoredPair]:
     Raises:
         DataError: A file that is needed is damaged.
     """
-    index = folder.index()
-    shards, groups, rows = (index[name].to_numpy() for name in ("shard", "row_group", "row"))
+    names = ("shard", "row_group", "row")
+    index = folder.index(names)
+    shards, groups, rows = (index[name].to_numpy() for name in names)
     pairs: list[ScoredPair] = []
     wanted: dict[tuple[int, int], set[int]] = {}
     for position in spread_positions(shards, count):

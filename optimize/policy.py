@@ -4,9 +4,10 @@ Loading checks, by measurement, that the packed forward is exact for this very m
 (recurrent layers, soft-capped attention, a head this file does not know), padded rows are used instead.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dpo_opt.optimize.attention import SEGMENT_ATTENTION
-from dpo_opt.optimize.logps import Head, token_logps
+from dpo_opt.optimize.logps import Head, Objective, token_logps
 from dpo_opt.optimize.packing import Batch, Group, pack, packed_size, pad, plan_bins, plan_padded_bins
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import TokenSequence
@@ -50,13 +51,25 @@ class Policy:
             return plan_bins([packed_size(group) for group in groups], budget)
         return plan_padded_bins(groups, budget)
 
-    def batch_logps(self, batch: Batch) -> Tensor:
-        """(S,) float32 log-probs, in nats, of the batch's targets; differentiable."""
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.model.dtype != self.dtype):
+    def batch_logps(self, batch: Batch, *, objective: Objective | None = None) -> Tensor:
+        """(S,) float32 log-probs, in nats, of the batch's targets; differentiable.
+
+        ``objective`` makes the head cheaper, see ``token_logps``.
+        """
+        head = head_of(self.model)
+        # Where the head has already added to .grad, adding the few rows that were fed is enough.
+        embedding = self.model.get_input_embeddings()
+        if isinstance(embedding, torch.nn.Embedding):
+            embedding.sparse = (
+                objective is not None and objective.in_place and embedding.weight is head.weight
+            )
+        mixed = any(parameter.dtype != self.dtype for parameter in self.model.parameters())
+        # Each weight is used once per forward: cached casts would only keep a second copy of the model.
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed, cache_enabled=False):
             output = self.model.base_model(input_ids=batch.input_ids, use_cache=False, **batch.model_kwargs)
         hidden = output.last_hidden_state.flatten(0, 1)[batch.scored_rows]
         # Outside autocast: the head's tile is fp32, since bf16 logits are off by up to 0.06 nats.
-        return token_logps(hidden, head_of(self.model), batch.targets)
+        return token_logps(hidden, head, batch.targets, objective=objective)
 
     def sequence_logps(self, groups: Sequence[Group]) -> list[Tensor]:
         """One (C,) tensor of token log-probs per sequence, on the policy's device."""
@@ -64,15 +77,24 @@ class Policy:
         return list(torch.split(self.batch_logps(batch), batch.lengths))
 
 
-def load_policy(folder: Path, *, dtype: torch.dtype, device: torch.device, trainable: bool) -> Policy:
+def load_policy(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trainable: bool,
+    param_dtype: torch.dtype = torch.float32,
+    options: Mapping[str, Any] | None = None,
+) -> Policy:
     """Load a model from safetensors.
 
     Args:
         folder: In the Hugging Face layout.
-        dtype: Compute dtype. Parameters of a trainable policy are fp32 masters whatever this is: at DPO's
-            learning rates plain bf16 parameters ignore most updates.
+        dtype: Compute dtype.
         device: Where it goes.
-        trainable: Whether gradients will be taken.
+        trainable: Whether gradients of these weights will be taken.
+        param_dtype: What parameters are stored in where they are trainable; otherwise it is ``dtype``.
+        options: More arguments of ``from_pretrained``; with a ``device_map`` they say where the model goes.
 
     Raises:
         ConfigError: transformers cannot load the folder, weights are missing, or no layout is exact.
@@ -82,11 +104,12 @@ def load_policy(folder: Path, *, dtype: torch.dtype, device: torch.device, train
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.float32 if trainable else dtype,
+            dtype=param_dtype if trainable else dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **(options or {}),
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(
@@ -102,7 +125,8 @@ def load_policy(folder: Path, *, dtype: torch.dtype, device: torch.device, train
             why="transformers fills them with random numbers",
             fix="copy the whole model, or save it again from the model that was trained",
         )
-    model.to(device)
+    if not options or "device_map" not in options:
+        model.to(device)
     # Dropout must be off: the reference was scored without it, so with it policy != reference at step 0.
     model.eval()
     model.requires_grad_(trainable)

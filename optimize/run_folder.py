@@ -1,27 +1,95 @@
-"""What a training run leaves on disk while it goes, in the names that existing notebooks read."""
+"""What a training run leaves on disk while it goes, in the names that existing notebooks read.
+
+A run that was stopped goes on from a checkpoint, so what was written after that checkpoint is taken back:
+no step stands twice in the metrics, no pair twice in a step's log-probs.
+"""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
 
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.pair_logps import PairLogps, write_pair_logps
+from dpo_opt.schemas.pair_logps import PairLogps, Phase, write_pair_logps
+from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.storage import write_text
 
+CONFIG = "config.resolved.yaml"
+CHECKPOINTS = "checkpoints"
+FINAL = "final"
+PREEMPTED = "preempted.json"
+BEST = "best.json"
+_METRICS = "metrics.jsonl"
+_STATE = "trainer_state.json"
+_PARITY = "parity.json"
+_PAIR_LOGPS = "pair_logps"
 # Rows of pair log-probs held before a segment is written: about 10 MB.
 _SEGMENT_ROWS = 50_000
 
 Metrics = dict[str, float | int]
 
 
-class RunFolder:
-    """Writer of ``metrics.jsonl``, ``trainer_state.json`` and ``pair_logps/``."""
+class Written(NamedTuple):
+    """How much of a run is on disk: what a checkpoint covers."""
 
-    def __init__(self, path: Path) -> None:
+    lines: int
+    """Of the metrics."""
+    segments: dict[str, int]
+    """Files of pair log-probs, by the folder they stand in, relative to the run."""
+
+
+class HeldLogps(NamedTuple):
+    """Log-probs of a batch of pairs, still on the device, and of the pairs only what the table needs."""
+
+    pairs: list[tuple[int, str, int, int]]  # row, pair_id, length of chosen, length of rejected
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    step: int
+    epoch: float
+    phase: Phase
+
+
+def hold_logps(
+    pairs: Sequence[ScoredPair],
+    *,
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    step: int,
+    epoch: float,
+    phase: Phase,
+) -> HeldLogps:
+    """Take from a batch what its rows of the table will be made of.
+
+    Args:
+        pairs: B pairs.
+        chosen_logps: (B,) nats, on any device.
+        rejected_logps: (B,)
+        step: Updates made before.
+        epoch: Passes over the training pairs made before.
+        phase: ``train`` or ``eval``.
+    """
+    names = [(p.row, p.pair_id, len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
+    return HeldLogps(names, chosen_logps, rejected_logps, step, epoch, phase)
+
+
+class RunFolder:
+    """Writer of ``metrics.jsonl``, ``trainer_state.json`` and ``pair_logps/``.
+
+    Args:
+        path: The run's folder.
+        writes: False in all processes of a run but the first: all go the same way, and one writes.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path = path
-        self._history: list[Metrics] = []
-        self._rows: list[PairLogps] = []
-        self._segments = 0
+        self._writes = writes
+        self._lines = 0
+        self._held: dict[str, list[HeldLogps]] = {}
+        self._segments: dict[str, int] = {}
 
     @staticmethod
     def require_unused(path: Path) -> None:
@@ -31,47 +99,173 @@ class RunFolder:
             ConfigError: The folder holds something already.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            resumable = (path / CONFIG).is_file()
             raise ConfigError(
                 f"the output folder {path} is already in use",
                 why="two runs in one folder could not be told apart",
-                fix="pass another --output-dir, or remove the folder",
+                fix=f"to go on with it: dpo-opt train --config {path / CONFIG} --resume"
+                if resumable
+                else "pass another --output-dir, or remove the folder",
             )
 
     def create(self, config_yaml: str) -> None:
         """Make the folder with its resolved configuration."""
-        write_text(self.path / "config.resolved.yaml", config_yaml)
+        if not self._writes:
+            return
+        write_text(self.path / CONFIG, config_yaml)
 
-    def write_parity(self, parity: dict[str, object]) -> None:
+    def write_parity(self, parity: Mapping[str, object]) -> None:
         """Keep the measured parity of policy and cached reference."""
-        write_text(self.path / "parity.json", json.dumps(parity, indent=1) + "\n")
+        if not self._writes:
+            return
+        write_text(self.path / _PARITY, json.dumps(parity, indent=1) + "\n")
+
+    def write_preempted(self, record: Mapping[str, object]) -> None:
+        """Say that the run was stopped from outside, for those who cannot see its exit code."""
+        if not self._writes:
+            return
+        write_text(self.path / PREEMPTED, json.dumps(record, indent=1) + "\n")
+
+    def write_best(self, record: Mapping[str, object]) -> None:
+        """Say which checkpoint is the best so far."""
+        if not self._writes:
+            return
+        write_text(self.path / BEST, json.dumps(record, indent=1) + "\n")
+
+    def rewind(self, written: Written) -> None:
+        """Take back what was written after a checkpoint."""
+        if not self._writes:
+            return
+        for name in (PREEMPTED, _STATE):
+            (self.path / name).unlink(missing_ok=True)
+        metrics = self.path / _METRICS
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []
+        write_text(metrics, "".join(lines[: written.lines]))
+        self._lines = min(written.lines, len(lines))
+        self._segments = dict(written.segments)
+        for file in (self.path / _PAIR_LOGPS).rglob("*.parquet"):
+            folder = file.parent.relative_to(self.path).as_posix()
+            if int(file.stem) >= self._segments.get(folder, 0):
+                file.unlink()
+
+    def written(self) -> Written:
+        """What is on disk now, after everything held was written."""
+        self.flush_pair_logps()
+        return Written(self._lines, dict(self._segments))
 
     def log(self, metrics: Metrics) -> None:
         """Append one line of metrics."""
-        self._history.append(metrics)
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as handle:
+        if not self._writes:
+            return
+        self._lines += 1
+        with (self.path / _METRICS).open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(metrics) + "\n")
 
-    def add_pair_logps(self, rows: Sequence[PairLogps]) -> None:
-        """Keep rows, writing a segment when enough are held."""
-        self._rows += rows
-        if len(self._rows) >= _SEGMENT_ROWS:
-            self.flush_pair_logps()
+    def add_pair_logps(self, batch: HeldLogps, *, evaluation: str | None = None) -> None:
+        """Keep a batch's log-probs where they are, and write a segment when enough are held.
+
+        Args:
+            batch: From ``hold_logps``.
+            evaluation: Name of another folder of shards that the pairs come from: their row numbers mean
+                something else, so they get a folder of their own.
+        """
+        if not self._writes:
+            return
+        folder = f"{_PAIR_LOGPS}/{evaluation}" if evaluation else _PAIR_LOGPS
+        held = self._held.setdefault(folder, [])
+        held.append(batch)
+        if sum(len(other.pairs) for other in held) >= _SEGMENT_ROWS:
+            self._write_segment(folder)
 
     def flush_pair_logps(self) -> None:
-        """Write the rows held so far as one segment."""
-        if self._rows:
-            write_pair_logps(self.path / "pair_logps" / f"{self._segments:05d}.parquet", [self._rows])
-            self._segments += 1
-            self._rows = []
+        """Write the rows held so far, one segment per folder."""
+        for folder in list(self._held):
+            self._write_segment(folder)
+
+    def _write_segment(self, folder: str) -> None:
+        rows = [row for held in self._held.pop(folder) for row in _rows(held)]
+        number = self._segments.get(folder, 0)
+        write_pair_logps(self.path / folder / f"{number:05d}.parquet", [rows])
+        self._segments[folder] = number + 1
 
     def finish(self, *, step: int, epoch: float, total_steps: int, num_train_epochs: int) -> None:
         """Write what is held, and the state in the form of transformers' ``trainer_state.json``."""
+        if not self._writes:
+            return
         self.flush_pair_logps()
+        with (self.path / _METRICS).open(encoding="utf-8") as lines:
+            history = [json.loads(line) for line in lines]
         state = {
             "global_step": step,
             "epoch": epoch,
             "max_steps": total_steps,
             "num_train_epochs": num_train_epochs,
-            "log_history": self._history,
+            "log_history": history,
         }
-        write_text(self.path / "trainer_state.json", json.dumps(state, indent=1) + "\n")
+        write_text(self.path / _STATE, json.dumps(state, indent=1) + "\n")
+
+    def finished_step(self) -> int | None:
+        """Updates of a run that came to its end; None where it did not."""
+        if not ((self.path / FINAL).is_dir() and (self.path / _STATE).is_file()):
+            return None
+        return int(json.loads((self.path / _STATE).read_text(encoding="utf-8"))["global_step"])
+
+    def last_metrics(self) -> Metrics:
+        """The newest line of metrics that tells of training."""
+        metrics = self.path / _METRICS
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+        found = (json.loads(line) for line in reversed(lines))
+        return next((dict(metrics) for metrics in found if "loss" in metrics), {})
+
+    def dump_pairs(
+        self, pairs: Sequence[ScoredPair], numbers: Mapping[str, Sequence[float]], *, step: int
+    ) -> Path:
+        """Write a step's pairs with what was computed for each, for whoever looks for what went wrong.
+
+        Args:
+            pairs: B pairs.
+            numbers: Named (B,) values; those that are not finite are written as words.
+            step: Updates made before.
+
+        Returns:
+            The file, one JSON object per pair.
+        """
+        path = self.path / f"not-finite-step-{step + 1:08d}.jsonl"
+        if not self._writes:
+            return path
+        lines = []
+        for i, pair in enumerate(pairs):
+            found = {name: values[i] for name, values in numbers.items()}
+            record = {
+                "row": pair.row,
+                "pair_id": pair.pair_id,
+                "source": pair.source,
+                **{name: value if math.isfinite(value) else str(value) for name, value in found.items()},
+                "ref_chosen_logps": pair.ref_chosen_logps,
+                "ref_rejected_logps": pair.ref_rejected_logps,
+                "prompt_ids": np.asarray(pair.prompt_ids).tolist(),
+                "chosen_ids": np.asarray(pair.chosen_ids).tolist(),
+                "rejected_ids": np.asarray(pair.rejected_ids).tolist(),
+            }
+            lines.append(json.dumps(record) + "\n")
+        write_text(path, "".join(lines))
+        return path
+
+
+def _rows(held: HeldLogps) -> list[PairLogps]:
+    return [
+        PairLogps(
+            row=row,
+            pair_id=pair_id,
+            step=held.step,
+            epoch=held.epoch,
+            phase=held.phase,
+            chosen_logps=chosen,
+            rejected_logps=rejected,
+            chosen_length=chosen_length,
+            rejected_length=rejected_length,
+        )
+        for (row, pair_id, chosen_length, rejected_length), chosen, rejected in zip(
+            held.pairs, held.chosen_logps.tolist(), held.rejected_logps.tolist(), strict=True
+        )
+    ]

@@ -2,15 +2,20 @@
 
 The order is a pure function of (seed, epoch) and the index: shards are shuffled by row group, then
 rows within a window of row groups. So reads stay local, memory does not grow with the dataset, and the
-state of the data order is one number.
+state of the data order is one number: how many pairs were consumed.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+import contextlib
+import itertools
+import threading
+from collections.abc import Generator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from dpo_opt.optimize.read_ahead import read_ahead
 from dpo_opt.schemas.columns import COLUMNS, WEIGHT, read_column
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import ShardFolder
@@ -18,13 +23,15 @@ from dpo_opt.schemas.pairs import ScoredPair
 
 # Row groups that are shuffled together: 16 x 128 rows decorrelate a sorted file, and fit in memory.
 WINDOW_GROUPS = 16
+# Read before they are needed: the next window, because its first pairs come from all over it.
+_AHEAD_GROUPS = WINDOW_GROUPS
 
-Positions = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.int32]
 Weights = npt.NDArray[np.float64]
 
 
 class PairStream:
-    """Random access to the pairs of a folder, split by prompt into training and evaluation."""
+    """The pairs of a folder, split by prompt into training and evaluation, in the order they are used."""
 
     def __init__(self, folder: ShardFolder, *, eval_split: float) -> None:
         """Read the index.
@@ -32,47 +39,97 @@ class PairStream:
         Args:
             folder: Where the shards are.
             eval_split: Share of prompts that is held out, decided by each prompt's own hash, so that no
-                prompt stands on both sides and growing the dataset moves no prompt.
+                prompt stands on both sides and growing the dataset moves no prompt. 1 holds out all.
 
         Raises:
             DataError: The index or a column beside it is damaged, or all weights are 0.
         """
-        index = folder.index()
         self._folder = folder
-        self._shards = index["shard"].to_numpy()
-        self._groups = index["row_group"].to_numpy()
+        index = folder.index(["row", "shard", "row_group"])
+        shards, groups = index["shard"].to_numpy(), index["row_group"].to_numpy()
+        starts = np.flatnonzero((np.diff(shards, prepend=-1) != 0) | (np.diff(groups, prepend=-1) != 0))
+        # A block is a row group: its pairs are at positions bounds[block] to bounds[block + 1].
+        self._bounds: Positions = np.append(starts, len(index)).astype(np.int32)
+        self._shards, self._groups = shards[starts], groups[starts]
+        if eval_split in (0, 1):
+            self._held_out = np.full(len(index), eval_split == 1)
+        else:
+            self._held_out = _below(folder.index(["prompt_id"])["prompt_id"], eval_split)
+        self.eval_positions: Positions = np.flatnonzero(self._held_out).astype(np.int32)
+        self.train_size = len(index) - len(self.eval_positions)
         self._rows = index["row"].to_numpy()
-        starts = np.flatnonzero(
-            (np.diff(self._shards, prepend=-1) != 0) | (np.diff(self._groups, prepend=-1) != 0)
-        )
-        self._blocks: list[Positions] = np.split(np.arange(len(index)), starts[1:])
-        self._block_of = np.repeat(np.arange(len(starts)), [len(b) for b in self._blocks])
-        held_out = np.array([_unit_interval(p) < eval_split for p in index["prompt_id"].to_pylist()], bool)
-        self._held_out = held_out
-        self.train_size = int((~held_out).sum())
-        self.eval_positions: Positions = np.flatnonzero(held_out)
         self._weights = self._normalised_weights(
             read_column(folder.path, WEIGHT, rows=self._rows, default=1.0)
         )
-        self._cache: OrderedDict[int, list[ScoredPair]] = OrderedDict()
+        # The first to open a shard checks its hash, or fetches it; the others wait for that.
+        self._opening = [threading.Lock() for _ in folder.manifest.shards]
 
     def epoch(self, *, seed: int, epoch: int) -> Positions:
         """The training pairs of one epoch, as positions in the index, in order."""
         rng = np.random.default_rng([seed, epoch])
-        blocks = rng.permutation(len(self._blocks))
-        parts = []
+        blocks = rng.permutation(len(self._shards))
+        order = np.empty(self.train_size, dtype=np.int32)
+        filled = 0
         for i in range(0, len(blocks), WINDOW_GROUPS):
-            window = np.concatenate([self._blocks[b] for b in blocks[i : i + WINDOW_GROUPS]])
-            parts.append(rng.permutation(window[~self._held_out[window]]))
-        return np.concatenate(parts)
+            ranges = [
+                np.arange(*self._bounds[b : b + 2], dtype=np.int32) for b in blocks[i : i + WINDOW_GROUPS]
+            ]
+            window = np.concatenate(ranges)
+            shuffled = rng.permutation(window[~self._held_out[window]])
+            order[filled : filled + len(shuffled)] = shuffled
+            filled += len(shuffled)
+        return order
+
+    def steps(self, *, seed: int, size: int, consumed: int = 0) -> Generator[list[ScoredPair]]:
+        """The pairs of each optimizer step, epoch after epoch without end.
+
+        Row groups are read ahead by threads; close the iterator to end them (``contextlib.closing``).
+
+        Args:
+            seed: Decides the order.
+            size: Pairs per step; the last step of an epoch may have fewer.
+            consumed: Pairs of all the steps before: the state of the data order. What they read is not read
+                again, but for the row groups that are still in use.
+
+        Raises:
+            DataError: A shard is damaged; at the first step that needs it.
+        """
+        epoch, skip = divmod(consumed, self.train_size)
+        for number in itertools.count(epoch):
+            yield from self.batches(self.epoch(seed=seed, epoch=number)[skip:], size)
+            skip = 0
+
+    def batches(self, positions: Positions, size: int) -> Generator[list[ScoredPair]]:
+        """Consecutive batches; the last may be smaller.
+
+        Each row group is read once, ahead and by a thread, and held from its first pair to its last: at most
+        two windows of them where ``positions`` come from ``epoch`` or ascend.
+
+        Raises:
+            DataError: A shard is damaged; at the first batch that needs it.
+        """
+        blocks = (np.searchsorted(self._bounds, positions, side="right") - 1).astype(np.int32)
+        _, first = np.unique(blocks, return_index=True)
+        needed = blocks[np.sort(first)].tolist()
+        left = np.bincount(blocks, minlength=len(self._shards))
+        held: dict[int, list[ScoredPair]] = {}
+        with contextlib.closing(read_ahead(self._read, needed, ahead=_AHEAD_GROUPS)) as coming:
+            for i in range(0, len(positions), size):
+                batch = []
+                part = slice(i, i + size)
+                for position, block in zip(positions[part].tolist(), blocks[part].tolist(), strict=True):
+                    if block not in held:
+                        held[block] = next(coming)
+                    batch.append(held[block][position - int(self._bounds[block])])
+                    left[block] -= 1
+                    if not left[block]:
+                        del held[block]
+                yield batch
 
     def fetch(self, positions: Sequence[int] | Positions) -> list[ScoredPair]:
         """The pairs at these positions, in order."""
-        found = []
-        for position in positions:
-            block = int(self._block_of[position])
-            found.append(self._block(block)[int(position - self._blocks[block][0])])
-        return found
+        wanted = np.asarray(positions, dtype=np.int32)
+        return list(itertools.chain.from_iterable(self.batches(wanted, size=WINDOW_GROUPS)))
 
     def weights(self, pairs: Sequence[ScoredPair]) -> list[float] | None:
         """How much each pair counts in the loss, 1 on average over the training pairs; None: all alike."""
@@ -95,24 +152,16 @@ class PairStream:
             )
         return weights / mean
 
-    def batches(self, positions: Positions, size: int) -> Iterator[list[ScoredPair]]:
-        """Consecutive batches; the last may be smaller."""
-        for i in range(0, len(positions), size):
-            yield self.fetch(positions[i : i + size])
-
-    def _block(self, block: int) -> list[ScoredPair]:
-        if block in self._cache:
-            self._cache.move_to_end(block)
-            return self._cache[block]
-        first = int(self._blocks[block][0])
-        shard, group = int(self._shards[first]), int(self._groups[first])
-        (pairs,) = self._folder.row_groups(shard, row_groups=[group])
-        self._cache[block] = pairs
-        # One more than a window, so that neither training order nor a straddling batch reads twice.
-        while len(self._cache) > WINDOW_GROUPS + 1:
-            self._cache.popitem(last=False)
+    def _read(self, block: int) -> list[ScoredPair]:
+        shard = int(self._shards[block])
+        with self._opening[shard]:
+            (pairs,) = self._folder.row_groups(shard, row_groups=[int(self._groups[block])])
         return pairs
 
 
-def _unit_interval(prompt_id: str) -> float:
-    return int(prompt_id[:8], 16) / 2**32
+def _below(prompt_ids: pa.ChunkedArray, share: float) -> npt.NDArray[np.bool_]:
+    """Whether the first 32 bits of each identifier, as a number from 0 to 1, are below a share."""
+    digits = pc.utf8_slice_codeunits(prompt_ids, 0, 8).combine_chunks().cast(pa.binary()).cast(pa.binary(8))
+    # Eight characters are one int64, so that numpy sees them without an object per row.
+    text = digits.view(pa.int64()).to_numpy().tobytes().decode("ascii")
+    return np.frombuffer(bytes.fromhex(text), dtype=">u4") / 2**32 < share

@@ -30,7 +30,7 @@ from dpo_opt.schemas.manifest import (
     verified_file,
     write_manifest,
 )
-from dpo_opt.schemas.shards import INDEX_SCHEMA, write_table
+from dpo_opt.schemas.shards import INDEX_GROUP_ROWS, INDEX_SCHEMA, write_table
 from dpo_opt.schemas.storage import publish, sha256_file, sha256_folder
 
 
@@ -215,7 +215,7 @@ def _write_index(shards_dir: AnyPath, name: str, table: pa.Table) -> tuple[str, 
     """
     with tempfile.TemporaryDirectory(prefix="dpo-opt-") as own:
         file = Path(own) / name
-        write_table(file, table)
+        write_table(file, table, row_group_rows=INDEX_GROUP_ROWS)
         sha256 = sha256_file(file)
         for place in (shards_dir / name, shards_dir / f"{Path(name).stem}-{sha256[:8]}.parquet"):
             try:

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import struct
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +61,12 @@ def _fetch(model: str, revision: str | None) -> Path:
 
 def _refuse_unsafe(folder: Path) -> None:
     config_path = folder / "config.json"
+    if not config_path.is_file() and (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{folder} is an adapter, not a model",
+            why="it is a small change to another model, which it needs",
+            fix=f"dpo-opt merge --model BASE --adapter {folder} --output MERGED, then pass MERGED",
+        )
     if not config_path.is_file():
         raise ConfigError(
             f"{folder} has no config.json",
@@ -114,15 +121,20 @@ def config_digest(folder: Path) -> str:
     return _sha256(json.dumps(config, sort_keys=True, separators=(",", ":")))
 
 
-def weights_digest(folder: Path) -> str:
+def weights_digest(folder: Path, *, contents: Mapping[str, tuple[str, str]] | None = None) -> str:
     """SHA-256 over every tensor's name, dtype, shape and bytes: the same for a re-sharded copy.
+
+    Args:
+        folder: In the Hugging Face layout.
+        contents: By tensor name, the dtype (``BF16``) and SHA-256 of what is to stand in the tensor's place.
 
     Raises:
         ConfigError: A safetensors file is truncated or damaged.
     """
+    others = contents or {}
     tensors = [t for path in sorted(folder.glob("*.safetensors")) for t in _tensors(path)]
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        lines = sorted(pool.map(_tensor_line, tensors))
+        lines = sorted(pool.map(lambda t: _tensor_line(t, others.get(t[1])), tensors))
     return _sha256("\n".join(lines))
 
 
@@ -157,8 +169,12 @@ def _tensors(path: Path) -> list[tuple[Path, str, str, tuple[int, ...], int, int
     return found
 
 
-def _tensor_line(tensor: tuple[Path, str, str, tuple[int, ...], int, int]) -> str:
+def _tensor_line(
+    tensor: tuple[Path, str, str, tuple[int, ...], int, int], content: tuple[str, str] | None
+) -> str:
     path, name, dtype, shape, begin, end = tensor
+    if content is not None:
+        return f"{name} {content[0]} {'x'.join(map(str, shape))} {content[1]}"
     digest = hashlib.sha256()
     if end > begin:
         with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:

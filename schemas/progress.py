@@ -16,6 +16,10 @@ class Progress(Protocol):
 
     def finish(self) -> None: ...
 
+    def say(self, line: str) -> None:
+        """One line that a person should read, between the counts."""
+        ...
+
 
 class Silent:
     """Progress that nobody watches: the default of the Python API."""
@@ -27,4 +31,7 @@ class Silent:
         pass
 
     def finish(self) -> None:
+        pass
+
+    def say(self, line: str) -> None:
         pass

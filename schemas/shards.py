@@ -23,6 +23,8 @@ from dpo_opt.schemas.storage import publish
 SCHEMA_VERSION = 1
 ROW_GROUP_ROWS = 128
 """Rows per row group: the unit that training reads and shuffles."""
+INDEX_GROUP_ROWS = 65_536
+"""The index is read by column: with small groups its footer would take most of the time and memory."""
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -130,13 +132,13 @@ def write_dropped(path: AnyPath, dropped: Sequence[DroppedRow]) -> None:
     write_table(path, pa.Table.from_arrays([pa.array(c) for c in columns], schema=DROPPED_SCHEMA))
 
 
-def write_table(path: AnyPath, table: pa.Table) -> None:
+def write_table(path: AnyPath, table: pa.Table, *, row_group_rows: int = ROW_GROUP_ROWS) -> None:
     """Publish a table the way every file of a shard folder is written."""
     with publish(path) as private:
         pq.write_table(
             table,
             private,
-            row_group_size=ROW_GROUP_ROWS,
+            row_group_size=row_group_rows,
             compression="zstd",
             write_page_checksum=True,
             write_page_index=True,

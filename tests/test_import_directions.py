@@ -22,6 +22,8 @@ ALLOWED: dict[str, set[str]] = {
 
 LAZY: dict[str, set[str]] = {
     "schemas/hub.py": {"huggingface_hub"},
+    "optimize/lora.py": {"peft"},
+    "optimize/optimizer.py": {"torchao"},
     "precompute/near_duplicates.py": {"rensa"},
     "precompute/ray_workers.py": {"ray"},
     "precompute/templates.py": {"transformers", "jinja2"},

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchrun_steps
+from processes import torchrun
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo_opt.optimize.policy import Policy, load_policy
 from dpo_opt.optimize.score import HfScorer
@@ -114,3 +116,24 @@ def other_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
             shutil.copyfile(file, folder / file.name)
     assert sha256_folder(folder) != sha256_folder(tiny_model)
     return folder
+
+
+@pytest.fixture(scope="session")
+def torchrun_folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """What ``torchrun_steps`` wrote, by number of processes: alone in this one, others started by torchrun.
+
+    Each but the first also loaded the state that the one before it had saved.
+    """
+    root = tmp_path_factory.mktemp("torchrun")
+    shutil.copytree(tiny_model, root / "models/untied")
+    config = AutoConfig.from_pretrained(tiny_model, tie_word_embeddings=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        AutoModelForCausalLM.from_config(config).float().save_pretrained(root / "models/tied")
+    folders = {size: root / str(size) for size in (1, 2, 3)}
+    for folder in folders.values():
+        folder.mkdir()
+    torchrun_steps.take_steps(root / "models", folders[1], torchrun_steps.ALONE, None)
+    for size in (2, 3):
+        torchrun(size, torchrun_steps.__file__, root / "models", folders[size], folders[size - 1])
+    return folders

@@ -7,6 +7,7 @@ import torch
 from dpo_opt.optimize.packing import (
     Group,
     Segment,
+    VarlenIndex,
     pack,
     packed_size,
     pad,
@@ -14,6 +15,7 @@ from dpo_opt.optimize.packing import (
     plan_bins,
     plan_padded_bins,
     shared_length,
+    varlen_index,
 )
 from dpo_opt.schemas.pairs import TokenizedPair, TokenSequence
 
@@ -121,6 +123,38 @@ def test_segments_cover_all_rows_in_order() -> None:
     assert segments[-1].stop == batch.input_ids.shape[1]
 
 
+def test_a_prefix_is_a_key_of_every_segment_that_names_it() -> None:
+    index = varlen_index(
+        [Segment(0, 2, 0, 0), Segment(2, 7, 2, 2), Segment(7, 9, 2, 5), Segment(9, 10, 2, 5)]
+    )
+    assert index.key_rows is not None
+    assert index.key_rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 2, 3, 4, 7, 8, 2, 3, 4, 9]
+    assert index.query_starts.tolist() == [0, 2, 7, 9, 10]
+    assert index.key_starts.tolist() == [0, 2, 7, 12, 16]
+    assert (index.longest_query, index.longest_key) == (5, 5)
+    assert index.query_starts.dtype == index.key_starts.dtype == torch.int32
+
+
+def test_where_nothing_is_shared_no_key_is_gathered() -> None:
+    index = varlen_index([Segment(0, 2, 0, 0), Segment(2, 3, 2, 2)])
+    assert index.key_rows is None
+    assert index.query_starts.tolist() == index.key_starts.tolist() == [0, 2, 3]
+
+
+def test_the_longest_key_counts_the_prefix() -> None:
+    index = varlen_index([Segment(0, 4, 0, 0), Segment(4, 7, 0, 2)])
+    assert (index.longest_query, index.longest_key) == (4, 5)
+
+
+def test_a_packed_batch_indexes_its_own_segments() -> None:
+    batch = pack(random_groups(20, seed=4))
+    found, expected = batch.model_kwargs["varlen"], varlen_index(batch.model_kwargs["segments"])
+    assert isinstance(found, VarlenIndex)
+    assert found.key_rows.tolist() == expected.key_rows.tolist()
+    assert found.key_starts.tolist() == expected.key_starts.tolist()
+    assert found.query_starts[-1] == batch.input_ids.shape[1]
+
+
 def test_a_padded_batch_is_laid_out_as_worked_by_hand() -> None:
     batch = pad([group([1, 2], [5, 6, 7], [8])])
     assert batch.input_ids.tolist() == [[1, 2, 5, 6], [1, 2, 0, 0]]
@@ -180,4 +214,8 @@ def test_moving_a_batch_keeps_what_is_no_tensor() -> None:
     assert moved.input_ids.device.type == moved.scored_rows.device.type == moved.targets.device.type == "meta"
     assert moved.model_kwargs["position_ids"].device.type == "meta"
     assert moved.model_kwargs["segments"] == batch.model_kwargs["segments"]
+    index, before = moved.model_kwargs["varlen"], batch.model_kwargs["varlen"]
+    assert {t.device.type for t in (index.key_rows, index.query_starts, index.key_starts)} == {"meta"}
+    assert (index.longest_query, index.longest_key) == (before.longest_query, before.longest_key)
+    assert batch.input_ids.device.type == before.key_rows.device.type == "cpu"
     assert moved.lengths == batch.lengths

@@ -310,6 +310,9 @@ class Meddler:
     def finish(self) -> None:
         pass
 
+    def say(self, line: str) -> None:
+        pass
+
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_data_that_changes_between_the_readings_is_noticed_and_nothing_is_left(

@@ -384,6 +384,9 @@ class Counted:
     def finish(self) -> None:
         self.finished += 1
 
+    def say(self, line: str) -> None:
+        pass
+
 
 def test_progress_counts_the_rows_that_are_left_to_score(config_of: Configs) -> None:
     def stop(calls: int) -> None:

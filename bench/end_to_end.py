@@ -1,0 +1,187 @@
+"""From pairs to a trained policy: reference log-probs and training together, against TRL, side by side.
+
+    python bench/end_to_end.py --model MODEL --pairs PAIRS.jsonl [--quick] [--trl-python TRL_ENV/bin/python]
+
+All sides train one epoch on the same pairs from the same weights, in fp32 on the CPU, as many pairs a step.
+dpo-opt and TRL's precompute score the reference first, once; TRL's online reference runs beside the policy in
+every step. TRL runs as it ships and at its fastest known. Every contender is a process of its own (dpo-opt
+two), and contenders take turns. ``--quick`` leaves TRL as it ships out, which takes most of the time.
+
+Start-up (interpreter, imports, loading, dpo-opt's check that the cached log-probs are the policy's own, and
+its saving at the end) has its own column and is in no other. Tokenizing, and writing and checking the shards,
+count as precompute.
+
+The break-even is the number of epochs after which precompute has paid for itself: its time over the time that
+an epoch saves. Times of several epochs are extrapolated from the one that was measured.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import trl_side
+from measure import run
+
+OURS = "dpo-opt"
+EPOCHS = (1, 2, 3, 5)
+SHIPS = {"micro_batch": 8, "checkpointing": True}
+FASTEST = {"micro_batch": 1, "checkpointing": False}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "TRL online, as it ships": {**SHIPS, "precompute": False},
+    "TRL precomputed, as it ships": {**SHIPS, "precompute": True},
+    "TRL online, micro-batch 1": {**FASTEST, "precompute": False},
+    "TRL precomputed, micro-batch 1": {**FASTEST, "precompute": True},
+}
+
+
+def main() -> None:
+    """Run every contender in turn and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--pairs", type=Path, required=True, help="JSON lines with prompt, chosen, rejected")
+    parser.add_argument("--trl-python", default=sys.executable, help="Python of an environment that has TRL")
+    parser.add_argument("--count", type=int, default=32, help="pairs of the epoch")
+    parser.add_argument("--pairs-per-step", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="TRL at its fastest known alone")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contender:
+        job, *named = json.loads(arguments.contender)
+        print(json.dumps(JOBS[job](arguments, **(named[0] if named else {}))))
+        return
+    tried = {name: one for name, one in SETTINGS.items() if not (arguments.quick and "ships" in name)}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, *tried)}
+    for _ in range(arguments.rounds):
+        for name, found in results.items():
+            # A folder for each, so that nobody finds what was scored before.
+            with tempfile.TemporaryDirectory() as folder:
+                arguments.folder = Path(folder)
+                trl_side.write_pairs(arguments.pairs, arguments.folder / "pairs.jsonl", arguments.count)
+                if name == OURS:
+                    first = _run(arguments, sys.executable, ["precompute"])
+                    found.append(_add(first, _run(arguments, sys.executable, ["train"])))
+                else:
+                    found.append(_run(arguments, arguments.trl_python, ["trl", tried[name]]))
+            rounded = {key: round(value, 2) for key, value in found[-1].items()}
+            print(f"{name}: {rounded}", file=sys.stderr, flush=True)
+    _print_tables({name: _least(found) for name, found in results.items()}, arguments)
+
+
+def _run(arguments: argparse.Namespace, python: str, contender: list[Any]) -> dict[str, float]:
+    """Seconds of precompute, of the epoch and of all the rest, and the peak of memory."""
+    command = [python, __file__, "--model", str(arguments.model), "--pairs", str(arguments.pairs)]
+    command += ["--folder", str(arguments.folder), "--contender", json.dumps(contender)]
+    command += ["--pairs-per-step", str(arguments.pairs_per_step)]
+    environment = {
+        **os.environ,
+        "HF_HOME": str(arguments.folder / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))),
+    }
+    measured = run(command, environment=environment)
+    found: dict[str, float] = json.loads(measured.output.splitlines()[-1])
+    start_up = measured.seconds - found["precompute"] - found["epoch"]
+    return {**found, "start_up": start_up, "peak_gb": measured.gigabytes}
+
+
+def _add(first: dict[str, float], then: dict[str, float]) -> dict[str, float]:
+    return {key: (max if key == "peak_gb" else sum)((first[key], then[key])) for key in first}
+
+
+def _least(found: list[dict[str, float]]) -> dict[str, float]:
+    """Of several rounds the shortest times: what disturbs a machine only ever adds."""
+    return {key: (max if key == "peak_gb" else min)(one[key] for one in found) for key in found[0]}
+
+
+def _precompute(arguments: argparse.Namespace) -> dict[str, float]:
+    from dpo_opt.precompute import PrecomputeConfig, precompute
+    from dpo_opt.scorers import make_scorer
+
+    config = PrecomputeConfig(
+        model=str(arguments.model), data=arguments.folder / "pairs.jsonl",
+        shards=arguments.folder / "shards", dtype="float32",
+    )  # fmt: skip
+    scorer = make_scorer(config)
+    began = time.perf_counter()
+    precompute(config, scorer=scorer)
+    return {"precompute": time.perf_counter() - began, "epoch": 0.0}
+
+
+def _train(arguments: argparse.Namespace) -> dict[str, float]:
+    from dpo_opt.optimize import TrainConfig, train
+    from dpo_opt.schemas.progress import Silent
+
+    marks: list[float] = []
+
+    class Clock(Silent):
+        """When the first step began, and when each ended."""
+
+        def start(self, what: str, *, total: int | None, unit: str) -> None:
+            marks.append(time.perf_counter())
+
+        def advance(self, count: int, note: str = "") -> None:
+            marks.append(time.perf_counter())
+
+    train(
+        TrainConfig(
+            shards=arguments.folder / "shards", model=str(arguments.model), dtype="float32",
+            output_dir=arguments.folder / "run", batch_size=arguments.pairs_per_step, logging_steps=1,
+        ),
+        progress=Clock(),
+    )  # fmt: skip
+    return {"precompute": 0.0, "epoch": marks[-1] - marks[0]}
+
+
+def _trl(
+    arguments: argparse.Namespace, *, micro_batch: int, checkpointing: bool, precompute: bool
+) -> dict[str, float]:
+    found = trl_side.train(
+        arguments.model, arguments.folder / "pairs.jsonl", arguments.folder / "trl", order=None,
+        pairs_per_step=arguments.pairs_per_step, micro_batch=micro_batch, checkpointing=checkpointing,
+        precompute=precompute,
+    )  # fmt: skip
+    return {"precompute": found.preparing, "epoch": found.ends[-1] - found.began}
+
+
+JOBS = {"precompute": _precompute, "train": _train, "trl": _trl}
+
+
+def _print_tables(results: dict[str, dict[str, float]], arguments: argparse.Namespace) -> None:
+    def seconds(name: str, epochs: float) -> float:
+        return results[name]["precompute"] + epochs * results[name]["epoch"]
+
+    print(f"\n{arguments.count} pairs, {arguments.pairs_per_step} a step; seconds\n")
+    print("| contender | precompute | one epoch | together | theirs to ours | start-up | peak GB |")
+    print("|---|---|---|---|---|---|---|")
+    for name, one in results.items():
+        print(
+            f"| {name} | {one['precompute']:.1f} | {one['epoch']:.1f} | {seconds(name, 1):.1f} "
+            f"| {seconds(name, 1) / seconds(OURS, 1):.2f}x | {one['start_up']:.1f} | {one['peak_gb']:.1f} |"
+        )
+    online = [name for name in results if "online" in name]
+    print("\n| precompute of | pays for itself, against | after epochs |\n|---|---|---|")
+    for name in [OURS, *(name for name in results if "precomputed" in name)]:
+        for other in online:
+            saved = results[other]["epoch"] - results[name]["epoch"]
+            extra = results[name]["precompute"] - results[other]["precompute"]
+            print(f"| {name} | {other} | {f'{max(0.0, extra / saved):.2f}' if saved > 0 else 'never'} |")
+    print("\n| epochs (from the time of one) | " + " | ".join(f"{n}" for n in EPOCHS) + " |")
+    print("|---|" + "---|" * len(EPOCHS))
+    for name in results:
+        ratios = (f"{seconds(name, n) / seconds(OURS, n):.2f}x" for n in EPOCHS)
+        print(f"| {name}, theirs to ours | " + " | ".join(ratios) + " |")
+    nearest = min(seconds(name, 1) / seconds(OURS, 1) for name in results if name != OURS)
+    print(f"\nahead at one epoch: {nearest:.2f}x the nearest contender: {'ok' if nearest > 1 else 'short'}")
+
+
+if __name__ == "__main__":
+    main()

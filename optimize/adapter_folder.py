@@ -1,0 +1,335 @@
+"""A LoRA adapter on disk, and the model that it makes of its base: the same bits on every machine.
+
+Training on from an adapter needs a reference that was scored with it merged. Because merging is exact, the
+digest of that model follows from the two folders, and the check before training needs no third one.
+
+    r = rank, W = weight of a layer (out, in), A = (r, in), B = (out, r), merged = W + scaling * B A
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.models import read_config, weights_digest
+from dpo_opt.schemas.progress import Progress
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BASE_WEIGHTS = "base_weights"
+"""Metadata of the weights' file: digest of the base that the adapter was trained on."""
+PREFIX = "base_model.model."
+
+# What a configuration may say without changing what the two matrices mean: everything else must be off.
+_HARMLESS = {
+    *("r", "lora_alpha", "target_modules", "use_rslora", "fan_in_fan_out", "lora_dropout", "task_type"),
+    *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"),
+}
+# Others change the base's weights when they are loaded (PiSSA, OLoRA, CorDA, LoftQ).
+_HARMLESS_INITS = {"gaussian", "eva", "orthogonal"}
+_CODES = {torch.float32: "F32"}
+# Entries added up at a time: they stay in the cache.
+_BLOCK = 2**18
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+
+
+class Adapter(NamedTuple):
+    """A plain LoRA adapter, in peft's layout."""
+
+    folder: Path
+    rank: int
+    alpha: float
+    rslora: bool
+    """The scaling is alpha / sqrt(r) instead of alpha / r."""
+    transposed: bool
+    """The base keeps its weights as (in, out), as GPT-2 does."""
+    layers: tuple[str, ...]
+    """Names of the modules it is for, sorted."""
+    base_weights: str | None
+    """Digest of its base, where it was trained here."""
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Layer, A and B, one layer after another."""
+        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+            for layer in self.layers:
+                a, b = (file.get_tensor(f"{PREFIX}{layer}.lora_{x}.weight") for x in "AB")
+                yield layer, a, b
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read what an adapter is, not yet its matrices.
+
+    Raises:
+        ConfigError: There is no adapter, or it is not plain LoRA.
+        DataError: Its files are damaged or do not belong together.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"{folder} holds no {name}",
+                why="an adapter is a folder with both adapter_config.json and adapter_model.safetensors",
+                fix="pass --adapter with a folder that `dpo-opt train --use-peft` or peft's save_pretrained "
+                "wrote",
+            )
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"not an adapter's configuration ({type(error).__name__}: {error})", where=str(folder / CONFIG)
+        ) from error
+    _refuse_features(config, folder)
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise DataError(
+            f"the adapter's weights cannot be read ({error})",
+            where=str(folder / WEIGHTS),
+            fix="copy the adapter again",
+        ) from error
+    suffix = ".lora_A.weight"
+    layers = sorted(n.removeprefix(PREFIX).removesuffix(suffix) for n in shapes if n.endswith(suffix))
+    expected = {f"{PREFIX}{layer}.lora_{x}.weight" for layer in layers for x in "AB"}
+    ranks = {shapes[f"{PREFIX}{layer}{suffix}"][0] for layer in layers if expected <= set(shapes)}
+    if not layers or expected != set(shapes) or ranks != {rank}:
+        odd = sorted(expected ^ set(shapes))[:1] or sorted(map(str, ranks))
+        raise DataError(
+            f"the weights are not pairs of LoRA matrices of rank {rank} (see {', '.join(odd) or 'no pair'})",
+            where=str(folder / WEIGHTS),
+            why="what is not understood would be left out of the model in silence",
+            fix="save the adapter again with peft's save_pretrained",
+        )
+    return Adapter(
+        folder=folder,
+        rank=rank,
+        alpha=alpha,
+        rslora=bool(config.get("use_rslora")),
+        transposed=bool(config.get("fan_in_fan_out")),
+        layers=tuple(layers),
+        base_weights=metadata.get(BASE_WEIGHTS),
+    )
+
+
+def _refuse_features(config: dict[str, Any], folder: Path) -> None:
+    init = config.get("init_lora_weights", True)
+    features = [
+        f"{name}={value!r}"
+        for name, value in config.items()
+        if value
+        and name not in _HARMLESS
+        and (name, value) not in (("peft_type", "LORA"), ("bias", "none"))
+        and not (name == "init_lora_weights" and (init is True or init in _HARMLESS_INITS))
+    ]
+    if features or config.get("peft_type") != "LORA":
+        raise ConfigError(
+            f"the adapter is not plain LoRA ({', '.join(features) or 'no peft_type'})",
+            where=str(folder / CONFIG),
+            why="only the two matrices of each layer are understood here; the rest would be lost in silence",
+            fix="merge it with peft's own merge_and_unload, and go on from the merged model",
+        )
+
+
+def require_base(adapter: Adapter, model_folder: Path) -> None:
+    """Refuse an adapter that was trained here on another base; one from elsewhere does not say.
+
+    Raises:
+        ConfigError: The base is another model.
+    """
+    if adapter.base_weights is None:
+        return
+    found = weights_digest(model_folder)
+    if found != adapter.base_weights:
+        raise ConfigError(
+            f"the adapter was trained on a base with weights {adapter.base_weights[:16]}..., "
+            f"{model_folder} has {found[:16]}...",
+            where=str(adapter.folder),
+            why="on another model its matrices mean nothing",
+            fix="pass the model that it was trained on as --model",
+        )
+
+
+class Merged(NamedTuple):
+    """A merged tensor, and sums of squares of what was to change and of what rounding made of it."""
+
+    tensor: Tensor
+    change: float
+    error: float
+
+
+def merged_digests(model_folder: Path, adapter: Adapter) -> Iterator[str]:
+    """Digests of the weights that ``write_merged`` would write: in the base's dtype, then in fp32.
+
+    Raises:
+        ConfigError: As ``write_merged``.
+    """
+    layers = _tensors_of_layers(model_folder, adapter)
+    for dtype in (None, torch.float32):
+        contents = {}
+        for file in _weight_files(model_folder):
+            with safe_open(file, framework="pt") as handle:
+                names = layers.get(file, {}) if dtype is None else handle.keys()
+                for name in names:
+                    tensor = _merged(handle.get_tensor(name), layers.get(file, {}).get(name), adapter, dtype)
+                    code = _CODES.get(tensor.tensor.dtype, handle.get_slice(name).get_dtype())
+                    content = tensor.tensor.flatten().view(torch.uint8).numpy().data
+                    contents[name] = code, hashlib.sha256(content).hexdigest()
+        yield weights_digest(model_folder, contents=contents)
+
+
+def write_merged(
+    model_folder: Path, adapter: Adapter, output: Path, *, dtype: torch.dtype | None, progress: Progress
+) -> float:
+    """Write the merged model into an existing folder, beside everything but weights that its base has.
+
+    One file of weights is in memory at a time.
+
+    Args:
+        model_folder: The base, in the Hugging Face layout.
+        adapter: What to merge into it.
+        output: An empty folder.
+        dtype: Of the weights. None: each tensor keeps its own, and those without an adapter their bytes.
+        progress: Told about each file.
+
+    Returns:
+        Share of the change that rounding to the dtype took away: norm of the error over norm of the change.
+
+    Raises:
+        ConfigError: The base is quantized or holds weights twice, or the adapter is for another model.
+    """
+    layers = _tensors_of_layers(model_folder, adapter)
+    files = _weight_files(model_folder)
+    change = error = 0.0
+    progress.start("merging", total=len(files), unit="files")
+    for file in files:
+        tensors = {}
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118
+                found = _merged(handle.get_tensor(name), layers.get(file, {}).get(name), adapter, dtype)
+                tensors[name] = found.tensor
+                change, error = change + found.change, error + found.error
+            save_file(tensors, output / file.name, metadata=handle.metadata())
+        progress.advance(1, file.name)
+    progress.finish()
+    for pattern in _COPIED:
+        for path in model_folder.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, output / path.name)
+    if dtype is not None:
+        config = read_config(model_folder)
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return (error / change) ** 0.5 if change else 0.0
+
+
+def _merged(
+    weight: Tensor, matrices: tuple[Tensor, Tensor] | None, adapter: Adapter, dtype: torch.dtype | None
+) -> Merged:
+    if dtype is None or not weight.is_floating_point():
+        dtype = weight.dtype
+    if matrices is None:
+        return Merged(weight.to(dtype), 0.0, 0.0)
+    return merge_tensor(weight, *matrices, adapter=adapter, dtype=dtype)
+
+
+def merge_tensor(weight: Tensor, a: Tensor, b: Tensor, *, adapter: Adapter, dtype: torch.dtype) -> Merged:
+    """W + scaling * B A.
+
+    Products and sums one by one, each rounded once as IEEE 754 has it, in this order: the last bits of a
+    matrix product depend on the machine, and then so would the digest of the merged model.
+
+    Args:
+        weight: (out, in), or (in, out) where the adapter is transposed.
+        a: (r, in).
+        b: (out, r).
+        adapter: Its scaling.
+        dtype: Of the result. What W's neighbours in bf16 are too far apart for is lost.
+    """
+    a, b = a.float(), b.float() * adapter.scaling
+    if adapter.transposed:
+        a, b = b.T, a.T
+    a = a.contiguous()
+    merged = torch.empty(weight.shape, dtype=dtype)
+    change = error = 0.0
+    rows = max(1, _BLOCK // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        block = slice(start, start + rows)
+        columns = b[block].T.contiguous()
+        total = columns[0][:, None] * a[0]
+        term = torch.empty_like(total)
+        for column, row in zip(columns[1:], a[1:], strict=True):
+            total += torch.mul(column[:, None], row, out=term)
+        change += float(total.square().sum())
+        merged[block] = total.add_(weight[block].float())
+        error += float(total.sub_(merged[block].float()).square_().sum())
+    return Merged(merged, change, error)
+
+
+def _tensors_of_layers(model_folder: Path, adapter: Adapter) -> dict[Path, dict[str, tuple[Tensor, Tensor]]]:
+    """By file and tensor name of the base: A and B of the adapter's layer."""
+    if "quantization_config" in read_config(model_folder):
+        raise ConfigError(
+            "the base's weights are quantized",
+            where=str(model_folder),
+            why="an adapter's small changes would be lost in rounding to so few bits",
+            fix="pass the 16-bit model that it was made from as --model",
+        )
+    places: dict[str, tuple[Path, list[int]]] = {}
+    for file in _weight_files(model_folder):
+        with safe_open(file, framework="pt") as handle:
+            places |= {name: (file, handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    found: dict[Path, dict[str, tuple[Tensor, Tensor]]] = {}
+    for layer, a, b in adapter.tensors():
+        # Some checkpoints leave out the first part of the name (GPT-2: h.0.attn, not transformer.h.0.attn).
+        names = [f"{layer}.weight", f"{layer.partition('.')[2]}.weight"]
+        name = next((name for name in names if name in places), None)
+        shape = [a.shape[1], b.shape[0]] if adapter.transposed else [b.shape[0], a.shape[1]]
+        if name is None or places[name][1] != shape:
+            has = f"there its shape is {places[name][1]}" if name else "the checkpoint has no such tensor"
+            raise ConfigError(
+                f"the adapter has a layer {layer} of shape {shape}; {has}",
+                where=str(model_folder),
+                why="the adapter is for another model, or transformers renames this one's weights at loading",
+                fix="pass the model that it was trained on as --model; or merge with peft's merge_and_unload "
+                "and train with --reference-differs",
+            )
+        found.setdefault(places[name][0], {})[name] = a, b
+    return found
+
+
+def _weight_files(model_folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads.
+
+    Raises:
+        ConfigError: There are others.
+    """
+    present = {path.name for path in model_folder.glob("*.safetensors")}
+    index = model_folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        names = {"model.safetensors"}
+    if present != names:
+        odd = sorted(present ^ names)[0]
+        raise ConfigError(
+            f"{odd} {'is missing' if odd in names else 'is not one of the files that transformers reads'}",
+            where=str(model_folder),
+            why="a second copy of the weights would stay as it was, and other programs may prefer it",
+            fix=f"copy the model without {odd}" if odd in present else "copy the whole model again",
+        )
+    return [model_folder / name for name in sorted(names)]

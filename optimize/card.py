@@ -1,0 +1,47 @@
+"""What a trained model says of itself: the README.md beside its weights."""
+
+import json
+from pathlib import Path
+
+from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.optimize.parity import Parity
+from dpo_opt.schemas.manifest import Manifest
+
+
+def model_card(config: TrainConfig, manifest: Manifest, parity: Parity | None, *, steps: int) -> str:
+    """Markdown with the front matter of a model hub.
+
+    Args:
+        config: The run's.
+        manifest: Of the shards that it was trained on.
+        parity: Of the starting policy with the cached reference; None where the reference differs.
+        steps: Updates made.
+    """
+    reference = (
+        "another model than the starting policy (`--reference-differs`)"
+        if parity is None
+        else f"the starting policy (parity {parity.mean:+.1e} mean, {parity.sd:.1e} sd nats per token)"
+    )
+    base = Path(config.model).name
+    library = f"peft\nbase_model: {json.dumps(base)}" if config.use_peft else "transformers"
+    what = "A LoRA adapter trained by direct" if config.use_peft else "Direct"
+    return f"""---
+library_name: {library}
+tags: [dpo, preference-optimization, dpo-opt]
+---
+
+# {config.output_dir.name}
+
+{what} Preference Optimization (Rafailov et al. 2023) of `{base}` with dpo-opt.
+
+| | |
+|---|---|
+| pairs | {manifest.kept} of {manifest.rows} source rows |
+| dataset digest | `{manifest.dataset_digest}` |
+| reference | {reference} |
+| reference weights | `{manifest.fingerprint.weights}` |
+| loss | {config.loss_type}, beta {config.beta}, label smoothing {config.label_smoothing} |
+| optimizer | {config.optim}, peak learning rate {config.learning_rate}, {config.batch_size} pairs per step |
+| steps | {steps} |
+| seed | {config.seed} |
+"""

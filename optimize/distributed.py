@@ -1,0 +1,227 @@
+"""The processes of one training run: which one this is, how they meet, and the few numbers they exchange.
+
+Alone, there is no process group and every exchange gives back what it was given. Started by torchrun or
+srun, one process drives one GPU; on a CPU they talk through gloo.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dpo_opt.schemas.errors import ConfigError, DpoOptError
+
+# The first process hashes and writes checkpoints while the others wait.
+_TIMEOUT = timedelta(minutes=30)
+# Below the ports that kernels hand out on their own.
+_FIRST_PORT, _PORTS = 10_000, 20_000
+_GO_ON = "read what the other processes said, then run the same command with --resume"
+
+
+class World(NamedTuple):
+    """The processes of the run, seen from one of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    """Its place among the processes of its machine."""
+    device: torch.device
+    meeting_point: str | None
+    """Where torch finds the others; None when alone."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what is written once, and speaks to the user."""
+        return self.rank == 0
+
+
+def world_from_environment(environment: Mapping[str, str]) -> World:
+    """What torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``) or srun says about this process.
+
+    Slurm sets its variables in a batch script too; only those of a step, which srun started, count. Without
+    any, the process is alone.
+
+    Raises:
+        ConfigError: A variable is missing or no number, or the machine has fewer GPUs than processes.
+    """
+    try:
+        if "RANK" in environment and "WORLD_SIZE" in environment:
+            rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+            local_rank, meeting_point = int(environment.get("LOCAL_RANK", "0")), "env://"
+        elif "SLURM_STEP_NUM_TASKS" in environment:
+            rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
+            local_rank, meeting_point = int(environment["SLURM_LOCALID"]), _slurm_meeting_point(environment)
+        else:
+            rank, size, local_rank, meeting_point = 0, 1, 0, "env://"
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"the launcher's variables cannot be read ({error})",
+            why="the process does not know its place among the others",
+            fix="start with torchrun --nproc-per-node GPUS -m dpo_opt train ..., or srun dpo-opt train ...",
+        ) from error
+    if size == 1:
+        return World(0, 1, 0, _own_device(0), None)
+    return World(rank, size, local_rank, _own_device(local_rank), meeting_point)
+
+
+def _own_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    devices = torch.cuda.device_count()
+    # A scheduler that binds GPUs to tasks shows each process its own one only.
+    if devices > 1 and local_rank >= devices:
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU: {devices} are visible",
+            why="two processes on one GPU would take each other's memory",
+            fix=f"start {devices} processes on a machine",
+        )
+    return torch.device("cuda", local_rank % devices)
+
+
+def _slurm_meeting_point(environment: Mapping[str, str]) -> str:
+    """Address of the process of rank 0, the same on every process of a step."""
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
+    port = environment.get("MASTER_PORT", str(_FIRST_PORT + (job + 101 * step) % _PORTS))
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
+    # Where srun was called from comes last: that may be a login node.
+    address = environment.get("MASTER_ADDR") or first_host(nodes) or environment["SLURM_LAUNCH_NODE_IPADDR"]
+    return f"tcp://{address}:{port}"
+
+
+def first_host(nodes: str) -> str:
+    """First name in Slurm's short form of a list of hosts: ``gpu[003-005,9],cpu1`` is ``gpu003``."""
+    # A part in brackets may hold commas; what stands outside of them ends the first name.
+    name = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", name[0]) if name else ""
+
+
+@contextlib.contextmanager
+def process_group(world: World, *, timeout: timedelta = _TIMEOUT) -> Iterator[None]:
+    """Connect the processes while the block runs; one that is alone, or connected, is left as it is.
+
+    Args:
+        world: This process.
+        timeout: How long one process waits for the others before it gives up.
+
+    Raises:
+        DpoOptError: They do not find each other, or one of them ended while others waited for it.
+    """
+    if world.size == 1 or dist.is_initialized():
+        yield
+        return
+    on_gpu = world.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(world.device)
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=world.meeting_point,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            device_id=world.device if on_gpu else None,
+        )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        where = world.meeting_point
+        if where == "env://":
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise DpoOptError(
+            f"the {world.size} processes of the run did not find each other ({_first_line(error)})",
+            where=f"process {world.rank}, {where}",
+            why="each holds a part of the model",
+            fix="set MASTER_ADDR and MASTER_PORT to an address and a free port that every machine reaches",
+        ) from error
+    try:
+        yield
+    except RuntimeError as error:
+        if not _lost_another(error):
+            raise
+        raise DpoOptError(
+            f"another process of the run ended, or the network between them failed ({_first_line(error)})",
+            where=f"process {world.rank} of {world.size}",
+            why="each holds a part of the model, so none can go on alone",
+            fix=_GO_ON,
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _lost_another(error: RuntimeError) -> bool:
+    # gloo raises bare RuntimeErrors, which name its source file.
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    """Without the place in a library's source, and its advice."""
+    line = re.sub(r"^\[\S*\] ", "", str(error).strip().splitlines()[0])
+    return line.partition(". ")[0]
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether the flag is set on any process: all get the same answer, so all stop at the same step."""
+    if world.size == 1:
+        return flag
+    found = torch.tensor(int(flag), device=world.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def sum_over_ranks(values: Tensor, world: World) -> Tensor:
+    """Sum of the processes' tensors, in place and on each of them.
+
+    Metrics are summed so; and per-pair results, when each process fills its own pairs' rows of a zero tensor.
+    """
+    if world.size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def from_first(value: int, world: World) -> int:
+    """The first process's number, on every process."""
+    if world.size == 1:
+        return value
+    sent = torch.tensor(value, device=world.device)
+    dist.broadcast(sent, src=0)
+    return int(sent)
+
+
+def text_from_first(text: str, world: World) -> str:
+    """The first process's text, such as a path that it made up, on every process."""
+    if world.size == 1:
+        return text
+    size = from_first(len(text.encode()), world)
+    sent = torch.zeros(size, dtype=torch.uint8, device=world.device)
+    if world.first:
+        sent.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
+    dist.broadcast(sent, src=0)
+    return bytes(sent.tolist()).decode()
+
+
+def wait_for_all(world: World) -> None:
+    """Return when every process has called this."""
+    if world.size > 1:
+        dist.barrier(device_ids=[world.device.index] if world.device.type == "cuda" else None)
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients down to a norm over all parameters and all processes.
+
+    Returns:
+        () norm before scaling.
+    """
+    parameters = list(parameters)
+    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        # A sum over the processes' parts that was not taken yet.
+        norm = norm.full_tensor()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

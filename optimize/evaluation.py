@@ -1,0 +1,114 @@
+"""What a policy is evaluated on, and how it does there."""
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+
+from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.run_folder import HeldLogps, Metrics, RunFolder, hold_logps
+from dpo_opt.optimize.step import Batching, MetricsWindow, forward_pairs
+from dpo_opt.optimize.stop_signals import StopSignals
+from dpo_opt.optimize.stream import PairStream
+from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.fingerprint import MODEL_FIELDS, refuse_differences
+from dpo_opt.schemas.manifest import ShardFolder
+
+
+class Evaluation(NamedTuple):
+    """One set of pairs that are never trained on."""
+
+    name: str | None
+    """Of its folder of shards; None for the prompts held out of the training folder."""
+    stream: PairStream
+
+    @property
+    def prefix(self) -> str:
+        """Of its metrics."""
+        return f"eval_{self.name}_" if self.name else "eval_"
+
+
+def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) -> list[Evaluation]:
+    """The held-out prompts, then every folder of ``eval_shards``.
+
+    Raises:
+        ConfigError: Two folders have one name, or a metric is asked for that none of them gives.
+        DataError: A folder is incomplete or damaged.
+        FingerprintError: A folder was scored with another reference or tokenizer.
+    """
+    found = [Evaluation(None, stream)] if len(stream.eval_positions) else []
+    for path in config.eval_shards:
+        if path.name in {evaluation.name for evaluation in found}:
+            raise ConfigError(
+                f"two folders of --eval-shards are called {path.name!r}",
+                why="their metrics could not be told apart",
+                fix="rename one of them",
+            )
+        other = ShardFolder.open(path)
+        refuse_differences(
+            cached=other.manifest.fingerprint,
+            current=folder.manifest.fingerprint,
+            fields=MODEL_FIELDS,
+            where=str(path),
+            fix=f"score it with the reference of {folder.path}",
+        )
+        found.append(Evaluation(path.name, PairStream(other, eval_split=1.0)))
+    wanted = config.metric_for_best_model
+    names = [evaluation.prefix + name for evaluation in found for name in MetricsWindow.NAMES]
+    if wanted is not None and wanted not in names:
+        raise ConfigError(
+            f"--metric-for-best-model {wanted!r} is not among the metrics of an evaluation",
+            fix=f"pass one of: {', '.join(names)}" if names else "pass --eval-split or --eval-shards",
+        )
+    return found
+
+
+@torch.no_grad()
+def evaluate(
+    evaluation: Evaluation,
+    policy: Policy,
+    config: TrainConfig,
+    run: RunFolder,
+    *,
+    batching: Batching,
+    step: int,
+    epoch: float,
+    stop: StopSignals,
+) -> Metrics:
+    """Metrics over all of an evaluation's pairs; their log-probs go to the run's folder.
+
+    Raises:
+        StopRequested: A signal came; nothing of the half evaluation is left behind.
+    """
+    window = MetricsWindow(policy.device)
+    found: list[HeldLogps] = []
+    batches = evaluation.stream.batches(evaluation.stream.eval_positions, config.batch_size)
+    with contextlib.closing(batches):
+        for pairs in batches:
+            stop.check(batching.world)
+            results = forward_pairs(
+                policy, pairs, config, batching=batching, weights=None, backward=False, stop=stop
+            )
+            window.add(results)
+            found.append(
+                hold_logps(
+                    pairs,
+                    chosen_logps=results.chosen_logps,
+                    rejected_logps=results.rejected_logps,
+                    step=step,
+                    epoch=epoch,
+                    phase="eval",
+                )
+            )
+    for batch in found:
+        run.add_pair_logps(batch, evaluation=evaluation.name)
+    return window.means(prefix=evaluation.prefix)
+
+
+def is_better(value: float, metric: str, than: float | None) -> bool:
+    """Whether an evaluation beats the best before it: the lower the better for a loss, else the higher."""
+    if than is None:
+        return not math.isnan(value)
+    return value < than if metric.endswith("loss") else value > than

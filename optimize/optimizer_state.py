@@ -1,0 +1,126 @@
+"""An optimizer's state as plain named tensors, and back: what a checkpoint stores without pickle.
+
+``state_dict`` numbers its parameters and keeps tensor subclasses, so it fits neither safetensors nor a model
+whose parameters come in another order.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from dpo_opt.schemas.errors import DataError
+
+
+def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """Everything a step changes beside the parameters, under ``{parameter}.{entry}``.
+
+    Args:
+        optimizer: Any; parameters that had no gradient yet get the state they would begin with.
+        names: Every parameter of the optimizer, and its name in the model.
+
+    Returns:
+        The optimizer's own tensors, not copies: store them before the next step, or read into them. A
+        quantized entry stands as its parts, ``{parameter}.{entry}.{part}``.
+    """
+    _begin(optimizer)
+    found: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for entry, value in optimizer.state[parameter].items():
+                found |= _parts(f"{names[parameter]}.{entry}", value)
+    return found
+
+
+def load_optimizer_tensors(
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], names: Mapping[Tensor, str]
+) -> None:
+    """Set the state to what ``optimizer_tensors`` returned; the next step is the one that would have come.
+
+    Learning rate and other settings stay as they are. All tensors are checked before one is copied.
+
+    Args:
+        optimizer: Made from the same model and settings.
+        tensors: From any device.
+        names: As for ``optimizer_tensors``.
+
+    Raises:
+        DataError: A tensor is missing, is one too many, or has another shape or dtype; the first is named.
+    """
+    expected = optimizer_tensors(optimizer, names)
+    for name, target in expected.items():
+        if name not in tensors:
+            raise _mismatch(f"the optimizer's state lacks {name!r}")
+        found = tensors[name]
+        if (found.shape, found.dtype) != (target.shape, target.dtype):
+            raise _mismatch(
+                f"{name!r} of the optimizer's state is {_describe(found)}, not {_describe(target)}"
+            )
+    unexpected = sorted(set(tensors) - set(expected))
+    if unexpected:
+        raise _mismatch(f"the optimizer's state has {unexpected[0]!r}, which this run has no place for")
+    with torch.no_grad():
+        for name, target in expected.items():
+            target.copy_(tensors[name])
+
+
+def _begin(optimizer: Optimizer) -> None:
+    """Give parameters without state the one they would begin with, by an update of nothing.
+
+    Only the optimizer knows how its state looks, and it makes one at its first step only (the same way is
+    taken by ``torch.distributed.checkpoint``).
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fresh = [p for p in parameters if not optimizer.state.get(p)]
+    if not fresh:
+        return
+    gradients = [p.grad for p in parameters]
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        for parameter in fresh:
+            parameter.grad = torch.zeros_like(parameter)
+        _set_rates(optimizer, [0.0] * len(rates))
+        optimizer.step()
+    finally:
+        _set_rates(optimizer, rates)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+    for parameter in fresh:
+        for value in optimizer.state[parameter].values():
+            if not _is_quantized(value):  # those are zero already, in their own way
+                value.zero_()
+
+
+def _parts(name: str, value: Tensor) -> dict[str, Tensor]:
+    if not _is_quantized(value):
+        return {name: value}
+    attributes, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
+    return {f"{name}.{attribute}": getattr(value, attribute) for attribute in attributes}
+
+
+def _is_quantized(value: Tensor) -> bool:
+    return hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor)
+
+
+def _set_rates(optimizer: Optimizer, rates: list[float]) -> None:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _mismatch(what: str) -> DataError:
+    return DataError(
+        what,
+        why="going on from it would be another run than the one that was saved",
+        fix="use the model and the --optim and --param-dtype that the checkpoint was made with",
+    )

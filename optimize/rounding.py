@@ -1,0 +1,229 @@
+"""AdamW for bfloat16 parameters whose updates survive: fp32 arithmetic, results rounded up or down at random.
+
+bf16 keeps 8 significant bits and an AdamW step is about the learning rate, so at a rate of 1e-6 rounding to
+the nearest leaves every weight above 5e-4 where it was, and at a beta2 of 0.999 a second moment never falls.
+Rounded up with the probability of the part that is cut off, a number is right in the mean: stochastic
+rounding, Zamirai et al. 2020 (https://arxiv.org/abs/2010.06192), Ozkara et al. 2025
+(https://arxiv.org/abs/2502.20566).
+
+Bytes per parameter: 8 (parameter, gradient and both moments, 2 each), 10 with fp32 gradients, where fp32
+throughout takes 16.
+
+The random bits are a hash of (seed, step, parameter, element). No generator has a state to save, and an
+interrupted run that goes on makes the numbers of one that was not interrupted.
+"""
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+# Elements worked on at once, which changes no result: what stays in a CPU's cache, and what keeps a GPU busy.
+_CPU_BLOCK = 1 << 18
+_GPU_BLOCK = 1 << 22
+
+
+class RoundedAdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) with stochastic rounding of parameters and moments in bfloat16.
+
+    Parameters of another dtype are updated in that dtype, without rounding. Gradients of a bfloat16 parameter
+    may be bfloat16 or float32. Of a parameter that is spread over processes, each updates its own part.
+
+    Args:
+        params: Parameters or groups; contiguous.
+        lr: Learning rate.
+        betas: Decay of the mean of gradients, and of squared gradients.
+        eps: Added to the root of the mean of squared gradients.
+        weight_decay: Decoupled.
+        seed: Decides the rounding, together with a parameter's position, its step and the element.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        seed: int,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._seed = seed
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient. A closure is not called: none is needed here."""
+        workspaces: dict[torch.device, _Workspace] = {}
+        position = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    if parameter.device not in workspaces:
+                        workspaces[parameter.device] = _Workspace(parameter.device)
+                    self._update(parameter, group, position, workspaces[parameter.device])
+                position += 1
+
+    def _update(
+        self, parameter: Tensor, group: dict[str, Any], position: int, workspace: "_Workspace"
+    ) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        step = int(state["step"])
+        assert parameter.grad is not None
+        gradient = _local(parameter.grad)
+        stored = [_local(tensor) for tensor in (parameter.detach(), state["exp_avg"], state["exp_avg_sq"])]
+        on_device = state["step"].to(parameter.device)
+        if parameter.dtype is not torch.bfloat16:
+            _adamw(stored[0], gradient, stored[1], stored[2], step=on_device, group=group)
+            return
+        keys = _keys(self._seed, step, position)
+        flat, flat_gradient = [tensor.view(-1) for tensor in stored], gradient.reshape(-1)
+        for block in workspace.blocks(flat[0].numel()):
+            parts = [tensor[block] for tensor in flat]
+            wide, wide_gradient, noise = workspace.take(len(parts[0]))
+            torch._foreach_copy_(list(wide), parts)
+            wide_gradient.copy_(flat_gradient[block])
+            _adamw(wide[0], wide_gradient, wide[1], wide[2], step=on_device, group=group)
+            workspace.fill_noise(noise, keys, start=block.start)
+            # The moments share their bits: each alone is right in the mean, which is all that is asked.
+            _round_into(parts, wide, (noise[0], noise[1], noise[1]))
+
+
+class _Workspace:
+    """Buffers of one device for one block of elements, reused by all blocks of a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._block = _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
+        self._wide = torch.empty(4, self._block, device=device)
+        self._noise = torch.empty(3, self._block, dtype=torch.int32, device=device)
+        self._index = torch.arange(self._block, dtype=torch.int32, device=device)
+
+    def blocks(self, count: int) -> Iterator[slice]:
+        """``count`` elements, cut into slices."""
+        return (slice(start, min(start + self._block, count)) for start in range(0, count, self._block))
+
+    def take(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Views for ``count`` elements: (3, n) values, (n,) gradient, (3, n) int32 noise."""
+        return self._wide[:3, :count], self._wide[3, :count], self._noise[:, :count]
+
+    def fill_noise(self, noise: Tensor, keys: tuple[int, int], *, start: int) -> None:
+        """Two rows of independent numbers in [0, 65536) for the elements from ``start`` on.
+
+        Chris Wellons' 32-bit hash lowbias32 (https://nullprogram.com/blog/2018/07/31/) of the element's
+        index, with a key before each multiplication, so that two parameters' bits are not the same
+        sequence at another offset.
+        """
+        high, scratch = noise[0], noise[1]
+        torch.add(self._index[: noise.shape[1]], _signed(start + keys[0]), out=high)
+        _fold(high, 16, scratch)
+        high.mul_(_signed(0x7FEB352D)).add_(keys[1])
+        _fold(high, 15, scratch)
+        high.mul_(_signed(0x846CA68B))
+        torch.bitwise_right_shift(high, 16, out=scratch)
+        scratch.bitwise_and_(0xFFFF)
+        high.bitwise_xor_(scratch).bitwise_and_(0xFFFF)
+
+
+def mixed(*numbers: int) -> int:
+    """64 bits that every one of the numbers changes, the same on every machine."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def round_stochastically(values: Tensor, *, seed: int, step: int, parameter: int) -> Tensor:
+    """Round to bfloat16, up or down at random, so that the mean over seeds is the value itself.
+
+    What bfloat16 can hold is returned as it is, infinities and NaN included. Values beyond its largest
+    finite number may become infinite, as with rounding to the nearest.
+
+    Args:
+        values: Any shape, float32.
+        seed: With the next two decides the random bits.
+        step: Number of the update.
+        parameter: Position of the parameter.
+
+    Returns:
+        The same shape, bfloat16.
+    """
+    rounded = torch.empty_like(values, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+    flat, result = values.reshape(-1), rounded.view(-1)
+    workspace = _Workspace(values.device)
+    keys = _keys(seed, step, parameter)
+    for block in workspace.blocks(flat.numel()):
+        wide, _, noise = workspace.take(len(flat[block]))
+        wide[0].copy_(flat[block])
+        workspace.fill_noise(noise, keys, start=block.start)
+        _round_into([result[block]], wide[:1], (noise[0],))
+    return rounded
+
+
+def _round_into(targets: list[Tensor], values: Tensor, noise: tuple[Tensor, ...]) -> None:
+    """Round each row of ``values``, which is overwritten, with its own noise into its bfloat16 target."""
+    # The NaN that CUDA makes is 0x7fffffff: adding to it would make a number.
+    values.nan_to_num_(nan=float("nan"), posinf=float("inf"), neginf=float("-inf"))
+    bits = values.view(torch.int32)
+    for row, row_noise in zip(bits, noise, strict=True):
+        row.add_(row_noise)
+    # bfloat16 is the upper half of float32; the larger the lower half, the more often noise carries into it.
+    torch.bitwise_right_shift(bits, 16, out=bits)
+    torch._foreach_copy_([target.view(torch.int16) for target in targets], list(bits))
+
+
+def _adamw(
+    values: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: Tensor,
+    group: dict[str, Any],
+) -> None:
+    """One AdamW update in place, by the kernel that ``torch.optim.AdamW(fused=True)`` calls."""
+    # The function of torch.optim around it sorts its arguments by device anew for every block.
+    torch._fused_adamw_(
+        [values],
+        [gradient],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step],
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _fold(bits: Tensor, shift: int, scratch: Tensor) -> None:
+    """``bits ^= bits >> shift`` as if unsigned."""
+    torch.bitwise_right_shift(bits, shift, out=scratch)
+    scratch.bitwise_and_((1 << (32 - shift)) - 1)
+    bits.bitwise_xor_(scratch)
+
+
+def _keys(seed: int, step: int, parameter: int) -> tuple[int, int]:
+    first, second = struct.unpack("<ii", mixed(seed, step, parameter).to_bytes(8, "little"))
+    return first, second
+
+
+def _signed(value: int) -> int:
+    """The int32 with the same lower 32 bits."""
+    return (value + (1 << 31)) % (1 << 32) - (1 << 31)

@@ -1,0 +1,105 @@
+"""From a configuration to a policy that is ready for its next step: new, or as a checkpoint left it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dpo_opt.optimize.activations import checkpoint_activations
+from dpo_opt.optimize.balance import ForwardCost, forward_cost
+from dpo_opt.optimize.checkpoints import Checkpoint
+from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.optimize.distributed import World
+from dpo_opt.optimize.lora import FOUR_BIT_OFFSET, add_adapter, four_bit_options, plan_adapter
+from dpo_opt.optimize.parity import PARITY_PAIRS, Parity, measure_parity, require_parity, spread_pairs
+from dpo_opt.optimize.policy import Policy, compute_dtype, load_policy
+from dpo_opt.optimize.sharding import shard_policy
+from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.manifest import ShardFolder
+
+
+class Started(NamedTuple):
+    """A policy at the beginning of a run, or where its checkpoint left it."""
+
+    policy: Policy
+    cost: ForwardCost
+    parity: Parity | None
+    """None where the reference differs on purpose."""
+
+
+def start(
+    config: TrainConfig,
+    folder: ShardFolder,
+    model_folder: Path,
+    checkpoint: Checkpoint | None,
+    *,
+    world: World,
+    say: Callable[[str], None],
+) -> Started:
+    """Load the policy, spread it over the processes, and compare it with the cached reference.
+
+    Args:
+        config: Of the run.
+        folder: The shards.
+        model_folder: The model that the run starts, or started, from.
+        checkpoint: Where it goes on; None at its beginning.
+        world: The processes.
+        say: Told what a person should know.
+
+    Raises:
+        ConfigError: The model or its adapter cannot be trained.
+        FingerprintError: The cached log-probs are not the policy's own.
+    """
+    dtype = compute_dtype(config.dtype, world.device)
+    _require_together(config, dtype, world)
+    adapted = config.use_peft
+    four_bit = adapted and config.load_in_4bit
+    policy = load_policy(
+        checkpoint.path if checkpoint and not adapted else model_folder,
+        dtype=dtype,
+        # Each process of several takes its part of it from main memory.
+        device=world.device if world.size == 1 else torch.device("cpu"),
+        trainable=not adapted,
+        param_dtype=getattr(torch, config.param_dtype),
+        options=four_bit_options(world.device, dtype) if four_bit else None,
+    )
+    if adapted:
+        # The adapter of a checkpoint is one to go on from.
+        going_on = {"adapter": checkpoint.path, "lora_target_modules": []} if checkpoint else {}
+        plan = plan_adapter(config.model_copy(update=going_on), model_folder)
+        add_adapter(policy.model, plan, seed=config.seed)
+        if plan.note:
+            say(plan.note)
+    checkpoint_activations(policy.model, config.activation_checkpointing)
+    cost = forward_cost(policy)
+    policy = shard_policy(policy, world)
+
+    if checkpoint is not None:
+        kept = checkpoint.state.parity
+        return Started(policy, cost, Parity(**kept) if kept else None)
+    if config.reference_differs:
+        say("the reference is another model than the starting policy: parity is not checked")
+        return Started(policy, cost, None)
+    cached_dtype = folder.manifest.fingerprint.dtype
+    parity = measure_parity(policy, spread_pairs(folder, PARITY_PAIRS), cached_dtype=cached_dtype)
+    if four_bit:
+        say(f"{FOUR_BIT_OFFSET} (mean {parity.mean:+.1e}, sd {parity.sd:.1e} nats per token)")
+    else:
+        require_parity(parity, shards=str(config.shards), model=config.model)
+    return Started(policy, cost, parity)
+
+
+def _require_together(config: TrainConfig, dtype: torch.dtype, world: World) -> None:
+    if config.param_dtype == "bfloat16" and dtype != torch.bfloat16:
+        raise ConfigError(
+            "--param-dtype bfloat16 does not go with computing in float32",
+            why="the products would have more digits than the weights, for twice the time",
+            fix="add --dtype bfloat16, or leave --param-dtype out",
+        )
+    if config.load_in_4bit and world.size > 1:
+        raise ConfigError(
+            f"--load-in-4bit does not go with {world.size} processes",
+            why="weights in 4 bits cannot be spread over them",
+            fix="leave --load-in-4bit out, or start one process",
+        )

@@ -1,0 +1,157 @@
+"""One step's pairs through the policy: log-probs, losses, gradients, and their sums for the metrics."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_opt.optimize.balance import ForwardCost, balance
+from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.optimize.distributed import World, sum_over_ranks
+from dpo_opt.optimize.loss import preference_loss
+from dpo_opt.optimize.packing import pair_group, to_device
+from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.run_folder import Metrics
+from dpo_opt.optimize.sharding import announce_micro_batch, join_empty
+from dpo_opt.optimize.stop_signals import StopSignals
+from dpo_opt.schemas.pairs import ScoredPair
+
+
+class PairResults(NamedTuple):
+    """What a batch leaves behind, detached, on the device: all (pairs,) float64."""
+
+    losses: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+class Batching(NamedTuple):
+    """How a step's pairs become micro-batches; it changes speed and memory, not the step."""
+
+    budget: int
+    """Most rows of a micro-batch."""
+    cost: ForwardCost
+    """By which packs are dealt to processes."""
+    world: World
+
+
+def forward_pairs(
+    policy: Policy,
+    pairs: Sequence[ScoredPair],
+    config: TrainConfig,
+    *,
+    batching: Batching,
+    weights: Sequence[float] | None,
+    backward: bool,
+    stop: StopSignals,
+) -> PairResults:
+    """Losses of a step's pairs, micro-batch by micro-batch; gradients add up over all of them.
+
+    The loss is the weighted sum over the step's pairs divided by their number, however they are batched and
+    over however many processes. Every process gets the results of all pairs.
+
+    Args:
+        policy: Its parameters' gradients are added to.
+        pairs: The pairs of one step, the same on every process.
+        config: Loss and its settings.
+        batching: How they are batched.
+        weights: How much each pair counts; None: all alike.
+        backward: Whether to take gradients.
+        stop: Asked before every micro-batch where a process is alone; several would have to exchange it.
+
+    Raises:
+        StopRequested: A signal came; gradients of a part of the step may be left.
+    """
+    world, device = batching.world, policy.device
+    groups = [pair_group(pair) for pair in pairs]
+    plan = balance(policy, groups, budget=batching.budget, cost=batching.cost, ranks=world.size)[world.rank]
+    references = [[pair.ref_chosen_logps, pair.ref_rejected_logps] for pair in pairs]
+    ref_logps = to_device(torch.tensor(references, dtype=torch.float64), device)
+    weight = None if weights is None else to_device(torch.tensor(weights, dtype=torch.float64), device)
+    columns = torch.zeros(len(pairs), len(PairResults._fields), dtype=torch.float64, device=device)
+    for number, chosen in enumerate(plan):
+        if world.size == 1:
+            stop.check(world)
+        announce_micro_batch(policy, last=number == len(plan) - 1)
+        if not chosen:
+            join_empty(policy, backward=backward)
+            continue
+        places = to_device(torch.tensor(chosen), device)
+        batch = policy.layout([groups[i] for i in chosen])
+        owners = torch.repeat_interleave(torch.tensor(batch.lengths))
+        logps = policy.batch_logps(batch.to(device))
+        # float64: a margin is a small difference of sums over hundreds of tokens.
+        sums = logps.new_zeros(2 * len(chosen), dtype=torch.float64).index_add(
+            0, to_device(owners, device), logps.double()
+        )
+        chosen_logps, rejected_logps = sums.view(-1, 2).unbind(1)
+        ref_chosen_logps, ref_rejected_logps = ref_logps[places].unbind(1)
+        loss = preference_loss(
+            loss_type=config.loss_type,
+            chosen_logps=chosen_logps,
+            rejected_logps=rejected_logps,
+            ref_chosen_logps=ref_chosen_logps,
+            ref_rejected_logps=ref_rejected_logps,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+        )
+        losses = loss.losses if weight is None else loss.losses * weight[places]
+        if backward:
+            torch.autograd.backward(losses.sum() / len(pairs))
+        results = PairResults(
+            losses, chosen_logps, rejected_logps, loss.chosen_rewards, loss.rejected_rewards
+        )
+        columns.index_copy_(0, places, torch.stack([column.detach() for column in results], dim=1))
+    return PairResults(*sum_over_ranks(columns, world).unbind(1))
+
+
+class MetricsWindow:
+    """Sums over the pairs since the last line of metrics; they stay on the device until somebody asks."""
+
+    NAMES = (
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+        "logps/rejected",
+    )  # fmt: skip
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(self.NAMES) + 3, dtype=torch.float64, device=device)
+
+    def add(self, results: PairResults, grad_norm: Tensor | None = None) -> None:
+        """Count a step's pairs, and its gradient norm."""
+        margins = results.chosen_rewards - results.rejected_rewards
+        columns = torch.stack(
+            [
+                results.losses,
+                results.chosen_rewards,
+                results.rejected_rewards,
+                margins,
+                (margins > 0).double(),
+                results.chosen_logps,
+                results.rejected_logps,
+                torch.ones_like(margins),
+            ]
+        )
+        self._sums[:-2] += columns.sum(dim=1)
+        if grad_norm is not None:
+            self._sums[-2] += grad_norm.double()
+            self._sums[-1] += 1
+
+    def means(self, *, prefix: str = "") -> Metrics:
+        """Means over the pairs, in TRL's metric names; ``grad_norm`` is the mean over the steps."""
+        *sums, pairs, grad_norms, steps = self._sums.tolist()
+        means: Metrics = {prefix + name: total / pairs for name, total in zip(self.NAMES, sums, strict=True)}
+        if steps:
+            means["grad_norm"] = grad_norms / steps
+        return means
+
+    @property
+    def state(self) -> list[float]:
+        """The sums, exactly."""
+        return list(self._sums.tolist())
+
+    @state.setter
+    def state(self, sums: list[float]) -> None:
+        self._sums.copy_(torch.tensor(sums, dtype=torch.float64))

@@ -1,0 +1,481 @@
+"""A run that was stopped, however it was stopped, ends as the run that was not."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from training_runs import Interrupter, contents
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_opt.optimize import TrainConfig, checkpoints, saving, train
+from dpo_opt.optimize.distributed import World
+from dpo_opt.optimize.stop_signals import StopRequested, stop_signals
+from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError, Preempted
+
+OPTIMIZER = "optimizer/state-00001-of-00001.safetensors"
+STEPS = 6  # two epochs of 3 steps: 8, 8 and 6 of the pairs that are not held out
+
+
+@pytest.fixture(scope="session")
+def settings(shards: Path, tiny_model: Path) -> dict[str, Any]:
+    """Several micro-batches in a step; lines of metrics, evaluations and checkpoints at different steps."""
+    return {
+        "shards": shards,
+        "model": str(tiny_model),
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "micro_batch_tokens": 120,
+        "num_train_epochs": 2,
+        "logging_steps": 2,
+        "eval_split": 0.2,
+        "eval_steps": 3,
+        "save_steps": 2,
+        "metric_for_best_model": "eval_loss",
+    }
+
+
+@pytest.fixture(scope="session")
+def undisturbed(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the run says when nobody stops it."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(TrainConfig(**settings, output_dir=run)).steps == STEPS
+    return contents(run)
+
+
+@pytest.fixture(scope="session")
+def moments(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How often the loop asks whether to stop."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        counted = Interrupter(monkeypatch)
+        train(TrainConfig(**settings, output_dir=tmp_path_factory.mktemp("counted") / "run"))
+    return counted.asked
+
+
+def steps_saved(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.13, 0.31, 0.5, 0.52, 0.77, 1.0])
+def test_interrupted_equals_uninterrupted_bit_for_bit(
+    settings: dict[str, Any],
+    undisturbed: dict[str, Any],
+    moments: int,
+    share: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        Interrupter(patched, at=1 + round(share * (moments - 1)))
+        with pytest.raises(Preempted) as caught:
+            train(TrainConfig(**settings, output_dir=run))
+    assert caught.value.exit_code == 75
+    said = json.loads((run / "preempted.json").read_text())
+    assert said["signal"] == "SIGUSR1"
+    assert steps_saved(run)[-1:] == ([said["step"]] if said["step"] else [])
+    assert str(caught.value).endswith(said["resume"])
+    train(TrainConfig(**settings, output_dir=run, resume=True))
+    assert contents(run) == undisturbed
+    assert not (run / "preempted.json").exists()
+
+
+def test_a_run_that_is_stopped_at_every_moment_still_ends_the_same(
+    settings: dict[str, Any],
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "run"
+    stops = 0
+    while True:
+        try:
+            with monkeypatch.context() as patched:
+                # A few moments later each time, so that it gets on.
+                Interrupter(patched, at=5 + 3 * stops)
+                train(TrainConfig(**settings, output_dir=run, resume=stops > 0))
+            break
+        except Preempted:
+            stops += 1
+    assert stops >= 3
+    assert contents(run) == undisturbed
+
+
+def stopped_at_step(run: Path, settings: dict[str, Any], step: int) -> Path:
+    """A run whose process died, without a word, when ``step`` updates were made."""
+
+    class Killed(BaseException):
+        pass
+
+    class Killer:
+        def __init__(self) -> None:
+            self.done = 0
+
+        def start(self, what: str, *, total: int | None, unit: str) -> None:
+            pass
+
+        def advance(self, count: int, note: str = "") -> None:
+            self.done += count
+            if self.done == step:
+                raise Killed
+
+        def finish(self) -> None:
+            pass
+
+        def say(self, line: str) -> None:
+            pass
+
+    with pytest.raises(Killed):
+        train(TrainConfig(**settings, output_dir=run), progress=Killer())
+    return run
+
+
+class Listener:
+    """Progress that remembers what it was told to say."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def start(self, what: str, *, total: int | None, unit: str) -> None:
+        pass
+
+    def advance(self, count: int, note: str = "") -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        ("model.safetensors", flip, "the bytes of model.safetensors changed"),
+        (OPTIMIZER, flip, f"the bytes of {OPTIMIZER} changed"),
+        ("training_state.json", flip, "the bytes of training_state.json changed"),
+        (OPTIMIZER, truncate, f"{OPTIMIZER} has"),
+        ("model.safetensors", Path.unlink, "model.safetensors is missing"),
+        ("COMPLETE.json", Path.unlink, "COMPLETE.json is missing"),
+        ("COMPLETE.json", truncate, "COMPLETE.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    settings: dict[str, Any],
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+    file: str,
+    damage: Callable[[Path], object],
+    said: str,
+) -> None:
+    run = stopped_at_step(tmp_path / "run", settings, 5)
+    assert steps_saved(run) == [3, 4]
+    damage(run / "checkpoints" / "step-00000004" / file)
+    listener = Listener()
+    train(TrainConfig(**settings, output_dir=run, resume=True), progress=listener)
+    assert listener.lines[0].startswith(f"passing over the checkpoint step-00000004: {said}")
+    assert listener.lines[1].startswith("going on from step-00000003, 22 pairs into the run")
+    assert contents(run) == undisturbed
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_started_over(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run = stopped_at_step(tmp_path / "run", settings, 3)
+    flip(run / "checkpoints" / "step-00000002" / "model.safetensors")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(DataError, match="no checkpoint is whole") as caught:
+        train(TrainConfig(**settings, output_dir=run, resume=True))
+    assert "step-00000002" in caught.value.what or "model.safetensors" in caught.value.what
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_without_checkpoint_starts_over_and_says_so(
+    settings: dict[str, Any], undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    run = stopped_at_step(tmp_path / "run", settings, 1)
+    listener = Listener()
+    train(TrainConfig(**settings, output_dir=run, resume=True), progress=listener)
+    assert listener.lines == [f"no checkpoint in {run}: starting at step 0"]
+    assert contents(run) == undisturbed
+
+
+@pytest.mark.parametrize("moment", ["before the files", "before the last file", "before the name"])
+def test_a_death_inside_a_save_leaves_the_checkpoint_before_it(
+    settings: dict[str, Any],
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    run = tmp_path / "run"
+    saves = 0
+
+    def dies(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run_or_die(*args: Any, **kwargs: Any) -> Any:
+            nonlocal saves
+            saves += 1
+            if saves == 2:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return run_or_die
+
+    with monkeypatch.context() as patched:
+        # A process that dies cleans nothing up.
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+        if moment == "before the files":
+            patched.setattr(saving, "write_model", dies(saving.write_model))
+        elif moment == "before the last file":
+            patched.setattr(checkpoints, "_Complete", dies(checkpoints._Complete))
+        else:
+            replace = Path.replace
+            patched.setattr(
+                Path,
+                "replace",
+                lambda path, to: (dies_at(replace) if "step-" in path.name else replace)(path, to),
+            )
+            dies_at = dies
+        with pytest.raises(Killed):
+            train(TrainConfig(**settings, output_dir=run))
+    assert [*(run / "checkpoints").glob(".step-*.tmp")]
+    assert steps_saved(run) == [2]
+    train(TrainConfig(**settings, output_dir=run, resume=True))
+    assert not [*(run / "checkpoints").glob(".*")]
+    assert contents(run) == undisturbed
+
+
+def test_the_newest_and_the_best_checkpoint_are_kept(settings: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(TrainConfig(**{**settings, "save_steps": 1, "learning_rate": 1e-2}, output_dir=run))
+    best = json.loads((run / "best.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    values = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    assert best["step"] == min(values, key=lambda step: values[step])
+    assert set(steps_saved(run)) == {STEPS - 1, STEPS, best["step"]}
+
+
+def test_a_checkpoint_is_a_model_that_transformers_loads(
+    settings: dict[str, Any], tmp_path: Path, tiny_model: Path
+) -> None:
+    run = stopped_at_step(tmp_path / "run", settings, 3)
+    path = run / "checkpoints" / "step-00000002"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert model.dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(path)("a b").input_ids
+    start = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    card = (path / "README.md").read_text()
+    assert "the starting policy" in card
+    assert "| steps | 2 |" in card
+    assert not [*path.rglob("*.bin"), *path.rglob("*.pt"), *path.rglob("*.pkl")]
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"beta": 0.2}, ["beta: 0.1 then, 0.2 now"]),
+        ({"seed": 1, "batch_size": 4}, ["seed", "batch_size"]),
+        ({"eval_split": 0.3}, ["eval_split"]),
+        ({"num_train_epochs": 3}, ["num_train_epochs"]),
+        ({"reference_differs": True}, ["reference_differs: False then, True now"]),
+    ],
+)
+def test_other_settings_are_another_run(
+    settings: dict[str, Any], tmp_path: Path, change: dict[str, Any], names: list[str]
+) -> None:
+    run = stopped_at_step(tmp_path / "run", settings, 3)
+    with pytest.raises(ConfigError, match="started with something else") as caught:
+        train(TrainConfig(**{**settings, **change}, output_dir=run, resume=True))
+    assert all(name in str(caught.value) for name in names)
+
+
+def test_other_shards_are_another_run(settings: dict[str, Any], tmp_path: Path, bf16_shards: Path) -> None:
+    run = stopped_at_step(tmp_path / "run", settings, 3)
+    with pytest.raises(ConfigError, match="shards' dtype: float32 then, bfloat16 now"):
+        train(TrainConfig(**{**settings, "shards": bf16_shards}, output_dir=run, resume=True))
+
+
+def test_the_reference_is_never_what_was_trained_since(settings: dict[str, Any], tmp_path: Path) -> None:
+    run = stopped_at_step(tmp_path / "run", settings, 3)
+    trained = run / "checkpoints" / "step-00000002"
+    with pytest.raises(FingerprintError, match="weights"):
+        train(TrainConfig(**{**settings, "model": str(trained)}, output_dir=run, resume=True))
+    with pytest.raises(FingerprintError, match="weights"):
+        train(TrainConfig(**{**settings, "model": str(trained)}, output_dir=tmp_path / "new"))
+
+
+def test_settings_that_change_nothing_may_change(
+    settings: dict[str, Any], undisturbed: dict[str, Any], tmp_path: Path, tiny_model: Path
+) -> None:
+    run = stopped_at_step(tmp_path / "run", settings, 3)
+    shutil.copytree(tiny_model, tmp_path / "moved")
+    changed = {**settings, "model": str(tmp_path / "moved"), "save_steps": 5, "save_total_limit": 3}
+    train(TrainConfig(**changed, output_dir=run, resume=True))
+    assert contents(run) == undisturbed
+
+
+def test_a_run_that_ended_is_left_alone(
+    settings: dict[str, Any], undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    first = train(TrainConfig(**settings, output_dir=run))
+    again = train(TrainConfig(**settings, output_dir=run, resume=True))
+    assert (again.final, again.steps, again.last_metrics) == (first.final, STEPS, first.last_metrics)
+    assert contents(run) == undisturbed
+
+
+def test_a_run_at_a_constant_rate_may_be_made_longer(settings: dict[str, Any], tmp_path: Path) -> None:
+    constant = {**settings, "lr_scheduler_type": "constant", "save_steps": 1}
+    train(TrainConfig(**constant, output_dir=tmp_path / "long"))
+    train(TrainConfig(**{**constant, "num_train_epochs": 1}, output_dir=tmp_path / "run"))
+    train(TrainConfig(**constant, output_dir=tmp_path / "run", resume=True))
+    longer, long = contents(tmp_path / "run"), contents(tmp_path / "long")
+    assert longer["weights"] == long["weights"]
+
+
+def test_a_loss_that_is_not_finite_leaves_its_pairs_and_the_checkpoint(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    diverging = {**settings, "learning_rate": 1e30, "save_steps": 1}
+    with pytest.raises(DpoOptError, match="not finite"):
+        train(TrainConfig(**diverging, output_dir=run))
+    pairs = [json.loads(line) for line in (run / "not-finite-step-00000002.jsonl").read_text().splitlines()]
+    assert len(pairs) == 8
+    assert any(isinstance(pair["loss"], str) for pair in pairs)
+    assert all(pair["prompt_ids"] and pair["chosen_ids"] and pair["rejected_ids"] for pair in pairs)
+    assert steps_saved(run) == [1]
+
+
+def test_every_evaluation_has_its_metrics_and_its_log_probs(
+    settings: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
+    for name in ("helpful", "harmless"):
+        shutil.copytree(shards, tmp_path / name)
+    run = tmp_path / "run"
+    others = [tmp_path / "helpful", tmp_path / "harmless"]
+    metric = "eval_helpful_rewards/accuracies"
+    train(TrainConfig(**{**settings, "metric_for_best_model": metric, "eval_shards": others}, output_dir=run))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert len(evaluated) == 2
+    for line in evaluated:
+        assert line["eval_helpful_loss"] == line["eval_harmless_loss"] != line["eval_loss"]
+        assert metric in line
+    rows = pq.read_table(run / "pair_logps" / "helpful").to_pylist()
+    assert [row["row"] for row in rows] == [*range(28)] * 2
+    main = [row for file in (run / "pair_logps").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    assert len({(row["row"], row["step"], row["phase"]) for row in main}) == len(main)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"metric_for_best_model": "loss"}, "pass one of: eval_loss, eval_rewards/chosen"),
+        ({"eval_split": 0.0}, "pass --eval-split or --eval-shards"),
+    ],
+)
+def test_a_metric_that_no_evaluation_gives_is_refused_at_once(
+    settings: dict[str, Any], tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match="metric-for-best-model") as caught:
+        train(TrainConfig(**{**settings, **change}, output_dir=tmp_path / "run"))
+    assert said in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluations_on_two_folders_of_one_name_are_refused(
+    settings: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(shards, tmp_path / "a" / "x")
+    shutil.copytree(shards, tmp_path / "b" / "x")
+    folders = [tmp_path / "a" / "x", tmp_path / "b" / "x"]
+    with pytest.raises(ConfigError, match="called 'x'"):
+        train(TrainConfig(**settings, eval_shards=folders, output_dir=tmp_path / "run"))
+
+
+def test_checkpoints_by_the_clock(settings: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    without = {**settings, "save_steps": None, "metric_for_best_model": None, "eval_split": 0.0}
+    train(TrainConfig(**without, save_minutes=1e-9, output_dir=run))
+    assert len(steps_saved(run)) == 2
+    train(TrainConfig(**without, save_minutes=1e9, output_dir=tmp_path / "rarely"))
+    assert steps_saved(tmp_path / "rarely") == []
+
+
+def test_signals_are_noted_and_the_handlers_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    alone = World(0, 1, 0, torch.device("cpu"), None)
+    with stop_signals() as signals:
+        signals.check(alone)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(StopRequested, match="SIGTERM"):
+            signals.check(alone)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_as_the_one_that_is_not(
+    settings: dict[str, Any], undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    """Real processes, SIGKILL and SIGTERM at random moments, also inside saves: every step is saved."""
+    run = tmp_path / "run"
+    config = TrainConfig(**{**settings, "save_steps": 1}, output_dir=run, resume=True)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    chance = random.Random(5)
+    rounds = int(os.environ.get("DPO_OPT_CHAOS_ROUNDS", "12"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    kills = 0
+    for _ in range(20 * rounds):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dpo_opt", "train", "--config", str(file)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if kills < rounds:
+            # From here on it trains; before, there is nothing to break.
+            before = len(list(run.glob("checkpoints/*")))
+            while process.poll() is None and len(list(run.glob("checkpoints/*"))) <= before < 4:
+                time.sleep(0.005)
+            time.sleep(chance.random() * 0.3)
+            number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+            process.send_signal(number)
+        said, _ = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        kills += 1
+        assert process.returncode in (-signal.SIGKILL, 75), said
+    assert process.returncode == 0
+    print(f"killed {kills} times, the same bits at the end")
+    assert contents(run)["weights"] == undisturbed["weights"]
+    assert contents(run)["metrics"] == undisturbed["metrics"]
+    assert contents(run)["pair_logps"] == undisturbed["pair_logps"]

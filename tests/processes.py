@@ -1,0 +1,48 @@
+"""Programs of the tests as processes of one run: by torchrun, or one by one with a launcher's variables."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def torchrun(processes: int, program: str, *arguments: Path, gpus: bool = False) -> None:
+    """Run to the end; what it said is shown where it failed."""
+    devices = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    process = subprocess.Popen(
+        [*launcher, *address, program, *map(str, arguments)],
+        env=os.environ | ONE_THREAD | devices,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, said = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        # The launcher's children too: they would wait for each other for half an hour.
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, said[-5000:]
+
+
+def start(program: Path, *arguments: str, variables: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(program), *arguments],
+        env=os.environ | ONE_THREAD | {"CUDA_VISIBLE_DEVICES": ""} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
