@@ -45,7 +45,7 @@ class TrainConfig(Settings):
     batch_size: PositiveInt = 64
     """Pairs per optimizer step."""
     micro_batch_tokens: PositiveInt | None = None
-    """Most token rows per forward and backward; changes memory and speed alone. Default: measured."""
+    """Most token rows per forward and backward; changes memory and speed alone. Default: chosen."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What of the forward is computed again in backward, to save memory: nothing, what is cheap, or all."""
     num_train_epochs: PositiveInt = 1

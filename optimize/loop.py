@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from dpo_opt.optimize.budget import choose_budget, longest_pair
 from dpo_opt.optimize.checkpoints import (
     Best,
     Counters,
@@ -30,6 +31,7 @@ from dpo_opt.optimize.distributed import (
     World,
     any_rank,
     clip_gradients,
+    from_first,
     process_group,
     wait_for_all,
     world_from_environment,
@@ -37,8 +39,11 @@ from dpo_opt.optimize.distributed import (
 from dpo_opt.optimize.evaluation import Evaluation, evaluate, evaluations, is_better
 from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.lora import require_usable
+from dpo_opt.optimize.memory import optimizer_bytes
 from dpo_opt.optimize.optimizer import learning_rate, make_optimizer, set_learning_rate
+from dpo_opt.optimize.packing import pair_group
 from dpo_opt.optimize.parity import Parity
+from dpo_opt.optimize.policy import Policy
 from dpo_opt.optimize.run_folder import CONFIG, FINAL, Metrics, RunFolder, Written, hold_logps
 from dpo_opt.optimize.saving import Saver
 from dpo_opt.optimize.start import start
@@ -163,7 +168,7 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
         run.rewind(Written(state.lines, state.segments))
         progress.say(f"going on from {found.path.name}, {at.consumed} pairs into the run")
     else:
-        budget = config.micro_batch_tokens or 1024
+        budget = config.micro_batch_tokens or _measured_budget(policy, folder, parameters, config, world)
         if config.resume:
             run.rewind(Written(0, {}))
             progress.say(f"no checkpoint in {run.path}: starting at step 0")
@@ -288,6 +293,14 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
     )
     saver.write_final(final, steps=at.step)
     return TrainResult(final, at.step, parity, last_metrics)
+
+
+def _measured_budget(
+    policy: Policy, folder: ShardFolder, parameters: Sequence[Tensor], config: TrainConfig, world: World
+) -> int:
+    longest = pair_group(longest_pair(folder))
+    budget = choose_budget(policy, longest, optimizer_bytes=optimizer_bytes(parameters, config))
+    return from_first(budget, world)
 
 
 def _is_time_to_save(config: TrainConfig, step: int, saved: float, world: World) -> bool:
