@@ -12,7 +12,7 @@ DEMO_DIR ?= demo-run
 STAGES := precompute optimize analysis schemas
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow prove check typecheck format clean
+.PHONY: help setup demo test test-slow test-gpu prove check typecheck format clean
 
 help:  ## List the targets.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ test: setup check typecheck  ## Lint, types and all tests but the slow ones, wit
 
 test-slow: setup  ## The slow tests (real models at full size, the demo), with the figures they print.
 	DPO_OPT_REQUIRE_VLLM=1 DPO_OPT_REQUIRE_PEERS=1 $(BIN)/pytest -m "slow and not gpu" --timeout 1800 -rP
+
+test-gpu:  ## Tests that need a CUDA device, in the environment at hand: make test-gpu BIN=BIN_FOLDER.
+	$(BIN)/pytest -m gpu tests/gpu
 
 prove: setup  ## Full-size proofs and their figures: make prove DATA=PAIRS.jsonl MODEL=FOLDER.
 	DPO_OPT_CHAOS_ROUNDS=100 $(BIN)/pytest tests/precompute/test_chaos.py -m "not gpu" --timeout 1800 -rP
