@@ -21,6 +21,8 @@ from dpo_opt.optimize.varlen import takes_varlen, varlen_attention
 
 SEGMENT_ATTENTION = "dpo_opt_segments"
 _KEPT_ENTRIES = 2**20
+# Queries per call on a CPU: its kernel skips keys that come later only in blocks of 512.
+_CPU_ROWS = 64
 
 
 def segment_attention(
@@ -71,18 +73,27 @@ def segment_attention(
             first = begins[segment.prefix_start]
             k = torch.cat([keys[first][:, :, :offset], k], dim=2)
             v = torch.cat([values[first][:, :, :offset], v], dim=2)
-        rows, columns = q.shape[2], k.shape[2]
-        windowed = sliding_window is not None and columns > sliding_window
-        mask = None
-        if offset or windowed:
-            # The layers of one forward ask for the same masks; large ones cost less to make than to keep.
-            make = _kept_mask if rows * columns <= _KEPT_ENTRIES else _mask
-            mask = make(rows, columns, sliding_window if windowed else None, q.device)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        stop = offset
+        for block in torch.split(q, q.shape[2] if q.is_cuda else _CPU_ROWS, dim=2):
+            rows = block.shape[2]
+            stop += rows
+            windowed = sliding_window is not None and stop > sliding_window
+            mask = None
+            if stop > rows or windowed:
+                # The layers of one forward ask for the same masks; large ones cost less to make than to keep.
+                make = _kept_mask if rows * stop <= _KEPT_ENTRIES else _mask
+                mask = make(rows, stop, sliding_window if windowed else None, q.device)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    block,
+                    k[:, :, :stop],
+                    v[:, :, :stop],
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=scaling,
+                    enable_gqa=grouped,
+                )
             )
-        )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 

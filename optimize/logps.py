@@ -1,12 +1,16 @@
 """Hidden states to log-probs of the scored tokens, without ever holding the logits.
 
-Only the rows that predict a completion token reach the head; they are projected a tile at a time, each on a
-part of the vocabulary, reduced to one number per token, and projected again in backward.
+Only the rows that predict a completion token reach the head; they are projected a tile at a time and reduced
+to one number per token. Gradients need the tile again. Where the loss of a pair depends on that pair alone,
+it is known as soon as the pair's rows are projected, and they are taken at once; else the rows are projected
+a second time in backward, a third more work.
 
     S = scored tokens, d = hidden size, V = vocabulary
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +20,11 @@ from torch.autograd.function import once_differentiable
 # Entries of a tile: on a CPU (False) it stays in the last-level cache, on a GPU (True) it fills the device.
 _TILE_ENTRIES = {False: 2**22, True: 2**26}
 _TILE_ROWS = 1024
+# Entries of a tile over the whole vocabulary, which lives until its gradients are taken. Fewer than about
+# 200 rows make the products slow, more only take memory.
+_WIDE_ENTRIES = {False: 2**24, True: 2**27}
+# Rows of it that are reduced at a time, so that they are still in the cache.
+_WIDE_ROWS = {False: 16, True: 2**12}
 
 
 class Head(NamedTuple):
@@ -27,25 +36,101 @@ class Head(NamedTuple):
     softcap: float | None
 
 
-def token_logps(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What will be differentiated: a sum of terms, each a function of the log-probs of one pair.
+
+    It lets gradients be taken before the caller has computed the loss. ``backward`` compares what it is then
+    given with what this promised, and refuses another.
+    """
+
+    lengths: Sequence[int]
+    """Scored rows of each pair, in order; they sum to S."""
+    value: Callable[[Tensor, slice], Tensor]
+    """Log-probs (rows of these pairs,) and which pairs they are, to the scalar sum of their terms."""
+    in_place: bool = False
+    """Add an fp32 weight's gradient to ``weight.grad`` at once, past autograd and its hooks (FSDP): spares a
+    buffer of the weight's size, and filling it. The caller must then call backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Operands:
+    """The head applied to some rows."""
+
+    hidden: Tensor
+    head: Head
+    targets: Tensor
+
+    def rows(self, rows: slice) -> "_Operands":
+        return _Operands(self.hidden[rows], self.head, self.targets[rows])
+
+
+class _Gradients(NamedTuple):
+    """fp32 sums: hundreds of tiles are added up, and bf16 would drop the small ones."""
+
+    hidden: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def rows(self, rows: slice) -> "_Gradients":
+        return _Gradients(self.hidden[rows], self.weight, self.bias)
+
+    def add(self, tile: Tensor, factor: Tensor, slope: Tensor | None, at: _Operands, columns: slice) -> None:
+        """Take the gradients of one tile, and its contents.
+
+        Args:
+            tile: (rows, columns), proportional to d loss / d logits.
+            factor: (rows,) what each row is to be multiplied with. It goes to the narrow side of every
+                product, which spares a pass over the tile.
+            slope: (rows, columns) derivative of the soft-cap.
+            at: The rows.
+            columns: Part of the vocabulary.
+        """
+        if slope is not None:
+            tile.mul_(slope)
+        factor = factor * at.head.scale
+        self.hidden.add_((tile @ at.head.weight[columns].float()).mul_(factor[:, None]))
+        if self.weight is not None:
+            self.weight[columns].addmm_(tile.T, at.hidden.float() * factor[:, None])
+        if self.bias is not None:
+            self.bias[columns] += factor @ tile
+
+    def rounded(self, like: tuple[Tensor, Tensor | None, Tensor | None]) -> tuple[Tensor | None, ...]:
+        """In the dtypes of the inputs."""
+        pairs = zip(self, like, strict=True)
+        return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
+
+
+def token_logps(hidden: Tensor, head: Head, targets: Tensor, *, objective: Objective | None = None) -> Tensor:
     """Log-prob, in nats, of each target.
 
     Args:
         hidden: (S, d) states that predict the targets.
         head: The model's head; its weight may require grad.
         targets: (S,) token ids.
+        objective: What the caller will differentiate, if it is a sum over pairs: saves a quarter of the
+            head's work. Gradients are then taken here, and handed out in backward.
 
     Returns:
         (S,) float32.
+
+    Raises:
+        RuntimeError: In backward: the loss was not the objective.
     """
     logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, targets, head.scale, head.softcap
+        hidden,
+        head.weight,
+        head.bias,
+        targets,
+        head.scale,
+        head.softcap,
+        objective if torch.is_grad_enabled() else None,
     )
     return logps
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(logits)[target], row by row; logits are recomputed in backward.
+    """log softmax(logits)[target], row by row.
 
     d logp / d logits = onehot(target) - softmax(logits).
     """
@@ -59,65 +144,167 @@ class _TokenLogps(torch.autograd.Function):
         targets: Tensor,
         scale: float,
         softcap: float | None,
+        objective: Objective | None,
     ) -> Tensor:
-        chosen = torch.empty(len(targets), device=hidden.device, dtype=torch.float32)
-        log_z = torch.full_like(chosen, -torch.inf)
-        for rows, columns in _tiles(hidden, weight):
-            tile = _logits(hidden[rows], weight[columns], _part(bias, columns), scale, softcap)
-            inside, place = _places(targets[rows], columns)
-            chosen[rows] = torch.where(inside, tile.gather(1, place[:, None]).squeeze(1), chosen[rows])
-            # In place: the tile is read several times, and shall stay in the cache.
-            # Where every logit of a part is -inf, the part adds nothing.
-            largest = tile.amax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)
-            part = tile.sub_(largest[:, None]).exp_().sum(dim=-1).log_().add_(largest)
-            log_z[rows] = torch.logaddexp(log_z[rows], part)
-        ctx.save_for_backward(hidden, weight, bias, targets, log_z)
         ctx.settings = scale, softcap
-        return chosen - log_z
+        if not any(ctx.needs_input_grad):
+            objective = None
+        ctx.is_taken = objective is not None
+        at = _Operands(hidden, Head(weight, bias, scale, softcap), targets)
+        if objective is None:
+            logps, log_z = _project(at)
+            ctx.save_for_backward(hidden, weight, bias, targets, log_z)
+            return logps
+        in_place = objective.in_place and weight.is_leaf and weight.dtype == torch.float32
+        if in_place and weight.requires_grad and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        gradients = _zeros(ctx, at, weight_gradient=weight.grad if in_place else None)
+        logps = torch.empty(len(targets), device=hidden.device, dtype=torch.float32)
+        slopes = torch.empty_like(logps)
+        # One for all blocks: fresh memory would have to be mapped and zeroed each time.
+        tile = logps.new_empty(min(_wide_rows(at), len(targets)), weight.shape[0])
+        for pairs, rows in _blocks(objective.lengths, at):
+            logps[rows], slopes[rows] = _project_and_differentiate(
+                at.rows(rows), functools.partial(_value, objective, pairs), gradients.rows(rows), tile
+            )
+        ctx.save_for_backward(slopes)
+        # Not saved as tensors: handed on without another owner, autograd keeps them without a copy.
+        ctx.taken = gradients.rounded((hidden, None if in_place else weight, bias))
+        return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.is_taken:
+            (slopes,) = ctx.saved_tensors
+            kept = torch.isclose(grad, slopes, rtol=1e-4, atol=1e-12, equal_nan=True).all()
+            # On a GPU without waiting for it.
+            torch._assert_async(kept, "the loss that is differentiated is not the promised objective")
+            taken, ctx.taken = ctx.taken, None
+            return (*taken, None, None, None, None)
         hidden, weight, bias, targets, log_z = ctx.saved_tensors
-        scale, softcap = ctx.settings
-        # fp32: hundreds of tiles are added up, and bf16 would drop the small ones.
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        for rows, columns in _tiles(hidden, weight):
-            tile = _logits(hidden[rows], weight[columns], _part(bias, columns), scale, softcap)
-            slope = None if softcap is None else 1 - (tile / softcap) ** 2
-            upstream = grad[rows].float()
-            tile = tile.sub_(log_z[rows, None]).exp_().mul_(-upstream[:, None])
-            inside, place = _places(targets[rows], columns)
-            tile.scatter_add_(1, place[:, None], torch.where(inside, upstream, 0)[:, None])
-            if slope is not None:
-                tile.mul_(slope)
-            if grad_bias is not None:
-                grad_bias[columns] += scale * tile.sum(0)
-            if scale != 1.0:
-                tile.mul_(scale)
-            grad_hidden[rows].addmm_(tile, weight[columns].float())
-            if grad_weight is not None:
-                grad_weight[columns].addmm_(tile.T, hidden[rows].float())
-        return (
-            grad_hidden.to(hidden.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+        at = _Operands(hidden, Head(weight, bias, *ctx.settings), targets)
+        gradients = _zeros(ctx, at)
+        _differentiate(at, log_z, grad.float(), gradients)
+        grads = gradients.rounded((hidden, weight, bias))
+        return (*grads, None, None, None, None)
 
 
-def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
+def _zeros(ctx: Any, at: _Operands, *, weight_gradient: Tensor | None = None) -> _Gradients:
+    """Sums to add to; the weight's may be given."""
+    needed = ctx.needs_input_grad
+    weight, bias = at.head.weight, at.head.bias
+    if weight_gradient is None and needed[1]:
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+    return _Gradients(
+        torch.zeros_like(at.hidden, dtype=torch.float32),
+        weight_gradient,
+        torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None,
+    )
+
+
+def _project(at: _Operands) -> tuple[Tensor, Tensor]:
+    """Log-probs, and the log of the sum over the vocabulary that they were divided by."""
+    chosen = torch.empty(len(at.targets), device=at.hidden.device, dtype=torch.float32)
+    log_z = torch.full_like(chosen, -torch.inf)
+    for rows, columns in _tiles(at):
+        tile = _logits(at.rows(rows), columns)
+        inside, place = _places(at.targets[rows], columns)
+        chosen[rows] = torch.where(inside, tile.gather(1, place[:, None]).squeeze(1), chosen[rows])
+        largest, sums = _exponentials(tile)
+        log_z[rows] = torch.logaddexp(log_z[rows], sums.log_().add_(largest))
+    return chosen - log_z, log_z
+
+
+def _differentiate(at: _Operands, log_z: Tensor, upstream: Tensor, gradients: _Gradients) -> None:
+    """Add the gradients of log-probs that ``_project`` returned, from tiles computed again."""
+    for rows, columns in _tiles(at):
+        part = at.rows(rows)
+        tile = _logits(part, columns)
+        slope = _softcap_slope(tile, at.head.softcap)
+        tile.sub_(log_z[rows, None]).exp_()
+        inside, place = _places(part.targets, columns)
+        tile.scatter_add_(1, place[:, None], -inside.float()[:, None])
+        gradients.rows(rows).add(tile, -upstream[rows], slope, part, columns)
+
+
+def _project_and_differentiate(
+    at: _Operands, value: Callable[[Tensor], Tensor], gradients: _Gradients, tile: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of whole pairs and the slopes of their terms; the gradients are added.
+
+    ``tile`` is room for rows over the whole vocabulary.
+    """
+    whole = slice(0, at.head.weight.shape[0])
+    if len(at.targets) > len(tile):
+        # One pair that is too long for a tile over the whole vocabulary.
+        logps, log_z = _project(at)
+        slopes = _slopes(logps, value)
+        _differentiate(at, log_z, slopes, gradients)
+        return logps, slopes
+    tile = _logits(at, whole, out=tile[: len(at.targets)])
+    slope = _softcap_slope(tile, at.head.softcap)
+    places = at.targets[:, None]
+    chosen = tile.gather(1, places).squeeze(1)
+    step = _WIDE_ROWS[tile.is_cuda]
+    parts = [_exponentials(tile[i : i + step]) for i in range(0, len(tile), step)]
+    largest, sums = (torch.cat(column) for column in zip(*parts, strict=True))
+    logps = chosen - largest - sums.log()
+    slopes = _slopes(logps, value)
+    # Not divided by the sums: the rows' factor does that.
+    tile.scatter_add_(1, places, -sums[:, None])
+    gradients.add(tile, -slopes / sums, slope, at, whole)
+    return logps, slopes
+
+
+def _value(objective: Objective, pairs: slice, logps: Tensor) -> Tensor:
+    return objective.value(logps, pairs)
+
+
+def _slopes(logps: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
+    """d value / d logps, (rows,)."""
+    with torch.enable_grad():
+        leaf = logps.detach().requires_grad_()
+        (slopes,) = torch.autograd.grad(value(leaf), leaf)
+    return slopes
+
+
+def _exponentials(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest entry, and the sum of exp(entry - largest), which replaces the tile's contents.
+
+    In place: the tile is read several times, and shall stay in the cache.
+    """
+    # Where every logit of a part is -inf, the part adds nothing.
+    largest = tile.amax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)
+    return largest, tile.sub_(largest[:, None]).exp_().sum(dim=-1)
+
+
+def _blocks(lengths: Sequence[int], at: _Operands) -> Iterator[tuple[slice, slice]]:
+    """Consecutive pairs and their rows, as many as fit in a tile over the whole vocabulary, at least one."""
+    most = _wide_rows(at)
+    first = begin = end = 0
+    for pair, length in enumerate(lengths):
+        if end > begin and end + length - begin > most:
+            yield slice(first, pair), slice(begin, end)
+            first, begin = pair, end
+        end += length
+    if end > begin:
+        yield slice(first, len(lengths)), slice(begin, end)
+
+
+def _wide_rows(at: _Operands) -> int:
+    return max(1, _WIDE_ENTRIES[at.hidden.is_cuda] // at.head.weight.shape[0])
+
+
+def _tiles(at: _Operands) -> Iterator[tuple[slice, slice]]:
     """Rows and vocabulary of each tile: many rows and few columns, so that the product runs at full speed."""
-    tile = _TILE_ENTRIES[hidden.device.type == "cuda"]
-    rows = max(1, min(len(hidden), _TILE_ROWS, tile))
+    tile = _TILE_ENTRIES[at.hidden.is_cuda]
+    rows = max(1, min(len(at.hidden), _TILE_ROWS, tile))
     columns = max(1, tile // rows)
-    for i in range(0, len(hidden), rows):
-        for j in range(0, weight.shape[0], columns):
-            yield slice(i, i + rows), slice(j, j + columns)
+    vocabulary = at.head.weight.shape[0]
+    for i in range(0, len(at.hidden), rows):
+        for j in range(0, vocabulary, columns):
+            yield slice(i, i + rows), slice(j, min(j + columns, vocabulary))
 
 
 def _places(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -127,19 +314,18 @@ def _places(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return (place >= 0) & (place < width), place.clamp(0, width - 1)
 
 
-def _part(bias: Tensor | None, columns: slice) -> Tensor | None:
-    return None if bias is None else bias[columns]
-
-
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
+def _logits(at: _Operands, columns: slice, out: Tensor | None = None) -> Tensor:
     """One fp32 tile of logits, (rows, columns)."""
-    tile = hidden.float() @ weight.float().T
+    weight, bias, scale, softcap = at.head
+    tile = torch.mm(at.hidden.float(), weight[columns].float().T, out=out)
     if bias is not None:
-        tile += bias.float()
+        tile += bias[columns].float()
     if scale != 1.0:
         tile *= scale
     if softcap is not None:
-        tile = torch.tanh(tile / softcap) * softcap
+        tile.div_(softcap).tanh_().mul_(softcap)
     return tile
+
+
+def _softcap_slope(logits: Tensor, softcap: float | None) -> Tensor | None:
+    return None if softcap is None else 1 - (logits / softcap) ** 2

@@ -1,6 +1,7 @@
 """One step's pairs through the policy: log-probs, losses, gradients, and their sums for the metrics."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from dpo_opt.optimize.balance import ForwardCost, balance
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.distributed import World, sum_over_ranks
+from dpo_opt.optimize.logps import Objective
 from dpo_opt.optimize.loss import preference_loss
 from dpo_opt.optimize.packing import pair_group, to_device
 from dpo_opt.optimize.policy import Policy
@@ -81,31 +83,64 @@ def forward_pairs(
             continue
         places = to_device(torch.tensor(chosen), device)
         batch = policy.layout([groups[i] for i in chosen])
-        owners = torch.repeat_interleave(torch.tensor(batch.lengths))
-        logps = policy.batch_logps(batch.to(device))
-        # float64: a margin is a small difference of sums over hundreds of tokens.
-        sums = logps.new_zeros(2 * len(chosen), dtype=torch.float64).index_add(
-            0, to_device(owners, device), logps.double()
+        part = _Part(
+            config,
+            batch.lengths,
+            ref_logps[places],
+            None if weight is None else weight[places],
+            len(pairs),
         )
+        objective = Objective(part.rows, part.value, in_place=world.size == 1) if backward else None
+        logps = policy.batch_logps(batch.to(device), objective=objective)
+        results = part.results(logps, slice(0, len(chosen)))
+        if backward:
+            torch.autograd.backward(part.loss(results))
+        columns.index_copy_(0, places, torch.stack([column.detach() for column in results], dim=1))
+    return PairResults(*sum_over_ranks(columns, world).unbind(1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The pairs of one micro-batch, and their share of the step's loss."""
+
+    config: TrainConfig
+    lengths: Sequence[int]
+    """Scored tokens of chosen and rejected completion of each pair."""
+    ref_logps: Tensor  # (pairs, 2)
+    weight: Tensor | None  # (pairs,)
+    step_pairs: int
+
+    @property
+    def rows(self) -> list[int]:
+        """Scored tokens of each pair."""
+        return [a + b for a, b in zip(self.lengths[0::2], self.lengths[1::2], strict=True)]
+
+    def value(self, logps: Tensor, pairs: slice) -> Tensor:
+        """What these pairs add to the loss; see ``Objective``."""
+        return self.loss(self.results(logps, pairs))
+
+    def loss(self, results: PairResults) -> Tensor:
+        return results.losses.sum() / self.step_pairs
+
+    def results(self, logps: Tensor, pairs: slice) -> PairResults:
+        """From the token log-probs of these pairs; not detached."""
+        lengths = self.lengths[2 * pairs.start : 2 * pairs.stop]
+        owners = to_device(torch.repeat_interleave(torch.tensor(lengths)), logps.device)
+        # float64: a margin is a small difference of sums over hundreds of tokens.
+        sums = logps.new_zeros(len(lengths), dtype=torch.float64).index_add(0, owners, logps.double())
         chosen_logps, rejected_logps = sums.view(-1, 2).unbind(1)
-        ref_chosen_logps, ref_rejected_logps = ref_logps[places].unbind(1)
+        ref_chosen_logps, ref_rejected_logps = self.ref_logps[pairs].unbind(1)
         loss = preference_loss(
-            loss_type=config.loss_type,
+            loss_type=self.config.loss_type,
             chosen_logps=chosen_logps,
             rejected_logps=rejected_logps,
             ref_chosen_logps=ref_chosen_logps,
             ref_rejected_logps=ref_rejected_logps,
-            beta=config.beta,
-            label_smoothing=config.label_smoothing,
+            beta=self.config.beta,
+            label_smoothing=self.config.label_smoothing,
         )
-        losses = loss.losses if weight is None else loss.losses * weight[places]
-        if backward:
-            torch.autograd.backward(losses.sum() / len(pairs))
-        results = PairResults(
-            losses, chosen_logps, rejected_logps, loss.chosen_rewards, loss.rejected_rewards
-        )
-        columns.index_copy_(0, places, torch.stack([column.detach() for column in results], dim=1))
-    return PairResults(*sum_over_ranks(columns, world).unbind(1))
+        losses = loss.losses if self.weight is None else loss.losses * self.weight[pairs]
+        return PairResults(losses, chosen_logps, rejected_logps, loss.chosen_rewards, loss.rejected_rewards)
 
 
 class MetricsWindow:

@@ -1,11 +1,12 @@
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dpo_opt.optimize import logps as logps_module
-from dpo_opt.optimize.logps import Head, token_logps
+from dpo_opt.optimize.logps import Head, Objective, token_logps
 
 SCORED, WIDTH, VOCABULARY = 37, 24, 101
 
@@ -157,3 +158,131 @@ def test_log_probs_of_the_whole_vocabulary_sum_to_one() -> None:
         hidden[:1].expand(VOCABULARY, -1), Head(weight, None, 1.0, None), torch.arange(VOCABULARY)
     )
     assert float(every.double().exp().sum()) == pytest.approx(1.0, abs=1e-6)
+
+
+LENGTHS = (5, 1, 9, 12, 3, 7)
+
+
+def sigmoid_objective(targets: Tensor) -> Objective:
+    """A loss of each pair, of both signs, that depends on its log-probs in a curved way."""
+    references = torch.linspace(-40, 0, len(LENGTHS))
+    starts = torch.tensor((0, *LENGTHS)).cumsum(0)
+    signs = torch.where(targets % 2 == 0, 0.5, -0.3)
+
+    def value(logps: Tensor, pairs: slice) -> Tensor:
+        first = int(starts[pairs.start])
+        terms = []
+        for pair in range(pairs.start, pairs.stop):
+            begin, end = int(starts[pair]) - first, int(starts[pair + 1]) - first
+            sums = (signs[int(starts[pair]) : int(starts[pair + 1])] * logps[begin:end]).sum()
+            terms.append(torch.nn.functional.softplus(0.2 * (sums - references[pair])))
+        return torch.stack(terms).sum()
+
+    return Objective(LENGTHS, value)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 14, SCORED, 1000])
+@pytest.mark.parametrize(
+    "case", [pytest.param(Case(), id="plain"), pytest.param(Case(True, 1.7, 4.0), id="all")]
+)
+def test_gradients_taken_while_projecting_are_those_taken_afterwards(
+    monkeypatch: pytest.MonkeyPatch, case: Case, rows: int
+) -> None:
+    monkeypatch.setattr(logps_module, "_WIDE_ENTRIES", {False: rows * VOCABULARY})
+    monkeypatch.setattr(logps_module, "_WIDE_ROWS", {False: 4})
+    tiles_of(monkeypatch, rows=5, columns=30)
+    hidden, weight, bias, targets, _ = case.tensors()
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias) if t is not None]
+    head = Head(weight, bias, case.scale, case.softcap)
+    objective = sigmoid_objective(targets)
+    every = slice(0, len(LENGTHS))
+
+    afterwards = token_logps(hidden, head, targets)
+    expected = torch.autograd.grad(objective.value(afterwards, every), inputs)
+    at_once = token_logps(hidden, head, targets, objective=objective)
+    found = torch.autograd.grad(objective.value(at_once, every), inputs)
+
+    torch.testing.assert_close(at_once, afterwards, rtol=0, atol=1e-5)
+    for mine, exact in zip(found, expected, strict=True):
+        assert exact.abs().max() > 0.05
+        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_taken_from_one_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    projected: list[int] = []
+    project = logps_module._logits
+
+    def counting(at: Any, columns: slice, out: Tensor | None = None) -> Tensor:
+        tile = project(at, columns, out)
+        projected.append(tile.numel())
+        return tile
+
+    monkeypatch.setattr(logps_module, "_logits", counting)
+    hidden, weight, _, targets, _ = Case().tensors()
+    weight.requires_grad_()
+    objective = sigmoid_objective(targets)
+    for promise, times in ((None, 2), (objective, 1)):
+        projected.clear()
+        logps = token_logps(hidden, Head(weight, None, 1.0, None), targets, objective=promise)
+        objective.value(logps, slice(0, len(LENGTHS))).backward()
+        assert sum(projected) == times * SCORED * VOCABULARY
+
+
+def test_a_loss_that_was_not_promised_is_refused() -> None:
+    hidden, weight, _, targets, _ = Case().tensors()
+    weight.requires_grad_()
+    objective = sigmoid_objective(targets)
+    logps = token_logps(hidden, Head(weight, None, 1.0, None), targets, objective=objective)
+    with pytest.raises(RuntimeError, match="not the promised objective"):
+        (2 * objective.value(logps, slice(0, len(LENGTHS)))).backward()
+
+
+def test_without_gradients_the_objective_is_not_asked() -> None:
+    def never(_: Tensor, __: slice) -> Tensor:
+        raise AssertionError
+
+    hidden, weight, _, targets, _ = Case().tensors()
+    expected = token_logps(hidden, Head(weight, None, 1.0, None), targets)
+    objective = Objective(LENGTHS, never)
+    assert torch.equal(
+        token_logps(hidden, Head(weight, None, 1.0, None), targets, objective=objective), expected
+    )
+    weight.requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(
+            token_logps(hidden, Head(weight, None, 1.0, None), targets, objective=objective), expected
+        )
+
+
+def test_in_place_the_weights_gradient_is_added_to_what_is_there() -> None:
+    hidden, weight, _, targets, _ = Case().tensors()
+    every = slice(0, len(LENGTHS))
+
+    def grads(*, in_place: bool, times: int) -> tuple[Tensor, Tensor]:
+        states, own = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        objective = dataclasses.replace(sigmoid_objective(targets), in_place=in_place)
+        for _ in range(times):
+            # Tied: the weight is used before the head, too.
+            fed = states + own[: len(states)] * 0.1
+            logps = token_logps(fed, Head(own, None, 1.0, None), targets, objective=objective)
+            objective.value(logps, every).backward()
+        assert states.grad is not None
+        assert own.grad is not None
+        return states.grad, own.grad
+
+    for times in (1, 3):
+        for mine, exact in zip(
+            grads(in_place=True, times=times), grads(in_place=False, times=times), strict=True
+        ):
+            assert exact.abs().max() > 0.05
+            torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_in_place_leaves_a_frozen_weight_alone() -> None:
+    hidden, weight, _, targets, _ = Case().tensors()
+    hidden.requires_grad_()
+    objective = dataclasses.replace(sigmoid_objective(targets), in_place=True)
+    logps = token_logps(hidden, Head(weight, None, 1.0, None), targets, objective=objective)
+    objective.value(logps, slice(0, len(LENGTHS))).backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
