@@ -349,20 +349,3 @@ def test_the_curves_of_a_trained_model_on_human_pairs(shared_data: Path, tmp_pat
     task = scored(model, texts, tmp_path, pairs_per_step=4, num_train_epochs=1, **PLAIN)
     expected, again = (theirs(task, tmp_path / f"trl-{size}", micro_batch=size) for size in (2, 1))
     require_equal(task, ours(task, tmp_path / "run"), expected, again)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_curves_of_smollm2_on_human_pairs(shared_data: Path, tmp_path: Path) -> None:
-    from dpo_opt.demo_model import smollm2_folder
-    from dpo_opt.schemas.errors import ConfigError
-
-    try:
-        model = smollm2_folder(tmp_path / "smollm2")
-    except ConfigError as error:
-        pytest.skip(error.what)
-    texts = short_human_pairs(shared_data, 2 * STEPS, characters=120)
-    settings = {"learning_rate": 5e-6, "lr_scheduler_type": "linear"}
-    task = scored(model, texts, tmp_path, pairs_per_step=2, num_train_epochs=1, **settings)
-    expected, again = (theirs(task, tmp_path / f"trl-{size}", micro_batch=size) for size in (2, 1))
-    require_equal(task, ours(task, tmp_path / "run"), expected, again)
