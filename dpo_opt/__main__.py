@@ -8,15 +8,15 @@ from dpo_opt.cli import main
 
 
 def run() -> None:
-    """Run the command line, and leave with its own exit code whatever an engine's threads do.
+    """Run the command line, and leave with its own exit code.
 
-    vLLM's threads live on while the interpreter is taken apart, and may abort it there: a scheduler would
-    then see a signal instead of "preempted and saved".
+    Threads of torch's process groups and of vLLM live on while the interpreter is taken apart, and may abort
+    it there: a scheduler would then see a signal instead of "preempted and saved".
     """
     code = 1
 
     def leave() -> None:
-        if "vllm" in sys.modules:
+        if "torch" in sys.modules:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

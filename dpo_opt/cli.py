@@ -4,6 +4,7 @@
 """
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -240,9 +241,12 @@ def train(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
         else:
             click.echo("\n".join(lines(plan)))
         return
+    from dpo_opt.optimize.distributed import world_from_environment
     from dpo_opt.optimize.loop import train as run
 
     result = run(config, progress=watched())
+    if not world_from_environment(os.environ).first:
+        return  # one of several processes says it for all
     parity = None if result.parity is None else result.parity._asdict()
     show(
         {"final": str(result.final), "steps": result.steps, "parity": parity, **result.last_metrics}, as_json

@@ -166,6 +166,8 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
         budget = config.micro_batch_tokens or state.micro_batch_tokens
         saver.load_optimizer(found.path)
         run.rewind(Written(state.lines, state.segments))
+        if best is not None:
+            run.write_best(best.model_dump())
         progress.say(f"going on from {found.path.name}, {at.consumed} pairs into the run")
     else:
         budget = config.micro_batch_tokens or _measured_budget(policy, folder, parameters, config, world)
@@ -219,10 +221,11 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
                 metric = config.metric_for_best_model
                 if metric is not None and is_better(means[metric], metric, best.value if best else None):
                     best = Best(metric=metric, value=means[metric], step=at.step)
-                    run.write_best(best.model_dump())
                     improved = True
             if at.step > saved_step and (improved or _is_time_to_save(config, at.step, saved_time, world)):
                 save()
+            if improved and best is not None:
+                run.write_best(best.model_dump())
             window_start += time.perf_counter() - paused
             if at.step == total_steps:
                 break

@@ -136,7 +136,7 @@ class RunFolder:
         """Take back what was written after a checkpoint."""
         if not self._writes:
             return
-        for name in (PREEMPTED, _STATE):
+        for name in (PREEMPTED, BEST, _STATE):
             (self.path / name).unlink(missing_ok=True)
         metrics = self.path / _METRICS
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-# Taking the interpreter apart drops the modules, and with them the engine's: what then runs is the abort.
+# Taking the interpreter apart drops the modules, and with them torch's threads: what then runs is the abort.
 PROGRAM = """
 import os, sys, types
 from dpo_opt import __main__ as program
@@ -15,9 +15,9 @@ class Engine:
         abort()
 
 def main(prog_name):
-    sys.modules["vllm"] = types.ModuleType("vllm")
-    sys.modules["vllm"].engine = Engine()
-    sys.modules["vllm"].itself = sys.modules["vllm"]
+    sys.modules["torch"] = types.ModuleType("torch")
+    sys.modules["torch"].engine = Engine()
+    sys.modules["torch"].itself = sys.modules["torch"]
     print("said last")
     {end}
 

@@ -7,6 +7,8 @@ import os
 import sys
 from datetime import timedelta
 
+from processes import leave
+
 from dpo_opt.optimize.distributed import any_rank, from_first, process_group, world_from_environment
 from dpo_opt.schemas.errors import DpoOptError
 
@@ -21,4 +23,5 @@ if __name__ == "__main__":
             any_rank(False, here)
     except DpoOptError as error:
         print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
+    leave()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from processes import leave
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -223,3 +224,4 @@ if __name__ == "__main__":
     here = world_from_environment(environ)
     with process_group(here):
         take_steps(Path(sys.argv[1]), Path(sys.argv[2]), here, Path(sys.argv[3]) if sys.argv[3:] else None)
+    leave()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import leave
 from training_runs import Interrupter
 
 from dpo_opt.optimize import TrainConfig, train
@@ -29,3 +30,4 @@ if __name__ == "__main__":
                 Interrupter(monkeypatch, at=moment if world.rank == rank else 0)
                 with pytest.raises(Preempted) if moment else contextlib.nullcontext():
                     train(TrainConfig.model_validate(settings))
+    leave()
