@@ -442,40 +442,44 @@ def test_signals_are_noted_and_the_handlers_given_back() -> None:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_the_one_that_is_not(
-    settings: dict[str, Any], undisturbed: dict[str, Any], tmp_path: Path
+    settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """Real processes, SIGKILL and SIGTERM at random moments, also inside saves: every step is saved."""
+    longer = {**settings, "num_train_epochs": 30, "learning_rate": 1e-4, "save_steps": 1, "eval_steps": 20}
+    train(TrainConfig(**longer, output_dir=tmp_path / "undisturbed"))
     run = tmp_path / "run"
-    config = TrainConfig(**{**settings, "save_steps": 1}, output_dir=run, resume=True)
+    config = TrainConfig(**longer, output_dir=run, resume=True)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     chance = random.Random(5)
     rounds = int(os.environ.get("DPO_OPT_CHAOS_ROUNDS", "12"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    kills = 0
-    for _ in range(20 * rounds):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dpo_opt", "train", "--config", str(file)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if kills < rounds:
-            # From here on it trains; before, there is nothing to break.
-            before = len(list(run.glob("checkpoints/*")))
-            while process.poll() is None and len(list(run.glob("checkpoints/*"))) <= before < 4:
-                time.sleep(0.005)
-            time.sleep(chance.random() * 0.3)
-            number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
-            process.send_signal(number)
+    kills: list[int] = []
+    for number in [chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]) for _ in range(rounds)]:
+        process = resumed_process(file)
+        before = max(steps_saved(run), default=0)
+        while process.poll() is None and max(steps_saved(run), default=0) <= before:
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.2)
+        process.send_signal(number)
         said, _ = process.communicate(timeout=120)
         if process.returncode == 0:
             break
-        kills += 1
-        assert process.returncode in (-signal.SIGKILL, 75), said
-    assert process.returncode == 0
-    print(f"killed {kills} times, the same bits at the end")
-    assert contents(run)["weights"] == undisturbed["weights"]
-    assert contents(run)["metrics"] == undisturbed["metrics"]
-    assert contents(run)["pair_logps"] == undisturbed["pair_logps"]
+        # A signal that comes before the program listens does what it always does.
+        assert process.returncode in (-signal.SIGKILL, -signal.SIGTERM, 75), said
+        kills.append(max(steps_saved(run)))
+    process = resumed_process(file)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    print(f"stopped after the steps {kills}, the same bits at the end")
+    assert len(kills) >= min(rounds, 5)
+    assert contents(run) == contents(tmp_path / "undisturbed")
+
+
+def resumed_process(config: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dpo_opt", "train", "--config", str(config)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
