@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,3 +138,23 @@ def torchrun_folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
     for size in (2, 3):
         torchrun(size, torchrun_steps.__file__, root / "models", folders[size], folders[size - 1])
     return folders
+
+
+@pytest.fixture(scope="session")
+def settings(shards: Path, tiny_model: Path) -> dict[str, Any]:
+    """Of a run worth interrupting: several micro-batches in a step, a shorter step at the end of an epoch;
+    lines of metrics, evaluations and checkpoints at different steps.
+    """
+    return {
+        "shards": shards,
+        "model": str(tiny_model),
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "micro_batch_tokens": 120,
+        "num_train_epochs": 2,
+        "logging_steps": 2,
+        "eval_split": 0.2,
+        "eval_steps": 3,
+        "save_steps": 2,
+        "metric_for_best_model": "eval_loss",
+    }

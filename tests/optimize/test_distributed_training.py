@@ -19,30 +19,12 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def settings(shards: Path, tiny_model: Path) -> dict[str, Any]:
-    """The last step of an epoch has fewer pairs, and there are fewer packs than processes somewhere."""
-    return {
-        "shards": str(shards),
-        "model": str(tiny_model),
-        "batch_size": 8,
-        "learning_rate": 1e-3,
-        "micro_batch_tokens": 120,
-        "num_train_epochs": 2,
-        "logging_steps": 2,
-        "eval_split": 0.2,
-        "eval_steps": 3,
-        "save_steps": 2,
-        "metric_for_best_model": "eval_loss",
-    }
-
-
-@pytest.fixture(scope="module")
 def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs by name, all ended: of one process, of two, and begun on one number and ended on another."""
     folder = tmp_path_factory.mktemp("runs")
 
     def named(name: str, **others: Any) -> dict[str, Any]:
-        return {**settings, "output_dir": str(folder / name), **others}
+        return {**settings, "shards": str(settings["shards"]), "output_dir": str(folder / name), **others}
 
     train(TrainConfig(**named("one")))
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -23,27 +23,10 @@ from dpo_opt.optimize import TrainConfig, checkpoints, saving, train
 from dpo_opt.optimize.distributed import World
 from dpo_opt.optimize.stop_signals import StopRequested, stop_signals
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError, Preempted
+from dpo_opt.schemas.progress import Silent
 
 OPTIMIZER = "optimizer/state-00001-of-00001.safetensors"
 STEPS = 6  # two epochs of 3 steps: 8, 8 and 6 of the pairs that are not held out
-
-
-@pytest.fixture(scope="session")
-def settings(shards: Path, tiny_model: Path) -> dict[str, Any]:
-    """Several micro-batches in a step; lines of metrics, evaluations and checkpoints at different steps."""
-    return {
-        "shards": shards,
-        "model": str(tiny_model),
-        "batch_size": 8,
-        "learning_rate": 1e-3,
-        "micro_batch_tokens": 120,
-        "num_train_epochs": 2,
-        "logging_steps": 2,
-        "eval_split": 0.2,
-        "eval_steps": 3,
-        "save_steps": 2,
-        "metric_for_best_model": "eval_loss",
-    }
 
 
 @pytest.fixture(scope="session")
@@ -118,43 +101,25 @@ def stopped_at_step(run: Path, settings: dict[str, Any], step: int) -> Path:
     class Killed(BaseException):
         pass
 
-    class Killer:
+    class Killer(Silent):
         def __init__(self) -> None:
             self.done = 0
-
-        def start(self, what: str, *, total: int | None, unit: str) -> None:
-            pass
 
         def advance(self, count: int, note: str = "") -> None:
             self.done += count
             if self.done == step:
                 raise Killed
 
-        def finish(self) -> None:
-            pass
-
-        def say(self, line: str) -> None:
-            pass
-
     with pytest.raises(Killed):
         train(TrainConfig(**settings, output_dir=run), progress=Killer())
     return run
 
 
-class Listener:
+class Listener(Silent):
     """Progress that remembers what it was told to say."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-
-    def start(self, what: str, *, total: int | None, unit: str) -> None:
-        pass
-
-    def advance(self, count: int, note: str = "") -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
 
     def say(self, line: str) -> None:
         self.lines.append(line)

@@ -1,7 +1,6 @@
 """TRL's trainer takes the same steps from our shards as after its own precompute, with no reference model."""
 
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,21 +19,9 @@ from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError
 from dpo_opt.schemas.manifest import MANIFEST, ShardFolder
 from dpo_opt.trl import ReferenceFromShards, trl_dataset
 
+pytestmark = pytest.mark.usefixtures("peers")
 ROWS = preference_rows(22)
 STEPS = 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def peers() -> None:
-    """TRL and datasets, at a version that the adapter is for."""
-    try:
-        import datasets
-        import trl  # noqa: F401
-    except ImportError:
-        if os.environ.get("DPO_OPT_REQUIRE_PEERS") == "1":
-            pytest.fail("TRL is not installed, and the environment requires it", pytrace=False)
-        pytest.skip("TRL is not installed: pip install trl==1.16.0 datasets")
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ Where the two differ on purpose, so that nothing here may depend on it:
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,19 +48,7 @@ ROUNDED = [
     "logps/rejected",
 ]
 CERTAIN = ["learning_rate", "num_tokens", "epoch"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def peers() -> None:
-    """TRL and datasets, at a version whose trainer is known."""
-    try:
-        import datasets
-        import trl  # noqa: F401
-    except ImportError:
-        if os.environ.get("DPO_OPT_REQUIRE_PEERS") == "1":
-            pytest.fail("TRL is not installed, and the environment requires it", pytrace=False)
-        pytest.skip("TRL is not installed: pip install trl==1.16.0 datasets")
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("peers")
 
 
 class Run(NamedTuple):
