@@ -41,13 +41,13 @@ test: setup check typecheck  ## Lint, types and all tests but the slow ones, wit
 	DPO_OPT_REQUIRE_VLLM=1 $(BIN)/pytest
 
 test-slow: setup  ## The slow tests (real models at full size, the demo), with the figures they print.
-	DPO_OPT_REQUIRE_VLLM=1 DPO_OPT_REQUIRE_PEERS=1 $(BIN)/pytest -m "slow and not gpu" --timeout 1800 -rP
+	DPO_OPT_REQUIRE_VLLM=1 DPO_OPT_REQUIRE_PEERS=1 $(BIN)/pytest -m "slow and not gpu" --timeout 1800 -rfEP
 
 test-gpu:  ## Tests that need a CUDA device, in the environment at hand: make test-gpu BIN=BIN_FOLDER.
 	$(BIN)/pytest -m gpu tests/gpu
 
 prove: setup  ## Full-size proofs and their figures: make prove DATA=PAIRS.jsonl MODEL=FOLDER.
-	DPO_OPT_CHAOS_ROUNDS=100 $(BIN)/pytest tests/precompute/test_chaos.py -m "not gpu" --timeout 1800 -rP
+	DPO_OPT_CHAOS_ROUNDS=100 $(BIN)/pytest tests/precompute/test_chaos.py -m "not gpu" --timeout 1800 -rfEP
 	$(BIN)/python bench/check.py --like $(DATA) --model $(MODEL)
 
 check: setup  ## Lint and formatting.

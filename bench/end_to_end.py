@@ -16,8 +16,6 @@ an epoch saves. Times of several epochs are extrapolated from the one that was m
 """
 
 import argparse
-import json
-import os
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import trl_side
-from measure import run
+from sides import Trained, command_line, do_job, run_job, train_ours, write_pairs
 
 OURS = "dpo-opt"
 EPOCHS = (1, 2, 3, 5)
@@ -41,20 +39,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Run every contender in turn and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--pairs", type=Path, required=True, help="JSON lines with prompt, chosen, rejected")
-    parser.add_argument("--trl-python", default=sys.executable, help="Python of an environment that has TRL")
+    parser = command_line(__doc__)
     parser.add_argument("--count", type=int, default=32, help="pairs of the epoch")
-    parser.add_argument("--pairs-per-step", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="TRL at its fastest known alone")
-    parser.add_argument("--contender", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.contender:
-        job, *named = json.loads(arguments.contender)
-        print(json.dumps(JOBS[job](arguments, **(named[0] if named else {}))))
+    if do_job(arguments, {"precompute": _precompute, "train": _train, "trl": _trl}):
         return
     tried = {name: one for name, one in SETTINGS.items() if not (arguments.quick and "ships" in name)}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, *tried)}
@@ -63,32 +52,19 @@ def main() -> None:
             # A folder for each, so that nobody finds what was scored before.
             with tempfile.TemporaryDirectory() as folder:
                 arguments.folder = Path(folder)
-                trl_side.write_pairs(arguments.pairs, arguments.folder / "pairs.jsonl", arguments.count)
+                write_pairs(arguments.pairs, arguments.folder / "pairs.jsonl", arguments.count)
                 if name == OURS:
-                    first = _run(arguments, sys.executable, ["precompute"])
-                    found.append(_add(first, _run(arguments, sys.executable, ["train"])))
+                    found.append(_add(_run(arguments, "precompute"), _run(arguments, "train")))
                 else:
-                    found.append(_run(arguments, arguments.trl_python, ["trl", tried[name]]))
+                    found.append(_run(arguments, "trl", **tried[name]))
             rounded = {key: round(value, 2) for key, value in found[-1].items()}
             print(f"{name}: {rounded}", file=sys.stderr, flush=True)
     _print_tables({name: _least(found) for name, found in results.items()}, arguments)
 
 
-def _run(arguments: argparse.Namespace, python: str, contender: list[Any]) -> dict[str, float]:
+def _run(arguments: argparse.Namespace, job: str, **settings: Any) -> dict[str, float]:
     """Seconds of precompute, of the epoch and of all the rest, and the peak of memory."""
-    command = [python, __file__, "--model", str(arguments.model), "--pairs", str(arguments.pairs)]
-    command += ["--folder", str(arguments.folder), "--contender", json.dumps(contender)]
-    command += ["--pairs-per-step", str(arguments.pairs_per_step)]
-    environment = {
-        **os.environ,
-        "HF_HOME": str(arguments.folder / "hf"),
-        "HF_HUB_OFFLINE": "1",
-        "TQDM_DISABLE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))),
-    }
-    measured = run(command, environment=environment)
-    found: dict[str, float] = json.loads(measured.output.splitlines()[-1])
+    found, measured = run_job(arguments, job, **settings)
     start_up = measured.seconds - found["precompute"] - found["epoch"]
     return {**found, "start_up": start_up, "peak_gb": measured.gigabytes}
 
@@ -117,28 +93,7 @@ def _precompute(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def _train(arguments: argparse.Namespace) -> dict[str, float]:
-    from dpo_opt.optimize import TrainConfig, train
-    from dpo_opt.schemas.progress import Silent
-
-    marks: list[float] = []
-
-    class Clock(Silent):
-        """When the first step began, and when each ended."""
-
-        def start(self, what: str, *, total: int | None, unit: str) -> None:
-            marks.append(time.perf_counter())
-
-        def advance(self, count: int, note: str = "") -> None:
-            marks.append(time.perf_counter())
-
-    train(
-        TrainConfig(
-            shards=arguments.folder / "shards", model=str(arguments.model), dtype="float32",
-            output_dir=arguments.folder / "run", batch_size=arguments.pairs_per_step, logging_steps=1,
-        ),
-        progress=Clock(),
-    )  # fmt: skip
-    return {"precompute": 0.0, "epoch": marks[-1] - marks[0]}
+    return _took(train_ours(arguments))
 
 
 def _trl(
@@ -149,10 +104,11 @@ def _trl(
         pairs_per_step=arguments.pairs_per_step, micro_batch=micro_batch, checkpointing=checkpointing,
         precompute=precompute,
     )  # fmt: skip
-    return {"precompute": found.preparing, "epoch": found.ends[-1] - found.began}
+    return _took(found)
 
 
-JOBS = {"precompute": _precompute, "train": _train, "trl": _trl}
+def _took(trained: Trained) -> dict[str, float]:
+    return {"precompute": trained.preparing, "epoch": trained.ends[-1] - trained.began}
 
 
 def _print_tables(results: dict[str, dict[str, float]], arguments: argparse.Namespace) -> None:

@@ -17,7 +17,6 @@ against those of the best 2048^3 matrix product on as many threads, measured bef
 import argparse
 import itertools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import trl_side
-from measure import run
+from sides import Trained, command_line, do_job, run_job, train_ours, write_pairs
 
 SEED = 42
 OURS = "dpo-opt"
@@ -55,20 +54,11 @@ def settings() -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Run every contender in turn and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--pairs", type=Path, required=True, help="JSON lines with prompt, chosen, rejected")
-    parser.add_argument("--trl-python", default=sys.executable, help="Python of an environment that has TRL")
-    parser.add_argument("--pairs-per-step", type=int, default=8)
+    parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=3, help="counted steps, after one that is not")
-    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="TRL as it ships and at its fastest known alone")
-    parser.add_argument("--contender", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.contender:
-        job, *named = json.loads(arguments.contender)
-        print(json.dumps(JOBS[job](arguments, **(named[0] if named else {}))))
+    if do_job(arguments, {"prepare": _prepare, "gemm": _gemm, "ours": _ours, "trl": _trl}):
         return
     tried = settings()
     if arguments.quick:
@@ -76,42 +66,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
         count = arguments.pairs_per_step * (arguments.steps + 1)
-        trl_side.write_pairs(arguments.pairs, arguments.folder / "pairs.jsonl", count)
-        facts = _run(arguments, sys.executable, ["prepare"])
-        _run(arguments, arguments.trl_python, ["trl", next(iter(tried.values()))])
+        write_pairs(arguments.pairs, arguments.folder / "pairs.jsonl", count)
+        facts, _ = run_job(arguments, "prepare")
+        run_job(arguments, "trl", **next(iter(tried.values())))
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *tried)}
         rates = []
         for _ in range(arguments.rounds):
             for name, found in results.items():
-                rates.append(_run(arguments, sys.executable, ["gemm"])["per_second"])
-                python = sys.executable if name == OURS else arguments.trl_python
-                found.append(_run(arguments, python, ["ours"] if name == OURS else ["trl", tried[name]]))
+                rates.append(run_job(arguments, "gemm")[0]["per_second"])
+                found.append(_contend(arguments, tried.get(name)))
                 print(f"{name}: {found[-1]}, GEMM {rates[-1] / 1e9:.0f} GFLOP/s", file=sys.stderr, flush=True)
     _print_tables(results, facts, max(rates), arguments)
 
 
-def _run(arguments: argparse.Namespace, python: str, contender: list[Any]) -> dict[str, Any]:
-    command = [python, __file__, "--model", str(arguments.model), "--pairs", str(arguments.pairs)]
-    command += ["--folder", str(arguments.folder), "--contender", json.dumps(contender)]
-    command += ["--pairs-per-step", str(arguments.pairs_per_step), "--steps", str(arguments.steps)]
-    environment = {
-        **os.environ,
-        # Where TRL finds in every run what it scored in the first.
-        "HF_HOME": str(arguments.folder / "hf"),
-        "HF_HUB_OFFLINE": "1",
-        "TQDM_DISABLE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        # The same number of threads for all, and for the matrix product they are compared with.
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))),
-    }
+def _contend(arguments: argparse.Namespace, setting: dict[str, Any] | None) -> dict[str, Any]:
+    """One contender's run, ours where there is no setting of TRL; nothing where TRL did not end."""
+    job = "trl" if setting else "ours"
     try:
-        measured = run(command, environment=environment)
+        found, measured = run_job(arguments, job, **(setting or {}))
     except SystemExit as failed:
-        if contender[0] != "trl":
+        if job == "ours":
             raise
-        print(f"{contender}: {failed}", file=sys.stderr, flush=True)  # out of memory, for one
+        print(f"{setting}: {failed}", file=sys.stderr, flush=True)  # out of memory, for one
         return {}
-    return {"peak_gb": round(measured.gigabytes, 2), **json.loads(measured.output.splitlines()[-1])}
+    return {"peak_gb": round(measured.gigabytes, 2), **found}
 
 
 def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -179,27 +157,7 @@ def _gemm(_: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
-    from dpo_opt.optimize import TrainConfig, train
-    from dpo_opt.schemas.progress import Silent
-
-    marks: list[float] = []
-
-    class Clock(Silent):
-        """When each step ended."""
-
-        def advance(self, count: int, note: str = "") -> None:
-            marks.append(time.perf_counter())
-
-    output = arguments.folder / f"ours-{time.monotonic_ns()}"
-    train(
-        TrainConfig(
-            shards=arguments.folder / "shards", model=str(arguments.model), output_dir=output, seed=SEED,
-            batch_size=arguments.pairs_per_step, dtype="float32", logging_steps=1,
-        ),
-        progress=Clock(),
-    )  # fmt: skip
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return _counted(marks, [json.loads(line)["loss"] for line in lines])
+    return _counted(train_ours(arguments, seed=SEED))
 
 
 def _trl(
@@ -211,15 +169,14 @@ def _trl(
         pairs_per_step=arguments.pairs_per_step, micro_batch=micro_batch, checkpointing=checkpointing,
         precompute=True, precompute_batch=1,
     )  # fmt: skip
-    return _counted(found.ends, found.losses)
+    return _counted(found)
 
 
-def _counted(ends: list[float], losses: list[float]) -> dict[str, Any]:
-    steps = [round(b - a, 3) for a, b in itertools.pairwise(ends)]
-    return {"seconds": round(sum(steps), 3), "steps": steps, "losses": [round(loss, 6) for loss in losses]}
-
-
-JOBS = {"prepare": _prepare, "gemm": _gemm, "ours": _ours, "trl": _trl}
+def _counted(trained: Trained) -> dict[str, Any]:
+    """All steps but the first."""
+    steps = [round(b - a, 3) for a, b in itertools.pairwise(trained.ends)]
+    losses = [round(loss, 6) for loss in trained.losses]
+    return {"seconds": round(sum(steps), 3), "steps": steps, "losses": losses}
 
 
 def _print_tables(

@@ -1,22 +1,11 @@
 """TRL's part in the training benches: its trainer on the same pairs in the same order, with a clock in it."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Trained(NamedTuple):
-    """What a run of TRL's trainer took, in seconds on this process's clock."""
-
-    preparing: float
-    """Tokenizing, and scoring the reference where it is precomputed."""
-    began: float
-    """When the first step did."""
-    ends: list[float]
-    """Of each step."""
-    losses: list[float]
+from sides import Trained
 
 
 def train(
@@ -98,17 +87,3 @@ def train(
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Trained(sum(preparing), marks[0], marks[1:], losses)
-
-
-def write_pairs(source: Path, target: Path, count: int) -> None:
-    """The first pairs of a file.
-
-    Raises:
-        SystemExit: It has fewer.
-    """
-    lines = source.read_text(encoding="utf-8").splitlines()[:count]
-    if len(lines) < count:
-        raise SystemExit(f"{source} has {len(lines)} pairs, {count} are needed")
-    keys = ("prompt", "chosen", "rejected")
-    rows = [{key: row[key] for key in keys} for row in map(json.loads, lines)]
-    target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 from dpo_opt.optimize.packing import Group, packed_size, shared_length
 from dpo_opt.optimize.policy import Policy, head_of
 
@@ -25,12 +27,22 @@ class ForwardCost(NamedTuple):
 
 
 def forward_cost(policy: Policy) -> ForwardCost:
-    """Read from the model; experts count as if a row visited all of them. To be called before sharding."""
+    """Read from the model, of whose experts a row visits some. To be called before sharding."""
     config = policy.model.config.get_text_config()
     head = head_of(policy.model).weight
     embedding = policy.model.get_input_embeddings().weight
-    others = {id(head): head.numel(), id(embedding): embedding.numel()}
-    weights = sum(p.numel() for p in policy.model.parameters() if p.ndim >= 2 and id(p) not in others)
+    others = {id(head), id(embedding)}
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    visited = getattr(config, "num_experts_per_tok", None) or experts
+
+    def fed_to(parameter: Tensor) -> float:
+        """The share of rows that a weight sees."""
+        of_experts = experts and parameter.ndim == 3 and parameter.shape[0] == experts
+        return visited / experts if of_experts and visited else 1.0
+
+    weights = sum(
+        p.numel() * fed_to(p) for p in policy.model.parameters() if p.ndim >= 2 and id(p) not in others
+    )
     heads = getattr(config, "num_attention_heads", 0)
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
     return ForwardCost(2.0 * weights, 4.0 * width * config.num_hidden_layers, 2.0 * head.numel())

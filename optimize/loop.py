@@ -50,6 +50,7 @@ from dpo_opt.optimize.start import start
 from dpo_opt.optimize.step import Batching, MetricsWindow, PairResults, forward_pairs
 from dpo_opt.optimize.stop_signals import StopRequested, StopSignals, stop_signals
 from dpo_opt.optimize.stream import PairStream
+from dpo_opt.optimize.throughput import Throughput
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, Preempted
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS, TOKENIZER_FIELDS
 from dpo_opt.schemas.manifest import ShardFolder
@@ -202,7 +203,7 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
     if at.step:
         progress.advance(at.step)
     steps = stream.steps(seed=config.seed, size=config.batch_size, consumed=at.consumed)
-    timed_pairs, window_start, note = 0, time.perf_counter(), ""
+    throughput, note = Throughput(policy, cost, world), ""
     try:
         while True:
             paused = time.perf_counter()
@@ -226,7 +227,7 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
                 save()
             if improved and best is not None:
                 run.write_best(best.model_dump())
-            window_start += time.perf_counter() - paused
+            throughput.leave_out(time.perf_counter() - paused)
             if at.step == total_steps:
                 break
 
@@ -249,7 +250,7 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
             )  # fmt: skip
             run.add_pair_logps(batch)
             window.add(results, grad_norm)
-            timed_pairs += len(pairs)
+            throughput.add(pairs)
             at.step += 1
             at.consumed += len(pairs)
             unique = sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
@@ -265,11 +266,11 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
                         "learning_rate": rate,
                         "num_tokens": at.num_tokens,
                         "num_unique_tokens": at.num_unique_tokens,
-                        "pairs_per_second": timed_pairs / (time.perf_counter() - window_start),
+                        **throughput.metrics(),
                     }
                 )
                 note = f"loss {means['loss']:.4f}"
-                window, timed_pairs, window_start = MetricsWindow(policy.device), 0, time.perf_counter()
+                window = MetricsWindow(policy.device)
             progress.advance(1, note)
     except StopRequested as request:
         optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""An optimizer's state as plain named tensors, and back: what a checkpoint stores without pickle.
+"""An optimizer's state as plain named tensors: what a checkpoint stores without pickle, and fills again.
 
 ``state_dict`` numbers its parameters and keeps tensor subclasses, so it fits neither safetensors nor a model
 whose parameters come in another order.
@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-
-from dpo_opt.schemas.errors import DataError
 
 
 def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -32,38 +30,6 @@ def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict
             for entry, value in optimizer.state[parameter].items():
                 found |= _parts(f"{names[parameter]}.{entry}", value)
     return found
-
-
-def load_optimizer_tensors(
-    optimizer: Optimizer, tensors: Mapping[str, Tensor], names: Mapping[Tensor, str]
-) -> None:
-    """Set the state to what ``optimizer_tensors`` returned; the next step is the one that would have come.
-
-    Learning rate and other settings stay as they are. All tensors are checked before one is copied.
-
-    Args:
-        optimizer: Made from the same model and settings.
-        tensors: From any device.
-        names: As for ``optimizer_tensors``.
-
-    Raises:
-        DataError: A tensor is missing, is one too many, or has another shape or dtype; the first is named.
-    """
-    expected = optimizer_tensors(optimizer, names)
-    for name, target in expected.items():
-        if name not in tensors:
-            raise _mismatch(f"the optimizer's state lacks {name!r}")
-        found = tensors[name]
-        if (found.shape, found.dtype) != (target.shape, target.dtype):
-            raise _mismatch(
-                f"{name!r} of the optimizer's state is {_describe(found)}, not {_describe(target)}"
-            )
-    unexpected = sorted(set(tensors) - set(expected))
-    if unexpected:
-        raise _mismatch(f"the optimizer's state has {unexpected[0]!r}, which this run has no place for")
-    with torch.no_grad():
-        for name, target in expected.items():
-            target.copy_(tensors[name])
 
 
 def _begin(optimizer: Optimizer) -> None:
@@ -112,15 +78,3 @@ def _set_rates(optimizer: Optimizer, rates: list[float]) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _mismatch(what: str) -> DataError:
-    return DataError(
-        what,
-        why="going on from it would be another run than the one that was saved",
-        fix="use the model and the --optim and --param-dtype that the checkpoint was made with",
-    )

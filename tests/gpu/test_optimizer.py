@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torchrun_steps import ALONE
 
 from dpo_opt.optimize import TrainConfig
 from dpo_opt.optimize.optimizer import make_optimizer
-from dpo_opt.optimize.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from dpo_opt.optimize.optimizer_state import optimizer_tensors
 from dpo_opt.optimize.rounding import round_stochastically
+from dpo_opt.optimize.state_files import load_state, save_state
 
 pytestmark = pytest.mark.gpu
 
@@ -61,7 +63,7 @@ class Run:
     ],
 )
 def test_a_run_that_goes_on_is_one_that_never_stopped(
-    cuda: torch.device, optim: str, dtype: torch.dtype
+    cuda: torch.device, tmp_path: Path, optim: str, dtype: torch.dtype
 ) -> None:
     if optim == "adamw-8bit":
         pytest.importorskip(
@@ -71,9 +73,9 @@ def test_a_run_that_goes_on_is_one_that_never_stopped(
     whole.step(range(6))
     first.step(range(3))
     second.weight.data.copy_(first.weight)
-    saved = {name: tensor.cpu() for name, tensor in first.state().items()}
+    save_state(tmp_path / "optimizer", first.state(), ALONE)
     torch.rand(3, device=cuda)
-    load_optimizer_tensors(second.optimizer, saved, {second.weight: "weight"})
+    load_state(tmp_path / "optimizer", second.state(), ALONE)
     second.step(range(3, 6))
     assert torch.equal(second.weight, whole.weight)
     for name, expected in whole.state().items():
