@@ -21,11 +21,17 @@ from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.pairs import TokenSequence
 from dpo_opt.schemas.storage import sha256_folder
 
-# Tiny models gain nothing from more, and on a busy machine threads mostly wait for each other.
-torch.set_num_threads(1)
-
 FullLogps = Callable[[PreTrainedModel, TokenSequence], Tensor]
 WORDS = ["the", "cat", "sat", "and", "then", "it", "ran", "out", "of", "town", "with", "nine", "red", "hats"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """One thread, also where a vLLM engine in this process asked for more: the order of sums depends on it.
+
+    Tiny models gain nothing from others, and on a busy machine threads mostly wait for each other.
+    """
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
