@@ -28,9 +28,9 @@ _PEAKS = {
 class Throughput:
     """What was done since the last line of metrics, and in what time.
 
-    ``mfu`` is Model FLOPs Utilization (Chowdhery et al. 2022, appendix B): what a step needs of floating-point
-    operations, each prompt counted once and recomputation not at all, per second, over what the GPUs could do
-    in bf16. It is left out where the device's peak is not known, such as on a CPU.
+    ``mfu`` is Model FLOPs Utilization (Chowdhery et al. 2022, appendix B): the floating-point operations that
+    the steps need, each prompt counted once and recomputation not at all, per second, over what the GPUs
+    could do in bf16. It is left out where the device's peak is not known, such as on a CPU.
     """
 
     def __init__(self, policy: Policy, cost: ForwardCost, world: World) -> None:
