@@ -28,7 +28,6 @@ import argparse
 import gc
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Iterator
 
 import gpu_contenders
@@ -135,7 +134,7 @@ def _print(begin: str, task: Task, results: dict[str, Measured | None], rate: fl
     """Speed and peak of each contender, and how they relate to the fastest baseline's."""
     baselines = [r for name, r in results.items() if r is not None and not name.startswith("dpo-opt")]
     base = min(baselines, key=lambda r: r.seconds, default=None)
-    flops = statistics.fmean(model_flops(task.config, pair) for pair in task.pairs) * task.per_step
+    flops = model_flops(task.config, *task.pairs) / len(task.pairs) * task.per_step
     for name, run in results.items():
         if run is None:
             print(f"{begin} {name} | out of memory |", flush=True)

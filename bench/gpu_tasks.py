@@ -94,14 +94,20 @@ def made_up_pairs(mix: str, count: int) -> list[TokenizedPair]:
     return pairs
 
 
-def model_flops(config: PreTrainedConfig, pair: TokenizedPair) -> float:
-    """Forward and backward of a pair, its prompt counted once; recomputation is not counted."""
-    prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
-    tokens = prompt + chosen + rejected
-    attended = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2 - prompt**2) / 2
-    linear = 6 * linear_parameters(config) * tokens
-    attention = 12 * config.hidden_size * config.num_hidden_layers * attended
-    return linear + attention + 6 * config.hidden_size * config.vocab_size * (chosen + rejected)
+def model_flops(config: PreTrainedConfig, *pairs: TokenizedPair) -> float:
+    """Forward and backward of pairs, each prompt counted once; recomputation is not counted."""
+    per_token = 6 * linear_parameters(config)
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    per_key = 12 * width * config.num_hidden_layers
+    per_scored = 6 * config.hidden_size * config.vocab_size
+    total = 0.0
+    for pair in pairs:
+        prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
+        attended = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2 - prompt**2) / 2
+        total += per_token * (prompt + chosen + rejected) + per_key * attended
+        total += per_scored * (chosen + rejected)
+    return total
 
 
 def make_model(task: Task, attention: str) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from measure import Measured, run
 
 Job = Callable[..., dict[str, Any]]
+SEED = 42  # of the order in which our side takes the pairs
 
 
 class Trained(NamedTuple):
@@ -60,8 +61,9 @@ def run_job(arguments: argparse.Namespace, name: str, **settings: Any) -> tuple[
     command = [arguments.trl_python if name == "trl" else sys.executable, sys.argv[0]]
     command += ["--contender", json.dumps([name, settings])]
     for option, value in vars(arguments).items():
-        if option not in ("contender", "trl_python") and value not in (None, False):
-            command += ["--" + option.replace("_", "-")] + ([] if value is True else [str(value)])
+        if option in ("contender", "trl_python") or value is None or value is False:
+            continue
+        command += ["--" + option.replace("_", "-")] + ([] if value is True else [str(value)])
     environment = {
         **os.environ,
         # Where TRL finds in every run what it scored in the first.
@@ -76,7 +78,7 @@ def run_job(arguments: argparse.Namespace, name: str, **settings: Any) -> tuple[
     return json.loads(measured.output.splitlines()[-1]), measured
 
 
-def train_ours(arguments: argparse.Namespace, *, seed: int = 42) -> Trained:
+def train_ours(arguments: argparse.Namespace) -> Trained:
     """One epoch of ``dpo-opt train`` on the shards in the bench's folder, everything else as it ships."""
     from dpo_opt.optimize import TrainConfig, train
     from dpo_opt.schemas.progress import Silent
@@ -95,7 +97,7 @@ def train_ours(arguments: argparse.Namespace, *, seed: int = 42) -> Trained:
     output = arguments.folder / f"ours-{time.monotonic_ns()}"
     train(
         TrainConfig(
-            shards=arguments.folder / "shards", model=str(arguments.model), output_dir=output, seed=seed,
+            shards=arguments.folder / "shards", model=str(arguments.model), output_dir=output, seed=SEED,
             batch_size=arguments.pairs_per_step, dtype="float32", logging_steps=1,
         ),
         progress=Clock(),

@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import trl_side
-from sides import Trained, command_line, do_job, run_job, train_ours, write_pairs
+from sides import SEED, Trained, command_line, do_job, run_job, train_ours, write_pairs
 
-SEED = 42
 OURS = "dpo-opt"
 AS_IT_SHIPS = "TRL as it ships: micro-batch 8, gradient checkpointing"
 FASTEST_KNOWN = "TRL, micro-batch 1"
@@ -94,8 +93,8 @@ def _contend(arguments: argparse.Namespace, setting: dict[str, Any] | None) -> d
 
 def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Score the reference, fix the order of the pairs, and count what the steps need."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from gpu_tasks import model_flops
+    from transformers import AutoConfig
 
     from dpo_opt.optimize.score import HfScorer
     from dpo_opt.optimize.stream import PairStream
@@ -123,19 +122,7 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     (arguments.folder / "orders.json").write_text(json.dumps([order, by_length]))
 
     config = AutoConfig.from_pretrained(arguments.model).get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = config.num_attention_heads
-    width = head * (getattr(config, "head_dim", None) or config.hidden_size // head)
-    outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in outside)
-    flops = 0.0
-    for pair in pairs[size:]:
-        prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
-        attended = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2 - prompt**2) / 2
-        flops += 6 * matrices * (prompt + chosen + rejected)
-        flops += 12 * width * config.num_hidden_layers * attended
-        flops += 6 * config.hidden_size * config.vocab_size * (chosen + rejected)
+    flops = model_flops(config, *pairs[size:])
     tokens = [sum(map(len, column)) / len(pairs) for column in zip(*(
         (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs
     ), strict=True)]  # fmt: skip
@@ -157,7 +144,7 @@ def _gemm(_: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
-    return _counted(train_ours(arguments, seed=SEED))
+    return _counted(train_ours(arguments))
 
 
 def _trl(

@@ -9,8 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 from dpo_opt.optimize.packing import Group, packed_size, shared_length
 from dpo_opt.optimize.policy import Policy, head_of
 
@@ -33,15 +31,12 @@ def forward_cost(policy: Policy) -> ForwardCost:
     embedding = policy.model.get_input_embeddings().weight
     others = {id(head), id(embedding)}
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    visited = getattr(config, "num_experts_per_tok", None) or experts
-
-    def fed_to(parameter: Tensor) -> float:
-        """The share of rows that a weight sees."""
-        of_experts = experts and parameter.ndim == 3 and parameter.shape[0] == experts
-        return visited / experts if of_experts and visited else 1.0
-
+    visited = getattr(config, "num_experts_per_tok", None)
+    share = visited / experts if experts and visited else 1.0  # of the rows that an expert sees
     weights = sum(
-        p.numel() * fed_to(p) for p in policy.model.parameters() if p.ndim >= 2 and id(p) not in others
+        p.numel() * (share if p.ndim == 3 and p.shape[0] == experts else 1.0)
+        for p in policy.model.parameters()
+        if p.ndim >= 2 and id(p) not in others
     )
     heads = getattr(config, "num_attention_heads", 0)
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
