@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.hub import fetch
 
@@ -32,6 +34,31 @@ _VOLATILE_CONFIG_KEYS = frozenset(
         "use_cache",
     }
 )
+
+
+# Names under which transformers' configurations state the longest sequence. The first that is there counts:
+# later ones stand beside it as leftovers (n_ctx of GPT-2 checkpoints).
+_CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",  # GPT-2, GPT-J, CodeGen, BigCode
+    "max_seq_len",  # MPT, DBRX
+    "seq_length",  # ChatGLM, BLOOM
+    "model_max_length",  # Kimi Linear
+    "max_sequence_length",
+    "max_seq_length",
+    "max_target_positions",  # decoders of speech models
+    "context_length",  # RWKV
+    "n_ctx",
+)
+# Bytes of a tensor that are looked at at once.
+_CHUNK = 2**24
+# Bits of the exponent, by dtype: where all are set, the value is infinite or no number.
+_EXPONENTS = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7F80_0000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
 
 
 def find_model(model: str, *, revision: str | None = None) -> Path:
@@ -73,6 +100,14 @@ def _refuse_unsafe(folder: Path) -> None:
             why="it is not a model folder in the Hugging Face layout",
             fix="pass --model with a folder that save_pretrained wrote",
         )
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{folder} holds a model and an adapter (config.json and adapter_config.json)",
+            why="transformers would add the adapter to the model's weights, which may hold it already, and "
+            "save only the adapter after training; vLLM would leave it out",
+            fix=f"cp -rL {folder} MODEL && rm MODEL/adapter_*, then pass MODEL if its weights are merged; if "
+            f"not, dpo-opt merge --model MODEL --adapter {folder} --output MERGED, then pass MERGED",
+        )
     if "auto_map" in read_config(folder):
         raise ConfigError(
             f"{folder} asks to run its own Python code (auto_map in config.json)",
@@ -103,16 +138,70 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a configuration that is about text: all of it, unless other modalities stand beside it."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
 def checkpoint_dtype(folder: Path) -> str:
     """The dtype the checkpoint declares, ``float32`` where it declares none."""
     config = read_config(folder)
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    stated = (part.get(key) for part in (config, text_config(config)) for key in ("dtype", "torch_dtype"))
+    return str(next((dtype for dtype in stated if dtype), "float32"))
 
 
 def context_length(folder: Path) -> int | None:
-    """Most tokens a sequence may have, where the config states it."""
-    value = read_config(folder).get("max_position_embeddings")
-    return int(value) if value is not None else None
+    """Most tokens a sequence may have, where the config states it; see ``stated_context``."""
+    return stated_context(read_config(folder))
+
+
+def stated_context(config: Mapping[str, Any]) -> int | None:
+    """Most tokens a sequence may have by a config.json, None where it states nothing.
+
+    Beyond it, learned positions end in a crash, and rotary ones in angles that the model never saw. Scaled
+    rotary embeddings count: ``linear`` and ``dynamic`` stretch the stated positions by their factor, ``yarn``
+    stretches those that it began with. Beside ``longrope``, ``llama3`` and anything of Gemma 3 the stated
+    positions are the stretched ones.
+    """
+    text = text_config(config)
+    scalings = _rope_scalings(text)
+    keys = _CONTEXT_KEYS
+    if scalings or "rope_theta" in text:
+        # Command-R states what it was trained for under this name, and less under the other.
+        keys = ("model_max_length", *keys)
+    stated = next(
+        (int(part[key]) for part in (text, config) for key in keys if _is_count(part.get(key))), None
+    )
+    if stated is None or "gemma3" in str(text.get("model_type", config.get("model_type"))):
+        return stated
+    return max([stated, *(_stretched(stated, scaling, text) for scaling in scalings)])
+
+
+def _is_count(value: object) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    )
+
+
+def _rope_scalings(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The settings of scaled rotary embeddings: one, or one for each type of layer."""
+    found = [text.get("rope_scaling"), text.get("rope_parameters")]
+    flat = [value for value in found if isinstance(value, dict)]
+    return flat + [part for value in flat for part in value.values() if isinstance(part, dict)]
+
+
+def _stretched(stated: int, scaling: Mapping[str, Any], text: Mapping[str, Any]) -> int:
+    kind = scaling.get("rope_type") or scaling.get("type")
+    factor = scaling.get("factor")
+    if not isinstance(factor, int | float):
+        return stated
+    if kind in ("linear", "dynamic"):
+        return int(stated * factor)
+    if kind == "yarn":
+        key = "original_max_position_embeddings"
+        return int(factor * (scaling.get(key) or text.get(key) or stated))
+    return stated
 
 
 def config_digest(folder: Path) -> str:
@@ -184,6 +273,28 @@ def _tensor_line(
             finally:
                 view.release()
     return f"{name} {dtype} {'x'.join(map(str, shape))} {digest.hexdigest()}"
+
+
+def nonfinite_tensor(folder: Path) -> str | None:
+    """Name of the first tensor that holds a NaN or an infinity, None where all weights are numbers.
+
+    Reads all weights, a few MiB at a time; other dtypes than F64, F32, F16 and BF16 are passed over.
+
+    Raises:
+        ConfigError: A safetensors file is truncated or damaged.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        for _, name, dtype, _, begin, end in _tensors(path):
+            if dtype not in _EXPONENTS:
+                continue
+            layout, exponent = _EXPONENTS[dtype]
+            with path.open("rb") as handle:
+                handle.seek(begin)
+                for start in range(begin, end, _CHUNK):
+                    bits = np.frombuffer(handle.read(min(_CHUNK, end - start)), dtype=layout)
+                    if bool(((bits & exponent) == exponent).any()):
+                        return name
+    return None
 
 
 def parameter_count(folder: Path) -> int:

@@ -2,6 +2,8 @@ import contextlib
 import hashlib
 import json
 import shutil
+import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from dpo_opt.schemas.models import (
     config_digest,
     context_length,
     find_model,
+    nonfinite_tensor,
     parameter_count,
+    stated_context,
     template_digest,
     tokenizer_digest,
     weights_digest,
@@ -200,6 +204,170 @@ def test_the_context_and_the_declared_dtype_are_read_from_the_config(tiny_model:
     assert (context_length(model), checkpoint_dtype(model)) == (None, "bfloat16")
     change_config(model, torch_dtype=None)
     assert checkpoint_dtype(model) == "float32"
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_dtype_that_only_the_text_part_declares_counts(model: Path, name: str) -> None:
+    change_config(model, dtype=None, torch_dtype=None, text_config={name: "bfloat16"})
+    assert checkpoint_dtype(model) == "bfloat16"
+
+
+def rope(**settings: Any) -> dict[str, Any]:
+    return {"max_position_embeddings": 64, "rope_scaling": settings}
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({}, None),
+        ({"max_position_embeddings": None}, None),
+        ({"max_position_embeddings": 64}, 64),
+        ({"n_positions": 128, "n_ctx": 64}, 128),
+        ({"n_ctx": 64}, 64),
+        ({"max_seq_len": 128}, 128),
+        ({"seq_length": 128}, 128),
+        ({"model_max_length": 128}, 128),
+        ({"context_length": 128}, 128),
+        ({"max_target_positions": 128}, 128),
+        ({"max_position_embeddings": 64, "model_max_length": 128}, 64),
+        ({"max_position_embeddings": 64, "model_max_length": 128, "rope_theta": 1e4}, 128),
+        ({"text_config": {"max_position_embeddings": 64}, "max_position_embeddings": 8}, 64),
+        ({"text_config": {"n_positions": 64}}, 64),
+        ({"text_config": {}, "max_position_embeddings": 8}, 8),
+        ({"text_config": None, "max_position_embeddings": 8}, 8),
+        (rope(type="linear", factor=4.0), 256),
+        (rope(rope_type="linear", factor=2.5), 160),
+        (rope(type="dynamic", factor=2), 128),
+        (rope(rope_type="default"), 64),
+        (rope(type="linear", factor=None), 64),
+        (rope(type="mrope", mrope_section=[16, 24, 24]), 64),
+        (rope(type="su", short_factor=[1.0], long_factor=[4.0]), 64),
+        (rope(type="longrope", factor=4.0), 64),
+        (rope(rope_type="llama3", factor=8.0, original_max_position_embeddings=32), 64),
+        (rope(type="yarn", factor=4.0), 256),
+        (rope(type="yarn", factor=4.0, original_max_position_embeddings=16), 64),
+        (rope(type="yarn", factor=4.0, original_max_position_embeddings=64), 256),
+        (rope(rope_type="yarn", factor=4.0) | {"original_max_position_embeddings": 32}, 128),
+        ({"max_position_embeddings": 64, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 256),
+        ({"n_positions": 64, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 256),
+        (
+            {
+                "text_config": {
+                    "model_type": "olmo3",
+                    "max_position_embeddings": 64,
+                    "rope_parameters": {
+                        "full_attention": {
+                            "rope_type": "yarn",
+                            "factor": 8.0,
+                            "original_max_position_embeddings": 32,
+                        },
+                        "sliding_attention": {"rope_type": "default"},
+                    },
+                }
+            },
+            256,
+        ),
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": {
+                    "model_type": "gemma3_text",
+                    "max_position_embeddings": 64,
+                    "rope_parameters": {
+                        "full_attention": {"rope_type": "linear", "factor": 8.0},
+                        "sliding_attention": {"rope_type": "default"},
+                    },
+                },
+            },
+            64,
+        ),
+        (rope(rope_type="linear", factor=8.0) | {"model_type": "gemma3_text"}, 64),
+        ({"model_type": "gemma3", "text_config": rope(rope_type="linear", factor=8.0)}, 64),
+    ],
+)
+def test_the_context_is_read_however_a_configuration_states_it(
+    config: dict[str, Any], context: int | None
+) -> None:
+    assert stated_context(config) == context
+
+
+def test_the_context_of_every_causal_model_of_transformers_is_read(tmp_path: Path) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    compared, wrong = 0, []
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if kind.startswith("musicgen"):
+            continue  # has no configuration without those of its parts
+        config = CONFIG_MAPPING[kind]()
+        text = getattr(config, "text_config", config)
+        states = getattr(text, "max_position_embeddings", None)
+        if states == -1:
+            states = None  # XLNet: as many as it gets
+        found = stated_context(config.to_dict())
+        compared += states is not None
+        # A default configuration may come with scaled embeddings.
+        if states is not None and (found is None or found < states):
+            wrong.append((kind, states, found))
+    assert compared > 100
+    assert not wrong
+
+
+def test_an_adapter_beside_a_whole_model_is_refused(model: Path) -> None:
+    (model / "adapter_config.json").write_text("{}")
+    error = refusal(lambda: find_model(str(model)))
+    assert "a model and an adapter" in error.what
+    assert "dpo-opt merge --model MODEL" in str(error.fix)
+
+
+def write_tensors(path: Path, tensors: dict[str, tuple[str, bytes]]) -> None:
+    """A safetensors file of flat tensors: dtype and bytes by name."""
+    header, end = {}, 0
+    for name, (dtype, content) in tensors.items():
+        size = {"F64": 8, "F32": 4, "I64": 8}.get(dtype, 2)
+        shape = [len(content) // size]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(content)]}
+        end += len(content)
+    text = json.dumps(header).encode()
+    path.write_bytes(
+        struct.pack("<Q", len(text)) + text + b"".join(content for _, content in tensors.values())
+    )
+
+
+LARGEST = {
+    "F64": struct.pack("<d", -1.7976931348623157e308),
+    "F32": struct.pack("<f", -3.4028234e38),
+    "F16": struct.pack("<e", -65504.0),
+    "BF16": b"\x7f\xff",
+}
+NOT_FINITE = {
+    "F64": [struct.pack("<d", value) for value in (float("nan"), float("inf"), float("-inf"))],
+    "F32": [struct.pack("<f", value) for value in (float("nan"), float("inf"), float("-inf"))],
+    "F16": [struct.pack("<e", value) for value in (float("nan"), float("inf"), float("-inf"))],
+    "BF16": [b"\xc0\x7f", b"\x80\x7f", b"\x80\xff"],
+}
+
+
+@pytest.mark.parametrize("dtype", NOT_FINITE)
+def test_a_tensor_with_a_value_that_is_no_number_is_named(dtype: str, tmp_path: Path) -> None:
+    good = {"head": (dtype, LARGEST[dtype] * 3), "ids": ("I64", b"\xff" * 8), "empty": (dtype, b"")}
+    write_tensors(tmp_path / "a.safetensors", good)
+    assert nonfinite_tensor(tmp_path) is None
+    for value in NOT_FINITE[dtype]:
+        others = {"good": good["head"], "bad": (dtype, LARGEST[dtype] * 5 + value), "worse": (dtype, value)}
+        write_tensors(tmp_path / "b.safetensors", others)
+        assert nonfinite_tensor(tmp_path) == "bad"
+
+
+def test_the_last_value_of_a_large_tensor_is_looked_at_in_little_memory(tmp_path: Path) -> None:
+    content = bytes(2**26 + 2)
+    write_tensors(tmp_path / "a.safetensors", {"large": ("BF16", content + NOT_FINITE["BF16"][0])})
+    tracemalloc.start()
+    try:
+        assert nonfinite_tensor(tmp_path) == "large"
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_tokenizer_digest_is_of_behaviour(tiny_model: Path, model: Path) -> None:
