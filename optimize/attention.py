@@ -8,18 +8,35 @@ sliding window counts positions, as it must.
     H = query heads, K = key-value heads, D = head dimension, T = packed rows
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from dpo_opt.optimize.packing import Segment, VarlenIndex
 from dpo_opt.optimize.varlen import takes_varlen, varlen_attention
 
 SEGMENT_ATTENTION = "dpo_opt_segments"
+"""For packed rows."""
+PADDED_ATTENTION = "dpo_opt_padded"
+"""For padded rows: torch's own attention, which refuses what it would leave out."""
+STOCK_ATTENTION = "eager"
+"""transformers' own, written out in each model's file: what the model means."""
+# What transformers hands to an attention beside the tensors and does not change its result: the layout of the
+# batch, what a cache or another kernel wants to know, and what is wanted back.
+_WITHOUT_EFFECT = {
+    *("position_ids", "cache_position", "segments", "varlen", "layer_idx", "layer_type", "is_training"),
+    *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch"),
+    *("position_embeddings", "past_key_values", "deterministic", "logits_to_keep", "output_mtp_logits"),
+}
 _KEPT_ENTRIES = 2**20
 # Queries per call on a CPU: its kernel skips keys that come later only in blocks of 512.
 _CPU_ROWS = 64
@@ -36,23 +53,25 @@ def segment_attention(
     varlen: VarlenIndex | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention output (1, T, H, D) in the form transformers' ``AttentionInterface`` expects.
 
     ``varlen`` says the same as ``segments`` to the fused kernel of a CUDA device.
 
     Raises:
-        NotImplementedError: The model wants soft-capping or sinks, which this kernel would ignore,
-            or applies its sliding window in a mask that is never built here; ``policy.load_policy``
-            detects such models and falls back to padded rows.
+        NotImplementedError: The model wants what this kernel would ignore (soft-capping, sinks, a bias, a mask
+            of its own), or applies its sliding window in a mask that is never built here;
+            ``policy.load_policy`` detects such models and falls back to padded rows.
     """
-    if attention_mask is not None or softcap is not None or s_aux is not None:
-        raise NotImplementedError("segment attention has no masks, soft-capping or sinks")
+    _refuse_unknown(others, dropout=dropout)
+    if attention_mask is not None or is_causal is False:
+        raise NotImplementedError("segment attention is causal and has no masks")
     if sliding_window is None and _is_windowed(module):
         raise NotImplementedError("the layer has a sliding window and does not pass it on")
+    _note_call(module)
     if varlen is not None and takes_varlen(query, value):
         return varlen_attention(query, key, value, varlen, scale=scaling, window=sliding_window), None
     grouped = query.shape[1] != key.shape[1]
@@ -117,4 +136,59 @@ def _is_windowed(module: torch.nn.Module) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
+def padded_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention through torch's kernel; the mask holds padding and window.
+
+    Raises:
+        NotImplementedError: The model wants what that kernel leaves out without a word, such as soft-capping.
+    """
+    _refuse_unknown(others, dropout=dropout)
+    _note_call(module)
+    output: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal
+    )
+    return output
+
+
+def _refuse_unknown(others: Mapping[str, Any], *, dropout: float) -> None:
+    unknown = sorted(n for n, value in others.items() if value is not None and n not in _WITHOUT_EFFECT)
+    if dropout:
+        unknown.append("dropout")
+    if unknown:
+        raise NotImplementedError(f"the attention has no {', '.join(unknown)}")
+
+
+_calls: list[torch.nn.Module] | None = None
+
+
+@contextlib.contextmanager
+def attention_calls() -> Iterator[list[torch.nn.Module]]:
+    """The modules that ask one of this file's attentions while the block runs, in order."""
+    global _calls
+    _calls = found = []
+    try:
+        yield found
+    finally:
+        _calls = None
+
+
+def _note_call(module: torch.nn.Module) -> None:
+    if _calls is not None:
+        _calls.append(module)
+
+
 AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
+AttentionInterface.register(PADDED_ATTENTION, padded_attention)
+AttentionMaskInterface.register(PADDED_ATTENTION, sdpa_mask)

@@ -9,8 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dpo_opt.optimize.architecture import head_of
 from dpo_opt.optimize.packing import Group, packed_size, shared_length
-from dpo_opt.optimize.policy import Policy, head_of
+from dpo_opt.optimize.policy import Policy
 
 
 class ForwardCost(NamedTuple):

@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
+from dpo_opt.optimize.architecture import decoder_of, read_model_config
+from dpo_opt.optimize.attention import STOCK_ATTENTION
 from dpo_opt.optimize.policy import Policy
+from dpo_opt.schemas.rope import PINNED
 from dpo_opt.schemas.storage import publish_folder
 
 
@@ -37,7 +40,7 @@ def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Pa
     # do_sample, as in many released models), which would lose the run at its very end: copied instead.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     settings = source / "generation_config.json"
-    with _stock_attention(policy):
+    with _as_it_was_loaded(policy, source):
         model.save_pretrained(folder, safe_serialization=True)
     shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
     if settings.is_file():
@@ -46,12 +49,18 @@ def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Pa
 
 
 @contextlib.contextmanager
-def _stock_attention(policy: Policy) -> Iterator[None]:
-    """The segment attention exists in this program only; a saved config must not ask for it."""
-    own = policy.model.config._attn_implementation
-    if policy.packs:
-        policy.model.set_attn_implementation("sdpa")
+def _as_it_was_loaded(policy: Policy, source: Path) -> Iterator[None]:
+    """A saved configuration asks for an attention that others have, and for the rotary embedding it came with."""
+    decoder = decoder_of(policy.model)
+    text, original = policy.model.config.get_text_config(), read_model_config(source).get_text_config()
+    own = {name: getattr(text, name) for name in PINNED if hasattr(text, name)}
+    attention = text._attn_implementation
+    decoder.set_attn_implementation(STOCK_ATTENTION)
     try:
+        for name in own:
+            setattr(text, name, getattr(original, name))
         yield
     finally:
-        policy.model.set_attn_implementation(own)
+        for name, value in own.items():
+            setattr(text, name, value)
+        decoder.set_attn_implementation(attention)

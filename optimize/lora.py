@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpo_opt.optimize.adapter_folder import (
@@ -26,6 +26,7 @@ from dpo_opt.optimize.adapter_folder import (
     read_adapter,
     require_base,
 )
+from dpo_opt.optimize.architecture import model_without_weights
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.lora_targets import chosen_layers, has_experts, offered_layers, short_names
 from dpo_opt.schemas.errors import ConfigError
@@ -71,7 +72,7 @@ def plan_adapter(config: TrainConfig, model_folder: Path) -> AdapterPlan:
         DataError: The adapter to go on from is damaged.
     """
     require_usable(config)
-    model = _without_weights(model_folder)
+    model = model_without_weights(model_folder)
     continued = read_adapter(config.adapter) if config.adapter else None
     targets = list(config.lora_target_modules or _ALL_LINEAR)
     note = None
@@ -272,20 +273,6 @@ def _adapted(model: nn.Module) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-
-
-def _without_weights(model_folder: Path) -> PreTrainedModel:
-    try:
-        config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"transformers cannot make this model ({str(error).splitlines()[0]})",
-            where=str(model_folder),
-            fix='check the folder with `python -c "from transformers import AutoConfig"` and its config.json',
-        ) from error
-    return model
 
 
 def _require_fitting(adapter: Adapter, config: TrainConfig, model: PreTrainedModel) -> None:

@@ -16,14 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from dpo_opt.optimize.activations import checkpoint_activations
+from dpo_opt.optimize.architecture import decoder_of, model_without_weights
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.lora import add_adapter, plan_adapter
 from dpo_opt.optimize.lora_targets import has_experts
 from dpo_opt.optimize.policy import compute_dtype
-from dpo_opt.schemas.errors import ConfigError
 
 _SHAPES_ONLY = "dpo_opt_shapes"
 # Prints a traceback for every operation that refuses shapes without data.
@@ -79,7 +79,7 @@ def estimate_memory(config: TrainConfig, model_folder: Path, *, rows: int, devic
     model.to(stored)
     weights = whole * stored.itemsize
     if config.load_in_4bit:
-        linear = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
+        linear = sum(m.weight.numel() for m in decoder_of(model).modules() if isinstance(m, torch.nn.Linear))
         weights += int((_FOUR_BIT_WEIGHT - stored.itemsize) * linear)
     if config.use_peft:
         add_adapter(model, plan_adapter(config, model_folder)._replace(continued=None), seed=config.seed)
@@ -110,25 +110,6 @@ def optimizer_bytes(parameters: Iterable[Tensor], config: TrainConfig) -> int:
     return _MOMENTS[config.optim] * sum(p.numel() * p.itemsize for p in local)
 
 
-def model_without_weights(model_folder: Path) -> PreTrainedModel:
-    """The model on the ``meta`` device, in fp32 and evaluation mode: shapes, no data.
-
-    Raises:
-        ConfigError: transformers cannot make it.
-    """
-    try:
-        config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"transformers cannot make this model ({str(error).splitlines()[0]})",
-            where=str(model_folder),
-            fix='check the folder with `python -c "from transformers import AutoConfig"` and its config.json',
-        ) from error
-    return model.eval()
-
-
 def _activations(
     model: PreTrainedModel, config: TrainConfig, *, compute: torch.dtype, rows: int, device: torch.device
 ) -> int | None:
@@ -141,10 +122,10 @@ def _activations(
         compute = torch.bfloat16
     _log.disabled = True
     try:
-        model.set_attn_implementation(_SHAPES_ONLY)
+        decoder_of(model).set_attn_implementation(_SHAPES_ONLY)
         checkpoint_activations(model, config.activation_checkpointing)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            decoder = model.base_model.to_empty(device=device)
+            decoder = decoder_of(model).to_empty(device=device)
             for parameter in decoder.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             live = _LiveBytes(decoder)

@@ -1,7 +1,7 @@
 """A causal language model as this toolkit uses it: batches in, token log-probs out.
 
-Loading checks, by measurement, that the packed forward is exact for this very model; where it is not
-(recurrent layers, soft-capped attention, a head this file does not know), padded rows are used instead.
+Loading checks, by measurement (probe.py), that the packed forward is exact for this very model; where it is not
+(recurrent layers, soft-capped attention), padded rows are used instead.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,24 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dpo_opt.optimize.attention import SEGMENT_ATTENTION
-from dpo_opt.optimize.logps import Head, Objective, token_logps
+from dpo_opt.optimize.architecture import auto_class, decoder_of, head_of, read_model_config
+from dpo_opt.optimize.logps import Objective, token_logps
+from dpo_opt.optimize.matmul_precision import full_precision_products
 from dpo_opt.optimize.packing import Batch, Group, pack, packed_size, pad, plan_bins, plan_padded_bins
+from dpo_opt.optimize.probe import Probe, choose_layout, require_same_in_compute_dtype
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.pairs import TokenSequence
-
-# Largest difference: fp32 forwards of the same numbers in another order differ by about 1e-6 nats, a wrong
-# mask by 0.1.
-_EXACT_WITHIN = 1e-3
-# Mean difference, in half precision: SmolLM2-135M in bf16 has 0.04 to 0.06 (one token up to 0.27), with a
-# wrong mask 0.4 to 1.9.
-_EXACT_WITHIN_HALF = 0.2
+from dpo_opt.schemas.models import context_length
+from dpo_opt.schemas.rope import pin_rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +34,8 @@ class Policy:
     """Compute dtype of the forward; parameters keep their own."""
     packs: bool
     """False where only padded rows are exact for this model."""
+    probe: Probe | None = None
+    """What its layout was chosen by; None where somebody else chose."""
 
     @property
     def layout(self) -> Callable[[Sequence[Group]], Batch]:
@@ -65,11 +62,15 @@ class Policy:
             )
         mixed = any(parameter.dtype != self.dtype for parameter in self.model.parameters())
         # Each weight is used once per forward: cached casts would only keep a second copy of the model.
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed, cache_enabled=False):
-            output = self.model.base_model(input_ids=batch.input_ids, use_cache=False, **batch.model_kwargs)
-        hidden = output.last_hidden_state.flatten(0, 1)[batch.scored_rows]
-        # Outside autocast: the head's tile is fp32, since bf16 logits are off by up to 0.06 nats.
-        return token_logps(hidden, head, batch.targets, objective=objective)
+        autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed, cache_enabled=False)
+        with full_precision_products():
+            with autocast:
+                output = decoder_of(self.model)(
+                    input_ids=batch.input_ids, use_cache=False, **batch.model_kwargs
+                )
+            hidden = output.last_hidden_state.flatten(0, 1)[batch.scored_rows]
+            # Outside autocast: the head's tile is fp32, since bf16 logits are off by up to 0.06 nats.
+            return token_logps(hidden, head, batch.targets, objective=objective)
 
     def sequence_logps(self, groups: Sequence[Group]) -> list[Tensor]:
         """One (C,) tensor of token log-probs per sequence, on the policy's device."""
@@ -83,6 +84,7 @@ def load_policy(
     dtype: torch.dtype,
     device: torch.device,
     trainable: bool,
+    max_length: int | None = None,
     param_dtype: torch.dtype = torch.float32,
     options: Mapping[str, Any] | None = None,
 ) -> Policy:
@@ -92,18 +94,33 @@ def load_policy(
         folder: In the Hugging Face layout.
         dtype: Compute dtype.
         device: Where it goes.
-        trainable: Whether gradients of these weights will be taken.
+        trainable: Whether gradients of these weights will be taken; of a model that also sees or hears, the
+            text model's alone.
+        max_length: Most tokens of a sequence in this run, which decides about some rotary embeddings
+            (``schemas.rope``); None: the model's context.
         param_dtype: What parameters are stored in where they are trainable; otherwise it is ``dtype``.
         options: More arguments of ``from_pretrained``; with a ``device_map`` they say where the model goes.
 
     Raises:
-        ConfigError: transformers cannot load the folder, weights are missing, or no layout is exact.
+        ConfigError: transformers cannot load the folder, weights are missing or left over, or no layout is
+            exact.
     """
     # Its bars for reading and writing files would stand between ours.
     transformers_logging.disable_progress_bar()
+    config = read_model_config(folder)
+    if trainable and getattr(config, "quantization_config", None):
+        raise ConfigError(
+            "the checkpoint's weights are quantized",
+            where=str(folder),
+            why="updates are far smaller than the steps between such numbers",
+            fix="train the model that it was made from, or an adapter beside it (--use-peft)",
+        )
+    longest = max_length or context_length(folder)
+    _refuse_chosen_keys(config, longest, folder)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class(config).from_pretrained(
             folder,
+            config=config if longest is None else pin_rope(config, longest),
             dtype=param_dtype if trainable else dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -111,43 +128,65 @@ def load_policy(
             output_loading_info=True,
             **(options or {}),
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ConfigError(
             f"transformers cannot load the model ({str(error).splitlines()[0]})",
             where=str(folder),
             fix='check the folder with `python -c "from transformers import AutoConfig"` and its config.json',
         ) from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    _require_all_weights(report, folder)
+    if not options or "device_map" not in options:
+        model.to(device)
+    # Dropout must be off: the reference was scored without it, so with it policy != reference at step 0.
+    model.eval()
+    model.requires_grad_(False)
+    packs, probe = choose_layout(model, device, folder=folder)
+    if trainable:
+        for part in (decoder_of(model), model.get_output_embeddings()):
+            part.requires_grad_(True)
+    policy = Policy(model, device, dtype, packs, probe)
+    require_same_in_compute_dtype(policy, where=str(folder))
+    return policy
+
+
+def _require_all_weights(report: Mapping[str, Any], folder: Path) -> None:
+    """Compare what the class has with what the checkpoint holds, but for what the class says is ignorable.
+
+    Raises:
+        ConfigError: One has what the other lacks.
+    """
+    missing, left_over = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing:
         raise ConfigError(
             f"the checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}",
             where=str(folder),
             why="transformers fills them with random numbers",
             fix="copy the whole model, or save it again from the model that was trained",
         )
-    if not options or "device_map" not in options:
-        model.to(device)
-    # Dropout must be off: the reference was scored without it, so with it policy != reference at step 0.
-    model.eval()
-    model.requires_grad_(trainable)
-    packs = _packing_is_exact(model, device)
-    return Policy(model, device, dtype, packs)
+    if left_over:
+        raise ConfigError(
+            f"the checkpoint holds {len(left_over)} weights that the model has no place for, such as "
+            f"{left_over[0]}",
+            where=str(folder),
+            why="they would be left out of every log-prob, and of the model that is saved",
+            fix="correct config.json (number of layers, biases, architectures) so that it describes the weights",
+        )
 
 
-def head_of(model: PreTrainedModel) -> Head:
-    """The head's parameters and the scalars that some architectures apply to its logits."""
-    projection = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    divide_by = getattr(config, "logits_scaling", None)  # Granite
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    if divide_by:
-        scale = 1 / divide_by
-    return Head(
-        weight=projection.weight,
-        bias=getattr(projection, "bias", None),
-        scale=float(scale) if scale else 1.0,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
+def _refuse_chosen_keys(config: PretrainedConfig, longest: int | None, folder: Path) -> None:
+    """Attention to the best k keys alone is exact up to k tokens; beyond, rounding decides which they are.
+
+    Raises:
+        ConfigError: Longer sequences are allowed.
+    """
+    most = getattr(config.get_text_config(), "index_topk", None)
+    if most and longest is not None and longest > most:
+        raise ConfigError(
+            f"the model attends to its {most} best keys, and sequences of {longest} tokens are allowed",
+            where=str(folder),
+            why="which keys these are depends on rounding, so two forwards of one sequence differ by whole nats",
+            fix=f"pass --max-length {most} or less to `dpo-opt precompute`, and use its shards",
+        )
 
 
 def default_device() -> torch.device:
@@ -161,56 +200,3 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-@torch.no_grad()
-def _packing_is_exact(model: PreTrainedModel, device: torch.device) -> bool:
-    """Compare log-probs of both layouts with the model's own logits on a few random tokens.
-
-    Leaves the model with the attention that the result calls for.
-
-    Raises:
-        ConfigError: Neither layout gives the model's own log-probs.
-    """
-    stock = model.config._attn_implementation
-    vocab = model.get_output_embeddings().weight.shape[0]
-    tokens = np.random.default_rng(0).integers(0, vocab, size=24, dtype=np.int32)
-    group = (TokenSequence(tokens[:9], tokens[9:14]), TokenSequence(tokens[:9], tokens[14:]))
-    expected = torch.cat([_stock_logps(model, sequence, device) for sequence in group])
-
-    def exact(*, packs: bool) -> bool:
-        try:
-            found = torch.cat(Policy(model, device, model.dtype, packs=packs).sequence_logps([group]))
-        except (AttributeError, NotImplementedError, TypeError, ValueError):
-            return False  # The model does not take what this layout needs, or its decoder is hidden.
-        difference = (found - expected).abs()
-        if model.dtype == torch.float32:
-            return bool(difference.max() <= _EXACT_WITHIN)
-        return bool(difference.mean() <= _EXACT_WITHIN_HALF)
-
-    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if layer_types <= {"full_attention", "sliding_attention"}:
-        try:
-            model.set_attn_implementation(SEGMENT_ATTENTION)
-        except ValueError:
-            pass  # The model does not go through the attention interface.
-        else:
-            if exact(packs=True):
-                return True
-            model.set_attn_implementation(stock)
-    if not exact(packs=False):
-        raise ConfigError(
-            f"the log-probs of {type(model).__name__} cannot be reproduced from its hidden states",
-            why="its decoder or head does something unknown here, so every log-prob would be wrong",
-            fix="train a supported architecture (Llama, Qwen, Mistral, Gemma, Phi, OLMo, Granite, ...)",
-        )
-    return False
-
-
-def _stock_logps(model: PreTrainedModel, sequence: TokenSequence, device: torch.device) -> Tensor:
-    joined = np.concatenate([sequence.prompt_ids, sequence.completion_ids]).astype(np.int64)
-    ids = torch.from_numpy(joined).to(device)[None]
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(sequence.prompt_ids) - 1 : -1].float()
-    targets = ids[0, len(sequence.prompt_ids) :, None]
-    logps: Tensor = logits.log_softmax(-1).gather(1, targets).squeeze(1)
-    return logps

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from dpo_opt.optimize.attention import SEGMENT_ATTENTION
+from dpo_opt.optimize.architecture import decoder_of
+from dpo_opt.optimize.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
 from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.packing import Group, pair_group
 from dpo_opt.optimize.policy import Policy, default_device, load_policy
@@ -43,11 +44,13 @@ class HfScorer:
     Args:
         folder: The model.
         dtype: Dtype of parameters and compute, such as ``float32``.
+        max_length: Most tokens of a sequence in this run; None: the model's context.
     """
 
-    def __init__(self, folder: Path, *, dtype: str) -> None:
+    def __init__(self, folder: Path, *, dtype: str, max_length: int | None = None) -> None:
         self._folder = folder
         self._dtype = dtype
+        self._max_length = max_length
         self._policy: Policy | None = None
 
     @property
@@ -68,6 +71,7 @@ class HfScorer:
                 dtype=getattr(torch, self._dtype),
                 device=default_device(),
                 trainable=False,
+                max_length=self._max_length,
             )
         return self._policy
 
@@ -107,7 +111,7 @@ class HfScorer:
         )
         # The packed attention has no key-value cache; generation needs the stock one.
         if self.policy.packs:
-            model.set_attn_implementation("sdpa")
+            decoder_of(model).set_attn_implementation(PADDED_ATTENTION)
         torch.manual_seed(seed)
         jobs = [prompt for prompt in prompts for _ in range(num_samples)]
         written: list[Completion] = []
@@ -128,7 +132,7 @@ class HfScorer:
         finally:
             model.generation_config = declared
             if self.policy.packs:
-                model.set_attn_implementation(SEGMENT_ATTENTION)
+                decoder_of(model).set_attn_implementation(SEGMENT_ATTENTION)
         return [written[i : i + num_samples] for i in range(0, len(written), num_samples)]
 
 
@@ -161,7 +165,11 @@ def score_shards(
         fields=TOKENIZER_FIELDS,
         fix="pass a checkpoint with the tokenizer of the shards",
     )
-    scorer = HfScorer(model_folder, dtype=checkpoint_dtype(model_folder) if dtype == "auto" else dtype)
+    scorer = HfScorer(
+        model_folder,
+        dtype=checkpoint_dtype(model_folder) if dtype == "auto" else dtype,
+        max_length=folder.manifest.fingerprint.max_length,
+    )
     step, epoch = _trained(model_folder)
     progress.start("scoring", total=folder.manifest.kept, unit="pairs")
 

@@ -3,7 +3,7 @@ its gradient and its optimizer state, and gathers a layer only while the layer i
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import cast
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from dpo_opt.optimize.architecture import decoder_layers
 from dpo_opt.optimize.distributed import World, any_rank
 from dpo_opt.optimize.logps import Objective
 from dpo_opt.optimize.packing import Batch
@@ -91,7 +92,7 @@ def shard_policy(policy: Policy, world: World) -> Policy:
         ),
     )
     shell = _shell(policy.model)
-    for layer in _layers(policy.model):
+    for layer in decoder_layers(policy.model):
         shard(layer)
     root = shard(_Root(replace(policy, device=world.device)))
     for module in (root, *policy.model.modules()):
@@ -107,15 +108,6 @@ def shard_policy(policy: Policy, world: World) -> Policy:
         shell=shell,
         reduces_once=_room_for_gradients(policy.model, world),
     )
-
-
-def _layers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Entries of the outermost lists of modules: the decoder layers, not what they hold lists of."""
-    for child in module.children():
-        if isinstance(child, torch.nn.ModuleList):
-            yield from child
-        else:
-            yield from _layers(child)
 
 
 def _room_for_gradients(model: PreTrainedModel, world: World) -> bool:

@@ -1,0 +1,335 @@
+"""Is a batch's forward that of each sequence alone? Measured when a model is loaded, on a few random tokens.
+
+The model's own forward is transformers' eager attention on one sequence at a time, in fp32. A layout is used only
+where it gives the same log-probs there; and then once more in the compute dtype, with the kernel and on the
+device that will train, where rounding allows less to be seen but another kernel may be at work.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_opt.optimize.architecture import decoder_layers, decoder_of, head_of, special_ids
+from dpo_opt.optimize.attention import (
+    PADDED_ATTENTION,
+    SEGMENT_ATTENTION,
+    STOCK_ATTENTION,
+    attention_calls,
+)
+from dpo_opt.optimize.matmul_precision import full_precision_products
+from dpo_opt.optimize.packing import Group
+from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.models import nonfinite_tensor
+from dpo_opt.schemas.pairs import TokenSequence
+
+if TYPE_CHECKING:
+    from dpo_opt.optimize.policy import Policy
+
+# Largest difference in fp32: forwards of the same numbers in another order differ by about 1e-6 nats, a wrong
+# mask by 0.1.
+_EXACT_WITHIN = 1e-3
+# Mean and largest difference between half precision and fp32. SmolLM2-135M in bf16 has 0.05 and 0.3 on random
+# tokens, with a wrong mask 0.4 to 1.9 on average.
+_HALF_MEAN, _HALF_MAX = 0.2, 2.0
+# What other tokens in the batch may change in half precision, on average: nothing, where each row is computed by
+# itself; a little, where the rows of an expert are.
+_FOREIGN_MEAN = 0.02
+_SUPPORTED = "a supported architecture (Llama, Qwen, Mistral, Gemma, Phi, OLMo, Granite, ...)"
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class Probe(NamedTuple):
+    """A few tokens, and what the model's own forward gives for them."""
+
+    groups: tuple[Group, ...]
+    changed: tuple[Group, ...]
+    """The same but for the first completion of each group."""
+    expected: Tensor
+    """Log-probs of all completions, in order, on the CPU; in fp32, unless the weights are in 4 bits."""
+
+
+def choose_layout(model: PreTrainedModel, device: torch.device, *, folder: Path) -> tuple[bool, Probe]:
+    """Find the layout whose forward is the model's own, packed before padded.
+
+    Leaves the model with the attention that the layout calls for.
+
+    Args:
+        model: On its device.
+        device: Where it is.
+        folder: Where it was loaded from.
+
+    Returns:
+        Whether batches are packed, and what was compared.
+
+    Raises:
+        ConfigError: No layout gives the model's own log-probs, or these are no numbers.
+    """
+    with torch.no_grad(), full_precision_products(), contextlib.ExitStack() as stack:
+        wide = _has_fp32_forward(model)
+        if wide:
+            stack.enter_context(_in_fp32(model))
+        probe = _probe(model, device)
+        if not torch.isfinite(probe.expected).all():
+            tensor = nonfinite_tensor(folder)
+            if tensor is None:
+                raise not_finite_in("float32", str(folder))
+            raise ConfigError(
+                f"weights that are no numbers: {tensor}",
+                where=str(folder),
+                why="every log-prob would be no number either",
+                fix="copy or download the model again, or go back to a checkpoint from before they broke",
+            )
+        reasons = []
+        for packs, attention in (
+            (True, SEGMENT_ATTENTION),
+            (False, PADDED_ATTENTION),
+            (False, STOCK_ATTENTION),
+        ):
+            if not _use_attention(model, attention):
+                continue
+            reason = _difference(model, device, probe, packs=packs)
+            if reason is None:
+                return packs, probe
+            reasons.append(reason)
+    raise ConfigError(
+        f"the log-probs of {type(model).__name__} cannot be reproduced from its hidden states ({reasons[-1]})",
+        where=str(folder),
+        why="its decoder or head does something unknown here, so every log-prob would be wrong",
+        fix=f"train {_SUPPORTED}",
+    )
+
+
+def require_same_in_compute_dtype(policy: "Policy", *, where: str) -> None:
+    """Compare the policy as it will be used with the forward that its layout was chosen by.
+
+    Every process of several must call this.
+
+    Raises:
+        ConfigError: The kernel, the device or the dtype gives other log-probs.
+    """
+    probe = policy.probe
+    if probe is None:
+        return
+    with torch.no_grad():
+        found, changed = (
+            torch.cat(policy.sequence_logps(groups)).float().cpu() for groups in (probe.groups, probe.changed)
+        )
+    fp32 = policy.dtype == torch.float32
+    difference = (found - probe.expected).abs()
+    # A completion in whose batch another one changed.
+    others = _of_unchanged(probe)
+    foreign = (found - changed)[others].abs()
+    bounds = [
+        ("from the same model in fp32, on average", difference.mean(), _EXACT_WITHIN if fp32 else _HALF_MEAN),
+        ("from the same model in fp32, at most", difference.max(), _EXACT_WITHIN if fp32 else _HALF_MAX),
+        (
+            "when other completions in the batch change, on average",
+            foreign.mean(),
+            _EXACT_WITHIN if fp32 else _FOREIGN_MEAN,
+        ),
+    ]
+    dtype = str(policy.dtype).removeprefix("torch.")
+    if not torch.isfinite(found).all():
+        raise not_finite_in(dtype, where)
+    for what, value, limit in bounds:
+        if not value <= limit:
+            raise ConfigError(
+                f"computed in {dtype} on {policy.device.type}, log-probs differ {what}: {value:.3g} nats per "
+                f"token; {limit:g} is allowed",
+                where=where,
+                why="what is trained would not be the model that was scored",
+                fix="pass --dtype float32, and report the versions with `dpo-opt env`",
+            )
+
+
+def not_finite_in(dtype: str, where: str) -> ConfigError:
+    """The refusal of a model whose weights are numbers and whose log-probs are not."""
+    others = "--dtype float32" if dtype == "bfloat16" else "--dtype bfloat16 or --dtype float32"
+    return ConfigError(
+        f"the model's logits are not finite in {dtype}",
+        where=where,
+        why="its activations are beyond the range of this dtype, so every log-prob would be no number",
+        fix=f"pass {others}" if dtype != "float32" else "check that the checkpoint was saved whole",
+    )
+
+
+def _probe(model: PreTrainedModel, device: torch.device) -> Probe:
+    embedding = model.get_input_embeddings()
+    try:
+        vocabulary = min(head_of(model).weight.shape[0], embedding.weight.shape[0])
+    except AttributeError as error:
+        raise ConfigError(
+            f"{type(model).__name__} has no head that is one matrix ({error})",
+            why="log-probs are computed from it without holding the logits",
+            fix=f"train {_SUPPORTED}",
+        ) from error
+    usable = np.setdiff1d(np.arange(vocabulary), list(special_ids(model.config))).astype(np.int32)
+    rng = np.random.default_rng(0)
+
+    def ids(count: int) -> np.ndarray:
+        return rng.choice(usable, size=count)
+
+    groups, changed = [], []
+    for prompt_length, lengths in ((9, (5, 10)), (6, (7, 4))):
+        prompt, first, second = ids(prompt_length), ids(lengths[0]), ids(lengths[1])
+        groups.append((TokenSequence(prompt, first), TokenSequence(prompt, second)))
+        # As long, and its first token kept, so that what is shared stays as it is.
+        other = np.concatenate([first[:1], ids(lengths[0] - 1)])
+        changed.append((TokenSequence(prompt, other), TokenSequence(prompt, second)))
+    _use_attention(model, STOCK_ATTENTION)
+    try:
+        expected = torch.cat(
+            [_stock_logps(model, sequence, device) for group in groups for sequence in group]
+        )
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{type(model).__name__} does not run on token ids alone ({_first_line(error)})",
+            why="preference pairs are text, and nothing else is stored of them",
+            fix=f"train {_SUPPORTED}",
+        ) from error
+    return Probe(tuple(groups), tuple(changed), expected.cpu())
+
+
+def _of_unchanged(probe: Probe) -> Tensor:
+    """Places of the log-probs whose sequence is the same in ``changed``."""
+    same = [
+        np.full(len(a.completion_ids), np.array_equal(a.completion_ids, b.completion_ids))
+        for before, after in zip(probe.groups, probe.changed, strict=True)
+        for a, b in zip(before, after, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(same))
+
+
+def _difference(model: PreTrainedModel, device: torch.device, probe: Probe, *, packs: bool) -> str | None:
+    """Why a layout is not the model's own forward, in words; None where it is.
+
+    Packed rows are right only if nothing but our attention mixes them, so it must be asked by every layer.
+    """
+    from dpo_opt.optimize.policy import Policy
+
+    policy = Policy(model, device, _dtype(model), packs)
+    try:
+        with attention_calls() as calls:
+            found = torch.cat(policy.sequence_logps(probe.groups)).float().cpu()
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # The model does not take what this layout needs, or its decoder is hidden.
+        return _first_line(error)
+    if packs and (idle := _layers_without(calls, model)):
+        return f"{idle} layers do not use the attention of packed rows"
+    difference = (found - probe.expected).abs()
+    limit = difference.new_tensor(_EXACT_WITHIN if _dtype(model) == torch.float32 else _HALF_MAX)
+    if not bool((difference <= limit).all()):
+        return f"off by up to {float(difference.max()):.3g} nats per token"
+    return None
+
+
+def _layers_without(calls: Iterable[torch.nn.Module], model: PreTrainedModel) -> int:
+    asked = {id(module) for module in calls}
+    layers = list(decoder_layers(decoder_of(model)))
+    if not layers:
+        return 1
+    return sum(all(id(module) not in asked for module in layer.modules()) for layer in layers)
+
+
+def _use_attention(model: PreTrainedModel, name: str) -> bool:
+    """Whether the decoder can compute its attention in this way, and does from now on."""
+    decoder: Any = decoder_of(model)
+    try:
+        decoder.set_attn_implementation(name)
+    except (AttributeError, ImportError, ValueError):
+        # It does not go through transformers' interface and has but its own.
+        return name == STOCK_ATTENTION
+    return True
+
+
+def _dtype(model: PreTrainedModel) -> torch.dtype:
+    dtype: torch.dtype = model.get_output_embeddings().weight.dtype
+    return dtype
+
+
+def _has_fp32_forward(model: PreTrainedModel) -> bool:
+    return all(p.dtype in (*_HALF, torch.float32) for p in model.parameters())
+
+
+@contextlib.contextmanager
+def _in_fp32(model: PreTrainedModel) -> Iterator[None]:
+    """The model computes in fp32 while the block runs, whatever it is stored in.
+
+    Of half precision, one layer at a time is held in fp32 as well; the stored numbers are put back untouched.
+    """
+    layers = list(decoder_layers(model))
+    of_layers = {id(tensor) for layer in layers for tensor in _tensors(layer)}
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_widened_in_forward(layer))
+        stored = _widen(tensor for tensor in _tensors(model) if id(tensor) not in of_layers)
+        try:
+            yield
+        finally:
+            _put_back(stored)
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _widen(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The tensors hold fp32 numbers from here on; what they held before is returned with each."""
+    stored = []
+    for tensor in tensors:
+        if tensor.dtype in _HALF:
+            stored.append((tensor, tensor.data))
+            tensor.data = tensor.data.float()
+    return stored
+
+
+def _put_back(stored: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, data in stored:
+        tensor.data = data
+
+
+@contextlib.contextmanager
+def _widened_in_forward(layer: torch.nn.Module) -> Iterator[None]:
+    stored: list[tuple[Tensor, Tensor]] = []
+
+    def before(*_: Any) -> None:
+        stored.extend(_widen(_tensors(layer)))
+
+    def after(*_: Any) -> None:
+        _put_back(stored)
+        stored.clear()
+
+    hooks = (layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+def _stock_logps(model: PreTrainedModel, sequence: TokenSequence, device: torch.device) -> Tensor:
+    joined = np.concatenate([sequence.prompt_ids, sequence.completion_ids]).astype(np.int64)
+    ids = torch.from_numpy(joined).to(device)[None]
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(sequence.prompt_ids) - 1 : -1].float()
+    targets = ids[0, len(sequence.prompt_ids) :, None]
+    logps: Tensor = logits.log_softmax(-1).gather(1, targets).squeeze(1)
+    return logps
