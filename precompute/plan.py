@@ -53,11 +53,15 @@ def make_plan(
 ) -> Planned:
     """Count and digest the rows, and divide them into shards; where the folder grew, a shard begins anew.
 
+    The date that a chat template is told is the folder's; its first plan fixes it.
+
     Raises:
         DataError: A row is malformed, or no pair survives tokenization.
     """
     earlier = read_plans(config.shards)
     grown_at = [plan.rows for plan in earlier]
+    if earlier:
+        tokenizer = tokenizer.on(earlier[-1].fingerprint.template_date)
     known_digest = None
     _require_a_usable_pair(config, reference, tokenizer)
     size = config.pairs_per_shard

@@ -90,5 +90,6 @@ def fingerprint_of(
         text_to_ids=TEXT_TO_IDS,
         max_length=reference.max_length,
         truncation=config.truncation,
+        template_date=tokenizer.template_date,
         **numerics._asdict(),
     )

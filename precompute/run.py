@@ -70,6 +70,7 @@ def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None 
     plan = settle_plan(config, reference=reference, tokenizer=tokenizer, numerics=scorer.numerics)
     if is_finalized(config.shards, plan):
         return 0
+    tokenizer = tokenizer.on(plan.fingerprint.template_date)
     worker = Worker(config.worker_index or 0, config.num_workers or 1)
     done = committed(config.shards, plan)
     left = sum(r.stop - r.start for r in plan.shards if r.shard not in done)

@@ -1,7 +1,7 @@
 """One plan for a folder, whoever comes first: written once, followed by all, extended for data that grew."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,21 @@ def settle_plan(
     """
     if config.worker_index is not None and not config.append and is_file(config.shards / PLAN):
         plan = read_plan(config.shards)
+        tokenizer = tokenizer.on(plan.fingerprint.template_date)
         _refuse_other_fingerprint(plan, fingerprint_of(config, reference, tokenizer, numerics), config.shards)
         return plan
     files = weight_files(reference.folder)
     planned = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
-    adopt_plan(config, planned, tokenizer.tokenizer)
-    remember_weights(config.shards, digest=planned.plan.fingerprint.weights, files=files)
-    return planned.plan
+    plan = adopt_plan(config, planned, tokenizer.tokenizer)
+    remember_weights(config.shards, digest=plan.fingerprint.weights, files=files)
+    return plan
 
 
-def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> None:
+def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Plan:
     """Write the plan and the columns beside it, or check that the folder already follows it.
+
+    Returns:
+        The folder's plan: the same, but for the date that a chat template is told, which the first plan fixes.
 
     Raises:
         DataError: The folder holds shards, but no plan that says what they are of.
@@ -56,6 +60,7 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> No
     # Asked first: whoever commits has written the plan before.
     holds_commits = any(name.endswith(".json") for name in sizes(shards_dir / COMMITS))
     plans = read_plans(shards_dir)
+    new = _on_the_day_of(plans, new)
     if plans:
         _refuse_other_fingerprint(plans[-1], new.fingerprint, shards_dir)
     elif holds_commits:
@@ -73,12 +78,23 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> No
             _write_plan(config, planned, f"plan-{len(plans)}.json")
     # Another planner may have been first.
     plans = read_plans(shards_dir)
+    new = _on_the_day_of(plans, new)
     existing = plans[-1] if plans else new
     _refuse_other_fingerprint(existing, new.fingerprint, shards_dir)
     if existing != new:
         raise _other_plan(existing, new, shards_dir, planned_meanwhile=len(plans) > len(earlier))
     # One that is there may be somebody's own by now; one that was removed is taken from the data again.
     _write_columns(shards_dir, planned, keep=sizes(shards_dir / COLUMNS))
+    return existing
+
+
+def _on_the_day_of(plans: Sequence[Plan], new: Plan) -> Plan:
+    """A new plan with the folder's date: another run may have planned it before midnight."""
+    date = plans[-1].fingerprint.template_date if plans else None
+    if date is None or new.fingerprint.template_date is None:
+        return new
+    fingerprint = new.fingerprint.model_copy(update={"template_date": date})
+    return new.model_copy(update={"fingerprint": fingerprint})
 
 
 def _write_columns(shards_dir: AnyPath, planned: Planned, *, keep: Iterable[str] = ()) -> None:

@@ -1,8 +1,20 @@
-"""Messages to text: the tokenizer's own chat template, and what it must not do to a prompt."""
+"""Messages to text: the tokenizer's own chat template, and what it must not do to a prompt.
 
+The same messages must give the same text on every machine and day. A template is a program without files or
+network; what it can ask for that changes is answered here:
+
+* the time (``strftime_now``): midnight at the start of a date that is fixed for a folder;
+* chance (the filter ``random``, the function ``lipsum``): a generator that starts anew for each text.
+"""
+
+import contextlib
+import datetime
 import functools
 import inspect
 import itertools
+import random
+import re
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from dpo_opt.schemas.errors import ConfigError, DataError
@@ -12,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _LONGEST_TEMPLATE_MESSAGE = 120
+_CLOCK = "strftime_now"
+_MENTIONS_CHANCE = re.compile(r"\b(random|lipsum)\b")
 
 
 def chat_template(tokenizer: "PreTrainedTokenizerFast") -> str | None:
@@ -22,8 +36,25 @@ def chat_template(tokenizer: "PreTrainedTokenizerFast") -> str | None:
         return None
 
 
-def rendered_texts(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, str, str]:
+def asks_for_the_date(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Whether the template may write the time into what it renders."""
+    return _CLOCK in (chat_template(tokenizer) or "")
+
+
+def today() -> str:
+    """The date here and now, such as ``2026-03-31``."""
+    return datetime.date.today().isoformat()
+
+
+def rendered_texts(
+    pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast", *, date: str | None = None
+) -> tuple[str, str, str]:
     """A pair of messages as text: the prompt opened for generation, and with either completion.
+
+    Args:
+        pair: Its prompt and completions are messages.
+        tokenizer: Its template renders them.
+        date: What the template is told when it asks for the time; default today.
 
     Raises:
         ConfigError: The tokenizer has no chat template.
@@ -33,7 +64,7 @@ def rendered_texts(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast") -
         tuple[list[Message], list[Message], list[Message]], (pair.prompt, pair.chosen, pair.rejected)
     )
     conversations = [prompt, prompt + chosen, prompt + rejected]
-    settings = {"tools": pair.tools, **_template_settings(pair, tokenizer)}
+    settings = {"date": date, "tools": pair.tools, "row_settings": _template_settings(pair, tokenizer)}
     opened, *wholes = render(conversations, tokenizer, where=pair.where, **settings)
     for side, whole in zip(("chosen", "rejected"), wholes, strict=True):
         if not whole.startswith(opened):
@@ -62,9 +93,28 @@ def _template_settings(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast
 
 
 def render(
-    conversations: list[list[Message]], tokenizer: "PreTrainedTokenizerFast", *, where: str, **settings: Any
+    conversations: list[list[Message]],
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    where: str,
+    date: str | None = None,
+    tools: list[dict[str, Any]] | None = None,
+    row_settings: dict[str, object] | None = None,
 ) -> list[str]:
-    """Conversations as text; the first is a prompt, and ends with the generation prompt."""
+    """Conversations as text; the first is a prompt, and ends with the generation prompt.
+
+    Args:
+        conversations: Messages.
+        tokenizer: Its template renders them.
+        where: For the message of an error.
+        date: What the template is told when it asks for the time; default today.
+        tools: Of the row.
+        row_settings: The row's ``chat_template_kwargs``.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template.
+        DataError: The template refuses the messages.
+    """
     from jinja2.exceptions import TemplateError
 
     template = chat_template(tokenizer)
@@ -77,10 +127,18 @@ def render(
         )
     try:
         render = functools.partial(
-            tokenizer.apply_chat_template, **{"chat_template": template, "tokenize": False, **settings}
+            tokenizer.apply_chat_template,
+            chat_template=template,
+            tokenize=False,
+            tools=tools,
+            **{_CLOCK: _clock(date or today()), **(row_settings or {})},
         )
         prompt, *whole = conversations
-        return [render(prompt, add_generation_prompt=True), *(render(messages) for messages in whole)]
+        texts = []
+        for messages, opened in [(prompt, True), *((messages, False) for messages in whole)]:
+            with _chance_repeats() if _MENTIONS_CHANCE.search(template) else contextlib.nullcontext():
+                texts.append(render(messages, add_generation_prompt=opened))
+        return texts
     # A template is a program of its own: it may add text to a list, or ask for what a message does not have.
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise DataError(
@@ -90,6 +148,23 @@ def render(
             fix="correct the roles and their order, or remove the row",
             kind="template",
         ) from error
+
+
+def _clock(date: str) -> Callable[[str], str]:
+    """``strftime_now`` of transformers' templates, on a given day."""
+    midnight = datetime.datetime.fromisoformat(date)
+    return lambda text: midnight.strftime(text)
+
+
+@contextlib.contextmanager
+def _chance_repeats() -> Iterator[None]:
+    """Within it, Python's own generator, from which templates draw, starts from one state."""
+    state = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _other_prompt(prompt: str, whole: str, side: str, where: str) -> DataError:

@@ -10,7 +10,7 @@ The policy, version ``TEXT_TO_IDS``:
    Messages: the chat template renders the prompt with the generation prompt, and prompt + completion
    without it, each with the row's ``tools`` and ``chat_template_kwargs``; what it renders is tokenized
    without further special tokens. A pair whose prompt is rendered differently when something follows it is
-   refused.
+   refused. A template that asks for the time is told one date for all rows (``template_date``), at midnight.
 2. The prompt's ids are those which the tokenized prompt and both tokenized sequences begin with in common;
    what follows them is completion. Text on both sides of the boundary may merge into one token, and a
    template may end the prompt for generation as no finished conversation does (an opened thought): such
@@ -38,7 +38,7 @@ import numpy as np
 
 from dpo_opt.precompute.config import Truncation
 from dpo_opt.precompute.fitting import PairIds, fit_ids, split_ids
-from dpo_opt.precompute.templates import render, rendered_texts
+from dpo_opt.precompute.templates import asks_for_the_date, render, rendered_texts, today
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import IdArray, PreferencePair, Text, TokenizedPair
@@ -128,6 +128,7 @@ class PairTokenizer:
         max_length: Most tokens of prompt plus completion.
         truncation: What is done with a longer sequence.
         vocab_size: Number of ids the model knows.
+        template_date: Date that a chat template is told which asks for the time; default today.
     """
 
     def __init__(
@@ -137,12 +138,27 @@ class PairTokenizer:
         max_length: int,
         truncation: Truncation,
         vocab_size: int,
+        template_date: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self._backend = _whole_text_backend(tokenizer)
         self._max_length = max_length
         self._truncation: Truncation = truncation
         self._vocab_size = vocab_size
+        self.template_date = (template_date or today()) if asks_for_the_date(tokenizer) else None
+        """Date that the chat template is told; None where it does not ask for the time."""
+
+    def on(self, template_date: str | None) -> "PairTokenizer":
+        """The same on another day; None keeps its own."""
+        if template_date in (None, self.template_date):
+            return self
+        return PairTokenizer(
+            self.tokenizer,
+            max_length=self._max_length,
+            truncation=self._truncation,
+            vocab_size=self._vocab_size,
+            template_date=template_date,
+        )
 
     def __call__(self, pair: PreferencePair) -> TokenizedPair | DroppedRow:
         """A pair's ids, or why it is left out.
@@ -199,7 +215,7 @@ class PairTokenizer:
         if isinstance(pair.prompt, str):
             return _plain_texts(pair, str(self.tokenizer.eos_token))
         try:
-            return rendered_texts(pair, self.tokenizer)
+            return rendered_texts(pair, self.tokenizer, date=self.template_date)
         except DataError as error:
             return error
 

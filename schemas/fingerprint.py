@@ -39,6 +39,8 @@ class Fingerprint(BaseModel):
     dtype: str
     engine_options: str
     """Arguments passed through to the engine, as compact JSON with sorted keys; ``{}`` for none."""
+    template_date: str | None = None
+    """Date that the chat template was told, such as ``2026-03-31``; None for one that does not ask for it."""
 
 
 MODEL_FIELDS = ("schema_version", "weights", "model_config_digest", "tokenizer")

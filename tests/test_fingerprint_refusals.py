@@ -126,6 +126,11 @@ def another_version(constant: str, value: object) -> Change:
     return change
 
 
+def a_clock_in_the_template(_: Cause, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another release found one, in a template where this one sees none."""
+    monkeypatch.setattr("dpo_opt.precompute.tokenize.asks_for_the_date", lambda tokenizer: True)
+
+
 CAUSES: dict[str, Change] = {
     "schema_version": another_version("SCHEMA_VERSION", 99),
     "weights": another_weight,
@@ -140,6 +145,7 @@ CAUSES: dict[str, Change] = {
     "strategy": another("strategy", "another"),
     "dtype": another("dtype", "bfloat16"),
     "engine_options": another("engine_options", '{"tensor_parallel_size":2}'),
+    "template_date": a_clock_in_the_template,
 }
 
 # Who compares what (FORMAT.md, "Fingerprint").

@@ -1,6 +1,7 @@
 """A folder grows with its data: only new pairs are scored, and readers never see a folder half grown."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -408,3 +409,113 @@ def test_a_finalize_that_is_killed_before_the_manifest_is_done_again(
     assert load_manifest(shards) == old
     assert len(content(shards)) == 10
     assert finalize(shards).kept == len(content(shards)) == 20
+
+
+# A chat template that asks for the time ----------------------------------------------------------------------
+
+DAYS = ("2026-03-31", "2026-04-01")
+
+
+@pytest.fixture
+def dated(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., PrecomputeConfig]:
+    """Settings of a run on one of two days, whose template writes the date before each conversation."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "dated"))
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') }} " + template.read_text())
+
+    def config(day: str, rows: int = 10, **settings: Any) -> PrecomputeConfig:
+        for module in ("templates", "tokenize"):
+            monkeypatch.setattr(f"dpo_opt.precompute.{module}.today", lambda: day)
+        messages = [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                "chosen": [{"role": "assistant", "content": row["chosen"]}],
+                "rejected": [{"role": "assistant", "content": row["rejected"]}],
+            }
+            for row in ROWS[:rows]
+        ]
+        data = write_jsonl(tmp_path / "dated.jsonl", messages)
+        values = {"model": str(model), "data": data, "shards": tmp_path / "shards", "pairs_per_shard": 4}
+        return PrecomputeConfig.model_validate(values | settings)
+
+    return config
+
+
+def dates(shards: Path, model: str) -> set[str]:
+    decode = load_tokenizer(Path(model)).decode
+    return {str(decode(pair.prompt_ids)).partition(" ")[0] for pair in ShardFolder.open(shards).pairs()}
+
+
+def test_a_folder_keeps_the_date_of_its_first_day(dated: Configs, tmp_path: Path) -> None:
+    first, config = DAYS[0], dated(DAYS[0])
+    with pytest.raises(KeyboardInterrupt):
+        precompute(config, scorer=ScriptedScorer(before_call=interrupted_after(1)))
+    manifest = precompute(dated(DAYS[1]), scorer=ScriptedScorer())
+    assert manifest.fingerprint.template_date == first
+    precompute(dated(DAYS[1], 15, append=True), scorer=ScriptedScorer())
+    assert dates(config.shards, config.model) == {first}
+    ids = content(config.shards)
+
+    precompute(dated(first, 15, shards=tmp_path / "same"), scorer=ScriptedScorer())
+    assert content(tmp_path / "same") == ids
+    precompute(dated(DAYS[1], 15, shards=tmp_path / "other"), scorer=ScriptedScorer())
+    assert dates(tmp_path / "other", config.model) == {DAYS[1]}
+
+
+def interrupted_after(calls: int) -> Callable[[int], None]:
+    def interrupt(finished: int) -> None:
+        if finished == calls:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+def test_a_worker_that_comes_on_another_day_follows_the_plan(dated: Configs) -> None:
+    parts = {"num_workers": 2, "pairs_per_shard": 2}
+    with pytest.raises(KeyboardInterrupt):
+        work(dated(DAYS[0], worker_index=0, **parts), scorer=ScriptedScorer(before_call=interrupted_after(2)))
+    config = dated(DAYS[1], worker_index=1, **parts)
+    assert work(config, scorer=ScriptedScorer()) == 3
+    finalize(config.shards)
+    assert dates(config.shards, config.model) == {DAYS[0]}
+
+
+@pytest.mark.parametrize("planned_while", ["reading the data", "writing the plan"])
+def test_of_two_who_plan_around_midnight_the_first_fixes_the_date(
+    dated: Configs, planned_while: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    for day in DAYS:
+        config = dated(day)
+        reference = resolve_reference(config)
+        tokenizer = make_tokenizer(config, reference)
+        plan = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=NUMERICS)
+        assert plan.plan.fingerprint.template_date == day
+        made.append((config, plan, tokenizer.tokenizer))
+    if planned_while == "reading the data":
+        adopt_plan(*made[0])
+    else:
+        save = made[1][2].save_pretrained
+
+        def after_the_other(path: Path) -> None:
+            save(path)
+            if not (config.shards / PLAN).exists():
+                adopt_plan(*made[0])
+
+        monkeypatch.setattr(made[1][2], "save_pretrained", after_the_other)
+    assert adopt_plan(*made[1]) == made[0][1].plan
+    assert read_plan(config.shards) == made[0][1].plan
+
+
+def test_a_folder_whose_date_nobody_kept_is_not_added_to(dated: Configs) -> None:
+    config = dated(DAYS[0])
+    precompute(config, scorer=ScriptedScorer())
+    path = config.shards / PLAN
+    plan = read_plan(config.shards)
+    undated = plan.fingerprint.model_copy(update={"template_date": None})
+    path.write_text(to_json(plan.model_copy(update={"fingerprint": undated})))
+    for worker in ({}, {"worker_index": 0, "num_workers": 2}):
+        with pytest.raises(FingerprintError, match=f"template_date +None +{DAYS[0]}"):
+            work(dated(DAYS[0], **worker), scorer=ScriptedScorer())

@@ -1,5 +1,7 @@
+import datetime
 import itertools
 import json
+import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_opt.precompute.config import DataConfig, Truncation
 from dpo_opt.precompute.datasets import read_pairs
 from dpo_opt.precompute.fitting import DROP_REASONS, DropReason
+from dpo_opt.precompute.templates import render, rendered_texts
 from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import PreferencePair, Text, TokenizedPair
@@ -155,6 +158,74 @@ def test_a_generation_prompt_that_the_conversation_lacks_is_no_part_of_the_promp
     )
     assert pair.prompt_ids.tolist() == [BOS, *ids_of("u:hia:")]
     assert pair.chosen_ids.tolist() == [*ids_of("yes"), EOS]
+
+
+DATED = "{{ strftime_now('%Y-%m-%d %H:%M') }} " + TEMPLATE
+PAIR_OF_MESSAGES = pair_of([user("hi")], [assistant("yes")], [assistant("no")])
+
+
+def test_a_template_that_asks_for_the_time_is_told_midnight_of_the_date() -> None:
+    in_a_macro = "{% macro now() %}" + DATED[: DATED.index("<") - 1] + "{% endmacro %}{{ now() }}"
+    for template in (
+        DATED,
+        in_a_macro + TEMPLATE,
+        "{% if strftime_now is defined %}" + DATED + "{% endif %}",
+    ):
+        texts = rendered_texts(PAIR_OF_MESSAGES, make_tokenizer(template=template), date="2026-03-31")
+        assert [text[:16] for text in texts] == ["2026-03-31 00:00"] * 3
+
+
+def test_without_a_date_a_template_is_told_today() -> None:
+    tokenizer = make_tokenizer(template=DATED.replace(" %H:%M", ""))
+    before = str(datetime.date.today())
+    (text,) = render([[user("hi")]], tokenizer, where="here")
+    assert before <= text[:10] <= str(datetime.date.today())
+    assert text == tokenizer.apply_chat_template([user("hi")], tokenize=False, add_generation_prompt=True)
+
+
+def test_a_date_that_the_row_sets_comes_first() -> None:
+    template = "{{ date_string if date_string is defined else strftime_now('%d') }}" + TEMPLATE
+    pair = PAIR_OF_MESSAGES._replace(chat_template_kwargs={"date_string": "long ago"})
+    texts = rendered_texts(pair, make_tokenizer(template=template), date="2026-03-31")
+    assert all(text.startswith("long ago") for text in texts)
+
+
+@pytest.mark.parametrize(("template", "date"), [(DATED, "2026-03-31"), (TEMPLATE, None), (None, None)])
+def test_a_tokenizer_knows_its_date_only_where_the_template_asks(
+    template: str | None, date: str | None
+) -> None:
+    tokenizer = make_tokenizer(template=template)
+    settings: dict[str, Any] = {"max_length": 99, "truncation": "drop", "vocab_size": len(VOCABULARY)}
+    assert PairTokenizer(tokenizer, **settings, template_date="2026-03-31").template_date == date
+    other = PairTokenizer(tokenizer, **settings).on("2026-03-31")
+    assert (other.template_date, other.on(None).template_date) == (date, date)
+    if date:
+        assert PairTokenizer(tokenizer, **settings).template_date == str(datetime.date.today())
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        "{{ range(1000) | random }}",
+        "{{ [range(1000)] | map('random') | join }}",
+        "{{ lipsum(n=1) }}",
+    ],
+)
+def test_a_template_that_draws_at_random_gives_the_same_text_each_time(drawn: str) -> None:
+    tokenizer = make_tokenizer(template=TEMPLATE.replace("{{ bos_token }}", drawn))
+    first = rendered_texts(PAIR_OF_MESSAGES, tokenizer)
+    assert rendered_texts(PAIR_OF_MESSAGES, tokenizer) == first
+    assert first[1].startswith(first[0])
+
+
+def test_rendering_leaves_the_programs_own_random_numbers_alone() -> None:
+    tokenizer = make_tokenizer(template=TEMPLATE + "{{ [1, 2] | random }}")
+    random.seed(7)
+    expected = [random.random(), random.random()]
+    random.seed(7)
+    found = [random.random()]
+    rendered_texts(PAIR_OF_MESSAGES, tokenizer)
+    assert [*found, random.random()] == expected
 
 
 def test_messages_without_a_template_are_refused() -> None:

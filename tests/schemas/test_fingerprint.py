@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ VALUES: dict[str, Any] = {
     "strategy": "prompt_logprobs",
     "dtype": "bfloat16",
     "engine_options": "{}",
+    "template_date": "2026-03-31",
 }
 OTHER: dict[str, Any] = {
     **{name: f"other-{name}" for name in VALUES},
@@ -82,6 +84,11 @@ def test_all_differences_are_listed_at_once() -> None:
     listed = [line.split()[0] for line in str(error).splitlines() if line.startswith("    ")]
     assert listed == ["field", *ALL_FIELDS, "same:"]
     assert "same: nothing else" in str(error)
+
+
+def test_a_fingerprint_from_before_dates_were_kept_is_read() -> None:
+    old = {name: value for name, value in VALUES.items() if name != "template_date"}
+    assert Fingerprint.model_validate_json(json.dumps(old)).template_date is None
 
 
 def test_a_fingerprint_refuses_unknown_fields_and_changes() -> None:
