@@ -49,7 +49,7 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
     """Write the plan and the columns beside it, or check that the folder already follows it.
 
     Returns:
-        The folder's plan: the same, but for the date that a chat template is told, which the first plan fixes.
+        The folder's plan: the same, but for the date that a chat template is told; the first plan fixes it.
 
     Raises:
         DataError: The folder holds shards, but no plan that says what they are of.

@@ -411,7 +411,7 @@ def test_a_finalize_that_is_killed_before_the_manifest_is_done_again(
     assert finalize(shards).kept == len(content(shards)) == 20
 
 
-# A chat template that asks for the time ----------------------------------------------------------------------
+# A chat template that asks for the time --------------------------------------------------------------------
 
 DAYS = ("2026-03-31", "2026-04-01")
 
