@@ -7,6 +7,7 @@ would take for a result.
 import secrets
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from dpo_opt.precompute.commits import committed, finalize, is_finalized
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.datasets import BadRow, row_digest
 from dpo_opt.precompute.plan import RowsDigest
-from dpo_opt.precompute.quarantine import ENGINE_ERROR, score_or_leave_out
+from dpo_opt.precompute.quarantine import ENGINE_ERROR, Losses, score_or_leave_out
 from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.row_reader import RowReader
 from dpo_opt.precompute.settle import settle_plan
@@ -24,7 +25,7 @@ from dpo_opt.precompute.workers import Worker, shards_for
 from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath, on_this_machine
-from dpo_opt.schemas.manifest import COMMITS, Manifest, Plan, ShardCommit, ShardRange, to_json
+from dpo_opt.schemas.manifest import COMMITS, DATA, Manifest, Plan, ShardCommit, ShardRange, to_json
 from dpo_opt.schemas.pairs import LogpArray, PreferencePair, ScoredPair, Scorer, TokenizedPair, TokenSequence
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.shards import DroppedRow, read_row_groups, write_dropped, write_shard
@@ -74,15 +75,31 @@ def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None 
     worker = Worker(config.worker_index or 0, config.num_workers or 1)
     done = committed(config.shards, plan)
     left = sum(r.stop - r.start for r in plan.shards if r.shard not in done)
+    lost = sum(commit.dropped.get(ENGINE_ERROR, 0) for commit in done.values())
+    losses = Losses(rows=plan.rows, seen=lost + sum(commit.rows for commit in done.values()), lost=lost)
     progress.start("scoring", total=left, unit="pairs")
     reader = RowReader(config)
     scored = 0
     for shard in shards_for(worker, plan, config.shards):
         items = reader.rows(shard.start, shard.stop)
-        commit = score_shard(config, plan, shard, items, tokenizer=tokenizer, scorer=scorer)
+        commit = score_shard(
+            config,
+            plan,
+            shard,
+            items,
+            tokenizer=tokenizer,
+            scorer=scorer,
+            model=reference.folder,
+            losses=losses,
+        )
         progress.advance(shard.stop - shard.start, f"{commit.tokens} tokens in the last shard")
         scored += 1
     progress.finish()
+    if losses.lost:
+        progress.say(
+            f"{losses.lost} pairs were left out because the engine failed on them ({ENGINE_ERROR}); "
+            f"{DATA}/*.dropped.parquet says which, and what it said"
+        )
     return scored
 
 
@@ -94,11 +111,25 @@ def score_shard(
     *,
     tokenizer: PairTokenizer,
     scorer: Scorer,
+    model: Path,
+    losses: Losses,
 ) -> ShardCommit:
     """Score one shard's rows and commit them.
 
+    Args:
+        config: Of the run.
+        plan: Of the folder.
+        planned: The shard.
+        items: Its rows, in order.
+        tokenizer: Of the reference, on the plan's date.
+        scorer: The reference.
+        model: Its folder.
+        losses: What the folder lost to the engine before; this shard's losses are added.
+
     Raises:
+        ConfigError: The model's weights are not finite.
         DataError: The rows are not those that were planned.
+        EngineStopped: The engine fails too often.
         DpoOptError: The scorer returned values that cannot be log-probs.
     """
     kept: list[TokenizedPair] = []
@@ -124,7 +155,8 @@ def score_shard(
             why="the shards of one folder would hold two versions of the data",
             fix="restore the file and run the same command again, or pass another --shards folder",
         )
-    scored = score_pairs(kept, scorer)
+    scored = score_pairs(kept, scorer, model=model)
+    losses.add(kept, scored.left_out)
     where = {pair.row: pair for pair in pairs}
     for row, message in scored.left_out.items():
         pair = where[row]
@@ -155,10 +187,16 @@ class ScoredPairs(NamedTuple):
     """Sequences that were scored."""
 
 
-def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer) -> ScoredPairs:
+def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer, *, model: Path | None = None) -> ScoredPairs:
     """Score pairs, equal sequences once; pairs whose sequences break the engine are left out.
 
+    Args:
+        pairs: Their rows are unique.
+        scorer: The reference.
+        model: Its folder, where its weights may be read to explain values that are not finite.
+
     Raises:
+        ConfigError: The model's weights are not finite.
         EngineStopped: The engine fails whatever it is asked, or too often (``quarantine``).
         DpoOptError: An answer is missing, has the wrong length, is not finite, or is above 0.
     """
@@ -169,7 +207,7 @@ def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer) -> ScoredPairs:
             sequence = TokenSequence(pair.prompt_ids, completion)
             by_prompt.setdefault(sequence.key[0], {})[sequence.key] = sequence
     sequences = {key: s for group in by_prompt.values() for key, s in group.items()}
-    answers = score_or_leave_out(list(sequences.values()), scorer)
+    answers = score_or_leave_out(list(sequences.values()), scorer, model=model)
     values = dict(zip(sequences, answers.values, strict=True))
     messages = {key: answers.left_out[i] for i, key in enumerate(sequences) if i in answers.left_out}
     scored = []
@@ -180,8 +218,8 @@ def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer) -> ScoredPairs:
         if chosen is None or rejected is None:
             left_out[pair.row] = next(messages[key] for key in keys if key in messages)
             continue
-        _require_logps(chosen, len(pair.chosen_ids), pair.row)
-        _require_logps(rejected, len(pair.rejected_ids), pair.row)
+        for found, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
+            _require_logps(found, len(ids), pair.row, dtype=scorer.numerics.dtype)
         scored.append(
             ScoredPair(
                 row=pair.row,
@@ -198,13 +236,21 @@ def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer) -> ScoredPairs:
     return ScoredPairs(scored, left_out, len(sequences) - len(messages))
 
 
-def _require_logps(values: LogpArray, length: int, row: int) -> None:
+def _require_logps(values: LogpArray, length: int, row: int, *, dtype: str) -> None:
     if len(values) == length and bool(np.isfinite(values).all()) and float(values.max()) <= _ABOVE_ZERO:
         return
+    not_finite = int((~np.isfinite(values)).sum())
+    if not_finite and dtype == "float16":
+        raise DpoOptError(
+            f"{not_finite} of {len(values)} log-probs are not finite in float16",
+            where=f"source row {row}",
+            why="values inside the model are beyond 65504, the largest number of that dtype",
+            fix="pass --dtype bfloat16 or float32, and another --shards folder",
+        )
     raise DpoOptError(
         f"the scorer returned values that are no log-probs ({len(values)} for {length} tokens, "
         f"largest {float(np.max(values, initial=-np.inf)):g}, "
-        f"{int((~np.isfinite(values)).sum())} not finite)",
+        f"{not_finite} not finite)",
         where=f"source row {row}",
         why="training on them would be silently wrong; nothing of this shard was kept",
         fix="check the model with `dpo-opt precompute --backend hf --dtype float32` on a few rows",

@@ -1,27 +1,30 @@
 import dataclasses
 import os
 import queue
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from fakes import NUMERICS, ScriptedScorer, preference_rows, scripted_logps, write_jsonl
+from safetensors.torch import load_file, save_file
 
 from dpo_opt.precompute import vllm_model
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.engine_death import death_is_noticed
-from dpo_opt.precompute.quarantine import MOST_LEFT_OUT, score_or_leave_out
-from dpo_opt.precompute.run import precompute, score_pairs
+from dpo_opt.precompute.quarantine import ENGINE_ERROR, MOST_LEFT_OUT, Losses, score_or_leave_out
+from dpo_opt.precompute.run import precompute, score_pairs, work
 from dpo_opt.precompute.vllm_model import VllmModel
-from dpo_opt.schemas.errors import DpoOptError, EngineStopped, Preempted
+from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped, Preempted
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import LogpArray, TokenizedPair, TokenSequence
+from dpo_opt.schemas.progress import Silent
 
 
 class Engine:
@@ -155,7 +158,7 @@ def test_being_stopped_during_a_search_is_not_taken_for_a_broken_engine() -> Non
 def test_a_sequence_that_overflows_alone_is_left_out() -> None:
     engine = Engine(nan=lambda sequence, together: number(sequence) == 9)
     found = score_or_leave_out(sequences(64), engine)
-    assert found.left_out == {9: "1 of 2 log-probs are not finite"}
+    assert found.left_out == {9: "1 of 2 log-probs are not finite in float32"}
     assert found.values[9] is None
     # All at once, the one again, and a small one beside it.
     assert engine.calls == 3
@@ -225,6 +228,120 @@ def test_pairs_with_a_bad_sequence_are_dropped_listed_and_counted(tiny_model: Pa
     assert sorted(expected) == [2, 5, 9]
     # Equal sequences are asked for once, so one that is bad is bad once a shard.
     assert manifest.shards[0].unique_sequences == 2 * 6 - 2
+
+
+def folder_of(
+    model: Path, folder: Path, *, rows: int, long: range = range(0), **settings: Any
+) -> PrecomputeConfig:
+    """Settings for pairs of which some are much longer than the others."""
+    pairs = preference_rows(rows)
+    for i in long:
+        pairs[i]["prompt"] = f"Tell me more about the {i}. " * 6
+    data = write_jsonl(folder / "data.jsonl", pairs)
+    values = {"model": str(model), "data": [str(data)], "shards": folder / "shards", "pairs_per_shard": 2}
+    return PrecomputeConfig.model_validate(values | settings)
+
+
+def too_long(asked: Sequence[TokenSequence]) -> Exception | None:
+    longest = max(len(s.prompt_ids) for s in asked)
+    return RuntimeError("index out of range") if longest > 80 else None
+
+
+def test_what_every_shard_loses_is_counted_over_the_folder(tiny_model: Path, tmp_path: Path) -> None:
+    config = folder_of(tiny_model, tmp_path, rows=40, long=range(0, 40, 2))
+    with pytest.raises(EngineStopped, match=r"failed on 9 of 18 pairs, .*index out of range") as caught:
+        precompute(config, scorer=Engine(too_long))
+    assert "all of them are longer than what it scored: pass --max-length" in str(caught.value.fix)
+    length = int(str(caught.value.fix).partition("--max-length ")[2].split()[0])
+    assert len(list((config.shards / "commits").iterdir())) == 8
+    # Another process goes on counting where this one stopped, also as another worker.
+    for worker in ({}, {"worker_index": 1, "num_workers": 2}):
+        with pytest.raises(EngineStopped, match="failed on 9 of 18 pairs"):
+            work(config.model_copy(update=worker), scorer=Engine(too_long))
+    # What the message advises works.
+    config = config.model_copy(update={"max_length": length, "truncation": "drop", "shards": tmp_path / "b"})
+    assert ENGINE_ERROR not in precompute(config, scorer=Engine(too_long)).dropped
+
+
+def test_a_small_folder_may_lose_one_pair_in_four(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    config = folder_of(tiny_model, tmp_path / "one", rows=2, long=range(1, 2))
+    assert precompute(config, scorer=Engine(too_long)).dropped == {ENGINE_ERROR: 1}
+    config = folder_of(tiny_model, tmp_path, rows=12, long=range(4), pairs_per_shard=12)
+    with pytest.raises(EngineStopped, match="failed on 4 of 12 pairs"):
+        precompute(config, scorer=Engine(too_long))
+
+
+def test_a_large_folder_may_lose_one_pair_in_two_hundred() -> None:
+    ids = np.zeros(1, np.int32)
+    pairs = [
+        TokenizedPair(row=i, source=None, prompt_ids=ids, chosen_ids=ids, rejected_ids=ids)
+        for i in range(1000)
+    ]
+    losses = Losses(rows=10_000, seen=2000, lost=12)
+    losses.add(pairs, {0: "bad", 1: "bad", 2: "bad"})
+    with pytest.raises(
+        EngineStopped, match="failed on 21 of 4000 pairs, the last time with: worse"
+    ) as caught:
+        losses.add(pairs, dict.fromkeys(range(5), "bad") | {5: "worse"})
+    assert "--max-length" not in str(caught.value.fix)
+    Losses(rows=10_000, seen=2000, lost=100).add(pairs, {})
+
+
+def test_a_run_says_how_many_pairs_it_lost_to_the_engine(tiny_model: Path, tmp_path: Path) -> None:
+    class Watched(Silent):
+        said: ClassVar[list[str]] = []
+
+        def say(self, line: str) -> None:
+            self.said.append(line)
+
+    config = folder_of(tiny_model, tmp_path, rows=12, long=range(2))
+    precompute(config, scorer=Engine(too_long), progress=Watched())
+    (line,) = Watched.said
+    assert line.startswith("2 pairs were left out because the engine failed on them (engine_error)")
+    (tmp_path / "good").mkdir()
+    precompute(folder_of(tiny_model, tmp_path / "good", rows=12), scorer=Engine(), progress=Watched())
+    assert len(Watched.said) == 1
+
+
+@pytest.mark.parametrize("count", [1, MOST_LEFT_OUT + 1, 64])
+def test_weights_that_are_no_numbers_are_named_however_few_sequences_they_touch(
+    tiny_model: Path, tmp_path: Path, count: int
+) -> None:
+    engine = Engine(nan=lambda sequence, together: number(sequence) < count)
+    assert score_or_leave_out(sequences(64), engine, model=tiny_model)
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"weights that are no numbers: model\.norm\.weight"):
+        score_or_leave_out(sequences(64), engine, model=model)
+    assert score_or_leave_out(sequences(64), Engine(), model=model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fix"), [("float16", "--dtype bfloat16 or float32"), ("bfloat16", "--backend hf")]
+)
+def test_what_overflows_in_float16_is_told_another_dtype(
+    tiny_model: Path, tmp_path: Path, dtype: str, fix: str
+) -> None:
+    engine = Engine(nan=lambda sequence, together: True)
+    engine.numerics = NUMERICS._replace(dtype=dtype)
+    with pytest.raises(DpoOptError, match="not finite") as caught:
+        precompute(folder_of(tiny_model, tmp_path, rows=12), scorer=engine)
+    assert fix in str(caught.value.fix)
+    assert (f"not finite in {dtype}" in caught.value.what) == (dtype == "float16")
+
+
+@pytest.mark.vllm
+def test_the_real_engine_on_a_broken_weight_is_told_which(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    scorer = VllmModel(model, dtype="float32", max_length=64)
+    with pytest.raises(ConfigError, match=r"no numbers: model\.layers\.1\.mlp\.up_proj\.weight"):
+        precompute(folder_of(model, tmp_path, rows=4), scorer=scorer)
 
 
 @pytest.mark.slow
