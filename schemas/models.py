@@ -9,8 +9,9 @@ import json
 import math
 import mmap
 import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +51,8 @@ _CONTEXT_KEYS = (
     "context_length",  # RWKV
     "n_ctx",
 )
+# Older releases of transformers stored the causal masks of GPT-2, GPT-J, GPT-Neo and GPT-NeoX.
+_STORED_MASK = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 # Bytes of a tensor that are looked at at once.
 _CHUNK = 2**24
 # Bits of the exponent, by dtype: where all are set, the value is infinite or no number.
@@ -295,6 +298,11 @@ def nonfinite_tensor(folder: Path) -> str | None:
                     if bool(((bits & exponent) == exponent).any()):
                         return name
     return None
+
+
+def left_over_weights(names: Iterable[str]) -> list[str]:
+    """Of a checkpoint's tensors that its class has no place for, those that count: causal masks do not."""
+    return [name for name in names if not _STORED_MASK.search(name)]
 
 
 def parameter_count(folder: Path) -> int:

@@ -1,0 +1,172 @@
+"""A checkpoint that holds more than its model is refused before an engine starts, whatever its names are."""
+
+import json
+import resource
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from fakes import preference_rows, write_jsonl
+from safetensors.torch import load_file, save_file
+
+from dpo_opt.precompute import vllm_model
+from dpo_opt.precompute.checkpoint_keys import require_place_for_all_weights
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.run import precompute
+from dpo_opt.precompute.vllm_model import VllmModel
+from dpo_opt.schemas.errors import ConfigError
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def add(folder: Path, **tensors: torch.Tensor) -> None:
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | tensors, path, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def biases(folder: Path) -> None:
+    add(folder, **{f"model.layers.{i}.self_attn.q_proj.bias": torch.ones(128) for i in range(2)})
+
+
+def fewer_layers(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "count", "name"),
+    [(biases, 2, "model.layers.0.self_attn.q_proj.bias"), (fewer_layers, 9, "model.layers.1.")],
+)
+@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], None])
+def test_weights_that_the_model_has_no_place_for_are_refused(
+    model: Path,
+    change: Callable[[Path], None],
+    count: int,
+    name: str,
+    architectures: list[str] | None,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    require_place_for_all_weights(model)
+    change(model)
+    change_config(model, architectures=architectures)
+    capfd.readouterr()
+    with pytest.raises(ConfigError, match=f"holds {count} weights that .* such as {name}") as caught:
+        require_place_for_all_weights(model)
+    assert caught.value.where == str(model)
+    assert "config.json" in str(caught.value.fix)
+    assert capfd.readouterr() == ("", "")
+
+
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+KINDS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
+    "experts, joined at loading": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SIZES, **EXPERTS)
+    ),
+    "a head that is the embedding": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SIZES, tie_word_embeddings=True)
+    ),
+    "a model that sees": lambda: transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(
+            text_config={**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8},
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            mm_tokens_per_image=4,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_as_it_was_saved_has_place_for_all(kind: str, tmp_path: Path) -> None:
+    KINDS[kind]().save_pretrained(tmp_path)
+    require_place_for_all_weights(tmp_path)
+    # Names in the file are not always those of the model.
+    add(tmp_path, **{"model.layers.7.mlp.gate.weight": torch.ones(2)})
+    with pytest.raises(ConfigError, match=r"holds 1 weights .*layers\.7"):
+        require_place_for_all_weights(tmp_path)
+
+
+def test_masks_that_older_releases_stored_are_no_weights(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=16)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    mask = torch.ones(1, 1, 16, 16, dtype=torch.uint8)
+    add(
+        tmp_path,
+        **{"transformer.h.0.attn.bias": mask, "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)},
+    )
+    require_place_for_all_weights(tmp_path)
+
+
+def test_what_transformers_does_not_know_is_left_to_the_engine(model: Path) -> None:
+    biases(model)
+    change_config(model, architectures=["NobodyKnowsForCausalLM"])
+    require_place_for_all_weights(model)
+    change_config(model, architectures=["LlamaForCausalLM"], quantization_config={"quant_method": "unknown"})
+    require_place_for_all_weights(model)
+
+
+def test_no_weight_is_read(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**SIZES | {"hidden_size": 8192, "intermediate_size": 28672})
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        large = transformers.LlamaForCausalLM(config)
+    header, end = {}, 0
+    for name, tensor in [*large.state_dict().items(), ("model.other", torch.zeros(1))]:
+        place = [end, end + 2 * tensor.numel()]
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": place}
+        end = place[1]
+    text = json.dumps(header).encode()
+    # Zeros that take no place on the disk.
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(file.tell() + end)
+    assert end > 3e9
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    with pytest.raises(ConfigError, match=r"holds 1 weights .* model\.other"):
+        require_place_for_all_weights(tmp_path)
+    # A quarter of it, in pages of 4 KiB, would be more.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 200_000
+
+
+@pytest.mark.vllm
+def test_the_engine_does_not_start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_: Any) -> Any:
+        raise AssertionError("the engine started")
+
+    monkeypatch.setattr(vllm_model, "_start", start)
+    biases(model)
+    data = write_jsonl(tmp_path / "data.jsonl", preference_rows(2))
+    config = PrecomputeConfig(model=str(model), data=[str(data)], shards=tmp_path / "shards")
+    with pytest.raises(ConfigError, match="2 weights that the model has no place for"):
+        precompute(config, scorer=VllmModel(model, dtype="float32", max_length=64))
