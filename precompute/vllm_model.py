@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_opt.precompute.checkpoint_keys import require_place_for_all_weights
 from dpo_opt.precompute.engine_death import death_is_noticed
 from dpo_opt.precompute.engine_options import canonical, refuse_unknown
 from dpo_opt.precompute.orphans import children_end_with_this_process
@@ -191,13 +192,16 @@ class VllmModel:
         # With the cache first: whoever comes second finds all of its own work there.
         reused, plain = (np.concatenate(self._score(sequences, reuse=way)) for way in (True, False))
         self._started().reset_prefix_cache()
-        difference = np.abs(plain - reused)
-        self.reuse_check = ReuseCheck(len(plain), float(difference.mean()), float(difference.max()))
+        finite = np.isfinite(plain)
+        if not finite.any():
+            return  # no fault of the cache: whoever asked is given these values, and says why
+        difference = np.abs(plain - reused)[finite]
+        self.reuse_check = ReuseCheck(len(difference), float(difference.mean()), float(difference.max()))
         limit = _REUSE_LIMIT["float32" if self._dtype == "float32" else "half"]
         if not self.reuse_check.mean <= limit:
             raise DpoOptError(
                 f"with the prefix cache, log-probs differ by {self.reuse_check.mean:.2g} nats per token on "
-                f"average over {len(plain)} tokens; {limit:g} is allowed",
+                f"average over {len(difference)} tokens; {limit:g} is allowed",
                 where=str(self._folder),
                 why="the cache must change how long it takes, and nothing else",
                 fix="pass --backend hf, and report the vLLM version with `dpo-opt env`",
@@ -263,6 +267,7 @@ class VllmModel:
     def _started(self) -> Any:
         if self._engine is None:
             prepare_environment()
+            require_place_for_all_weights(self._folder)
             self._engine = _start(
                 model=str(self._folder),
                 dtype=self._dtype,
