@@ -28,7 +28,7 @@ def require_same_model(
         model_folder: The model.
         fields: ``MODEL_FIELDS`` where it must be the reference, ``TOKENIZER_FIELDS`` where only the ids
             must mean the same.
-        fix: What to do where they differ.
+        fix: What to do where they differ and there is no adapter.
         adapter: Adapter that training goes on from: the reference must be the model with it merged, as
             ``dpo-opt merge`` writes it.
 
@@ -66,5 +66,8 @@ def require_same_model(
         current=cached.model_copy(update=found),
         fields=fields,
         where=str(folder.path),
-        fix=fix,
+        fix=fix
+        if adapter is None
+        else f"dpo-opt merge --model {model_folder} --adapter {adapter} --output MERGED, then dpo-opt "
+        "precompute --model MERGED --data DATA --shards SCORED, then the same command with --shards SCORED",
     )

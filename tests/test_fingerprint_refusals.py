@@ -314,6 +314,38 @@ def test_the_same_model_is_accepted_by_every_command(
         assert (found == 0) == (command == "precompute"), "all shards are there"
 
 
+def test_an_adapter_that_the_reference_lacks_is_merged_and_scored_by_what_the_message_says(
+    plain: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The base is the model that was scored: to pass it again, or to score it again, would change nothing."""
+    pytest.importorskip("peft")
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.1)
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    model.save_pretrained(adapter)
+    own = {"use_peft": True, "adapter": adapter, "model": str(tiny_model)}
+    with pytest.raises(FingerprintError, match="weights") as caught:
+        prepare(TrainConfig(shards=plain, output_dir=tmp_path / "run", **own))
+    merge_command, score_command, *_ = str(caught.value.fix).split(", then ")
+    for command, places in (
+        (merge_command, {"MERGED": merged}),
+        (
+            f"{score_command} --backend hf",
+            {"MERGED": merged, "DATA": plain.parent / "data.jsonl", "SCORED": tmp_path / "scored"},
+        ),
+    ):
+        words = [str(places.get(word, word)) for word in command.removeprefix("dpo-opt ").split()]
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, result.output
+    assert prepare(TrainConfig(shards=tmp_path / "scored", output_dir=tmp_path / "run", **own))
+
+
 def test_a_weight_that_changes_in_its_place_is_noticed(tiny_model: Path, tmp_path: Path) -> None:
     """What is remembered of the weights' digest holds for the files that were read."""
     cause = Cause(Path(shutil.copytree(tiny_model, tmp_path / "model")), tmp_path)
