@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from dpo_opt.schemas.settings import Settings
 
@@ -29,5 +29,5 @@ class KLConfig(Settings):
     """What samples. Both models' log-probs always come from transformers, so that they compare."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of both models. auto: the dtype the policy's checkpoint declares."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the sampling."""

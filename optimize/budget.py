@@ -4,14 +4,15 @@ On a GPU the memory decides, and is measured with the longest pair before the fi
 matter: rows beyond a few hundred make a step no faster, only larger.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from dpo_opt.optimize.distributed import World, any_rank, least_of_ranks
 from dpo_opt.optimize.packing import Group, packed_size, pair_group
 from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.sharding import ShardedPolicy, announce_micro_batch, join_empty
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import ScoredPair
@@ -32,6 +33,32 @@ class Room(NamedTuple):
     free: int
     """For activations, once gradients and optimizer state are there."""
     total: int
+
+
+class Device(NamedTuple):
+    """On what kind of device a run goes."""
+
+    type: str
+    """As torch calls it, such as ``cuda``."""
+    memory: int | None
+    """Bytes of the smallest of the processes' GPUs; None on a CPU."""
+
+    def __str__(self) -> str:
+        return self.type if self.memory is None else f"{self.type} of {self.memory / 1e9:.1f} GB"
+
+    def holds_as_much(self, other: "Device") -> bool:
+        """Whether a budget that was measured on one is right for the other."""
+        if self.memory is None or other.memory is None:
+            return self == other
+        # Drivers differ in what they keep of one kind of card; ``_FILL`` leaves far more.
+        return self.type == other.type and abs(self.memory - other.memory) < 0.01 * self.memory
+
+
+def run_device(world: World) -> Device:
+    """The device of the run, the same on every process."""
+    if world.device.type != "cuda":
+        return Device(world.device.type, None)
+    return Device("cuda", least_of_ranks(torch.cuda.mem_get_info(world.device)[1], world))
 
 
 def longest_pair(folder: ShardFolder) -> ScoredPair:
@@ -55,30 +82,33 @@ def least_budget(longest: ScoredPair, device: torch.device) -> int:
     return rows if device.type == "cuda" else max(CPU_ROWS, rows)
 
 
-def choose_budget(policy: Policy, longest: Group, *, optimizer_bytes: int = 0) -> int:
-    """Most token rows per forward and backward, for this model on this device.
+def choose_budget(
+    policy: Policy, longest: Group, *, optimizer_bytes: int = 0, world: World | None = None
+) -> int:
+    """Most token rows per forward and backward, for this model on these devices.
 
     On a CPU it follows from the longest pair; on a GPU packs of it go forward and backward, so it depends on
-    what else is there: keep it with the run. With several processes each must take the least of all.
+    what else is there: keep it with the run. Several processes measure together, and all get the least.
 
     Args:
         policy: Ready to train, checkpointing and sharding included. Its gradients are None before and after.
         longest: The longest pair that will be trained on.
         optimizer_bytes: What the optimizer is still going to allocate (``memory.optimizer_bytes``).
+        world: The processes; None: this one is alone.
 
     Raises:
-        ConfigError: Not even the longest pair alone fits.
+        ConfigError: Not even the longest pair alone fits, on one of the devices.
     """
     rows = _fed_rows(longest, packs=policy.packs)
     if policy.device.type != "cuda":
         return max(CPU_ROWS, rows)
+    world = world or World(0, 1, 0, policy.device, None)
     parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
 
     def peak(copies: int) -> int:
         before = torch.cuda.memory_allocated(policy.device)
         torch.cuda.reset_peak_memory_stats(policy.device)
-        logps = policy.batch_logps(policy.layout([longest] * copies).to(policy.device))
-        torch.autograd.backward(logps.sum())
+        take_two_micro_batches(policy, [longest] * copies)
         return torch.cuda.max_memory_allocated(policy.device) - before
 
     try:
@@ -87,7 +117,7 @@ def choose_budget(policy: Policy, longest: Group, *, optimizer_bytes: int = 0) -
             parameter.grad = torch.zeros_like(parameter)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(policy.device)
-        return fit_budget(peak, rows=rows, room=Room(free - optimizer_bytes, total))
+        return fit_budget(peak, rows=rows, room=Room(free - optimizer_bytes, total), world=world)
     except torch.OutOfMemoryError as error:
         raise _too_small(rows, missing=None, total=torch.cuda.mem_get_info(policy.device)[1]) from error
     finally:
@@ -96,42 +126,96 @@ def choose_budget(policy: Policy, longest: Group, *, optimizer_bytes: int = 0) -
         torch.cuda.empty_cache()
 
 
-def fit_budget(peak: Callable[[int], int], *, rows: int, room: Room) -> int:
-    """The budget that fills ``room``, from the peaks of two packs of different size.
+def take_two_micro_batches(policy: Policy, groups: list[Group]) -> None:
+    """Forward and backward of one pack twice, as the first and the last micro-batch of a step.
+
+    Several processes may keep whole gradients from the first to the last, which exchanges them: one
+    micro-batch alone would take less memory than a step.
 
     Args:
-        peak: Bytes that a pack of so many copies of the longest pair takes beyond what is always there;
-            raises ``torch.OutOfMemoryError`` where it does not fit.
-        rows: Rows of one copy.
-        room: What there is.
+        policy: Gradients are added to its parameters'.
+        groups: What is packed; none stands for the smallest micro-batch there is.
 
     Raises:
-        ConfigError: One copy does not fit.
+        torch.OutOfMemoryError: It does not fit. Another call must follow on every process: it ends what was
+            broken off.
     """
-    copies = max(1, math.ceil(_PROBE_ROWS / rows))
-    small, large = None, None
-    while large is None:
-        try:
-            small = peak(copies)
-            large = peak(2 * copies)
-        except torch.OutOfMemoryError:
-            if copies == 1:
-                break
-            copies //= 2
-            torch.cuda.empty_cache()
-    if small is None:
-        raise _too_small(rows, missing=None, total=room.total)
+    try:
+        for last in (False, True):
+            announce_micro_batch(policy, last=last)
+            if groups:
+                logps = policy.batch_logps(policy.layout(groups).to(policy.device))
+                torch.autograd.backward(logps.sum())
+            else:
+                join_empty(policy, backward=True)
+    except torch.OutOfMemoryError:
+        if isinstance(policy, ShardedPolicy):
+            # Otherwise FSDP takes the next backward for a part of this one, and its gradients are wrong.
+            policy.root.reset_iter_state()
+        raise
+
+
+def fit_budget(peak: Callable[[int], int], *, rows: int, room: Room, world: World) -> int:
+    """The budget that fills ``room`` on every process, from the peaks of packs of growing size.
+
+    A pack twice as large is tried only where the peaks so far say that it fits on all devices: memory that
+    runs out on one of them, in the middle of an exchange, would leave the others waiting for it.
+
+    Args:
+        peak: Bytes that a pack of so many copies of the longest pair, 0 included, takes beyond what is always
+            there; raises ``torch.OutOfMemoryError`` where it does not fit. Every process calls it equally
+            often, with the same numbers.
+        rows: Rows of one copy.
+        room: What there is on this process's device.
+        world: The processes.
+
+    Returns:
+        The same number on every process.
+
+    Raises:
+        ConfigError: One copy does not fit. A process that finds so in the middle of an exchange raises alone,
+            to end at once: the others cannot answer it any more.
+    """
     usable = int(_FILL * room.free)
-    # Where two do not fit, all of it counts as growing with the rows.
-    per_row = small / (copies * rows) if large is None else max(1, large - small) / (copies * rows)
-    constant = max(0, small - per_row * copies * rows)
-    budget = int((usable - constant) / per_row)
-    if budget < rows:
-        # The longest pair is all there is of its kind: it may use what is otherwise kept free.
-        needed = int(constant + per_row * rows)
-        if needed > room.free:
-            raise _too_small(rows, missing=needed - room.free, total=room.total)
-    return max(rows, min(budget, MOST_ROWS))
+    try:
+        small, large = peak(0), peak(1)
+    except torch.OutOfMemoryError as error:
+        raise _too_small(rows, missing=None, total=room.total) from error
+    copies, before = 1, 0
+    most = MOST_ROWS
+    while copies * rows < 2 * _PROBE_ROWS:
+        needed = large + copies * (large - small) / (copies - before)
+        if any_rank(needed > usable, world):
+            break
+        larger = _peak_where_all_fit(peak, 2 * copies, world)
+        if larger is None:
+            # Peaks are no straight line here: no more than what was seen to fit.
+            most = min(most, copies * rows)
+            break
+        small, large, copies, before = large, larger, 2 * copies, copies
+    per_row = max(1, large - small) / ((copies - before) * rows)
+    constant = max(0, large - per_row * copies * rows)
+    budget = least_of_ranks(int((usable - constant) / per_row), world)
+    # The longest pair is all there is of its kind: it may use what is otherwise kept free.
+    missing = -least_of_ranks(room.free - int(constant + per_row * rows), world)
+    if budget < rows and missing > 0:
+        raise _too_small(rows, missing=missing, total=room.total)
+    return max(rows, min(budget, most))
+
+
+def _peak_where_all_fit(peak: Callable[[int], int], copies: int, world: World) -> int | None:
+    """This process's peak; None, on every process, where the pack did not fit on one."""
+    found: int | None
+    try:
+        found = peak(copies)
+    except torch.OutOfMemoryError:
+        found = None
+    if not any_rank(found is None, world):
+        return found
+    torch.cuda.empty_cache()
+    # Whole gradients that the broken step kept for its exchange would become part of the run's first.
+    peak(0)
+    return None
 
 
 def _fed_rows(group: Group, *, packs: bool) -> int:

@@ -45,6 +45,8 @@ class Best(_Record):
     metric: str
     value: float
     step: int
+    pairs: str | None = None
+    """Hash of the index of the shards it was evaluated on; None: the prompts held out of the run's own."""
 
 
 class Data(_Record):
@@ -94,6 +96,10 @@ class TrainState(_Record):
     """Of the CPU; another number rounds differently."""
     processes: int
     """Another number rounds differently."""
+    device: str | None = None
+    """Type of the device, such as ``cuda``; None in checkpoints that did not say."""
+    device_bytes: int | None = None
+    """Memory of the smallest of the processes' GPUs; None on a CPU, and in checkpoints that did not say."""
     data: Data
     settings: dict[str, Any]
     """The run's resolved configuration."""
@@ -228,17 +234,31 @@ def require_same_run(state: TrainState, *, data: Data, settings: dict[str, Any],
     """
     saved = {**state.settings, **_flat(state.data)}
     current = {**settings, **_flat(data)}
-    free = _FREE | (_LENGTHS if settings["lr_scheduler_type"] == "constant" else set())
+    free = _FREE | (_LENGTHS if _rate_is_any_lengths(settings) else set())
     differing = [name for name in current if name not in free and saved.get(name) != current[name]]
     if not differing:
         return
     rows = [f"    {name}: {_short(saved.get(name))} then, {_short(current[name])} now" for name in differing]
+    why = "its checkpoints would go on as another run: neither the old settings' result nor the new ones'"
+    if set(differing) <= _LENGTHS:
+        why = (
+            "learning rates would have been others from the start; a run's length is free where they do not "
+            "depend on it: with --lr-scheduler-type constant, and --warmup-steps 0, 1 or more"
+        )
     raise ConfigError(
         "the run was started with something else\n" + "\n".join(rows),
         where=str(run),
-        why="its checkpoints would go on as another run: neither the old settings' result nor the new ones'",
+        why=why,
         fix=f"dpo-opt train --config {run / CONFIG} --resume, or start anew in another --output-dir",
     )
+
+
+def _rate_is_any_lengths(settings: dict[str, Any]) -> bool:
+    """Whether the learning rate of a step is the same however many steps there are."""
+    warmup: float = settings["warmup_steps"]
+    if 0 < warmup < 1:
+        return False  # a share of all steps
+    return bool(settings["lr_scheduler_type"] == "constant")
 
 
 def _flat(data: Data) -> dict[str, object]:

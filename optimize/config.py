@@ -18,17 +18,17 @@ class TrainConfig(Settings):
     """Policy to start from: a folder or a Hub name. Must be the model that was scored."""
     output_dir: Path
     """New folder for the run: metrics, per-pair log-probs and the final model."""
-    beta: PositiveFloat = 0.1
+    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     """Strength of the pull towards the reference; higher stays closer."""
     loss_type: Literal["sigmoid"] = "sigmoid"
     """Which preference loss."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of pairs whose labels are swapped (cDPO)."""
-    learning_rate: PositiveFloat = 1e-6
-    """Peak learning rate."""
+    learning_rate: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
+    """Peak learning rate. 0 trains nothing: the run measures the losses of the starting policy."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """How the rate falls after the warm-up."""
-    warmup_steps: float = Field(default=0, ge=0)
+    warmup_steps: float = Field(default=0, ge=0, allow_inf_nan=False)
     """Steps over which the rate rises linearly; below 1, their share of all steps."""
     optim: Literal["adamw", "rmsprop", "adamw-8bit"] = "adamw"
     """AdamW, the paper's RMSprop, or AdamW with its state in 8 bits (torchao)."""
@@ -36,12 +36,12 @@ class TrainConfig(Settings):
     """Decay of AdamW's mean of gradients."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of AdamW's mean of squared gradients."""
-    adam_epsilon: PositiveFloat = 1e-8
+    adam_epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
     """Added to the root of AdamW's mean of squared gradients."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Decoupled for AdamW, added to the gradient for RMSprop; never on vectors."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this norm."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this norm; 0 or inf leaves them as they are."""
     batch_size: PositiveInt = 64
     """Pairs per optimizer step."""
     micro_batch_tokens: PositiveInt | None = None
@@ -55,7 +55,7 @@ class TrainConfig(Settings):
     eval_split: float = Field(default=0.0, ge=0, lt=1)
     """Share of prompts held out for evaluation, chosen by hash of the prompt."""
     eval_steps: PositiveInt | None = None
-    """Evaluate every so many steps; always at the end."""
+    """Evaluate every so many steps; always at the end. Needs eval_split or eval_shards."""
     logging_steps: PositiveInt = 10
     """Write metrics every so many steps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -90,5 +90,5 @@ class TrainConfig(Settings):
     """More folders of shards to evaluate on; metrics are named after them."""
     reference_differs: bool = False
     """Train towards another reference than the starting policy: skips the identity and parity gates."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**64)
     """Decides the order of the pairs."""

@@ -5,6 +5,7 @@ srun, one process drives one GPU; on a CPU they talk through gloo.
 """
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -192,6 +193,15 @@ def from_first(value: int, world: World) -> int:
     return int(sent)
 
 
+def least_of_ranks(value: int, world: World) -> int:
+    """The least of the processes' numbers, on every process."""
+    if world.size == 1:
+        return value
+    found = torch.tensor(value, device=world.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return int(found)
+
+
 def text_from_first(text: str, world: World) -> str:
     """The first process's text, such as a path that it made up, on every process."""
     if world.size == 1:
@@ -213,15 +223,18 @@ def wait_for_all(world: World) -> None:
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale gradients down to a norm over all parameters and all processes.
 
+    Args:
+        parameters: Those without a gradient are passed over.
+        max_norm: 0 and infinity leave the gradients as they are.
+
     Returns:
         () norm before scaling.
     """
     parameters = list(parameters)
-    if not any(isinstance(parameter, DTensor) for parameter in parameters):
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
         # A sum over the processes' parts that was not taken yet.
         norm = norm.full_tensor()
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    if 0 < max_norm < math.inf:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

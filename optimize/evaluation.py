@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from dpo_opt.optimize.checkpoints import Best
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.policy import Policy
 from dpo_opt.optimize.run_folder import HeldLogps, Metrics, RunFolder, hold_logps
@@ -23,22 +24,37 @@ class Evaluation(NamedTuple):
     name: str | None
     """Of its folder of shards; None for the prompts held out of the training folder."""
     stream: PairStream
+    index_sha256: str | None
+    """Hash of its folder's index; None for the held-out prompts, which are the run's own for good."""
 
     @property
     def prefix(self) -> str:
         """Of its metrics."""
         return f"eval_{self.name}_" if self.name else "eval_"
 
+    @property
+    def metrics(self) -> list[str]:
+        """Names of its metrics."""
+        return [self.prefix + name for name in MetricsWindow.NAMES]
+
 
 def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) -> list[Evaluation]:
     """The held-out prompts, then every folder of ``eval_shards``.
 
     Raises:
-        ConfigError: Two folders have one name, or a metric is asked for that none of them gives.
+        ConfigError: Two folders have one name, or what was asked for cannot be: no prompt is held out,
+            nothing is there to evaluate on, or none of it gives the metric.
         DataError: A folder is incomplete or damaged.
         FingerprintError: A folder was scored with another reference or tokenizer.
     """
-    found = [Evaluation(None, stream)] if len(stream.eval_positions) else []
+    if config.eval_split and not len(stream.eval_positions):
+        raise ConfigError(
+            f"--eval-split {config.eval_split} holds out none of the prompts",
+            where=str(folder.path),
+            why="the run would never be evaluated on them, without a word",
+            fix="pass a larger share, such as --eval-split 0.05, or leave --eval-split out",
+        )
+    found = [Evaluation(None, stream, None)] if len(stream.eval_positions) else []
     for path in config.eval_shards:
         if path.name in {evaluation.name for evaluation in found}:
             raise ConfigError(
@@ -54,13 +70,19 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
             where=str(path),
             fix=f"score it with the reference of {folder.path}",
         )
-        found.append(Evaluation(path.name, PairStream(other, eval_split=1.0)))
+        found.append(Evaluation(path.name, PairStream(other, eval_split=1.0), other.manifest.index_sha256))
     wanted = config.metric_for_best_model
-    names = [evaluation.prefix + name for evaluation in found for name in MetricsWindow.NAMES]
+    names = [name for evaluation in found for name in evaluation.metrics]
     if wanted is not None and wanted not in names:
         raise ConfigError(
             f"--metric-for-best-model {wanted!r} is not among the metrics of an evaluation",
             fix=f"pass one of: {', '.join(names)}" if names else "pass --eval-split or --eval-shards",
+        )
+    if config.eval_steps is not None and not found:
+        raise ConfigError(
+            f"--eval-steps {config.eval_steps} has nothing to evaluate on",
+            why="the run would never be evaluated, without a word",
+            fix="add --eval-split 0.05 or --eval-shards, or leave --eval-steps out",
         )
     return found
 
@@ -105,6 +127,17 @@ def evaluate(
     for batch in found:
         run.add_pair_logps(batch, evaluation=evaluation.name)
     return window.means(prefix=evaluation.prefix)
+
+
+def new_best(metric: str, value: float, evaluations: list[Evaluation], *, step: int) -> Best:
+    """An evaluation that beat those before it, with what its number is comparable by."""
+    pairs = next(evaluation.index_sha256 for evaluation in evaluations if metric in evaluation.metrics)
+    return Best(metric=metric, value=value, step=step, pairs=pairs)
+
+
+def is_comparable(best: Best, metric: str | None, evaluations: list[Evaluation]) -> bool:
+    """Whether coming evaluations give the number that ``best`` has: the same metric on the same pairs."""
+    return metric is not None and best == new_best(metric, best.value, evaluations, step=best.step)
 
 
 def is_better(value: float, metric: str, than: float | None) -> bool:

@@ -115,8 +115,14 @@ def token_logps(hidden: Tensor, head: Head, targets: Tensor, *, objective: Objec
         (S,) float32.
 
     Raises:
-        RuntimeError: In backward: the loss was not the objective.
+        RuntimeError: A target has no row in the head; in backward: the loss was not the objective.
+        ValueError: The objective is about another number of tokens.
     """
+    if objective is not None and sum(objective.lengths) != len(targets):
+        raise ValueError(f"the objective is about {sum(objective.lengths)} tokens, not {len(targets)}")
+    # On a GPU without waiting for it.
+    known = ((targets >= 0) & (targets < head.weight.shape[0])).all()
+    torch._assert_async(known, f"a token to be scored is not among the head's {head.weight.shape[0]}")
     logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
         hidden,
         head.weight,
@@ -178,7 +184,6 @@ class _TokenLogps(torch.autograd.Function):
         if ctx.is_taken:
             (slopes,) = ctx.saved_tensors
             kept = torch.isclose(grad, slopes, rtol=1e-4, atol=1e-12, equal_nan=True).all()
-            # On a GPU without waiting for it.
             torch._assert_async(kept, "the loss that is differentiated is not the promised objective")
             taken, ctx.taken = ctx.taken, None
             return (*taken, None, None, None, None)
@@ -205,7 +210,7 @@ def _zeros(ctx: Any, at: _Operands, *, weight_gradient: Tensor | None = None) ->
 
 def _project(at: _Operands) -> tuple[Tensor, Tensor]:
     """Log-probs, and the log of the sum over the vocabulary that they were divided by."""
-    chosen = torch.empty(len(at.targets), device=at.hidden.device, dtype=torch.float32)
+    chosen = torch.full((len(at.targets),), torch.nan, device=at.hidden.device, dtype=torch.float32)
     log_z = torch.full_like(chosen, -torch.inf)
     for rows, columns in _tiles(at):
         tile = _logits(at.rows(rows), columns)

@@ -6,7 +6,7 @@ Only the policy is in memory. The reference comes from the shards, as two number
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +15,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from dpo_opt.optimize.budget import choose_budget, longest_pair
+from dpo_opt.optimize.budget import Device, choose_budget, longest_pair, run_device
 from dpo_opt.optimize.checkpoints import (
-    Best,
     Counters,
     Data,
     TrainState,
@@ -31,12 +30,18 @@ from dpo_opt.optimize.distributed import (
     World,
     any_rank,
     clip_gradients,
-    from_first,
     process_group,
     wait_for_all,
     world_from_environment,
 )
-from dpo_opt.optimize.evaluation import Evaluation, evaluate, evaluations, is_better
+from dpo_opt.optimize.evaluation import (
+    Evaluation,
+    evaluate,
+    evaluations,
+    is_better,
+    is_comparable,
+    new_best,
+)
 from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.lora import require_usable
 from dpo_opt.optimize.memory import optimizer_bytes
@@ -161,20 +166,32 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
         policy, optimizer, config, folder=folder, model_folder=model_folder, parity=parity, world=world
     )
     at, window, best = Counters(), MetricsWindow(policy.device), None
+    device = run_device(world)
+    budget = config.micro_batch_tokens
+    if budget is None and found is not None:
+        budget = _kept_budget(found.state, config, device, world, progress.say)
+    if budget is None:
+        # Before the optimizer's state is loaded, which is counted as still to come.
+        budget = _measured_budget(policy, folder, parameters, config, world)
     if found is not None:
         state = found.state
-        at, best, window.state = state.at, state.best, state.window
-        budget = config.micro_batch_tokens or state.micro_batch_tokens
+        at, window.state = state.at, state.window
         saver.load_optimizer(found.path)
         run.rewind(Written(state.lines, state.segments))
-        if best is not None:
-            run.write_best(best.model_dump())
         progress.say(f"going on from {found.path.name}, {at.consumed} pairs into the run")
-    else:
-        budget = config.micro_batch_tokens or _measured_budget(policy, folder, parameters, config, world)
-        if config.resume:
-            run.rewind(Written(0, {}))
-            progress.say(f"no checkpoint in {run.path}: starting at step 0")
+        if at.step > total_steps:
+            progress.say(f"it is beyond the {total_steps} steps that are asked for: the run ends there")
+        if state.best is not None and is_comparable(state.best, config.metric_for_best_model, evals):
+            best = state.best
+            run.write_best(best.model_dump())
+        elif state.best is not None:
+            progress.say(
+                f"step {state.best.step} was the best by {state.best.metric} of what was evaluated then, "
+                "which --metric-for-best-model no longer asks for: the best is looked for anew"
+            )
+    elif config.resume:
+        run.rewind(Written(0, {}))
+        progress.say(f"no checkpoint in {run.path}: starting at step 0")
     batching = Batching(budget, cost, world)
     saved_step, saved_time = at.step, time.monotonic()
 
@@ -191,6 +208,8 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
             micro_batch_tokens=budget,
             threads=torch.get_num_threads(),
             processes=world.size,
+            device=device.type,
+            device_bytes=device.memory,
             data=data,
             settings=settings,
         )
@@ -199,16 +218,35 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
             prune_checkpoints(run.path, step=at.step, keep=config.save_total_limit, best=best)
         saved_step, saved_time = at.step, time.monotonic()
 
-    progress.start("training", total=total_steps, unit="steps")
+    def log_training(speed: Metrics) -> float:
+        nonlocal window
+        means = window.means()
+        run.log(
+            {
+                "step": at.step,
+                "epoch": round(at.consumed / stream.train_size, 6),
+                **means,
+                "learning_rate": learning_rate(at.step - 1, total_steps=total_steps, config=config),
+                "num_tokens": at.num_tokens,
+                "num_unique_tokens": at.num_unique_tokens,
+                **speed,
+            }
+        )
+        window = MetricsWindow(policy.device)
+        return means["loss"]
+
+    progress.start("training", total=max(total_steps, at.step), unit="steps")
     if at.step:
         progress.advance(at.step)
     steps = stream.steps(seed=config.seed, size=config.batch_size, consumed=at.consumed)
     throughput, note = Throughput(policy, cost, world), ""
     try:
+        if at.step >= total_steps and window.pairs:
+            log_training({})  # where the run ends earlier than it was to, the checkpoint's last steps
         while True:
             paused = time.perf_counter()
             epoch = at.consumed / stream.train_size
-            due = at.step == total_steps or (config.eval_steps and at.step % config.eval_steps == 0)
+            due = at.step >= total_steps or (config.eval_steps and at.step % config.eval_steps == 0)
             improved = False
             if due and evals and at.step > at.evaluated_step:
                 means: Metrics = {}
@@ -221,20 +259,19 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
                 at.evaluated_step = at.step
                 metric = config.metric_for_best_model
                 if metric is not None and is_better(means[metric], metric, best.value if best else None):
-                    best = Best(metric=metric, value=means[metric], step=at.step)
+                    best = new_best(metric, means[metric], evals, step=at.step)
                     improved = True
             if at.step > saved_step and (improved or _is_time_to_save(config, at.step, saved_time, world)):
                 save()
             if improved and best is not None:
                 run.write_best(best.model_dump())
             throughput.leave_out(time.perf_counter() - paused)
-            if at.step == total_steps:
+            if at.step >= total_steps:
                 break
 
             stop.check(world)
             pairs = next(steps)
-            rate = learning_rate(at.step, total_steps=total_steps, config=config)
-            set_learning_rate(optimizer, rate)
+            set_learning_rate(optimizer, learning_rate(at.step, total_steps=total_steps, config=config))
             results = forward_pairs(
                 policy, pairs, config,
                 batching=batching, weights=stream.weights(pairs), backward=True, stop=stop,
@@ -257,20 +294,7 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
             at.num_unique_tokens += unique
             at.num_tokens += unique + sum(len(p.prompt_ids) for p in pairs)
             if at.step % config.logging_steps == 0 or at.step == total_steps:
-                means = window.means()
-                run.log(
-                    {
-                        "step": at.step,
-                        "epoch": round(at.consumed / stream.train_size, 6),
-                        **means,
-                        "learning_rate": rate,
-                        "num_tokens": at.num_tokens,
-                        "num_unique_tokens": at.num_unique_tokens,
-                        **throughput.metrics(),
-                    }
-                )
-                note = f"loss {means['loss']:.4f}"
-                window = MetricsWindow(policy.device)
+                note = f"loss {log_training(throughput.metrics()):.4f}"
             progress.advance(1, note)
     except StopRequested as request:
         optimizer.zero_grad(set_to_none=True)
@@ -303,8 +327,31 @@ def _measured_budget(
     policy: Policy, folder: ShardFolder, parameters: Sequence[Tensor], config: TrainConfig, world: World
 ) -> int:
     longest = pair_group(longest_pair(folder))
-    budget = choose_budget(policy, longest, optimizer_bytes=optimizer_bytes(parameters, config))
-    return from_first(budget, world)
+    coming = optimizer_bytes(parameters, config)
+    return choose_budget(policy, longest, optimizer_bytes=coming, world=world)
+
+
+def _kept_budget(
+    state: TrainState, config: TrainConfig, device: Device, world: World, say: Callable[[str], None]
+) -> int | None:
+    """The budget of the run so far; None where it was measured for something else.
+
+    It is kept where it can be, because another one rounds differently.
+    """
+    # Older checkpoints do not say on what they were made.
+    before = Device(state.device, state.device_bytes) if state.device else device
+    recomputed = state.settings["activation_checkpointing"], config.activation_checkpointing
+    if state.processes == world.size and before.holds_as_much(device) and recomputed[0] == recomputed[1]:
+        return state.micro_batch_tokens
+    then, now = (
+        f"{processes} x {where}, --activation-checkpointing {recomputation}"
+        for processes, where, recomputation in (
+            (state.processes, before, recomputed[0]),
+            (world.size, device, recomputed[1]),
+        )
+    )
+    say(f"the size of micro-batches is chosen again: {then} then; {now} now")
+    return None
 
 
 def _is_time_to_save(config: TrainConfig, step: int, saved: float, world: World) -> bool:

@@ -183,6 +183,11 @@ class MetricsWindow:
         return means
 
     @property
+    def pairs(self) -> int:
+        """How many were counted."""
+        return int(self._sums[-3])
+
+    @property
     def state(self) -> list[float]:
         """The sums, exactly."""
         return list(self._sums.tolist())

@@ -42,7 +42,8 @@ class PairStream:
                 prompt stands on both sides and growing the dataset moves no prompt. 1 holds out all.
 
         Raises:
-            DataError: The index or a column beside it is damaged, or all weights are 0.
+            DataError: The index or a column beside it is damaged, a weight is no number from 0 on, all are 0,
+                or their sum is infinite.
         """
         self._folder = folder
         index = folder.index(["row", "shard", "row_group"])
@@ -142,12 +143,15 @@ class PairStream:
         """Weights whose scale does not change the learning rate's meaning."""
         if weights is None:
             return None
-        mean = weights[~self._held_out].mean() if self.train_size else 1.0
-        if not mean > 0:
+        with np.errstate(over="ignore"):
+            mean = weights[~self._held_out].mean() if self.train_size else 1.0
+        if not 0 < mean < np.inf:
             raise DataError(
-                "the weights of all training pairs are 0",
+                "the weights of all training pairs are 0"
+                if mean == 0
+                else "the weights of the training pairs sum up to more than a number can be",
                 where=str(self._folder.path / COLUMNS / f"{WEIGHT}.parquet"),
-                why="nothing would be learnt",
+                why="nothing would be learnt: each pair would count as 0",
                 fix="correct the file, or remove it to let all pairs count alike",
             )
         return weights / mean

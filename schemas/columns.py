@@ -68,14 +68,18 @@ def read_column(
         default: For rows that have no value.
 
     Raises:
-        DataError: The file is damaged or is another table.
+        DataError: The file is damaged or is another table, or a row has a value that is no number, or below 0
+            where it is a weight.
     """
     path = shards_dir / COLUMNS / f"{name}.parquet"
     if not is_file(path):
         return None
     table = _read_table(path, name)
+    if table["row"].null_count:
+        raise _no_column(path, name, "a row number is missing")
     known = table["row"].to_numpy()
     values = table[name].to_numpy()
+    _require_usable(path, name, known, values)
     found = np.full(len(rows), default)
     if len(known):
         order = np.argsort(known)
@@ -88,6 +92,27 @@ def read_column(
             raise _no_column(path, name, "none of its rows is one of this folder")
         found[hit] = values[order][places][hit]
     return found
+
+
+def _require_usable(
+    path: AnyPath, name: str, rows: npt.NDArray[np.int64], values: npt.NDArray[np.float64]
+) -> None:
+    """A missing value is NaN here, as a file's reader gives it."""
+    usable = np.isfinite(values)
+    if name == WEIGHT:
+        usable &= values >= 0
+    bad = np.flatnonzero(~usable)
+    if not len(bad):
+        return
+    others = f" ({len(bad)} rows in all)" if len(bad) > 1 else ""
+    found = "nothing (null) or NaN" if np.isnan(values[bad[0]]) else str(values[bad[0]])
+    least = " from 0 on" if name == WEIGHT else ""
+    raise DataError(
+        f"row {rows[bad[0]]} has the {name} {found}{others}",
+        where=str(path),
+        why="below 0 a weight trains towards the rejected completion; what is no number spoils every mean",
+        fix=f"write finite numbers{least} there, or remove the rows: pairs without one count as usual",
+    )
 
 
 def _read_table(path: AnyPath, name: str) -> pa.Table:

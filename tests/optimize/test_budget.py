@@ -16,6 +16,7 @@ from dpo_opt.optimize.budget import (
     least_budget,
     longest_pair,
 )
+from dpo_opt.optimize.distributed import World
 from dpo_opt.optimize.packing import packed_size, pair_group
 from dpo_opt.optimize.policy import Policy
 from dpo_opt.schemas.errors import ConfigError
@@ -24,6 +25,7 @@ from dpo_opt.schemas.pairs import TokenSequence
 
 GB = 10**9
 CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, CPU, None)
 
 
 def device(*, free: int, per_row: int, constant: int, rows: int) -> Callable[[int], int]:
@@ -40,7 +42,7 @@ def device(*, free: int, per_row: int, constant: int, rows: int) -> Callable[[in
 
 def budget(*, free: int, per_row: int, constant: int, rows: int) -> int:
     peak = device(free=free, per_row=per_row, constant=constant, rows=rows)
-    return fit_budget(peak, rows=rows, room=Room(free, 2 * free))
+    return fit_budget(peak, rows=rows, room=Room(free, 2 * free), world=ALONE)
 
 
 @pytest.mark.parametrize("rows", [100, 640, 2048, 4000])
@@ -56,11 +58,36 @@ def test_more_rows_than_make_it_faster_are_not_taken() -> None:
     assert budget(free=1000 * GB, per_row=1_000_000, constant=0, rows=2 * MOST_ROWS) == 2 * MOST_ROWS
 
 
-@pytest.mark.parametrize("free_rows", [900, 1300, 1700, 2500, 3500])
-def test_probes_that_do_not_fit_are_halved(free_rows: int) -> None:
-    found = budget(free=free_rows * 1_000_000, per_row=1_000_000, constant=0, rows=300)
-    assert 300 <= found <= free_rows
-    assert found == pytest.approx(0.85 * free_rows, abs=1)
+@pytest.mark.parametrize("free_rows", [900, 1300, 1700, 2500, 3500, 9000])
+@pytest.mark.parametrize("constant_rows", [0, 250])
+def test_packs_that_will_not_fit_are_not_tried(free_rows: int, constant_rows: int) -> None:
+    tried: list[int] = []
+    fits = device(free=free_rows * 10**6, per_row=10**6, constant=constant_rows * 10**6, rows=300)
+
+    def peak(copies: int) -> int:
+        tried.append(copies)
+        return fits(copies)
+
+    found = fit_budget(peak, rows=300, room=Room(free_rows * 10**6, 10**12), world=ALONE)
+    assert found == pytest.approx(0.85 * free_rows - constant_rows, abs=1)
+    assert tried == [0, *(2**i for i in range(len(tried) - 1))]
+    assert constant_rows + 300 * tried[-1] <= 0.85 * free_rows
+    # The next would not have fitted, or it was enough to know what a row takes.
+    assert constant_rows + 600 * tried[-1] > 0.85 * free_rows or 300 * tried[-1] >= 4096
+
+
+def test_where_peaks_are_no_straight_line_only_what_was_seen_to_fit_is_used() -> None:
+    tried: list[int] = []
+
+    def peak(copies: int) -> int:
+        tried.append(copies)
+        if copies == 4:
+            raise torch.OutOfMemoryError
+        return 10**6 * 300 * copies
+
+    assert fit_budget(peak, rows=300, room=Room(10 * GB, 20 * GB), world=ALONE) == 600
+    # The last ends what the one before it left half done.
+    assert tried == [0, 1, 2, 4, 0]
 
 
 def test_the_longest_pair_may_use_what_is_otherwise_kept_free() -> None:
@@ -75,7 +102,7 @@ def test_a_pair_that_does_not_fit_is_refused_with_what_helps() -> None:
     # The probe fitted, but the optimizer is still to come.
     peak = device(free=4 * GB, per_row=1_000_000, constant=0, rows=1200)
     with pytest.raises(ConfigError, match=r"0\.2 GB are missing"):
-        fit_budget(peak, rows=1200, room=Room(GB, 4 * GB))
+        fit_budget(peak, rows=1200, room=Room(GB, 4 * GB), world=ALONE)
 
 
 def test_on_a_cpu_the_budget_is_small_and_always_the_same(policy: Policy) -> None:

@@ -19,11 +19,17 @@ import yaml
 from training_runs import Interrupter, contents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_opt.optimize import TrainConfig, checkpoints, saving, train
+from dpo_opt.optimize import TrainConfig, checkpoints, loop, saving, train
+from dpo_opt.optimize.budget import CPU_ROWS, Device, run_device
+from dpo_opt.optimize.checkpoints import Best
 from dpo_opt.optimize.distributed import World
+from dpo_opt.optimize.evaluation import Evaluation, is_comparable, new_best
 from dpo_opt.optimize.stop_signals import StopRequested, stop_signals
+from dpo_opt.optimize.stream import PairStream
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError, Preempted
+from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.progress import Silent
+from dpo_opt.schemas.storage import sha256_file
 
 OPTIMIZER = "optimizer/state-00001-of-00001.safetensors"
 STEPS = 6  # two epochs of 3 steps: 8, 8 and 6 of the pairs that are not held out
@@ -245,6 +251,45 @@ def test_the_newest_and_the_best_checkpoint_are_kept(settings: dict[str, Any], t
     assert set(steps_saved(run)) == {STEPS - 1, STEPS, best["step"]}
 
 
+def test_a_best_by_another_metric_is_neither_the_best_nor_kept(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    often = {**settings, "save_steps": 1, "eval_steps": 1}
+    run = stopped_at_step(tmp_path / "run", often, 3)
+    assert json.loads((run / "best.json").read_text())["metric"] == "eval_loss"
+    listener = Listener()
+    changed = {**often, "metric_for_best_model": "eval_logps/chosen"}
+    train(TrainConfig(**changed, output_dir=run, resume=True), progress=listener)
+    assert "was the best by eval_loss" in listener.lines[1]
+    best = json.loads((run / "best.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    values = {line["step"]: line["eval_logps/chosen"] for line in lines if "eval_loss" in line}
+    since = {step: value for step, value in values.items() if step > 2}
+    assert (best["metric"], best["step"]) == ("eval_logps/chosen", max(since, key=lambda step: since[step]))
+    assert set(steps_saved(run)) == {STEPS - 1, STEPS, best["step"]}
+
+
+def test_without_a_metric_no_best_is_left(settings: dict[str, Any], tmp_path: Path) -> None:
+    often = {**settings, "save_steps": 1, "eval_steps": 1}
+    run = stopped_at_step(tmp_path / "run", often, 3)
+    train(TrainConfig(**{**often, "metric_for_best_model": None}, output_dir=run, resume=True))
+    assert not (run / "best.json").exists()
+    assert steps_saved(run) == [STEPS - 1, STEPS]
+
+
+def test_a_best_is_comparable_on_the_same_pairs_only(shards: Path) -> None:
+    stream = PairStream(ShardFolder.open(shards), eval_split=0.2)
+    held_out, helpful = Evaluation(None, stream, None), Evaluation("helpful", stream, "a" * 64)
+    renewed = Evaluation("helpful", stream, "b" * 64)
+    best = new_best("eval_helpful_loss", 0.5, [held_out, helpful], step=3)
+    assert is_comparable(best, "eval_helpful_loss", [helpful, held_out])
+    assert not is_comparable(best, "eval_helpful_loss", [held_out, renewed])
+    assert not is_comparable(best, "eval_loss", [held_out, helpful])
+    # As a checkpoint of before has it: held-out prompts are the run's own for good.
+    old = Best.model_validate({"metric": "eval_loss", "value": 0.5, "step": 3})
+    assert is_comparable(old, "eval_loss", [held_out, helpful])
+
+
 def test_a_checkpoint_is_a_model_that_transformers_loads(
     settings: dict[str, Any], tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -267,7 +312,7 @@ def test_a_checkpoint_is_a_model_that_transformers_loads(
         ({"beta": 0.2}, ["beta: 0.1 then, 0.2 now"]),
         ({"seed": 1, "batch_size": 4}, ["seed", "batch_size"]),
         ({"eval_split": 0.3}, ["eval_split"]),
-        ({"num_train_epochs": 3}, ["num_train_epochs"]),
+        ({"num_train_epochs": 3}, ["num_train_epochs", "with --lr-scheduler-type constant"]),
         ({"reference_differs": True}, ["reference_differs: False then, True now"]),
     ],
 )
@@ -315,13 +360,137 @@ def test_a_run_that_ended_is_left_alone(
     assert contents(run) == undisturbed
 
 
-def test_a_run_at_a_constant_rate_may_be_made_longer(settings: dict[str, Any], tmp_path: Path) -> None:
-    constant = {**settings, "lr_scheduler_type": "constant", "save_steps": 1}
+@pytest.mark.parametrize("warmup_steps", [0, 2, 4.5])
+def test_a_run_at_a_constant_rate_may_be_made_longer(
+    settings: dict[str, Any], tmp_path: Path, warmup_steps: float
+) -> None:
+    constant = {**settings, "lr_scheduler_type": "constant", "save_steps": 1, "warmup_steps": warmup_steps}
     train(TrainConfig(**constant, output_dir=tmp_path / "long"))
     train(TrainConfig(**{**constant, "num_train_epochs": 1}, output_dir=tmp_path / "run"))
     train(TrainConfig(**constant, output_dir=tmp_path / "run", resume=True))
     longer, long = contents(tmp_path / "run"), contents(tmp_path / "long")
     assert longer["weights"] == long["weights"]
+
+
+def test_a_warm_up_that_is_a_share_of_all_steps_fixes_their_number(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    constant = {**settings, "lr_scheduler_type": "constant", "warmup_steps": 0.5}
+    train(TrainConfig(**{**constant, "num_train_epochs": 1}, output_dir=run))
+    with pytest.raises(ConfigError, match="num_train_epochs: 1 then, 2 now") as caught:
+        train(TrainConfig(**constant, output_dir=run, resume=True))
+    assert "--warmup-steps 0, 1 or more" in str(caught.value)
+
+
+def test_a_run_that_is_to_end_before_its_checkpoint_ends_with_it(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    class Bounded(Listener):
+        def advance(self, count: int, note: str = "") -> None:
+            assert count == 3, "a step was made beyond the end"
+
+    constant = {**settings, "lr_scheduler_type": "constant", "save_steps": 1, "logging_steps": 10}
+    constant |= {"eval_steps": None}
+    run = stopped_at_step(tmp_path / "run", constant, 4)
+    assert steps_saved(run)[-1] == 3
+    shorter = TrainConfig(**{**constant, "max_steps": 2}, output_dir=run, resume=True)
+    progress = Bounded()
+    result = train(shorter, progress=progress)
+    assert "beyond the 2 steps" in progress.lines[1]
+    assert result.steps == 3
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [("loss" in line, "eval_loss" in line, line["step"]) for line in lines] == [
+        (True, False, 3),
+        (False, True, 3),
+    ]
+    assert result.last_metrics == lines[0]
+    final, checkpoint = (
+        AutoModelForCausalLM.from_pretrained(path)
+        for path in (result.final, run / "checkpoints" / "step-00000003")
+    )
+    for parameter, other in zip(final.parameters(), checkpoint.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+    again = Listener()
+    assert train(shorter, progress=again).steps == 3
+    assert "came to its end before" in again.lines[0]
+
+
+def without_in_state(checkpoint: Path, *names: str) -> None:
+    """Leave out what a checkpoint of an earlier version does not say."""
+    state, complete = checkpoint / "training_state.json", checkpoint / "COMPLETE.json"
+    said = json.loads(state.read_text())
+    state.write_text(json.dumps({key: value for key, value in said.items() if key not in names}))
+    record = json.loads(complete.read_text())
+    (entry,) = (file for file in record["files"] if file["file"] == state.name)
+    entry |= {"bytes": state.stat().st_size, "sha256": sha256_file(state)}
+    complete.write_text(json.dumps(record))
+
+
+GPU = Device("cuda", 80 * 10**9)
+
+
+@pytest.mark.parametrize(
+    ("now", "change", "budget"),
+    [
+        (GPU, {}, 200),
+        (Device("cuda", 80 * 10**9 - 2**20), {}, 200),
+        (Device("cuda", 40 * 10**9), {}, 100),
+        (Device("cpu", None), {}, 100),
+        (GPU, {"activation_checkpointing": "full"}, 100),
+        (GPU, {"micro_batch_tokens": 150}, 150),
+    ],
+)
+def test_a_measured_budget_is_kept_where_it_was_measured(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    now: Device,
+    change: dict[str, Any],
+    budget: int,
+) -> None:
+    measured = {**settings, "micro_batch_tokens": None}
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "run_device", lambda _: GPU)
+        patched.setattr(loop, "choose_budget", lambda *_, **__: 200)
+        run = stopped_at_step(tmp_path / "run", measured, 3)
+    monkeypatch.setattr(loop, "run_device", lambda _: now)
+    monkeypatch.setattr(loop, "choose_budget", lambda *_, **__: 100)
+    listener = Listener()
+    train(TrainConfig(**{**measured, **change}, output_dir=run, resume=True), progress=listener)
+    said = json.loads((run / "checkpoints" / "step-00000006" / "training_state.json").read_text())
+    assert said["micro_batch_tokens"] == budget
+    assert (said["device"], said["device_bytes"]) == (now.type, now.memory)
+    assert ("is chosen again: 1 x cuda of 80.0 GB" in listener.lines[0]) == (budget == 100)
+
+
+def test_a_budget_that_several_processes_measured_is_not_one_processs(
+    settings: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
+    run = stopped_at_step(tmp_path / "run", {**settings, "micro_batch_tokens": None}, 3)
+    state = checkpoints.newest_checkpoint(run, print)
+    assert state is not None
+    config = TrainConfig(**settings, output_dir=run)
+    said: list[str] = []
+    alone = World(0, 1, 0, torch.device("cpu"), None)
+    of_two = state.state.model_copy(update={"processes": 2})
+    here = run_device(alone)
+    assert loop._kept_budget(state.state, config, here, alone, said.append) == CPU_ROWS
+    assert not said
+    assert loop._kept_budget(of_two, config, here, alone, said.append) is None
+    assert "2 x cpu" in said[0]
+
+
+def test_a_checkpoint_that_does_not_say_where_it_was_made_is_gone_on_from(
+    settings: dict[str, Any], undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    run = stopped_at_step(tmp_path / "run", settings, 3)
+    without_in_state(run / "checkpoints" / "step-00000002", "device", "device_bytes")
+    listener = Listener()
+    unsaid = {**settings, "micro_batch_tokens": None}
+    train(TrainConfig(**unsaid, output_dir=run, resume=True), progress=listener)
+    assert listener.lines == ["going on from step-00000002, 16 pairs into the run"]
+    assert contents(run) == undisturbed
 
 
 def test_a_loss_that_is_not_finite_leaves_its_pairs_and_the_checkpoint(
@@ -387,7 +556,8 @@ def test_evaluations_on_two_folders_of_one_name_are_refused(
 
 def test_checkpoints_by_the_clock(settings: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    without = {**settings, "save_steps": None, "metric_for_best_model": None, "eval_split": 0.0}
+    without = {**settings, "save_steps": None, "metric_for_best_model": None}
+    without |= {"eval_split": 0.0, "eval_steps": None}
     train(TrainConfig(**without, save_minutes=1e-9, output_dir=run))
     assert len(steps_saved(run)) == 2
     train(TrainConfig(**without, save_minutes=1e9, output_dir=tmp_path / "rarely"))
