@@ -56,9 +56,9 @@ def measure_kl(config: KLConfig, *, progress: Progress | None = None) -> dict[st
 
     flat = [(p, n, c) for p, cs in zip(prompts, completions, strict=True) for n, c in enumerate(cs)]
     sequences = [TokenSequence(p, c.completion_ids) for p, _, c in flat]
-    policy_logps = HfScorer(policy_folder, dtype=dtype).token_logps(sequences)
+    policy_logps = HfScorer(policy_folder, dtype=dtype, max_length=longest).token_logps(sequences)
     progress.advance(1, "scored under the policy")
-    reference_logps = HfScorer(reference_folder, dtype=dtype).token_logps(sequences)
+    reference_logps = HfScorer(reference_folder, dtype=dtype, max_length=longest).token_logps(sequences)
     progress.advance(1, "scored under the reference")
     progress.finish()
     write_kl_samples(

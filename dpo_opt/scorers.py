@@ -49,7 +49,7 @@ def make_engine(
         )
     from dpo_opt.optimize.score import HfScorer
 
-    return HfScorer(folder, dtype=dtype)
+    return HfScorer(folder, dtype=dtype, max_length=max_length)
 
 
 def make_scorer(config: PrecomputeConfig) -> Scorer:

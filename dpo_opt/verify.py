@@ -157,7 +157,13 @@ def _parity(
     from dpo_opt.optimize.policy import compute_dtype, default_device, load_policy
 
     device = default_device()
-    policy = load_policy(model_folder, dtype=compute_dtype(dtype, device), device=device, trainable=True)
+    policy = load_policy(
+        model_folder,
+        dtype=compute_dtype(dtype, device),
+        device=device,
+        trainable=True,
+        max_length=folder.manifest.fingerprint.max_length,
+    )
     pairs = spread_pairs(folder, num_pairs)
     parity = measure_parity(policy, pairs, cached_dtype=folder.manifest.fingerprint.dtype)
     versions = {name: version(name) for name in ("torch", "transformers")}

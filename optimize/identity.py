@@ -6,10 +6,12 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from dpo_opt.optimize.adapter_folder import merged_digests, read_adapter
+from dpo_opt.optimize.architecture import read_model_config
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.fingerprint import refuse_differences
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import config_digest, tokenizer_digest, weights_digest
+from dpo_opt.schemas.rope import describe_rope
 from dpo_opt.schemas.shards import SCHEMA_VERSION
 
 
@@ -61,6 +63,7 @@ def require_same_model(
             if digest == cached.weights:
                 break
         found["model_config_digest"] = config_digest(model_folder)
+        found["rope"] = describe_rope(read_model_config(model_folder), cached.max_length)
     refuse_differences(
         cached=cached,
         current=cached.model_copy(update=found),

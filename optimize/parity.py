@@ -1,8 +1,12 @@
 """Are the cached log-probs those of this very model? Asked before the first step and by ``verify``.
 
-At step 0 the policy is the reference, so its own log-probs of a sample must equal the cached ones up
-to rounding. How much rounding is normal is measured, not assumed: the floor is the same forward with
-another batch composition. Margins alone would hide an error that both sides share.
+At step 0 the policy is the reference, so its own log-probs of a sample must equal the cached ones up to rounding.
+Two forwards are compared with the cache: that of training, many pairs together, and that of each sequence alone
+through transformers' own attention. Their difference, the floor, is compared with limits too: where it is large,
+the model's log-probs depend on what shares the batch, and no cache can be right for them.
+
+No limit grows with what is measured: a wrong mask makes noise as well, and would excuse itself. Margins alone would
+hide an error that both sides share.
 """
 
 from collections.abc import Sequence
@@ -12,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dpo_opt.optimize.lora_targets import has_experts
 from dpo_opt.optimize.loss import preference_loss
 from dpo_opt.optimize.packing import Group, packed_size, pair_group
-from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.policy import Policy, one_by_one
 from dpo_opt.schemas.errors import FingerprintError
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
@@ -23,10 +28,11 @@ PARITY_PAIRS = 32
 _BATCH_ROWS = 2048
 
 
-class _Limits(NamedTuple):
-    """In nats per token; each but the mean's is raised to a multiple of the measured floor."""
+class Limits(NamedTuple):
+    """In nats per token."""
 
     mean: float
+    """Three standard errors may come on top of it: a mean over few tokens is off by chance."""
     sd: float
     p99: float
     max: float
@@ -36,10 +42,12 @@ class _Limits(NamedTuple):
 
 # bf16 engines differ by 0.03 to 0.05 (sd) on the same weights, single tokens by up to 0.7; another model or a
 # shifted token by more than 0.5 on average, and by many nats at its worst token.
-_HALF = _Limits(mean=0.01, sd=0.1, p99=0.3, max=3.0, loss=None)
+_HALF = Limits(mean=0.01, sd=0.1, p99=0.3, max=3.0, loss=None)
 # With fp32 on both sides only the order of additions differs: at most 5e-5 measured on a CPU, an sd of up to
-# 2.2e-3 reported on GPUs.
-_FP32 = _Limits(mean=1e-3, sd=2.5e-3, p99=5e-3, max=5e-3, loss=1e-3)
+# 2.2e-3 reported between engines on GPUs.
+_FP32 = Limits(mean=1e-3, sd=2.5e-3, p99=5e-3, max=5e-3, loss=1e-3)
+# Of the floor: one engine with itself. 1e-6 in fp32 on a CPU.
+_FP32_FLOOR = Limits(mean=1e-4, sd=1e-4, p99=1e-3, max=5e-3, loss=None)
 
 _USUAL_CAUSES = {
     "mean": "every token is shifted: other weights, another dtype, or a temperature",
@@ -50,6 +58,9 @@ _USUAL_CAUSES = {
     "max": "a single token is far off: one damaged or wrongly scored row",
     "loss": "margins differ although single tokens hardly do: small differences that add up in one direction",
 }
+_ALONE_CAUSE = "the same for each sequence alone: the cache itself is another model's, or was scored wrongly"
+_FLOOR_CAUSE = "this model's log-probs depend on what shares the batch, or a kernel mixes sequences"
+_EXPERTS_CAUSE = "; or rounding picks another expert where two are almost equally good, as in half precision"
 
 
 class Check(NamedTuple):
@@ -73,9 +84,6 @@ class Parity(NamedTuple):
     p99: float
     """99th percentile of the absolute difference."""
     max: float
-    floor_sd: float
-    floor_p99: float
-    floor_max: float
     correlation: float | None
     """Of cached and own values. Not judged: it follows from ``sd`` and the spread of the values, and is low
     for completions that the model is sure of. None where all values are equal."""
@@ -83,15 +91,8 @@ class Parity(NamedTuple):
     """Of cached minus own (chosen minus rejected), summed over tokens: nats per pair."""
     margin_sd: float
     """The same: times beta it is the noise that the cache adds to the loss's logit."""
-    floor_margin_sd: float
     loss: float
     """Mean loss of the sample at step 0 (``sigmoid``, beta 0.1); ln 2 when policy == reference."""
-    mean_limit: float
-    sd_limit: float
-    p99_limit: float
-    max_limit: float
-    loss_limit: float | None
-    """None unless both sides are fp32."""
     worst_row: int
     """Source row of the token that differs most."""
     worst_side: str
@@ -103,22 +104,61 @@ class Parity(NamedTuple):
     """Compute dtype of the own values."""
     cached_dtype: str
     ok: bool
+    floor_sd: float
+    floor_p99: float
+    floor_max: float
+    floor_margin_sd: float
+    floor_mean: float = 0.0
+    """Each sequence alone minus all together; so are the others of its kind."""
+    alone_mean: float = 0.0
+    """Cached minus each sequence alone; so are the others of its kind."""
+    alone_sd: float = 0.0
+    alone_p99: float = 0.0
+    alone_max: float = 0.0
+    experts: bool = False
+    """Whether each token chooses some of the model's experts."""
 
     @property
     def checks(self) -> list[Check]:
         """Every threshold that was applied."""
-        limits = {
-            "mean": (abs(self.mean), self.mean_limit),
-            "sd": (self.sd, self.sd_limit),
-            "p99": (self.p99, self.p99_limit),
-            "max": (self.max, self.max_limit),
-        }
-        if self.loss_limit is not None:
-            limits["loss"] = (abs(self.loss - float(np.log(2))), self.loss_limit)
-        return [
-            Check(name, value, limit, bool(np.isfinite(value) and value <= limit), _USUAL_CAUSES[name])
-            for name, (value, limit) in limits.items()
+        fp32 = self.dtype == "float32"
+        limits = _FP32 if fp32 and self.cached_dtype == "float32" else _HALF
+        found = [
+            *self._compared("", (self.mean, self.sd, self.p99, self.max), limits),
+            *self._compared(
+                "alone ", (self.alone_mean, self.alone_sd, self.alone_p99, self.alone_max), limits
+            ),
+            *self._compared(
+                "floor ",
+                (self.floor_mean, self.floor_sd, self.floor_p99, self.floor_max),
+                _FP32_FLOOR if fp32 else _HALF,
+            ),
         ]
+        if limits.loss is not None:
+            found.append(_check("loss", self.loss - float(np.log(2)), limits.loss, _USUAL_CAUSES["loss"]))
+        return found
+
+    def _compared(self, prefix: str, values: tuple[float, ...], limits: Limits) -> list[Check]:
+        mean, sd, p99, largest = values
+        chance = 3 * min(limits.sd, sd) / self.tokens**0.5
+        bounds = {
+            "mean": (mean, limits.mean + chance),
+            "sd": (sd, limits.sd),
+            "p99": (p99, limits.p99),
+            "max": (largest, limits.max),
+        }
+        found = []
+        for name, (value, limit) in bounds.items():
+            cause = {"": _USUAL_CAUSES[name], "alone ": _ALONE_CAUSE, "floor ": _FLOOR_CAUSE}[prefix]
+            if self.experts and name != "mean":
+                cause += _EXPERTS_CAUSE
+            found.append(_check(prefix + name, value, limit, cause))
+        return found
+
+
+def _check(name: str, value: float, limit: float, cause: str) -> Check:
+    size = abs(value)
+    return Check(name, size, limit, bool(np.isfinite(size) and size <= limit), cause)
 
 
 @torch.no_grad()
@@ -134,52 +174,49 @@ def measure_parity(policy: Policy, pairs: Sequence[ScoredPair], *, cached_dtype:
     # Two of the longest fit, so that each pair can share its forward: else there would be no floor.
     budget = max(_BATCH_ROWS, 2 * max(packed_size(group) for group in groups))
     sides = [side for pair in pairs for side in (pair.ref_chosen_token_logps, pair.ref_rejected_token_logps)]
-    own_sides = _own(policy, groups, policy.bins(groups, budget))
-    alone_sides = _own(policy, groups, [[i] for i in range(len(pairs))])
-    cached, own = np.concatenate(sides), np.concatenate(own_sides)
+    own_sides = _together(policy, groups, budget)
+    alone_sides = _alone(policy, groups)
+    cached, own, alone = (np.concatenate(values) for values in (sides, own_sides, alone_sides))
     difference = cached - own
-    mean, sd, p99 = _spread(difference)
-    floor = np.concatenate(alone_sides) - own
-    _, floor_sd, floor_p99 = _spread(floor)
-    floor_max = float(np.abs(floor).max())
+    mean, sd, p99, largest = _spread(difference)
+    alone_mean, alone_sd, alone_p99, alone_max = _spread(cached - alone)
+    floor_mean, floor_sd, floor_p99, floor_max = _spread(alone - own)
     margins = _margins(sides) - _margins(own_sides)
-    # NaN is the worst there can be.
-    size = np.nan_to_num(np.abs(difference), nan=np.inf)
+    # NaN is the worst there can be. The forward that is further off names the token.
+    sizes = [np.nan_to_num(np.abs(cached - values), nan=np.inf) for values in (own, alone)]
+    size, compared = max(zip(sizes, (own, alone), strict=True), key=lambda found: float(found[0].max()))
     place = int(size.argmax())
     ends = np.cumsum([len(side) for side in sides])
     side = int(np.searchsorted(ends, place, side="right"))
-
-    dtype = str(policy.dtype).removeprefix("torch.")
-    limits = _FP32 if dtype == cached_dtype == "float32" else _HALF
     parity = Parity(
         pairs=len(pairs),
         tokens=len(cached),
         mean=mean,
         sd=sd,
         p99=p99,
-        max=float(np.abs(difference).max()),
-        floor_sd=floor_sd,
-        floor_p99=floor_p99,
-        floor_max=floor_max,
+        max=largest,
         correlation=_correlation(cached, own),
         margin_mean=float(margins.mean()),
         margin_sd=float(margins.std()),
-        floor_margin_sd=float((_margins(alone_sides) - _margins(own_sides)).std()),
         loss=_loss(pairs, own_sides),
-        # A mean over few tokens may exceed the limit by chance: three standard errors are allowed.
-        mean_limit=limits.mean + 3 * sd / len(cached) ** 0.5,
-        sd_limit=max(2 * floor_sd, limits.sd),
-        p99_limit=max(3 * floor_p99, limits.p99),
-        max_limit=max(3 * floor_max, limits.max),
-        loss_limit=limits.loss,
         worst_row=pairs[side // 2].row,
         worst_side=("chosen", "rejected")[side % 2],
         worst_token=place - int(ends[side]) + len(sides[side]),
         worst_cached=float(cached[place]),
-        worst_own=float(own[place]),
-        dtype=dtype,
+        worst_own=float(compared[place]),
+        dtype=str(policy.dtype).removeprefix("torch."),
         cached_dtype=cached_dtype,
         ok=False,
+        floor_sd=floor_sd,
+        floor_p99=floor_p99,
+        floor_max=floor_max,
+        floor_margin_sd=float((_margins(alone_sides) - _margins(own_sides)).std()),
+        floor_mean=floor_mean,
+        alone_mean=alone_mean,
+        alone_sd=alone_sd,
+        alone_p99=alone_p99,
+        alone_max=alone_max,
+        experts=has_experts(policy.model),
     )
     return parity._replace(ok=all(check.ok for check in parity.checks))
 
@@ -194,15 +231,24 @@ def require_parity(parity: Parity, *, shards: str, model: str) -> None:
         return
     failed = [check for check in parity.checks if not check.ok]
     reasons = "".join(f"\n    {c.name} {c.value:.4g} > {c.limit:.4g}: {c.usual_cause}" for c in failed)
+    figures = (
+        f"per token mean {parity.mean:+.4f}, sd {parity.sd:.4f}, p99 {parity.p99:.4f}, max {parity.max:.4f} nats "
+        f"(floor sd {parity.floor_sd:.4f}) over {parity.tokens} tokens; loss {parity.loss:.5f}, ln 2 is 0.69315"
+        f"{reasons}\n    {worst_token(parity)}"
+    )
+    if any(check.name.startswith("floor") for check in failed):
+        raise FingerprintError(
+            f"the log-probs of {model} depend on what shares the batch: {figures}",
+            where=shards,
+            why="no cache can hold them, and every step would be trained on other numbers than were scored",
+            fix="pass --dtype float32; if it fails as well, report the versions with `dpo-opt env`",
+        )
     raise FingerprintError(
-        f"the cached log-probs are not those of {model}: per token mean {parity.mean:+.4f}, "
-        f"sd {parity.sd:.4f}, p99 {parity.p99:.4f}, max {parity.max:.4f} nats "
-        f"(floor sd {parity.floor_sd:.4f}) over {parity.tokens} tokens; "
-        f"loss {parity.loss:.5f}, ln 2 is 0.69315{reasons}\n    {worst_token(parity)}",
+        f"the cached log-probs are not those of {model}: {figures}",
         where=shards,
         why="the policy would be pulled towards another model than the one it starts from",
-        fix=f"dpo-opt verify --shards {shards} --model {model}, then precompute again; "
-        "or pass --reference-differs if another reference is intended",
+        fix=f"dpo-opt precompute --model {model} --data DATA --shards OTHER_FOLDER; or, if another reference is "
+        "intended, dpo-opt train --reference-differs",
     )
 
 
@@ -253,10 +299,10 @@ def _evenly(size: int, count: int) -> npt.NDArray[np.int64]:
     return ((np.arange(count) + 0.5) * size / max(count, 1)).astype(np.int64)
 
 
-def _own(policy: Policy, groups: Sequence[Group], bins: Sequence[Sequence[int]]) -> list[LogpArray]:
-    """Chosen and rejected of every pair, in order."""
+def _together(policy: Policy, groups: Sequence[Group], budget: int) -> list[LogpArray]:
+    """Chosen and rejected of every pair, in order, computed as training does."""
     found: dict[int, LogpArray] = {}
-    for chosen in bins:
+    for chosen in policy.bins(groups, budget):
         logps = policy.sequence_logps([groups[i] for i in chosen])
         for position, i in enumerate(chosen):
             for side in (0, 1):
@@ -264,10 +310,17 @@ def _own(policy: Policy, groups: Sequence[Group], bins: Sequence[Sequence[int]])
     return [found[i] for i in range(2 * len(groups))]
 
 
-def _spread(values: LogpArray) -> tuple[float, float, float]:
-    """Mean, standard deviation and 99th percentile of the absolute values."""
+def _alone(policy: Policy, groups: Sequence[Group]) -> list[LogpArray]:
+    """The same with every sequence in a forward of its own."""
+    with one_by_one(policy) as logps:
+        return [logps(sequence).cpu().numpy() for group in groups for sequence in group]
+
+
+def _spread(values: LogpArray) -> tuple[float, float, float, float]:
+    """Mean, standard deviation, 99th percentile and largest of the absolute values."""
     wide = values.astype(np.float64)
-    return float(wide.mean()), float(wide.std()), float(np.quantile(np.abs(wide), 0.99))
+    size = np.abs(wide)
+    return float(wide.mean()), float(wide.std()), float(np.quantile(size, 0.99)), float(size.max())
 
 
 def _correlation(a: LogpArray, b: LogpArray) -> float | None:

@@ -4,8 +4,9 @@ Loading checks, by measurement (probe.py), that the packed forward is exact for 
 (recurrent layers, soft-capped attention), padded rows are used instead.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dpo_opt.optimize.architecture import auto_class, decoder_of, head_of, read_model_config
+from dpo_opt.optimize.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
 from dpo_opt.optimize.logps import Objective, token_logps
 from dpo_opt.optimize.matmul_precision import full_precision_products
 from dpo_opt.optimize.packing import Batch, Group, pack, packed_size, pad, plan_bins, plan_padded_bins
 from dpo_opt.optimize.probe import Probe, choose_layout, require_same_in_compute_dtype
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.models import context_length
+from dpo_opt.schemas.pairs import TokenSequence
 from dpo_opt.schemas.rope import pin_rope
 
 
@@ -60,7 +63,7 @@ class Policy:
             embedding.sparse = (
                 objective is not None and objective.in_place and embedding.weight is head.weight
             )
-        mixed = any(parameter.dtype != self.dtype for parameter in self.model.parameters())
+        mixed = self.dtype != torch.float32 and any(p.dtype != self.dtype for p in self.model.parameters())
         # Each weight is used once per forward: cached casts would only keep a second copy of the model.
         autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed, cache_enabled=False)
         with full_precision_products():
@@ -76,6 +79,23 @@ class Policy:
         """One (C,) tensor of token log-probs per sequence, on the policy's device."""
         batch = self.layout(groups).to(self.device)
         return list(torch.split(self.batch_logps(batch), batch.lengths))
+
+
+@contextlib.contextmanager
+def one_by_one(policy: Policy) -> Iterator[Callable[[TokenSequence], Tensor]]:
+    """Token log-probs, (C,), of a sequence that nothing shares the forward with.
+
+    Through transformers' attention also where the policy packs, so that none of packing's own steps is in it.
+    """
+    decoder, packed = decoder_of(policy.model), policy.packs
+    if packed:
+        decoder.set_attn_implementation(PADDED_ATTENTION)
+    alone = replace(policy, packs=False)
+    try:
+        yield lambda sequence: alone.sequence_logps([(sequence,)])[0]
+    finally:
+        if packed:
+            decoder.set_attn_implementation(SEGMENT_ATTENTION)
 
 
 def load_policy(

@@ -4,6 +4,7 @@ It scores references where vLLM cannot run, scores any checkpoint on any shards,
 numbers are compared with.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from dpo_opt.optimize.architecture import decoder_of
+from dpo_opt.optimize.architecture import decoder_of, read_model_config
 from dpo_opt.optimize.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
 from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.packing import Group, pair_group
@@ -21,7 +22,7 @@ from dpo_opt.optimize.policy import Policy, default_device, load_policy
 from dpo_opt.schemas.fingerprint import TOKENIZER_FIELDS
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import ShardFolder
-from dpo_opt.schemas.models import checkpoint_dtype, find_model
+from dpo_opt.schemas.models import checkpoint_dtype, context_length, find_model
 from dpo_opt.schemas.pair_logps import PairLogps, write_pair_logps
 from dpo_opt.schemas.pairs import (
     Completion,
@@ -32,6 +33,7 @@ from dpo_opt.schemas.pairs import (
     TokenSequence,
 )
 from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.rope import FIXED, describe_rope
 
 # Rows per forward without gradients: enough to keep the cores busy, small in memory.
 _BATCH_ROWS = 2048
@@ -60,7 +62,13 @@ class HfScorer:
             engine_version=version("transformers"),
             strategy="packed",
             dtype=self._dtype,
+            rope=self._rope,
         )
+
+    @functools.cached_property
+    def _rope(self) -> str:
+        longest = self._max_length or context_length(self._folder)
+        return FIXED if longest is None else describe_rope(read_model_config(self._folder), longest)
 
     @property
     def policy(self) -> Policy:

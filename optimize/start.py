@@ -14,6 +14,7 @@ from dpo_opt.optimize.distributed import World
 from dpo_opt.optimize.lora import FOUR_BIT_OFFSET, add_adapter, four_bit_options, plan_adapter
 from dpo_opt.optimize.parity import PARITY_PAIRS, Parity, measure_parity, require_parity, spread_pairs
 from dpo_opt.optimize.policy import Policy, compute_dtype, load_policy
+from dpo_opt.optimize.probe import require_same_in_compute_dtype
 from dpo_opt.optimize.sharding import shard_policy
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.manifest import ShardFolder
@@ -61,6 +62,7 @@ def start(
         # Each process of several takes its part of it from main memory.
         device=world.device if world.size == 1 else torch.device("cpu"),
         trainable=not adapted,
+        max_length=folder.manifest.fingerprint.max_length,
         param_dtype=getattr(torch, config.param_dtype),
         options=four_bit_options(world.device, dtype) if four_bit else None,
     )
@@ -74,10 +76,15 @@ def start(
     checkpoint_activations(policy.model, config.activation_checkpointing)
     cost = forward_cost(policy)
     policy = shard_policy(policy, world)
+    if world.size > 1:
+        # Loading has looked at another device and at whole parameters.
+        require_same_in_compute_dtype(policy, where=str(model_folder))
 
     if checkpoint is not None:
         kept = checkpoint.state.parity
-        return Started(policy, cost, Parity(**kept) if kept else None)
+        # Another version of this program may have measured more.
+        known = {name: value for name, value in (kept or {}).items() if name in Parity._fields}
+        return Started(policy, cost, Parity(**known) if known else None)
     if config.reference_differs:
         say("the reference is another model than the starting policy: parity is not checked")
         return Started(policy, cost, None)

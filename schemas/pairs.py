@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dpo_opt.schemas.rope import FIXED
+
 IdArray = npt.NDArray[np.int32]
 LogpArray = npt.NDArray[np.float32]
 
@@ -113,6 +115,8 @@ class Numerics(NamedTuple):
     """Compute dtype, spelled as torch spells it: ``float32``, ``bfloat16``, ``float16``."""
     engine_options: str = "{}"
     """Arguments passed through to the engine, as compact JSON with sorted keys."""
+    rope: str = FIXED
+    """What the longest sequence makes of the rotary embedding (``schemas.rope``)."""
 
 
 class Scorer(Protocol):

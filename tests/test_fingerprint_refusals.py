@@ -145,15 +145,16 @@ CAUSES: dict[str, Change] = {
     "strategy": another("strategy", "another"),
     "dtype": another("dtype", "bfloat16"),
     "engine_options": another("engine_options", '{"tensor_parallel_size":2}'),
+    "rope": another("rope", "longrope:long"),
     "template_date": a_clock_in_the_template,
 }
 
 # Who compares what (FORMAT.md, "Fingerprint").
 COMPARED: dict[str, tuple[str, ...]] = {
     "precompute": tuple(Fingerprint.model_fields),
-    "train": ("schema_version", "weights", "model_config_digest", "tokenizer"),
+    "train": ("schema_version", "weights", "model_config_digest", "tokenizer", "rope"),
     "train --reference-differs": ("schema_version", "tokenizer"),
-    "verify": ("schema_version", "weights", "model_config_digest", "tokenizer"),
+    "verify": ("schema_version", "weights", "model_config_digest", "tokenizer", "rope"),
     "score": ("schema_version", "tokenizer"),
 }
 

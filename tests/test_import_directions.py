@@ -28,7 +28,7 @@ LAZY: dict[str, set[str]] = {
     "precompute/ray_workers.py": {"ray"},
     "precompute/templates.py": {"transformers", "jinja2"},
     "precompute/tokenize.py": {"transformers"},
-    "precompute/vllm_model.py": {"vllm", "torch"},
+    "precompute/vllm_model.py": {"vllm", "torch", "transformers"},
     "analysis/texts.py": {"tokenizers"},
     "dpo_opt": {"torch"},
     "dpo_opt/demo_model.py": {"torch", "transformers", "gguf"},

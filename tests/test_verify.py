@@ -407,7 +407,8 @@ def test_the_model_that_was_scored_passes(shards: Path, tiny_model: Path) -> Non
     assert parity["ok"]
     assert parity["pairs"] == 7
     assert parity["max"] < 5e-3
-    assert [check["name"] for check in parity["checks"]] == ["mean", "sd", "p99", "max", "loss"]
+    names = [prefix + name for prefix in ("", "alone ", "floor ") for name in ("mean", "sd", "p99", "max")]
+    assert [check["name"] for check in parity["checks"]] == [*names, "loss"]
     assert (parity["dtype"], parity["cached_dtype"], parity["device"]) == ("float32", "float32", "cpu")
     json.dumps(parity)
 
@@ -515,7 +516,7 @@ def test_the_command_says_it_in_words(shards: Path, tiny_model: Path, tmp_path: 
     assert code == 4
     assert "parity    FAILED" in shown
     assert "FAILED: noise beyond rounding" in shown
-    assert f"dpo-opt verify --shards {scripted} --model {tiny_model}" in error
+    assert f"dpo-opt precompute --model {tiny_model} --data DATA --shards OTHER_FOLDER" in error
 
     flip(shards / load_manifest(shards).shards[1].file, 100)
     code, shown, error = run("--shards", shards, "--model", tiny_model)

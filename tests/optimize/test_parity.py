@@ -150,11 +150,6 @@ MEASURED = Parity(
     margin_sd=2.0,
     floor_margin_sd=0.1,
     loss=0.9,
-    mean_limit=0.83,
-    sd_limit=0.1,
-    p99_limit=0.3,
-    max_limit=6.0,
-    loss_limit=None,
     worst_row=17,
     worst_side="rejected",
     worst_token=3,
@@ -170,30 +165,68 @@ def test_the_refusal_says_what_was_measured_and_what_to_do() -> None:
     with pytest.raises(FingerprintError) as caught:
         require_parity(MEASURED, shards="DIR", model="MODEL")
     text = str(caught.value)
-    for part in ("mean +0.5000", "sd 1.5000", "floor sd 0.0100", "30 tokens", "dpo-opt verify --shards DIR"):
+    for part in (
+        "mean +0.5000",
+        "sd 1.5000",
+        "floor sd 0.0100",
+        "30 tokens",
+        "dpo-opt precompute --model MODEL",
+    ):
         assert part in text
     # What failed is named with its limit and its usual cause; what held is not.
     assert "sd 1.5 > 0.1: noise beyond rounding" in text
     assert "p99 4 > 0.3: " in text
-    assert "every token is shifted" not in text
-    assert "a single token" not in text
+    assert "alone" not in text
+    assert "another expert" not in text
+    assert "another expert" in str(refused(MEASURED._replace(experts=True)))
     assert "row 17, rejected, token 3: cached -9.0000, own -4.0000" in text
     assert caught.value.exit_code == 4
 
 
-@pytest.mark.parametrize(("name", "value"), [("mean", -0.9), ("sd", 0.2), ("p99", 0.4), ("max", 6.1)])
-def test_each_threshold_fails_alone(name: str, value: float) -> None:
-    good = MEASURED._replace(mean=0.1, sd=0.05, p99=0.1, max=0.5)
-    assert all(check.ok for check in good.checks)
-    for wrong in (value, math.nan, math.inf):
-        failed = [check for check in good._replace(**{name: wrong}).checks if not check.ok]
-        assert [check.name for check in failed] == [name]
-    assert len({check.usual_cause for check in good.checks}) == len(good.checks)
+def refused(parity: Parity) -> FingerprintError:
+    with pytest.raises(FingerprintError) as caught:
+        require_parity(parity, shards="DIR", model="MODEL")
+    return caught.value
+
+
+GOOD = MEASURED._replace(mean=0.005, sd=0.05, p99=0.1, max=0.5)
+OVER = {"mean": -0.06, "sd": 0.11, "p99": 0.31, "max": 3.1}
+
+
+@pytest.mark.parametrize("forward", ["", "alone_", "floor_"])
+@pytest.mark.parametrize("name", OVER)
+def test_each_threshold_fails_alone(name: str, forward: str) -> None:
+    assert all(check.ok for check in GOOD.checks)
+    for wrong in (OVER[name], math.nan, math.inf):
+        parity = GOOD._replace(**{forward + name: wrong})
+        failed = [check for check in parity.checks if not check.ok]
+        assert [check.name for check in failed] == [f"{forward}{name}".replace("_", " ")]
+        assert failed[0].usual_cause in str(refused(parity))
+
+
+def test_a_floor_beyond_rounding_is_said_to_be_the_models_own() -> None:
+    error = refused(GOOD._replace(floor_sd=0.2))
+    assert "the log-probs of MODEL depend on what shares the batch" in str(error)
+    assert error.fix is not None
+    assert "--dtype float32" in error.fix
+    # In fp32 nothing but the order of additions may differ.
+    fp32 = GOOD._replace(mean=0, sd=0, p99=0, max=0, floor_p99=0, floor_max=0, dtype="float32")
+    assert [c.name for c in fp32._replace(floor_sd=2e-4).checks if not c.ok] == ["floor sd"]
+    assert all(c.ok for c in fp32._replace(floor_sd=5e-5).checks)
+
+
+def test_noise_does_not_raise_its_own_limits() -> None:
+    quiet, loud = GOOD, GOOD._replace(sd=9.0, floor_sd=9.0, floor_p99=9.0, floor_max=9.0)
+    limits = [{check.name: check.limit for check in parity.checks} for parity in (quiet, loud)]
+    for name, limit in limits[0].items():
+        # Of the mean's limit, three standard errors at the largest sd that is allowed.
+        most = 0.01 + 3 * 0.1 / MEASURED.tokens**0.5 if name.endswith("mean") else limit
+        assert limits[1][name] <= most
 
 
 def test_the_loss_is_judged_in_fp32_only() -> None:
-    assert [check.name for check in MEASURED.checks] == ["mean", "sd", "p99", "max"]
-    fp32 = MEASURED._replace(loss_limit=1e-3)
+    assert not any(check.name == "loss" for check in MEASURED.checks)
+    fp32 = MEASURED._replace(dtype="float32", cached_dtype="float32")
     assert next(check.ok for check in fp32.checks if check.name == "loss") is False
     assert fp32._replace(loss=math.log(2) - 9e-4).checks[-1].ok
 
@@ -262,23 +295,21 @@ def test_a_lower_precision_than_stated_is_noise_not_a_bad_row(policy: Policy, bf
     assert measure_parity(policy, pairs_of(bf16_shards), cached_dtype="bfloat16").ok
 
 
-def test_the_limits_rise_with_the_floor(
+def test_a_forward_that_disagrees_with_itself_is_refused(
     policy: Policy, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model whose own forward is noisy is compared with its own noise."""
-    noise = np.random.default_rng(2)
+    """However much it disagrees: a wrong mask makes noise as well."""
     exact = Policy.sequence_logps
 
     def noisy(self: Policy, groups: Sequence[Group]) -> list[torch.Tensor]:
+        noise = np.random.default_rng(len(groups))
         found = exact(self, groups)
         return [v + torch.from_numpy(noise.normal(0, 0.2, len(v))).float() for v in found]
 
     monkeypatch.setattr(Policy, "sequence_logps", noisy)
     parity = measure_parity(policy, pairs_of(shards), cached_dtype="bfloat16")
-    assert parity.sd > 0.1
-    assert parity.sd_limit == pytest.approx(2 * parity.floor_sd)
-    assert parity.p99_limit == pytest.approx(3 * parity.floor_p99)
-    assert parity.ok
+    assert {"sd", "floor sd", "alone sd"} <= {check.name for check in parity.checks if not check.ok}
+    assert "depend on what shares the batch" in str(refused(parity))
 
 
 def test_pairs_longer_than_a_batch_have_a_floor_too(
@@ -294,7 +325,8 @@ def test_pairs_longer_than_a_batch_have_a_floor_too(
     monkeypatch.setattr(Policy, "sequence_logps", count)
     monkeypatch.setattr("dpo_opt.optimize.parity._BATCH_ROWS", 1)
     measure_parity(policy, 4 * pairs_of(shards)[:1], cached_dtype="float32")
-    assert together == [2, 2, 1, 1, 1, 1]
+    # Then each of the eight sequences alone.
+    assert together == [2, 2, *[1] * 8]
 
 
 # Which pairs are compared ---------------------------------------------------------------------------------

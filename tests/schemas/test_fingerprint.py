@@ -27,6 +27,7 @@ VALUES: dict[str, Any] = {
     "strategy": "prompt_logprobs",
     "dtype": "bfloat16",
     "engine_options": "{}",
+    "rope": "fixed",
     "template_date": "2026-03-31",
 }
 OTHER: dict[str, Any] = {
