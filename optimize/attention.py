@@ -62,11 +62,11 @@ def segment_attention(
     ``varlen`` says the same as ``segments`` to the fused kernel of a CUDA device.
 
     Raises:
-        NotImplementedError: The model wants what this kernel would ignore (soft-capping, sinks, a bias, a mask
-            of its own), or applies its sliding window in a mask that is never built here;
+        NotImplementedError: The model wants what this kernel would ignore (soft-capping, sinks, a bias, a
+            mask of its own), or applies its sliding window in a mask that is never built here;
             ``policy.load_policy`` detects such models and falls back to padded rows.
     """
-    _refuse_unknown(others, dropout=dropout)
+    refuse_unknown(others, dropout=dropout)
     if attention_mask is not None or is_causal is False:
         raise NotImplementedError("segment attention is causal and has no masks")
     if sliding_window is None and _is_windowed(module):
@@ -154,7 +154,7 @@ def padded_attention(
     Raises:
         NotImplementedError: The model wants what that kernel leaves out without a word, such as soft-capping.
     """
-    _refuse_unknown(others, dropout=dropout)
+    refuse_unknown(others, dropout=dropout)
     _note_call(module)
     output: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal
@@ -162,7 +162,12 @@ def padded_attention(
     return output
 
 
-def _refuse_unknown(others: Mapping[str, Any], *, dropout: float) -> None:
+def refuse_unknown(others: Mapping[str, Any], *, dropout: float) -> None:
+    """Look at what a model hands to its attention beside tensors, scale, window and causality.
+
+    Raises:
+        NotImplementedError: It wants what no kernel here has, such as soft-capping or sinks.
+    """
     unknown = sorted(n for n, value in others.items() if value is not None and n not in _WITHOUT_EFFECT)
     if dropout:
         unknown.append("dropout")

@@ -9,7 +9,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dpo_opt.optimize.architecture import head_of
+import torch
+from transformers import PretrainedConfig
+
+from dpo_opt.optimize.architecture import decoder_of, head_of
 from dpo_opt.optimize.packing import Group, packed_size, shared_length
 from dpo_opt.optimize.policy import Policy
 
@@ -26,22 +29,34 @@ class ForwardCost(NamedTuple):
 
 
 def forward_cost(policy: Policy) -> ForwardCost:
-    """Read from the model, of whose experts a row visits some. To be called before sharding."""
+    """Read from the model's decoder and head, of whose experts a row visits some; vision towers do not run.
+
+    To be called before sharding.
+    """
+    decoder, head = decoder_of(policy.model), head_of(policy.model).weight
     config = policy.model.config.get_text_config()
-    head = head_of(policy.model).weight
-    embedding = policy.model.get_input_embeddings().weight
-    others = {id(head), id(embedding)}
+    embeddings = (m for m in decoder.modules() if isinstance(m, torch.nn.Embedding))
+    # Rows of embeddings are looked up, not multiplied with.
+    others = {id(head), *(id(p) for module in embeddings for p in module.parameters())}
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     visited = getattr(config, "num_experts_per_tok", None)
     share = visited / experts if experts and visited else 1.0  # of the rows that an expert sees
     weights = sum(
         p.numel() * (share if p.ndim == 3 and p.shape[0] == experts else 1.0)
-        for p in policy.model.parameters()
+        for p in decoder.parameters()
         if p.ndim >= 2 and id(p) not in others
     )
-    heads = getattr(config, "num_attention_heads", 0)
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
-    return ForwardCost(2.0 * weights, 4.0 * width * config.num_hidden_layers, 2.0 * head.numel())
+    return ForwardCost(2.0 * weights, 4.0 * _attention_width(decoder, config), 2.0 * head.numel())
+
+
+def _attention_width(decoder: torch.nn.Module, config: PretrainedConfig) -> int:
+    """Query heads times their dimension, summed over the layers: each may have its own (Gemma 4)."""
+    outputs = [getattr(module, "o_proj", None) for module in decoder.modules()]
+    widths = [int(output.in_features) for output in outputs if hasattr(output, "in_features")]
+    if widths:
+        return sum(widths)
+    # Older models have other names for it, and heads that share out the hidden state.
+    return config.hidden_size * config.num_hidden_layers if hasattr(config, "num_attention_heads") else 0
 
 
 def group_cost(group: Group, cost: ForwardCost) -> float:

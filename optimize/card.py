@@ -6,9 +6,12 @@ from pathlib import Path
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.schemas.manifest import Manifest
+from dpo_opt.schemas.rope import FIXED
 
 
-def model_card(config: TrainConfig, manifest: Manifest, parity: Parity | None, *, steps: int) -> str:
+def model_card(
+    config: TrainConfig, manifest: Manifest, parity: Parity | None, *, steps: int, text_alone: bool
+) -> str:
     """Markdown with the front matter of a model hub.
 
     Args:
@@ -16,6 +19,7 @@ def model_card(config: TrainConfig, manifest: Manifest, parity: Parity | None, *
         manifest: Of the shards that it was trained on.
         parity: Of the starting policy with the cached reference; None where the reference differs.
         steps: Updates made.
+        text_alone: Whether the model also sees or hears, and its text model alone was trained.
     """
     reference = (
         "another model than the starting policy (`--reference-differs`)"
@@ -24,6 +28,15 @@ def model_card(config: TrainConfig, manifest: Manifest, parity: Parity | None, *
     )
     base = Path(config.model).name
     library = f"peft\nbase_model: {json.dumps(base)}" if config.use_peft else "transformers"
+    rope = manifest.fingerprint.rope
+    rows = "".join(
+        [
+            f"| rotary embedding | {rope} (fixed for the whole run) |\n" if rope != FIXED else "",
+            "| trained | the text model alone, on text: what sees or hears is the base's |\n"
+            if text_alone
+            else "",
+        ]
+    )
     what = "A LoRA adapter trained by direct" if config.use_peft else "Direct"
     return f"""---
 library_name: {library}
@@ -44,4 +57,4 @@ tags: [dpo, preference-optimization, dpo-opt]
 | optimizer | {config.optim}, peak learning rate {config.learning_rate}, {config.batch_size} pairs per step |
 | steps | {steps} |
 | seed | {config.seed} |
-"""
+{rows}"""

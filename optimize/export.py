@@ -14,6 +14,10 @@ from dpo_opt.optimize.policy import Policy
 from dpo_opt.schemas.rope import PINNED
 from dpo_opt.schemas.storage import publish_folder
 
+# What reads images, sounds and videos for a model; the tokenizer and its template are written by themselves.
+_PROCESSORS = ("*processor_config.json", "*processor.json", "audio_tokenizer*.json")
+_TEMPLATE = "chat_template.*"
+
 
 def save_final(
     policy: Policy, path: Path, *, source: Path, dtype: torch.dtype, tokenizer_dir: Path, card: str
@@ -45,12 +49,23 @@ def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Pa
     shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
     if settings.is_file():
         shutil.copyfile(settings, folder / settings.name)
+    _copy_processor(source, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _copy_processor(source: Path, folder: Path) -> None:
+    """A model that sees or hears loads nowhere without its processor."""
+    # Two templates side by side are refused; the tokenizer's own is the one that was trained on.
+    templated = any(folder.glob(_TEMPLATE))
+    for pattern in (*_PROCESSORS, *(() if templated else (_TEMPLATE,))):
+        for path in source.glob(pattern):
+            if path.is_file() and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
 
 
 @contextlib.contextmanager
 def _as_it_was_loaded(policy: Policy, source: Path) -> Iterator[None]:
-    """A saved configuration asks for an attention that others have, and for the rotary embedding it came with."""
+    """What is saved asks for an attention that others have, and for the rotary embedding it came with."""
     decoder = decoder_of(policy.model)
     text, original = policy.model.config.get_text_config(), read_model_config(source).get_text_config()
     own = {name: getattr(text, name) for name in PINNED if hasattr(text, name)}

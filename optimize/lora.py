@@ -28,7 +28,7 @@ from dpo_opt.optimize.adapter_folder import (
 )
 from dpo_opt.optimize.architecture import model_without_weights
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.optimize.lora_targets import chosen_layers, has_experts, offered_layers, short_names
+from dpo_opt.optimize.lora_targets import chosen_layers, left_out, offered_layers, short_names
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.storage import publish_folder
 
@@ -81,9 +81,7 @@ def plan_adapter(config: TrainConfig, model_folder: Path) -> AdapterPlan:
         require_base(continued, model_folder)
         layers: tuple[str, ...] = tuple(n for n, _ in model.named_modules() if n in set(continued.layers))
     elif targets == _ALL_LINEAR:
-        layers = tuple(offered_layers(model))
-        if has_experts(model):
-            note = "the experts get no adapter, nor do their router and the layers beside them"
+        layers, note = tuple(offered_layers(model)), left_out(model)
     else:
         layers = chosen_layers(model, targets)
     plan = AdapterPlan(

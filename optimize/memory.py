@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from dpo_opt.optimize.activations import checkpoint_activations
 from dpo_opt.optimize.architecture import decoder_of, model_without_weights
+from dpo_opt.optimize.attention import STOCK_ATTENTION, refuse_unknown
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.lora import add_adapter, plan_adapter
 from dpo_opt.optimize.lora_targets import has_experts
@@ -45,7 +46,8 @@ class Memory(NamedTuple):
     gradients: int
     optimizer: int
     activations: int | None
-    """What the decoder keeps from forward to backward for ``rows``; None where it cannot be known
+    """What the decoder keeps from forward to backward for one sequence of ``rows``, which in models with
+    soft-capped attention or sinks is each layer's (rows, rows) scores too; None where it cannot be known
     without data."""
     head: int
     """The fp32 gradient of the head, added up beside its parameter's own."""
@@ -78,24 +80,31 @@ def estimate_memory(config: TrainConfig, model_folder: Path, *, rows: int, devic
     whole = sum(parameter.numel() for parameter in model.parameters())
     model.to(stored)
     weights = whole * stored.itemsize
+    head = model.get_output_embeddings()
     if config.load_in_4bit:
-        linear = sum(m.weight.numel() for m in decoder_of(model).modules() if isinstance(m, torch.nn.Linear))
+        linear = sum(
+            m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head
+        )
         weights += int((_FOUR_BIT_WEIGHT - stored.itemsize) * linear)
+    model.requires_grad_(False)
     if config.use_peft:
         add_adapter(model, plan_adapter(config, model_folder)._replace(continued=None), seed=config.seed)
+    else:
+        # As policy.load_policy has it: what sees or hears is held, and not trained.
+        for part in (decoder_of(model), head):
+            part.requires_grad_(True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     gradients = sum(parameter.numel() * parameter.itemsize for parameter in trained)
     if config.use_peft:
         weights += gradients
-    head = model.get_output_embeddings().weight
     return Memory(
         parameters=whole + (count if config.use_peft else 0),
         trained=count,
         weights=weights,
         gradients=gradients,
         optimizer=optimizer_bytes(trained, config),
-        head=4 * head.numel() if head.requires_grad else 0,
+        head=4 * head.weight.numel() if head.weight.requires_grad else 0,
         online_reference=0 if config.use_peft else whole * compute.itemsize,
         activations=_activations(model, config, compute=compute, rows=rows, device=device),
         rows=rows,
@@ -122,27 +131,39 @@ def _activations(
         compute = torch.bfloat16
     _log.disabled = True
     try:
-        decoder_of(model).set_attn_implementation(_SHAPES_ONLY)
         checkpoint_activations(model, config.activation_checkpointing)
         with FakeTensorMode(allow_non_fake_inputs=True):
             decoder = decoder_of(model).to_empty(device=device)
-            for parameter in decoder.parameters():
-                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            live = _LiveBytes(decoder)
-            positions = torch.arange(rows, device=device)[None]
-            mixed = any(parameter.dtype != compute for parameter in decoder.parameters())
-            with live:
-                with torch.autocast(device.type, dtype=compute, enabled=mixed, cache_enabled=False):
-                    hidden = decoder(
-                        input_ids=positions, position_ids=positions, use_cache=False
-                    ).last_hidden_state
-                hidden.backward(torch.empty_like(hidden))
-            return scale * live.peak
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):
-        # Shapes that depend on values, or a layer that does not run without data.
+            # As at loading: the model's own attention, scores and all, where no kernel has it.
+            for attention in (_SHAPES_ONLY, STOCK_ATTENTION):
+                peak = _peak(decoder, attention, compute=compute, rows=rows, device=device)
+                if peak is not None:
+                    return scale * peak
         return None
     finally:
         _log.disabled = False
+
+
+def _peak(
+    decoder: PreTrainedModel, attention: str, *, compute: torch.dtype, rows: int, device: torch.device
+) -> int | None:
+    try:
+        decoder.set_attn_implementation(attention)
+        for parameter in decoder.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        live = _LiveBytes(decoder)
+        positions = torch.arange(rows, device=device)[None]
+        mixed = any(parameter.dtype != compute for parameter in decoder.parameters())
+        with live:
+            with torch.autocast(device.type, dtype=compute, enabled=mixed, cache_enabled=False):
+                hidden = decoder(
+                    input_ids=positions, position_ids=positions, use_cache=False
+                ).last_hidden_state
+            hidden.backward(torch.empty_like(hidden))
+        return live.peak
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        # Another attention, shapes that depend on values, or a layer that does not run without data.
+        return None
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -195,8 +216,19 @@ class _AttentionShapes(torch.autograd.Function):
 
 
 def _attention_shapes(
-    _module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    _module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    dropout: float = 0.0,
+    **others: Any,
 ) -> tuple[Tensor, None]:
+    refuse_unknown(others, dropout=dropout)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

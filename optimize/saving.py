@@ -110,4 +110,8 @@ class Saver:
         return self._folder.manifest.fingerprint.weights if known else None
 
     def _card(self, steps: int) -> str:
-        return model_card(self._config, self._folder.manifest, self._parity, steps=steps)
+        model = self._policy.model.config
+        text_alone = model.get_text_config() is not model
+        return model_card(
+            self._config, self._folder.manifest, self._parity, steps=steps, text_alone=text_alone
+        )

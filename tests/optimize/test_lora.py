@@ -10,6 +10,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from all_architectures import (
+    BROKEN,
+    MORE_THAN_TEXT,
+    ORDINARY,
+    auto_class,
+    model_types,
+    randomize,
+    tiny_config,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,6 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dpo_opt.merge import merge
 from dpo_opt.merge_config import MergeConfig
 from dpo_opt.optimize.activations import checkpoint_activations
+from dpo_opt.optimize.architecture import decoder_of, model_without_weights
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.lora import (
@@ -416,16 +426,59 @@ def test_experts_are_refused_by_name(tmp_path: Path, name: str) -> None:
     assert planned(folder).note is not None
 
 
-def test_layers_that_peft_refuses_are_named(tmp_path: Path) -> None:
-    config = transformers.MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"peft cannot put an adapter on these layers .*out_proj"):
-        planned(tmp_path)
-    assert {n.rpartition(".")[2] for n in planned(tmp_path, lora_target_modules=["in_proj"]).layers} == {
-        "in_proj"
-    }
+ADAPTED: dict[str, tuple[set[str], str | None]] = {
+    # dt_proj of a Mamba is no default either: its weight is read, and an adapter would stay untrained.
+    "mamba": ({"in_proj", "x_proj"}, "the out_proj of state-space layers gets no adapter: peft refuses it"),
+    "falcon_mamba": ({"in_proj", "x_proj"}, "peft refuses it there"),
+    "falcon_h1": (ATTENTION | MLP | {"in_proj"}, "peft refuses it there"),
+    "falcon": ({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}, None),
+    "nemotron_h": ({"in_proj", "q_proj", "k_proj", "v_proj", "o_proj"}, "experts get no adapter, .* peft"),
+}
+
+
+@pytest.mark.parametrize("model_type", ADAPTED)
+def test_layers_that_peft_refuses_are_left_out_and_others_are_trained(
+    tmp_path: Path, model_type: str
+) -> None:
+    names, note = ADAPTED[model_type]
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type)).float()
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    plan = planned(tmp_path)
+    assert {name.rpartition(".")[2] for name in plan.layers} == names
+    assert re.search(note, plan.note or "") if note else plan.note is None
+    policy = with_adapter(tmp_path)
+    perturb(policy.model)
+    contrast(policy.sequence_logps([tuple(s for s in group) for group in ordinary_groups()])).backward()
+    assert set(gradients(policy.model)) == set(trainable_names(policy.model))
+    assert all(grad.any() for grad in gradients(policy.model).values())
+
+
+def ordinary_groups() -> list[Group]:
+    """Of ids that no configuration gives a meaning."""
+    ids = np.random.default_rng(1).choice([*ORDINARY], size=(4, 9)).astype(np.int32)
+    return [(TokenSequence(prompt, a), TokenSequence(prompt, b[:5])) for prompt, a, b in [ids[:3], ids[1:]]]
+
+
+def test_a_layer_that_cannot_be_adapted_is_refused_with_the_reason(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(tiny_config("mamba")).save_pretrained(tmp_path)
+    for target, reason in (("out_proj", "peft refuses it"), ("dt_proj", "read without calling it")):
+        with pytest.raises(ConfigError, match=rf"{target}: .*{reason}(.|\n)*pass some of: in_proj x_proj"):
+            planned(tmp_path, lora_target_modules=[target])
+
+
+@pytest.mark.parametrize("model_type", sorted({*model_types()} - {*BROKEN} - {*MORE_THAN_TEXT}))
+def test_every_architecture_gets_an_adapter_on_its_text_model_alone(tmp_path: Path, model_type: str) -> None:
+    config = tiny_config(model_type)
+    config.architectures = [auto_class(model_type)._model_mapping[type(config)].__name__]
+    config.save_pretrained(tmp_path)
+    plan = planned(tmp_path)
+    model = model_without_weights(tmp_path)
+    assert type(model).__name__ == config.architectures[0]
+    inside = {id(module) for module in decoder_of(model).modules()}
+    assert plan.layers
+    assert {id(model.get_submodule(layer)) for layer in plan.layers} <= inside
+    assert not any(tower in layer for layer in plan.layers for tower in ("vision", "image", "audio"))
 
 
 def damage(folder: Path, **changes: Any) -> None:
