@@ -286,3 +286,28 @@ def test_in_place_leaves_a_frozen_weight_alone() -> None:
     objective.value(logps, slice(0, len(LENGTHS))).backward()
     assert weight.grad is None
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("target", [VOCABULARY, VOCABULARY + 7, -1])
+@pytest.mark.parametrize("promised", [True, False])
+def test_a_token_that_the_head_does_not_have_is_refused(target: int, promised: bool) -> None:
+    hidden, weight, _, targets, _ = Case().tensors()
+    targets[5] = target
+    objective = Objective([SCORED], lambda logps, _: logps.sum()) if promised else None
+    with pytest.raises(RuntimeError, match=f"not among the head's {VOCABULARY}"):
+        token_logps(hidden.requires_grad_(), Head(weight, None, 1.0, None), targets, objective=objective)
+
+
+def test_memory_that_nothing_was_written_to_is_no_log_prob() -> None:
+    hidden, weight, _, targets, _ = Case().tensors()
+    targets[5] = VOCABULARY
+    found, _ = logps_module._project(logps_module._Operands(hidden, Head(weight, None, 1.0, None), targets))
+    assert found.isnan().nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("lengths", [[SCORED - 1], [SCORED, 1]])
+def test_an_objective_about_other_tokens_is_refused(lengths: list[int]) -> None:
+    hidden, weight, _, targets, _ = Case().tensors()
+    objective = Objective(lengths, lambda logps, _: logps.sum())
+    with pytest.raises(ValueError, match=f"not {SCORED}"):
+        token_logps(hidden.requires_grad_(), Head(weight, None, 1.0, None), targets, objective=objective)

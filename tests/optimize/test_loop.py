@@ -20,6 +20,7 @@ from dpo_opt.optimize import TrainConfig, loop, run_folder, train
 from dpo_opt.optimize.loop import prepare
 from dpo_opt.optimize.optimizer import learning_rate
 from dpo_opt.optimize.stream import PairStream
+from dpo_opt.plans import plan_train
 from dpo_opt.schemas.columns import Column, write_column
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, FingerprintError
 from dpo_opt.schemas.manifest import ShardFolder
@@ -419,6 +420,27 @@ def test_an_empty_folder_may_be_used(settings: dict[str, Any]) -> None:
 def test_holding_out_everything_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="holds out every pair"):
         prepare(TrainConfig(**settings, eval_split=0.9999999))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"eval_split": 1e-9}, "--eval-split 1e-09 holds out none of the prompts"),
+        ({"eval_split": 1e-9, "eval_steps": 1}, "--eval-split 1e-09 holds out none of the prompts"),
+        ({"eval_steps": 1}, "--eval-steps 1 has nothing to evaluate on"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_in_a_dry_run_too(
+    settings: dict[str, Any], shards: Path, change: dict[str, Any], said: str
+) -> None:
+    for start in (prepare, plan_train, train):
+        with pytest.raises(ConfigError, match=said) as caught:
+            start(TrainConfig(**settings, **change))
+        assert "--eval-split 0.05" in str(caught.value)
+    assert not settings["output_dir"].exists()
+    # Another folder is something to evaluate on.
+    if "eval_split" not in change:
+        assert len(prepare(TrainConfig(**settings, **change, eval_shards=[shards])).evaluations) == 1
 
 
 def test_preparing_writes_nothing(settings: dict[str, Any]) -> None:

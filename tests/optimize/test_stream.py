@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 import weakref
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fakes import ScriptedScorer
 from dpo_opt.optimize.stream import WINDOW_GROUPS, PairStream
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas import manifest
+from dpo_opt.schemas.columns import WEIGHT, Column, write_column
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.locations import location
 from dpo_opt.schemas.manifest import ShardFolder
@@ -410,3 +412,22 @@ def test_another_batch_size_goes_on_with_the_same_order(folder: ShardFolder) -> 
     with contextlib.closing(stream.steps(seed=0, size=100, consumed=PAIRS + 33)) as steps:
         rows = [[p.row for p in pairs] for pairs in itertools.islice(steps, 4)]
     assert rows == [order[33:133], order[133:233], order[233:333], order[333:]]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({3: -0.64}, "row 3 has the weight -0.64"),
+        (dict.fromkeys(range(PAIRS), 0.0), "are 0"),
+        (dict.fromkeys(range(PAIRS), 1e308), "sum up to more than a number can be"),
+    ],
+)
+def test_weights_that_would_train_nothing_or_the_reverse_are_refused_when_training_opens_them(
+    folder: ShardFolder, tmp_path: Path, values: dict[int, float], said: str
+) -> None:
+    copied = tmp_path / "shards"
+    shutil.copytree(str(folder.path), copied)
+    write_column(copied, WEIGHT, Column(array("q", values), array("d", values.values())))
+    with pytest.raises(DataError, match=said) as caught:
+        PairStream(ShardFolder.open(copied), eval_split=0.0)
+    assert "weight.parquet" in str(caught.value.where)

@@ -76,6 +76,43 @@ def test_another_table_is_refused(tmp_path: Path, table: dict[str, list[object]]
     assert caught.value.where == str(path)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([1.0, -0.64, 2.0], "row 5 has the weight -0.64"),
+        ([1.0, None, 2.0], "row 5 has the weight nothing"),
+        ([1.0, float("nan"), 2.0], "row 5 has the weight nothing"),
+        ([1.0, float("inf"), -1.0], r"row 5 has the weight inf \(2 rows in all\)"),
+    ],
+)
+def test_a_weight_that_is_no_number_from_0_on_is_refused_by_its_row(
+    tmp_path: Path, values: list[float | None], said: str
+) -> None:
+    path = write(tmp_path, "weight", {0: 1.0})
+    pq.write_table(pa.table({"row": [9, 5, 2], "weight": values}), path)
+    # Also where other rows are asked for: the file is wrong.
+    for rows in ([5], [9, 2]):
+        with pytest.raises(DataError, match=said) as caught:
+            read(tmp_path, "weight", rows)
+        assert caught.value.where == str(path)
+        assert "from 0 on" in str(caught.value)
+
+
+def test_of_other_columns_only_what_is_no_number_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "margin", {0: -3.0})
+    assert read(tmp_path, "margin", [0]) == [-3.0]
+    pq.write_table(pa.table({"row": [0, 1], "margin": [-3.0, None]}), path)
+    with pytest.raises(DataError, match="row 1 has the margin nothing"):
+        read(tmp_path, "margin", [0])
+
+
+def test_a_value_without_a_row_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "weight", {0: 1.0})
+    pq.write_table(pa.table({"row": [0, None], "weight": [1.0, 2.0]}), path)
+    with pytest.raises(DataError, match="a row number is missing"):
+        read(tmp_path, "weight", [0])
+
+
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "weight", {0: 1.0})
     for data in (b"", b"no table", path.read_bytes()[:-5]):
