@@ -15,7 +15,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import Message, PreferencePair
@@ -64,12 +64,19 @@ def rendered_texts(
         tuple[list[Message], list[Message], list[Message]], (pair.prompt, pair.chosen, pair.rejected)
     )
     conversations = [prompt, prompt + chosen, prompt + rejected]
-    settings = {"date": date, "tools": pair.tools, "row_settings": _template_settings(pair, tokenizer)}
-    opened, *wholes = render(conversations, tokenizer, where=pair.where, **settings)
+    rendered = functools.partial(
+        render,
+        tokenizer=tokenizer,
+        where=pair.where,
+        date=date,
+        tools=pair.tools,
+        row_settings=_template_settings(pair, tokenizer),
+    )
+    opened, *wholes = rendered(conversations)
     for side, whole in zip(("chosen", "rejected"), wholes, strict=True):
         if not whole.startswith(opened):
             # The prompt's end may be written for generation only; its messages may not change.
-            _, alone = render([prompt, prompt], tokenizer, where=pair.where, **settings)
+            _, alone = rendered([prompt, prompt])
             if not whole.startswith(alone):
                 raise _other_prompt(alone, whole, side, pair.where)
     return opened, wholes[0], wholes[1]
@@ -98,7 +105,7 @@ def render(
     *,
     where: str,
     date: str | None = None,
-    tools: list[dict[str, Any]] | None = None,
+    tools: list[object] | None = None,
     row_settings: dict[str, object] | None = None,
 ) -> list[str]:
     """Conversations as text; the first is a prompt, and ends with the generation prompt.

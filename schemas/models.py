@@ -39,7 +39,7 @@ _VOLATILE_CONFIG_KEYS = frozenset(
 
 # Names under which transformers' configurations state the longest sequence. The first that is there counts:
 # later ones stand beside it as leftovers (n_ctx of GPT-2 checkpoints).
-_CONTEXT_KEYS = (
+_CONTEXT_KEYS: tuple[str, ...] = (
     "max_position_embeddings",
     "n_positions",  # GPT-2, GPT-J, CodeGen, BigCode
     "max_seq_len",  # MPT, DBRX
@@ -190,7 +190,7 @@ def _is_count(value: object) -> bool:
 def _rope_scalings(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The settings of scaled rotary embeddings: one, or one for each type of layer."""
     found = [text.get("rope_scaling"), text.get("rope_parameters")]
-    flat = [value for value in found if isinstance(value, dict)]
+    flat: list[Mapping[str, Any]] = [value for value in found if isinstance(value, dict)]
     return flat + [part for value in flat for part in value.values() if isinstance(part, dict)]
 
 

@@ -105,6 +105,19 @@ def test_a_length_beyond_the_context_is_refused(plan_of: Plans) -> None:
         plan_of(max_length=257)
 
 
+def test_a_context_under_another_name_is_kept_to_as_well(
+    plan_of: Plans, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    del config["max_position_embeddings"]
+    for stated in ({"n_positions": 128}, {"text_config": config | {"max_position_embeddings": 128}}):
+        (model / "config.json").write_text(json.dumps(config | stated))
+        with pytest.raises(ConfigError, match="--max-length 129 is beyond the model's context of 128"):
+            plan_of(model=str(model), max_length=129)
+        assert plan_of(model=str(model)).fingerprint.max_length == 128
+
+
 def test_a_config_without_a_vocabulary_size_is_refused(
     plan_of: Plans, tiny_model: Path, tmp_path: Path
 ) -> None:
