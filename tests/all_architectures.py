@@ -42,7 +42,8 @@ SIZES: list[tuple[int, str]] = [
         """num_experts n_routed_experts num_local_experts moe_num_experts num_attention_heads n_head n_heads
         num_heads encoder_attention_heads decoder_attention_heads num_encoder_attention_heads attention_heads
         num_decoder_attention_heads conf_num_attention_heads linear_num_heads linear_num_key_heads
-        linear_num_value_heads swa_num_attention_heads index_n_heads index_block_size""",
+        linear_num_value_heads swa_num_attention_heads index_n_heads index_block_size
+        codebook_size""",
     ),
     (
         8,
@@ -73,7 +74,8 @@ SIZES: list[tuple[int, str]] = [
         output_embedding_size word_embed_proj_dim projection_dim out_hidden_size output_dim hidden_size_global
         projection_hidden_size vision_hidden_size text_hidden_size encoder_hidden_size lru_width
         backbone_hidden_size decoder_hidden_size image_token_embed_dim router_hidden_size
-        patch_embed_hidden_size output_channels projector_input_dim projector_output_dim vision_output_dim""",
+        patch_embed_hidden_size output_channels adapter_in_dim adapter_out_dim
+        adapter_input_size codebook_dim num_embeddings projector_input_dim projector_output_dim vision_output_dim""",
     ),
     (
         96,
@@ -84,8 +86,8 @@ SIZES: list[tuple[int, str]] = [
     ),
     (
         VOCABULARY,
-        """vocab_size decoder_vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab
-        pronunciation_vocab_size shape_vocab_size""",
+        """vocab_size unpadded_vocab_size decoder_vocab_size vocab_size_per_layer_input
+        encoder_hash_byte_group_vocab pronunciation_vocab_size shape_vocab_size""",
     ),
     (
         256,
@@ -113,15 +115,32 @@ VALUES = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | {
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
 # What a type or its part is given over the table, by its model_type.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "apertus1p5": {"image_token_offset": 72, "audio_token_offset": 76},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "chameleon": {"vocabulary_map": {"<image>": 100, **{f"IMGIMG{c}Z": i for i, c in enumerate("ABCD", 90)}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"] * 2},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
     "diffusion_gemma_text": {"global_head_dim": 32},
-    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32]},
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 12,
+    },
     "emu3": {"vocabulary_map": {"<image>": 100, "<|extra_200|>": 99, "<|visual token 000000|>": 98}},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32]},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "florence_vision": {
+        "embed_dim": (64,) * 4,
+        "depths": (1,) * 4,
+        "num_heads": (4,) * 4,
+        "num_groups": (4,) * 4,
+    },
     "gemma3n_text": {"intermediate_size": 96},
     "gemma4_text": {"global_head_dim": 32},
     "gemma4_unified_text": {"global_head_dim": 32},
@@ -138,6 +157,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
+    "molmo2_adapter": {"vision_feature_layer": [3, 1]},
+    "molmo2_vision": {"image_size": [28, 28], "num_position_embeddings": 4},
+    "muse_spark_audio": {"hidden_sizes": (32, 32, 32, 64)},
+    "muse_spark_text": {"output_multiplier": 1.0},
     "paddleocr_vl_text": {"rope_parameters": ROPE},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
@@ -161,7 +184,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "mlp_layer_types": ["dense", "sparse"] * 2,
     },
-    "chameleon": {"vocabulary_map": {"<image>": 100, **{f"IMGIMG{c}Z": i for i, c in enumerate("ABCD", 90)}}},
     "xmod": {"default_language": "en_XX"},
     "youtu": {"pad_token_id": None},  # whose row transformers sets to zero in what it loads
     "zaya": {"num_experts_per_tok": 1},
@@ -220,6 +242,8 @@ def model_types() -> list[str]:
 
 def auto_class(model_type: str) -> Any:
     """The class that builds the type as its published weights hold it: a wrapper with its towers."""
+    if model_type == "llama4":  # whose wrapper transformers 5.24 cannot run without an image
+        return AutoModelForCausalLM
     wrapper = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return AutoModelForImageTextToText if wrapper else AutoModelForCausalLM
 
@@ -234,10 +258,7 @@ def _shrunk(config: PreTrainedConfig, places: dict[str, int]) -> PreTrainedConfi
     What the table does not know keeps the type's default, or what the wrapper gave a part instead of it.
     """
     values = _values(config)
-    try:
-        usual = _values(type(config)())
-    except ValueError:  # it has no default without its parts
-        usual = {}
+    usual = {} if config.model_type in PARTS else _values(type(config)())
     depth = next((values[name] for name in DEPTHS & values.keys()), 0)
     tiny: dict[str, Any] = {}
     for name, value in values.items():
@@ -255,12 +276,14 @@ def _shrunk(config: PreTrainedConfig, places: dict[str, int]) -> PreTrainedConfi
         elif name in SIZE and ((value is None and name in ALWAYS) or (type(value) is int and value)):
             tiny[name] = SIZE[name]
         elif isinstance(value, list) and depth and len(value) == depth:
-            if any(other != value[0] for other in value):
-                tiny[name] = _sample(name, value)
+            kinds = [kind for i, kind in enumerate(value) if kind not in value[:i]]
+            if 1 < len(kinds) < depth:  # otherwise the type makes its own list for fewer layers
+                tiny[name] = _sample(name, kinds)
         elif name not in usual or value != usual[name]:
             tiny[name] = value
     if "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
-        turned = int(HEAD * values["rope_parameters"].get("partial_rotary_factor", 1.0)) // 2
+        turned = HEAD * values["rope_parameters"].get("partial_rotary_factor", 1.0)
+        turned = int(SIZE["qk_rope_head_dim"] if "qk_rope_head_dim" in values else turned) // 2
         part = turned * 3 // 8
         tiny["rope_parameters"] = {
             **values["rope_parameters"],
@@ -288,12 +311,11 @@ def _place(name: str, value: Any, places: dict[str, int]) -> Any:
     return places.setdefault(name.replace("_index", "_id"), VOCABULARY - 1 - len(places))
 
 
-def _sample(name: str, values: list[Any]) -> list[Any]:
-    """As many entries as the tiny model has layers, with every kind of them if it has enough layers.
+def _sample(name: str, kinds: list[Any]) -> list[Any]:
+    """As many entries as the tiny model has layers, or as there are kinds if these are more.
 
     Layer types take turns and the other lists change once, so that kinds of layers meet kinds of MLPs.
     """
-    kinds = [value for i, value in enumerate(values) if value not in values[:i]]
     if name in ("layer_types", "layers_block_type"):
         return (kinds * LAYERS)[: max(LAYERS, len(kinds))]
     return [kinds[i * len(kinds) // LAYERS] for i in range(LAYERS)]
