@@ -24,6 +24,7 @@ LAZY: dict[str, set[str]] = {
     "schemas/hub.py": {"huggingface_hub"},
     "optimize/lora.py": {"peft"},
     "optimize/optimizer.py": {"torchao"},
+    "precompute/checkpoint_keys.py": {"transformers"},
     "precompute/near_duplicates.py": {"rensa"},
     "precompute/ray_workers.py": {"ray"},
     "precompute/templates.py": {"transformers", "jinja2"},

@@ -69,6 +69,7 @@ def test_weights_that_the_model_has_no_place_for_are_refused(
     name: str,
     architectures: list[str] | None,
     capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     require_place_for_all_weights(model)
     change(model)
@@ -79,6 +80,7 @@ def test_weights_that_the_model_has_no_place_for_are_refused(
     assert caught.value.where == str(model)
     assert "config.json" in str(caught.value.fix)
     assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
 
 
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
