@@ -1,7 +1,7 @@
 """What a transformers model is made of: which class loads it, its decoder, its layers, its head.
 
-Text alone is scored and trained here. A wrapper around a text model (images, audio) is loaded whole, so that it
-can be saved whole, and its decoder alone is run.
+Text alone is scored and trained here. A wrapper around a text model (images, audio) is loaded whole, so that
+it can be saved whole, and its decoder alone is run.
 """
 
 from collections.abc import Iterator, Mapping
@@ -79,7 +79,9 @@ def decoder_of(model: PreTrainedModel) -> Any:
     """
     wraps = model.config.get_text_config() is not model.config
     # get_decoder takes whatever is called "decoder", which in a few text models is the head.
-    return model.get_decoder() if wraps or model.base_model is model else model.base_model
+    found = model.get_decoder() if wraps or model.base_model is model else model.base_model
+    # Text models cut out of a wrapper (Llama 4, Mllama) say where the wrapper had it.
+    return getattr(model, "model", model) if found is model else found
 
 
 def decoder_layers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:

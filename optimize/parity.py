@@ -1,12 +1,12 @@
 """Are the cached log-probs those of this very model? Asked before the first step and by ``verify``.
 
-At step 0 the policy is the reference, so its own log-probs of a sample must equal the cached ones up to rounding.
-Two forwards are compared with the cache: that of training, many pairs together, and that of each sequence alone
-through transformers' own attention. Their difference, the floor, is compared with limits too: where it is large,
-the model's log-probs depend on what shares the batch, and no cache can be right for them.
+At step 0 the policy is the reference, so its own log-probs of a sample must equal the cached ones up to
+rounding. Two forwards are compared with the cache: that of training, many pairs together, and that of each
+sequence alone through transformers' own attention. Their difference, the floor, is compared with limits too:
+where it is large, the model's log-probs depend on what shares the batch, and no cache can be right for them.
 
-No limit grows with what is measured: a wrong mask makes noise as well, and would excuse itself. Margins alone would
-hide an error that both sides share.
+No limit grows with what is measured: a wrong mask makes noise as well, and would excuse itself. Margins
+alone would hide an error that both sides share.
 """
 
 from collections.abc import Sequence
@@ -232,9 +232,9 @@ def require_parity(parity: Parity, *, shards: str, model: str) -> None:
     failed = [check for check in parity.checks if not check.ok]
     reasons = "".join(f"\n    {c.name} {c.value:.4g} > {c.limit:.4g}: {c.usual_cause}" for c in failed)
     figures = (
-        f"per token mean {parity.mean:+.4f}, sd {parity.sd:.4f}, p99 {parity.p99:.4f}, max {parity.max:.4f} nats "
-        f"(floor sd {parity.floor_sd:.4f}) over {parity.tokens} tokens; loss {parity.loss:.5f}, ln 2 is 0.69315"
-        f"{reasons}\n    {worst_token(parity)}"
+        f"per token mean {parity.mean:+.4f}, sd {parity.sd:.4f}, p99 {parity.p99:.4f}, "
+        f"max {parity.max:.4f} nats (floor sd {parity.floor_sd:.4f}) over {parity.tokens} tokens; "
+        f"loss {parity.loss:.5f}, ln 2 is 0.69315{reasons}\n    {worst_token(parity)}"
     )
     if any(check.name.startswith("floor") for check in failed):
         raise FingerprintError(
@@ -247,8 +247,8 @@ def require_parity(parity: Parity, *, shards: str, model: str) -> None:
         f"the cached log-probs are not those of {model}: {figures}",
         where=shards,
         why="the policy would be pulled towards another model than the one it starts from",
-        fix=f"dpo-opt precompute --model {model} --data DATA --shards OTHER_FOLDER; or, if another reference is "
-        "intended, dpo-opt train --reference-differs",
+        fix=f"dpo-opt precompute --model {model} --data DATA --shards OTHER_FOLDER; or, if another reference "
+        "is intended, dpo-opt train --reference-differs",
     )
 
 

@@ -1,7 +1,7 @@
 """A causal language model as this toolkit uses it: batches in, token log-probs out.
 
-Loading checks, by measurement (probe.py), that the packed forward is exact for this very model; where it is not
-(recurrent layers, soft-capped attention), padded rows are used instead.
+Loading checks, by measurement (probe.py), that the packed forward is exact for this very model; where it is
+not (recurrent layers, soft-capped attention), padded rows are used instead.
 """
 
 import contextlib
@@ -61,7 +61,11 @@ class Policy:
         embedding = self.model.get_input_embeddings()
         if isinstance(embedding, torch.nn.Embedding):
             embedding.sparse = (
-                objective is not None and objective.in_place and embedding.weight is head.weight
+                objective is not None
+                and objective.in_place
+                and embedding.weight is head.weight
+                # In half precision the head adds nothing in place, and sparse rows would be summed in it.
+                and head.weight.dtype == torch.float32
             )
         mixed = self.dtype != torch.float32 and any(p.dtype != self.dtype for p in self.model.parameters())
         # Each weight is used once per forward: cached casts would only keep a second copy of the model.
@@ -160,7 +164,7 @@ def load_policy(
     # Dropout must be off: the reference was scored without it, so with it policy != reference at step 0.
     model.eval()
     model.requires_grad_(False)
-    packs, probe = choose_layout(model, device, folder=folder)
+    packs, probe = choose_layout(model, device, dtype, folder=folder)
     if trainable:
         for part in (decoder_of(model), model.get_output_embeddings()):
             part.requires_grad_(True)
@@ -189,7 +193,7 @@ def _require_all_weights(report: Mapping[str, Any], folder: Path) -> None:
             f"{left_over[0]}",
             where=str(folder),
             why="they would be left out of every log-prob, and of the model that is saved",
-            fix="correct config.json (number of layers, biases, architectures) so that it describes the weights",
+            fix="correct config.json (number of layers, biases, architectures) until it fits the weights",
         )
 
 
@@ -204,7 +208,7 @@ def _refuse_chosen_keys(config: PretrainedConfig, longest: int | None, folder: P
         raise ConfigError(
             f"the model attends to its {most} best keys, and sequences of {longest} tokens are allowed",
             where=str(folder),
-            why="which keys these are depends on rounding, so two forwards of one sequence differ by whole nats",
+            why="rounding decides which keys these are, so two forwards of one sequence differ by whole nats",
             fix=f"pass --max-length {most} or less to `dpo-opt precompute`, and use its shards",
         )
 

@@ -2,12 +2,12 @@
 
 Two kinds of scaling read how long the longest sequence of a batch is: LongRoPE (Ding et al. 2024, arXiv
 2402.13753; Phi-3, Phi-4-mini) takes its long factors for all as soon as one position is beyond the original
-context, and dynamic NTK (transformers' ``dynamic``) stretches its base with the longest sequence seen. Engines
-differ in whom they ask: transformers the batch, vLLM its own limit. A log-prob would depend on what shares the
-batch, or on the engine.
+context, and dynamic NTK (transformers' ``dynamic``) stretches its base with the longest sequence seen.
+Engines differ in whom they ask: transformers the batch, vLLM its own limit. A log-prob would depend on what
+shares the batch, or on the engine.
 
-Here the longest sequence that a run allows (``max_length``) decides, once, for vLLM, the transformers scorer and
-the trainer alike, and the fingerprint says what it decided.
+Here the longest sequence that a run allows (``max_length``) decides, once, for vLLM, the transformers scorer
+and the trainer alike, and the fingerprint says what it decided.
 """
 
 from collections.abc import Mapping

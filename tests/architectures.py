@@ -73,7 +73,25 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 PADDED: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma2-softcapped": ("Gemma2Config", {**HEADS, "sliding_window": WINDOW}),
+    # At the published cap of 50, random weights would not show that it is left out.
+    "gemma2-softcapped": (
+        "Gemma2Config",
+        {**HEADS, "sliding_window": WINDOW, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 16},
+    ),
+    "falcon-h1": ("FalconH1Config", {**SIZES, **STATES, "mamba_d_ssm": 128, "lm_head_multiplier": 0.5}),
+    "recurrent-gemma": (
+        "RecurrentGemmaConfig",
+        {
+            **{k: v for k, v in SIZES.items() if k != "max_position_embeddings"},
+            "lru_width": 64,
+            "attention_window_size": 25,
+            "logits_soft_cap": 3.0,
+        },
+    ),
+    "llama4-chunked": (
+        "Llama4TextConfig",
+        {**HEADS, "intermediate_size_mlp": 96, "num_local_experts": 4, "attention_chunk_size": 25},
+    ),
     "gpt-oss-sinks": (
         "GptOssConfig",
         {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
@@ -105,9 +123,9 @@ PADDED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save_random(kind: str, sizes: dict[str, Any], folder: Path) -> None:
+def save_random(kind: str, sizes: dict[str, Any], folder: Path, *, seed: int = 0) -> None:
     """Weights large enough that every token has its own log-prob: a wrong mask would show."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes)).float()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,11 +1,12 @@
-"""Defects of a forward, a cache or a kernel, planted one at a time: the gate before training must notice each.
+"""Defects of a forward, a cache or a kernel, planted one at a time, each to be noticed before training.
 
-A defect changes the code or the data while its context is open; the model and the shards on disk stay as they are.
+A defect changes the code or the data while its context is open; model and shards on disk stay as they are.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_opt.optimize import attention, packing, policy
+from dpo_opt.optimize.architecture import decoder_of
+from dpo_opt.optimize.attention import SEGMENT_ATTENTION
 from dpo_opt.optimize.logps import Head
 from dpo_opt.optimize.packing import Batch, Group, Segment
-from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.parity import Parity, measure_parity
+from dpo_opt.optimize.policy import Policy, load_policy
+from dpo_opt.optimize.probe import choose_layout
+from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
 
+CPU = torch.device("cpu")
 Pairs = list[ScoredPair]
 Patch = pytest.MonkeyPatch
 
@@ -66,7 +73,7 @@ def _rows_before(count: int | None) -> Callable[[Patch, Policy], None]:
         def leaking(
             module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
         ) -> Any:
-            out, _ = exact(module, query, key, value, mask, **settings)
+            exact(module, query, key, value, mask, **settings)  # it notes the call
             groups = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
             parts = []
@@ -136,7 +143,7 @@ def _flip_a_bit_of_one_logit_row(patch: Patch, _: Policy) -> None:
 
 def _one_rope_for_the_batch(patch: Patch, loaded: Policy) -> None:
     """Frequencies follow the number of rows in the forward, as with dynamic scaling."""
-    decoder: Any = policy.decoder_of(loaded.model)
+    decoder: Any = decoder_of(loaded.model)
     exact = decoder.rotary_emb.forward
 
     def forward(x: Tensor, position_ids: Tensor) -> Any:
@@ -272,3 +279,34 @@ def planted(name: str, loaded: Policy) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         FORWARD[name](patch, loaded)
         yield
+
+
+class Scored:
+    """A policy that packs, and the pairs that were scored with it."""
+
+    def __init__(self, folder: Path, pairs: list[ScoredPair], dtype: str) -> None:
+        self.folder, self.pairs, self.dtype = folder, pairs, dtype
+        self.policy = load_policy(folder, dtype=getattr(torch, dtype), device=CPU, trainable=True)
+        assert self.policy.packs
+
+    def parity(self, pairs: list[ScoredPair] | None = None) -> Parity:
+        return measure_parity(self.policy, self.pairs if pairs is None else pairs, cached_dtype=self.dtype)
+
+    def probe_objects(self) -> bool:
+        """Whether loading would have refused the model, or not have packed it."""
+        try:
+            packs, _ = choose_layout(self.policy.model, CPU, self.policy.dtype, folder=self.folder)
+        except ConfigError:
+            return True
+        finally:
+            decoder_of(self.policy.model).set_attn_implementation(SEGMENT_ATTENTION)
+        return not packs
+
+    def noticed_by(self, name: str) -> tuple[bool, list[str]]:
+        """Of a defect of the forward: whether the probe objects, and which checks of parity fail."""
+        with planted(name, self.policy):
+            return self.probe_objects(), failed(self.parity())
+
+
+def failed(parity: Parity) -> list[str]:
+    return [check.name for check in parity.checks if not check.ok]

@@ -1,56 +1,16 @@
 """What looks at a run before its first step notices planted defects, and passes what is sound.
 
-Two checks look: the probe when a model is loaded (a few random tokens, fp32), and parity with the cache (real pairs,
-the dtype of the run). A defect of the code is there for both.
+Two checks look: the probe when a model is loaded (a few random tokens, fp32), and parity with the cache (real
+pairs, the dtype of the run). A defect of the code is there for both.
 """
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from planted_defects import CACHE, FORWARD, planted
+from planted_defects import CACHE, FORWARD, Scored, failed
 
-from dpo_opt.optimize.attention import SEGMENT_ATTENTION
-from dpo_opt.optimize.parity import Parity, measure_parity
-from dpo_opt.optimize.policy import decoder_of, load_policy
-from dpo_opt.optimize.probe import choose_layout
-from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.manifest import ShardFolder
-from dpo_opt.schemas.pairs import ScoredPair
-
-CPU = torch.device("cpu")
-
-
-class Scored:
-    """A policy that packs, and the pairs that were scored with it."""
-
-    def __init__(self, folder: Path, pairs: list[ScoredPair], dtype: str) -> None:
-        self.folder, self.pairs, self.dtype = folder, pairs, dtype
-        self.policy = load_policy(folder, dtype=getattr(torch, dtype), device=CPU, trainable=True)
-        assert self.policy.packs
-
-    def parity(self, pairs: list[ScoredPair] | None = None) -> Parity:
-        return measure_parity(self.policy, self.pairs if pairs is None else pairs, cached_dtype=self.dtype)
-
-    def probe_objects(self) -> bool:
-        """Whether loading would have refused the model, or not have packed it."""
-        try:
-            packs, _ = choose_layout(self.policy.model, CPU, folder=self.folder)
-        except ConfigError:
-            return True
-        finally:
-            decoder_of(self.policy.model).set_attn_implementation(SEGMENT_ATTENTION)
-        return not packs
-
-    def noticed_by(self, name: str) -> tuple[bool, list[str]]:
-        """Of a defect of the forward: whether the probe objects, and which checks of parity fail."""
-        with planted(name, self.policy):
-            return self.probe_objects(), failed(self.parity())
-
-
-def failed(parity: Parity) -> list[str]:
-    return [check.name for check in parity.checks if not check.ok]
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
