@@ -19,85 +19,49 @@ from transformers.models.auto.modeling_auto import (
 
 VOCABULARY = 101
 ORDINARY = range(3, 72)  # the tokens that mean nothing but themselves to every type, such as no image's place
-LAYERS = 4  # even in a tower, so that the last hidden states but one or two are there
+LAYERS = 4  # in towers too, so that the last hidden states but one or two are there
 HEADS = 4
 HEAD = 16
-WINDOW = 8  # short enough to hide most of 40 tokens, like the blocks and top places of sparse attention
 
-SIZES: list[tuple[int, str]] = [
-    (
-        1,
-        """n_group topk_group n_groups mamba_n_groups num_nextn_predict_layers num_mem_blocks n_shared_experts
-        num_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers num_expert_group
-        attn_layer_offset""",
-    ),
-    (
-        2,
-        """num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts depth
-        encoder_layers num_encoder_layers max_window_layers attn_layer_period index_topk_blocks
-        index_kpool""",
-    ),
-    (
-        4,
-        """num_experts n_routed_experts num_local_experts moe_num_experts num_attention_heads n_head n_heads
-        num_heads encoder_attention_heads decoder_attention_heads num_encoder_attention_heads attention_heads
-        num_decoder_attention_heads conf_num_attention_heads linear_num_heads linear_num_key_heads
-        linear_num_value_heads swa_num_attention_heads index_n_heads index_block_size
-        codebook_size""",
-    ),
-    (
-        8,
-        """qk_rope_head_dim qk_nope_head_dim rotary_dim state_size ssm_state_size mamba_d_state mamba_dt_rank
-        time_step_rank linear_key_head_dim linear_value_head_dim linear_head_dim mamba_n_heads
-        mamba_num_heads""",
-    ),
-    (
-        WINDOW,
-        """sliding_window attention_window_size window_size local_attention sliding_window_size
-        attention_chunk_size keep_window_size index_topk""",
-    ),
-    (12, "v_head_dim"),
-    (
-        16,
-        """head_dim q_lora_rank kv_lora_rank d_kv d_head dim_head kv_channels attention_head_size
-        index_head_dim mamba_d_head mamba_head_dim swa_head_dim chunk_size mamba_chunk_size block_size""",
-    ),
-    (28, "image_size"),
-    (
-        32,
-        """moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size
-        expert_ffn_hidden_size share_expert_dim hidden_size_per_layer_input base_channels""",
-    ),
-    (
-        64,
-        """hidden_size n_embd d_model embed_dim embedding_dim emb_dim embedding_size input_embedding_size
-        output_embedding_size word_embed_proj_dim projection_dim out_hidden_size output_dim hidden_size_global
-        projection_hidden_size vision_hidden_size text_hidden_size encoder_hidden_size lru_width
-        backbone_hidden_size decoder_hidden_size image_token_embed_dim router_hidden_size
-        patch_embed_hidden_size output_channels adapter_in_dim adapter_out_dim
-        adapter_input_size codebook_dim num_embeddings projector_input_dim projector_output_dim vision_output_dim""",
-    ),
-    (
-        96,
-        """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size dff d_ff d_inner n_inner
-        dim_ff mlp_dim feed_forward_size intermediate_size_mlp dense_intermediate_size
-        alignment_intermediate_size shared_intermediate_size projector_hidden_size
-        projection_intermediate_size""",
-    ),
-    (
-        VOCABULARY,
-        """vocab_size unpadded_vocab_size decoder_vocab_size vocab_size_per_layer_input
-        encoder_hash_byte_group_vocab pronunciation_vocab_size shape_vocab_size""",
-    ),
-    (
-        256,
-        """max_position_embeddings n_positions n_ctx max_seq_len max_source_positions max_target_positions
-        context_length position_embedding_size""",
-    ),
-]
+# Each size and the settings that get it. Windows, and what sparse attention keeps, hide most of 40 tokens.
+SIZES = """
+1 n_group topk_group n_groups mamba_n_groups num_nextn_predict_layers num_mem_blocks n_shared_experts
+1 num_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers num_expert_group
+1 attn_layer_offset
+2 num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts depth encoder_layers
+2 num_encoder_layers max_window_layers attn_layer_period index_topk_blocks index_kpool
+4 num_experts n_routed_experts num_local_experts moe_num_experts num_attention_heads n_head n_heads
+4 num_heads encoder_attention_heads decoder_attention_heads num_encoder_attention_heads attention_heads
+4 num_decoder_attention_heads conf_num_attention_heads linear_num_heads linear_num_key_heads
+4 linear_num_value_heads swa_num_attention_heads index_n_heads index_block_size codebook_size
+4 num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks layers
+8 qk_rope_head_dim qk_nope_head_dim rotary_dim state_size ssm_state_size mamba_d_state mamba_dt_rank
+8 time_step_rank linear_key_head_dim linear_value_head_dim linear_head_dim mamba_n_heads mamba_num_heads
+8 sliding_window attention_window_size window_size local_attention sliding_window_size attention_chunk_size
+8 keep_window_size index_topk
+12 v_head_dim
+16 head_dim q_lora_rank kv_lora_rank d_kv d_head dim_head kv_channels attention_head_size index_head_dim
+16 mamba_d_head mamba_head_dim swa_head_dim chunk_size mamba_chunk_size block_size
+28 image_size
+32 moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size
+32 expert_ffn_hidden_size share_expert_dim hidden_size_per_layer_input base_channels
+64 hidden_size n_embd d_model embed_dim embedding_dim emb_dim embedding_size input_embedding_size
+64 output_embedding_size word_embed_proj_dim projection_dim out_hidden_size output_dim hidden_size_global
+64 projection_hidden_size vision_hidden_size text_hidden_size encoder_hidden_size lru_width
+64 backbone_hidden_size decoder_hidden_size image_token_embed_dim router_hidden_size patch_embed_hidden_size
+64 output_channels adapter_in_dim adapter_out_dim adapter_input_size codebook_dim num_embeddings
+64 projector_input_dim projector_output_dim vision_output_dim
+96 intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size dff d_ff d_inner n_inner dim_ff
+96 mlp_dim feed_forward_size intermediate_size_mlp dense_intermediate_size alignment_intermediate_size
+96 shared_intermediate_size projector_hidden_size projection_intermediate_size
+101 vocab_size unpadded_vocab_size decoder_vocab_size vocab_size_per_layer_input
+101 encoder_hash_byte_group_vocab pronunciation_vocab_size shape_vocab_size
+256 max_position_embeddings n_positions n_ctx max_seq_len max_source_positions max_target_positions
+256 context_length position_embedding_size
+"""
+SIZE = {name: int(size) for size, *names in map(str.split, SIZES.strip().splitlines()) for name in names}
 DEPTHS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"}
 DEPTHS |= {"num_blocks", "layers"}
-SIZE = {name: size for size, names in SIZES for name in names.split()} | dict.fromkeys(DEPTHS, LAYERS)
 # Sizes that are given even where the default is none, which some types cannot be built with.
 ALWAYS = {"head_dim", "sliding_window", "moe_intermediate_size", "top_k_experts", "num_experts"}
 ALWAYS |= {"num_experts_per_tok", "n_routed_experts", "n_shared_experts"}
@@ -259,7 +223,7 @@ def _shrunk(config: PreTrainedConfig, places: dict[str, int]) -> PreTrainedConfi
     """
     values = _values(config)
     usual = {} if config.model_type in PARTS else _values(type(config)())
-    depth = next((values[name] for name in DEPTHS & values.keys()), 0)
+    depth = next((values[name] for name in sorted(DEPTHS & values.keys())), 0)
     tiny: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
