@@ -22,7 +22,7 @@ from dpo_opt.optimize.matmul_precision import full_precision_products
 from dpo_opt.optimize.packing import Batch, Group, pack, packed_size, pad, plan_bins, plan_padded_bins
 from dpo_opt.optimize.probe import Probe, choose_layout, require_same_in_compute_dtype
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.models import context_length
+from dpo_opt.schemas.models import context_length, left_over_weights
 from dpo_opt.schemas.pairs import TokenSequence
 from dpo_opt.schemas.rope import pin_rope
 
@@ -129,8 +129,6 @@ def load_policy(
         ConfigError: transformers cannot load the folder, weights are missing or left over, or no layout is
             exact.
     """
-    # Its bars for reading and writing files would stand between ours.
-    transformers_logging.disable_progress_bar()
     config = read_model_config(folder)
     if trainable and getattr(config, "quantization_config", None):
         raise ConfigError(
@@ -142,16 +140,17 @@ def load_policy(
     longest = max_length or context_length(folder)
     _refuse_chosen_keys(config, longest, folder)
     try:
-        model, report = auto_class(config).from_pretrained(
-            folder,
-            config=config if longest is None else pin_rope(config, longest),
-            dtype=param_dtype if trainable else dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            **(options or {}),
-        )
+        with _quiet_transformers():
+            model, report = auto_class(config).from_pretrained(
+                folder,
+                config=config if longest is None else pin_rope(config, longest),
+                dtype=param_dtype if trainable else dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **(options or {}),
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ConfigError(
             f"transformers cannot load the model ({str(error).splitlines()[0]})",
@@ -173,13 +172,25 @@ def load_policy(
     return policy
 
 
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its bars would stand between ours, and its table of what does not fit is said in one sentence."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
 def _require_all_weights(report: Mapping[str, Any], folder: Path) -> None:
     """Compare what the class has with what the checkpoint holds, but for what the class says is ignorable.
 
     Raises:
         ConfigError: One has what the other lacks.
     """
-    missing, left_over = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    missing, left_over = sorted(report["missing_keys"]), left_over_weights(sorted(report["unexpected_keys"]))
     if missing:
         raise ConfigError(
             f"the checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}",
