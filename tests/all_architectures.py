@@ -69,12 +69,13 @@ KEY_VALUE_HEADS = {
     "num_key_value_heads": "num_attention_heads",
     "swa_num_key_value_heads": "swa_num_attention_heads",
 }
-# A BERT is a causal model only as a decoder; Cohere's own scale leaves every token about as likely.
+# A BERT is a causal model only as a decoder; some types' own scale of the logits leaves all tokens alike.
 VALUES = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | {
     "use_sliding_window": True,
     "is_decoder": True,
     "causal": True,
     "logit_scale": 1.0,
+    "output_multiplier": 1.0,
 }
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
 # What a type or its part is given over the table, by its model_type.
@@ -124,7 +125,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "molmo2_adapter": {"vision_feature_layer": [3, 1]},
     "molmo2_vision": {"image_size": [28, 28], "num_position_embeddings": 4},
     "muse_spark_audio": {"hidden_sizes": (32, 32, 32, 64)},
-    "muse_spark_text": {"output_multiplier": 1.0},
     "paddleocr_vl_text": {"rope_parameters": ROPE},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
