@@ -9,7 +9,7 @@ digest of that model follows from the two folders, and the check before training
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from dpo_opt.optimize.architecture import model_without_weights
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.models import read_config, weights_digest
 from dpo_opt.schemas.progress import Progress
@@ -293,22 +296,43 @@ def _tensors_of_layers(model_folder: Path, adapter: Adapter) -> dict[Path, dict[
     for file in _weight_files(model_folder):
         with safe_open(file, framework="pt") as handle:
             places |= {name: (file, handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    saved_as = _saved_names(model_folder, places)
     found: dict[Path, dict[str, tuple[Tensor, Tensor]]] = {}
     for layer, a, b in adapter.tensors():
-        # Some checkpoints leave out the first part of the name (GPT-2: h.0.attn, not transformer.h.0.attn).
-        names = [f"{layer}.weight", f"{layer.partition('.')[2]}.weight"]
-        name = next((name for name in names if name in places), None)
+        name = saved_as.get(f"{layer}.weight")
         shape = [a.shape[1], b.shape[0]] if adapter.transposed else [b.shape[0], a.shape[1]]
         if name is None or places[name][1] != shape:
             has = f"there its shape is {places[name][1]}" if name else "the checkpoint has no such tensor"
             raise ConfigError(
                 f"the adapter has a layer {layer} of shape {shape}; {has}",
                 where=str(model_folder),
-                why="the adapter is for another model, or transformers renames this one's weights at loading",
+                why="the adapter is for another model, or transformers puts this one's tensors together "
+                "when it loads them",
                 fix="pass the model that it was trained on as --model; or merge with peft's merge_and_unload "
                 "and train with --reference-differs",
             )
         found.setdefault(places[name][0], {})[name] = a, b
+    return found
+
+
+def _saved_names(model_folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Names of a checkpoint's tensors by the parameters that transformers reads them into, one into one.
+
+    They differ: GPT-2 was released as h.0.attn for transformer.h.0.attn, and most models that see are saved
+    as language_model.model.layers for model.language_model.layers.
+    """
+    model = model_without_weights(model_folder)
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    parameters = model.state_dict()
+    found = {}
+    for name in sorted(names):
+        parameter, converted = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, parameters
+        )
+        if converted is None:
+            found[parameter] = name
     return found
 
 

@@ -51,9 +51,9 @@ def forward_cost(policy: Policy) -> ForwardCost:
 
 def _attention_width(decoder: torch.nn.Module, config: PretrainedConfig) -> int:
     """Query heads times their dimension, summed over the layers: each may have its own (Gemma 4)."""
-    outputs = [getattr(module, "o_proj", None) for module in decoder.modules()]
-    widths = [int(output.in_features) for output in outputs if hasattr(output, "in_features")]
-    if widths:
+    outputs = (getattr(module, "o_proj", None) for module in decoder.modules())
+    widths = [getattr(output, "in_features", 0) for output in outputs]
+    if any(widths):
         return sum(widths)
     # Older models have other names for it, and heads that share out the hidden state.
     return config.hidden_size * config.num_hidden_layers if hasattr(config, "num_attention_heads") else 0

@@ -207,7 +207,8 @@ def save_adapter(model: PreTrainedModel, folder: Path, *, base: str, base_weight
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
     config = copy.copy(model.peft_config[_NAME])
     config.base_model_name_or_path = base
-    config.target_modules = sorted(config.target_modules)
+    # Whole names: peft makes short ones of many, which in another version's model may name other layers too.
+    config.target_modules = sorted(_adapted(model))
     config.inference_mode = True
     config.save_pretrained(str(folder))
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dpo_opt.optimize.architecture import decoder_of
 from dpo_opt.optimize.balance import ForwardCost, group_cost
 from dpo_opt.optimize.distributed import World
 from dpo_opt.optimize.packing import pair_group
@@ -36,7 +37,7 @@ class Throughput:
     def __init__(self, policy: Policy, cost: ForwardCost, world: World) -> None:
         self._cost = cost
         # Backward is two forwards: gradients of what was fed, and of weights, which frozen ones need not.
-        adapted = any(not parameter.requires_grad for parameter in policy.model.parameters())
+        adapted = any(not parameter.requires_grad for parameter in decoder_of(policy.model).parameters())
         self._passes = 2.0 if adapted else 3.0
         peak = _peak(policy)
         self._peak = None if peak is None else peak * world.size

@@ -7,8 +7,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from dpo_opt.optimize.card import model_card
+from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.export import save_final
 from dpo_opt.optimize.policy import Policy, load_policy
+from dpo_opt.schemas.manifest import ShardFolder
 
 
 def loaded(folder: Path) -> Policy:
@@ -77,6 +80,44 @@ def test_generation_settings_are_kept_as_they_were(
     (source / "generation_config.json").write_text(json.dumps(settings))
     save(source, tmp_path / "final", tokenizer_dir)
     assert json.loads((tmp_path / "final" / "generation_config.json").read_text()) == settings
+
+
+@pytest.mark.parametrize("templated", [True, False])
+def test_what_prepares_images_and_sounds_is_kept_and_the_tokenizer_stays_as_it_was_trained_on(
+    tiny_model: Path, tmp_path: Path, tokenizer_dir: Path, templated: bool
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model, source)
+    names = {"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"}
+    names |= {"image_processor_config.json", "audio_tokenizer_config.json"}
+    for name in names:
+        (source / name).write_text(name)
+    (source / "chat_template.jinja").write_text("of the folder")
+    (source / "tokenizer_config.json").write_text("{}")
+    (source / "notes.json").write_text("{}")
+    template = (tokenizer_dir / "chat_template.jinja").read_text() if templated else "of the folder"
+    if not templated:
+        (tokenizer_dir / "chat_template.jinja").unlink()
+    save(source, tmp_path / "final", tokenizer_dir)
+    for name in names:
+        assert (tmp_path / "final" / name).read_text() == name
+    assert (tmp_path / "final" / "chat_template.jinja").read_text() == template
+    assert (tmp_path / "final" / "tokenizer_config.json").read_text() != "{}"
+    assert not (tmp_path / "final" / "notes.json").exists()
+
+
+def test_the_card_says_which_rotary_embedding_was_fixed(shards: Path) -> None:
+    config = TrainConfig(shards=shards, model="base", output_dir="run")
+    manifest = ShardFolder.open(shards).manifest
+    for rope, said in (("fixed", False), ("longrope:long", True)):
+        changed = manifest.model_copy(
+            update={"fingerprint": manifest.fingerprint.model_copy(update={"rope": rope})}
+        )
+        card = model_card(config, changed, None, steps=3, text_alone=False)
+        assert ("| rotary embedding | longrope:long (fixed for the whole run) |\n" in card) == said
+        assert card.endswith("|\n")
+        assert ("rotary" in card) == said
+        assert "text model" not in card
 
 
 def test_a_folder_left_by_a_crash_does_no_harm(tiny_model: Path, tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -81,6 +81,15 @@ def test_activations_of_experts_are_not_underestimated(tmp_path: Path, dtype: st
     assert 1 < (found[96] - found[48]) / (real[96] - real[48]) < 1.6
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2-softcapped", "gpt-oss-sinks"])
+def test_scores_are_counted_where_no_kernel_leaves_them_out(tmp_path: Path, name: str) -> None:
+    save_random(*({"llama": ("LlamaConfig", HEADS)} | PADDED)[name], tmp_path)
+    single, double = (estimated(tmp_path, rows=rows).activations or 0 for rows in (256, 512))
+    # Of 4 heads in each of 4 layers, in fp32.
+    scores = 4 * 4 * 4 * (512**2 - 2 * 256**2)
+    assert (double - 2 * single > scores) == (name != "llama")
+
+
 def test_checkpointing_lowers_the_activations_in_order(tmp_path: Path) -> None:
     save_random("LlamaConfig", {**HEADS, "num_hidden_layers": 12}, tmp_path)
     none, selective, full = (
