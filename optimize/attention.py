@@ -67,7 +67,9 @@ def segment_attention(
             ``policy.load_policy`` detects such models and falls back to padded rows.
     """
     refuse_unknown(others, dropout=dropout)
-    if attention_mask is not None or is_causal is False:
+    if attention_mask is not None or not (
+        getattr(module, "is_causal", True) if is_causal is None else is_causal
+    ):
         raise NotImplementedError("segment attention is causal and has no masks")
     if sliding_window is None and _is_windowed(module):
         raise NotImplementedError("the layer has a sliding window and does not pass it on")
@@ -182,7 +184,8 @@ _calls: list[torch.nn.Module] | None = None
 def attention_calls() -> Iterator[list[torch.nn.Module]]:
     """The modules that ask one of this file's attentions while the block runs, in order."""
     global _calls
-    _calls = found = []
+    found: list[torch.nn.Module] = []
+    _calls = found
     try:
         yield found
     finally:

@@ -18,8 +18,8 @@ from transformers.utils import logging as transformers_logging
 from dpo_opt.optimize.architecture import auto_class, decoder_of, head_of, read_model_config
 from dpo_opt.optimize.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
 from dpo_opt.optimize.logps import Objective, token_logps
-from dpo_opt.optimize.matmul_precision import full_precision_products
 from dpo_opt.optimize.packing import Batch, Group, pack, packed_size, pad, plan_bins, plan_padded_bins
+from dpo_opt.optimize.precision import computing_in, full_precision_products
 from dpo_opt.optimize.probe import Probe, choose_layout, require_same_in_compute_dtype
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.models import context_length, left_over_weights
@@ -67,11 +67,8 @@ class Policy:
                 # In half precision the head adds nothing in place, and sparse rows would be summed in it.
                 and head.weight.dtype == torch.float32
             )
-        mixed = self.dtype != torch.float32 and any(p.dtype != self.dtype for p in self.model.parameters())
-        # Each weight is used once per forward: cached casts would only keep a second copy of the model.
-        autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed, cache_enabled=False)
         with full_precision_products():
-            with autocast:
+            with computing_in(self.dtype, self.model, self.device):
                 output = decoder_of(self.model)(
                     input_ids=batch.input_ids, use_cache=False, **batch.model_kwargs
                 )

@@ -22,8 +22,8 @@ from dpo_opt.optimize.attention import (
     STOCK_ATTENTION,
     attention_calls,
 )
-from dpo_opt.optimize.matmul_precision import full_precision_products
 from dpo_opt.optimize.packing import Group
+from dpo_opt.optimize.precision import computing_in, full_precision_products
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.models import nonfinite_tensor
 from dpo_opt.schemas.pairs import TokenSequence
@@ -232,9 +232,8 @@ def _stock_answers(
     Raises:
         ConfigError: It wants more than text.
     """
-    mixed = dtype != torch.float32 and _dtype(model) != dtype
     try:
-        with torch.autocast(device.type, dtype=dtype, enabled=mixed):
+        with computing_in(dtype, model, device):
             found = [_stock_logps(model, sequence, device) for group in groups for sequence in group]
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(

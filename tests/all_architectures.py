@@ -74,8 +74,8 @@ VALUES = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | {
     "use_sliding_window": True,
     "is_decoder": True,
     "causal": True,
-    "logit_scale": 1.0,
-    "output_multiplier": 1.0,
+    "logit_scale": 0.5,
+    "output_multiplier": 1.5,
 }
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
 # What a type or its part is given over the table, by its model_type.
@@ -116,7 +116,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "downsample_rate": "1/2",
     },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
-    "inkling_text": {"logits_mup_width_multiplier": 1.0, "rel_extent": 16},
+    "inkling_text": {"logits_mup_width_multiplier": 2.0, "rel_extent": 16},
     "inkling_vision": {"num_hidden_layers": 4, "patch_size": 4},
     "lfm2": {"full_attn_idxs": [1, 3]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},

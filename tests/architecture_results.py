@@ -16,7 +16,6 @@ import all_architectures
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
 from dpo_opt.optimize.architecture import auto_class
 from dpo_opt.optimize.packing import Group
@@ -42,15 +41,11 @@ class Result(NamedTuple):
 def save_tiny(model_type: str, folder: Path) -> None:
     """Random weights of every kind that the architecture has; sparse attention may see all keys of a test."""
     config = all_architectures.tiny_config(model_type)
-    wrappers = AutoModelForImageTextToText._model_mapping
-    if type(config) in wrappers:
-        # As its published checkpoints say; some types also name their text model alone.
-        config.architectures = [wrappers[type(config)].__name__]
     text = config.get_text_config()
     if getattr(text, "index_topk", None):
         text.index_topk = LONGEST
     torch.manual_seed(0)
-    model = auto_class(config).from_config(config).float()
+    model = all_architectures.auto_class(model_type).from_config(config).float()
     all_architectures.randomize(model)
     model.save_pretrained(folder)
 

@@ -1,17 +1,26 @@
-"""fp32 products with all of fp32's digits, whatever the process was started with."""
+"""What numbers are computed in: the dtype of a forward, and the digits of fp32 products."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+_backends: Any = torch.backends  # whose attributes are made at run time
 # What computes products of matrices, and convolutions: of a CUDA device, and of a CPU.
 _BACKENDS = (
-    torch.backends.cuda.matmul,
-    torch.backends.cudnn.conv,
-    torch.backends.mkldnn.matmul,
-    torch.backends.mkldnn.conv,
+    _backends.cuda.matmul,
+    _backends.cudnn.conv,
+    _backends.mkldnn.matmul,
+    _backends.mkldnn.conv,
 )
+
+
+def computing_in(dtype: torch.dtype, model: torch.nn.Module, device: torch.device) -> torch.autocast:
+    """A context in which the model computes in ``dtype``, whatever its parameters are stored in."""
+    mixed = dtype != torch.float32 and any(parameter.dtype != dtype for parameter in model.parameters())
+    # Each weight is used once per forward: cached casts would only keep a second copy of the model.
+    return torch.autocast(device.type, dtype=dtype, enabled=mixed, cache_enabled=False)
 
 
 @contextlib.contextmanager
