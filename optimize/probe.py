@@ -236,6 +236,12 @@ def _stock_answers(
         with computing_in(dtype, model, device):
             found = [_stock_logps(model, sequence, device) for group in groups for sequence in group]
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and dtype in _HALF:
+            raise ConfigError(
+                f"{type(model).__name__} does not compute in {_name(dtype)} ({_first_line(error)})",
+                why="some of its layers mix dtypes",
+                fix="pass --dtype float32",
+            ) from error
         raise ConfigError(
             f"{type(model).__name__} does not run on token ids alone ({_first_line(error)})",
             why="preference pairs are text, and nothing else is stored of them",

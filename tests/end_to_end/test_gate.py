@@ -38,26 +38,6 @@ QUESTIONS = [
         "The Danube, the Rhine and the Tagus.",
         "The Danube, the Nile and the Amazon.",
     ),
-    (
-        "Is it safe to eat snow?",
-        "Fresh, clean snow in small amounts is, away from roads.",
-        "Yes, always, and the yellow kind tastes best of all of them.",
-    ),
-    (
-        "What does a compiler do?",
-        "It turns a program's text into instructions for a machine.",
-        "It compiles.",
-    ),
-    (
-        "How far away is the moon?",
-        "About 384,000 kilometres on average.",
-        "Not very far.",
-    ),
-    (
-        "Translate 'good evening' into French.",
-        "Bonsoir.",
-        "Bonne nuit, which is what the French say when they meet in the evening.",
-    ),
 ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import all_architectures
 import pytest
 import torch
-from architecture_results import CPU, LONGEST, documented, result_of, save_tiny, series
+from architecture_results import CPU, LONGEST, documented, result_of, save_tiny, series, windows
 
 from dpo_opt.optimize.policy import load_policy
 from dpo_opt.schemas.errors import ConfigError
@@ -30,6 +30,15 @@ def test_it_is_exact_or_refused_by_name(tmp_path: Path, model_type: str) -> None
     assert difference < 1e-3
     if DOCUMENTED:
         assert layout == DOCUMENTED[model_type], "docs/architectures.md says otherwise"
+
+
+@pytest.mark.parametrize("model_type", [n for n in TYPES if windows(all_architectures.tiny_config(n))])
+@pytest.mark.filterwarnings("ignore")
+def test_a_window_longer_than_what_loading_tries_is_kept_to(tmp_path: Path, model_type: str) -> None:
+    layout, difference = result_of(model_type, tmp_path, window=25)
+    assert difference < 1e-3
+    if DOCUMENTED:
+        assert layout == DOCUMENTED[model_type]
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa"])
