@@ -108,8 +108,7 @@ def choose_layout(
             if reason is None:
                 return packs, probe
             reasons.append(reason)
-        if not _is_causal(model, probe, device):
-            reasons.append("later tokens change what it says of earlier ones: it is not causal")
+        reasons += _what_is_unknown(model, probe, device)
     raise ConfigError(
         f"the log-probs of {type(model).__name__} cannot be reproduced from its hidden states "
         f"({reasons[-1]})",
@@ -248,6 +247,25 @@ def _stock_answers(
             fix=f"train {_SUPPORTED}",
         ) from error
     return torch.cat(found).cpu()
+
+
+def _what_is_unknown(model: PreTrainedModel, probe: Probe, device: torch.device) -> list[str]:
+    """Why no layout is the model's own forward, where that can be told; in words."""
+    if not _is_causal(model, probe, device):
+        return ["later tokens change what it says of earlier ones: it is not causal"]
+    read: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    ids = torch.from_numpy(probe.groups[0][0].prompt_ids.astype(np.int64)).to(device)[None]
+    try:
+        model(input_ids=ids, use_cache=False)
+        hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return []
+    finally:
+        hook.remove()
+    if not read or read[0].shape != hidden.shape or (read[0] - hidden).abs().max() > _EXACT_WITHIN:
+        return ["other layers stand between its decoder and its head"]
+    return ["its logits are not what its head and its configuration say"]
 
 
 def _is_causal(model: PreTrainedModel, probe: Probe, device: torch.device) -> bool:
