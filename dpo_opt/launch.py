@@ -7,7 +7,7 @@ from dpo_opt.precompute.commits import finalize, is_finalized
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.local_workers import own_devices, worker_environments
 from dpo_opt.precompute.local_workers import run_workers as run_here
-from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.reference import make_tokenizer, pinned, resolve_reference
 from dpo_opt.precompute.run import work
 from dpo_opt.precompute.settle import settle_plan
 from dpo_opt.precompute.workers import worker_from_environment
@@ -50,8 +50,9 @@ def launch(config: PrecomputeConfig) -> dict[str, Any]:
     environments: list[dict[str, str]] = []
     if config.launcher == "local":
         environments = worker_environments(config, os.environ, cores=len(os.sched_getaffinity(0)))
-    numerics = make_scorer(config).numerics
     reference = resolve_reference(config)
+    config = pinned(config, reference)
+    numerics = make_scorer(config).numerics
     plan = settle_plan(
         config, reference=reference, tokenizer=make_tokenizer(config, reference), numerics=numerics
     )

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from dpo_opt.precompute.plan import read_plan
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.precompute.plan import ranges_of, read_plan
+from dpo_opt.schemas.errors import DataError, FingerprintError
+from dpo_opt.schemas.fingerprint import ALL_FIELDS, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
 from dpo_opt.schemas.manifest import (
     COMMAND,
@@ -20,6 +21,7 @@ from dpo_opt.schemas.manifest import (
     DATA,
     INDEX,
     MANIFEST,
+    PLAN,
     TOKENIZER,
     Manifest,
     Plan,
@@ -132,12 +134,43 @@ def status(shards_dir: AnyPath) -> Status:
 
 
 def is_finalized(shards_dir: AnyPath, plan: Plan) -> bool:
-    """Whether a manifest covers the plan; one of a smaller plan is followed until the next is written.
+    """Whether a manifest covers the plan: this fingerprint, this data, these shards.
+
+    One of a smaller plan is followed until the next is written.
 
     Raises:
         DataError: The manifest is damaged.
     """
-    return is_file(shards_dir / MANIFEST) and load_manifest(shards_dir).rows == plan.rows
+    return is_file(shards_dir / MANIFEST) and _covers(load_manifest(shards_dir), plan)
+
+
+def _covers(manifest: Manifest, plan: Plan) -> bool:
+    of_manifest = (manifest.fingerprint, manifest.dataset_digest, ranges_of(manifest))
+    return of_manifest == (plan.fingerprint, plan.dataset_digest, plan.shards)
+
+
+def _require_beginning(manifest: Manifest, plan: Plan, shards_dir: AnyPath) -> None:
+    """Refuse to replace a manifest by one of other data or another model.
+
+    Raises:
+        FingerprintError: The manifest is not of the plan's first shards.
+    """
+    fix = f"restore the {PLAN} that belongs to {MANIFEST}, or pass another --shards folder"
+    refuse_differences(
+        cached=manifest.fingerprint,
+        current=plan.fingerprint,
+        fields=ALL_FIELDS,
+        where=str(shards_dir),
+        fix=fix,
+    )
+    if ranges_of(manifest) != plan.shards[: len(manifest.shards)]:
+        raise FingerprintError(
+            f"{MANIFEST} is of {manifest.rows} rows with digest {manifest.dataset_digest[:16]}..., the plan "
+            f"of {plan.rows} rows with digest {plan.dataset_digest[:16]}...",
+            where=str(shards_dir),
+            why="finished log-probs would be replaced by those of other data",
+            fix=fix,
+        )
 
 
 def finalize(shards_dir: AnyPath) -> Manifest:
@@ -147,6 +180,7 @@ def finalize(shards_dir: AnyPath) -> Manifest:
 
     Raises:
         DataError: Shards are missing, a file changed after its commit, or no pair was kept.
+        FingerprintError: The folder holds the manifest of something else than its plan.
     """
     plan = read_plan(shards_dir)
     grown = is_file(shards_dir / MANIFEST)
@@ -155,8 +189,9 @@ def finalize(shards_dir: AnyPath) -> Manifest:
         data = sizes(shards_dir / DATA)
         for commit in manifest.shards:
             _require_present(shards_dir, commit, data)
-        if manifest.rows == plan.rows:
+        if _covers(manifest, plan):
             return manifest
+        _require_beginning(manifest, plan, shards_dir)
     done = committed(shards_dir, plan)
     missing = [r.shard for r in plan.shards if r.shard not in done]
     if missing:

@@ -53,7 +53,7 @@ class PrecomputeConfig(WholeDataConfig):
     """Scoring a dataset once under the reference."""
 
     model: str
-    """Reference model: a folder or a Hub name."""
+    """Reference model: a folder, or a Hub ORG/NAME@REVISION."""
     shards: Location
     """Folder to fill; running the same command again goes on where it stopped."""
     append: bool = False

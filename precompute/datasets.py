@@ -9,7 +9,9 @@ import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dpo_opt.precompute.blocks import Block
+import pyarrow as pa
+
+from dpo_opt.precompute.blocks import Block, TextBlock
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.files import read_blocks
 from dpo_opt.precompute.rows import Form, to_pairs, to_prompt
@@ -27,6 +29,8 @@ class BadRow(NamedTuple):
 
     row: int
     error: DataError
+    content: bytes
+    """What stands there: the bytes of its text, or what of a table's row can be read."""
 
 
 class BadFile(NamedTuple):
@@ -116,13 +120,13 @@ def scan_blocks(config: DataConfig) -> Iterator[tuple[Block, Reading] | BadFile]
 
 def parse_block(block: Block, reading: Reading) -> Iterator[PreferencePair | BadRow]:
     """The pairs of a block, and its bad rows; all of them numbered 0."""
-    for where, load in block.rows():
+    for number, (where, load) in enumerate(block.rows()):
         try:
             pairs, form = to_pairs(_renamed(load(), reading.column, where), where=where)
             if reading.first is not None and form.rules != reading.first[0].rules:
                 raise _other_form(form, where, reading.first)
         except DataError as error:
-            yield BadRow(0, error)
+            yield BadRow(0, error, _content(block, number))
             continue
         if reading.share < 1:
             pairs = [pair for pair in pairs if _unit_interval(pair) < reading.share]
@@ -144,11 +148,22 @@ def read_prompts(config: DataConfig) -> Iterator[tuple[Text, str]]:
 
 
 def row_digest(item: PreferencePair | BadRow) -> bytes:
-    """SHA-256 of what a row says, for the digest of a dataset; its place does not enter."""
+    """SHA-256 of what a row says, for the digest of a dataset; its place does not enter.
+
+    Of a bad row it is the kind of its defect and what stands there. The message about it would not do: it may
+    name a file, and it is worded by Python.
+    """
     content = (
-        json.dumps({"bad_row": item.error.what}).encode() if isinstance(item, BadRow) else row_content(item)
+        f"{item.error.kind}\n".encode() + item.content if isinstance(item, BadRow) else row_content(item)
     )
     return hashlib.sha256(content).digest()
+
+
+def message_digest(item: PreferencePair | BadRow) -> bytes:
+    """As ``row_digest`` was before: that of the message for a bad row."""
+    if not isinstance(item, BadRow):
+        return row_digest(item)
+    return hashlib.sha256(json.dumps({"bad_row": item.error.what}).encode()).digest()
 
 
 def row_content(item: PreferencePair) -> bytes:
@@ -159,6 +174,18 @@ def row_content(item: PreferencePair) -> bytes:
     content = {"prompt": item.prompt, "chosen": item.chosen, "rejected": item.rejected, "source": item.source}
     content |= {name: value for name in _OPTIONAL_CONTENT if (value := getattr(item, name)) is not None}
     return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+
+
+def _content(block: Block, number: int) -> bytes:
+    if isinstance(block, TextBlock):
+        return block.texts[number].strip()
+    found: dict[str, object] = {}
+    for name, column in zip(block.batch.schema.names, block.batch.columns, strict=True):
+        try:
+            found[name] = column[number].as_py()
+        except (ValueError, OverflowError, pa.ArrowException):
+            found[name] = {"unreadable": str(column.type)}
+    return json.dumps(found, sort_keys=True, default=str).encode()
 
 
 def _source_blocks(source: Source, config: DataConfig) -> Iterator[Block | DataError]:

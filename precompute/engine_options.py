@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.fingerprint import without_memory_options
 
 _SET_HERE = {
     "model": "pass --model",
@@ -21,9 +22,7 @@ _SET_HERE = {
     "tokenizer": "put it into the model folder",
     "tokenizer_mode": "leave it out: only token ids reach the engine",
     "skip_tokenizer_init": "leave it out: only token ids reach the engine",
-    **dict.fromkeys(
-        ("revision", "code_revision", "tokenizer_revision"), "pass --model with a folder of that revision"
-    ),
+    **dict.fromkeys(("revision", "code_revision", "tokenizer_revision"), "pass --model ORG/NAME@REVISION"),
     "hf_token": "set HF_TOKEN in the environment: options are written into the folder",
     "download_dir": "set HF_HOME in the environment",
     "dtype": "pass --dtype",
@@ -140,8 +139,11 @@ def read_engine_options(given: Sequence[str]) -> dict[str, Any]:
 
 
 def canonical(options: Mapping[str, Any]) -> str:
-    """The one spelling of some options, as the fingerprint records it: ``{}`` for none."""
-    return json.dumps(dict(options), sort_keys=True, separators=(",", ":"))
+    """The one spelling of the options that numbers depend on, as the fingerprint records it: ``{}`` for none.
+
+    Settings of memory (``MEMORY_OPTIONS``) do not enter.
+    """
+    return json.dumps(without_memory_options(options), sort_keys=True, separators=(",", ":"))
 
 
 def refuse_unknown(options: Mapping[str, Any], *, known: Collection[str]) -> None:

@@ -16,6 +16,7 @@ from dpo_opt.precompute.datasets import (
     BadFile,
     BadRow,
     Reading,
+    message_digest,
     parse_block,
     row_digest,
     scan_blocks,
@@ -26,9 +27,9 @@ from dpo_opt.precompute.reference import Reference, fingerprint_of
 from dpo_opt.precompute.tokenize import PairTokenizer
 from dpo_opt.schemas.columns import MARGIN, WEIGHT, Column, new_column
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.locations import AnyPath, read_all, sizes
-from dpo_opt.schemas.manifest import PLAN, Plan, ShardRange, parse
-from dpo_opt.schemas.pairs import Numerics, TokenizedPair
+from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
+from dpo_opt.schemas.manifest import MANIFEST, PLAN, Manifest, Plan, ShardRange, load_manifest, parse
+from dpo_opt.schemas.pairs import Numerics, PreferencePair, TokenizedPair
 
 
 class Planned(NamedTuple):
@@ -58,14 +59,16 @@ def make_plan(
     Raises:
         DataError: A row is malformed, or no pair survives tokenization.
     """
-    earlier = read_plans(config.shards)
-    grown_at = [plan.rows for plan in earlier]
+    earlier = known_plans(config.shards)
+    known_rows = earlier[-1].rows if earlier else None
+    # What a manifest covers is one plan, of which a shard that is shorter than others was once the last.
+    grown_at = {plan.rows for plan in earlier} | {stop for plan in earlier for stop in _short_ends(plan)}
     if earlier:
         tokenizer = tokenizer.on(earlier[-1].fingerprint.template_date)
-    known_digest = None
+    known: RowsDigest | None = None
     _require_a_usable_pair(config, reference, tokenizer)
     size = config.pairs_per_shard
-    whole = hashlib.sha256()
+    whole = RowsDigest()
     parts: list[RowsDigest] = []
     starts: list[int] = []
     rows = began = 0
@@ -77,49 +80,72 @@ def make_plan(
                 if config.on_bad_row == "error":
                     raise found.error
                 if len(bad_rows) < _BAD_ROWS_SHOWN:
-                    bad_rows.append(BadRow(rows, found.error))
+                    bad_rows.append(BadRow(rows, found.error, b""))
             if rows in grown_at:
                 began = rows
-                known_digest = whole.hexdigest() if rows == grown_at[-1] else None
+                known = whole.copy() if rows == known_rows else None
             if (rows - began) % size == 0:
                 starts.append(rows)
                 parts.append(RowsDigest())
-            parts[-1].add(found.digest)
+            parts[-1].add_digests(found.digest, found.message_digest)
             for name, value in found.numbers.items():
                 column = columns.setdefault(name, new_column())
                 column.rows.append(rows)
                 column.values.append(value)
-            whole.update(found.digest)
+            whole.add_digests(found.digest, found.message_digest)
             rows += 1
+    # A folder from before bad rows were known by their content goes on as it began.
+    of_known = (known or whole) if earlier else None
+    by_message = (
+        of_known is not None
+        and of_known.hexdigest() != earlier[-1].dataset_digest
+        and of_known.hexdigest(by_message=True) == earlier[-1].dataset_digest
+    )
     plan = Plan(
         fingerprint=fingerprint_of(config, reference, tokenizer, numerics),
-        dataset_digest=whole.hexdigest(),
+        dataset_digest=whole.hexdigest(by_message=by_message),
         rows=rows,
         shards=[
-            ShardRange(shard=i, start=start, stop=stop, rows_digest=part.hexdigest())
+            ShardRange(shard=i, start=start, stop=stop, rows_digest=part.hexdigest(by_message=by_message))
             for i, ((start, stop), part) in enumerate(
                 zip(itertools.pairwise([*starts, rows]), parts, strict=True)
             )
         ],
     )
+    known_digest = None if known is None else known.hexdigest(by_message=by_message)
     return Planned(plan, known_digest, columns, bad_rows, earlier)
 
 
 class RowsDigest:
-    """SHA-256 of the digests of rows, in order."""
+    """SHA-256 of the digests of rows, in order; also as it was when a bad row's was that of its message."""
 
     def __init__(self) -> None:
-        self._digest = hashlib.sha256()
+        self._digest, self._by_message = hashlib.sha256(), hashlib.sha256()
 
-    def add(self, row_digest: bytes) -> None:
-        self._digest.update(row_digest)
+    def add(self, item: PreferencePair | BadRow) -> None:
+        self.add_digests(row_digest(item), message_digest(item))
 
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
+    def add_digests(self, digest: bytes, by_message: bytes) -> None:
+        self._digest.update(digest)
+        self._by_message.update(by_message)
+
+    def copy(self) -> "RowsDigest":
+        """What was added so far."""
+        other = RowsDigest()
+        other._digest, other._by_message = self._digest.copy(), self._by_message.copy()
+        return other
+
+    def hexdigest(self, *, by_message: bool = False) -> str:
+        return (self._by_message if by_message else self._digest).hexdigest()
+
+    def is_that_of(self, planned: ShardRange) -> bool:
+        """Whether these are the rows that were planned."""
+        return planned.rows_digest in (self.hexdigest(), self.hexdigest(by_message=True))
 
 
 class _RowFacts(NamedTuple):
     digest: bytes
+    message_digest: bytes
     numbers: dict[str, float]
     error: DataError | None
 
@@ -128,11 +154,12 @@ def _read_block(task: tuple[Block, Reading]) -> list[_RowFacts]:
     facts = []
     for item in parse_block(*task):
         if isinstance(item, BadRow):
-            facts.append(_RowFacts(row_digest(item), {}, item.error))
+            facts.append(_RowFacts(row_digest(item), message_digest(item), {}, item.error))
         else:
             numbers = {WEIGHT: item.weight, MARGIN: item.margin}
             known = {name: value for name, value in numbers.items() if value is not None}
-            facts.append(_RowFacts(row_digest(item), known, None))
+            digest = row_digest(item)
+            facts.append(_RowFacts(digest, digest, known, None))
     return facts
 
 
@@ -162,6 +189,39 @@ def _require_a_usable_pair(config: PrecomputeConfig, reference: Reference, token
         why=f"at --max-length {reference.max_length} nothing would be left to train on",
         fix="pass a larger --max-length, or --truncation keep_end",
     )
+
+
+def known_plans(shards_dir: AnyPath) -> list[Plan]:
+    """The folder's plans; what its manifest covers where there is none, as in a copy for readers.
+
+    Raises:
+        DataError: A plan or the manifest is damaged.
+    """
+    plans = read_plans(shards_dir)
+    if plans or not is_file(shards_dir / MANIFEST):
+        return plans
+    manifest = load_manifest(shards_dir)
+    return [
+        Plan(
+            fingerprint=manifest.fingerprint,
+            dataset_digest=manifest.dataset_digest,
+            rows=manifest.rows,
+            shards=ranges_of(manifest),
+        )
+    ]
+
+
+def _short_ends(plan: Plan) -> list[int]:
+    longest = max(shard.stop - shard.start for shard in plan.shards)
+    return [shard.stop for shard in plan.shards if shard.stop - shard.start < longest]
+
+
+def ranges_of(manifest: Manifest) -> list[ShardRange]:
+    """The shards that a manifest covers, as a plan states them."""
+    return [
+        ShardRange(shard=c.shard, start=c.start, stop=c.stop, rows_digest=c.rows_digest)
+        for c in manifest.shards
+    ]
 
 
 def read_plans(shards_dir: AnyPath) -> list[Plan]:

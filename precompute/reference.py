@@ -14,6 +14,7 @@ from dpo_opt.schemas.models import (
     config_digest,
     context_length,
     find_model,
+    pinned_name,
     template_digest,
     tokenizer_digest,
 )
@@ -29,6 +30,8 @@ class Reference(NamedTuple):
     folder: Path
     dtype: str
     max_length: int
+    name: str
+    """What ``--model`` must say to mean these files again: a Hub name with its commit."""
 
 
 def resolve_reference(config: PrecomputeConfig) -> Reference:
@@ -39,7 +42,13 @@ def resolve_reference(config: PrecomputeConfig) -> Reference:
     """
     folder = find_model(config.model)
     dtype = checkpoint_dtype(folder) if config.dtype == "auto" else config.dtype
-    return Reference(folder, dtype, resolve_max_length(folder, config.max_length))
+    max_length = resolve_max_length(folder, config.max_length)
+    return Reference(folder, dtype, max_length, pinned_name(config.model, folder))
+
+
+def pinned(config: PrecomputeConfig, reference: Reference) -> PrecomputeConfig:
+    """The settings for whoever goes on with the same files: workers, and a later run."""
+    return config.model_copy(update={"model": reference.name})
 
 
 def resolve_max_length(folder: Path, max_length: int | None) -> int:

@@ -14,10 +14,10 @@ import numpy as np
 
 from dpo_opt.precompute.commits import committed, finalize, is_finalized
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.datasets import BadRow, row_digest
+from dpo_opt.precompute.datasets import BadRow
 from dpo_opt.precompute.plan import RowsDigest
 from dpo_opt.precompute.quarantine import ENGINE_ERROR, Losses, score_or_leave_out
-from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.reference import make_tokenizer, pinned, resolve_reference
 from dpo_opt.precompute.row_reader import RowReader
 from dpo_opt.precompute.settle import settle_plan
 from dpo_opt.precompute.tokenize import PairTokenizer
@@ -67,6 +67,7 @@ def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None 
     """
     progress = progress or Silent()
     reference = resolve_reference(config)
+    config = pinned(config, reference)
     tokenizer = make_tokenizer(config, reference)
     plan = settle_plan(config, reference=reference, tokenizer=tokenizer, numerics=scorer.numerics)
     if is_finalized(config.shards, plan):
@@ -137,7 +138,7 @@ def score_shard(
     digest = RowsDigest()
     pairs: list[PreferencePair] = []
     for item in items:
-        digest.add(row_digest(item))
+        digest.add(item)
         if isinstance(item, BadRow):
             dropped.append(_left_out(item.row, item.error, config))
         else:
@@ -148,7 +149,7 @@ def score_shard(
             kept.append(fitted)
         else:
             dropped.append(fitted)
-    if digest.hexdigest() != planned.rows_digest:
+    if not digest.is_that_of(planned):
         raise DataError(
             f"rows {planned.start} to {planned.stop} changed while the file was being scored",
             where=", ".join(config.data),

@@ -8,13 +8,13 @@ from typing import Any
 import yaml
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.plan import Planned, make_plan, read_plan, read_plans
+from dpo_opt.precompute.plan import Planned, known_plans, make_plan, read_plan
 from dpo_opt.precompute.reference import Reference, fingerprint_of
 from dpo_opt.precompute.tokenize import PairTokenizer
 from dpo_opt.precompute.weights_memo import remember_weights, weight_files
 from dpo_opt.schemas.columns import COLUMNS, write_column
 from dpo_opt.schemas.errors import DataError, FingerprintError
-from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, refuse_differences
+from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, follows, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, is_file, sizes
 from dpo_opt.schemas.manifest import COMMAND, COMMITS, PLAN, TOKENIZER, Plan, to_json
 from dpo_opt.schemas.pairs import Numerics
@@ -59,8 +59,8 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
     new, earlier = planned.plan, planned.earlier
     # Asked first: whoever commits has written the plan before.
     holds_commits = any(name.endswith(".json") for name in sizes(shards_dir / COMMITS))
-    plans = read_plans(shards_dir)
-    new = _on_the_day_of(plans, new)
+    plans = known_plans(shards_dir)
+    new = _as_spelled_by(plans, _on_the_day_of(plans, new))
     if plans:
         _refuse_other_fingerprint(plans[-1], new.fingerprint, shards_dir)
     elif holds_commits:
@@ -73,12 +73,15 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
     if len(plans) == len(earlier):
         if not plans:
             _write_plan(config, planned, PLAN, tokenizer)
+        elif plans[-1] == new:
+            _restore_plan(shards_dir, plans[0])
         elif new.rows > plans[-1].rows and planned.known_digest == plans[-1].dataset_digest:
             _require_growth(config, plans[-1], new)
+            _restore_plan(shards_dir, plans[0])
             _write_plan(config, planned, f"plan-{len(plans)}.json")
     # Another planner may have been first.
-    plans = read_plans(shards_dir)
-    new = _on_the_day_of(plans, new)
+    plans = known_plans(shards_dir)
+    new = _as_spelled_by(plans, _on_the_day_of(plans, new))
     existing = plans[-1] if plans else new
     _refuse_other_fingerprint(existing, new.fingerprint, shards_dir)
     if existing != new:
@@ -95,6 +98,20 @@ def _on_the_day_of(plans: Sequence[Plan], new: Plan) -> Plan:
         return new
     fingerprint = new.fingerprint.model_copy(update={"template_date": date})
     return new.model_copy(update={"fingerprint": fingerprint})
+
+
+def _as_spelled_by(plans: Sequence[Plan], new: Plan) -> Plan:
+    """A new plan with the folder's fingerprint, where the two mean the same."""
+    if plans and follows(plans[-1].fingerprint, new.fingerprint):
+        return new.model_copy(update={"fingerprint": plans[-1].fingerprint})
+    return new
+
+
+def _restore_plan(shards_dir: AnyPath, plan: Plan) -> None:
+    """A copy for readers, which came without its plan, goes on as the folder that it was copied from does."""
+    if not is_file(shards_dir / PLAN):
+        with contextlib.suppress(FileExistsError):
+            write_text(shards_dir / PLAN, to_json(plan), replace=False)
 
 
 def _write_columns(shards_dir: AnyPath, planned: Planned, *, keep: Iterable[str] = ()) -> None:

@@ -16,9 +16,9 @@ WEIGHTS = "weights.json"
 
 
 def weight_files(folder: Path) -> list[dict[str, Any]]:
-    """What identifies the weights files of a model folder without reading them."""
+    """What identifies the weights files of a model folder, and the index of them, without reading them."""
     found = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors*")):
         state = path.stat()
         found.append(
             {

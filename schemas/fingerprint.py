@@ -5,7 +5,9 @@ the content digests of everything its numbers depend on, and each command compar
 matter to it, by name.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -39,12 +41,38 @@ class Fingerprint(BaseModel):
     strategy: str
     dtype: str
     engine_options: str
-    """Arguments passed through to the engine, as compact JSON with sorted keys; ``{}`` for none."""
+    """Arguments passed through to the engine, as compact JSON with sorted keys; ``{}`` for none.
+
+    Without those of ``MEMORY_OPTIONS``; folders from before that was so hold them too, and are compared
+    without them.
+    """
     rope: str = FIXED
     """What ``max_length`` makes of the rotary embedding (``schemas.rope``); ``fixed`` for most models."""
     template_date: str | None = None
     """Date that the chat template was told, such as ``2026-03-31``; None for one that does not ask for it."""
 
+
+MEMORY_OPTIONS = frozenset(
+    {
+        "block_size",
+        "cpu_offload_gb",
+        "cpu_offload_params",
+        "cudagraph_capture_sizes",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "max_cudagraph_capture_size",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "max_parallel_loading_workers",
+        "num_gpu_blocks_override",
+        "swap_space",  # of older releases
+    }
+)
+"""Arguments of vLLM's engine that say how much is computed at a time, and where it is kept.
+
+They move a log-prob as much as another batch does, and must be changed where a GPU's memory does not suffice.
+"""
 
 MODEL_FIELDS = ("schema_version", "weights", "model_config_digest", "tokenizer", "rope")
 """Compared by ``train`` and ``verify``: the numerics are settled by measured parity instead."""
@@ -72,7 +100,7 @@ def refuse_differences(
         FingerprintError: At least one field differs; the message lists each with both values.
     """
     fields = tuple(fields)
-    differing = [name for name in fields if getattr(cached, name) != getattr(current, name)]
+    differing = [name for name in fields if not _agree(name, getattr(cached, name), getattr(current, name))]
     if not differing:
         return
     rows = [("field", "cached", "this run")]
@@ -86,6 +114,30 @@ def refuse_differences(
         why="numbers computed for another model or other ids would train towards the wrong reference",
         fix=fix,
     )
+
+
+def follows(cached: Fingerprint, current: Fingerprint) -> bool:
+    """Whether a folder's fingerprint stands for a run's as well, though it may be spelled otherwise."""
+    return all(_agree(name, getattr(cached, name), getattr(current, name)) for name in ALL_FIELDS)
+
+
+def without_memory_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine's arguments that its numbers depend on."""
+    return {name: value for name, value in options.items() if name not in MEMORY_OPTIONS}
+
+
+def _agree(name: str, cached: object, current: object) -> bool:
+    if name == "engine_options":
+        return _identity_of_options(cached) == _identity_of_options(current)
+    return cached == current
+
+
+def _identity_of_options(text: object) -> object:
+    try:
+        options = json.loads(str(text))
+    except ValueError:
+        return text
+    return without_memory_options(options) if isinstance(options, dict) else options
 
 
 def _short(value: object) -> str:

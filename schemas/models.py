@@ -53,6 +53,9 @@ _CONTEXT_KEYS: tuple[str, ...] = (
 )
 # Older releases of transformers stored the causal masks of GPT-2, GPT-J, GPT-Neo and GPT-NeoX.
 _STORED_MASK = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
+# The name that the Hub's cache gives to a folder of files.
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Bytes of a tensor that are looked at at once.
 _CHUNK = 2**24
 # Bits of the exponent, by dtype: where all are set, the value is infinite or no number.
@@ -64,29 +67,51 @@ _EXPONENTS = {
 }
 
 
-def find_model(model: str, *, revision: str | None = None) -> Path:
-    """Folder of a model's files: a local path, or a Hub name fetched at a pinned revision.
+# Hub names that this process has asked for: a branch may move between two looks at it.
+_fetched: dict[str, Path] = {}
+
+
+def find_model(model: str) -> Path:
+    """Folder of a model's files: a local path, or ``ORGANISATION/NAME`` on the Hub, fetched.
+
+    ``ORGANISATION/NAME@REVISION`` is one commit, branch or tag. In one process a name is one commit, whatever
+    happens on the Hub meanwhile.
 
     Raises:
         ConfigError: There is no such folder, the Hub cannot provide it, or it is not safe to load.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        folder = _fetch(model, revision)
+        known = _fetched.get(model)
+        folder = known if known is not None and known.is_dir() else _fetch(model)
+        _fetched[model] = folder
     _refuse_unsafe(folder)
     return folder
 
 
-def _fetch(model: str, revision: str | None) -> Path:
+def pinned_name(model: str, folder: Path) -> str:
+    """What names these very files later and elsewhere: a Hub name with its commit, any other as it is.
+
+    Args:
+        model: As ``find_model`` got it.
+        folder: What it found.
+    """
+    if Path(model).expanduser().is_dir() or not _COMMIT.fullmatch(folder.name):
+        return model
+    return f"{model.partition('@')[0]}@{folder.name}"
+
+
+def _fetch(model: str) -> Path:
     looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_local:
         raise ConfigError(
             f"there is no model folder {model!r}",
             why="the reference is loaded from a folder with config.json and *.safetensors",
-            fix="pass --model with an existing folder, or a Hub name such as organisation/model",
+            fix="pass --model with an existing folder, or a Hub name such as organisation/model@commit",
         )
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-    return fetch(model, kind="model", revision=revision, patterns=patterns, extra="train")
+    name, _, revision = model.partition("@")
+    return fetch(name, kind="model", revision=revision or None, patterns=patterns, extra="train")
 
 
 def _refuse_unsafe(folder: Path) -> None:
@@ -123,6 +148,64 @@ def _refuse_unsafe(folder: Path) -> None:
             why="other weight formats are pickles, which can run code when loaded",
             fix="convert the model with save_pretrained(..., safe_serialization=True)",
         )
+    if "transformers_weights" in read_config(folder):
+        raise ConfigError(
+            f"{folder} names the file of its weights (transformers_weights in config.json)",
+            why="transformers would load that file, vLLM the others",
+            fix=f"cp -rL {folder} MODEL, remove the key and call the file {_WEIGHTS}, then pass MODEL",
+        )
+    loaded_files(folder)
+
+
+def loaded_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers and vLLM load: those of the index, where there is one.
+
+    Raises:
+        ConfigError: The index cannot be read or names a file that is not there, or the two would not load
+            the same files.
+    """
+    # The other format of Mistral's models: the same weights under other names.
+    files = {p.name for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated")}
+    if (folder / _INDEX).is_file():
+        named = set(_weight_map(folder).values())
+        if _WEIGHTS in files and named != {_WEIGHTS}:
+            raise ConfigError(
+                f"{_WEIGHTS} stands beside {_INDEX}, which names other files",
+                where=str(folder),
+                why="transformers would load the one file, vLLM those that the index names",
+                fix=f"remove {folder / _WEIGHTS}, or the index and its files",
+            )
+        if missing := sorted(named - files):
+            raise ConfigError(
+                f"{missing[0]} is missing, which {_INDEX} names",
+                where=str(folder),
+                why="a part of the weights would not be loaded",
+                fix="copy or download the model again",
+            )
+        return [folder / name for name in sorted(named)]
+    if _WEIGHTS in files and len(files) > 1:
+        other = min(files - {_WEIGHTS})
+        raise ConfigError(
+            f"{other} stands beside {_WEIGHTS}, and there is no {_INDEX}",
+            where=str(folder),
+            why=f"transformers would load {_WEIGHTS} alone, vLLM both",
+            fix=f"cp -rL {folder} MODEL && rm MODEL/{other}, then pass MODEL",
+        )
+    return [folder / name for name in sorted(files)] or sorted(folder.glob("*.safetensors"))
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor to the file that holds it, as the index says."""
+    path = folder / _INDEX
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(tensor): str(file) for tensor, file in found.items()}
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"not readable as an index of weights ({type(error).__name__}: {error})",
+            where=str(path),
+            fix="copy or download the model again",
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -214,20 +297,49 @@ def config_digest(folder: Path) -> str:
 
 
 def weights_digest(folder: Path, *, contents: Mapping[str, tuple[str, str]] | None = None) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and bytes: the same for a re-sharded copy.
+    """SHA-256 over every loaded tensor's name, dtype, shape and bytes: the same for a re-sharded copy.
 
     Args:
         folder: In the Hugging Face layout.
         contents: By tensor name, the dtype (``BF16``) and SHA-256 of what is to stand in the tensor's place.
 
     Raises:
-        ConfigError: A safetensors file is truncated or damaged.
+        ConfigError: A safetensors file is truncated or damaged, or what is loaded is not certain.
     """
     others = contents or {}
-    tensors = [t for path in sorted(folder.glob("*.safetensors")) for t in _tensors(path)]
+    tensors = _loaded_tensors(folder)
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         lines = sorted(pool.map(lambda t: _tensor_line(t, others.get(t[1])), tensors))
     return _sha256("\n".join(lines))
+
+
+def _loaded_tensors(folder: Path) -> list[tuple[Path, str, str, tuple[int, ...], int, int]]:
+    """As ``_tensors``, of all files that are loaded.
+
+    Raises:
+        ConfigError: A tensor is in two of them, or not in the one that the index names.
+    """
+    tensors = [tensor for path in loaded_files(folder) for tensor in _tensors(path)]
+    places: dict[str, Path] = {}
+    for path, name, *_ in tensors:
+        if name in places:
+            raise ConfigError(
+                f"the tensor {name} is in {places[name].name} and in {path.name}",
+                where=str(folder),
+                why="which of them counts depends on the order in which the files are loaded",
+                fix="save the model again with save_pretrained",
+            )
+        places[name] = path
+    if (folder / _INDEX).is_file():
+        for name, file in sorted(_weight_map(folder).items()):
+            if places.get(name) != folder / file:
+                raise ConfigError(
+                    f"the tensor {name} is not in {file}, where {_INDEX} says it is",
+                    where=str(folder),
+                    why="the index is that of another model, or a file was exchanged",
+                    fix="copy or download the model again",
+                )
+    return tensors
 
 
 def _tensors(path: Path) -> list[tuple[Path, str, str, tuple[int, ...], int, int]]:
@@ -286,17 +398,16 @@ def nonfinite_tensor(folder: Path) -> str | None:
     Raises:
         ConfigError: A safetensors file is truncated or damaged.
     """
-    for path in sorted(folder.glob("*.safetensors")):
-        for _, name, dtype, _, begin, end in _tensors(path):
-            if dtype not in _EXPONENTS:
-                continue
-            layout, exponent = _EXPONENTS[dtype]
-            with path.open("rb") as handle:
-                handle.seek(begin)
-                for start in range(begin, end, _CHUNK):
-                    bits = np.frombuffer(handle.read(min(_CHUNK, end - start)), dtype=layout)
-                    if bool(((bits & exponent) == exponent).any()):
-                        return name
+    for path, name, dtype, _, begin, end in _loaded_tensors(folder):
+        if dtype not in _EXPONENTS:
+            continue
+        layout, exponent = _EXPONENTS[dtype]
+        with path.open("rb") as handle:
+            handle.seek(begin)
+            for start in range(begin, end, _CHUNK):
+                bits = np.frombuffer(handle.read(min(_CHUNK, end - start)), dtype=layout)
+                if bool(((bits & exponent) == exponent).any()):
+                    return name
     return None
 
 
@@ -307,11 +418,7 @@ def left_over_weights(names: Iterable[str]) -> list[str]:
 
 def parameter_count(folder: Path) -> int:
     """Number of weights in a model's safetensors files, from their headers alone."""
-    return sum(
-        math.prod(shape)
-        for path in sorted(folder.glob("*.safetensors"))
-        for _, _, _, shape, _, _ in _tensors(path)
-    )
+    return sum(math.prod(shape) for _, _, _, shape, _, _ in _loaded_tensors(folder))
 
 
 class _Backend(Protocol):

@@ -1,19 +1,24 @@
+import contextlib
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
-from dpo_opt.precompute import files
+from dpo_opt.precompute import datasets, files, plan
+from dpo_opt.precompute.commits import finalize
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.run import precompute
+from dpo_opt.precompute.plan import read_plan
+from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.columns import COLUMNS, read_column
 from dpo_opt.schemas.errors import DataError, FingerprintError
-from dpo_opt.schemas.manifest import Manifest, ShardFolder
+from dpo_opt.schemas.manifest import COMMITS, MANIFEST, Manifest, ShardFolder
 
 Configs = Callable[..., PrecomputeConfig]
 
@@ -176,6 +181,82 @@ def test_another_bad_row_in_the_same_place_is_other_data(config_of: Configs) -> 
     data.write_bytes(data.read_bytes().replace(BAD[5][0], b"[]"))
     with pytest.raises(FingerprintError, match="its data has 14 rows"):
         run(config)
+
+
+MIXED = [json.dumps(ROWS[0]).encode(), BAD[13][0], b"{", *(json.dumps(row).encode() for row in ROWS[1:4])]
+
+
+def test_bad_rows_are_the_same_from_another_path_and_in_the_words_of_another_python(
+    config_of: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message may name a file, and the standard library words it."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "mixed.jsonl").write_bytes(b"\n".join(MIXED))
+    (tmp_path / "there" / "other.jsonl").write_bytes(b"\r\n".join(MIXED))
+    monkeypatch.chdir(tmp_path)
+    manifest = run(config_of(data="mixed.jsonl", pairs_per_shard=2))
+    monkeypatch.setattr(json.JSONDecodeError, "__str__", lambda self: "in other words")
+    monkeypatch.chdir(tmp_path / "there")
+    for data in ("../mixed.jsonl", "other.jsonl", tmp_path / "mixed.jsonl"):
+        scorer = ScriptedScorer()
+        assert precompute(config_of(data=data, pairs_per_shard=2), scorer=scorer) == manifest
+        assert scorer.calls == []
+        folder = tmp_path / "shards"
+        # A worker of several compares only the rows that it reads.
+        for path in (folder / MANIFEST, *(folder / COMMITS).glob("00000-*")):
+            path.unlink()
+        worker = config_of(data=data, pairs_per_shard=2, worker_index=0, num_workers=2)
+        assert work(worker, scorer=scorer) == 1
+        manifest = finalize(folder)
+
+
+def test_the_digest_of_a_bad_row_is_the_documented_formula(config_of: Configs, tmp_path: Path) -> None:
+    (tmp_path / "mixed.jsonl").write_bytes(b"\n".join(MIXED[:3]))
+    run(config_of(data=tmp_path / "mixed.jsonl"))
+    good = json.dumps(ROWS[0], sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    rows = [good, b"other_form\n" + MIXED[1], b"json\n" + MIXED[2]]
+    expected = hashlib.sha256(b"".join(hashlib.sha256(row).digest() for row in rows)).hexdigest()
+    assert read_plan(tmp_path / "shards").dataset_digest == expected
+
+
+@pytest.mark.parametrize("stop", [1, 99])
+def test_a_folder_whose_bad_rows_were_known_by_their_messages_goes_on_and_grows(
+    config_of: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    data = tmp_path / "mixed.jsonl"
+    data.write_bytes(b"\n".join([*MIXED, b""]))
+
+    def told(call: int) -> None:
+        if call == stop:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as before, contextlib.suppress(KeyboardInterrupt):
+        before.setattr(plan, "row_digest", datasets.message_digest)
+        precompute(config_of(data=data, pairs_per_shard=2), scorer=ScriptedScorer(before_call=told))
+    planned = read_plan(tmp_path / "shards")
+    scorer = ScriptedScorer()
+    assert run(config_of(data=data, pairs_per_shard=2)).dataset_digest == planned.dataset_digest
+    data.write_bytes(b"\n".join([*MIXED, *(json.dumps(row).encode() for row in ROWS[6:8])]))
+    grown = precompute(config_of(data=data, pairs_per_shard=2, append=True), scorer=scorer)
+    assert (grown.rows, len(scorer.scored)) == (8, 4)
+    assert run(config_of(data=data, pairs_per_shard=2)) == grown
+
+
+def test_a_bad_row_of_a_table_is_known_by_what_can_be_read_of_it(config_of: Configs, tmp_path: Path) -> None:
+    cases = [("Once?", b"\xff"), ("Once?", b"\xff"), ("Twice?", b"\xff"), ("Once?", b"good")]
+    digests = []
+    for i, (prompt, source) in enumerate(cases):
+        rows = [{name: str(row[name]) for name in ("prompt", "chosen", "rejected")} for row in ROWS[:4]]
+        rows[1] |= {"prompt": prompt, "chosen": ""}
+        sources = pa.Array.from_buffers(
+            pa.string(), 4, pa.array([b"a", b"b", source, b"c"], pa.binary()).buffers()
+        )
+        path = tmp_path / f"{i}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows).append_column("source", sources), path)
+        run(config_of(data=path, shards=tmp_path / str(i)))
+        digests.append(read_plan(tmp_path / str(i)).dataset_digest)
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
 
 
 def test_ranked_rows_that_are_bad_take_one_number(config_of: Configs, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.engine_options import canonical, read_engine_options, refuse_unknown
 from dpo_opt.precompute.vllm_model import VllmModel
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.fingerprint import MEMORY_OPTIONS
 from dpo_opt.scorers import make_scorer
 
 
@@ -115,6 +116,11 @@ def test_the_order_of_options_does_not_matter() -> None:
     assert canonical({}) == "{}"
 
 
+def test_settings_of_memory_are_no_part_of_what_is_recorded() -> None:
+    given = ["max_num_seqs=4", "gpu_memory_utilization=0.5", "enforce_eager=true", "kv_cache_dtype=fp8"]
+    assert canonical(read_engine_options(given)) == '{"kv_cache_dtype":"fp8"}'
+
+
 def test_a_misspelt_option_is_refused_with_a_suggestion() -> None:
     known = {"max_num_seqs", "tensor_parallel_size"}
     refuse_unknown({"max_num_seqs": 1}, known=known)
@@ -136,9 +142,9 @@ def config(tiny_model: Path, tmp_path: Path) -> PrecomputeConfig:
 def test_the_installed_engine_knows_the_options_that_are_named_here(config: PrecomputeConfig) -> None:
     given = ["max_num_batched_tokens=512", "gpu_memory_utilization=0.5", "tensor_parallel_size=1"]
     scorer = make_scorer(config.model_copy(update={"backend": "vllm", "engine_option": given}))
-    assert scorer.numerics.engine_options == (
-        '{"gpu_memory_utilization":0.5,"max_num_batched_tokens":512,"tensor_parallel_size":1}'
-    )
+    assert scorer.numerics.engine_options == ('{"tensor_parallel_size":1}')
+    options = [f"{name}=1" for name in MEMORY_OPTIONS - {"swap_space"}]
+    make_scorer(config.model_copy(update={"backend": "vllm", "engine_option": options}))
     with pytest.raises(ConfigError, match="no such argument") as caught:
         make_scorer(config.model_copy(update={"backend": "vllm", "engine_option": ["max_num_seq=3"]}))
     assert caught.value.fix == "did you mean max_num_seqs?"

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from fakes import ScriptedScorer, preference_rows, scripted_logps, write_jsonl
+from fakes import NUMERICS, ScriptedScorer, preference_rows, scripted_logps, write_jsonl
 
-from dpo_opt.precompute.commits import status
+from dpo_opt.precompute.commits import finalize, status
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
-from dpo_opt.schemas.manifest import MANIFEST, ShardFolder, load_manifest
+from dpo_opt.schemas.manifest import COMMITS, MANIFEST, PLAN, ShardFolder, load_manifest
 from dpo_opt.schemas.pairs import LogpArray, PreferencePair, ScoredPair, TokenizedPair
 
 ROWS = preference_rows(11)
@@ -417,3 +417,140 @@ def test_messages_are_scored_through_the_chat_template(config_of: Configs, tmp_p
         text = tokenizer.decode(np.concatenate([pair.prompt_ids, pair.chosen_ids]))
         assert text == f"<s>user: Hi {i} assistant: Hello</s> "
     assert json.loads((config.shards / "plan.json").read_text())["fingerprint"]["chat_template"] != "none"
+
+
+# A folder without its plan, as a copy for readers is -------------------------------------------------------
+
+
+@pytest.fixture
+def copied(config_of: Configs) -> Path:
+    """A finished folder without what no reader needs."""
+    shards = Path(config_of().shards)
+    precompute(config_of(), scorer=ScriptedScorer())
+    shutil.rmtree(shards / COMMITS)
+    for name in (PLAN, "precompute.yaml", "weights.json"):
+        (shards / name).unlink()
+    return shards
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+def other_tokenizer(model: Path) -> None:
+    path = model / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["merges"] = values["model"]["merges"][:-1]
+    path.write_text(json.dumps(values))
+
+
+def other_weights(model: Path) -> None:
+    path = model / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+OTHER_RUNS: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any]]] = {
+    "weights": (other_weights, {}),
+    "tokenizer": (other_tokenizer, {}),
+    "max_length": (None, {"max_length": 100}),
+}
+
+
+@pytest.mark.parametrize("field", OTHER_RUNS)
+def test_a_copy_without_its_plan_refuses_another_model_by_what_differs(
+    field: str, copied: Path, config_of: Configs, tiny_model: Path, tmp_path: Path
+) -> None:
+    change, settings = OTHER_RUNS[field]
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    if change is not None:
+        change(model)
+    before, scorer = bytes_of(copied), ScriptedScorer()
+    for others in ({}, {"worker_index": 0, "num_workers": 2}):
+        with pytest.raises(FingerprintError) as caught:
+            precompute(config_of(model=str(model), **settings, **others), scorer=scorer)
+        assert [line.split()[0] for line in caught.value.what.splitlines()[2:-1]] == [field]
+        assert caught.value.exit_code == 4
+    assert bytes_of(copied) == before
+    assert scorer.calls == []
+
+
+def test_a_copy_without_its_plan_refuses_other_data_of_the_same_length(
+    copied: Path, config_of: Configs, tmp_path: Path
+) -> None:
+    before = bytes_of(copied)
+    data = write_jsonl(tmp_path / "other.jsonl", [*ROWS[:-1], {**ROWS[-1], "chosen": " Another."}])
+    with pytest.raises(FingerprintError, match="its data has 11 rows with digest"):
+        precompute(config_of(data=data), scorer=ScriptedScorer())
+    with pytest.raises(FingerprintError, match="hold 3 rows, --pairs-per-shard now gives 4"):
+        precompute(config_of(pairs_per_shard=4), scorer=ScriptedScorer())
+    assert bytes_of(copied) == before
+
+
+def test_a_copy_without_its_plan_is_finished_for_the_same_run_and_grows(
+    copied: Path, config_of: Configs, tmp_path: Path
+) -> None:
+    before, scorer = bytes_of(copied), ScriptedScorer()
+    manifest = precompute(config_of(), scorer=scorer)
+    assert scorer.calls == []
+    assert manifest == load_manifest(copied)
+    assert {name: content for name, content in bytes_of(copied).items() if name in before} == before
+    for rows in (14, 16):
+        (copied / PLAN).unlink()
+        for path in copied.glob("plan-*.json"):
+            path.unlink()
+        grown = write_jsonl(tmp_path / "grown.jsonl", [*ROWS, *preference_rows(16)[11:rows]])
+        scorer = ScriptedScorer()
+        assert precompute(config_of(data=grown, append=True), scorer=scorer).rows == rows
+        assert len(scorer.scored) == {14: 6, 16: 4}[rows]
+
+
+def test_a_manifest_of_something_else_than_the_plan_is_not_a_result_and_not_replaced(
+    config_of: Configs, tmp_path: Path
+) -> None:
+    precompute(config_of(), scorer=ScriptedScorer())
+    shards = Path(config_of().shards)
+    data = write_jsonl(tmp_path / "other.jsonl", [*ROWS[:-1], {**ROWS[-1], "chosen": " Another."}])
+    others = {
+        "its data": (config_of(data=data, shards=tmp_path / "data"), ScriptedScorer()),
+        "dtype": (
+            config_of(shards=tmp_path / "dtype"),
+            ScriptedScorer(numerics=NUMERICS._replace(dtype="bfloat16")),
+        ),
+    }
+    kept = (shards / MANIFEST).read_bytes()
+    for what, (config, scorer) in others.items():
+        precompute(config, scorer=scorer)
+        shutil.copy(config.shards / PLAN, shards / PLAN)
+        shutil.copytree(config.shards / COMMITS, shards / COMMITS, dirs_exist_ok=True)
+        shutil.copytree(config.shards / "data", shards / "data", dirs_exist_ok=True)
+        assert not status(shards).finalized
+        with pytest.raises(FingerprintError, match="the plan of 11 rows" if what == "its data" else what):
+            finalize(shards)
+        assert (shards / MANIFEST).read_bytes() == kept
+
+
+def test_a_folder_goes_on_with_other_settings_of_memory(config_of: Configs) -> None:
+    """Also one from when they were recorded."""
+
+    def scorer(options: str, stop: int = 99) -> ScriptedScorer:
+        def told(call: int) -> None:
+            if call == stop:
+                raise KeyboardInterrupt
+
+        return ScriptedScorer(numerics=NUMERICS._replace(engine_options=options), before_call=told)
+
+    with pytest.raises(KeyboardInterrupt):
+        precompute(config_of(), scorer=scorer('{"max_num_seqs":64,"quantization":"fp8"}', stop=2))
+    with pytest.raises(FingerprintError, match="engine_options"):
+        precompute(config_of(), scorer=scorer('{"max_num_seqs":64}'))
+    worker = {"worker_index": 1, "num_workers": 2}
+    with pytest.raises(FingerprintError, match="engine_options"):
+        work(config_of(**worker), scorer=scorer('{"max_num_seqs":64}'))
+    last = scorer('{"enforce_eager":true,"quantization":"fp8"}', stop=1)
+    with pytest.raises(KeyboardInterrupt):
+        work(config_of(**worker), scorer=last)
+    assert status(config_of().shards).shards_committed == 3
+    precompute(config_of(), scorer=scorer('{"quantization":"fp8"}'))
+    assert len(content(Path(config_of().shards))) == 10

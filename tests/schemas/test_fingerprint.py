@@ -7,9 +7,11 @@ from pydantic import ValidationError
 from dpo_opt.schemas.errors import FingerprintError
 from dpo_opt.schemas.fingerprint import (
     ALL_FIELDS,
+    MEMORY_OPTIONS,
     MODEL_FIELDS,
     TOKENIZER_FIELDS,
     Fingerprint,
+    follows,
     refuse_differences,
 )
 
@@ -85,6 +87,21 @@ def test_all_differences_are_listed_at_once() -> None:
     listed = [line.split()[0] for line in str(error).splitlines() if line.startswith("    ")]
     assert listed == ["field", *ALL_FIELDS, "same:"]
     assert "same: nothing else" in str(error)
+
+
+def with_options(**options: Any) -> Fingerprint:
+    return Fingerprint(**{**VALUES, "engine_options": json.dumps(options)})
+
+
+def test_settings_of_memory_are_the_same_run() -> None:
+    for name in MEMORY_OPTIONS:
+        for cached, current in (({name: 64}, {name: 32}), ({name: 64}, {}), ({}, {name: 32})):
+            one, other = (with_options(quantization="fp8", **more) for more in (cached, current))
+            assert refusal(one, other, ALL_FIELDS) is None
+            assert follows(one, other)
+    one, other = with_options(max_num_seqs=3), with_options(max_num_seqs=3, kv_cache_dtype="fp8")
+    assert refusal(one, other, ALL_FIELDS) is not None
+    assert not follows(one, other)
 
 
 def test_a_fingerprint_from_before_dates_were_kept_is_read() -> None:

@@ -92,6 +92,82 @@ def test_parameters_are_counted(tiny_model: Path) -> None:
     assert parameter_count(tiny_model) == sum(p.numel() for p in model.parameters())
 
 
+def two_versions(model: Path) -> dict[str, dict[str, str]]:
+    """Two whole files of weights that differ in one tensor; an index of each, none of them written."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    tensors["lm_head.weight"][3, 4] += 1
+    save_file(tensors, model / "model-best.safetensors", metadata={"format": "pt"})
+    names = ("model-00001-of-00001.safetensors", "model-best.safetensors")
+    return {name: dict.fromkeys(tensors, name) for name in names}
+
+
+def write_index(model: Path, weight_map: object) -> None:
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+
+
+def test_the_weights_are_those_that_the_index_names(tiny_model: Path, model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    first, best = two_versions(model).items()
+    digests, loaded = [], []
+    for _, weight_map in (first, best):
+        write_index(model, weight_map)
+        find_model(str(model))
+        digests.append(weights_digest(model))
+        assert parameter_count(model) == parameter_count(tiny_model)
+        state = AutoModelForCausalLM.from_pretrained(model).state_dict()
+        loaded.append(state["lm_head.weight"][3, 4].item())
+    assert loaded[0] != loaded[1]
+    assert digests[0] == weights_digest(tiny_model) != digests[1]
+
+
+def test_mistrals_other_format_is_no_part_of_a_model(tiny_model: Path, model: Path) -> None:
+    (model / "consolidated.safetensors").write_bytes(b"never read")
+    (model / "consolidated.safetensors.index.json").write_text("{")
+    assert weights_digest(Path(find_model(str(model)))) == weights_digest(tiny_model)
+    assert nonfinite_tensor(model) is None
+
+
+def test_weights_that_two_programs_would_read_otherwise_are_refused(model: Path) -> None:
+    shutil.copy(model / "model.safetensors", model / "other.safetensors")
+    error = refusal(lambda: find_model(str(model)))
+    assert error.what.startswith("other.safetensors stands beside model.safetensors")
+    assert "rm MODEL/other.safetensors" in str(error.fix)
+    (model / "other.safetensors").unlink()
+    content = (model / "model.safetensors").read_bytes()
+    weight_map, _ = two_versions(model).values()
+    write_index(model, weight_map)
+    (model / "model.safetensors").write_bytes(content)
+    error = refusal(lambda: find_model(str(model)))
+    assert error.what.startswith("model.safetensors stands beside model.safetensors.index.json")
+    assert str(model / "model.safetensors") in str(error.fix)
+    (model / "model.safetensors").unlink()
+    find_model(str(model))
+    change_config(model, transformers_weights="model-best.safetensors")
+    assert "transformers_weights" in refusal(lambda: find_model(str(model))).what
+
+
+def test_an_index_that_is_not_of_these_files_is_refused(model: Path) -> None:
+    first, best = two_versions(model)
+    both = {"lm_head.weight": first, "model.norm.weight": best}
+    for weight_map, what in (
+        ({"lm_head.weight": "gone.safetensors"}, "gone.safetensors is missing"),
+        ({"lm_head.weight": first, "more": first}, f"the tensor more is not in {first}"),
+        (both, f"the tensor lm_head.weight is in {first} and in {best}"),
+        ([], "not readable as an index"),
+        ({"lm_head.weight": "../model.safetensors"}, "../model.safetensors is missing"),
+    ):
+        write_index(model, weight_map)
+        assert what in refusal(lambda: weights_digest(model)).what
+    (model / "model.safetensors.index.json").write_text("{")
+    assert "not readable as an index" in refusal(lambda: find_model(str(model))).what
+
+
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
 def test_truncated_weights_are_refused(model: Path, keep: int) -> None:
     path = model / "model.safetensors"
