@@ -20,13 +20,45 @@ from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import LocationType, configured
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.results import json_option, show
-from dpo_opt.schemas.errors import ConfigError, DpoOptError
+from dpo_opt.schemas.errors import ConfigError, DpoOptError, quoted
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import COMMAND
 from dpo_opt.schemas.text import printable
 
 _INTERRUPTED = 130
-_PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+_AGAIN = "run the same command again: what was finished before is kept"
+_NOT_ALLOWED = (
+    "this user may not do there what the command must",
+    "ls -ld {path}, then chmod or another path",
+)
+_NO_ROOM = ("what was being written could not be written whole", f"free some space there, then {_AGAIN}")
+# What a system says of a path, which its user can mend: why it stops the command, and what to do.
+_PATH_ERRORS = {
+    errno.EACCES: _NOT_ALLOWED,
+    errno.EPERM: _NOT_ALLOWED,
+    errno.EROFS: ("nothing can be written to that file system", "pass another path"),
+    errno.ENOTDIR: ("a file stands where a folder is needed", "ls -ld {path}, then pass another path"),
+    errno.EISDIR: ("a folder stands where a file is needed", "ls -ld {path}, then pass another path"),
+    errno.EEXIST: ("what is there would be replaced", "pass another path, or move that one away"),
+    errno.ENAMETOOLONG: ("the file system has no names of that length", "pass a shorter path"),
+    errno.ELOOP: ("following links there never ends", "ls -l {path}, then remove the link"),
+    errno.ENOSPC: _NO_ROOM,
+    errno.EDQUOT: _NO_ROOM,
+    errno.EFBIG: ("the file system has no files of that size", "pass a path on another file system"),
+    errno.EIO: ("the disk or its server failed", f"see what `dmesg | tail` says of it, then {_AGAIN}"),
+    errno.ESTALE: (
+        "the server of that file system no longer knows the file",
+        f"mount it anew, then {_AGAIN}",
+    ),
+    errno.ETIMEDOUT: ("the server of that file system does not answer", f"see that it is up, then {_AGAIN}"),
+    errno.ENOTCONN: ("the server of that file system is gone", f"mount it anew, then {_AGAIN}"),
+    errno.EMFILE: (
+        "the process may not open as many files",
+        "ulimit -n 65536, then run the same command again",
+    ),
+}
+# Raised by a file that is open, too, which does not say what it is called.
+_WITHOUT_A_NAME = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EFBIG}
 _EXTRAS = {
     "torch": "train",
     "transformers": "train",
@@ -72,13 +104,29 @@ class _Commands(click.Group):
             )
             raise _Explained(missing) from error
         except OSError as error:
-            # A path that cannot be read or written is the user's to mend; the rest is a bug to report.
-            if error.filename is None or error.errno not in _PATH_ERRORS:
+            explained = _of_path(error)
+            if explained is None:
                 raise
-            raise _Explained(DpoOptError(str(error.strerror), where=str(error.filename))) from error
+            raise _Explained(explained) from error
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(_INTERRUPTED)
+
+
+def _of_path(error: OSError) -> DpoOptError | None:
+    """A path that cannot be read or written is the user's to mend; the rest is a bug to report."""
+    if error.errno == errno.ENOENT and "temporary directory" in str(error.strerror):
+        return DpoOptError(
+            "no folder for temporary files can be written",
+            where=os.environ.get("TMPDIR"),
+            why="files are finished there before they are put where they belong",
+            fix="free some space there, or set TMPDIR to a folder that can be written",
+        )
+    if error.errno not in _PATH_ERRORS or (error.filename is None and error.errno not in _WITHOUT_A_NAME):
+        return None
+    why, fix = _PATH_ERRORS[error.errno]
+    where = None if error.filename is None else str(error.filename)
+    return DpoOptError(str(error.strerror), where=where, why=why, fix=fix.format(path=quoted(where)))
 
 
 def _with_dashes(argument: str) -> str:
@@ -128,7 +176,7 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
 
         show(plan_precompute(config, scorer.numerics), as_json)
         return
-    with preemptible(f"dpo-opt precompute --config {config.shards / COMMAND}"):
+    with preemptible(f"dpo-opt precompute --config {quoted(config.shards / COMMAND)}"):
         if config.launched:
             show(launch(config), as_json)
             return

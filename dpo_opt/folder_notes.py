@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dpo_opt.precompute.plan import read_plans
 from dpo_opt.precompute.weights_memo import WEIGHTS
 from dpo_opt.schemas.columns import COLUMNS
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.locations import AnyPath, explained
 from dpo_opt.schemas.manifest import (
     COMMAND,
@@ -25,7 +25,7 @@ VERDICT = "verify.json"
 _MOST_LISTED = 20
 
 _EXPECTED = re.compile(
-    rf"{MANIFEST}|{PLAN}|{COMMAND}|{VERDICT}|{WEIGHTS}|plan-\d+\.json|{TOKENIZER}/.+|slurm/.+"
+    rf"{MANIFEST}|{PLAN}|{COMMAND}|model_config\.json|{VERDICT}|{WEIGHTS}|plan-\d+\.json|{TOKENIZER}/.+|slurm/.+"
     rf"|{COMMITS}/\d{{5,}}-[0-9a-f]+\.json|{COLUMNS}/[^/]+\.parquet"
 )
 _PRIVATE = re.compile(r"(.+/)?\..+\.[0-9a-f]{8}\.tmp")
@@ -58,8 +58,8 @@ def _plan_notes(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     elif plans[-1].rows > manifest.rows:
         yield (
             f"the folder is growing to {plans[-1].rows:,} rows: "
-            f"`dpo-opt precompute --config {shards / COMMAND}` goes on, `dpo-opt finalize --shards {shards}` "
-            "ends it"
+            f"`dpo-opt precompute --config {quoted(shards / COMMAND)}` goes on, "
+            f"`dpo-opt finalize --shards {quoted(shards)}` ends it"
         )
     if plans and not any(_is_plan_of(plan, manifest) for plan in plans):
         yield f"{shards / PLAN} is that of another run: `dpo-opt precompute` would not go on with this folder"
@@ -87,7 +87,7 @@ def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
             continue  # of the part that is not finalized yet
         (left if attempt or _PRIVATE.fullmatch(name) else unknown).append(name)
     if left:
-        yield f"left by other attempts (`dpo-opt gc --shards {shards}`): {_listed(left)}"
+        yield f"left by other attempts (`dpo-opt gc --shards {quoted(shards)}`): {_listed(left)}"
     if unknown:
         yield f"named by nothing here, and read by nobody: {_listed(unknown)}"
 

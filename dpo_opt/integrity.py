@@ -17,17 +17,18 @@ from dpo_opt.folder_notes import planned_rows
 from dpo_opt.schemas.columns import COLUMNS, WEIGHT
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.fingerprint import Fingerprint
-from dpo_opt.schemas.locations import AnyPath, explained, on_this_machine, sizes
+from dpo_opt.schemas.locations import AnyPath, inside, on_this_machine, sizes
 from dpo_opt.schemas.manifest import (
     MANIFEST,
     TOKENIZER,
     Manifest,
     ShardCommit,
+    tokenizer_names,
     verified_file,
 )
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
 from dpo_opt.schemas.shards import DROPPED_SCHEMA, INDEX_SCHEMA, inconsistent_columns, read_row_groups
-from dpo_opt.schemas.storage import sha256_folder
+from dpo_opt.schemas.storage import file_names, sha256_folder
 
 # A log-prob may exceed 0 by rounding of log_softmax in half precision, and by no more.
 _ABOVE_ZERO = 1e-3
@@ -246,11 +247,18 @@ def _dropped_problems(file: Path, commit: ShardCommit, dropped: set[int]) -> Ite
 
 def _tokenizer_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     folder = shards / TOKENIZER
-    with explained(folder):
-        names = sorted(path.name for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    try:
+        names, recorded = file_names(folder), tokenizer_names(shards)
+        changed = bool(names) and (
+            names != (names if recorded is None else recorded)
+            or sha256_folder(folder, names=recorded) != manifest.tokenizer_sha256
+        )
+    except DataError as error:
+        yield f"{error.where}: {error.what}"
+        return
     if not names:
         yield f"{folder}: the tokenizer's files are missing"
-    elif sha256_folder(folder) != manifest.tokenizer_sha256:
+    elif changed:
         yield f"{folder}: a file changed, is missing or is new among {', '.join(names)}"
 
 
@@ -261,6 +269,11 @@ def _column_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     for name in sorted(sizes(folder)):
         if name.endswith(".parquet") and not name.startswith("."):
             path = folder / name
+            try:
+                inside(shards, f"{COLUMNS}/{name}")
+            except DataError as error:
+                yield f"{error.where}: {error.what}"
+                continue
             with on_this_machine(path) as file:
                 yield from _few(f"{path}: {problem}" for problem in _values_problems(file, path.stem, rows))
 

@@ -4,6 +4,13 @@ Every leaf also inherits the standard error it stands in for, so library users c
 A new leaf is needed only where the exit code differs, or where a caller must tell it apart.
 """
 
+import shlex
+
+
+def quoted(path: object) -> str:
+    """A path or URL as one word of a shell: a fix is there to be copied, whatever the folder is called."""
+    return shlex.quote(str(path))
+
 
 class DpoOptError(Exception):
     """A failure that is explained: what is wrong, where, why it matters and the command that fixes it.

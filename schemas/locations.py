@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import PlainSerializer, PlainValidator
 from upath import UPath
 
-from dpo_opt.schemas.errors import ConfigError, DpoOptError
+from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, quoted
 
 AnyPath = Path | UPath
 _EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3"}
@@ -27,6 +27,10 @@ _ON_THIS_MACHINE = ("file", "local")
 # What is left of a URL that went through pathlib, or was mistyped: a folder "s3:" would be made for it.
 _ONE_SLASH = re.compile(r"[a-z][a-z0-9+]+:/(?!/)")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# How libraries in Rust, which raise a class of their own or none, end a message of the system.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# A separator or a drive of another system, and what ends a name for the system's own calls.
+_NOT_IN_A_NAME = re.compile(r"[\\:\x00]")
 
 
 def location(name: str | Path | UPath) -> AnyPath:
@@ -86,6 +90,41 @@ Location = Annotated[AnyPath, PlainValidator(location), PlainSerializer(str, ret
 """A setting that names a file or folder, on this machine or in a store."""
 
 
+def inside(folder: AnyPath, name: str) -> AnyPath:
+    """The place of a file below a folder, for a name that a listing or a record gives.
+
+    Whoever may write one object or one record of a folder could otherwise name any file of its readers. A
+    file that is a link to another place is refused too. The folder may be a link, and so may those directly
+    in it: people move a whole folder, or its ``data``, to another disk.
+
+    Raises:
+        DataError: The name leaves the folder, or is a link that does.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") or _NOT_IN_A_NAME.search(part) for part in parts):
+        raise DataError(
+            f"the file name {name!r} does not stay inside the folder",
+            where=str(folder),
+            why="following it could read or write any file of this machine",
+            fix="do not use the folder: ask whoever wrote it, and who else may write there",
+        )
+    path = folder / name
+    if isinstance(folder, Path):
+        places = [folder, folder / parts[0]] if len(parts) > 1 else [folder]
+        if not any(_is_below(os.path.realpath(folder / name), os.path.realpath(place)) for place in places):
+            raise DataError(
+                "the file is a link that leads out of the folder",
+                where=str(path),
+                why="what it leads to is not the folder's, and may be any file of this machine",
+                fix=f"where you trust it, replace links by files: cp -rL {quoted(folder)} COPY",
+            )
+    return path
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
 def store_errors() -> tuple[type[Exception], ...]:
     """What a store may raise: clients have errors of their own, with no common base."""
     botocore = sys.modules.get("botocore.exceptions")
@@ -120,22 +159,38 @@ def explained(path: AnyPath) -> Iterator[None]:
 
 @contextlib.contextmanager
 def room_on_disk(folder: Path) -> Iterator[None]:
-    """Say a full disk by name.
+    """Say a full disk by name, whichever library met it.
 
     Raises:
         DpoOptError: The disk is full or over quota.
+        OSError: Another failure of the system; it names the folder if it named no file.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in _DISK_FULL:
+    except DpoOptError:
+        raise
+    except Exception as error:
+        code = _system_code(error)
+        if code in _DISK_FULL:
             raise DpoOptError(
-                f"the disk is full ({os.strerror(error.errno)})",
+                f"the disk is full ({os.strerror(code)})",
                 where=str(folder),
                 why="what was being written could not be written whole, so nothing of it was kept",
-                fix="free some space and run the same command again",
+                fix="free some space there and run the same command again",
             ) from error
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(folder)
+        elif code is not None and not isinstance(error, OSError):
+            raise OSError(code, os.strerror(code), str(folder)) from error
         raise
+
+
+def _system_code(error: Exception) -> int | None:
+    """The system's number for a failure; libraries in Rust say it in the message alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = _OS_ERROR.search(str(error))
+    return int(found[1]) if found else None
 
 
 def put_file(file: Path, path: UPath, *, replace: bool = True) -> None:
@@ -189,6 +244,8 @@ def remove(path: AnyPath) -> None:
 def sizes(folder: AnyPath, *, prefix: str = "") -> dict[str, int]:
     """File name to bytes, for the files of a folder now; empty where there is no such folder.
 
+    Names that no file of ours can have are left out, as every file is that no record names.
+
     Args:
         folder: Path or URL.
         prefix: Only names that begin so; of these alone a store is asked.
@@ -211,21 +268,28 @@ def sizes(folder: AnyPath, *, prefix: str = "") -> dict[str, int]:
         except FileNotFoundError:
             return {}
     named = {item["name"].rpartition("/")[2]: item["size"] for item in listed if item["type"] == "file"}
-    return {name: size for name, size in named.items() if name.startswith(prefix)}
+    return {
+        name: size
+        for name, size in named.items()
+        if name.startswith(prefix) and name not in ("", ".", "..") and not _NOT_IN_A_NAME.search(name)
+    }
 
 
 def read_all(folder: AnyPath, names: Sequence[str]) -> dict[str, bytes]:
     """The bytes of those of some files that are there; a store is asked for all of them at once.
 
     Raises:
+        DataError: A name leaves the folder.
         DpoOptError: The store does not answer, or refuses.
     """
     if isinstance(folder, Path):
         texts = {}
         for name in names:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                texts[name] = (folder / name).read_bytes()
+                texts[name] = inside(folder, name).read_bytes()
         return texts
+    for name in names:
+        inside(folder, name)
     paths = [(folder / name).path for name in names]
     found = {}
     with explained(folder):
@@ -243,31 +307,49 @@ def read_all(folder: AnyPath, names: Sequence[str]) -> dict[str, bytes]:
     return found
 
 
-def fetch(path: UPath, file: Path) -> None:
+def fetch(path: UPath, file: Path, *, names: Sequence[str] | None = None) -> None:
     """A store's file, or a folder's files, as ``file`` on this machine.
+
+    Args:
+        path: What is fetched.
+        file: Where it is put.
+        names: Of a folder, only these, relative to it; those that are missing are left out. None: all that
+            is listed.
 
     Raises:
         FileNotFoundError: There is neither.
+        DataError: A name leaves the folder.
         DpoOptError: The store does not answer, or refuses; or the disk is full.
     """
     with room_on_disk(file.parent), explained(path):
-        with contextlib.suppress(FileNotFoundError):
-            path.fs.get_file(path.path, str(file))
-        inside = [] if file.is_file() else path.fs.find(path.path)
-        for name in inside:
-            part = file / name.removeprefix(path.path.rstrip("/") + "/")
-            part.parent.mkdir(parents=True, exist_ok=True)
-            path.fs.get_file(name, str(part))
+        if names is None:
+            with contextlib.suppress(FileNotFoundError):
+                path.fs.get_file(path.path, str(file))
+        if not file.is_file():
+            base = path.path.rstrip("/") + "/"
+            listed = path.fs.find(path.path) if names is None else [base + name for name in names]
+            # All are looked at before the first is fetched.
+            parts = {name: inside(file, name.removeprefix(base)) for name in listed}
+            for name, part in parts.items():
+                part.parent.mkdir(parents=True, exist_ok=True)
+                # Whoever reads the folder compares the hash of all that is there.
+                with contextlib.suppress(FileNotFoundError):
+                    path.fs.get_file(name, str(part))
     if not file.exists():
         raise FileNotFoundError(str(path))
 
 
 @contextlib.contextmanager
-def on_this_machine(path: AnyPath) -> Iterator[Path]:
+def on_this_machine(path: AnyPath, *, names: Sequence[str] | None = None) -> Iterator[Path]:
     """A file or folder as a path of this machine, fetched for as long as it is used.
+
+    Args:
+        path: Path or URL.
+        names: Of a store's folder, fetch only these.
 
     Raises:
         FileNotFoundError: A store has nothing of that name.
+        DataError: A store lists a name that leaves the folder.
         DpoOptError: The store does not answer, or refuses; or the disk is full.
     """
     if isinstance(path, Path):
@@ -275,7 +357,7 @@ def on_this_machine(path: AnyPath) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="dpo-opt-") as folder:
         fetched = Path(folder) / path.name
-        fetch(path, fetched)
+        fetch(path, fetched, names=names)
         yield fetched
 
 

@@ -14,21 +14,29 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Annotated, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from upath import UPath
 
-from dpo_opt.schemas.errors import DataError, DpoOptError
+from dpo_opt.schemas.errors import DataError, DpoOptError, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
-from dpo_opt.schemas.locations import AnyPath, cache_path, fetch, is_file, on_this_machine, read_all
+from dpo_opt.schemas.locations import (
+    AnyPath,
+    cache_path,
+    fetch,
+    inside,
+    is_file,
+    on_this_machine,
+    read_all,
+)
 from dpo_opt.schemas.pairs import ScoredPair
-from dpo_opt.schemas.shards import read_row_groups
-from dpo_opt.schemas.storage import publish, sha256_file, sha256_folder, write_text
+from dpo_opt.schemas.shards import SCHEMA_VERSION, read_row_groups
+from dpo_opt.schemas.storage import file_names, publish, sha256_file, sha256_folder, write_text
 
 PLAN = "plan.json"
 COMMAND = "precompute.yaml"
@@ -42,8 +50,13 @@ R = TypeVar("R", bound=BaseModel)
 _SAFE_FILE = re.compile(r"(data/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""A SHA-256 as lower-case hex digits, and nothing else: the cache names files by it."""
+
+
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A later version may say more; what it must not do without is a new `schema_version`.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class ShardRange(_Record):
@@ -52,7 +65,7 @@ class ShardRange(_Record):
     shard: int
     start: int
     stop: int
-    rows_digest: str
+    rows_digest: Sha256
     """SHA-256 of these rows' content, in order: whoever scores them reads the same rows, or stops."""
 
 
@@ -60,7 +73,7 @@ class Plan(_Record):
     """What a folder is going to hold; the same input always gives the same bytes."""
 
     fingerprint: Fingerprint
-    dataset_digest: str
+    dataset_digest: Sha256
     """SHA-256 of the source rows' content, in order."""
     rows: int
     """Source rows."""
@@ -78,9 +91,9 @@ class ShardCommit(_Record):
     """Relative to the folder."""
     rows: int
     bytes: int
-    sha256: str
+    sha256: Sha256
     dropped_file: str
-    dropped_sha256: str
+    dropped_sha256: Sha256
     dropped: dict[str, int]
     """Reason to number of rows."""
     truncated: int
@@ -89,7 +102,7 @@ class ShardCommit(_Record):
     """Prompts count twice."""
     unique_sequences: int
     """Sequences that were scored; equal ones are scored once."""
-    rows_digest: str
+    rows_digest: Sha256
     """As in the plan: the rows that were scored are the rows that were planned."""
     fingerprint: Fingerprint
 
@@ -98,7 +111,7 @@ class Manifest(_Record):
     """The cover of a folder: exactly one committed attempt per shard of the plan."""
 
     fingerprint: Fingerprint
-    dataset_digest: str
+    dataset_digest: Sha256
     rows: int
     kept: int
     dropped: dict[str, int]
@@ -106,8 +119,14 @@ class Manifest(_Record):
     tokens: int
     shards: list[ShardCommit]
     index_file: str
-    index_sha256: str
-    tokenizer_sha256: str
+    index_sha256: Sha256
+    tokenizer_sha256: Sha256
+
+
+class _TokenizerFiles(_Record):
+    """What is fetched of a tokenizer, whatever else a store lists: a key of the manifest's body."""
+
+    tokenizer_files: list[str] | None = None
 
 
 def to_json(record: BaseModel) -> str:
@@ -116,8 +135,14 @@ def to_json(record: BaseModel) -> str:
 
 
 def write_manifest(shards_dir: AnyPath, manifest: Manifest) -> None:
-    """Publish the manifest with the hash of its own body."""
+    """Publish the manifest with the names of the tokenizer's files and the hash of its own body.
+
+    Raises:
+        DataError: A file of the tokenizer has a name that leaves its folder.
+        DpoOptError: The disk is full, or the store refuses.
+    """
     body = json.loads(to_json(manifest))
+    body["tokenizer_files"] = file_names(shards_dir / TOKENIZER)
     write_text(
         shards_dir / MANIFEST,
         json.dumps({**body, "sha256": _body_hash(body)}, sort_keys=True, indent=1, ensure_ascii=False) + "\n",
@@ -128,8 +153,45 @@ def load_manifest(shards_dir: AnyPath) -> Manifest:
     """Read and check a folder's manifest.
 
     Raises:
-        DataError: There is no manifest, or it was changed after it was written.
+        DataError: There is no manifest, it was changed after it was written, it names a file outside the
+            folder, or it is of a later version.
     """
+    path = shards_dir / MANIFEST
+    body = _body(shards_dir)
+    _require_known_version(body, shards_dir)
+    manifest = parse(Manifest, json.dumps(body), where=path)
+    named = [name for shard in manifest.shards for name in (shard.file, shard.dropped_file)]
+    for name in [*named, manifest.index_file]:
+        if not _SAFE_FILE.fullmatch(name):
+            raise DataError(f"the manifest names the file {name!r}, outside the folder", where=str(path))
+    return manifest
+
+
+def _require_known_version(body: Mapping[str, object], shards_dir: AnyPath) -> None:
+    """Before anything else is read: what a later version means by its keys is not known here."""
+    fingerprint = body.get("fingerprint")
+    version = fingerprint.get("schema_version") if isinstance(fingerprint, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise DataError(
+            f"the folder has format version {version}, this program reads {SCHEMA_VERSION}",
+            where=str(shards_dir),
+            why="its files may mean something else than what would be read from them",
+            fix="use the version of dpo-opt that wrote it, or a later one",
+        )
+
+
+def tokenizer_names(shards_dir: AnyPath) -> list[str] | None:
+    """Files of the folder's tokenizer, as the manifest names them; None in one from before it did.
+
+    Raises:
+        DataError: As ``load_manifest``, or the names are no list of text.
+    """
+    body = _body(shards_dir)
+    return parse(_TokenizerFiles, json.dumps(body), where=shards_dir / MANIFEST).tokenizer_files
+
+
+def _body(shards_dir: AnyPath) -> dict[str, object]:
+    """What the manifest says, without its hash, which is that of all of it: of keys that are unknown too."""
     path = shards_dir / MANIFEST
     text = read_all(shards_dir, [MANIFEST]).get(MANIFEST)
     if text is None:
@@ -141,11 +203,11 @@ def load_manifest(shards_dir: AnyPath) -> Manifest:
             if planned
             else "this is not a folder of reference shards",
             fix=f"dpo-opt {'finalize' if planned else 'precompute --model M --data DATA'}"
-            f" --shards {shards_dir}",
+            f" --shards {quoted(shards_dir)}",
         )
-    damaged = f"run `dpo-opt finalize --shards {shards_dir}` after removing {path}"
+    damaged = f"run `dpo-opt finalize --shards {quoted(shards_dir)}` after removing {quoted(path)}"
     try:
-        body = json.loads(text.decode("utf-8"))
+        body: dict[str, object] = json.loads(text.decode("utf-8"))
         stated = body.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError("not readable as a manifest", where=str(path), fix=damaged) from error
@@ -156,12 +218,7 @@ def load_manifest(shards_dir: AnyPath) -> Manifest:
             why="it was edited or damaged after it was written",
             fix=damaged,
         )
-    manifest = parse(Manifest, json.dumps(body), where=path)
-    named = [name for shard in manifest.shards for name in (shard.file, shard.dropped_file)]
-    for name in [*named, manifest.index_file]:
-        if not _SAFE_FILE.fullmatch(name):
-            raise DataError(f"the manifest names the file {name!r}, outside the folder", where=str(path))
-    return manifest
+    return body
 
 
 def parse(kind: type[R], text: str | bytes, *, where: AnyPath) -> R:
@@ -224,7 +281,7 @@ class ShardFolder:
             DataError: They are not those that the manifest's hash was taken of.
         """
         path = self.path / TOKENIZER
-        with on_this_machine(path) as here:
+        with on_this_machine(path, names=tokenizer_names(self.path)) as here:
             if sha256_folder(here) != self.manifest.tokenizer_sha256:
                 names = ", ".join(sorted(p.name for p in here.rglob("*") if p.is_file())) or "none is left"
                 raise DataError(
@@ -262,7 +319,7 @@ def check_file(shards_dir: AnyPath, name: str, sha256: str) -> Path:
         DataError: The file is missing or its bytes changed.
         DpoOptError: The store does not answer.
     """
-    path = shards_dir / name
+    path = inside(shards_dir, name)
     if isinstance(path, Path):
         with verified_file(shards_dir, name, sha256):
             return path
@@ -288,7 +345,7 @@ def verified_file(shards_dir: AnyPath, name: str, sha256: str) -> Iterator[Path]
     Raises:
         DataError, DpoOptError: As ``check_file``.
     """
-    path = shards_dir / name
+    path = inside(shards_dir, name)
     if isinstance(path, Path):
         if not path.is_file():
             raise _missing(path)

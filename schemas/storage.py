@@ -11,10 +11,10 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dpo_opt.schemas.locations import AnyPath, on_this_machine, put_file, room_on_disk
+from dpo_opt.schemas.locations import AnyPath, explained, inside, on_this_machine, put_file, room_on_disk
 
 
 @contextlib.contextmanager
@@ -92,8 +92,14 @@ def settle_folder(path: AnyPath) -> Iterator[Path]:
     """Yield a private folder to fill; its files then stand in ``path``, where an equal folder is left alone.
 
     Several processes may do so at once with equal files; an interrupted run's other files are replaced.
+
+    Raises:
+        DpoOptError: The disk of the folder, or that of temporary files, is full or over quota.
     """
-    with tempfile.TemporaryDirectory(prefix="dpo-opt-") as own:
+    with (
+        room_on_disk(Path(tempfile.gettempdir())),
+        tempfile.TemporaryDirectory(prefix="dpo-opt-") as own,
+    ):
         filled = Path(own) / path.name
         yield filled
         if isinstance(path, Path):
@@ -145,14 +151,41 @@ def sha256_file(path: AnyPath) -> str:
     return digest.hexdigest()
 
 
-def sha256_folder(folder: AnyPath) -> str:
-    """One hash of the names and bytes of a folder's files, independent of listing order."""
+def sha256_folder(folder: AnyPath, *, names: Sequence[str] | None = None) -> str:
+    """One hash of the names and bytes of a folder's files, independent of listing order.
+
+    Args:
+        folder: Path or URL.
+        names: Of a store's folder, only these files.
+
+    Raises:
+        DataError: A file's name leaves the folder, or it is a link that does.
+    """
     digest = hashlib.sha256()
-    with on_this_machine(folder) as here:
-        files = {p.relative_to(here).as_posix(): p for p in here.rglob("*") if p.is_file()}
-        for name in sorted(files):
-            digest.update(f"{sha256_file(files[name])}  {name}\n".encode())
+    with on_this_machine(folder, names=names) as here:
+        for name in file_names(here):
+            digest.update(f"{sha256_file(inside(here, name))}  {name}\n".encode())
     return digest.hexdigest()
+
+
+def file_names(folder: AnyPath) -> list[str]:
+    """Names of all files below a folder, relative to it, in order; none where there is no such folder.
+
+    A link to a folder counts as a file: what lies behind it is hashed by nobody, so it is never followed.
+
+    Raises:
+        DataError: A store lists a name that leaves the folder.
+        DpoOptError: The store does not answer, or refuses.
+    """
+    if isinstance(folder, Path):
+        found = (p for p in folder.rglob("*") if p.is_symlink() or p.is_file())
+        return sorted(p.relative_to(folder).as_posix() for p in found)
+    base = folder.path.rstrip("/") + "/"
+    with explained(folder):
+        names = sorted(name.removeprefix(base) for name in folder.fs.find(folder.path))
+    for name in names:
+        inside(folder, name)
+    return names
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,7 +4,9 @@ Each damage is made in a finished folder; ``finalize`` also sees it in one that 
 Whoever does not refuse a damage does not read what was damaged; the table says so.
 """
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,6 +196,13 @@ def gone(shards: Path) -> Path:
     return path
 
 
+def a_link_elsewhere(shards: Path) -> Path:
+    """The same bytes, so that only where they stand is wrong."""
+    path = shard_file(shards)
+    path.symlink_to(shutil.move(path, shards.parent / "elsewhere.parquet"))
+    return path
+
+
 def a_folder_instead(shards: Path) -> Path:
     path = gone(shards)
     path.mkdir()
@@ -212,7 +221,7 @@ def rewritten(shards: Path) -> Path:
     path = shard_file(shards)
     size = path.stat().st_size
     table = pq.read_table(path)
-    values = [[v - 1 for v in row] for row in table["ref_chosen_token_logps"].to_pylist()]
+    values = [[-1.0] * len(row) for row in table["ref_chosen_token_logps"].to_pylist()]
     place = table.schema.get_field_index("ref_chosen_token_logps")
     write_table(path, table.set_column(place, table.field(place), pa.array(values, table.field(place).type)))
     assert path.stat().st_size != size, "then finalize would not notice again"
@@ -248,7 +257,8 @@ def forge_manifest(**changes: Any) -> Callable[[Path], Path]:
         entries = list(manifest.shards)
         entries[1] = entries[1].model_copy(update=changes)
         write_manifest(shards, manifest.model_copy(update={"shards": entries}))
-        return shards / MANIFEST if {"file", "dropped_file"} & set(changes) else shards / entries[1].file
+        in_the_record = {"file", "dropped_file"} & set(changes) or "/" in str(changes.get("sha256"))
+        return shards / MANIFEST if in_the_record else shards / entries[1].file
 
     return damage
 
@@ -331,6 +341,7 @@ TABLE = [
     Damage("empty", cut(0), RESIZED),
     Damage("one byte longer", longer, RESIZED),
     Damage("gone", gone, RESIZED),
+    Damage("a link out of the folder", a_link_elsewhere, HASHED),
     Damage("a folder in its place", a_folder_instead, RESIZED),
     Damage("another shard's file", another_shards, RESIZED),
     Damage("other values, written anew", rewritten, RESIZED),
@@ -340,6 +351,7 @@ TABLE = [
     Damage("manifest: a file", edit_manifest(file="data/00000-00000000.parquet"), EVERYBODY),
     Damage("manifest: a file outside", edit_manifest(file="../data.jsonl"), EVERYBODY),
     Damage("manifest: half of it", no_json, EVERYBODY),
+    Damage("forged: a hash that is a path", forge_manifest(sha256="../../../elsewhere/x"), EVERYBODY),
     Damage("forged: a hash", forge_manifest(sha256="0" * 64), READ_PAIRS),
     Damage("forged: a file outside", forge_manifest(file="../data.jsonl"), EVERYBODY),
     Damage("forged: an absolute file", forge_manifest(file="/etc/passwd"), EVERYBODY),
@@ -364,6 +376,9 @@ TABLE = [
     Damage("dropped rows: a bit", dropped_changed, {"verify", "finalize"}),
     Damage("dropped rows: gone", dropped_gone, {"verify", "finalize"}),
 ]
+
+
+IN_WORDS = {"a bit in a data page", "half of it", "manifest: a count", "forged: a hash that is a path"}
 
 
 def refusal(read: Callable[[Path], None], shards: Path) -> DpoOptError | None:
@@ -397,7 +412,7 @@ def test_the_folder_of_the_table_is_whole(shards: Path) -> None:
         assert refusal(read, shards) is None, name
 
 
-@pytest.mark.parametrize("damage", [TABLE[0], TABLE[6], TABLE[13], TABLE[18]], ids=lambda damage: damage.name)
+@pytest.mark.parametrize("damage", [d for d in TABLE if d.name in IN_WORDS], ids=lambda damage: damage.name)
 def test_the_commands_refuse_in_words(damage: Damage, shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     file = damage.make(shards)
     for arguments in (
@@ -411,6 +426,58 @@ def test_the_commands_refuse_in_words(damage: Damage, shards: Path, tiny_model: 
         assert "Traceback" not in result.output
         assert str(file) in result.output
     assert not (tmp_path / "scores.parquet").exists()
+
+
+# What the system says -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code", ["ENAMETOOLONG", "ESTALE", "EIO", "ELOOP", "ENOSPC", "EDQUOT", "EACCES", "EROFS", "EMFILE"]
+)
+def test_what_the_system_refuses_is_said_with_place_reason_and_fix(
+    code: str, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = getattr(errno, code)
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "/data/my shards")
+
+    monkeypatch.setattr("dpo_opt.precompute.commits.status", fail)
+    result = CliRunner().invoke(main, ["status", "--shards", str(shards)])
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == 1
+    first, why, fix = result.stderr.splitlines()
+    assert first == f"error: /data/my shards: {os.strerror(number)}"
+    assert why.startswith("  why: ")
+    assert fix.startswith("  fix: ")
+    assert "{" not in fix
+
+
+def test_a_name_that_is_too_long_is_no_traceback(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["status", "--shards", str(tmp_path / ("x" * 300))])
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "File name too long" in result.stderr
+    assert "fix: pass a shorter path" in result.stderr
+
+
+def test_links_that_never_end_are_no_traceback(shards: Path) -> None:
+    (shards / MANIFEST).unlink()
+    (shards / MANIFEST).symlink_to(MANIFEST)
+    result = CliRunner().invoke(main, ["verify", "--shards", str(shards)])
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "Too many levels of symbolic links" in result.stderr
+
+
+def test_a_machine_without_room_for_temporary_files_is_told_so(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.setattr("dpo_opt.precompute.commits.status", fail)
+    result = CliRunner().invoke(main, ["status", "--shards", str(shards)])
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "set TMPDIR" in result.stderr
 
 
 # Commits of another run -----------------------------------------------------------------------------------
@@ -531,6 +598,7 @@ def test_every_named_file_is_in_the_table(made: Path) -> None:
         # Read by whoever goes on with the folder, not by readers.
         "plan.json",
         "precompute.yaml",
+        "model_config.json",
         "weights.json",
         "commits/",
     }

@@ -1,4 +1,5 @@
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -351,6 +352,20 @@ def test_extra_files_are_named_and_fail_nothing(shards: Path) -> None:
     assert f"dpo-opt gc --shards {shards}" in left
     assert left.endswith(": .index.parquet.0123abcd.tmp, data/00001-0123abcd.parquet")
     assert unknown.endswith(": data/old/a.parquet, notes.txt")
+
+
+def test_notes_name_commands_that_a_shell_takes_as_they_are(shards: Path) -> None:
+    odd = shards.rename(shards.parent / "my $(shards); it's")
+    (odd / "data" / "00001-0123abcd.parquet").write_text("x")
+    (note,) = check(odd).notes
+    assert shlex.split(note.split("`")[1])[-1] == str(odd)
+
+
+def test_a_column_that_is_a_link_out_of_the_folder_is_named(shards: Path) -> None:
+    file = shards / "columns" / "weight.parquet"
+    file.symlink_to(shutil.move(file, shards.parent / "elsewhere.parquet"))
+    (problem,) = check(shards).problems
+    assert problem == f"{file}: the file is a link that leads out of the folder"
 
 
 def test_what_readers_do_not_need_may_be_gone(shards: Path) -> None:

@@ -75,7 +75,7 @@ def write_shards(
                 bytes=(path / name).stat().st_size,
                 sha256=sha256_file(path / name),
                 dropped_file=f"data/{shard:05d}-a.dropped.parquet",
-                dropped_sha256="",
+                dropped_sha256="0" * 64,
                 dropped={},
                 rows_digest="d" * 64,
                 truncated=sum(q.chosen_truncated for q in part),
@@ -98,8 +98,8 @@ def write_shards(
             tokens=tokens,
             shards=commits,
             index_file="index.parquet",
-            index_sha256="",
-            tokenizer_sha256="",
+            index_sha256="0" * 64,
+            tokenizer_sha256="0" * 64,
         ),
     )
     (path / "tokenizer").mkdir()

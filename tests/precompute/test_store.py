@@ -1,5 +1,6 @@
 """A folder of shards in an object store behaves as one on a disk: the same workers, records and readers."""
 
+import hashlib
 import http.server
 import json
 import os
@@ -31,9 +32,9 @@ from dpo_opt.precompute.settle import adopt_plan
 from dpo_opt.precompute.tokenize import load_tokenizer
 from dpo_opt.precompute.workers import Worker, shards_for
 from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError
-from dpo_opt.schemas.locations import is_file, location, read_all, remove, sizes
+from dpo_opt.schemas.locations import is_file, location, on_this_machine, read_all, remove, sizes
 from dpo_opt.schemas.manifest import ShardFolder, check_file, load_manifest
-from dpo_opt.schemas.storage import sha256_file
+from dpo_opt.schemas.storage import sha256_file, sha256_folder
 
 s3fs = pytest.importorskip("s3fs")
 
@@ -136,7 +137,8 @@ def test_objects_are_put_whole_and_nothing_else_is_left(config_of: Configs, serv
     names = [item["Key"].removeprefix(store.removeprefix("s3://shards/") + "/") for item in found["Contents"]]
     folders = {"data", "commits", "tokenizer"}
     top = {name for name in names if name.partition("/")[0] not in folders}
-    assert top == {"plan.json", "precompute.yaml", "weights.json", "index.parquet", "manifest.json"}
+    beside = {"precompute.yaml", "model_config.json", "weights.json"}
+    assert top == {"plan.json", "index.parquet", "manifest.json", *beside}
     assert sum(name.startswith("data/") for name in names) == 8
     uploads = s3_client(server).list_multipart_uploads(Bucket="shards")
     assert uploads.get("Uploads", []) == []
@@ -201,6 +203,63 @@ def test_status_and_readers_work_from_the_command_line(
     assert (found["shards_committed"], found["pairs_kept"], found["finalized"]) == (4, 11, True)
     assert main_exit("verify", "--shards", store, "--json") == 0
     assert json.loads(capsys.readouterr().out)["integrity"] == {"ok": True, "problems": []}
+
+
+LEAVING = ["../../{}/OWNED", "../OWNED", "sub/../../OWNED", "//OWNED", "C:\\OWNED", "..\\OWNED"]
+
+
+@pytest.mark.parametrize("name", LEAVING)
+def test_an_object_that_somebody_put_beside_the_tokenizer_is_never_written_here(
+    config_of: Configs, server: str, store: str, tmp_path: Path, name: str
+) -> None:
+    """Its key leaves the folder; every reader of the bucket would otherwise write it on its own machine."""
+    config = config_of()
+    precompute(config, scorer=ScriptedScorer())
+    bucket, _, inside = store.removeprefix("s3://").partition("/")
+    key = f"{inside}/tokenizer/{name.format(tmp_path.name)}"
+    s3_client(server).put_object(Bucket=bucket, Key=key, Body=b"theirs")
+    listed = [item["Key"] for item in s3_client(server).list_objects_v2(Bucket=bucket)["Contents"]]
+    assert key in listed, "then this test shows nothing"
+    # What the manifest names is fetched, and nothing else is looked at.
+    with ShardFolder.open(config.shards).tokenizer() as here:
+        fetched = sorted(path.name for path in here.rglob("*"))
+        assert fetched == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    # Whoever has no names, as in a folder from before they were written, refuses the listing.
+    for fetch_all in (sha256_folder, lambda path: on_this_machine(path).__enter__()):
+        with pytest.raises(DataError, match="does not stay inside the folder"):
+            fetch_all(config.shards / "tokenizer")
+    assert main_exit("verify", "--shards", store) == 3
+    assert not [path for path in tmp_path.rglob("*") if "OWNED" in path.name]
+
+
+def test_a_manifest_that_names_a_tokenizer_file_elsewhere_is_refused(
+    config_of: Configs, server: str, store: str, tmp_path: Path
+) -> None:
+    config = config_of()
+    precompute(config, scorer=ScriptedScorer())
+    body = json.loads((config.shards / "manifest.json").read_text())
+    del body["sha256"]
+    body["tokenizer_files"].append("../../OWNED")
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    body["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (config.shards / "manifest.json").write_text(json.dumps(body))
+    with (
+        pytest.raises(DataError, match=r"'\.\./\.\./OWNED' does not stay inside"),
+        ShardFolder.open(config.shards).tokenizer(),
+    ):
+        pass
+
+
+def test_an_object_that_was_added_to_the_tokenizer_is_not_fetched_and_named_by_verify(
+    config_of: Configs, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of()
+    precompute(config, scorer=ScriptedScorer())
+    (config.shards / "tokenizer" / "added_tokens.json").write_text("{}")
+    with ShardFolder.open(config.shards).tokenizer() as here:
+        assert not (here / "added_tokens.json").exists()
+    assert main_exit("verify", "--shards", store) == 3
+    assert "is new among added_tokens.json" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("folder", ["bucket", "odd name"])

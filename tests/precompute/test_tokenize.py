@@ -2,6 +2,8 @@ import datetime
 import itertools
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_opt.precompute.config import DataConfig, Truncation
 from dpo_opt.precompute.datasets import read_pairs
-from dpo_opt.precompute.fitting import DROP_REASONS, DropReason
+from dpo_opt.precompute.fitting import DROP_REASONS, DropReason, PairIds
 from dpo_opt.precompute.templates import render, rendered_texts
 from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer
 from dpo_opt.schemas.errors import ConfigError, DataError
@@ -447,3 +449,48 @@ def test_every_real_row_is_accounted_for(
         else:
             counts[result.reason] += 1
     assert counts == expected
+
+
+MEASURE = """
+import resource, sys
+from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer
+from dpo_opt.schemas.pairs import PreferencePair
+from pathlib import Path
+
+tokenizer = PairTokenizer(load_tokenizer(Path(sys.argv[1])), max_length=256, truncation="keep_start",
+                          vocab_size=10**6)
+rows, each = int(sys.argv[2]), int(sys.argv[3])
+pairs = [PreferencePair(i, "the wing and " * (each // 13), " yes", " no", None, "here") for i in range(rows)]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+tokenizer.encode([pairs[0]._replace(prompt="hi")])
+before = peak()
+found = tokenizer.encode(pairs)
+assert len(found) == rows and all(len(ids.prompt) > each // 10 for ids in found)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(("rows", "characters", "most"), [(1, 10_000_000, 2200), (100, 100_000, 700)])
+def test_long_rows_take_memory_for_one_text_at_a_time(
+    tiny_model: Path, rows: int, characters: int, most: int
+) -> None:
+    """In MiB: all texts at once in the engine's own form took twice as much of one row, more of many."""
+    command = [sys.executable, "-c", MEASURE, str(tiny_model), str(rows), str(characters)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < most
+
+
+def test_texts_get_the_same_ids_whatever_they_are_tokenized_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = PairTokenizer(
+        make_tokenizer(template=TEMPLATE), max_length=99, truncation="drop", vocab_size=len(VOCABULARY)
+    )
+    pairs = [pair_of("thin" * n, "g", "ok" * n) for n in range(1, 9)]
+    pairs += [pair_of([user("thin")], [assistant("g" * n)], [assistant("ok")]) for n in range(1, 5)]
+    alone = [tokenizer.encode([pair])[0] for pair in pairs]
+    for characters in (1, 40, 2**20):
+        monkeypatch.setattr("dpo_opt.precompute.tokenize._CHARACTERS_AT_ONCE", characters)
+        for found, expected in zip(tokenizer.encode(pairs), alone, strict=True):
+            assert isinstance(found, PairIds)
+            assert isinstance(expected, PairIds)
+            assert [part.tolist() for part in found[:3]] == [part.tolist() for part in expected[:3]]

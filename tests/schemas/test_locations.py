@@ -14,6 +14,7 @@ from upath import UPath
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError
 from dpo_opt.schemas.locations import (
     AnyPath,
+    inside,
     is_file,
     location,
     on_this_machine,
@@ -244,3 +245,41 @@ def test_an_error_while_writing_puts_nothing(store: UPath) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_half()
     assert sizes(store) == {}
+
+
+LEAVING = ["", "..", ".", "../a", "a/../../b", "/etc/passwd", "a//b", "a/", "a\\..\\b", "C:/a", "C:a", "a\0b"]
+
+
+@pytest.mark.parametrize("name", LEAVING)
+def test_a_name_that_leaves_its_folder_is_refused_on_a_disk_and_in_a_store(
+    store: UPath, tmp_path: Path, name: str
+) -> None:
+    for folder in (tmp_path, store):
+        for use in (lambda f: inside(f, name), lambda f: read_all(f, [name])):
+            with pytest.raises(DataError, match="does not stay inside") as caught:
+                use(folder)
+            assert caught.value.where == str(folder)
+            assert repr(name) in caught.value.what
+
+
+def test_names_that_only_look_odd_are_names(store: UPath, tmp_path: Path) -> None:
+    for name in ("a..b", "...", ".hidden/x", "ü b", "chat_templates/tool use.jinja"):
+        assert inside(tmp_path, name) == tmp_path / name
+        assert inside(store, name) == store / name
+
+
+def test_odd_keys_of_a_store_are_in_no_list(store: UPath) -> None:
+    write_text(store / "00001-a.json", "a")
+    for name in ("..", "a\\b", "c:d"):
+        MemoryFileSystem.store[f"{store.path}/{name}"] = MemoryFileSystem.store[f"{store.path}/00001-a.json"]
+    assert set(sizes(store)) == {"00001-a.json"}
+    assert set(sizes(store, prefix="0")) == {"00001-a.json"}
+
+
+def test_of_a_folder_in_a_store_only_what_is_named_is_fetched(store: UPath) -> None:
+    for name in ("a", "sub/b", "c"):
+        write_text(store / name, name)
+    with on_this_machine(store, names=["a", "sub/b", "gone"]) as here:
+        assert {p.relative_to(here).as_posix() for p in here.rglob("*") if p.is_file()} == {"a", "sub/b"}
+    with pytest.raises(DataError, match="does not stay inside"), on_this_machine(store, names=["a", "../b"]):
+        pass

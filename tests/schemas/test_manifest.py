@@ -1,12 +1,16 @@
+import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from fakes import FINGERPRINT
+from pydantic import BaseModel
 
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import (
@@ -22,6 +26,7 @@ from dpo_opt.schemas.manifest import (
     load_manifest,
     parse,
     to_json,
+    tokenizer_names,
     write_manifest,
 )
 from dpo_opt.schemas.pairs import ScoredPair
@@ -148,8 +153,6 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_the_manifests_hash_is_the_documented_formula(folder: Path) -> None:
-    import hashlib
-
     body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     stated = body.pop("sha256")
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -160,7 +163,7 @@ def test_every_change_of_the_manifest_by_hand_is_noticed(folder: Path) -> None:
     path = folder / MANIFEST
     text = path.read_text(encoding="utf-8")
     body = json.loads(text)
-    assert len(body) == 12
+    assert len(body) == 13
     for key, value in body.items():
         changed = {**body, key: value + 1 if isinstance(value, int) else "changed"}
         path.write_text(json.dumps(changed))
@@ -211,18 +214,141 @@ def test_a_file_name_that_leaves_the_folder_is_refused(folder: Path, name: str, 
     assert repr(name) in error.what
 
 
-def test_a_manifest_with_another_set_of_fields_is_refused_by_name(folder: Path) -> None:
-    import hashlib
+def rewrite_manifest(folder: Path, **changes: Any) -> Path:
+    """As another program would: the hash is right, whatever the manifest says."""
+    body = {**json.loads((folder / MANIFEST).read_text(encoding="utf-8")), **changes}
+    del body["sha256"]
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps({**body, "sha256": digest}))
+    return folder
 
-    for change, named in (({"extra": 1}, "extra"), ({"rows": "many"}, "rows")):
-        body = {**json.loads((folder / MANIFEST).read_text()), **change}
-        del body["sha256"]
-        text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        path = folder / "sub" / MANIFEST
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({**body, "sha256": digest}))
-        assert refusal(lambda path=path: load_manifest(path.parent)).what.startswith(f"{named}: ")
+
+def test_a_value_of_another_kind_is_refused_by_its_field(folder: Path) -> None:
+    rewrite_manifest(folder, rows="many")
+    assert refusal(lambda: load_manifest(folder)).what.startswith("rows: ")
+
+
+def test_keys_of_a_later_version_are_ignored_and_hashed_all_the_same(folder: Path) -> None:
+    manifest = load_manifest(folder)
+    shards = [{**shard.model_dump(), "host": "ü"} for shard in manifest.shards]
+    rewrite_manifest(folder, written_by="a later version", shards=shards)
+    assert load_manifest(folder) == manifest
+    assert read_all(folder) == list(range(SHARDS * ROWS))
+    path = folder / MANIFEST
+    path.write_text(path.read_text().replace("a later version", "somebody else"))
+    assert "does not match its own hash" in refusal(lambda: load_manifest(folder)).what
+
+
+@pytest.mark.parametrize("kind", [Plan, ShardCommit])
+def test_other_records_ignore_keys_of_a_later_version(folder: Path, kind: type[BaseModel]) -> None:
+    commit = load_manifest(folder).shards[0]
+    planned = ShardRange(shard=0, start=0, stop=2, rows_digest="e" * 64)
+    plan = Plan(fingerprint=FINGERPRINT, dataset_digest="d" * 64, rows=2, shards=[planned])
+    record = plan if kind is Plan else commit
+    later = {**record.model_dump(), "seconds": 3.5}
+    read = parse(kind, json.dumps(later), where=folder)
+    assert read == record
+    assert "seconds" not in to_json(read)
+
+
+def test_a_folder_of_a_later_format_is_refused_before_its_keys_are_read(folder: Path) -> None:
+    fingerprint = {**FINGERPRINT.model_dump(), "schema_version": 2, "more": 1}
+    rewrite_manifest(folder, fingerprint=fingerprint, rows="of another kind")
+    error = refusal(lambda: load_manifest(folder))
+    assert error.what == "the folder has format version 2, this program reads 1"
+    assert error.where == str(folder)
+
+
+@pytest.mark.parametrize("bad", ["", "../../../elsewhere/x", "A" * 64, "a" * 63, "a" * 64 + "\n", "g" * 64])
+@pytest.mark.parametrize("field", ["dataset_digest", "index_sha256", "tokenizer_sha256"])
+def test_a_hash_that_is_none_is_refused_by_its_field(folder: Path, field: str, bad: str) -> None:
+    rewrite_manifest(folder, **{field: bad})
+    error = refusal(lambda: load_manifest(folder))
+    assert error.what.startswith(f"{field}: ")
+    assert error.where == str(folder / MANIFEST)
+
+
+@pytest.mark.parametrize("bad", ["", "../../../elsewhere/x", "A" * 64])
+@pytest.mark.parametrize("field", ["sha256", "dropped_sha256", "rows_digest"])
+def test_a_hash_that_is_none_is_refused_by_its_field_and_shard(folder: Path, field: str, bad: str) -> None:
+    shards = [shard.model_dump() for shard in load_manifest(folder).shards]
+    shards[1][field] = bad
+    rewrite_manifest(folder, shards=shards)
+    assert refusal(lambda: load_manifest(folder)).what.startswith(f"shards.1.{field}: ")
+
+
+def test_every_hash_of_every_record_is_one_by_its_type() -> None:
+    """A new one that is any text would be found here."""
+    for kind in (Plan, ShardRange, ShardCommit, Manifest):
+        for name, field in kind.model_fields.items():
+            if "sha256" in name or "digest" in name:
+                assert "[0-9a-f]{64}" in str(field.metadata), (kind, name)
+
+
+def test_what_is_fetched_of_a_tokenizer_is_named_by_the_manifest(folder: Path) -> None:
+    assert tokenizer_names(folder) == ["tokenizer.json"]
+    body = json.loads((folder / MANIFEST).read_text())
+    del body["tokenizer_files"], body["sha256"]
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    body["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(body))
+    # A folder from before the names were written is read as ever.
+    assert tokenizer_names(folder) is None
+    with ShardFolder.open(folder).tokenizer() as here:
+        assert [path.name for path in here.iterdir()] == ["tokenizer.json"]
+
+
+def test_a_link_out_of_the_folder_is_refused_wherever_a_file_is_read(folder: Path, tmp_path: Path) -> None:
+    manifest = load_manifest(folder)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    readers: dict[str, Callable[[], object]] = {
+        manifest.shards[0].file: lambda: read_all(folder),
+        INDEX: lambda: ShardFolder.open(folder).index(),
+        f"{TOKENIZER}/tokenizer.json": lambda: enter(ShardFolder.open(folder)),
+        MANIFEST: lambda: load_manifest(folder),
+    }
+    for name, read in readers.items():
+        file = folder / name
+        moved = Path(shutil.move(file, outside / Path(name).name))
+        file.symlink_to(moved)
+        error = refusal(read)
+        assert "link that leads out of the folder" in error.what, name
+        assert Path(str(error.where)).name == file.name
+        file.unlink()
+        shutil.move(moved, file)
+        read()
+
+
+def test_a_folder_of_links_in_a_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Nobody hashes what lies behind it, and transformers would read a template from there."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "default.jinja").write_text("x")
+    (folder / TOKENIZER / "additional_chat_templates").symlink_to(outside)
+    assert "leads out of" in refusal(lambda: enter(ShardFolder.open(folder))).what
+
+
+def test_a_folder_that_was_moved_to_another_disk_is_read_through_its_links(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    for name in ("data", TOKENIZER):
+        (folder / name).symlink_to(shutil.move(folder / name, tmp_path / "disk" / name))
+    whole = tmp_path / "link"
+    whole.symlink_to(folder)
+    # A file may be a link to another one of the folder.
+    first = whole / load_manifest(whole).shards[0].file
+    first.rename(folder / "kept.parquet")
+    first.symlink_to(folder / "kept.parquet")
+    assert read_all(whole) == list(range(SHARDS * ROWS))
+    enter(ShardFolder.open(whole))
+
+
+def enter(opened: ShardFolder) -> None:
+    with opened.tokenizer():
+        pass
 
 
 def test_a_folder_without_a_manifest_says_what_to_do(tmp_path: Path) -> None:
@@ -232,6 +358,17 @@ def test_a_folder_without_a_manifest_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / PLAN).write_text("{}")
     planned = refusal(lambda: ShardFolder.open(tmp_path))
     assert planned.fix == f"dpo-opt finalize --shards {tmp_path}"
+
+
+def test_a_fix_is_a_command_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    odd = tmp_path / "my $(shards); it's"
+    odd.mkdir()
+    for text, words in ((None, "precompute"), (b"{", "finalize")):
+        if text is not None:
+            (odd / MANIFEST).write_bytes(text)
+        fix = str(refusal(lambda: ShardFolder.open(odd)).fix)
+        assert words in fix
+        assert str(odd) in shlex.split(fix.replace("`", " "))
 
 
 @pytest.mark.parametrize("place", [0, 4, 1000, -1, -5])

@@ -3,6 +3,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dpo_opt.precompute.tokenize import load_tokenizer
 from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.shards import write_table
-from dpo_opt.schemas.storage import publish, sha256_file, sha256_folder, write_text
+from dpo_opt.schemas.storage import publish, settle_folder, sha256_file, sha256_folder, write_text
 
 
 def names(folder: Path) -> set[str]:
@@ -87,6 +89,44 @@ def test_a_really_full_disk_leaves_nothing(small_disk: Path) -> None:
     # The place is free again, and a table that fits is written.
     write_table(small_disk / "data" / "small.parquet", noise.slice(0, 1000))
     assert pq.read_table(small_disk / "data" / "small.parquet").num_rows == 1000
+
+
+@pytest.mark.parametrize(
+    "error", [Exception("No space left on device (os error 28)"), OSError(errno.ENOSPC, "No space left")]
+)
+def test_a_full_temporary_folder_is_said_by_name_whichever_library_meets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The tokenizers library raises a bare Exception, in Rust's words."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+    def fill(_: Path) -> None:
+        raise error
+
+    with pytest.raises(DpoOptError, match="the disk is full") as caught, settle_folder(tmp_path / "t") as own:
+        fill(own)
+    assert caught.value.where == str(tmp_path / "tmp")
+    assert caught.value.fix
+    assert names(tmp_path) == {"tmp"}
+    assert names(tmp_path / "tmp") == set()
+
+
+def test_a_tokenizer_that_does_not_fit_the_temporary_folder_is_explained(
+    small_disk: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    (small_disk / "other").write_bytes(b"x" * 255_000)
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    with pytest.raises(DpoOptError, match="the disk is full"), settle_folder(tmp_path / "t") as own:
+        tokenizer.save_pretrained(own)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), Exception("broken (os error 5)")])
+def test_a_failure_without_a_file_name_gets_the_folders(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(OSError, match=r"broken|Input/output") as caught:
+        write_half(tmp_path / "a", error)
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(tmp_path))
 
 
 def test_a_file_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
