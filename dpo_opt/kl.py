@@ -4,6 +4,8 @@ The policy writes, then both models score what it wrote through the same forward
 needs two models, and it holds one at a time.
 """
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.kl_samples import KLSample, write_kl_samples
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import checkpoint_dtype, context_length, find_model
-from dpo_opt.schemas.pairs import IdArray, Sampler, TokenSequence, content_hash
+from dpo_opt.schemas.pairs import Completion, IdArray, Sampler, TokenSequence, content_hash
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.scorers import make_engine
 
@@ -41,16 +43,11 @@ def measure_kl(config: KLConfig, *, progress: Progress | None = None) -> dict[st
             f"the model's context has {context}",
             fix="pass a smaller --max-new-tokens, or shorter prompts",
         )
-    sampler: Sampler = make_engine(policy_folder, backend=config.backend, dtype=dtype, max_length=longest)
     progress.start("measuring KL", total=3, unit="stages")
-    completions = sampler.sample(
-        prompts,
-        num_samples=config.num_samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=1.0,
-        seed=config.seed,
-    )
-    del sampler
+    # In a process of its own: to run a model that it has no class for, vLLM changes that of transformers,
+    # which then works in the engine alone. And no engine is left in memory.
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as apart:
+        completions = apart.submit(_sample, config, policy_folder, dtype, prompts).result()
     progress.advance(1, "sampled")
     from dpo_opt.optimize.score import HfScorer
 
@@ -87,6 +84,20 @@ def measure_kl(config: KLConfig, *, progress: Progress | None = None) -> dict[st
         name: value._asdict() if isinstance(value, Interval) else value for name, value in estimate.items()
     }
     return {"output": str(config.output), **plain}
+
+
+def _sample(
+    config: KLConfig, policy_folder: Path, dtype: str, prompts: list[IdArray]
+) -> list[list[Completion]]:
+    longest = max(len(p) for p in prompts) + config.max_new_tokens
+    sampler: Sampler = make_engine(policy_folder, backend=config.backend, dtype=dtype, max_length=longest)
+    return sampler.sample(
+        prompts,
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=1.0,
+        seed=config.seed,
+    )
 
 
 def _prompts(config: KLConfig, policy_folder: Path) -> list[IdArray]:
