@@ -10,7 +10,8 @@ from dpo_opt.optimize.architecture import read_model_config
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.fingerprint import refuse_differences
 from dpo_opt.schemas.manifest import ShardFolder
-from dpo_opt.schemas.models import config_digest, tokenizer_digest, weights_digest
+from dpo_opt.schemas.model_config import differing_keys
+from dpo_opt.schemas.models import config_digest, stated_architecture, tokenizer_digest, weights_digest
 from dpo_opt.schemas.rope import describe_rope
 from dpo_opt.schemas.shards import SCHEMA_VERSION
 
@@ -63,11 +64,15 @@ def require_same_model(
             if digest == cached.weights:
                 break
         found["model_config_digest"] = config_digest(model_folder)
+        found["architecture"] = stated_architecture(model_folder)
         found["rope"] = describe_rope(read_model_config(model_folder), cached.max_length)
     refuse_differences(
         cached=cached,
         current=cached.model_copy(update=found),
         fields=fields,
+        config_keys=differing_keys(folder.path, cached_digest=cached.model_config_digest, model=model_folder)
+        if "model_config_digest" in fields
+        else None,
         where=str(folder.path),
         fix=fix
         if adapter is None

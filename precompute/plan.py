@@ -8,6 +8,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from dpo_opt.precompute.blocks import Block
@@ -44,6 +45,8 @@ class Planned(NamedTuple):
     """Rows that are left out; empty unless ``on_bad_row`` is ``skip``. At most ``_BAD_ROWS_SHOWN``."""
     earlier: Sequence[Plan] = ()
     """The folder's plans when this one was made."""
+    model: Path | None = None
+    """Folder of the reference, whose configuration is kept beside the plan."""
 
 
 _BAD_ROWS_SHOWN = 5
@@ -113,7 +116,7 @@ def make_plan(
         ],
     )
     known_digest = None if known is None else known.hexdigest(by_message=by_message)
-    return Planned(plan, known_digest, columns, bad_rows, earlier)
+    return Planned(plan, known_digest, columns, bad_rows, earlier, reference.folder)
 
 
 class RowsDigest:

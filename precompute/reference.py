@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.templates import chat_template
+from dpo_opt.precompute.templates import chat_templates
 from dpo_opt.precompute.tokenize import TEXT_TO_IDS, PairTokenizer, load_tokenizer, model_vocab_size
 from dpo_opt.precompute.weights_memo import known_weights_digest
 from dpo_opt.schemas.errors import ConfigError
@@ -15,6 +15,7 @@ from dpo_opt.schemas.models import (
     context_length,
     find_model,
     pinned_name,
+    stated_architecture,
     template_digest,
     tokenizer_digest,
 )
@@ -95,10 +96,11 @@ def fingerprint_of(
         weights=known_weights_digest(reference.folder, config.shards),
         model_config_digest=config_digest(reference.folder),
         tokenizer=tokenizer_digest(tokenizer.tokenizer),
-        chat_template=template_digest(chat_template(tokenizer.tokenizer)),
+        chat_template=template_digest(chat_templates(tokenizer.tokenizer)),
         text_to_ids=TEXT_TO_IDS,
         max_length=reference.max_length,
         truncation=config.truncation,
         template_date=tokenizer.template_date,
+        architecture=stated_architecture(reference.folder),
         **numerics._asdict(),
     )

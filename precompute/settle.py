@@ -17,6 +17,8 @@ from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, follows, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, is_file, sizes
 from dpo_opt.schemas.manifest import COMMAND, COMMITS, PLAN, TOKENIZER, Plan, to_json
+from dpo_opt.schemas.model_config import differing_keys, keep_model_config
+from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import Numerics
 from dpo_opt.schemas.storage import settle_folder, write_text
 
@@ -36,7 +38,8 @@ def settle_plan(
     if config.worker_index is not None and not config.append and is_file(config.shards / PLAN):
         plan = read_plan(config.shards)
         tokenizer = tokenizer.on(plan.fingerprint.template_date)
-        _refuse_other_fingerprint(plan, fingerprint_of(config, reference, tokenizer, numerics), config.shards)
+        current = fingerprint_of(config, reference, tokenizer, numerics)
+        _refuse_other_fingerprint(plan, current, config.shards, model=reference.folder)
         return plan
     files = weight_files(reference.folder)
     planned = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
@@ -55,14 +58,14 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
         DataError: The folder holds shards, but no plan that says what they are of.
         FingerprintError: The folder was planned for something else, or for the first of these rows only.
     """
-    shards_dir = config.shards
+    shards_dir, model = config.shards, planned.model
     new, earlier = planned.plan, planned.earlier
     # Asked first: whoever commits has written the plan before.
     holds_commits = any(name.endswith(".json") for name in sizes(shards_dir / COMMITS))
     plans = known_plans(shards_dir)
-    new = _as_spelled_by(plans, _on_the_day_of(plans, new))
+    new = _as_spelled_by(plans, _on_the_day_of(plans, new), shards_dir, model)
     if plans:
-        _refuse_other_fingerprint(plans[-1], new.fingerprint, shards_dir)
+        _refuse_other_fingerprint(plans[-1], new.fingerprint, shards_dir, model=model)
     elif holds_commits:
         raise DataError(
             f"the folder holds scored shards, but no {PLAN}",
@@ -81,9 +84,9 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
             _write_plan(config, planned, f"plan-{len(plans)}.json")
     # Another planner may have been first.
     plans = known_plans(shards_dir)
-    new = _as_spelled_by(plans, _on_the_day_of(plans, new))
+    new = _as_spelled_by(plans, _on_the_day_of(plans, new), shards_dir, model)
     existing = plans[-1] if plans else new
-    _refuse_other_fingerprint(existing, new.fingerprint, shards_dir)
+    _refuse_other_fingerprint(existing, new.fingerprint, shards_dir, model=model)
     if existing != new:
         raise _other_plan(existing, new, shards_dir, planned_meanwhile=len(plans) > len(earlier))
     # One that is there may be somebody's own by now; one that was removed is taken from the data again.
@@ -100,11 +103,22 @@ def _on_the_day_of(plans: Sequence[Plan], new: Plan) -> Plan:
     return new.model_copy(update={"fingerprint": fingerprint})
 
 
-def _as_spelled_by(plans: Sequence[Plan], new: Plan) -> Plan:
+def _as_spelled_by(plans: Sequence[Plan], new: Plan, shards_dir: AnyPath, model: Path | None) -> Plan:
     """A new plan with the folder's fingerprint, where the two mean the same."""
-    if plans and follows(plans[-1].fingerprint, new.fingerprint):
-        return new.model_copy(update={"fingerprint": plans[-1].fingerprint})
-    return new
+    if not plans:
+        return new
+    cached, current = plans[-1].fingerprint, new.fingerprint
+    if _differing_keys(cached, current, shards_dir, model) == {}:
+        current = current.model_copy(update={"model_config_digest": cached.model_config_digest})
+    return new.model_copy(update={"fingerprint": cached}) if follows(cached, current) else new
+
+
+def _differing_keys(
+    cached: Fingerprint, current: Fingerprint, shards_dir: AnyPath, model: Path | None
+) -> dict[str, tuple[object, object]] | None:
+    if model is None or cached.model_config_digest == current.model_config_digest:
+        return None
+    return differing_keys(shards_dir, cached_digest=cached.model_config_digest, model=model)
 
 
 def _restore_plan(shards_dir: AnyPath, plan: Plan) -> None:
@@ -128,6 +142,8 @@ def _write_plan(config: PrecomputeConfig, planned: Planned, name: str, tokenizer
         if tokenizer is not None:
             with settle_folder(config.shards / TOKENIZER) as private:
                 tokenizer.save_pretrained(private)
+            if planned.model is not None:
+                keep_model_config(config.shards, read_config(planned.model))
         _write_columns(config.shards, planned)
         write_text(config.shards / COMMAND, _command(config))
 
@@ -179,9 +195,16 @@ def _other_plan(
 _OTHER_FOLDER = "pass another --shards folder, or remove this one to score it again"
 
 
-def _refuse_other_fingerprint(plan: Plan, current: Fingerprint, shards_dir: AnyPath) -> None:
+def _refuse_other_fingerprint(
+    plan: Plan, current: Fingerprint, shards_dir: AnyPath, *, model: Path | None
+) -> None:
     refuse_differences(
-        cached=plan.fingerprint, current=current, fields=ALL_FIELDS, where=str(shards_dir), fix=_OTHER_FOLDER
+        cached=plan.fingerprint,
+        current=current,
+        fields=ALL_FIELDS,
+        config_keys=_differing_keys(plan.fingerprint, current, shards_dir, model),
+        where=str(shards_dir),
+        fix=_OTHER_FOLDER,
     )
 
 

@@ -28,17 +28,25 @@ _CLOCK = "strftime_now"
 _MENTIONS_CHANCE = re.compile(r"\b(random|lipsum)\b")
 
 
-def chat_template(tokenizer: "PreTrainedTokenizerFast") -> str | None:
-    """The template that renders messages, None where the tokenizer has none."""
+def chat_template(tokenizer: "PreTrainedTokenizerFast", tools: list[object] | None = None) -> str | None:
+    """The template that the tokenizer chooses for messages, with a row's tools; None where it has none."""
     try:
-        return str(tokenizer.get_chat_template())
+        return str(tokenizer.get_chat_template(tools=cast(list[dict[str, object]] | None, tools)))
     except ValueError:
         return None
 
 
+def chat_templates(tokenizer: "PreTrainedTokenizerFast") -> dict[str, str]:
+    """All templates of a tokenizer by name; a single one is called ``default``."""
+    found = tokenizer.chat_template
+    if isinstance(found, dict):
+        return {str(name): str(text) for name, text in found.items()}
+    return {} if found is None else {"default": str(found)}
+
+
 def asks_for_the_date(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Whether the template may write the time into what it renders."""
-    return _CLOCK in (chat_template(tokenizer) or "")
+    """Whether a template may write the time into what it renders."""
+    return any(_CLOCK in template for template in chat_templates(tokenizer).values())
 
 
 def today() -> str:
@@ -124,7 +132,7 @@ def render(
     """
     from jinja2.exceptions import TemplateError
 
-    template = chat_template(tokenizer)
+    template = chat_template(tokenizer, tools)
     if template is None:
         raise ConfigError(
             "the data holds messages, but the tokenizer has no chat template",

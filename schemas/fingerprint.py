@@ -50,6 +50,8 @@ class Fingerprint(BaseModel):
     """What ``max_length`` makes of the rotary embedding (``schemas.rope``); ``fixed`` for most models."""
     template_date: str | None = None
     """Date that the chat template was told, such as ``2026-03-31``; None for one that does not ask for it."""
+    architecture: str | None = None
+    """The class that the reference's config.json names; compared where both sides name one."""
 
 
 MEMORY_OPTIONS = frozenset(
@@ -74,18 +76,27 @@ MEMORY_OPTIONS = frozenset(
 They move a log-prob as much as another batch does, and must be changed where a GPU's memory does not suffice.
 """
 
-MODEL_FIELDS = ("schema_version", "weights", "model_config_digest", "tokenizer", "rope")
+MODEL_FIELDS = ("schema_version", "weights", "model_config_digest", "tokenizer", "rope", "architecture")
 """Compared by ``train`` and ``verify``: the numerics are settled by measured parity instead."""
 
 TOKENIZER_FIELDS = ("schema_version", "tokenizer")
 """Compared by ``score``, which may use any model that reads the same ids."""
+
+_LONGEST_VALUE = 200
+"""Characters of a value that a message shows."""
 
 ALL_FIELDS = tuple(Fingerprint.model_fields)
 """Compared by a worker that adds shards to a folder."""
 
 
 def refuse_differences(
-    *, cached: Fingerprint, current: Fingerprint, fields: Iterable[str], where: str, fix: str
+    *,
+    cached: Fingerprint,
+    current: Fingerprint,
+    fields: Iterable[str],
+    where: str,
+    fix: str,
+    config_keys: Mapping[str, tuple[object, object]] | None = None,
 ) -> None:
     """Compare two fingerprints field by field.
 
@@ -95,16 +106,24 @@ def refuse_differences(
         fields: The fields that matter to this command.
         where: The folder, for the message.
         fix: The command that resolves the difference.
+        config_keys: What differs where ``model_config_digest`` does: by key, both values. Nothing: the
+            digests are two spellings of the same model. None: only the digests are known.
 
     Raises:
         FingerprintError: At least one field differs; the message lists each with both values.
     """
     fields = tuple(fields)
+    if config_keys is not None and not config_keys:
+        current = current.model_copy(update={"model_config_digest": cached.model_config_digest})
     differing = [name for name in fields if not _agree(name, getattr(cached, name), getattr(current, name))]
     if not differing:
         return
     rows = [("field", "cached", "this run")]
-    rows += [(n, _short(getattr(cached, n)), _short(getattr(current, n))) for n in differing]
+    for name in differing:
+        if name == "model_config_digest" and config_keys:
+            rows += [(f"config.{key}", _short(a), _short(b)) for key, (a, b) in config_keys.items()]
+        else:
+            rows.append((name, _short(getattr(cached, name)), _short(getattr(current, name))))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     table = "\n".join(f"    {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
     same = ", ".join(name for name in fields if name not in differing) or "nothing else"
@@ -129,6 +148,8 @@ def without_memory_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def _agree(name: str, cached: object, current: object) -> bool:
     if name == "engine_options":
         return _identity_of_options(cached) == _identity_of_options(current)
+    if name == "architecture" and None in (cached, current):
+        return True
     return cached == current
 
 
@@ -142,4 +163,6 @@ def _identity_of_options(text: object) -> object:
 
 def _short(value: object) -> str:
     text = str(value)
+    if len(text) > _LONGEST_VALUE:
+        return f"{text[:_LONGEST_VALUE]}..."
     return f"{text[:16]}..." if len(text) == 64 else text

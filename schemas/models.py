@@ -21,8 +21,7 @@ import numpy as np
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.hub import fetch
 
-# Saving a model again may change these without changing one log-prob.
-_VOLATILE_CONFIG_KEYS = frozenset(
+VOLATILE_CONFIG_KEYS = frozenset(
     {
         "_name_or_path",
         "_model_name_or_path",
@@ -35,6 +34,10 @@ _VOLATILE_CONFIG_KEYS = frozenset(
         "use_cache",
     }
 )
+"""Keys of config.json that may change when a model is saved again, without changing one log-prob.
+
+``architectures`` chooses the implementation, and is compared by itself (``stated_architecture``).
+"""
 
 
 # Names under which transformers' configurations state the longest sequence. The first that is there counts:
@@ -292,8 +295,22 @@ def _stretched(stated: int, scaling: Mapping[str, Any], text: Mapping[str, Any])
 
 def config_digest(folder: Path) -> str:
     """SHA-256 of what config.json says about the computation; names and versions left out."""
-    config = {k: v for k, v in read_config(folder).items() if k not in _VOLATILE_CONFIG_KEYS}
-    return _sha256(json.dumps(config, sort_keys=True, separators=(",", ":")))
+    return digest_of_config(read_config(folder))
+
+
+def digest_of_config(config: Mapping[str, Any]) -> str:
+    """As ``config_digest``, of what a config.json holds."""
+    said = {k: v for k, v in config.items() if k not in VOLATILE_CONFIG_KEYS}
+    return _sha256(json.dumps(said, sort_keys=True, separators=(",", ":")))
+
+
+def stated_architecture(folder: Path) -> str | None:
+    """The class that config.json names for the model: engines choose their implementation by it.
+
+    None where it names none, and the model's type decides.
+    """
+    stated = read_config(folder).get("architectures")
+    return ",".join(map(str, stated)) or None if isinstance(stated, list) else None
 
 
 def weights_digest(folder: Path, *, contents: Mapping[str, tuple[str, str]] | None = None) -> str:
@@ -432,6 +449,7 @@ class FastTokenizer(Protocol):
     bos_token: str | None
     eos_token: str | None
     unk_token: str | None
+    split_special_tokens: bool
 
 
 def tokenizer_digest(tokenizer: FastTokenizer) -> str:
@@ -440,13 +458,22 @@ def tokenizer_digest(tokenizer: FastTokenizer) -> str:
     # Left over from the last call that padded or truncated; no part of how text becomes ids here.
     backend.pop("padding", None)
     backend.pop("truncation", None)
-    special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
+    special: list[object] = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
+    if tokenizer.split_special_tokens:
+        special.append({"split_special_tokens": True})
     return _sha256(json.dumps([backend, special], sort_keys=True, separators=(",", ":")))
 
 
-def template_digest(template: str | None) -> str:
-    """SHA-256 of a chat template, ``none`` where the tokenizer has none."""
-    return "none" if template is None else _sha256(template)
+def template_digest(templates: Mapping[str, str]) -> str:
+    """SHA-256 of a tokenizer's chat templates by name, ``none`` where it has none.
+
+    Of one that is called ``default`` it is that of its text; of others that of all as compact JSON.
+    """
+    if not templates:
+        return "none"
+    if templates.keys() == {"default"}:
+        return _sha256(templates["default"])
+    return _sha256(json.dumps(dict(templates), sort_keys=True, separators=(",", ":")))
 
 
 def _sha256(text: str) -> str:

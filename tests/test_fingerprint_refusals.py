@@ -86,6 +86,10 @@ def another_config(cause: Cause, _: pytest.MonkeyPatch) -> None:
     change_config(own_model(cause), rms_norm_eps=2e-6)
 
 
+def another_architecture(cause: Cause, _: pytest.MonkeyPatch) -> None:
+    change_config(own_model(cause), architectures=["GraniteForCausalLM"])
+
+
 def change_config(model: Path, **values: Any) -> None:
     path = model / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
@@ -147,14 +151,15 @@ CAUSES: dict[str, Change] = {
     "engine_options": another("engine_options", '{"tensor_parallel_size":2}'),
     "rope": another("rope", "longrope:long"),
     "template_date": a_clock_in_the_template,
+    "architecture": another_architecture,
 }
 
 # Who compares what (FORMAT.md, "Fingerprint").
 COMPARED: dict[str, tuple[str, ...]] = {
     "precompute": tuple(Fingerprint.model_fields),
-    "train": ("schema_version", "weights", "model_config_digest", "tokenizer", "rope"),
+    "train": ("schema_version", "weights", "model_config_digest", "tokenizer", "rope", "architecture"),
     "train --reference-differs": ("schema_version", "tokenizer"),
-    "verify": ("schema_version", "weights", "model_config_digest", "tokenizer", "rope"),
+    "verify": ("schema_version", "weights", "model_config_digest", "tokenizer", "rope", "architecture"),
     "score": ("schema_version", "tokenizer"),
 }
 
@@ -214,7 +219,9 @@ def test_a_field_is_refused_by_who_compares_it_and_by_nobody_else(
     header, *table = [line.split() for line in error.what.splitlines()[1:]]
     assert header == ["field", "cached", "this", "run"]
     *differing, same = table
-    assert [line[0] for line in differing] == [field]
+    # A configuration is told by its keys.
+    named = "config.rms_norm_eps" if field == "model_config_digest" else field
+    assert [line[0] for line in differing] == [named]
     assert {name.rstrip(",") for name in same[1:]} == set(COMPARED[command]) - {field}
     assert list(tmp_path.iterdir()) == []
 

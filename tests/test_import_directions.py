@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
 
 LAZY: dict[str, set[str]] = {
     "schemas/hub.py": {"huggingface_hub"},
+    "schemas/model_config.py": {"transformers"},
     "optimize/lora.py": {"peft"},
     "optimize/optimizer.py": {"torchao"},
     "precompute/checkpoint_keys.py": {"transformers"},

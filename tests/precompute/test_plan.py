@@ -16,6 +16,7 @@ from dpo_opt.precompute.settle import adopt_plan
 from dpo_opt.precompute.tokenize import load_tokenizer
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.manifest import COMMAND, PLAN, TOKENIZER, Plan
+from dpo_opt.schemas.model_config import MODEL_CONFIG
 from dpo_opt.schemas.pairs import Numerics
 
 Plans = Callable[..., Plan]
@@ -154,7 +155,7 @@ def test_a_folder_is_planned_once(plan_of: Plans, tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     plan_of(adopt=folder)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
-    assert {p.name for p in folder.iterdir()} == {PLAN, TOKENIZER, COMMAND}
+    assert {p.name for p in folder.iterdir()} == {PLAN, TOKENIZER, COMMAND, MODEL_CONFIG}
 
 
 OTHER_SETTINGS: dict[str, dict[str, Any]] = {
@@ -204,7 +205,7 @@ def change_tokenizer(model: Path) -> None:
     ("change", "field"),
     [
         (change_weights, "weights"),
-        (change_config, "model_config_digest"),
+        (change_config, "config.rms_norm_eps"),
         (change_template, "chat_template"),
         (change_tokenizer, "tokenizer"),
     ],

@@ -419,6 +419,49 @@ def test_messages_are_scored_through_the_chat_template(config_of: Configs, tmp_p
     assert json.loads((config.shards / "plan.json").read_text())["fingerprint"]["chat_template"] != "none"
 
 
+TOOL_USE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "up", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_row_with_tools_is_rendered_by_the_template_that_the_tokenizer_has_for_them(
+    config_of: Configs, tiny_model: Path, tmp_path: Path, named: bool
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_USE)
+    if not named:
+        (model / "chat_template.jinja").unlink()
+    turns = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Yes"))]
+    row = {"prompt": turns[:1], "chosen": turns[1:], "rejected": [{**turns[1], "content": "No"}]}
+    data = write_jsonl(tmp_path / "chat.jsonl", [{**row, "tools": TOOLS}, *([row] if named else [])])
+    config = config_of(model=str(model), data=data)
+    precompute(config, scorer=ScriptedScorer())
+    tokenizer = make_tokenizer(config, resolve_reference(config)).tokenizer
+    found = list(ShardFolder.open(config.shards).pairs())
+    for pair, tools in zip(found, [TOOLS, None], strict=False):
+        own = tokenizer.apply_chat_template(turns, tools=tools, return_dict=False)
+        assert [*pair.prompt_ids, *pair.chosen_ids] == own
+        assert ("look" in tokenizer.decode(pair.prompt_ids)) == (tools is not None)
+    if not named:
+        write_jsonl(data, [row])
+        with pytest.raises(ConfigError, match="no chat template"):
+            precompute(config_of(model=str(model), data=data, shards=tmp_path / "s"), scorer=ScriptedScorer())
+
+
+def test_a_clock_in_the_template_for_tools_is_told_one_date(
+    config_of: Configs, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    assert make_tokenizer(config_of(), resolve_reference(config_of())).template_date is None
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ strftime_now('%d') }}" + TOOL_USE)
+    config = config_of(model=str(model))
+    assert make_tokenizer(config, resolve_reference(config)).template_date is not None
+
+
 # A folder without its plan, as a copy for readers is -------------------------------------------------------
 
 

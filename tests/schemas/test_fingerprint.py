@@ -31,6 +31,7 @@ VALUES: dict[str, Any] = {
     "engine_options": "{}",
     "rope": "fixed",
     "template_date": "2026-03-31",
+    "architecture": "LlamaForCausalLM",
 }
 OTHER: dict[str, Any] = {
     **{name: f"other-{name}" for name in VALUES},
@@ -87,6 +88,33 @@ def test_all_differences_are_listed_at_once() -> None:
     listed = [line.split()[0] for line in str(error).splitlines() if line.startswith("    ")]
     assert listed == ["field", *ALL_FIELDS, "same:"]
     assert "same: nothing else" in str(error)
+
+
+def test_an_architecture_is_compared_where_both_sides_name_one() -> None:
+    one = Fingerprint(**VALUES)
+    for other in (one.model_copy(update={"architecture": None}), one):
+        assert refusal(one, other, ALL_FIELDS) is None
+        assert refusal(other, one, MODEL_FIELDS) is None
+        assert follows(one, other)
+    assert not follows(one, one.model_copy(update={"architecture": "GraniteForCausalLM"}))
+
+
+def test_a_configuration_is_told_by_its_keys_where_they_are_known() -> None:
+    one = Fingerprint(**VALUES)
+    other = one.model_copy(update={"model_config_digest": "d" * 64})
+
+    def told(keys: dict[str, tuple[object, object]] | None) -> list[list[str]]:
+        try:
+            refuse_differences(
+                cached=one, current=other, fields=ALL_FIELDS, where="shards", fix="", config_keys=keys
+            )
+        except FingerprintError as error:
+            return [line.split() for line in error.what.splitlines()[2:-1]]
+        return []
+
+    assert told(None) == [["model_config_digest", "b" * 16 + "...", "d" * 16 + "..."]]
+    assert told({"rms_norm_eps": (1e-6, 1e-5)}) == [["config.rms_norm_eps", "1e-06", "1e-05"]]
+    assert told({}) == []
 
 
 def with_options(**options: Any) -> Fingerprint:

@@ -463,5 +463,8 @@ def test_the_tokenizer_digest_is_of_behaviour(tiny_model: Path, model: Path) -> 
 
 
 def test_the_template_digest_tells_templates_apart() -> None:
-    assert template_digest(None) == "none"
-    assert template_digest("{{ a }}") == hashlib.sha256(b"{{ a }}").hexdigest()
+    assert template_digest({}) == "none"
+    assert template_digest({"default": "{{ a }}"}) == hashlib.sha256(b"{{ a }}").hexdigest()
+    named = [{"default": "a", "tool_use": "b"}, {"default": "a", "tool_use": "c"}, {"tool_use": "b"}]
+    assert len({template_digest(templates) for templates in [{"default": "a"}, *named]}) == 4
+    assert template_digest(dict(reversed(named[0].items()))) == template_digest(named[0])
