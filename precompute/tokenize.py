@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 TEXT_TO_IDS = "1"
 """Changes whenever the same text could become other ids, or another pair could be dropped."""
 
-# The engine needs about 200 bytes for a token that takes 4 here. Many rows' texts are enough for its threads.
+# The engine needs about 300 bytes for a token that takes 4 here. These texts are enough for its threads.
 _CHARACTERS_AT_ONCE = 2**20
 
 

@@ -51,9 +51,10 @@ def current_commit(repository: str, *, kind: Kind, revision: str | None, extra: 
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    return (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+    # A ValueError also for a repository whose file names lead out of the cache: none of it is written.
+    return (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError)
 
 
 def _not_installed(repository: str, extra: str) -> ConfigError:
