@@ -21,7 +21,8 @@ from dpo_opt.optimize.distributed import World, from_first, text_from_first, wai
 from dpo_opt.optimize.run_folder import CHECKPOINTS, CONFIG
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.fingerprint import Fingerprint
-from dpo_opt.schemas.manifest import parse, to_json
+from dpo_opt.schemas.locations import inside
+from dpo_opt.schemas.manifest import Sha256, parse, to_json
 from dpo_opt.schemas.storage import publish_folder, sha256_file
 
 _COMPLETE = "COMPLETE.json"
@@ -108,7 +109,7 @@ class TrainState(_Record):
 class _File(_Record):
     file: str
     bytes: int
-    sha256: str
+    sha256: Sha256
 
 
 class _Complete(_Record):
@@ -286,7 +287,10 @@ def _damage(path: Path) -> str | None:
     except DataError as error:
         return f"{_COMPLETE} cannot be read ({error.what})"
     for entry in complete.files:
-        file = path / entry.file
+        try:
+            file = inside(path, entry.file)
+        except DataError as error:
+            return error.what
         if not file.is_file():
             return f"{entry.file} is missing"
         if file.stat().st_size != entry.bytes:

@@ -141,6 +141,15 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def name_another_file(path: Path) -> None:
+    path.write_text(path.read_text().replace('"model.safetensors"', '"../../metrics.jsonl"'))
+
+
+def lead_out(path: Path) -> None:
+    elsewhere = path.rename(path.parents[3] / "weights")
+    path.symlink_to(elsewhere)
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "said"),
     [
@@ -151,6 +160,8 @@ def truncate(path: Path) -> None:
         ("model.safetensors", Path.unlink, "model.safetensors is missing"),
         ("COMPLETE.json", Path.unlink, "COMPLETE.json is missing"),
         ("COMPLETE.json", truncate, "COMPLETE.json cannot be read"),
+        ("COMPLETE.json", name_another_file, "the file name '../../metrics.jsonl' does not stay inside"),
+        ("model.safetensors", lead_out, "the file is a link that leads out of the folder"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
