@@ -13,11 +13,11 @@ from dpo_opt.precompute.reference import Reference, fingerprint_of
 from dpo_opt.precompute.tokenize import PairTokenizer
 from dpo_opt.precompute.weights_memo import remember_weights, weight_files
 from dpo_opt.schemas.columns import COLUMNS, write_column
+from dpo_opt.schemas.config_keys import differing_keys, keep_model_config
 from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, follows, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, is_file, sizes
 from dpo_opt.schemas.manifest import COMMAND, COMMITS, PLAN, TOKENIZER, Plan, to_json
-from dpo_opt.schemas.model_config import differing_keys, keep_model_config
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import Numerics
 from dpo_opt.schemas.storage import settle_folder, write_text

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
+from dpo_opt.schemas.config_keys import MODEL_CONFIG
 from dpo_opt.schemas.errors import FingerprintError
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS
 from dpo_opt.schemas.manifest import COMMITS, ShardFolder
-from dpo_opt.schemas.model_config import MODEL_CONFIG
 
 Edit = Callable[[Path], None]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
 """Beyond ``ANYWHERE``, at the top of any file of a folder or inside its functions."""
 
 LAZY: dict[str, set[str]] = {
+    "schemas/config_keys.py": {"transformers"},
     "schemas/hub.py": {"huggingface_hub"},
     "schemas/model_config.py": {"transformers"},
     "optimize/lora.py": {"peft"},

@@ -14,9 +14,9 @@ from dpo_opt.precompute.plan import Planned, make_plan, read_plan
 from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.settle import adopt_plan
 from dpo_opt.precompute.tokenize import load_tokenizer
+from dpo_opt.schemas.config_keys import MODEL_CONFIG
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.manifest import COMMAND, PLAN, TOKENIZER, Plan
-from dpo_opt.schemas.model_config import MODEL_CONFIG
 from dpo_opt.schemas.pairs import Numerics
 
 Plans = Callable[..., Plan]
