@@ -16,7 +16,7 @@ from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS
 from dpo_opt.schemas.locations import AnyPath, on_this_machine
 from dpo_opt.schemas.manifest import MANIFEST, TOKENIZER, Manifest, ShardFolder, load_manifest
-from dpo_opt.schemas.models import find_model, tokenizer_digest
+from dpo_opt.schemas.models import find_model, read_config, tokenizer_digest
 from dpo_opt.schemas.storage import write_text
 
 if TYPE_CHECKING:
@@ -157,11 +157,13 @@ def _parity(
     from dpo_opt.optimize.policy import compute_dtype, default_device, load_policy
 
     device = default_device()
+    # As training holds it; what is quantized is never trained.
+    trainable = "quantization_config" not in read_config(model_folder)
     policy = load_policy(
         model_folder,
         dtype=compute_dtype(dtype, device),
         device=device,
-        trainable=True,
+        trainable=trainable,
         max_length=folder.manifest.fingerprint.max_length,
     )
     pairs = spread_pairs(folder, num_pairs)

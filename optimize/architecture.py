@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PretrainedConfig,
@@ -19,24 +18,13 @@ from transformers import (
 
 from dpo_opt.optimize.logps import Head
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.model_config import first_line, load_model_config, model_errors
 
 # What configurations call the number that logits are multiplied with, or divided by.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, MuseGlimmer
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
 _MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
-
-def read_model_config(folder: Path) -> PretrainedConfig:
-    """The configuration as transformers understands it; no code of the folder is run.
-
-    Raises:
-        ConfigError: transformers does not know this kind of model, or the file is damaged.
-    """
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _not_made(folder, error) from error
 
 
 def auto_class(config: PretrainedConfig) -> Any:
@@ -55,22 +43,17 @@ def model_without_weights(folder: Path) -> PreTrainedModel:
     Raises:
         ConfigError: transformers cannot make it.
     """
-    config = read_model_config(folder)
+    config = load_model_config(folder)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise _not_made(folder, error) from error
+    except model_errors() as error:
+        raise ConfigError(
+            f"transformers cannot make this model ({first_line(error)})",
+            where=str(folder / "config.json"),
+            fix="correct that value, or copy the model's own config.json again",
+        ) from error
     return model.eval()
-
-
-def _not_made(folder: Path, error: Exception) -> ConfigError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return ConfigError(
-        f"transformers cannot make this model ({reason})",
-        where=str(folder),
-        fix='check the folder with `python -c "from transformers import AutoConfig"` and its config.json',
-    )
 
 
 def decoder_of(model: PreTrainedModel) -> Any:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from dpo_opt.optimize.architecture import decoder_of, read_model_config
+from dpo_opt.optimize.architecture import decoder_of
 from dpo_opt.optimize.attention import STOCK_ATTENTION
 from dpo_opt.optimize.policy import Policy
+from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.rope import PINNED
 from dpo_opt.schemas.storage import publish_folder
 
@@ -41,11 +42,13 @@ def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Pa
     """Put a policy as it is into a folder; arguments as in ``save_final``."""
     model = policy.model
     # transformers refuses to write generation settings that it was willing to read (a temperature without
-    # do_sample, as in many released models), which would lose the run at its very end: copied instead.
-    model.generation_config = GenerationConfig.from_model_config(model.config)
+    # do_sample, a pad_token_id of -1, as in many released models), which would lose the run at its very end:
+    # they are the source's own, or none.
+    model.generation_config = GenerationConfig()
     settings = source / "generation_config.json"
     with _as_it_was_loaded(policy, source):
         model.save_pretrained(folder, safe_serialization=True)
+    (folder / settings.name).unlink(missing_ok=True)
     shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
     if settings.is_file():
         shutil.copyfile(settings, folder / settings.name)
@@ -67,7 +70,7 @@ def _copy_processor(source: Path, folder: Path) -> None:
 def _as_it_was_loaded(policy: Policy, source: Path) -> Iterator[None]:
     """What is saved asks for an attention that others have, and for the rotary embedding it came with."""
     decoder = decoder_of(policy.model)
-    text, original = policy.model.config.get_text_config(), read_model_config(source).get_text_config()
+    text, original = policy.model.config.get_text_config(), load_model_config(source).get_text_config()
     own = {name: getattr(text, name) for name in PINNED if hasattr(text, name)}
     attention = text._attn_implementation
     decoder.set_attn_implementation(STOCK_ATTENTION)

@@ -6,11 +6,11 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from dpo_opt.optimize.adapter_folder import merged_digests, read_adapter
-from dpo_opt.optimize.architecture import read_model_config
 from dpo_opt.schemas.config_keys import differing_keys
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.fingerprint import refuse_differences
 from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.model_config import first_line, load_model_config, model_errors
 from dpo_opt.schemas.models import config_digest, stated_architecture, tokenizer_digest, weights_digest
 from dpo_opt.schemas.rope import describe_rope
 from dpo_opt.schemas.shards import SCHEMA_VERSION
@@ -44,9 +44,10 @@ def require_same_model(
         tokenizer = AutoTokenizer.from_pretrained(
             model_folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except model_errors() as error:
+        load_model_config(model_folder)  # which it reads too, and whose fault it may be
         raise ConfigError(
-            f"the tokenizer cannot be loaded ({str(error).splitlines()[0]})",
+            f"the tokenizer cannot be loaded ({first_line(error)})",
             where=str(model_folder),
             why="whether its ids mean what they mean in the shards cannot be known",
             fix=f"copy the model's own tokenizer there, or, if it is the same, cp {folder.path}/tokenizer/* "
@@ -65,7 +66,7 @@ def require_same_model(
                 break
         found["model_config_digest"] = config_digest(model_folder)
         found["architecture"] = stated_architecture(model_folder)
-        found["rope"] = describe_rope(read_model_config(model_folder), cached.max_length)
+        found["rope"] = describe_rope(load_model_config(model_folder), cached.max_length)
     refuse_differences(
         cached=cached,
         current=cached.model_copy(update=found),

@@ -277,7 +277,7 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
                 batching=batching, weights=stream.weights(pairs), backward=True, stop=stop,
             )  # fmt: skip
             grad_norm = clip_gradients(parameters, config.max_grad_norm)
-            _require_finite(results, grad_norm, pairs, run, step=at.step)
+            _require_finite(results, grad_norm, pairs, run, step=at.step, dtype=policy.dtype)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -364,7 +364,13 @@ def _is_time_to_save(config: TrainConfig, step: int, saved: float, world: World)
 
 
 def _require_finite(
-    results: PairResults, grad_norm: Tensor, pairs: Sequence[ScoredPair], run: RunFolder, *, step: int
+    results: PairResults,
+    grad_norm: Tensor,
+    pairs: Sequence[ScoredPair],
+    run: RunFolder,
+    *,
+    step: int,
+    dtype: torch.dtype,
 ) -> None:
     if bool(torch.isfinite(results.losses).all() & torch.isfinite(grad_norm)):
         return
@@ -381,5 +387,5 @@ def _require_finite(
         f"{'a loss' if bad else 'the gradient'} is not finite (source rows {rows})",
         where=f"step {step + 1}",
         why=f"the update would have destroyed the policy and was not made; the step's pairs are in {dump}",
-        fix="lower --learning-rate, or use --dtype float32",
+        fix="lower --learning-rate" + ("" if dtype == torch.float32 else ", or use --dtype float32"),
     )

@@ -243,12 +243,21 @@ def require_parity(parity: Parity, *, shards: str, model: str) -> None:
             why="no cache can hold them, and every step would be trained on other numbers than were scored",
             fix="pass --dtype float32; if it fails as well, report the versions with `dpo-opt env`",
         )
+    if parity.experts and not (parity.dtype == parity.cached_dtype == "float32"):
+        fix = (
+            f"dpo-opt precompute --model {model} --data DATA --shards OTHER_FOLDER --dtype float32; then "
+            "dpo-opt train --dtype float32: rounding picks no other expert there"
+        )
+    else:
+        fix = (
+            f"dpo-opt precompute --model {model} --data DATA --shards OTHER_FOLDER; or, if another reference "
+            "is intended, dpo-opt train --reference-differs"
+        )
     raise FingerprintError(
         f"the cached log-probs are not those of {model}: {figures}",
         where=shards,
         why="the policy would be pulled towards another model than the one it starts from",
-        fix=f"dpo-opt precompute --model {model} --data DATA --shards OTHER_FOLDER; or, if another reference "
-        "is intended, dpo-opt train --reference-differs",
+        fix=fix,
     )
 
 

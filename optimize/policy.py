@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dpo_opt.optimize.architecture import auto_class, decoder_of, head_of, read_model_config
+from dpo_opt.optimize.architecture import auto_class, decoder_of, head_of
 from dpo_opt.optimize.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
 from dpo_opt.optimize.logps import Objective, token_logps
 from dpo_opt.optimize.packing import Batch, Group, pack, packed_size, pad, plan_bins, plan_padded_bins
 from dpo_opt.optimize.precision import computing_in, full_precision_products
 from dpo_opt.optimize.probe import Probe, choose_layout, require_same_in_compute_dtype
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.model_config import first_line, load_model_config, model_errors
 from dpo_opt.schemas.models import context_length, left_over_weights
 from dpo_opt.schemas.pairs import TokenSequence
 from dpo_opt.schemas.rope import pin_rope
@@ -126,7 +127,7 @@ def load_policy(
         ConfigError: transformers cannot load the folder, weights are missing or left over, or no layout is
             exact.
     """
-    config = read_model_config(folder)
+    config = load_model_config(folder)
     if trainable and getattr(config, "quantization_config", None):
         raise ConfigError(
             "the checkpoint's weights are quantized",
@@ -146,13 +147,15 @@ def load_policy(
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
                 **(options or {}),
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except model_errors() as error:
         raise ConfigError(
-            f"transformers cannot load the model ({str(error).splitlines()[0]})",
+            f"transformers cannot load the model ({first_line(error)})",
             where=str(folder),
-            fix='check the folder with `python -c "from transformers import AutoConfig"` and its config.json',
+            why="every log-prob would come from it",
+            fix="copy or download the model again, config.json and weights",
         ) from error
     _require_all_weights(report, folder)
     if not options or "device_map" not in options:
@@ -160,7 +163,7 @@ def load_policy(
     # Dropout must be off: the reference was scored without it, so with it policy != reference at step 0.
     model.eval()
     model.requires_grad_(False)
-    packs, probe = choose_layout(model, device, dtype, folder=folder)
+    packs, probe = choose_layout(model, device, dtype, folder=folder, longest=longest)
     if trainable:
         for part in (decoder_of(model), model.get_output_embeddings()):
             part.requires_grad_(True)
@@ -194,6 +197,14 @@ def _require_all_weights(report: Mapping[str, Any], folder: Path) -> None:
             where=str(folder),
             why="transformers fills them with random numbers",
             fix="copy the whole model, or save it again from the model that was trained",
+        )
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise ConfigError(
+            f"the checkpoint's {name} is of shape {tuple(stored)}, and config.json makes it {tuple(wanted)}",
+            where=str(folder),
+            why="transformers fills such weights with random numbers",
+            fix="correct config.json (vocabulary, heads, widths) until it fits the weights, or copy it again",
         )
     if left_over:
         raise ConfigError(

@@ -40,6 +40,11 @@ _HALF_MEAN, _HALF_MAX = 0.2, 2.0
 # What other tokens in the batch may change in half precision, on average: nothing, where each row is
 # computed by itself; a little, where the rows of an expert are.
 _FOREIGN_MEAN = 0.02
+# Tokens of each group's prompt, and of its two completions; the shorter ones for models with next to no
+# context.
+_LENGTHS = ((9, (5, 10)), (6, (7, 4)))
+_SHORT_LENGTHS = ((2, (2, 3)), (1, (3, 2)))
+_PROBED = 19
 # What configurations call limits on what a row sees that are applied in masks alone.
 _OTHER_LIMITS = ("attention_chunk_size",)
 _SUPPORTED = "a supported architecture (Llama, Qwen, Mistral, Gemma, Phi, OLMo, Granite, ...)"
@@ -60,7 +65,12 @@ class Probe(NamedTuple):
 
 
 def choose_layout(
-    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, folder: Path
+    model: PreTrainedModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    folder: Path,
+    longest: int | None = None,
 ) -> tuple[bool, Probe]:
     """Find the layout whose forward is the model's own, packed before padded.
 
@@ -71,6 +81,7 @@ def choose_layout(
         device: Where it is.
         dtype: In which it is going to compute.
         folder: Where it was loaded from.
+        longest: Most tokens of a sequence, where that is known.
 
     Returns:
         Whether batches are packed, and what was compared.
@@ -78,7 +89,7 @@ def choose_layout(
     Raises:
         ConfigError: No layout gives the model's own log-probs, or these are no numbers.
     """
-    groups, changed = _questions(model)
+    groups, changed = _questions(model, longest)
     _use_attention(model, STOCK_ATTENTION)
     with torch.no_grad(), full_precision_products(), contextlib.ExitStack() as stack:
         rounded = _stock_answers(model, groups, device, dtype)
@@ -193,7 +204,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _questions(model: PreTrainedModel) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
+def _questions(model: PreTrainedModel, longest: int | None) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
     """Groups, and the same with another first completion.
 
     Raises:
@@ -207,14 +218,17 @@ def _questions(model: PreTrainedModel) -> tuple[tuple[Group, ...], tuple[Group, 
             why="log-probs are computed from it without holding the logits",
             fix=f"train {_SUPPORTED}",
         ) from error
-    usable = np.setdiff1d(np.arange(vocabulary), list(special_ids(model.config))).astype(np.int32)
+    known = np.arange(vocabulary, dtype=np.int32)
+    usable = np.setdiff1d(known, list(special_ids(model.config)))
+    if not len(usable):
+        usable = known
     rng = np.random.default_rng(0)
 
     def ids(count: int) -> np.ndarray:
         return rng.choice(usable, size=count)
 
     groups, changed = [], []
-    for prompt_length, lengths in ((9, (5, 10)), (6, (7, 4))):
+    for prompt_length, lengths in _LENGTHS if (longest or _PROBED) >= _PROBED else _SHORT_LENGTHS:
         prompt, first, second = ids(prompt_length), ids(lengths[0]), ids(lengths[1])
         groups.append((TokenSequence(prompt, first), TokenSequence(prompt, second)))
         # As long, and its first token kept, so that what is shared stays as it is.

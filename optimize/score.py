@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from dpo_opt.optimize.architecture import decoder_of, read_model_config
+from dpo_opt.optimize.architecture import decoder_of
 from dpo_opt.optimize.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
 from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.packing import Group, pair_group
@@ -22,6 +22,7 @@ from dpo_opt.optimize.policy import Policy, default_device, load_policy
 from dpo_opt.schemas.fingerprint import TOKENIZER_FIELDS
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import checkpoint_dtype, context_length, find_model
 from dpo_opt.schemas.pair_logps import PairLogps, write_pair_logps
 from dpo_opt.schemas.pairs import (
@@ -68,7 +69,7 @@ class HfScorer:
     @functools.cached_property
     def _rope(self) -> str:
         longest = self._max_length or context_length(self._folder)
-        return FIXED if longest is None else describe_rope(read_model_config(self._folder), longest)
+        return FIXED if longest is None else describe_rope(load_model_config(self._folder), longest)
 
     @property
     def policy(self) -> Policy:

@@ -40,6 +40,7 @@ from dpo_opt.precompute.config import Truncation
 from dpo_opt.precompute.fitting import PairIds, fit_ids, split_ids
 from dpo_opt.precompute.templates import asks_for_the_date, render, rendered_texts, today
 from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.model_config import first_line, load_model_config, model_errors
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import IdArray, PreferencePair, Text, TokenizedPair
 from dpo_opt.schemas.shards import DroppedRow
@@ -72,9 +73,11 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"the tokenizer cannot be loaded ({reason})", where=str(folder), fix=fix) from error
+    except model_errors() as error:
+        load_model_config(folder)  # which it reads too, and whose fault it may be
+        raise ConfigError(
+            f"the tokenizer cannot be loaded ({first_line(error)})", where=str(folder), fix=fix
+        ) from error
     if not tokenizer.is_fast:
         raise ConfigError(
             f"{type(tokenizer).__name__} is not a fast tokenizer",
@@ -100,7 +103,7 @@ def model_vocab_size(folder: Path) -> int:
     """
     config = read_config(folder)
     try:
-        return int(config.get("text_config", config)["vocab_size"])
+        return int((config.get("text_config") or config)["vocab_size"])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             "config.json does not say how large the vocabulary is (vocab_size)",

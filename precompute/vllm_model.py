@@ -28,6 +28,7 @@ from dpo_opt.precompute.engine_options import canonical, refuse_unknown
 from dpo_opt.precompute.orphans import children_end_with_this_process
 from dpo_opt.precompute.vllm_strategy import choose_strategy, read_answer, request_settings
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped
+from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import Completion, IdArray, LogpArray, Numerics, TokenSequence
 from dpo_opt.schemas.rope import FIXED, describe_rope, pin_rope
@@ -153,11 +154,9 @@ class VllmModel:
 
     @functools.cached_property
     def _rope(self) -> str:
-        from transformers import AutoConfig
-
         try:
-            config = AutoConfig.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
-        except (KeyError, ValueError):
+            config = load_model_config(self._folder)
+        except ConfigError:
             return FIXED  # vLLM knows a few models that transformers does not
         return describe_rope(config, self._max_length)
 

@@ -80,6 +80,7 @@ def _pinned(parameters: Mapping[str, Any], text: Any, max_length: int) -> dict[s
         stretch = factor * max(max_length, context) / context - (factor - 1)
         found["rope_theta"] *= stretch ** (width / (width - 2))
         found["rope_type"] = "default"
+        found.pop("type", None)  # the older name, which may not say otherwise
     return found
 
 

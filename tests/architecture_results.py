@@ -79,9 +79,9 @@ def pairs() -> list[Group]:
 @torch.no_grad()
 def own_logps(folder: Path) -> list[Tensor]:
     """The model's, one sequence at a time, through its eager attention and all logits."""
-    from dpo_opt.optimize.architecture import read_model_config
+    from dpo_opt.schemas.model_config import load_model_config
 
-    config = read_model_config(folder)
+    config = load_model_config(folder)
     kind = auto_class(config)
     model = kind.from_pretrained(folder, dtype=torch.float32)
     with contextlib.suppress(ValueError):

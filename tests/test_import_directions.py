@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
 LAZY: dict[str, set[str]] = {
     "schemas/config_keys.py": {"transformers"},
     "schemas/hub.py": {"huggingface_hub"},
-    "schemas/model_config.py": {"transformers"},
+    "schemas/model_config.py": {"transformers", "huggingface_hub", "safetensors"},
     "optimize/lora.py": {"peft"},
     "optimize/optimizer.py": {"torchao"},
     "precompute/checkpoint_keys.py": {"transformers"},
@@ -31,7 +31,7 @@ LAZY: dict[str, set[str]] = {
     "precompute/ray_workers.py": {"ray"},
     "precompute/templates.py": {"transformers", "jinja2"},
     "precompute/tokenize.py": {"transformers"},
-    "precompute/vllm_model.py": {"vllm", "torch", "transformers"},
+    "precompute/vllm_model.py": {"vllm", "torch"},
     "analysis/texts.py": {"tokenizers"},
     "dpo_opt": {"torch"},
     "dpo_opt/demo_model.py": {"torch", "transformers", "gguf"},

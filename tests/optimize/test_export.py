@@ -126,3 +126,18 @@ def test_a_folder_left_by_a_crash_does_no_harm(tiny_model: Path, tmp_path: Path,
     (left / "model.safetensors").write_text("half")
     save(tiny_model, tmp_path / "final", tokenizer_dir)
     AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+
+
+def test_settings_that_transformers_refuses_to_write_do_not_lose_the_run(
+    tiny_model: Path, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    """As the first conversions of Llama have them, without a generation_config.json beside."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model, source)
+    (source / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "pad_token_id": -1}))
+    save(source, tmp_path / "final", tokenizer_dir)
+    assert json.loads((tmp_path / "final" / "config.json").read_text())["pad_token_id"] == -1
+    assert not (tmp_path / "final" / "generation_config.json").exists()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "final").generation_config.eos_token_id == 1

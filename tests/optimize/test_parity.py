@@ -178,7 +178,9 @@ def test_the_refusal_says_what_was_measured_and_what_to_do() -> None:
     assert "p99 4 > 0.3: " in text
     assert "alone" not in text
     assert "another expert" not in text
-    assert "another expert" in str(refused(MEASURED._replace(experts=True)))
+    with_experts = refused(MEASURED._replace(experts=True))
+    assert "another expert" in str(with_experts)
+    assert "--dtype float32; then dpo-opt train --dtype float32" in str(with_experts.fix)
     assert "row 17, rejected, token 3: cached -9.0000, own -4.0000" in text
     assert caught.value.exit_code == 4
 

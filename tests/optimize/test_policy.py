@@ -206,6 +206,59 @@ def test_what_older_programs_leave_in_a_checkpoint_is_no_weight(tiny_model: Path
     assert load(folder).packs
 
 
+def test_a_weight_of_another_shape_is_named_with_both(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    change_config(folder, num_key_value_heads=4)
+    with pytest.raises(ConfigError, match=r"k_proj\.weight is of shape \(64, 64\), .* makes it \(128, 64\)"):
+        load(folder)
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_position_embeddings": None},
+        {"max_position_embeddings": "512"},
+        {"rms_norm_eps": "1e-5"},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": None},
+        {"hidden_act": None},
+        {"rope_scaling": "linear"},
+        {"rope_scaling": {"rope_type": "yarn"}},
+        {"pad_token_id": 9999},
+        {"dtype": "torch.no-such-dtype"},
+        {"quantization_config": "x"},
+    ],
+    ids=str,
+)
+def test_a_value_that_no_model_can_have_is_no_traceback(
+    tiny_model: Path, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    change_config(folder, **values)
+    with pytest.raises(ConfigError) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+    assert caught.value.fix
+
+
+def test_a_context_shorter_than_what_loading_tries_is_no_fault(tmp_path: Path) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 8, "bos_token_id": 1, "eos_token_id": 2}
+    save_random("GPT2Config", {"vocab_size": 101, **sizes}, tmp_path)
+    assert load(tmp_path).packs
+
+
+def test_a_vocabulary_of_special_tokens_alone_is_no_fault(tiny_model: Path, tmp_path: Path) -> None:
+    save_random("LlamaConfig", {**HEADS, "vocab_size": 3}, tmp_path)
+    assert load(tmp_path).packs
+
+
 def test_weights_that_are_no_numbers_are_named(tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)

@@ -55,6 +55,14 @@ def test_every_batch_gets_what_the_longest_allowed_sequence_would(make: Any, max
         assert not torch.allclose(frequencies(make(), 5), wanted)
 
 
+def test_the_older_name_of_the_kind_does_not_stay_behind() -> None:
+    config = LlamaConfig(**SIZES, max_position_embeddings=64, rope_scaling={"type": "dynamic", "factor": 4.0})
+    found = pin_rope(config, 128)
+    assert "type" not in found.rope_parameters
+    found.standardize_rope_params()
+    found.validate_rope()
+
+
 def test_the_boundary_is_the_original_context() -> None:
     assert [describe_rope(longrope(), n) for n in (63, 64, 65)] == ["longrope:short"] * 2 + ["longrope:long"]
     assert [describe_rope(dynamic(), n) for n in (10, 64, 65)] == ["dynamic:64", "dynamic:64", "dynamic:65"]
