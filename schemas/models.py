@@ -145,6 +145,14 @@ def _refuse_unsafe(folder: Path) -> None:
             why="loading it would execute code from the model folder",
             fix="use a model that transformers supports without remote code",
         )
+    gone = next((path for path in folder.glob("*.safetensors") if not path.exists()), None)
+    if gone is not None:
+        raise ConfigError(
+            "it is a link to a file that is not there",
+            where=str(gone),
+            why="the model's weights are in it",
+            fix="download or copy the model again",
+        )
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"{folder} holds no *.safetensors weights",
@@ -385,7 +393,9 @@ def _tensors(path: Path) -> list[tuple[Path, str, str, tuple[int, ...], int, int
                 found.append((path, name, str(entry["dtype"]), shape, start + begin, start + end))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged from error
-    if any(not start <= begin <= end <= size for *_, begin, end in found):
+    # The format has no byte after the last tensor.
+    ends = max((end for *_, end in found), default=start)
+    if ends != size or any(not start <= begin <= end for *_, begin, end in found):
         raise damaged
     return found
 

@@ -149,8 +149,8 @@ CASES = [
 ]
 
 
-# vLLM runs these through transformers' class, which it changes, or needs groups of processes that it makes once:
-# no other engine may have been in their process.
+# vLLM runs these through transformers' class, which it changes, or needs groups of processes that it makes
+# once: no other engine may have been in their process.
 WITHOUT_A_CLASS = {"gpt-neox", "olmo2", "olmo3-windowed", "starcoder2", "gpt-oss-sinks"}
 
 

@@ -168,6 +168,20 @@ def test_an_index_that_is_not_of_these_files_is_refused(model: Path) -> None:
     assert "not readable as an index" in refusal(lambda: find_model(str(model))).what
 
 
+def test_bytes_after_the_last_tensor_are_refused(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"x")
+    assert "truncated or damaged" in refusal(lambda: weights_digest(model)).what
+
+
+def test_a_link_to_weights_that_are_gone_is_refused(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").symlink_to(model / "nowhere")
+    error = refusal(lambda: find_model(str(model)))
+    assert error.where == str(model / "model.safetensors")
+    assert "link to a file that is not there" in error.what
+
+
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
 def test_truncated_weights_are_refused(model: Path, keep: int) -> None:
     path = model / "model.safetensors"
