@@ -1,10 +1,15 @@
-"""What numbers are computed in: the dtype of a forward, and the digits of fp32 products."""
+"""What numbers are computed in: the dtype of a forward, fp32 with all its digits, half precision widened."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from dpo_opt.optimize.architecture import decoder_layers
+
+HALF = (torch.bfloat16, torch.float16)
 
 _backends: Any = torch.backends  # whose attributes are made at run time
 # What computes products of matrices, and convolutions: of a CUDA device, and of a CPU.
@@ -39,3 +44,60 @@ def full_precision_products() -> Iterator[None]:
     finally:
         for backend, precision in zip(_BACKENDS, before, strict=True):
             backend.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def in_fp32(model: torch.nn.Module) -> Iterator[None]:
+    """The model computes in fp32 while the block runs, whatever it is stored in.
+
+    Of half precision, one layer at a time is held in fp32 as well; the stored numbers are put back untouched.
+    """
+    layers = list(decoder_layers(model))
+    of_layers = {id(tensor) for layer in layers for tensor in _tensors(layer)}
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_widened_in_forward(layer))
+        stored = _widen(tensor for tensor in _tensors(model) if id(tensor) not in of_layers)
+        try:
+            yield
+        finally:
+            _put_back(stored)
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _widen(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The tensors hold fp32 numbers from here on; what they held before is returned with each."""
+    stored = []
+    for tensor in tensors:
+        if tensor.dtype in HALF:
+            stored.append((tensor, tensor.data))
+            tensor.data = tensor.data.float()
+    return stored
+
+
+def _put_back(stored: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, data in stored:
+        tensor.data = data
+
+
+@contextlib.contextmanager
+def _widened_in_forward(layer: torch.nn.Module) -> Iterator[None]:
+    stored: list[tuple[Tensor, Tensor]] = []
+
+    def before(*_: Any) -> None:
+        stored.extend(_widen(_tensors(layer)))
+
+    def after(*_: Any) -> None:
+        _put_back(stored)
+        stored.clear()
+
+    hooks = (layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

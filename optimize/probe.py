@@ -6,7 +6,7 @@ the device that will train, where rounding allows less to be seen but another ke
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,8 +23,9 @@ from dpo_opt.optimize.attention import (
     attention_calls,
 )
 from dpo_opt.optimize.packing import Group
-from dpo_opt.optimize.precision import computing_in, full_precision_products
+from dpo_opt.optimize.precision import HALF, computing_in, full_precision_products, in_fp32
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.model_config import first_line
 from dpo_opt.schemas.models import nonfinite_tensor
 from dpo_opt.schemas.pairs import TokenSequence
 
@@ -48,7 +49,6 @@ _PROBED = 19
 # What configurations call limits on what a row sees that are applied in masks alone.
 _OTHER_LIMITS = ("attention_chunk_size",)
 _SUPPORTED = "a supported architecture (Llama, Qwen, Mistral, Gemma, Phi, OLMo, Granite, ...)"
-_HALF = (torch.bfloat16, torch.float16)
 
 
 class Probe(NamedTuple):
@@ -94,7 +94,7 @@ def choose_layout(
     with torch.no_grad(), full_precision_products(), contextlib.ExitStack() as stack:
         rounded = _stock_answers(model, groups, device, dtype)
         if _has_fp32_forward(model):
-            stack.enter_context(_in_fp32(model))
+            stack.enter_context(in_fp32(model))
             expected = _stock_answers(model, groups, device, torch.float32)
         else:
             expected = rounded
@@ -248,15 +248,17 @@ def _stock_answers(
     try:
         with computing_in(dtype, model, device):
             found = [_stock_logps(model, sequence, device) for group in groups for sequence in group]
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, RuntimeError) and dtype in _HALF:
+        if isinstance(error, RuntimeError) and dtype in HALF:
             raise ConfigError(
-                f"{type(model).__name__} does not compute in {_name(dtype)} ({_first_line(error)})",
+                f"{type(model).__name__} does not compute in {_name(dtype)} ({first_line(error)})",
                 why="some of its layers mix dtypes",
                 fix="pass --dtype float32",
             ) from error
         raise ConfigError(
-            f"{type(model).__name__} does not run on token ids alone ({_first_line(error)})",
+            f"{type(model).__name__} does not run on token ids alone ({first_line(error)})",
             why="preference pairs are text, and nothing else is stored of them",
             fix=f"train {_SUPPORTED}",
         ) from error
@@ -311,6 +313,8 @@ def _difference(model: PreTrainedModel, device: torch.device, probe: Probe, *, p
     try:
         with attention_calls() as calls:
             found = torch.cat(policy.sequence_logps(probe.groups)).float().cpu()
+    except torch.OutOfMemoryError:
+        raise
     except (
         AttributeError,
         IndexError,
@@ -321,7 +325,7 @@ def _difference(model: PreTrainedModel, device: torch.device, probe: Probe, *, p
         ValueError,
     ) as error:
         # The model does not take what this layout needs, or its decoder is hidden.
-        return _first_line(error)
+        return first_line(error)
     if packs and (idle := _layers_without(calls, model)):
         return f"{idle} layers do not use the attention of packed rows"
     difference = (found - probe.expected).abs()
@@ -367,68 +371,7 @@ def _dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 def _has_fp32_forward(model: PreTrainedModel) -> bool:
-    return all(p.dtype in (*_HALF, torch.float32) for p in model.parameters())
-
-
-@contextlib.contextmanager
-def _in_fp32(model: PreTrainedModel) -> Iterator[None]:
-    """The model computes in fp32 while the block runs, whatever it is stored in.
-
-    Of half precision, one layer at a time is held in fp32 as well; the stored numbers are put back untouched.
-    """
-    layers = list(decoder_layers(model))
-    of_layers = {id(tensor) for layer in layers for tensor in _tensors(layer)}
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(_widened_in_forward(layer))
-        stored = _widen(tensor for tensor in _tensors(model) if id(tensor) not in of_layers)
-        try:
-            yield
-        finally:
-            _put_back(stored)
-
-
-def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def _widen(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The tensors hold fp32 numbers from here on; what they held before is returned with each."""
-    stored = []
-    for tensor in tensors:
-        if tensor.dtype in _HALF:
-            stored.append((tensor, tensor.data))
-            tensor.data = tensor.data.float()
-    return stored
-
-
-def _put_back(stored: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for tensor, data in stored:
-        tensor.data = data
-
-
-@contextlib.contextmanager
-def _widened_in_forward(layer: torch.nn.Module) -> Iterator[None]:
-    stored: list[tuple[Tensor, Tensor]] = []
-
-    def before(*_: Any) -> None:
-        stored.extend(_widen(_tensors(layer)))
-
-    def after(*_: Any) -> None:
-        _put_back(stored)
-        stored.clear()
-
-    hooks = (layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    return all(p.dtype in (*HALF, torch.float32) for p in model.parameters())
 
 
 def _stock_logps(model: PreTrainedModel, sequence: TokenSequence, device: torch.device) -> Tensor:
