@@ -25,6 +25,8 @@ from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
 
 PARITY_PAIRS = 32
+ALONE_PAIRS = 8
+"""Of these, before training: one sequence at a time takes longest."""
 _BATCH_ROWS = 2048
 
 
@@ -110,6 +112,8 @@ class Parity(NamedTuple):
     floor_margin_sd: float
     floor_mean: float = 0.0
     """Each sequence alone minus all together; so are the others of its kind."""
+    alone_tokens: int = 0
+    """Tokens of the sequences that were also scored alone; 0: all, in older records."""
     alone_mean: float = 0.0
     """Cached minus each sequence alone; so are the others of its kind."""
     alone_sd: float = 0.0
@@ -140,7 +144,8 @@ class Parity(NamedTuple):
 
     def _compared(self, prefix: str, values: tuple[float, ...], limits: Limits) -> list[Check]:
         mean, sd, p99, largest = values
-        chance = 3 * min(limits.sd, sd) / self.tokens**0.5
+        tokens = (self.alone_tokens if prefix else 0) or self.tokens
+        chance = 3 * min(limits.sd, sd) / tokens**0.5
         bounds = {
             "mean": (mean, limits.mean + chance),
             "sd": (sd, limits.sd),
@@ -162,32 +167,41 @@ def _check(name: str, value: float, limit: float, cause: str) -> Check:
 
 
 @torch.no_grad()
-def measure_parity(policy: Policy, pairs: Sequence[ScoredPair], *, cached_dtype: str) -> Parity:
+def measure_parity(
+    policy: Policy, pairs: Sequence[ScoredPair], *, cached_dtype: str, alone: int | None = None
+) -> Parity:
     """Compare the cached token log-probs of ``pairs`` with the policy's own.
 
     Args:
         policy: Loaded from the weights that are claimed to be the reference.
         pairs: The sample.
         cached_dtype: Dtype the reference was scored in, from the fingerprint.
+        alone: How many of the pairs, evenly spread, are also scored one sequence at a time; None: all.
     """
     groups = [pair_group(pair) for pair in pairs]
     # Two of the longest fit, so that each pair can share its forward: else there would be no floor.
     budget = max(_BATCH_ROWS, 2 * max(packed_size(group) for group in groups))
     sides = [side for pair in pairs for side in (pair.ref_chosen_token_logps, pair.ref_rejected_token_logps)]
     own_sides = _together(policy, groups, budget)
-    alone_sides = _alone(policy, groups)
-    cached, own, alone = (np.concatenate(values) for values in (sides, own_sides, alone_sides))
-    difference = cached - own
-    mean, sd, p99, largest = _spread(difference)
-    alone_mean, alone_sd, alone_p99, alone_max = _spread(cached - alone)
-    floor_mean, floor_sd, floor_p99, floor_max = _spread(alone - own)
+    chosen_pairs = _evenly(len(pairs), min(alone or len(pairs), len(pairs)))
+    # Numbers of the sides that are also scored alone.
+    numbers = [2 * int(pair) + side for pair in chosen_pairs for side in (0, 1)]
+    alone_sides = _alone(policy, [groups[pair] for pair in chosen_pairs])
+    beside = [own_sides[number] for number in numbers]
+    cached, own = np.concatenate(sides), np.concatenate(own_sides)
+    mean, sd, p99, largest = _spread(cached - own)
+    alone_mean, alone_sd, alone_p99, alone_max = _spread(
+        np.concatenate([sides[number] for number in numbers]) - np.concatenate(alone_sides)
+    )
+    floor_mean, floor_sd, floor_p99, floor_max = _spread(np.concatenate(alone_sides) - np.concatenate(beside))
     margins = _margins(sides) - _margins(own_sides)
-    # NaN is the worst there can be. The forward that is further off names the token.
-    sizes = [np.nan_to_num(np.abs(cached - values), nan=np.inf) for values in (own, alone)]
-    size, compared = max(zip(sizes, (own, alone), strict=True), key=lambda found: float(found[0].max()))
-    place = int(size.argmax())
-    ends = np.cumsum([len(side) for side in sides])
-    side = int(np.searchsorted(ends, place, side="right"))
+    worst = max(
+        (
+            _worst(sides[n], other, n)
+            for n, other in [*enumerate(own_sides), *zip(numbers, alone_sides, strict=True)]
+        ),
+        key=lambda found: found.size,
+    )
     parity = Parity(
         pairs=len(pairs),
         tokens=len(cached),
@@ -199,19 +213,20 @@ def measure_parity(policy: Policy, pairs: Sequence[ScoredPair], *, cached_dtype:
         margin_mean=float(margins.mean()),
         margin_sd=float(margins.std()),
         loss=_loss(pairs, own_sides),
-        worst_row=pairs[side // 2].row,
-        worst_side=("chosen", "rejected")[side % 2],
-        worst_token=place - int(ends[side]) + len(sides[side]),
-        worst_cached=float(cached[place]),
-        worst_own=float(compared[place]),
+        worst_row=pairs[worst.side // 2].row,
+        worst_side=("chosen", "rejected")[worst.side % 2],
+        worst_token=worst.token,
+        worst_cached=worst.cached,
+        worst_own=worst.own,
         dtype=str(policy.dtype).removeprefix("torch."),
         cached_dtype=cached_dtype,
         ok=False,
         floor_sd=floor_sd,
         floor_p99=floor_p99,
         floor_max=floor_max,
-        floor_margin_sd=float((_margins(alone_sides) - _margins(own_sides)).std()),
+        floor_margin_sd=float((_margins(alone_sides) - _margins(beside)).std()),
         floor_mean=floor_mean,
+        alone_tokens=sum(map(len, alone_sides)),
         alone_mean=alone_mean,
         alone_sd=alone_sd,
         alone_p99=alone_p99,
@@ -219,6 +234,23 @@ def measure_parity(policy: Policy, pairs: Sequence[ScoredPair], *, cached_dtype:
         experts=has_experts(policy.model),
     )
     return parity._replace(ok=all(check.ok for check in parity.checks))
+
+
+class _Worst(NamedTuple):
+    """The token of one side that is furthest from the cache."""
+
+    size: float
+    side: int
+    token: int
+    cached: float
+    own: float
+
+
+def _worst(cached: LogpArray, own: LogpArray, side: int) -> _Worst:
+    # NaN is the worst there can be.
+    size = np.nan_to_num(np.abs(cached - own), nan=np.inf)
+    token = int(size.argmax())
+    return _Worst(float(size[token]), side, token, float(cached[token]), float(own[token]))
 
 
 def require_parity(parity: Parity, *, shards: str, model: str) -> None:

@@ -12,7 +12,14 @@ from dpo_opt.optimize.checkpoints import Checkpoint
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.distributed import World
 from dpo_opt.optimize.lora import FOUR_BIT_OFFSET, add_adapter, four_bit_options, plan_adapter
-from dpo_opt.optimize.parity import PARITY_PAIRS, Parity, measure_parity, require_parity, spread_pairs
+from dpo_opt.optimize.parity import (
+    ALONE_PAIRS,
+    PARITY_PAIRS,
+    Parity,
+    measure_parity,
+    require_parity,
+    spread_pairs,
+)
 from dpo_opt.optimize.policy import Policy, compute_dtype, load_policy
 from dpo_opt.optimize.probe import require_same_in_compute_dtype
 from dpo_opt.optimize.sharding import shard_policy
@@ -89,7 +96,8 @@ def start(
         say("the reference is another model than the starting policy: parity is not checked")
         return Started(policy, cost, None)
     cached_dtype = folder.manifest.fingerprint.dtype
-    parity = measure_parity(policy, spread_pairs(folder, PARITY_PAIRS), cached_dtype=cached_dtype)
+    sample = spread_pairs(folder, PARITY_PAIRS)
+    parity = measure_parity(policy, sample, cached_dtype=cached_dtype, alone=ALONE_PAIRS)
     if four_bit:
         say(f"{FOUR_BIT_OFFSET} (mean {parity.mean:+.1e}, sd {parity.sd:.1e} nats per token)")
     else:

@@ -357,3 +357,24 @@ def test_shards_give_alike_until_they_have_no_more(sizes: list[int]) -> None:
         most = taken.max()
         for own, size in zip(taken, sizes, strict=True):
             assert own >= min(size, most - 1)
+
+
+def test_fewer_pairs_may_be_scored_one_by_one(
+    policy: Policy, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone: list[int] = []
+    exact = Policy.sequence_logps
+
+    def count(self: Policy, groups: Sequence[Group]) -> list[torch.Tensor]:
+        if len(groups) == len(groups[0]) == 1:
+            alone.append(len(groups[0][0].completion_ids))
+        return exact(self, groups)
+
+    monkeypatch.setattr(Policy, "sequence_logps", count)
+    parity = measure_parity(policy, pairs_of(shards), cached_dtype="float32", alone=3)
+    assert len(alone) == 6
+    assert parity.alone_tokens == sum(alone) < parity.tokens
+    assert parity.ok
+    # The damage in a pair that is compared in batches only is named as ever.
+    damaged = measure_parity(policy, spoiled(shards, 11, 0.5), cached_dtype="float32", alone=3)
+    assert (damaged.worst_row, damaged.worst_side) == (11, "rejected")
