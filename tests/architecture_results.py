@@ -112,7 +112,8 @@ def result_of(model_type: str, folder: Path, *, window: int | None = None) -> Re
     try:
         half = load(folder, torch.bfloat16, trainable=False)
     except ConfigError as error:
-        if "does not compute in bfloat16" not in error.what:
+        # Some layers mix dtypes, or random weights make of rounding more than is allowed.
+        if "in bfloat16" not in error.what:
             raise
         return Result(f"{layout}, float32 only", difference)
     assert half.packs == policy.packs, "the layout depends on the dtype"
