@@ -48,11 +48,12 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
         FingerprintError: A folder was scored with another reference or tokenizer.
     """
     if config.eval_split and not len(stream.eval_positions):
+        larger = round(max(0.05, min(2 * config.eval_split, (1 + config.eval_split) / 2)), 2)
         raise ConfigError(
             f"--eval-split {config.eval_split} holds out none of the prompts",
             where=str(folder.path),
             why="the run would never be evaluated on them, without a word",
-            fix="pass a larger share, such as --eval-split 0.05, or leave --eval-split out",
+            fix=f"pass a larger share, such as --eval-split {larger}, or leave --eval-split out",
         )
     found = [Evaluation(None, stream, None)] if len(stream.eval_positions) else []
     for path in config.eval_shards:

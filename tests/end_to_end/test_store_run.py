@@ -35,7 +35,7 @@ def test_a_run_from_a_store_is_that_from_a_folder(
             )
             dpo_opt(
                 *("train", "--shards", shards, "--model", tiny_model, "--output-dir", run),
-                *("--batch-size", 4, "--max-steps", 3, "--eval-split", 0.2, "--logging-steps", 1),
+                *("--batch-size", 4, "--max-steps", 3, "--eval-split", 0.5, "--logging-steps", 1),
             )
             scores = run / "scores" / "final.parquet"
             dpo_opt("score", "--shards", shards, "--model", run / "final", "--output", scores)
