@@ -74,7 +74,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except model_errors() as error:
-        load_model_config(folder)  # which it reads too, and whose fault it may be
+        if (folder / "config.json").is_file():
+            load_model_config(folder)  # which it reads too, and whose fault it may be
         raise ConfigError(
             f"the tokenizer cannot be loaded ({first_line(error)})", where=str(folder), fix=fix
         ) from error

@@ -109,6 +109,8 @@ def result_of(model_type: str, folder: Path, *, window: int | None = None) -> Re
         found = torch.cat([logps.double() for logps in policy.sequence_logps(pairs())])
     difference = float((found - torch.cat(own_logps(folder))).abs().max())
     layout = "packed" if policy.packs else "padded"
+    if window is not None:
+        return Result(layout, difference)
     try:
         half = load(folder, torch.bfloat16, trainable=False)
     except ConfigError as error:

@@ -470,7 +470,10 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("rows", "characters", "most"), [(1, 10_000_000, 2200), (100, 100_000, 700)])
+@pytest.mark.parametrize(
+    ("rows", "characters", "most"),
+    [pytest.param(1, 10_000_000, 2200, marks=pytest.mark.slow), (100, 100_000, 700)],
+)
 def test_long_rows_take_memory_for_one_text_at_a_time(
     tiny_model: Path, rows: int, characters: int, most: int
 ) -> None:

@@ -199,7 +199,7 @@ def test_versions_that_run_a_models_code_are_refused(
         return VllmModel(tiny_model, dtype="bfloat16", max_length=10)
 
     if works:
-        assert make().numerics == ("vllm", version, "prompt_logprobs+reuse", "bfloat16", "{}")
+        assert make().numerics == ("vllm", version, "prompt_logprobs+reuse", "bfloat16", "{}", "fixed")
     else:
         with pytest.raises(ConfigError, match=r"vLLM 0\.17\.9 is too old"):
             make()
@@ -208,7 +208,7 @@ def test_versions_that_run_a_models_code_are_refused(
 @pytest.mark.vllm
 def test_what_scores_is_recorded(tiny_model: Path) -> None:
     numerics = VllmModel(tiny_model, dtype="float32", max_length=10).numerics
-    assert numerics == ("vllm", vllm_version(), "prompt_logprobs+reuse", "float32", "{}")
+    assert numerics == ("vllm", vllm_version(), "prompt_logprobs+reuse", "float32", "{}", "fixed")
 
 
 def test_the_users_environment_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
