@@ -17,12 +17,14 @@ from transformers import (
     Qwen3Config,
 )
 
+from dpo_opt.optimize import attention
 from dpo_opt.optimize.activations import checkpoint_activations
 from dpo_opt.optimize.attention import SEGMENT_ATTENTION
 from dpo_opt.optimize.logps import Head, token_logps
 from dpo_opt.optimize.packing import Group
-from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.policy import Policy, load_policy
 from dpo_opt.optimize.score import HfScorer
+from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import TokenSequence
 
 pytestmark = pytest.mark.gpu
@@ -201,3 +203,36 @@ def test_the_scorer_scores_on_the_device(cuda: torch.device, tiny_model: Path, d
     errors = np.concatenate(found) - np.concatenate(expected)
     assert np.abs(errors).max() < (1e-4 if dtype == "float32" else 0.3)
     assert abs(errors.mean()) < (1e-5 if dtype == "float32" else 0.01)
+
+
+def test_loading_notices_a_fused_kernel_that_mixes_sequences(
+    cuda: torch.device, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"dtype": torch.bfloat16, "device": cuda, "trainable": True}
+    assert load_policy(tiny_model, **settings).packs
+    exact = attention.varlen_attention
+
+    def leaking(query: Tensor, key: Tensor, *others: Any, **named: Any) -> Tensor:
+        return exact(query, key + 0.3 * key.roll(7, dims=2), *others, **named)
+
+    monkeypatch.setattr(attention, "varlen_attention", leaking)
+    with pytest.raises(ConfigError, match="computed in bfloat16 on cuda, log-probs differ"):
+        load_policy(tiny_model, **settings)
+
+
+def test_a_process_that_allows_tf32_loads_and_scores_in_fp32_all_the_same(
+    cuda: torch.device, tiny_model: Path
+) -> None:
+    exact = load_policy(tiny_model, dtype=torch.float32, device=cuda, trainable=True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        policy = load_policy(tiny_model, dtype=torch.float32, device=cuda, trainable=True)
+        groups = sequences_of(exact.model)
+        with torch.no_grad():
+            for found, wanted in zip(
+                policy.sequence_logps(groups), exact.sequence_logps(groups), strict=True
+            ):
+                torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    finally:
+        torch.set_float32_matmul_precision(before)
