@@ -311,8 +311,8 @@ def test_a_parquet_column_that_appears_twice_is_refused(tmp_path: Path) -> None:
     [
         ("empty.jsonl", b"", "the file has no rows"),
         ("blank.jsonl", b"\xef\xbb\xbf\n  \n", "the file has no rows"),
-        ("empty.jsonl.gz", gzip.compress(b""), "the file has no rows"),
-        ("cut.jsonl.gz", gzip.compress(to_lines(TEXT_ROWS))[:-9], "cannot be read after this ("),
+        ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "the file has no rows"),
+        ("cut.jsonl.gz", gzip.compress(to_lines(TEXT_ROWS), mtime=0)[:-9], "cannot be read after this ("),
         ("cut.jsonl.zst", zstandard.compress(to_lines(TEXT_ROWS))[:-3], "cannot be read after this ("),
         ("plain.jsonl.gz", to_lines(TEXT_ROWS), "cannot be read after this ("),
         ("plain.jsonl.zst", to_lines(TEXT_ROWS), "cannot be read after this ("),
