@@ -22,8 +22,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from dpo_opt.optimize.architecture import model_without_weights
 from dpo_opt.schemas.errors import ConfigError, DataError
-from dpo_opt.schemas.models import read_config, weights_digest
+from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.progress import Progress
+from dpo_opt.schemas.weights import weights_digest
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -11,9 +11,10 @@ from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.fingerprint import refuse_differences
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.model_config import first_line, load_model_config, model_errors
-from dpo_opt.schemas.models import config_digest, stated_architecture, tokenizer_digest, weights_digest
+from dpo_opt.schemas.models import config_digest, stated_architecture, tokenizer_digest
 from dpo_opt.schemas.rope import describe_rope
 from dpo_opt.schemas.shards import SCHEMA_VERSION
+from dpo_opt.schemas.weights import weights_digest
 
 
 def require_same_model(

@@ -23,9 +23,10 @@ from dpo_opt.optimize.precision import computing_in, full_precision_products
 from dpo_opt.optimize.probe import Probe, choose_layout, require_same_in_compute_dtype
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.model_config import first_line, load_model_config, model_errors
-from dpo_opt.schemas.models import context_length, left_over_weights
+from dpo_opt.schemas.models import context_length
 from dpo_opt.schemas.pairs import TokenSequence
 from dpo_opt.schemas.rope import pin_rope
+from dpo_opt.schemas.weights import left_over_weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,9 @@ from dpo_opt.schemas.audit import (
     SourceCount,
     TruncationForecast,
 )
-from dpo_opt.schemas.models import find_model, parameter_count
+from dpo_opt.schemas.models import find_model
 from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.weights import parameter_count
 
 Mask = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.intp]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.models import left_over_weights, read_config
+from dpo_opt.schemas.models import read_config
+from dpo_opt.schemas.weights import left_over_weights
 
 
 def require_place_for_all_weights(folder: Path) -> None:

@@ -24,9 +24,9 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped, Preempted
-from dpo_opt.schemas.models import nonfinite_tensor
 from dpo_opt.schemas.pairs import LogpArray, Scorer, TokenizedPair, TokenSequence
 from dpo_opt.schemas.text import printable
+from dpo_opt.schemas.weights import nonfinite_tensor
 
 ENGINE_ERROR = "engine_error"
 """Reason under which dropped rows are counted."""

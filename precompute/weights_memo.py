@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_opt.schemas.locations import AnyPath, store_errors
-from dpo_opt.schemas.models import weights_digest
 from dpo_opt.schemas.storage import write_text
+from dpo_opt.schemas.weights import weights_digest
 
 WEIGHTS = "weights.json"
 

@@ -1,25 +1,20 @@
-"""A model on disk: where it is, whether it is safe to load, and what its content is called.
+"""A model's folder: where it is, whether it is safe to load, and what its configuration says.
 
-A path or a Hub name says nothing about content; these digests do. They read bytes only, so the stage
-that plans a job needs no deep-learning library to know exactly which model it is about.
+A path or a Hub name says nothing about content; digests do: those here, and that of the weights (weights.py).
+They need no deep-learning library, so the stage that plans a job knows exactly which model it is about.
 """
 
 import hashlib
 import json
 import math
-import mmap
-import os
 import re
-import struct
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.hub import fetch
+from dpo_opt.schemas.weights import WEIGHTS, loaded_files
 
 VOLATILE_CONFIG_KEYS = frozenset(
     {
@@ -39,7 +34,6 @@ VOLATILE_CONFIG_KEYS = frozenset(
 ``architectures`` chooses the implementation, and is compared by itself (``stated_architecture``).
 """
 
-
 # Names under which transformers' configurations state the longest sequence. The first that is there counts:
 # later ones stand beside it as leftovers (n_ctx of GPT-2 checkpoints).
 _CONTEXT_KEYS: tuple[str, ...] = (
@@ -54,21 +48,8 @@ _CONTEXT_KEYS: tuple[str, ...] = (
     "context_length",  # RWKV
     "n_ctx",
 )
-# Older releases of transformers stored the causal masks of GPT-2, GPT-J, GPT-Neo and GPT-NeoX.
-_STORED_MASK = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 # The name that the Hub's cache gives to a folder of files.
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# Bytes of a tensor that are looked at at once.
-_CHUNK = 2**24
-# Bits of the exponent, by dtype: where all are set, the value is infinite or no number.
-_EXPONENTS = {
-    "F64": ("<u8", 0x7FF0_0000_0000_0000),
-    "F32": ("<u4", 0x7F80_0000),
-    "F16": ("<u2", 0x7C00),
-    "BF16": ("<u2", 0x7F80),
-}
-
 
 # Hub names that this process has asked for: a branch may move between two looks at it.
 _fetched: dict[str, Path] = {}
@@ -163,60 +144,9 @@ def _refuse_unsafe(folder: Path) -> None:
         raise ConfigError(
             f"{folder} names the file of its weights (transformers_weights in config.json)",
             why="transformers would load that file, vLLM the others",
-            fix=f"cp -rL {folder} MODEL, remove the key and call the file {_WEIGHTS}, then pass MODEL",
+            fix=f"cp -rL {folder} MODEL, remove the key and call the file {WEIGHTS}, then pass MODEL",
         )
     loaded_files(folder)
-
-
-def loaded_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers and vLLM load: those of the index, where there is one.
-
-    Raises:
-        ConfigError: The index cannot be read or names a file that is not there, or the two would not load
-            the same files.
-    """
-    # The other format of Mistral's models: the same weights under other names.
-    files = {p.name for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated")}
-    if (folder / _INDEX).is_file():
-        named = set(_weight_map(folder).values())
-        if _WEIGHTS in files and named != {_WEIGHTS}:
-            raise ConfigError(
-                f"{_WEIGHTS} stands beside {_INDEX}, which names other files",
-                where=str(folder),
-                why="transformers would load the one file, vLLM those that the index names",
-                fix=f"remove {folder / _WEIGHTS}, or the index and its files",
-            )
-        if missing := sorted(named - files):
-            raise ConfigError(
-                f"{missing[0]} is missing, which {_INDEX} names",
-                where=str(folder),
-                why="a part of the weights would not be loaded",
-                fix="copy or download the model again",
-            )
-        return [folder / name for name in sorted(named)]
-    if _WEIGHTS in files and len(files) > 1:
-        other = min(files - {_WEIGHTS})
-        raise ConfigError(
-            f"{other} stands beside {_WEIGHTS}, and there is no {_INDEX}",
-            where=str(folder),
-            why=f"transformers would load {_WEIGHTS} alone, vLLM both",
-            fix=f"cp -rL {folder} MODEL && rm MODEL/{other}, then pass MODEL",
-        )
-    return [folder / name for name in sorted(files)] or sorted(folder.glob("*.safetensors"))
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor to the file that holds it, as the index says."""
-    path = folder / _INDEX
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(tensor): str(file) for tensor, file in found.items()}
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"not readable as an index of weights ({type(error).__name__}: {error})",
-            where=str(path),
-            fix="copy or download the model again",
-        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -319,133 +249,6 @@ def stated_architecture(folder: Path) -> str | None:
     """
     stated = read_config(folder).get("architectures")
     return ",".join(map(str, stated)) or None if isinstance(stated, list) else None
-
-
-def weights_digest(folder: Path, *, contents: Mapping[str, tuple[str, str]] | None = None) -> str:
-    """SHA-256 over every loaded tensor's name, dtype, shape and bytes: the same for a re-sharded copy.
-
-    Args:
-        folder: In the Hugging Face layout.
-        contents: By tensor name, the dtype (``BF16``) and SHA-256 of what is to stand in the tensor's place.
-
-    Raises:
-        ConfigError: A safetensors file is truncated or damaged, or what is loaded is not certain.
-    """
-    others = contents or {}
-    tensors = _loaded_tensors(folder)
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        lines = sorted(pool.map(lambda t: _tensor_line(t, others.get(t[1])), tensors))
-    return _sha256("\n".join(lines))
-
-
-def _loaded_tensors(folder: Path) -> list[tuple[Path, str, str, tuple[int, ...], int, int]]:
-    """As ``_tensors``, of all files that are loaded.
-
-    Raises:
-        ConfigError: A tensor is in two of them, or not in the one that the index names.
-    """
-    tensors = [tensor for path in loaded_files(folder) for tensor in _tensors(path)]
-    places: dict[str, Path] = {}
-    for path, name, *_ in tensors:
-        if name in places:
-            raise ConfigError(
-                f"the tensor {name} is in {places[name].name} and in {path.name}",
-                where=str(folder),
-                why="which of them counts depends on the order in which the files are loaded",
-                fix="save the model again with save_pretrained",
-            )
-        places[name] = path
-    if (folder / _INDEX).is_file():
-        for name, file in sorted(_weight_map(folder).items()):
-            if places.get(name) != folder / file:
-                raise ConfigError(
-                    f"the tensor {name} is not in {file}, where {_INDEX} says it is",
-                    where=str(folder),
-                    why="the index is that of another model, or a file was exchanged",
-                    fix="copy or download the model again",
-                )
-    return tensors
-
-
-def _tensors(path: Path) -> list[tuple[Path, str, str, tuple[int, ...], int, int]]:
-    """(file, name, dtype, shape, first byte, last byte) of each tensor, from the safetensors header."""
-    size = path.stat().st_size
-    damaged = ConfigError(
-        "the safetensors file is truncated or damaged",
-        where=str(path),
-        fix="copy or download the model again",
-    )
-    with path.open("rb") as handle:
-        prefix = handle.read(8)
-        if len(prefix) < 8:
-            raise damaged
-        (header_size,) = struct.unpack("<Q", prefix)
-        if header_size > size - 8:
-            raise damaged
-        header_bytes = handle.read(header_size)
-    start = 8 + header_size
-    found = []
-    try:
-        for name, entry in json.loads(header_bytes).items():
-            if name != "__metadata__":
-                begin, end = map(int, entry["data_offsets"])
-                shape = tuple(map(int, entry["shape"]))
-                found.append((path, name, str(entry["dtype"]), shape, start + begin, start + end))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged from error
-    # The format has no byte after the last tensor.
-    ends = max((end for *_, end in found), default=start)
-    if ends != size or any(not start <= begin <= end for *_, begin, end in found):
-        raise damaged
-    return found
-
-
-def _tensor_line(
-    tensor: tuple[Path, str, str, tuple[int, ...], int, int], content: tuple[str, str] | None
-) -> str:
-    path, name, dtype, shape, begin, end = tensor
-    if content is not None:
-        return f"{name} {content[0]} {'x'.join(map(str, shape))} {content[1]}"
-    digest = hashlib.sha256()
-    if end > begin:
-        with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            view = memoryview(data)
-            try:
-                digest.update(view[begin:end])
-            finally:
-                view.release()
-    return f"{name} {dtype} {'x'.join(map(str, shape))} {digest.hexdigest()}"
-
-
-def nonfinite_tensor(folder: Path) -> str | None:
-    """Name of the first tensor that holds a NaN or an infinity, None where all weights are numbers.
-
-    Reads all weights, a few MiB at a time; other dtypes than F64, F32, F16 and BF16 are passed over.
-
-    Raises:
-        ConfigError: A safetensors file is truncated or damaged.
-    """
-    for path, name, dtype, _, begin, end in _loaded_tensors(folder):
-        if dtype not in _EXPONENTS:
-            continue
-        layout, exponent = _EXPONENTS[dtype]
-        with path.open("rb") as handle:
-            handle.seek(begin)
-            for start in range(begin, end, _CHUNK):
-                bits = np.frombuffer(handle.read(min(_CHUNK, end - start)), dtype=layout)
-                if bool(((bits & exponent) == exponent).any()):
-                    return name
-    return None
-
-
-def left_over_weights(names: Iterable[str]) -> list[str]:
-    """Of a checkpoint's tensors that its class has no place for, those that count: causal masks do not."""
-    return [name for name in names if not _STORED_MASK.search(name)]
-
-
-def parameter_count(folder: Path) -> int:
-    """Number of weights in a model's safetensors files, from their headers alone."""
-    return sum(math.prod(shape) for _, _, _, shape, _, _ in _loaded_tensors(folder))
 
 
 class _Backend(Protocol):

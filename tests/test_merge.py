@@ -18,8 +18,9 @@ from dpo_opt.optimize.adapter_folder import Adapter, Merged, merge_tensor, merge
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.lora import add_adapter, plan_adapter, save_adapter
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
-from dpo_opt.schemas.models import checkpoint_dtype, config_digest, weights_digest
+from dpo_opt.schemas.models import checkpoint_dtype, config_digest
 from dpo_opt.schemas.progress import Silent
+from dpo_opt.schemas.weights import weights_digest
 
 pytest.importorskip("peft")
 

@@ -16,7 +16,7 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.reference import resolve_reference
 from dpo_opt.schemas import models
 from dpo_opt.schemas.manifest import COMMAND, load_manifest
-from dpo_opt.schemas.models import weights_digest
+from dpo_opt.schemas.weights import weights_digest
 from dpo_opt.verify import verify
 
 

@@ -32,9 +32,9 @@ from dpo_opt.schemas.manifest import (
     load_manifest,
     write_manifest,
 )
-from dpo_opt.schemas.models import weights_digest
 from dpo_opt.schemas.shards import write_table
 from dpo_opt.schemas.storage import sha256_file, sha256_folder
+from dpo_opt.schemas.weights import weights_digest
 from dpo_opt.verify import Verdict, verify
 
 # Row 4 prefers nothing and is dropped. Two shards of 8 rows, one of 4.

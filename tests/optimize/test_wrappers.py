@@ -29,8 +29,8 @@ from dpo_opt.optimize.throughput import Throughput
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.manifest import ShardFolder
-from dpo_opt.schemas.models import weights_digest
 from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.weights import weights_digest
 
 CPU = torch.device("cpu")
 WORDS = 288  # at least as many ids as tiny_model's tokenizer has

@@ -27,9 +27,9 @@ from dpo_opt.precompute.problems import BAD_ROWS, FOUND
 from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
 from dpo_opt.schemas.audit import Audit, LengthBias, Problem
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.models import parameter_count
 from dpo_opt.schemas.pairs import PreferencePair, TokenizedPair
 from dpo_opt.schemas.progress import Silent
+from dpo_opt.schemas.weights import parameter_count
 
 TRUNCATIONS: tuple[Truncation, ...] = get_args(Truncation)
 Rows = list[dict[str, Any]]

@@ -13,7 +13,7 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import work
 from dpo_opt.precompute.weights_memo import WEIGHTS, known_weights_digest, remember_weights, weight_files
 from dpo_opt.schemas.errors import FingerprintError
-from dpo_opt.schemas.models import weights_digest
+from dpo_opt.schemas.weights import weights_digest
 
 Hashed = list[Path]
 

@@ -16,13 +16,11 @@ from dpo_opt.schemas.models import (
     config_digest,
     context_length,
     find_model,
-    nonfinite_tensor,
-    parameter_count,
     stated_context,
     template_digest,
     tokenizer_digest,
-    weights_digest,
 )
+from dpo_opt.schemas.weights import nonfinite_tensor, parameter_count, weights_digest
 
 
 @pytest.fixture
