@@ -20,7 +20,7 @@ from typing import Annotated, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from upath import UPath
 
 from dpo_opt.schemas.errors import DataError, DpoOptError, quoted
@@ -105,6 +105,14 @@ class ShardCommit(_Record):
     rows_digest: Sha256
     """As in the plan: the rows that were scored are the rows that were planned."""
     fingerprint: Fingerprint
+    host: str | None = None
+    """Name of the machine that scored it. Here and below: null in records from before it was kept."""
+    worker: int | None = None
+    """Number of the worker that scored it; null for the only one."""
+    finished: AwareDatetime | None = None
+    """When it was committed, in UTC, by that machine's clock."""
+    seconds: float | None = None
+    """From its first row to its commit."""
 
 
 class Manifest(_Record):
@@ -131,7 +139,7 @@ class _TokenizerFiles(_Record):
 
 def to_json(record: BaseModel) -> str:
     """The one spelling of a record on disk: sorted keys, so equal records are equal bytes."""
-    return json.dumps(record.model_dump(), sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(record.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_manifest(shards_dir: AnyPath, manifest: Manifest) -> None:

@@ -231,7 +231,7 @@ def test_a_value_of_another_kind_is_refused_by_its_field(folder: Path) -> None:
 
 def test_keys_of_a_later_version_are_ignored_and_hashed_all_the_same(folder: Path) -> None:
     manifest = load_manifest(folder)
-    shards = [{**shard.model_dump(), "host": "ü"} for shard in manifest.shards]
+    shards = [{**shard.model_dump(), "rack": "ü"} for shard in manifest.shards]
     rewrite_manifest(folder, written_by="a later version", shards=shards)
     assert load_manifest(folder) == manifest
     assert read_all(folder) == list(range(SHARDS * ROWS))
