@@ -1,6 +1,7 @@
 """What every test stands on: a tiny model that is made here, and rules for what a machine may lack."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,13 +54,19 @@ def shared_data() -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Folder of a random Llama with its byte-level tokenizer: context 256, BOS 0, EOS 1, a chat template.
 
-    Shared by all tests: copy it before changing a file.
+    Shared by all tests: to change a file, take ``model``.
     """
     folder = tmp_path_factory.mktemp("tiny-model")
     make_tiny_model(folder, seed=0)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     yield folder
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, "a test changed tiny_model"
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of ``tiny_model`` that may be changed."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
 @pytest.fixture(scope="session")

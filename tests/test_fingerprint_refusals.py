@@ -17,6 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from fakes import NUMERICS, preference_rows, write_jsonl
+from model_edits import change_config, change_weights
 from safetensors.torch import load_file, save_file
 
 from dpo_opt.cli import main
@@ -76,10 +77,9 @@ def own_model(cause: Cause) -> Path:
 
 
 def another_weight(cause: Cause, _: pytest.MonkeyPatch) -> None:
-    path = own_model(cause) / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] += 1e-3
-    save_file(tensors, path, metadata={"format": "pt"})
+    change_weights(
+        own_model(cause), lambda found: found["model.layers.1.mlp.up_proj.weight"][5, 7].add_(1e-3)
+    )
 
 
 def another_config(cause: Cause, _: pytest.MonkeyPatch) -> None:
@@ -88,11 +88,6 @@ def another_config(cause: Cause, _: pytest.MonkeyPatch) -> None:
 
 def another_architecture(cause: Cause, _: pytest.MonkeyPatch) -> None:
     change_config(own_model(cause), architectures=["GraniteForCausalLM"])
-
-
-def change_config(model: Path, **values: Any) -> None:
-    path = model / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def another_merge(cause: Cause, _: pytest.MonkeyPatch) -> None:

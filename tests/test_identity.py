@@ -276,10 +276,9 @@ def refusals(scored: PrecomputeConfig, model: Path, tmp_path: Path) -> dict[str,
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_another_model_is_refused_by_what_differs(
-    name: str, scored: PrecomputeConfig, tiny_model: Path, tmp_path: Path
+    name: str, scored: PrecomputeConfig, model: Path, tmp_path: Path
 ) -> None:
     what, edit = CHANGED[name]
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     edit(model)
     found = refusals(scored, model, tmp_path)
     who = {"precompute", "a worker"} | (set() if what == "chat_template" else {"training"})
@@ -291,9 +290,8 @@ def test_another_model_is_refused_by_what_differs(
 
 @pytest.mark.parametrize("name", SAME)
 def test_another_spelling_of_the_model_is_accepted(
-    name: str, scored: PrecomputeConfig, tiny_model: Path, tmp_path: Path
+    name: str, scored: PrecomputeConfig, model: Path, tmp_path: Path
 ) -> None:
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     SAME[name](model)
     assert refusals(scored, model, tmp_path) == {}
 
@@ -308,14 +306,13 @@ def test_memory_settings_of_the_engine_are_the_same_run(
 
 
 def test_other_shards_of_a_folder_follow_another_spelling_and_its_plan(
-    scored: PrecomputeConfig, tiny_model: Path, tmp_path: Path
+    scored: PrecomputeConfig, model: Path, tmp_path: Path
 ) -> None:
     """What is scored under the other spelling counts as the folder's own."""
     shards = Path(shutil.copytree(str(scored.shards), tmp_path / "shards"))
     plan = (shards / "plan.json").read_bytes()
     for path in [shards / "manifest.json", *(shards / COMMITS).iterdir()]:
         path.unlink()
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     in_json("config.json", as_transformers_4_wrote_it)(model)
     scorer = ScriptedScorer()
     precompute(scored.model_copy(update={"model": str(model), "shards": shards}), scorer=scorer)
@@ -325,14 +322,13 @@ def test_other_shards_of_a_folder_follow_another_spelling_and_its_plan(
 
 @pytest.mark.parametrize("text", [None, "{", "[]", "{}"])
 def test_a_folder_that_does_not_keep_its_references_configuration_compares_digests(
-    text: str | None, scored: PrecomputeConfig, tiny_model: Path, tmp_path: Path
+    text: str | None, scored: PrecomputeConfig, model: Path, tmp_path: Path
 ) -> None:
     old = Path(shutil.copytree(str(scored.shards), tmp_path / "old"))
     (old / MODEL_CONFIG).unlink()
     if text is not None:
         (old / MODEL_CONFIG).write_text(text)
     before = scored.model_copy(update={"shards": old})
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config(_name_or_path="there")(model)
     assert refusals(before, model, tmp_path) == {}
     shutil.rmtree(tmp_path / "shards")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_edits import change_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -54,8 +55,8 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path, tokenizer_dir
         tie_word_embeddings=True,
         initializer_range=0.1,
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
-    save(tmp_path / "source", tmp_path / "final", tokenizer_dir)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    save(tmp_path / "model", tmp_path / "final", tokenizer_dir)
     saved = load_file(tmp_path / "final" / "model.safetensors")
     assert sum(w.shape == (270, 64) for w in saved.values()) == 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
@@ -73,32 +74,28 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path, tokenizer_dir
     ],
 )
 def test_generation_settings_are_kept_as_they_were(
-    tiny_model: Path, tmp_path: Path, tokenizer_dir: Path, settings: dict[str, object]
+    model: Path, tmp_path: Path, tokenizer_dir: Path, settings: dict[str, object]
 ) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(tiny_model, source)
-    (source / "generation_config.json").write_text(json.dumps(settings))
-    save(source, tmp_path / "final", tokenizer_dir)
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    save(model, tmp_path / "final", tokenizer_dir)
     assert json.loads((tmp_path / "final" / "generation_config.json").read_text()) == settings
 
 
 @pytest.mark.parametrize("templated", [True, False])
 def test_what_prepares_images_and_sounds_is_kept_and_the_tokenizer_stays_as_it_was_trained_on(
-    tiny_model: Path, tmp_path: Path, tokenizer_dir: Path, templated: bool
+    model: Path, tmp_path: Path, tokenizer_dir: Path, templated: bool
 ) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(tiny_model, source)
     names = {"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"}
     names |= {"image_processor_config.json", "audio_tokenizer_config.json"}
     for name in names:
-        (source / name).write_text(name)
-    (source / "chat_template.jinja").write_text("of the folder")
-    (source / "tokenizer_config.json").write_text("{}")
-    (source / "notes.json").write_text("{}")
+        (model / name).write_text(name)
+    (model / "chat_template.jinja").write_text("of the folder")
+    (model / "tokenizer_config.json").write_text("{}")
+    (model / "notes.json").write_text("{}")
     template = (tokenizer_dir / "chat_template.jinja").read_text() if templated else "of the folder"
     if not templated:
         (tokenizer_dir / "chat_template.jinja").unlink()
-    save(source, tmp_path / "final", tokenizer_dir)
+    save(model, tmp_path / "final", tokenizer_dir)
     for name in names:
         assert (tmp_path / "final" / name).read_text() == name
     assert (tmp_path / "final" / "chat_template.jinja").read_text() == template
@@ -129,15 +126,12 @@ def test_a_folder_left_by_a_crash_does_no_harm(tiny_model: Path, tmp_path: Path,
 
 
 def test_settings_that_transformers_refuses_to_write_do_not_lose_the_run(
-    tiny_model: Path, tmp_path: Path, tokenizer_dir: Path
+    model: Path, tmp_path: Path, tokenizer_dir: Path
 ) -> None:
     """As the first conversions of Llama have them, without a generation_config.json beside."""
-    source = tmp_path / "source"
-    shutil.copytree(tiny_model, source)
-    (source / "generation_config.json").unlink(missing_ok=True)
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "pad_token_id": -1}))
-    save(source, tmp_path / "final", tokenizer_dir)
+    (model / "generation_config.json").unlink(missing_ok=True)
+    change_config(model, pad_token_id=-1)
+    save(model, tmp_path / "final", tokenizer_dir)
     assert json.loads((tmp_path / "final" / "config.json").read_text())["pad_token_id"] == -1
     assert not (tmp_path / "final" / "generation_config.json").exists()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "final").generation_config.eos_token_id == 1

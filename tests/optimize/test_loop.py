@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from model_edits import lose_a_merge
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -383,24 +384,18 @@ def test_a_reference_that_differs_is_allowed_when_said(settings: dict[str, Any],
 
 @pytest.mark.parametrize("reference_differs", [False, True])
 def test_another_tokenizer_is_always_refused(
-    settings: dict[str, Any], tiny_model: Path, tmp_path: Path, reference_differs: bool
+    settings: dict[str, Any], model: Path, reference_differs: bool
 ) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["model"]["merges"].pop()
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    lose_a_merge(model)
     with pytest.raises(FingerprintError, match="tokenizer"):
-        train(TrainConfig(**{**settings, "model": str(folder)}, reference_differs=reference_differs))
+        train(TrainConfig(**{**settings, "model": str(model)}, reference_differs=reference_differs))
 
 
-def test_a_model_without_tokenizer_is_refused_in_words(
-    settings: dict[str, Any], tiny_model: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+def test_a_model_without_tokenizer_is_refused_in_words(settings: dict[str, Any], model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
     with pytest.raises(ConfigError, match="the tokenizer cannot be loaded"):
-        train(TrainConfig(**{**settings, "model": str(folder)}))
+        train(TrainConfig(**{**settings, "model": str(model)}))
 
 
 def test_a_used_folder_is_refused_and_left_alone(settings: dict[str, Any]) -> None:

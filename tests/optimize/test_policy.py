@@ -1,7 +1,5 @@
 """Log-probs and gradients against each architecture's own full-logit forward, one sequence at a time."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import CPU, HEADS, PACKED, PADDED, SIZES, contrast, groups, load, save_random
-from safetensors.torch import load_file, save_file
+from model_edits import change_config, change_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -155,68 +153,45 @@ def test_dtype_auto_is_fp32_on_a_cpu_and_bf16_on_a_gpu() -> None:
     assert compute_dtype("bfloat16", CPU) == torch.bfloat16
 
 
-def test_an_unknown_architecture_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "no-such-model"}))
+def test_an_unknown_architecture_is_refused(model: Path) -> None:
+    change_config(model, model_type="no-such-model")
     with pytest.raises(ConfigError, match="transformers cannot make this model"):
-        load(folder)
+        load(model)
 
 
-def test_a_checkpoint_without_all_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+def test_a_checkpoint_without_all_weights_is_refused(model: Path) -> None:
+    change_weights(model, lambda found: found.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(
         ConfigError, match=r"lacks 1 of the model's weights, such as model\.layers\.1\.mlp\.up"
     ):
-        load(folder)
+        load(model)
 
 
-def test_a_checkpoint_with_weights_that_have_no_place_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.self_attn.q_proj.bias"] = torch.ones(4 * 32)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+def test_a_checkpoint_with_weights_that_have_no_place_is_refused(model: Path) -> None:
+    bias = {"model.layers.1.self_attn.q_proj.bias": torch.ones(4 * 32)}
+    change_weights(model, lambda found: found.update(bias))
     with pytest.raises(
         ConfigError, match=r"holds 1 weights .* such as model\.layers\.1\.self_attn\.q_proj\.bias"
     ):
-        load(folder)
+        load(model)
 
 
-def test_layers_that_the_configuration_does_not_count_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+def test_layers_that_the_configuration_does_not_count_are_refused(model: Path) -> None:
+    change_config(model, num_hidden_layers=1)
     with pytest.raises(ConfigError, match=r"weights that the model has no place for"):
-        load(folder)
+        load(model)
 
 
-def test_what_older_programs_leave_in_a_checkpoint_is_no_weight(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert load(folder).packs
+def test_what_older_programs_leave_in_a_checkpoint_is_no_weight(model: Path) -> None:
+    left = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    change_weights(model, lambda found: found.update(left))
+    assert load(model).packs
 
 
-def test_a_weight_of_another_shape_is_named_with_both(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    change_config(folder, num_key_value_heads=4)
+def test_a_weight_of_another_shape_is_named_with_both(model: Path) -> None:
+    change_config(model, num_key_value_heads=4)
     with pytest.raises(ConfigError, match=r"k_proj\.weight is of shape \(64, 64\), .* makes it \(128, 64\)"):
-        load(folder)
-
-
-def change_config(folder: Path, **values: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        load(model)
 
 
 @pytest.mark.parametrize(
@@ -236,15 +211,11 @@ def change_config(folder: Path, **values: Any) -> None:
     ],
     ids=str,
 )
-def test_a_value_that_no_model_can_have_is_no_traceback(
-    tiny_model: Path, tmp_path: Path, values: dict[str, Any]
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    change_config(folder, **values)
+def test_a_value_that_no_model_can_have_is_no_traceback(model: Path, values: dict[str, Any]) -> None:
+    change_config(model, **values)
     with pytest.raises(ConfigError) as caught:
-        load(folder)
-    assert str(folder) in str(caught.value)
+        load(model)
+    assert str(model) in str(caught.value)
     assert caught.value.fix
 
 
@@ -259,41 +230,32 @@ def test_a_vocabulary_of_special_tokens_alone_is_no_fault(tiny_model: Path, tmp_
     assert load(tmp_path).packs
 
 
-def test_weights_that_are_no_numbers_are_named(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3] = torch.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+def test_weights_that_are_no_numbers_are_named(model: Path) -> None:
+    change_weights(model, lambda found: found["model.layers.1.mlp.up_proj.weight"][3].fill_(torch.nan))
     with pytest.raises(
         ConfigError, match=r"weights that are no numbers: model\.layers\.1\.mlp\.up_proj\.weight"
     ):
-        load(folder)
+        load(model)
 
 
-def test_activations_beyond_a_dtypes_range_name_the_dtype(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    weights = load_file(folder / "model.safetensors")
-    for name, weight in weights.items():
-        for part, factor in (("up_proj", 3000.0), ("gate_proj", 300.0), ("down_proj", 1 / 3000)):
-            if part in name:
-                weight *= factor
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert load(folder).packs
+def test_activations_beyond_a_dtypes_range_name_the_dtype(model: Path) -> None:
+    factors = {"up_proj": 3000.0, "gate_proj": 300.0, "down_proj": 1 / 3000}
+
+    def enlarge(found: dict[str, Tensor]) -> None:
+        for name, weight in found.items():
+            weight *= factors.get(name.split(".")[-2], 1)
+
+    change_weights(model, enlarge)
+    assert load(model).packs
     with pytest.raises(ConfigError, match="logits are not finite in float16") as caught:
-        load(folder, dtype=torch.float16, trainable=False)
+        load(model, dtype=torch.float16, trainable=False)
     assert caught.value.fix == "pass --dtype bfloat16 or --dtype float32"
 
 
-def test_quantized_weights_are_not_trained(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    quantized = {**config, "quantization_config": {"quant_method": "fp8"}}
-    (folder / "config.json").write_text(json.dumps(quantized))
+def test_quantized_weights_are_not_trained(model: Path) -> None:
+    change_config(model, quantization_config={"quant_method": "fp8"})
     with pytest.raises(ConfigError, match="quantized"):
-        load(folder)
+        load(model)
 
 
 def test_fp32_products_have_all_digits_whatever_the_process_allows(

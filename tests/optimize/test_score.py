@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from model_edits import lose_a_merge
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -213,14 +214,8 @@ def test_the_final_model_of_a_run_is_scored_with_its_step(
     assert {round(row["epoch"], 6) for row in rows} == {round(36 / 28, 6)}
 
 
-def test_a_checkpoint_with_another_tokenizer_is_refused(
-    shards: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["model"]["merges"].pop()
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+def test_a_checkpoint_with_another_tokenizer_is_refused(shards: Path, model: Path, tmp_path: Path) -> None:
+    lose_a_merge(model)
     with pytest.raises(FingerprintError, match="tokenizer"):
-        score_shards(shards, model=str(folder), output=tmp_path / "score.parquet", dtype="auto")
+        score_shards(shards, model=str(model), output=tmp_path / "score.parquet", dtype="auto")
     assert not (tmp_path / "score.parquet").exists()

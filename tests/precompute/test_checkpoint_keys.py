@@ -2,7 +2,6 @@
 
 import json
 import resource
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 import transformers
 from fakes import preference_rows, write_jsonl
-from safetensors.torch import load_file, save_file
+from model_edits import change_config, change_weights
 
 from dpo_opt.precompute import vllm_model
 from dpo_opt.precompute.checkpoint_keys import require_place_for_all_weights
@@ -34,19 +33,8 @@ SIZES: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def model(tiny_model: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
-
-
 def add(folder: Path, **tensors: torch.Tensor) -> None:
-    path = folder / "model.safetensors"
-    save_file(load_file(path) | tensors, path, metadata={"format": "pt"})
-
-
-def change_config(folder: Path, **values: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    change_weights(folder, lambda found: found.update(tensors))
 
 
 def biases(folder: Path) -> None:

@@ -19,11 +19,6 @@ Hashed = list[Path]
 
 
 @pytest.fixture
-def model(tiny_model: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
-
-
-@pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> Hashed:
     """Folders whose weights were read."""
     folders: Hashed = []
