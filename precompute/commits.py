@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from dpo_opt.precompute.plan import ranges_of, read_plan
-from dpo_opt.schemas.errors import DataError, FingerprintError
+from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
 from dpo_opt.schemas.manifest import (
-    COMMAND,
     COMMITS,
+    DAMAGED,
     DATA,
     INDEX,
     MANIFEST,
@@ -28,7 +28,8 @@ from dpo_opt.schemas.manifest import (
     ShardCommit,
     ShardRange,
     load_manifest,
-    parse,
+    repair_command,
+    resume_command,
     verified_file,
     write_manifest,
 )
@@ -71,11 +72,19 @@ def committed(shards_dir: AnyPath, plan: Plan) -> dict[int, ShardCommit]:
     wanted = [name for shard in left for name in names.get(shard, [])]
     # One that gc has just removed is not there.
     for name, text in read_all(shards_dir / COMMITS, wanted).items():
-        commit = parse(ShardCommit, text, where=shards_dir / COMMITS / name)
+        commit = read_commit(text)
         planned = left[int(name.partition("-")[0])]
-        if planned.shard not in found and _is_valid(commit, planned, plan, data):
+        if commit and planned.shard not in found and _is_valid(commit, planned, plan, data):
             found[planned.shard] = commit
     return found
+
+
+def read_commit(text: bytes) -> ShardCommit | None:
+    """A commit's record; None where it cannot be read, which is no commit: its shard is scored again."""
+    try:
+        return ShardCommit.model_validate_json(text)
+    except ValidationError:
+        return None
 
 
 def _finalized(shards_dir: AnyPath) -> list[ShardCommit]:
@@ -94,18 +103,21 @@ def is_committed(shards_dir: AnyPath, planned: ShardRange, plan: Plan) -> bool:
     if not names:
         return False
     data = sizes(shards_dir / DATA, prefix=prefix)
-    return any(
-        _is_valid(parse(ShardCommit, text, where=shards_dir / COMMITS / name), planned, plan, data)
-        for name, text in read_all(shards_dir / COMMITS, names).items()
-    )
+    commits = map(read_commit, read_all(shards_dir / COMMITS, names).values())
+    return any(commit and _is_valid(commit, planned, plan, data) for commit in commits)
 
 
 def _is_valid(commit: ShardCommit, planned: ShardRange, plan: Plan, data: Mapping[str, int]) -> bool:
+    return is_of(commit, planned, plan) and data.get(commit.file.removeprefix(f"{DATA}/")) == commit.bytes
+
+
+def is_of(commit: ShardCommit, planned: ShardRange, plan: Plan) -> bool:
+    """Whether a commit says that it holds a planned shard, whole; its files may be gone or damaged."""
     return (
         (commit.shard, commit.start, commit.stop) == (planned.shard, planned.start, planned.stop)
+        and commit.rows + sum(commit.dropped.values()) == planned.stop - planned.start
         and commit.rows_digest == planned.rows_digest
         and commit.fingerprint == plan.fingerprint
-        and data.get(commit.file.removeprefix(f"{DATA}/")) == commit.bytes
         # A manifest that names a file outside the folder is one that nobody can read.
         and commit.dropped_file == commit.file.removesuffix(".parquet") + ".dropped.parquet"
     )
@@ -200,7 +212,7 @@ def finalize(shards_dir: AnyPath) -> Manifest:
             f"{len(missing)} of {len(plan.shards)} shards are not scored yet ({listed})",
             where=str(shards_dir),
             why="pairs would be missing from training",
-            fix=f"dpo-opt precompute --config {shards_dir / COMMAND}",
+            fix=resume_command(shards_dir),
         )
     dropped: Counter[str] = Counter()
     tables = []
@@ -208,12 +220,6 @@ def finalize(shards_dir: AnyPath) -> Manifest:
         commit = done[planned.shard]
         with verified_file(shards_dir, commit.dropped_file, commit.dropped_sha256):
             pass
-        if commit.rows + sum(commit.dropped.values()) != planned.stop - planned.start:
-            raise DataError(
-                f"shard {planned.shard} accounts for {commit.rows} kept and {sum(commit.dropped.values())} "
-                f"dropped rows of {planned.stop - planned.start}",
-                where=str(shards_dir / commit.file),
-            )
         dropped.update(commit.dropped)
         with verified_file(shards_dir, commit.file, commit.sha256) as file:
             tables.append(_index_rows(file, planned.shard))
@@ -260,7 +266,12 @@ def _write_index(shards_dir: AnyPath, name: str, table: pa.Table) -> tuple[str, 
                 if sha256_file(place) != sha256:
                     continue
             return place.name, sha256
-    raise DataError("the index was damaged after it was written", where=str(place), fix=f"remove {place}")
+    raise DataError(
+        "the index was damaged after it was written",
+        where=str(place),
+        why="the manifest would name it",
+        fix=f"rm {quoted(place)}, then dpo-opt finalize --shards {quoted(shards_dir)}",
+    )
 
 
 def _require_present(shards_dir: AnyPath, commit: ShardCommit, data: Mapping[str, int]) -> None:
@@ -271,7 +282,8 @@ def _require_present(shards_dir: AnyPath, commit: ShardCommit, data: Mapping[str
             "the file is missing" if size is None else f"the file has {size} bytes of {commit.bytes}",
             where=str(shards_dir / commit.file),
             why="the manifest names it, so pairs would be missing from training",
-            fix="restore the file, or delete the folder and run `dpo-opt precompute` again",
+            fix=repair_command(shards_dir),
+            kind=DAMAGED,
         )
 
 

@@ -4,9 +4,10 @@ import re
 import secrets
 from typing import NamedTuple
 
+from dpo_opt.precompute.commits import read_commit
 from dpo_opt.precompute.plan import read_plan
 from dpo_opt.schemas.locations import AnyPath, explained, is_file, read_all, remove, sizes
-from dpo_opt.schemas.manifest import COMMITS, DATA, MANIFEST, ShardCommit, load_manifest, parse
+from dpo_opt.schemas.manifest import COMMITS, DATA, MANIFEST, ShardCommit, load_manifest
 
 # Names that this program gives; anything else in the folder is somebody's, and stays.
 _ATTEMPT = re.compile(r"\d{5,}-[0-9a-f]{8}(\.dropped)?\.(parquet|json)")
@@ -81,11 +82,8 @@ def _wanted(shards_dir: AnyPath) -> set[str]:
         for name in sizes(shards_dir / COMMITS)
         if _ATTEMPT.fullmatch(name) and int(name.partition("-")[0]) not in settled
     ]
-    records = read_all(shards_dir / COMMITS, names).items()
-    commits = [
-        *kept,
-        *(parse(ShardCommit, text, where=shards_dir / COMMITS / name) for name, text in records),
-    ]
+    records = map(read_commit, read_all(shards_dir / COMMITS, names).values())
+    commits = [*kept, *filter(None, records)]
     return index | {
         name
         for commit in commits

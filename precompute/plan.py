@@ -29,7 +29,16 @@ from dpo_opt.precompute.tokenize import PairTokenizer
 from dpo_opt.schemas.columns import MARGIN, WEIGHT, Column, new_column
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
-from dpo_opt.schemas.manifest import MANIFEST, PLAN, Manifest, Plan, ShardRange, load_manifest, parse
+from dpo_opt.schemas.manifest import (
+    MANIFEST,
+    PLAN,
+    Manifest,
+    Plan,
+    ShardRange,
+    load_manifest,
+    parse,
+    repair_command,
+)
 from dpo_opt.schemas.pairs import Numerics, PreferencePair, TokenizedPair
 
 
@@ -203,15 +212,17 @@ def known_plans(shards_dir: AnyPath) -> list[Plan]:
     plans = read_plans(shards_dir)
     if plans or not is_file(shards_dir / MANIFEST):
         return plans
-    manifest = load_manifest(shards_dir)
-    return [
-        Plan(
-            fingerprint=manifest.fingerprint,
-            dataset_digest=manifest.dataset_digest,
-            rows=manifest.rows,
-            shards=ranges_of(manifest),
-        )
-    ]
+    return [plan_of(load_manifest(shards_dir))]
+
+
+def plan_of(manifest: Manifest) -> Plan:
+    """The plan that a manifest covers."""
+    return Plan(
+        fingerprint=manifest.fingerprint,
+        dataset_digest=manifest.dataset_digest,
+        rows=manifest.rows,
+        shards=ranges_of(manifest),
+    )
 
 
 def _short_ends(plan: Plan) -> list[int]:
@@ -228,12 +239,18 @@ def ranges_of(manifest: Manifest) -> list[ShardRange]:
 
 
 def read_plans(shards_dir: AnyPath) -> list[Plan]:
-    """The folder's plans, one for each time it grew; each holds the shards of the one before."""
+    """The folder's plans, one for each time it grew; each holds the shards of the one before.
+
+    Raises:
+        DataError: One of them is damaged.
+    """
     names = sizes(shards_dir)
     wanted = [PLAN, *(f"plan-{i}.json" for i in range(1, len(names)))]
     found = list(itertools.takewhile(lambda name: name in names, wanted))
     texts = read_all(shards_dir, found).items()
-    return [parse(Plan, text, where=shards_dir / name) for name, text in texts]
+    return [
+        parse(Plan, text, where=shards_dir / name, fix=repair_command(shards_dir)) for name, text in texts
+    ]
 
 
 def read_plan(shards_dir: AnyPath) -> Plan:

@@ -45,9 +45,14 @@ MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 COMMITS = "commits"
 DATA = "data"
+DROPPED = "dropped"
 TOKENIZER = "tokenizer"
+DAMAGED = "damaged"
+"""Kind of the errors that ``dpo-opt repair`` mends."""
 R = TypeVar("R", bound=BaseModel)
-_SAFE_FILE = re.compile(r"(data/)?[A-Za-z0-9][A-Za-z0-9._-]*")
+ATTEMPT = re.compile(r"(?P<shard>\d{5,})-[0-9a-f]{8}(\.dropped)?\.(parquet|json)")
+"""Names that this program gives to an attempt's files; anything else in their folders is somebody's own."""
+_SAFE_FILE = re.compile(rf"(({DATA}|{DROPPED})/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -137,24 +142,33 @@ class _TokenizerFiles(_Record):
     tokenizer_files: list[str] | None = None
 
 
+def repair_command(shards_dir: AnyPath) -> str:
+    """What heals a folder with damaged or lost files."""
+    return f"dpo-opt repair --shards {quoted(shards_dir)}"
+
+
+def resume_command(shards_dir: AnyPath) -> str:
+    """What goes on with a folder where it stands now: its settings name the place where it was planned."""
+    settings = shards_dir / COMMAND
+    how = f"--config {quoted(settings)}" if is_file(settings) else "--model M --data DATA"
+    return f"dpo-opt precompute {how} --shards {quoted(shards_dir)}"
+
+
 def to_json(record: BaseModel) -> str:
     """The one spelling of a record on disk: sorted keys, so equal records are equal bytes."""
-    return json.dumps(record.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    values = record.model_dump(mode="json")
+    return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
-def write_manifest(shards_dir: AnyPath, manifest: Manifest) -> None:
-    """Publish the manifest with the names of the tokenizer's files and the hash of its own body.
+def manifest_text(shards_dir: AnyPath, manifest: Manifest) -> str:
+    """What stands in ``manifest.json``: also the names of the tokenizer's files, and the hash of all of it.
 
     Raises:
         DataError: A file of the tokenizer has a name that leaves its folder.
-        DpoOptError: The disk is full, or the store refuses.
     """
     body = json.loads(to_json(manifest))
     body["tokenizer_files"] = file_names(shards_dir / TOKENIZER)
-    write_text(
-        shards_dir / MANIFEST,
-        json.dumps({**body, "sha256": _body_hash(body)}, sort_keys=True, indent=1, ensure_ascii=False) + "\n",
-    )
+    return json.dumps({**body, "sha256": _body_hash(body)}, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
 def load_manifest(shards_dir: AnyPath) -> Manifest:
@@ -213,34 +227,40 @@ def _body(shards_dir: AnyPath) -> dict[str, object]:
             fix=f"dpo-opt {'finalize' if planned else 'precompute --model M --data DATA'}"
             f" --shards {quoted(shards_dir)}",
         )
-    damaged = f"run `dpo-opt finalize --shards {quoted(shards_dir)}` after removing {quoted(path)}"
     try:
         body: dict[str, object] = json.loads(text.decode("utf-8"))
         stated = body.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError("not readable as a manifest", where=str(path), fix=damaged) from error
+        raise DataError(
+            "not readable as a manifest",
+            where=str(path),
+            why="nothing else says which files belong to the folder",
+            fix=repair_command(shards_dir),
+            kind=DAMAGED,
+        ) from error
     if stated != _body_hash(body):
         raise DataError(
             "the manifest does not match its own hash",
             where=str(path),
             why="it was edited or damaged after it was written",
-            fix=damaged,
+            fix=repair_command(shards_dir),
+            kind=DAMAGED,
         )
     return body
 
 
-def parse(kind: type[R], text: str | bytes, *, where: AnyPath) -> R:
+def parse(kind: type[R], text: str | bytes, *, where: AnyPath, fix: str | None = None) -> R:
     """Read a record.
 
     Raises:
-        DataError: The text is not such a record; the message names the field.
+        DataError: The text is not such a record; the message names the field, and the fix.
     """
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DataError(f"{field}: {first['msg']}", where=str(where)) from error
+        raise DataError(f"{field}: {first['msg']}", where=str(where), fix=fix) from error
 
 
 class ShardFolder:
@@ -296,7 +316,8 @@ class ShardFolder:
                     f"the tokenizer's files changed ({names})",
                     where=str(path),
                     why="they turn the folder's ids back into text, and become those of the trained model",
-                    fix="restore them, or delete the folder and run `dpo-opt precompute` again",
+                    fix=repair_command(self.path),
+                    kind=DAMAGED,
                 )
             yield here
 
@@ -335,7 +356,7 @@ def check_file(shards_dir: AnyPath, name: str, sha256: str) -> Path:
     if not (kept.is_file() and sha256_file(kept) == sha256):
         try:
             with publish(kept) as private:
-                _fetch_verified(path, sha256, private)
+                _fetch_verified(path, sha256, private, shards_dir)
         except OSError as error:
             raise DpoOptError(
                 f"the cache cannot be written ({error.strerror or error})",
@@ -356,41 +377,43 @@ def verified_file(shards_dir: AnyPath, name: str, sha256: str) -> Iterator[Path]
     path = inside(shards_dir, name)
     if isinstance(path, Path):
         if not path.is_file():
-            raise _missing(path)
-        _require_sha256(path, sha256, where=path)
+            raise _missing(path, shards_dir)
+        _require_sha256(path, sha256, where=path, shards_dir=shards_dir)
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="dpo-opt-") as own:
         file = Path(own) / path.name
-        _fetch_verified(path, sha256, file)
+        _fetch_verified(path, sha256, file, shards_dir)
         yield file
 
 
-def _fetch_verified(path: UPath, sha256: str, file: Path) -> None:
+def _fetch_verified(path: UPath, sha256: str, file: Path, shards_dir: AnyPath) -> None:
     try:
         fetch(path, file)
     except FileNotFoundError as error:
-        raise _missing(path) from error
-    _require_sha256(file, sha256, where=path)
+        raise _missing(path, shards_dir) from error
+    _require_sha256(file, sha256, where=path, shards_dir=shards_dir)
 
 
-def _missing(path: AnyPath) -> DataError:
+def _missing(path: AnyPath, shards_dir: AnyPath) -> DataError:
     return DataError(
         "the file is missing",
         where=str(path),
-        why="the manifest names it, so pairs would be missing from training",
-        fix="restore the file, or delete the folder and run `dpo-opt precompute` again",
+        why="a record names it, so pairs would be missing from training",
+        fix=repair_command(shards_dir),
+        kind=DAMAGED,
     )
 
 
-def _require_sha256(file: Path, sha256: str, *, where: AnyPath) -> None:
+def _require_sha256(file: Path, sha256: str, *, where: AnyPath, shards_dir: AnyPath) -> None:
     actual = sha256_file(file)
     if actual != sha256:
         raise DataError(
             f"the bytes changed: sha256 is {actual[:16]}..., the record says {sha256[:16]}...",
             where=str(where),
             why="its log-probs can no longer be trusted",
-            fix="restore the file, or delete the folder and run `dpo-opt precompute` again",
+            fix=repair_command(shards_dir),
+            kind=DAMAGED,
         )
 
 

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import shutil
 from collections.abc import Callable
@@ -7,10 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
-from dpo_opt.precompute.commits import committed, finalize, status
+from dpo_opt.precompute.commits import committed, finalize, is_committed, status
 from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.gc import find_garbage
 from dpo_opt.precompute.plan import read_plan
-from dpo_opt.precompute.run import precompute
+from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import (
     INDEX,
@@ -33,9 +35,13 @@ ROWS[4]["rejected"] = ROWS[4]["chosen"]
 def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("commits")
     data = write_jsonl(base / "data.jsonl", ROWS)
-    config = PrecomputeConfig(model=str(tiny_model), data=data, shards=base / "shards", pairs_per_shard=3)
+    config = config_of(base / "shards", data, tiny_model)
     precompute(config, scorer=ScriptedScorer())
-    return config.shards
+    return base / "shards"
+
+
+def config_of(shards: Path, data: Path, model: Path) -> PrecomputeConfig:
+    return PrecomputeConfig(model=str(model), data=data, shards=shards, pairs_per_shard=3)
 
 
 @pytest.fixture
@@ -232,10 +238,33 @@ def test_a_file_that_is_no_commit_is_left_alone(folder: Path) -> None:
     assert status(folder) == before
 
 
-def test_a_damaged_commit_is_named(folder: Path) -> None:
-    path = commit_files(folder)[2]
-    path.write_text(path.read_text()[:-20])
-    assert refusal(lambda: finalize(folder)).where == str(path)
+UNREADABLE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda record: b"",
+    "cut": lambda record: record[:-20],
+    "no JSON": lambda record: b"# " + record,
+    "another value": lambda record: b"[]",
+    "not UTF-8": lambda record: record.replace(b'"rows"', b'"r\xffws"'),
+    "another key": lambda record: record.replace(b'"rows"', b'"lines"'),
+    "no number": lambda record: record.replace(b'"rows": 2', b'"rows": "two"'),
+    "rows unaccounted for": lambda record: record.replace(b'"rows": 2', b'"rows": 1'),
+}
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_an_unreadable_commit_is_no_commit(folder: Path, tmp_path: Path, tiny_model: Path, how: str) -> None:
+    path = commit_files(folder)[1]
+    record = path.read_bytes()
+    path.write_bytes(UNREADABLE[how](record))
+    assert path.read_bytes() != record
+    assert status(folder).shards_committed == 4
+    plan = read_plan(folder)
+    assert [shard.shard for shard in plan.shards if not is_committed(folder, shard, plan)] == [1]
+    assert "1 of 5 shards are not scored yet (1)" in refusal(lambda: finalize(folder)).what
+    # What is young may be somebody's at work.
+    assert find_garbage(folder, older_than_hours=24).files == []
+    config = config_of(folder, write_jsonl(tmp_path / "data.jsonl", ROWS), tiny_model)
+    assert work(config, scorer=ScriptedScorer()) == 1
+    finalize(folder)
 
 
 @pytest.mark.parametrize("kind", ["file", "dropped_file"])
@@ -248,14 +277,6 @@ def test_a_byte_that_changed_after_the_commit_stops_finalize(folder: Path, kind:
     assert error.where == str(path)
     assert "the bytes changed" in error.what
     assert not (folder / MANIFEST).exists()
-
-
-def test_rows_that_are_not_accounted_for_stop_finalize(folder: Path) -> None:
-    path = commit_files(folder)[1]
-    commit = read_commit(path)
-    assert commit.dropped == {"identical_completions": 1}
-    path.write_text(to_json(commit.model_copy(update={"dropped": {}})))
-    assert "shard 1 accounts for 2 kept and 0 dropped rows of 3" in refusal(lambda: finalize(folder)).what
 
 
 @pytest.mark.parametrize("cut", [True, False])
@@ -274,11 +295,10 @@ def test_a_finalized_folder_that_lost_a_file_says_so(folder: Path, cut: bool) ->
 def test_a_damaged_manifest_is_not_overwritten(folder: Path) -> None:
     finalize(folder)
     (folder / MANIFEST).write_text("{")
-    error = refusal(lambda: finalize(folder))
-    assert "remov" in str(error.fix)
-    # What the message says helps.
-    (folder / MANIFEST).unlink()
-    finalize(folder)
+    for command in (finalize, status):
+        error = refusal(functools.partial(command, folder))
+        assert error.fix == f"dpo-opt repair --shards {folder}"
+    assert (folder / MANIFEST).read_text() == "{"
 
 
 def test_a_shard_without_a_pair_is_covered_too(tiny_model: Path, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_a_manifest_that_is_none_is_refused(folder: Path, content: bytes) -> Non
     error = refusal(lambda: load_manifest(folder))
     assert error.where == str(folder / MANIFEST)
     assert error.fix is not None
-    assert "dpo-opt finalize" in error.fix
+    assert error.fix == f"dpo-opt repair --shards {folder}"
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_a_folder_without_a_manifest_says_what_to_do(tmp_path: Path) -> None:
 def test_a_fix_is_a_command_whatever_the_folder_is_called(tmp_path: Path) -> None:
     odd = tmp_path / "my $(shards); it's"
     odd.mkdir()
-    for text, words in ((None, "precompute"), (b"{", "finalize")):
+    for text, words in ((None, "precompute"), (b"{", "repair")):
         if text is not None:
             (odd / MANIFEST).write_bytes(text)
         fix = str(refusal(lambda: ShardFolder.open(odd)).fix)
