@@ -26,7 +26,7 @@ from dpo_opt.schemas.model_config import first_line, load_model_config, model_er
 from dpo_opt.schemas.models import context_length
 from dpo_opt.schemas.pairs import TokenSequence
 from dpo_opt.schemas.rope import pin_rope
-from dpo_opt.schemas.weights import left_over_weights
+from dpo_opt.schemas.weights import refuse_left_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ def _require_all_weights(report: Mapping[str, Any], folder: Path) -> None:
     Raises:
         ConfigError: One has what the other lacks.
     """
-    missing, left_over = sorted(report["missing_keys"]), left_over_weights(sorted(report["unexpected_keys"]))
+    missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(
             f"the checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}",
@@ -207,14 +207,7 @@ def _require_all_weights(report: Mapping[str, Any], folder: Path) -> None:
             why="transformers fills such weights with random numbers",
             fix="correct config.json (vocabulary, heads, widths) until it fits the weights, or copy it again",
         )
-    if left_over:
-        raise ConfigError(
-            f"the checkpoint holds {len(left_over)} weights that the model has no place for, such as "
-            f"{left_over[0]}",
-            where=str(folder),
-            why="they would be left out of every log-prob, and of the model that is saved",
-            fix="correct config.json (number of layers, biases, architectures) until it fits the weights",
-        )
+    refuse_left_over(report["unexpected_keys"], folder=folder)
 
 
 def _refuse_chosen_keys(config: PretrainedConfig, longest: int | None, folder: Path) -> None:

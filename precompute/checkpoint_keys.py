@@ -9,9 +9,8 @@ reports.
 from pathlib import Path
 from typing import Any
 
-from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.models import read_config
-from dpo_opt.schemas.weights import left_over_weights
+from dpo_opt.schemas.weights import refuse_left_over
 
 
 def require_place_for_all_weights(folder: Path) -> None:
@@ -23,14 +22,7 @@ def require_place_for_all_weights(folder: Path) -> None:
     Raises:
         ConfigError: It does.
     """
-    names = left_over_weights(_unexpected_keys(folder))
-    if names:
-        raise ConfigError(
-            f"the checkpoint holds {len(names)} weights that the model has no place for, such as {names[0]}",
-            where=str(folder),
-            why="they would be left out of every log-prob",
-            fix="correct config.json (number of layers, biases, architectures) to describe the weights",
-        )
+    refuse_left_over(_unexpected_keys(folder), folder=folder)
 
 
 def _unexpected_keys(folder: Path) -> list[str]:
@@ -55,7 +47,7 @@ def _unexpected_keys(folder: Path) -> list[str]:
         return []  # the engine may know better, and says what is wrong
     finally:
         logging.set_verbosity(verbosity)
-    return sorted(report["unexpected_keys"])
+    return list(report["unexpected_keys"])
 
 
 def _class(folder: Path) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_opt.schemas.locations import AnyPath, read_all
+from dpo_opt.schemas.model_config import model_errors
 from dpo_opt.schemas.models import VOLATILE_CONFIG_KEYS, digest_of_config, read_config
 from dpo_opt.schemas.storage import write_text
 
@@ -74,8 +75,8 @@ def _as_understood(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
     try:
         found: dict[str, Any] = CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config)).to_dict()
-    except Exception:
-        # Each model's own code; what it refuses is compared as it is written.
+    except model_errors():
+        # What a model's own code refuses is compared as it is written.
         return config
     return found
 

@@ -213,9 +213,25 @@ def nonfinite_tensor(folder: Path) -> str | None:
     return None
 
 
-def left_over_weights(names: Iterable[str]) -> list[str]:
-    """Of a checkpoint's tensors that its class has no place for, those that count: causal masks do not."""
-    return [name for name in names if not _STORED_MASK.search(name)]
+def refuse_left_over(names: Iterable[str], *, folder: Path) -> None:
+    """Refuse a checkpoint for tensors that its class has no place for; stored causal masks are no weights.
+
+    Args:
+        names: Of such tensors.
+        folder: Where they are.
+
+    Raises:
+        ConfigError: There are weights among them.
+    """
+    weights = sorted(name for name in names if not _STORED_MASK.search(name))
+    if weights:
+        raise ConfigError(
+            f"the checkpoint holds {len(weights)} weights that the model has no place for, "
+            f"such as {weights[0]}",
+            where=str(folder),
+            why="they would be left out of every log-prob, and of a model that is trained from them",
+            fix="correct config.json (number of layers, biases, architectures) until it fits the weights",
+        )
 
 
 def parameter_count(folder: Path) -> int:

@@ -302,7 +302,9 @@ def test_memory_settings_of_the_engine_are_the_same_run(
 ) -> None:
     again = scored.model_copy(update={"shards": Path(shutil.copytree(str(scored.shards), tmp_path / "s"))})
     numerics = NUMERICS._replace(engine_options=json.dumps({option: 1}))
-    precompute(again, scorer=ScriptedScorer(numerics=numerics))
+    scorer = ScriptedScorer(numerics=numerics)
+    assert precompute(again, scorer=scorer) == ShardFolder.open(scored.shards).manifest
+    assert scorer.scored == []
 
 
 def test_other_shards_of_a_folder_follow_another_spelling_and_its_plan(
