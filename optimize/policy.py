@@ -19,7 +19,7 @@ from dpo_opt.optimize.architecture import auto_class, decoder_of, head_of
 from dpo_opt.optimize.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
 from dpo_opt.optimize.logps import Objective, token_logps
 from dpo_opt.optimize.packing import Batch, Group, pack, packed_size, pad, plan_bins, plan_padded_bins
-from dpo_opt.optimize.precision import computing_in, full_precision_products
+from dpo_opt.optimize.precision import HALF, computing_in, full_precision_products, narrow_products
 from dpo_opt.optimize.probe import Probe, choose_layout, require_same_in_compute_dtype
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.model_config import first_line, load_model_config, model_errors
@@ -108,7 +108,7 @@ def load_policy(
     device: torch.device,
     trainable: bool,
     max_length: int | None = None,
-    param_dtype: torch.dtype = torch.float32,
+    param_dtype: torch.dtype | None = torch.float32,
     options: Mapping[str, Any] | None = None,
 ) -> Policy:
     """Load a model from safetensors.
@@ -121,7 +121,8 @@ def load_policy(
             text model's alone.
         max_length: Most tokens of a sequence in this run, which decides about some rotary embeddings
             (``schemas.rope``); None: the model's context.
-        param_dtype: What parameters are stored in where they are trainable; otherwise it is ``dtype``.
+        param_dtype: What parameters are stored in. None: in as little memory as leaves every log-prob that of
+            fp32 parameters; what is quantized stays so.
         options: More arguments of ``from_pretrained``; with a ``device_map`` they say where the model goes.
 
     Raises:
@@ -129,7 +130,8 @@ def load_policy(
             exact.
     """
     config = load_model_config(folder)
-    if trainable and getattr(config, "quantization_config", None):
+    quantized = bool(getattr(config, "quantization_config", None))
+    if trainable and quantized:
         raise ConfigError(
             "the checkpoint's weights are quantized",
             where=str(folder),
@@ -143,7 +145,7 @@ def load_policy(
             model, report = auto_class(config).from_pretrained(
                 folder,
                 config=config if longest is None else pin_rope(config, longest),
-                dtype=param_dtype if trainable else dtype,
+                dtype=dtype if quantized else param_dtype or torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -159,6 +161,8 @@ def load_policy(
             fix="copy or download the model again, config.json and weights",
         ) from error
     _require_all_weights(report, folder)
+    if param_dtype is None and dtype in HALF and not quantized:
+        narrow_products(model, dtype)
     if not options or "device_map" not in options:
         model.to(device)
     # Dropout must be off: the reference was scored without it, so with it policy != reference at step 0.

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dpo_opt.optimize.architecture import decoder_layers
 
@@ -26,6 +28,20 @@ def computing_in(dtype: torch.dtype, model: torch.nn.Module, device: torch.devic
     mixed = dtype != torch.float32 and any(parameter.dtype != dtype for parameter in model.parameters())
     # Each weight is used once per forward: cached casts would only keep a second copy of the model.
     return torch.autocast(device.type, dtype=dtype, enabled=mixed, cache_enabled=False)
+
+
+def narrow_products(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Store in ``dtype`` what autocast would round to it at every use, and everything else in fp32.
+
+    The log-probs are then those of fp32 parameters that compute in ``dtype``, bit by bit, in about half the
+    memory: so is the choice of experts, which the last bit can turn. Experts stay in fp32, since transformers
+    computes them in what they are stored in.
+    """
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        narrow = isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype if narrow else torch.float32)
 
 
 @contextlib.contextmanager

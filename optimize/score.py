@@ -19,6 +19,7 @@ from dpo_opt.optimize.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
 from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.packing import Group, pair_group
 from dpo_opt.optimize.policy import Policy, default_device, load_policy
+from dpo_opt.optimize.precision import computing_in
 from dpo_opt.schemas.fingerprint import TOKENIZER_FIELDS
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import ShardFolder
@@ -46,7 +47,7 @@ class HfScorer:
 
     Args:
         folder: The model.
-        dtype: Dtype of parameters and compute, such as ``float32``.
+        dtype: Compute dtype, such as ``float32``; log-probs are those of training in it from fp32 parameters.
         max_length: Most tokens of a sequence in this run; None: the model's context.
     """
 
@@ -81,6 +82,7 @@ class HfScorer:
                 device=default_device(),
                 trainable=False,
                 max_length=self._max_length,
+                param_dtype=None,
             )
         return self._policy
 
@@ -133,10 +135,11 @@ class HfScorer:
                 for row, prompt in enumerate(batch):
                     ids[row, width - len(prompt) :] = prompt
                     mask[row, width - len(prompt) :] = 1
-                out = model.generate(
-                    input_ids=torch.from_numpy(ids).to(self.policy.device),
-                    attention_mask=torch.from_numpy(mask).to(self.policy.device),
-                )
+                with computing_in(self.policy.dtype, model, self.policy.device):
+                    out = model.generate(
+                        input_ids=torch.from_numpy(ids).to(self.policy.device),
+                        attention_mask=torch.from_numpy(mask).to(self.policy.device),
+                    )
                 written += [_completion(row, eos) for row in out[:, width:].cpu().numpy()]
         finally:
             model.generation_config = declared

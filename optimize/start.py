@@ -70,7 +70,8 @@ def start(
         device=world.device if world.size == 1 else torch.device("cpu"),
         trainable=not adapted,
         max_length=folder.manifest.fingerprint.max_length,
-        param_dtype=getattr(torch, config.param_dtype),
+        # Below an adapter nothing is updated, and activations are half as large.
+        param_dtype=dtype if adapted else getattr(torch, config.param_dtype),
         options=four_bit_options(world.device, dtype) if four_bit else None,
     )
     if adapted:

@@ -112,7 +112,7 @@ def result_of(model_type: str, folder: Path, *, window: int | None = None) -> Re
     if window is not None:
         return Result(layout, difference)
     try:
-        half = load(folder, torch.bfloat16, trainable=False)
+        half = load(folder, torch.bfloat16, trainable=False)  # as below an adapter
     except ConfigError as error:
         # Some layers mix dtypes, or random weights make of rounding more than is allowed.
         if "in bfloat16" not in error.what:
@@ -123,7 +123,9 @@ def result_of(model_type: str, folder: Path, *, window: int | None = None) -> Re
 
 
 def load(folder: Path, dtype: torch.dtype, *, trainable: bool = True) -> Policy:
-    return load_policy(folder, dtype=dtype, device=CPU, trainable=trainable, max_length=LONGEST)
+    return load_policy(
+        folder, dtype=dtype, device=CPU, trainable=trainable, max_length=LONGEST, param_dtype=dtype
+    )
 
 
 def reason(error: ConfigError) -> str:

@@ -134,8 +134,14 @@ def save_random(kind: str, sizes: dict[str, Any], folder: Path, *, seed: int = 0
     model.save_pretrained(folder)
 
 
-def load(folder: Path, *, dtype: torch.dtype = torch.float32, trainable: bool = True) -> Policy:
-    return load_policy(folder, dtype=dtype, device=CPU, trainable=trainable)
+def load(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trainable: bool = True,
+    param_dtype: torch.dtype | None = torch.float32,
+) -> Policy:
+    return load_policy(folder, dtype=dtype, device=CPU, trainable=trainable, param_dtype=param_dtype)
 
 
 def groups() -> list[Group]:

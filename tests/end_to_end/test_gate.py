@@ -98,14 +98,9 @@ def test_every_planted_defect_is_noticed_on_a_real_model(scored: Scored) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_no_sound_model_is_refused_in_two_hundred_runs(tmp_path: Path) -> None:
-    """Every architecture in turn, other weights and other pairs each time, in both precisions.
-
-    With experts, in fp32 alone: in half precision random routers choose other experts, which is no false
-    alarm, and the refusal names it.
-    """
+    """Every architecture in turn, other weights and other pairs each time, in both precisions."""
     kinds = {**PACKED, **PADDED}
     refused = []
-    chose_others = 0
     for seed in range(200):
         name = list(kinds)[seed % len(kinds)]
         dtype = ("float32", "bfloat16")[seed % 2]
@@ -121,15 +116,7 @@ def test_no_sound_model_is_refused_in_two_hundred_runs(tmp_path: Path) -> None:
         ]
         cached: list[ScoredPair] = score_pairs(pairs, HfScorer(folder, dtype=dtype)).pairs
         policy = load(folder, dtype=getattr(torch, dtype))
-        parity = measure_parity(policy, cached, cached_dtype=dtype)
-        checks = failed(parity)
-        if checks and parity.experts and dtype == "bfloat16":
-            assert all(
-                "another expert" in c.usual_cause for c in parity.checks if not c.ok and "mean" not in c.name
-            )
-            chose_others += 1
-        elif checks:
+        checks = failed(measure_parity(policy, cached, cached_dtype=dtype))
+        if checks:
             refused.append((seed, name, dtype, checks))
-    print(f"{chose_others} of 200 models chose other experts in bf16")
     assert refused == []
-    assert chose_others < 25

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM
 
 from dpo_opt.optimize import TrainConfig, train
 from dpo_opt.optimize.parity import measure_parity
-from dpo_opt.optimize.policy import load_policy
 from dpo_opt.optimize.score import HfScorer, score_shards
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.precompute.vllm_model import VllmModel
@@ -286,7 +285,7 @@ def test_a_real_language_model_in_bf16(shared_data: Path, smollm2: Path, tmp_pat
         score(smollm2, data, tmp_path / name, scorer=scorer, max_length=320)
     between = agreement(tmp_path / "vllm", tmp_path / "hf")
     sample = list(ShardFolder.open(tmp_path / "hf").pairs())[::8]
-    policy = load_policy(smollm2, dtype=torch.bfloat16, device=torch.device("cpu"), trainable=False)
+    policy = scorers["hf"].policy
     floor = measure_parity(policy, sample, cached_dtype="bfloat16")
     print(f"bf16, vLLM minus transformers: {between}; transformers with itself in other batches: {floor}")
     assert abs(between.mean) < 0.01

@@ -83,7 +83,7 @@ def assert_alike(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> 
 
 def test_gradients_beside_bf16_weights_are_those_of_fp32(base: Path, cuda: torch.device) -> None:
     exact = load_policy(base, dtype=torch.float32, device=cuda, trainable=False)
-    policy = load_policy(base, dtype=BF16, device=cuda, trainable=False)
+    policy = load_policy(base, dtype=BF16, device=cuda, trainable=False, param_dtype=BF16)
     with torch.no_grad():
         plain = torch.cat(policy.sequence_logps(groups()))
     for each in (exact, policy):
@@ -105,7 +105,7 @@ def test_gradients_beside_weights_in_4_bits_are_those_beside_the_same_weights_un
     from bitsandbytes.nn import Linear4bit
 
     options = four_bit_options(cuda, BF16)
-    policy = load_policy(base, dtype=BF16, device=cuda, trainable=False, options=options)
+    policy = load_policy(base, dtype=BF16, device=cuda, trainable=False, param_dtype=BF16, options=options)
     assert policy.packs
     assert policy.model.get_output_embeddings().weight.dtype == BF16
     quantized = {n: m.weight for n, m in policy.model.named_modules() if isinstance(m, Linear4bit)}
@@ -128,8 +128,8 @@ def test_gradients_beside_weights_in_4_bits_are_those_beside_the_same_weights_un
     (tmp_path / "adapter").mkdir()
     save_adapter(policy.model, tmp_path / "adapter", base="base", base_weights=None)
     merge(MergeConfig(model=str(base), adapter=tmp_path / "adapter", output=tmp_path / "merged"))
-    merged = load_policy(tmp_path / "merged", dtype=BF16, device=cuda, trainable=False)
-    beside = load_policy(base, dtype=BF16, device=cuda, trainable=False)
+    merged = load_policy(tmp_path / "merged", dtype=BF16, device=cuda, trainable=False, param_dtype=BF16)
+    beside = load_policy(base, dtype=BF16, device=cuda, trainable=False, param_dtype=BF16)
     adapt(beside.model, base)
     perturb(beside.model)
     with torch.no_grad():

@@ -118,7 +118,7 @@ def planned(model: Path, **options: Any) -> AdapterPlan:
 
 
 def loaded(model: Path, *, dtype: torch.dtype = torch.float32) -> Policy:
-    return load_policy(model, dtype=dtype, device=CPU, trainable=False)
+    return load_policy(model, dtype=dtype, device=CPU, trainable=False, param_dtype=dtype)
 
 
 def with_adapter(model: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Policy:

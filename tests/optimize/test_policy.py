@@ -132,7 +132,7 @@ def test_bf16_computes_on_fp32_masters(tiny_model: Path) -> None:
 
 
 def test_a_frozen_bf16_model_packs_and_takes_no_gradient(tiny_model: Path) -> None:
-    policy = load(tiny_model, dtype=torch.bfloat16, trainable=False)
+    policy = load(tiny_model, dtype=torch.bfloat16, trainable=False, param_dtype=torch.bfloat16)
     assert policy.packs
     assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
     found = policy.sequence_logps(groups())
@@ -248,7 +248,7 @@ def test_activations_beyond_a_dtypes_range_name_the_dtype(model: Path) -> None:
     change_weights(model, enlarge)
     assert load(model).packs
     with pytest.raises(ConfigError, match="logits are not finite in float16") as caught:
-        load(model, dtype=torch.float16, trainable=False)
+        load(model, dtype=torch.float16, trainable=False, param_dtype=None)
     assert caught.value.fix == "pass --dtype bfloat16 or --dtype float32"
 
 
@@ -309,7 +309,7 @@ def test_a_layer_that_does_not_ask_our_attention_is_not_packed(
 
 
 def test_a_probe_leaves_half_precision_weights_as_they_were(tiny_model: Path) -> None:
-    policy = load(tiny_model, dtype=torch.bfloat16, trainable=False)
+    policy = load(tiny_model, dtype=torch.bfloat16, trainable=False, param_dtype=torch.bfloat16)
     stock = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     for (name, mine), (_, theirs) in zip(
         policy.model.state_dict().items(), stock.state_dict().items(), strict=True

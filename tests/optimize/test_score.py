@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from architectures import PACKED, PADDED, groups, load, save_random
 from model_edits import lose_a_merge
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -219,3 +220,15 @@ def test_a_checkpoint_with_another_tokenizer_is_refused(shards: Path, model: Pat
     with pytest.raises(FingerprintError, match="tokenizer"):
         score_shards(shards, model=str(model), output=tmp_path / "score.parquet", dtype="auto")
     assert not (tmp_path / "score.parquet").exists()
+
+
+@pytest.mark.parametrize("name", list(PACKED | PADDED))
+def test_half_precision_is_that_of_training_from_fp32_bit_by_bit(name: str, tmp_path: Path) -> None:
+    save_random(*(PACKED | PADDED)[name], tmp_path, seed=5)
+    scorer = HfScorer(tmp_path, dtype="bfloat16")
+    sequences = [sequence for group in groups() for sequence in group]
+    trained = load(tmp_path, dtype=torch.bfloat16).sequence_logps(groups())
+    for mine, theirs in zip(scorer.token_logps(sequences), trained, strict=True):
+        np.testing.assert_array_equal(mine, theirs.detach().numpy())
+    projections = [m for n, m in scorer.policy.model.named_modules() if n.endswith(("q_proj", "in_proj"))]
+    assert {projection.weight.dtype for projection in projections} <= {torch.bfloat16}
