@@ -216,6 +216,17 @@ def finalize(shards: AnyPath, as_json: bool) -> None:
 
 @main.command()
 @_shards
+@_dry_run
+@json_option
+def repair(shards: AnyPath, dry_run: bool, as_json: bool) -> None:
+    """Heal damaged or lost files: exactly those shards are scored again that need it."""
+    from dpo_opt.precompute.repair import repair as run
+
+    show(run(shards, dry_run=dry_run, progress=watched()).model_dump(), as_json)
+
+
+@main.command()
+@_shards
 @click.option(
     "--older-than",
     type=click.FloatRange(min=0),

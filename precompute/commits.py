@@ -1,5 +1,7 @@
 """Which shards are done, and the manifest that covers them."""
 
+import contextlib
+import hashlib
 import json
 import shutil
 import tempfile
@@ -12,13 +14,15 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from dpo_opt.precompute.plan import ranges_of, read_plan
-from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
+from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError, quoted
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, refuse_differences
-from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
+from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
 from dpo_opt.schemas.manifest import (
+    ATTEMPT,
     COMMITS,
     DAMAGED,
     DATA,
+    DROPPED,
     INDEX,
     MANIFEST,
     PLAN,
@@ -28,13 +32,15 @@ from dpo_opt.schemas.manifest import (
     ShardCommit,
     ShardRange,
     load_manifest,
+    parse,
     repair_command,
     resume_command,
+    to_json,
     verified_file,
     write_manifest,
 )
 from dpo_opt.schemas.shards import INDEX_GROUP_ROWS, INDEX_SCHEMA, write_table
-from dpo_opt.schemas.storage import publish, sha256_file, sha256_folder
+from dpo_opt.schemas.storage import publish, sha256_file, sha256_folder, write_text
 
 
 class Status(BaseModel):
@@ -119,8 +125,14 @@ def is_of(commit: ShardCommit, planned: ShardRange, plan: Plan) -> bool:
         and commit.rows_digest == planned.rows_digest
         and commit.fingerprint == plan.fingerprint
         # A manifest that names a file outside the folder is one that nobody can read.
-        and commit.dropped_file == commit.file.removesuffix(".parquet") + ".dropped.parquet"
+        and commit.dropped_file in _dropped_names(commit.file)
     )
+
+
+def _dropped_names(file: str) -> tuple[str, str]:
+    """Where the dropped rows of a data file's attempt are: now, and before they had a folder of their own."""
+    attempt = file.removeprefix(f"{DATA}/").removesuffix(".parquet")
+    return f"{DROPPED}/{attempt}.parquet", f"{DATA}/{attempt}.dropped.parquet"
 
 
 def status(shards_dir: AnyPath) -> Status:
@@ -161,7 +173,7 @@ def _covers(manifest: Manifest, plan: Plan) -> bool:
     return of_manifest == (plan.fingerprint, plan.dataset_digest, plan.shards)
 
 
-def _require_beginning(manifest: Manifest, plan: Plan, shards_dir: AnyPath) -> None:
+def require_beginning(manifest: Manifest, plan: Plan, shards_dir: AnyPath) -> None:
     """Refuse to replace a manifest by one of other data or another model.
 
     Raises:
@@ -202,8 +214,10 @@ def finalize(shards_dir: AnyPath) -> Manifest:
         for commit in manifest.shards:
             _require_present(shards_dir, commit, data)
         if _covers(manifest, plan):
+            _remove_lost_attempts(shards_dir)
+            _remove_if_allowed(shards_dir / _choice_name(plan))
             return manifest
-        _require_beginning(manifest, plan, shards_dir)
+        require_beginning(manifest, plan, shards_dir)
     done = committed(shards_dir, plan)
     missing = [r.shard for r in plan.shards if r.shard not in done]
     if missing:
@@ -245,8 +259,103 @@ def finalize(shards_dir: AnyPath) -> Manifest:
         index_sha256=index_sha256,
         tokenizer_sha256=sha256_folder(shards_dir / TOKENIZER),
     )
-    write_manifest(shards_dir, manifest)
+    manifest = _settle(shards_dir, manifest, plan)
+    _remove_lost_attempts(shards_dir)
     return manifest
+
+
+def _settle(shards_dir: AnyPath, manifest: Manifest, plan: Plan) -> Manifest:
+    """Publish a manifest, or the one that another ``finalize`` of the same plan chose first.
+
+    The two may have seen other attempts at a shard, and what a published manifest does not name is removed.
+    So each writes its choice where none can be replaced, and all publish the one that stands there.
+    """
+    choice = _choice_name(plan)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            write_manifest(shards_dir, manifest, name=choice, replace=False)
+        text = read_all(shards_dir, [choice]).get(choice)
+        # Asked last: another choice can be there only after the first one was published and removed.
+        if is_finalized(shards_dir, plan):
+            remove(shards_dir / choice)
+            return load_manifest(shards_dir)
+        chosen = None if text is None else _usable(shards_dir, text, plan)
+        if text is not None and chosen is not None:
+            write_text(shards_dir / MANIFEST, text.decode("utf-8"))
+        if text is not None:
+            remove(shards_dir / choice)
+        if chosen is not None:
+            return chosen
+
+
+def _choice_name(plan: Plan) -> str:
+    """That of a private file, of which nobody takes notice; equal for all that finalize the same plan."""
+    return f".{MANIFEST}.{hashlib.sha256(to_json(plan).encode()).hexdigest()[:8]}.tmp"
+
+
+def _usable(shards_dir: AnyPath, text: bytes, plan: Plan) -> Manifest | None:
+    """A choice whose files are all there: one that a killed process left may be of files long removed."""
+    try:
+        chosen = parse(Manifest, text, where=shards_dir)
+    except DataError:
+        return None
+    data = sizes(shards_dir / DATA)
+    ranges = zip(chosen.shards, plan.shards, strict=False)
+    records = sizes(shards_dir / COMMITS)
+    final = _finalized(shards_dir)
+    whole = _covers(chosen, plan) and all(
+        _is_valid(c, planned, plan, data) and (c in final or f"{c.shard:05d}-{c.attempt}.json" in records)
+        for c, planned in ranges
+    )
+    return chosen if whole else None
+
+
+def _remove_lost_attempts(shards_dir: AnyPath) -> None:
+    """Remove what other attempts wrote at the manifest's shards: all of ``data/`` is then each pair once.
+
+    Records go first, so that no commit is ever left without its files.
+    """
+    # Listed before the manifest is read: an attempt that a later manifest names is not among them.
+    there = [(folder, name) for folder in (COMMITS, DATA, DROPPED) for name in sizes(shards_dir / folder)]
+    entries = _finalized(shards_dir)
+    settled = {commit.shard for commit in entries}
+    named = {
+        name
+        for commit in entries
+        for name in (_record_name(commit.shard, commit.attempt), commit.file, commit.dropped_file)
+    }
+    for folder, name in there:
+        found = ATTEMPT.fullmatch(name)
+        if found and int(found["shard"]) in settled and f"{folder}/{name}" not in named:
+            _remove_if_allowed(shards_dir / folder / name)
+
+
+def withdraw_if_lost(shards_dir: AnyPath, shard: int, attempt: str) -> bool:
+    """Remove one's own attempt at a shard where the manifest names another, whose file is there.
+
+    Raises:
+        DataError: The manifest is damaged.
+    """
+    winner = next((commit for commit in _finalized(shards_dir) if commit.shard == shard), None)
+    if winner is None or winner.attempt == attempt:
+        return False
+    data = sizes(shards_dir / DATA, prefix=f"{shard:05d}-")
+    if data.get(winner.file.removeprefix(f"{DATA}/")) != winner.bytes:
+        return False
+    file = f"{DATA}/{shard:05d}-{attempt}.parquet"
+    for name in (_record_name(shard, attempt), file, *_dropped_names(file)):
+        _remove_if_allowed(shards_dir / name)
+    return True
+
+
+def _record_name(shard: int, attempt: str) -> str:
+    return f"{COMMITS}/{shard:05d}-{attempt}.json"
+
+
+def _remove_if_allowed(path: AnyPath) -> None:
+    """Whoever may write but not delete leaves it; no reader of the manifest minds, and `gc` removes it."""
+    with contextlib.suppress(OSError, DpoOptError):
+        remove(path)
 
 
 def _write_index(shards_dir: AnyPath, name: str, table: pa.Table) -> tuple[str, str]:

@@ -1,0 +1,327 @@
+"""Damaged and lost files of a folder, healed: what cannot be trusted is scored again, and nothing else is.
+
+A shard whose files are not those that its record states loses the record, and is then one that nobody has
+scored yet. What follows from other records is made again from them: a manifest and an index from the commits,
+commits and a plan from the manifest, a plan from the data. A repair that is killed is finished by the next.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from pydantic import BaseModel
+
+from dpo_opt.precompute.commits import finalize, is_of, read_commit, require_beginning
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.plan import make_plan, plan_of, read_plan
+from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
+from dpo_opt.schemas.errors import DataError, quoted
+from dpo_opt.schemas.fingerprint import ALL_FIELDS, follows, refuse_differences
+from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
+from dpo_opt.schemas.manifest import (
+    COMMAND,
+    COMMITS,
+    DAMAGED,
+    DATA,
+    MANIFEST,
+    PLAN,
+    Manifest,
+    Plan,
+    ShardCommit,
+    load_manifest,
+    parse,
+    resume_command,
+    to_json,
+    verified_file,
+)
+from dpo_opt.schemas.pairs import Numerics
+from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.storage import write_text
+
+_PLAN = re.compile(r"plan(-(?P<number>\d+))?\.json")
+_COMMIT = re.compile(r"(?P<shard>\d{5,})-[0-9a-f]+\.json")
+
+
+class Repair(BaseModel):
+    """What a folder needs, or what was done for it."""
+
+    damaged: list[str]
+    """What is not as it was written, each with its place."""
+    rebuilt: list[str]
+    """Records that are made again from others, relative to the folder."""
+    shards_to_score: list[int]
+    """Shards without a commit: those that lost theirs here, and those that nobody has scored yet."""
+    finalized: bool
+    """Whether readers may use the folder now."""
+    next: str | None
+    """The command that scores those shards and finalizes; None where there is nothing to score."""
+
+
+class _Plans(NamedTuple):
+    """What was to be scored, as far as it is known."""
+
+    known: list[Plan]
+    """In order; the last one counts."""
+    files: dict[str, str]
+    """Files that must be written for them."""
+    unwanted: list[str]
+    """Files that stand for none of them."""
+    lost_growth: bool
+    """The folder was to grow, and nothing says to what."""
+
+
+def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | None = None) -> Repair:
+    """Take out of the way what is damaged, and make again what follows from the rest.
+
+    Reads every file that a record names. A folder that is whole is left as it is.
+
+    Args:
+        shards_dir: Folder of reference shards, finalized or not; workers may be at it.
+        dry_run: Only say what would be done.
+        progress: Told of every shard that was looked at.
+
+    Raises:
+        ConfigError: The plan can only be made from the data, and the model of the settings is not there.
+        DataError: The folder holds no shards, a name leaves it, or nothing says any more what it held.
+        FingerprintError: Plan and manifest, or the data and what was scored of it, do not belong together.
+        DpoOptError: The store does not answer, or refuses.
+    """
+    damaged: list[str] = []
+    manifest = _manifest(shards_dir, damaged)
+    plans = _plans(shards_dir, manifest, damaged)
+    plan = plans.known[-1]
+    if manifest is not None:
+        require_beginning(manifest, plan, shards_dir)
+    names = [name for name in sizes(shards_dir / COMMITS) if _COMMIT.fullmatch(name)]
+    commits = {n: read_commit(text) for n, text in read_all(shards_dir / COMMITS, sorted(names)).items()}
+    unreadable = [name for name, commit in commits.items() if commit is None]
+    damaged += [f"{shards_dir / COMMITS / name}: not readable as a commit" for name in unreadable]
+    final = {} if manifest is None else {commit.shard: commit for commit in manifest.shards}
+    unwanted = [*plans.unwanted, *(f"{COMMITS}/{name}" for name in unreadable)]
+    good = _whole_shards(shards_dir, plan, final, commits, damaged, unwanted, progress or Silent())
+    left = [planned.shard for planned in plan.shards if planned.shard not in good]
+    replaced = manifest is None and is_file(shards_dir / MANIFEST)
+    if replaced:
+        _require_other_records(shards_dir, left, names)
+    if manifest is not None:
+        replaced = any(good.get(shard) != commit for shard, commit in final.items())
+        if problem := _problem(shards_dir, manifest.index_file, manifest.index_sha256):
+            damaged.append(problem)
+            unwanted.append(manifest.index_file)
+            replaced = True
+    if replaced:
+        unwanted += _losers(final, good, names)
+    whole = not left and not plans.lost_growth
+    finalizes = whole and (replaced or manifest is None)
+    texts = plans.files | _lost_commits(final, good, commits, replaced=replaced)
+    if not dry_run:
+        # First what is taken from the manifest, which goes last.
+        for name, text in texts.items():
+            write_text(shards_dir / name, text)
+        for name in [*unwanted, *([MANIFEST] if replaced else [])]:
+            if name not in texts:
+                remove(shards_dir / name)
+        if finalizes:
+            finalize(shards_dir)
+    return Repair(
+        damaged=damaged,
+        rebuilt=[*sorted(texts), *([MANIFEST] if finalizes else [])],
+        shards_to_score=left,
+        finalized=not dry_run if finalizes else manifest is not None and not replaced,
+        next=None if whole else resume_command(shards_dir) + (" --append" if plans.lost_growth else ""),
+    )
+
+
+def _manifest(shards_dir: AnyPath, damaged: list[str]) -> Manifest | None:
+    """None where there is none that can be trusted.
+
+    Raises:
+        DataError: It is of a later version, or no file of the folder could be meant by it.
+    """
+    if not is_file(shards_dir / MANIFEST):
+        return None
+    try:
+        return load_manifest(shards_dir)
+    except DataError as error:
+        if error.kind != DAMAGED:
+            raise
+        damaged.append(f"{error.where}: {error.what}")
+        return None
+
+
+def _plans(shards_dir: AnyPath, manifest: Manifest | None, damaged: list[str]) -> _Plans:
+    """The plans that can be read, what the manifest covers, or else what the data gives.
+
+    Raises:
+        ConfigError, DataError, FingerprintError: As ``repair``.
+    """
+    numbers = {name: int(m["number"] or 0) for name in sizes(shards_dir) if (m := _PLAN.fullmatch(name))}
+    texts = read_all(shards_dir, sorted(numbers, key=lambda name: numbers[name]))
+    known: list[Plan] = []
+    last_is_lost = False
+    for name, text in texts.items():
+        try:
+            known.append(parse(Plan, text, where=shards_dir / name))
+            last_is_lost = False
+        except DataError as error:
+            damaged.append(f"{error.where}: {error.what}")
+            last_is_lost = True
+    if manifest is not None and (not known or known[-1].rows < manifest.rows):
+        known.append(plan_of(manifest))
+    lost_growth = last_is_lost and bool(known) and max(numbers.values()) >= len(known)
+    if not known:
+        known.append(_plan_from_data(shards_dir))
+    wanted = {f"plan-{i}.json" if i else PLAN: to_json(plan) for i, plan in enumerate(known)}
+    files = {name: text for name, text in wanted.items() if texts.get(name) != text.encode()}
+    return _Plans(known, files, [name for name in texts if name not in wanted], lost_growth)
+
+
+def _plan_from_data(shards_dir: AnyPath) -> Plan:
+    """The plan that the folder's commits are of, made as its first run made it.
+
+    Raises:
+        ConfigError: The model of the settings is not there.
+        DataError: There are no commits or no settings, or the data is not there.
+        FingerprintError: What is there now is not what was scored.
+    """
+    names = sorted(name for name in sizes(shards_dir / COMMITS) if _COMMIT.fullmatch(name))
+    commits = list(filter(None, map(read_commit, read_all(shards_dir / COMMITS, names).values())))
+    if not commits and not is_file(shards_dir / PLAN):
+        read_plan(shards_dir)  # says that this is no folder of shards
+    if not commits or not is_file(shards_dir / COMMAND):
+        raise DataError(
+            "the plan is lost" + ("" if commits else ", and nothing is scored yet"),
+            where=str(shards_dir / PLAN),
+            why=f"there is no {COMMAND} that says which data it was of" if commits else None,
+            fix=f"restore {PLAN}, or pass another --shards folder"
+            if commits
+            else f"rm -f {quoted(shards_dir / PLAN)}, then run the precompute command again",
+        )
+    scored = commits[0].fingerprint
+    settings = yaml.safe_load((shards_dir / COMMAND).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(prefix="dpo-opt-") as elsewhere:
+        # A folder without a plan: the one that is damaged would be asked first.
+        config = PrecomputeConfig.model_validate(settings | {"shards": elsewhere})
+        reference = resolve_reference(config)
+        tokenizer = make_tokenizer(config, reference).on(scored.template_date)
+        numerics = Numerics(**{name: getattr(scored, name) for name in Numerics._fields})
+        plan = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics).plan
+    fix = f"restore {PLAN}, or the data and the model that {COMMAND} names"
+    if not follows(scored, plan.fingerprint):
+        refuse_differences(
+            cached=scored, current=plan.fingerprint, fields=ALL_FIELDS, where=str(shards_dir), fix=fix
+        )
+    plan = plan.model_copy(update={"fingerprint": scored})
+    by_shard = {planned.shard: planned for planned in plan.shards}
+    foreign = [c for c in commits if c.shard not in by_shard or not is_of(c, by_shard[c.shard], plan)]
+    if foreign:
+        raise DataError(
+            f"the plan is lost, and shard {foreign[0].shard} is not one of the data that is there now",
+            where=str(shards_dir),
+            why="a plan of this data would not be that of what was scored",
+            fix=fix,
+        )
+    return plan
+
+
+def _whole_shards(
+    shards_dir: AnyPath,
+    plan: Plan,
+    final: Mapping[int, ShardCommit],
+    commits: Mapping[str, ShardCommit | None],
+    damaged: list[str],
+    unwanted: list[str],
+    progress: Progress,
+) -> dict[int, ShardCommit]:
+    """One commit for each shard whose files are as it states: the manifest's own, else the smallest id."""
+    by_shard: dict[int, list[ShardCommit]] = {shard: [commit] for shard, commit in final.items()}
+    for commit in filter(None, commits.values()):
+        by_shard.setdefault(commit.shard, []).append(commit)
+    good: dict[int, ShardCommit] = {}
+    progress.start("checking", total=len(plan.shards), unit="shards")
+    for planned in plan.shards:
+        for commit in by_shard.get(planned.shard, []):
+            if not is_of(commit, planned, plan):
+                continue
+            problems = list(_problems(shards_dir, commit))
+            if not problems:
+                good[planned.shard] = commit
+                break
+            damaged += [problem for problem in problems if problem not in damaged]
+            unwanted.append(_record_name(commit))
+        progress.advance(1)
+    progress.finish()
+    return good
+
+
+def _problems(shards_dir: AnyPath, commit: ShardCommit) -> Iterator[str]:
+    for name, sha256 in ((commit.file, commit.sha256), (commit.dropped_file, commit.dropped_sha256)):
+        if problem := _problem(shards_dir, name, sha256):
+            yield f"{problem} (shard {commit.shard})"
+
+
+def _problem(shards_dir: AnyPath, name: str, sha256: str) -> str | None:
+    """What is wrong with a file; None where its bytes are as recorded.
+
+    Raises:
+        DataError: The name leaves the folder, or the file is a link that does.
+    """
+    try:
+        with verified_file(shards_dir, name, sha256):
+            return None
+    except DataError as error:
+        if error.kind != DAMAGED:
+            raise
+        return f"{error.where}: {error.what}"
+
+
+def _require_other_records(shards_dir: AnyPath, left: Sequence[int], names: Sequence[str]) -> None:
+    """Whether a damaged manifest may go: every shard that was scored has a commit of its own, whole or not.
+
+    Raises:
+        DataError: Some have none.
+    """
+    recorded = {int(name.partition("-")[0]) for name in names}
+    scored = {int(name.partition("-")[0]) for name in sizes(shards_dir / DATA) if name[0].isdecimal()}
+    only_there = [shard for shard in left if shard in scored - recorded]
+    if only_there:
+        raise DataError(
+            f"the manifest is damaged, and {len(only_there)} scored shards have no commit",
+            where=str(shards_dir / MANIFEST),
+            why="nothing else says which files are theirs, so they would be scored again",
+            fix=f"restore {MANIFEST} from where the folder was copied, or remove it to score them again",
+        )
+
+
+def _losers(
+    final: Mapping[int, ShardCommit], good: Mapping[int, ShardCommit], names: Sequence[str]
+) -> Iterator[str]:
+    """Records that would win over what a manifest named, were it gone."""
+    for name in names:
+        commit = final.get(int(name.partition("-")[0]))
+        if commit is not None and good.get(commit.shard) == commit and name < Path(_record_name(commit)).name:
+            yield f"{COMMITS}/{name}"
+
+
+def _lost_commits(
+    final: Mapping[int, ShardCommit],
+    good: Mapping[int, ShardCommit],
+    commits: Mapping[str, ShardCommit | None],
+    *,
+    replaced: bool,
+) -> dict[str, str]:
+    """Records that only the manifest holds: all of them where it goes, else those that cannot be read."""
+    found = {}
+    for shard, commit in final.items():
+        name = Path(_record_name(commit)).name
+        is_lost = commits.get(name) != commit if replaced else commits.get(name, commit) is None
+        if good.get(shard) == commit and is_lost:
+            found[_record_name(commit)] = to_json(commit)
+    return found
+
+
+def _record_name(commit: ShardCommit) -> str:
+    return f"{COMMITS}/{commit.shard:05d}-{commit.attempt}.json"

@@ -1,0 +1,376 @@
+"""What is damaged on disk is scored again, nothing else is, and the result is that of an undisturbed run."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from fakes import ScriptedScorer, preference_rows, write_jsonl
+from object_store import serve_s3, using_store
+
+from dpo_opt.cli import main
+from dpo_opt.precompute.commits import finalize, status
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.repair import Repair, repair
+from dpo_opt.precompute.run import precompute
+from dpo_opt.schemas.errors import DataError, FingerprintError
+from dpo_opt.schemas.locations import AnyPath, location
+from dpo_opt.schemas.manifest import (
+    COMMAND,
+    COMMITS,
+    INDEX,
+    MANIFEST,
+    PLAN,
+    ShardFolder,
+    load_manifest,
+    to_json,
+)
+from dpo_opt.verify import verify
+
+# Row 4 prefers nothing and is dropped: 5 shards of 3 rows, the last of 2.
+ROWS = preference_rows(14)
+ROWS[4]["rejected"] = ROWS[4]["chosen"]
+Break = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("repair")
+    data = write_jsonl(base / "data.jsonl", ROWS)
+    precompute(config_of(base / "shards", data, tiny_model), scorer=ScriptedScorer())
+    return base
+
+
+@pytest.fixture
+def finished(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "shards", tmp_path / "shards"))
+
+
+@pytest.fixture
+def scored(finished: Path) -> Path:
+    """Every shard is committed, and nothing is finalized."""
+    (finished / MANIFEST).unlink()
+    (finished / INDEX).unlink()
+    return finished
+
+
+def config_of(shards: AnyPath, data: Path, model: Path, *, append: bool = False) -> PrecomputeConfig:
+    return PrecomputeConfig(
+        model=str(model), data=[str(data)], shards=shards, pairs_per_shard=3, append=append
+    )
+
+
+def commit_files(folder: Path) -> list[Path]:
+    return sorted((folder / COMMITS).iterdir())
+
+
+def named(folder: Path, shard: int, kind: str = "file") -> Path:
+    return folder / str(json.loads(commit_files(folder)[shard].read_bytes())[kind])
+
+
+def flip(path: Path) -> None:
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 3] ^= 1
+    path.write_bytes(damaged)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def contents(folder: AnyPath) -> list[tuple[object, ...]]:
+    """All that training reads, and what was left out."""
+    opened = ShardFolder.open(folder)
+    left_out = [pq.read_table(folder / c.dropped_file).to_pylist() for c in opened.manifest.shards]
+    return [
+        *((p.row, p.pair_id, p.source, p.ref_chosen_token_logps.tolist()) for p in opened.pairs()),
+        *((tuple(map(str, rows))) for rows in left_out),
+        tuple(map(str, opened.index().to_pylist())),
+    ]
+
+
+def go_on(folder: AnyPath, made: Path, model: Path, *, append: bool = False) -> int:
+    """What the printed command does; returns how many shards were scored."""
+    scorer = ScriptedScorer()
+    precompute(config_of(folder, made / "data.jsonl", model, append=append), scorer=scorer)
+    return len(scorer.calls)
+
+
+def command(*words: object) -> Result:
+    return CliRunner().invoke(main, list(map(str, words)), catch_exceptions=False)
+
+
+DAMAGES: dict[str, tuple[int, Break]] = {
+    "a flipped bit of a data file": (2, lambda folder: flip(named(folder, 2))),
+    "a cut data file": (2, lambda folder: named(folder, 2).write_bytes(b"PAR1")),
+    "a lost data file": (3, lambda folder: named(folder, 3).unlink()),
+    "a flipped bit of a dropped file": (1, lambda folder: flip(named(folder, 1, "dropped_file"))),
+    "a lost dropped file": (1, lambda folder: named(folder, 1, "dropped_file").unlink()),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("is_final", [False, True])
+def test_a_damaged_shard_alone_is_scored_again(
+    made: Path, finished: Path, tiny_model: Path, name: str, is_final: bool
+) -> None:
+    shard, damage = DAMAGES[name]
+    if not is_final:
+        (finished / MANIFEST).unlink()
+    damage(finished)
+    before = files(finished)
+    others = [path.name for path in commit_files(finished) if not path.name.startswith(f"{shard:05d}-")]
+    planned = repair(finished, dry_run=True)
+    assert files(finished) == before
+    done = repair(finished)
+    assert done == planned
+    assert len(done.damaged) == 1
+    assert done.damaged[0].endswith(f"(shard {shard})")
+    assert (done.shards_to_score, done.finalized) == ([shard], False)
+    settings = finished / COMMAND
+    assert done.next == f"dpo-opt precompute --config {settings} --shards {finished}"
+    assert not (finished / MANIFEST).exists()
+    assert [path.name for path in commit_files(finished)] == others
+    assert go_on(finished, made, tiny_model) == 1
+    assert contents(finished) == contents(made / "shards")
+    assert verify(finished, model=None, num_pairs=1, dtype="auto").ok
+    assert repair(finished) == Repair(damaged=[], rebuilt=[], shards_to_score=[], finalized=True, next=None)
+
+
+@pytest.mark.parametrize("is_final", [False, True])
+def test_a_folder_that_is_whole_is_left_as_it_is(finished: Path, is_final: bool) -> None:
+    if not is_final:
+        (finished / MANIFEST).unlink()
+        commit_files(finished)[0].unlink()
+    before = files(finished)
+    found = repair(finished)
+    assert files(finished) == before
+    assert (found.damaged, found.rebuilt) == ([], [])
+    assert found.shards_to_score == ([] if is_final else [0])
+    assert (found.next is None) == is_final
+
+
+REBUILT: dict[str, tuple[Break, list[str]]] = {
+    "an index that was damaged": (lambda folder: flip(folder / INDEX), [MANIFEST]),
+    "an index that was lost": (lambda folder: (folder / INDEX).unlink(), [MANIFEST]),
+    "a manifest that was cut": (lambda folder: (folder / MANIFEST).write_text("{"), [MANIFEST]),
+    "a manifest that was edited": (
+        lambda folder: (folder / MANIFEST).write_text(
+            (folder / MANIFEST).read_text().replace('"rows": 14', '"rows": 15')
+        ),
+        [MANIFEST],
+    ),
+    "a manifest that was lost": (lambda folder: (folder / MANIFEST).unlink(), [MANIFEST]),
+    "a plan that was lost": (lambda folder: (folder / PLAN).unlink(), [PLAN]),
+    "a plan that was cut": (lambda folder: (folder / PLAN).write_bytes(b""), [PLAN]),
+    "plan and index": (
+        lambda folder: (flip(folder / INDEX), (folder / PLAN).write_text("[]")),
+        [PLAN, MANIFEST],
+    ),
+    "plan and manifest": (
+        lambda folder: ((folder / MANIFEST).unlink(), (folder / PLAN).write_text("[]")),
+        [PLAN, MANIFEST],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REBUILT)
+def test_records_that_follow_from_others_are_made_again_and_nothing_is_scored(
+    made: Path, finished: Path, tiny_model: Path, name: str
+) -> None:
+    damage, rebuilt = REBUILT[name]
+    before = files(finished)
+    named_before = load_manifest(finished)
+    planned = repair_after(damage, finished)
+    assert planned.rebuilt == rebuilt
+    assert (planned.shards_to_score, planned.next, planned.finalized) == ([], None, True)
+    # The same bytes: nothing of it says when it was made.
+    assert files(finished) == before
+    assert load_manifest(finished) == named_before
+    assert go_on(finished, made, tiny_model) == 0
+
+
+def repair_after(damage: Break, folder: Path) -> Repair:
+    """Also compares what a dry run says with what is done."""
+    damage(folder)
+    before = files(folder)
+    said = repair(folder, dry_run=True)
+    assert files(folder) == before
+    done = repair(folder)
+    assert done.model_copy(update={"finalized": said.finalized}) == said
+    return done
+
+
+def test_a_lost_commit_matters_before_the_manifest_only(made: Path, finished: Path, tiny_model: Path) -> None:
+    commit_files(finished)[2].unlink()
+    before = files(finished)
+    assert repair(finished).finalized
+    assert files(finished) == before
+    # A copy for readers has none of them, and what the manifest says of them is all there is.
+    shutil.rmtree(finished / COMMITS)
+    (finished / PLAN).unlink()
+    (finished / COMMAND).unlink()
+    flip(finished / load_manifest(finished).shards[2].file)
+    done = repair(finished)
+    assert done.shards_to_score == [2]
+    assert done.next == f"dpo-opt precompute --model M --data DATA --shards {finished}"
+    assert len(done.rebuilt) == 5  # the plan, and the commits of the others
+    assert go_on(finished, made, tiny_model) == 1
+    assert contents(finished) == contents(made / "shards")
+
+
+def test_a_lost_commit_before_finalize_is_one_shard(made: Path, scored: Path, tiny_model: Path) -> None:
+    commit_files(scored)[2].unlink()
+    assert repair(scored).shards_to_score == [2]
+    assert go_on(scored, made, tiny_model) == 1
+    assert contents(scored) == contents(made / "shards")
+
+
+def test_another_attempt_that_is_whole_takes_the_place_of_a_damaged_one(made: Path, finished: Path) -> None:
+    (record,) = [path for path in commit_files(finished) if path.name.startswith("00002-")]
+    own = load_manifest(finished).shards[2]
+    other = own.model_copy(
+        update={
+            "attempt": "ffffffff0",
+            "file": "data/00002-ffffffff0.parquet",
+            "dropped_file": own.dropped_file.replace(own.attempt, "ffffffff0"),
+        }
+    )
+    shutil.copy(finished / own.file, finished / other.file)
+    shutil.copy(finished / own.dropped_file, finished / other.dropped_file)
+    (finished / COMMITS / "00002-ffffffff0.json").write_text(to_json(other))
+    flip(finished / own.file)
+    done = repair(finished)
+    assert (done.shards_to_score, done.finalized) == ([], True)
+    assert not record.exists()
+    assert load_manifest(finished).shards[2] == other
+    assert contents(finished) == contents(made / "shards")
+
+
+def test_what_the_manifest_named_is_named_again(made: Path, finished: Path, tiny_model: Path) -> None:
+    """Also where another attempt has a smaller id, which would win without the manifest."""
+    before = load_manifest(finished).shards
+    own = before[0]
+    other = own.model_copy(
+        update={
+            "attempt": "0000",
+            "file": "data/00000-0000.parquet",
+            "dropped_file": own.dropped_file.replace(own.attempt, "0000"),
+        }
+    )
+    shutil.copy(finished / own.file, finished / other.file)
+    shutil.copy(finished / own.dropped_file, finished / other.dropped_file)
+    (finished / COMMITS / "00000-0000.json").write_text(to_json(other))
+    flip(finished / before[2].file)
+    repair(finished)
+    assert go_on(finished, made, tiny_model) == 1
+    after = load_manifest(finished).shards
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False, True, True]
+
+
+def test_a_damaged_manifest_without_other_records_is_not_thrown_away(finished: Path) -> None:
+    commit_files(finished)[1].unlink()
+    (finished / MANIFEST).write_text("{")
+    before = files(finished)
+    with pytest.raises(DataError, match="1 scored shards have no commit") as caught:
+        repair(finished)
+    assert caught.value.fix is not None
+    assert files(finished) == before
+
+
+def test_unreadable_commits_are_taken_away(made: Path, scored: Path, tiny_model: Path) -> None:
+    commit_files(scored)[4].write_bytes(b"")
+    done = repair(scored)
+    assert [line.rpartition(": ")[2] for line in done.damaged] == ["not readable as a commit"]
+    assert len(commit_files(scored)) == 4
+    assert go_on(scored, made, tiny_model) == 1
+
+
+def test_a_plan_is_made_again_from_the_data_it_was_of_only(
+    made: Path, scored: Path, tiny_model: Path, other_model: Path
+) -> None:
+    (scored / PLAN).write_text("{")
+    settings = (scored / COMMAND).read_text()
+    other = write_jsonl(scored.parent / "other.jsonl", preference_rows(13))
+    before = files(scored)
+    (scored / COMMAND).write_text(settings.replace(str(made / "data.jsonl"), str(other)))
+    with pytest.raises(DataError, match="shard 1 is not one of the data"):
+        repair(scored)
+    (scored / COMMAND).write_text(settings.replace(str(tiny_model), str(other_model)))
+    with pytest.raises(FingerprintError, match="weights"):
+        repair(scored)
+    (scored / COMMAND).unlink()
+    with pytest.raises(DataError, match=f"there is no {COMMAND}"):
+        repair(scored)
+    (scored / COMMAND).write_text(settings)
+    assert files(scored) == before
+    assert repair(scored).finalized
+
+
+def test_a_folder_that_holds_nothing_is_no_folder_of_shards(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"there is no {PLAN}"):
+        repair(tmp_path)
+    (tmp_path / PLAN).write_text("{")
+    with pytest.raises(DataError, match="nothing is scored yet") as caught:
+        repair(tmp_path)
+    assert str(caught.value.fix).startswith(f"rm -f {tmp_path / PLAN}")
+
+
+@pytest.mark.parametrize("lost", ["plan.json", "plan-1.json", "both", "manifest"])
+def test_a_folder_that_grew_is_repaired(made: Path, finished: Path, tiny_model: Path, lost: str) -> None:
+    rows = [*ROWS, *preference_rows(18)[14:]]
+    data = write_jsonl(finished.parent / "data.jsonl", rows)
+    precompute(config_of(finished, data, tiny_model, append=True), scorer=ScriptedScorer())
+    grown = contents(finished)
+    for name in {"both": ["plan.json", "plan-1.json"], "manifest": [MANIFEST]}.get(lost, [lost]):
+        (finished / name).write_text("{")
+    flip(finished / sorted((finished / "data").glob("00005-*[0-9a-f].parquet"))[0])
+    done = repair(finished)
+    assert done.shards_to_score == [5]
+    assert go_on(finished, finished.parent, tiny_model) == 1
+    assert contents(finished) == grown
+    assert status(finished).finalized
+
+
+def test_a_folder_that_was_to_grow_and_lost_that_plan_is_planned_again(
+    made: Path, finished: Path, tiny_model: Path
+) -> None:
+    rows = [*ROWS, *preference_rows(18)[14:]]
+    data = write_jsonl(finished.parent / "data.jsonl", rows)
+    first = (finished / MANIFEST).read_bytes()
+    precompute(config_of(finished, data, tiny_model, append=True), scorer=ScriptedScorer())
+    grown = contents(finished)
+    (finished / MANIFEST).write_bytes(first)
+    (finished / "plan-1.json").write_text("{")
+    done = repair(finished)
+    assert str(done.next).endswith(" --append")
+    assert done.finalized  # readers have the part from before
+    assert go_on(finished, finished.parent, tiny_model, append=True) == 0
+    assert contents(finished) == grown
+
+
+def test_the_command_line_says_what_is_damaged_and_what_goes_on(made: Path, finished: Path) -> None:
+    flip(named(finished, 2))
+    for dry_run in ([("--dry-run")], []):
+        result = command("repair", "--shards", finished, *dry_run)
+        assert result.exit_code == 0
+        assert "the bytes changed" in result.stdout
+        assert "dpo-opt precompute --config" in result.stdout
+    found = json.loads(command("repair", "--shards", finished, "--json").stdout)
+    assert found["shards_to_score"] == [2]
+
+
+@pytest.mark.filterwarnings("ignore:.*s3fs.*")
+def test_a_folder_in_a_store_is_repaired_there(made: Path, finished: Path, tiny_model: Path) -> None:
+    flip(named(finished, 2))
+    with serve_s3("bucket") as url, using_store(url):
+        store = location("s3://bucket/shards")
+        assert not isinstance(store, Path)
+        store.fs.put(str(finished), store.path, recursive=True)
+        assert repair(store).shards_to_score == [2]
+        assert go_on(store, made, tiny_model) == 1
+        finalize(store)
+        assert [p.row for p in ShardFolder.open(store).pairs()] == [r for r in range(14) if r != 4]
