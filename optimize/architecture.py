@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from dpo_opt.optimize.logps import Head
-from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.model_config import first_line, load_model_config, model_errors
+from dpo_opt.schemas.errors import ConfigError, first_line
+from dpo_opt.schemas.model_config import load_model_config, model_errors
 
 # What configurations call the number that logits are multiplied with, or divided by.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, MuseGlimmer

@@ -7,10 +7,10 @@ from transformers import AutoTokenizer
 
 from dpo_opt.optimize.adapter_folder import merged_digests, read_adapter
 from dpo_opt.schemas.config_keys import differing_keys
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.fingerprint import refuse_differences
 from dpo_opt.schemas.manifest import ShardFolder
-from dpo_opt.schemas.model_config import first_line, load_model_config, model_errors
+from dpo_opt.schemas.model_config import load_model_config, model_errors
 from dpo_opt.schemas.models import config_digest, stated_architecture, tokenizer_digest
 from dpo_opt.schemas.rope import describe_rope
 from dpo_opt.schemas.shards import SCHEMA_VERSION

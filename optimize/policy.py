@@ -21,8 +21,8 @@ from dpo_opt.optimize.logps import Objective, token_logps
 from dpo_opt.optimize.packing import Batch, Group, pack, packed_size, pad, plan_bins, plan_padded_bins
 from dpo_opt.optimize.precision import HALF, computing_in, full_precision_products, narrow_products
 from dpo_opt.optimize.probe import Probe, choose_layout, require_same_in_compute_dtype
-from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.model_config import first_line, load_model_config, model_errors
+from dpo_opt.schemas.errors import ConfigError, first_line
+from dpo_opt.schemas.model_config import load_model_config, model_errors
 from dpo_opt.schemas.models import context_length
 from dpo_opt.schemas.pairs import TokenSequence
 from dpo_opt.schemas.rope import pin_rope

@@ -24,8 +24,7 @@ from dpo_opt.optimize.attention import (
 )
 from dpo_opt.optimize.packing import Group
 from dpo_opt.optimize.precision import HALF, computing_in, full_precision_products, in_fp32
-from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.model_config import first_line
+from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.pairs import TokenSequence
 from dpo_opt.schemas.weights import nonfinite_tensor
 

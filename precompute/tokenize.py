@@ -39,8 +39,8 @@ import numpy as np
 from dpo_opt.precompute.config import Truncation
 from dpo_opt.precompute.fitting import PairIds, fit_ids, split_ids
 from dpo_opt.precompute.templates import asks_for_the_date, render, rendered_texts, today
-from dpo_opt.schemas.errors import ConfigError, DataError
-from dpo_opt.schemas.model_config import first_line, load_model_config, model_errors
+from dpo_opt.schemas.errors import ConfigError, DataError, first_line
+from dpo_opt.schemas.model_config import load_model_config, model_errors
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import IdArray, PreferencePair, Text, TokenizedPair
 from dpo_opt.schemas.shards import DroppedRow

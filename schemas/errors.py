@@ -6,10 +6,35 @@ A new leaf is needed only where the exit code differs, or where a caller must te
 
 import shlex
 
+from dpo_opt.schemas.text import printable
 
-def quoted(path: object) -> str:
-    """A path or URL as one word of a shell: a fix is there to be copied, whatever the folder is called."""
-    return shlex.quote(str(path))
+
+def quoted(name: object) -> str:
+    """A path, a URL or another name as one word of a shell, on one line.
+
+    A fix is there to be copied, whatever the folder is called, and a stranger's name must not look like
+    another line of the message. What a terminal would obey or hide is escaped as bash has it.
+    """
+    text = str(name)
+    return shlex.quote(text) if text.isprintable() else f"$'{''.join(map(_escaped, text))}'"
+
+
+def _escaped(character: str) -> str:
+    if character in "\\'":
+        return "\\" + character
+    if character.isprintable():
+        return character
+    # A byte of a file's name that is no UTF-8 is a lone surrogate in Python.
+    rule = "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
+    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", rule))
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, short enough for a line, with its kind where that is half of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = printable(" ".join(lines[:2]))[:200]
+    plain = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+    return text if plain and text else f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 class DpoOptError(Exception):
@@ -34,13 +59,14 @@ class DpoOptError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.what}" if self.where else self.what
+        # Where it is, is a name that others may have given: it stays on its line.
+        head = f"{' '.join(self.where.splitlines())}: {self.what}" if self.where else self.what
         lines = [head]
         if self.why:
             lines.append(f"  why: {self.why}")
         if self.fix:
             lines.append(f"  fix: {self.fix}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments do not survive the default pickling, and workers send errors home.

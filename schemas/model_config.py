@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, first_line
 
 
 def load_model_config(folder: Path) -> Any:
@@ -34,11 +34,3 @@ def model_errors() -> tuple[type[Exception], ...]:
         *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError),
         *(ArithmeticError, ImportError, RuntimeError, SafetensorError, StrictDataclassError),
     )
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, short enough for a line, with its kind where that is half of it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2])[:200]
-    plain = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
-    return text if plain and text else f"{type(error).__name__}: {text}" if text else type(error).__name__
