@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 DEMO_DIR ?= demo-run
+# Two test files at a time, each on one thread: most of a test is Python, which a second thread does not help.
+PYTEST := OMP_NUM_THREADS=1 DPO_OPT_REQUIRE_VLLM=1 $(BIN)/pytest -n 2 --dist loadfile
 STAGES := precompute optimize analysis schemas
 
 .DEFAULT_GOAL := help
@@ -38,10 +40,10 @@ demo: setup  ## Run the demo: real pairs, real engine, training, report (about 5
 	$(BIN)/dpo-opt demo --output-dir $(DEMO_DIR)
 
 test: setup check typecheck  ## Lint, types and all tests but the slow ones, with a real vLLM engine.
-	DPO_OPT_REQUIRE_VLLM=1 $(BIN)/pytest
+	$(PYTEST)
 
 test-slow: setup  ## The slow tests (real models at full size, the demo), with the figures they print.
-	DPO_OPT_REQUIRE_VLLM=1 DPO_OPT_REQUIRE_PEERS=1 $(BIN)/pytest -m "slow and not gpu" --timeout 1800 -rfEP
+	DPO_OPT_REQUIRE_PEERS=1 $(PYTEST) -m "slow and not gpu" --timeout 1800 -rfEP
 
 test-gpu:  ## Tests that need a CUDA device, in the environment at hand: make test-gpu BIN=BIN_FOLDER.
 	$(BIN)/pytest -m gpu tests/gpu
