@@ -9,9 +9,11 @@ from dpo_opt.schemas.columns import COLUMNS
 from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.locations import AnyPath, explained
 from dpo_opt.schemas.manifest import (
+    ATTEMPT,
     COMMAND,
     COMMITS,
     DATA,
+    DROPPED,
     MANIFEST,
     PLAN,
     TOKENIZER,
@@ -29,7 +31,6 @@ _EXPECTED = re.compile(
     rf"|{COMMITS}/\d{{5,}}-[0-9a-f]+\.json|{COLUMNS}/[^/]+\.parquet"
 )
 _PRIVATE = re.compile(r"(.+/)?\..+\.[0-9a-f]{8}\.tmp")
-_ATTEMPT = re.compile(rf"{DATA}/(?P<shard>\d{{5,}})-[0-9a-f]+(\.dropped)?\.parquet")
 
 
 def folder_notes(shards: AnyPath, manifest: Manifest) -> list[str]:
@@ -82,7 +83,8 @@ def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     left: list[str] = []
     unknown: list[str] = []
     for name in others:
-        attempt = _ATTEMPT.fullmatch(name)
+        folder, _, file = name.rpartition("/")
+        attempt = ATTEMPT.fullmatch(file) if folder in (DATA, DROPPED) else None
         if attempt is not None and growing and int(attempt["shard"]) >= len(manifest.shards):
             continue  # of the part that is not finalized yet
         (left if attempt or _PRIVATE.fullmatch(name) else unknown).append(name)

@@ -7,10 +7,9 @@ from typing import NamedTuple
 from dpo_opt.precompute.commits import read_commit
 from dpo_opt.precompute.plan import read_plan
 from dpo_opt.schemas.locations import AnyPath, explained, is_file, read_all, remove, sizes
-from dpo_opt.schemas.manifest import COMMITS, DATA, MANIFEST, ShardCommit, load_manifest
+from dpo_opt.schemas.manifest import ATTEMPT, COMMITS, DATA, DROPPED, MANIFEST, ShardCommit, load_manifest
 
 # Names that this program gives; anything else in the folder is somebody's, and stays.
-_ATTEMPT = re.compile(r"\d{5,}-[0-9a-f]{8}(\.dropped)?\.(parquet|json)")
 _INDEX = re.compile(r"index(-\d+)?(-[0-9a-f]{8})?\.parquet")
 _PRIVATE = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
@@ -39,10 +38,10 @@ def find_garbage(shards_dir: AnyPath, *, older_than_hours: float) -> Garbage:
         manifest_time = _time_of(shards_dir / MANIFEST)
     found = []
     total = 0
-    for folder in (shards_dir, shards_dir / DATA, shards_dir / COMMITS):
+    for folder in (shards_dir, shards_dir / DATA, shards_dir / DROPPED, shards_dir / COMMITS):
         for name, size in sorted(sizes(folder).items()):
             old_index = folder == shards_dir and _INDEX.fullmatch(name)
-            attempt = folder != shards_dir and _ATTEMPT.fullmatch(name)
+            attempt = folder != shards_dir and ATTEMPT.fullmatch(name)
             inside = name if folder == shards_dir else f"{folder.name}/{name}"
             if not (old_index or attempt or _PRIVATE.fullmatch(name)) or inside in kept:
                 continue
@@ -80,7 +79,7 @@ def _wanted(shards_dir: AnyPath) -> set[str]:
     names = [
         name
         for name in sizes(shards_dir / COMMITS)
-        if _ATTEMPT.fullmatch(name) and int(name.partition("-")[0]) not in settled
+        if ATTEMPT.fullmatch(name) and int(name.partition("-")[0]) not in settled
     ]
     records = map(read_commit, read_all(shards_dir / COMMITS, names).values())
     commits = [*kept, *filter(None, records)]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_opt.precompute.commits import committed, finalize, is_finalized
+from dpo_opt.precompute.commits import committed, finalize, is_finalized, withdraw_if_lost
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.datasets import BadRow
 from dpo_opt.precompute.plan import RowsDigest
@@ -25,7 +25,7 @@ from dpo_opt.precompute.workers import Worker, shards_for
 from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath, on_this_machine
-from dpo_opt.schemas.manifest import COMMITS, DATA, Manifest, Plan, ShardCommit, ShardRange, to_json
+from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, Manifest, Plan, ShardCommit, ShardRange, to_json
 from dpo_opt.schemas.pairs import LogpArray, PreferencePair, ScoredPair, Scorer, TokenizedPair, TokenSequence
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.shards import DroppedRow, read_row_groups, write_dropped, write_shard
@@ -93,13 +93,14 @@ def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None 
             model=reference.folder,
             losses=losses,
         )
-        progress.advance(shard.stop - shard.start, f"{commit.tokens} tokens in the last shard")
+        last = "was another's first" if commit is None else f"has {commit.tokens} tokens"
+        progress.advance(shard.stop - shard.start, f"the last shard {last}")
         scored += 1
     progress.finish()
     if losses.lost:
         progress.say(
             f"{losses.lost} pairs were left out because the engine failed on them ({ENGINE_ERROR}); "
-            f"{DATA}/*.dropped.parquet says which, and what it said"
+            f"{DROPPED}/*.parquet says which, and what it said"
         )
     return scored
 
@@ -114,8 +115,8 @@ def score_shard(
     scorer: Scorer,
     model: Path,
     losses: Losses,
-) -> ShardCommit:
-    """Score one shard's rows and commit them.
+) -> ShardCommit | None:
+    """Score one shard's rows and commit them; None where another attempt was in a manifest before.
 
     Args:
         config: Of the run.
@@ -264,17 +265,24 @@ def _commit(
     planned: ShardRange,
     result: ScoredPairs,
     dropped: Sequence[DroppedRow],
-) -> ShardCommit:
-    """Data first, read back from disk, commit last."""
+) -> ShardCommit | None:
+    """Data first, read back from disk, commit last; nothing of it stays where another attempt was first."""
     scored = result.pairs
     attempt = secrets.token_hex(4)
     name = f"{planned.shard:05d}-{attempt}"
-    data, left_out = f"data/{name}.parquet", f"data/{name}.dropped.parquet"
+    data, left_out = f"{DATA}/{name}.parquet", f"{DROPPED}/{name}.parquet"
     write_shard(shards_dir / data, scored, fingerprint=fingerprint, shard=planned.shard)
     write_dropped(shards_dir / left_out, dropped)
-    with on_this_machine(shards_dir / data) as file:
-        on_disk = [pair.pair_id for group in read_row_groups(file) for pair in group]
-        size, sha256 = file.stat().st_size, sha256_file(file)
+    try:
+        with on_this_machine(shards_dir / data) as file:
+            on_disk = [pair.pair_id for group in read_row_groups(file) for pair in group]
+            size, sha256 = file.stat().st_size, sha256_file(file)
+        dropped_sha256 = sha256_file(shards_dir / left_out)
+    except (DataError, FileNotFoundError):
+        # Whoever finalizes removes what is not chosen.
+        if withdraw_if_lost(shards_dir, planned.shard, attempt):
+            return None
+        raise
     if on_disk != [p.pair_id for p in scored]:
         raise DpoOptError("the shard read back from disk is not what was written", where=data)
     commit = ShardCommit(
@@ -287,7 +295,7 @@ def _commit(
         bytes=size,
         sha256=sha256,
         dropped_file=left_out,
-        dropped_sha256=sha256_file(shards_dir / left_out),
+        dropped_sha256=dropped_sha256,
         dropped=dict(sorted(Counter(row.reason for row in dropped).items())),
         truncated=sum(p.chosen_truncated or p.rejected_truncated for p in scored),
         tokens=sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in scored),
@@ -296,4 +304,4 @@ def _commit(
         fingerprint=fingerprint,
     )
     write_text(shards_dir / COMMITS / f"{name}.json", to_json(commit))
-    return commit
+    return None if withdraw_if_lost(shards_dir, planned.shard, attempt) else commit

@@ -160,15 +160,26 @@ def to_json(record: BaseModel) -> str:
     return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
-def manifest_text(shards_dir: AnyPath, manifest: Manifest) -> str:
-    """What stands in ``manifest.json``: also the names of the tokenizer's files, and the hash of all of it.
+def write_manifest(
+    shards_dir: AnyPath, manifest: Manifest, *, name: str = MANIFEST, replace: bool = True
+) -> None:
+    """Publish the manifest with the names of the tokenizer's files and the hash of its own body.
+
+    Args:
+        shards_dir: Folder of reference shards.
+        manifest: What is written.
+        name: Of the file.
+        replace: Otherwise a file of that name stays.
 
     Raises:
+        FileExistsError: There is one, and it must not be replaced.
         DataError: A file of the tokenizer has a name that leaves its folder.
+        DpoOptError: The disk is full, or the store refuses.
     """
     body = json.loads(to_json(manifest))
     body["tokenizer_files"] = file_names(shards_dir / TOKENIZER)
-    return json.dumps({**body, "sha256": _body_hash(body)}, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps({**body, "sha256": _body_hash(body)}, sort_keys=True, indent=1, ensure_ascii=False)
+    write_text(shards_dir / name, text + "\n", replace=replace)
 
 
 def load_manifest(shards_dir: AnyPath) -> Manifest:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.pairs import ScoredPair
@@ -134,15 +134,15 @@ def write_dropped(path: AnyPath, dropped: Sequence[DroppedRow]) -> None:
 
 def write_table(path: AnyPath, table: pa.Table, *, row_group_rows: int = ROW_GROUP_ROWS) -> None:
     """Publish a table the way every file of a shard folder is written."""
-    with publish(path) as private:
-        pq.write_table(
-            table,
-            private,
-            row_group_size=row_group_rows,
-            compression="zstd",
-            write_page_checksum=True,
-            write_page_index=True,
-        )
+    with (
+        publish(path) as private,
+        pq.ParquetWriter(
+            private, table.schema, compression="zstd", write_page_checksum=True, write_page_index=True
+        ) as writer,
+    ):
+        # `datasets` fails on a row group of no rows.
+        if len(table):
+            writer.write_table(table, row_group_size=row_group_rows)
 
 
 def read_row_groups(path: Path, *, row_groups: Sequence[int] | None = None) -> Iterator[list[ScoredPair]]:
@@ -161,10 +161,10 @@ def read_row_groups(path: Path, *, row_groups: Sequence[int] | None = None) -> I
                 yield _to_pairs(file.read_row_group(group))
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"not readable as a shard ({str(error).splitlines()[0]})",
+            f"not readable as a shard ({first_line(error)})",
             where=str(path),
             why="the file is truncated, damaged or not a Parquet file",
-            fix=f"dpo-opt verify --shards {path.parent.parent}",
+            fix=f"dpo-opt verify --shards {quoted(path.parent.parent)}",
         ) from error
 
 
@@ -195,7 +195,7 @@ def _check_schema(file: pq.ParquetFile, path: Path) -> None:
     version = (file.schema_arrow.metadata or {}).get(b"dpo_opt.schema_version", b"none").decode()
     if version != str(SCHEMA_VERSION):
         raise DataError(
-            f"the shard has schema version {version}, this program reads {SCHEMA_VERSION}",
+            f"the shard has schema version {quoted(version)}, this program reads {SCHEMA_VERSION}",
             where=str(path),
             fix="use the version of dpo-opt that wrote it, or run `dpo-opt precompute` again",
         )

@@ -498,7 +498,7 @@ def bring(source: Path, shards: Path, *, shard: int, attempt: str, **changes: An
     theirs = ShardCommit.model_validate_json(commit_files(source)[shard].read_bytes())
     names = {
         "file": f"data/{shard:05d}-{attempt}.parquet",
-        "dropped_file": f"data/{shard:05d}-{attempt}.dropped.parquet",
+        "dropped_file": f"dropped/{shard:05d}-{attempt}.parquet",
     }
     commit = theirs.model_copy(update={"attempt": attempt, **names, **changes})
     shutil.copyfile(source / theirs.file, shards / names["file"])
@@ -525,11 +525,14 @@ def test_a_commit_of_another_run_changes_no_finished_folder(shards: Path, anothe
     manifest = load_manifest(shards)
     for shard in range(3):
         bring(another_run, shards, shard=shard, attempt="00000000")
-    assert load_manifest(shards) == manifest == finalize(shards)
+    assert load_manifest(shards) == manifest
     read_for_training(shards)
     verdict = verify(shards, model=None, num_pairs=1, dtype="auto")
     assert verdict.problems == []
     assert "data/00001-00000000.parquet" in verdict.notes[0]
+    assert "dropped/00001-00000000.parquet" in verdict.notes[0]
+    assert finalize(shards) == manifest
+    assert verify(shards, model=None, num_pairs=1, dtype="auto").notes == []
 
 
 OUTSIDE = ["../another.parquet", "/tmp/another.parquet", "data/../../another.parquet", "another.parquet"]
@@ -572,6 +575,7 @@ def test_every_named_file_is_in_the_table(made: Path) -> None:
         "manifest.json",
         "index.parquet",
         "data/",
+        "dropped/",
         "tokenizer/",
         "columns/",
         # Read by whoever goes on with the folder, not by readers.

@@ -74,7 +74,7 @@ def write_shards(
                 rows=len(part),
                 bytes=(path / name).stat().st_size,
                 sha256=sha256_file(path / name),
-                dropped_file=f"data/{shard:05d}-a.dropped.parquet",
+                dropped_file=f"dropped/{shard:05d}-a.parquet",
                 dropped_sha256="0" * 64,
                 dropped={},
                 rows_digest="d" * 64,

@@ -21,7 +21,7 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.gc import find_garbage, remove_garbage
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.manifest import COMMITS, DATA, MANIFEST, ShardFolder, load_manifest
+from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, MANIFEST, ShardFolder, load_manifest
 from dpo_opt.schemas.pairs import TokenSequence
 
 ROUNDS = int(os.environ.get("DPO_OPT_CHAOS_ROUNDS", "25"))
@@ -105,6 +105,8 @@ def test_killed_workers_leave_every_pair_exactly_once(tiny_model: Path, tmp_path
     assert survived.shards_committed > 0, "nothing was ever committed"
     assert not survived.finalized
 
+    attempts = Counter(path.name.partition("-")[0] for path in (config.shards / COMMITS).glob("*.json"))
+    twice = sum(attempts.values()) - len(attempts)
     manifest = precompute(config, scorer=ScriptedScorer())
     assert manifest.kept + sum(manifest.dropped.values()) == manifest.rows == 24 * ROUNDS
     assert pairs_of(config.shards) == pairs_of(undisturbed.shards)
@@ -112,15 +114,12 @@ def test_killed_workers_leave_every_pair_exactly_once(tiny_model: Path, tmp_path
         (start, start + PAIRS_PER_SHARD) for start in range(0, manifest.rows, PAIRS_PER_SHARD)
     ]
 
-    attempts = Counter(path.name.partition("-")[0] for path in (config.shards / COMMITS).iterdir())
+    for folder in (COMMITS, DATA, DROPPED):
+        names = [path.name for path in (config.shards / folder).iterdir() if not path.name.startswith(".")]
+        assert len(names) == len(manifest.shards), folder
     garbage = find_garbage(config.shards, older_than_hours=0)
-    print(
-        f"{sum(attempts.values()) - len(attempts)} shards scored twice, "
-        f"{len(garbage.files)} files of the dead"
-    )
+    print(f"{twice} shards scored twice, {len(garbage.files)} private files of the dead")
     remove_garbage(garbage)
-    assert len(list((config.shards / COMMITS).iterdir())) == len(manifest.shards)
-    assert len(list((config.shards / DATA).iterdir())) == 2 * len(manifest.shards)
     assert not list(config.shards.rglob("*.tmp"))
     assert pairs_of(config.shards) == pairs_of(undisturbed.shards)
 
@@ -145,10 +144,11 @@ def test_a_worker_killed_between_data_and_commit_leaves_nothing_to_read(
         patch.setattr("dpo_opt.precompute.run.write_text", die)
         with pytest.raises(Killed):
             precompute(config, scorer=ScriptedScorer())
-    assert len(list((config.shards / DATA).iterdir())) == 2
+    (left,) = (config.shards / DATA).iterdir()
     assert status(config.shards).shards_committed == 0
     assert precompute(config, scorer=ScriptedScorer()).kept == 12
-    assert len(find_garbage(config.shards, older_than_hours=0).files) == 2
+    assert not left.exists()
+    assert find_garbage(config.shards, older_than_hours=0).files == []
 
 
 def test_workers_share_the_shards_and_help_each_other(config: PrecomputeConfig) -> None:
@@ -201,14 +201,15 @@ def test_an_attempt_that_finishes_after_finalize_changes_nothing(
     other = config.model_copy(update={"shards": tmp_path / "late"})
     precompute(other, scorer=ScriptedScorer())
     before = (config.shards / MANIFEST).read_bytes()
-    for folder in (DATA, COMMITS):
+    own = {path for path in config.shards.rglob("*") if path.is_file()}
+    for folder in (DATA, DROPPED, COMMITS):
         for path in (other.shards / folder).iterdir():
             shutil.copy(path, config.shards / folder / path.name)
-    assert finalize(config.shards) == manifest
-    assert (config.shards / MANIFEST).read_bytes() == before
     garbage = find_garbage(config.shards, older_than_hours=0)
     assert len(garbage.files) == 9
-    remove_garbage(garbage)
+    assert finalize(config.shards) == manifest
+    assert (config.shards / MANIFEST).read_bytes() == before
+    assert {path for path in config.shards.rglob("*") if path.is_file()} == own
     assert load_manifest(config.shards) == manifest
     assert len(list(ShardFolder.open(config.shards).pairs())) == 12
 
@@ -234,7 +235,7 @@ def test_gc_before_finalize_keeps_every_committed_attempt(config: PrecomputeConf
     work(worker, scorer=ScriptedScorer())
     other = worker.model_copy(update={"shards": tmp_path / "again"})
     work(other, scorer=ScriptedScorer())
-    for folder in (DATA, COMMITS):
+    for folder in (DATA, DROPPED, COMMITS):
         for path in (other.shards / folder).iterdir():
             shutil.copy(path, config.shards / folder / path.name)
     assert find_garbage(config.shards, older_than_hours=0).files == []
@@ -252,7 +253,7 @@ def test_a_commit_of_another_run_does_not_count(
     work(worker, scorer=ScriptedScorer())
     (mine,) = (config.shards / COMMITS).glob("00001-*.json")
     mine.unlink()
-    for folder in (DATA, COMMITS):
+    for folder in (DATA, DROPPED, COMMITS):
         for path in (other.shards / folder).glob("00001-*"):
             shutil.copy(path, config.shards / folder / path.name)
     assert status(config.shards).shards_committed == 2

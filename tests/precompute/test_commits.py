@@ -67,7 +67,7 @@ def add_attempt(folder: Path, shard: int, attempt: str, changes: dict[str, objec
     changes = {
         "attempt": attempt,
         "file": f"data/{shard:05d}-{attempt}.parquet",
-        "dropped_file": f"data/{shard:05d}-{attempt}.dropped.parquet",
+        "dropped_file": f"dropped/{shard:05d}-{attempt}.parquet",
         **(changes or {}),
     }
     commit = first.model_copy(update=changes)

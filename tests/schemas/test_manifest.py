@@ -54,7 +54,7 @@ def make_folder(path: Path) -> Manifest:
     for shard in range(SHARDS):
         rows = range(shard * ROWS, (shard + 1) * ROWS)
         pairs = [pair(row) for row in rows]
-        file, dropped = f"data/{shard:05d}-abc.parquet", f"data/{shard:05d}-abc.dropped.parquet"
+        file, dropped = f"data/{shard:05d}-abc.parquet", f"dropped/{shard:05d}-abc.parquet"
         write_shard(path / file, pairs, fingerprint=FINGERPRINT, shard=shard)
         write_dropped(path / dropped, [])
         index += [

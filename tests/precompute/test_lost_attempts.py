@@ -1,0 +1,229 @@
+"""Of several attempts at a shard the manifest names one, and only its files stay, whoever races or dies."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fakes import ScriptedScorer, preference_rows, write_jsonl
+
+from dpo_opt.precompute import commits, run
+from dpo_opt.precompute.commits import committed, finalize
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.plan import read_plan
+from dpo_opt.precompute.run import precompute, work
+from dpo_opt.schemas.locations import AnyPath
+from dpo_opt.schemas.manifest import (
+    COMMITS,
+    DATA,
+    DROPPED,
+    INDEX,
+    MANIFEST,
+    ShardFolder,
+    load_manifest,
+    to_json,
+)
+
+ROWS = preference_rows(12)
+ROWS[4]["rejected"] = ROWS[4]["chosen"]
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing is tidied up after it."""
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("lost")
+    precompute(config_of(tiny_model, base), scorer=ScriptedScorer())
+    return base
+
+
+def config_of(model: Path, base: Path) -> PrecomputeConfig:
+    data = write_jsonl(base / "data.jsonl", ROWS)
+    return PrecomputeConfig(
+        model=str(model),
+        data=data,
+        shards=base / "shards",
+        pairs_per_shard=4,
+        worker_index=0,
+        num_workers=1,
+    )
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """All shards are committed, one of them three times, and nothing is finalized."""
+    copy = Path(shutil.copytree(made / "shards", tmp_path / "shards"))
+    (copy / MANIFEST).unlink()
+    (copy / INDEX).unlink()
+    add_attempt(copy, 1, "ffffffff")
+    return copy
+
+
+def add_attempt(folder: Path, shard: int, attempt: str, *, committed_too: bool = True) -> None:
+    first = committed(folder, read_plan(folder))[shard]
+    name = f"{shard:05d}-{attempt}"
+    commit = first.model_copy(
+        update={
+            "attempt": attempt,
+            "file": f"{DATA}/{name}.parquet",
+            "dropped_file": f"{DROPPED}/{name}.parquet",
+        }
+    )
+    shutil.copy(folder / first.file, folder / commit.file)
+    shutil.copy(folder / first.dropped_file, folder / commit.dropped_file)
+    if committed_too:
+        (folder / COMMITS / f"{name}.json").write_text(to_json(commit))
+
+
+def require_settled(folder: Path, *, rows: int = 11) -> None:
+    """The records, data files and lists of dropped rows are exactly the manifest's."""
+    manifest = load_manifest(folder)
+    wanted = {(COMMITS, f"{c.shard:05d}-{c.attempt}.json") for c in manifest.shards}
+    wanted |= {(DATA, Path(c.file).name) for c in manifest.shards}
+    wanted |= {(DROPPED, Path(c.dropped_file).name) for c in manifest.shards}
+    there = {(name, path.name) for name in (COMMITS, DATA, DROPPED) for path in (folder / name).iterdir()}
+    assert there == wanted
+    assert len({pair.row for pair in ShardFolder.open(folder).pairs()}) == rows
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_finalize_leaves_the_chosen_attempts_alone(folder: Path) -> None:
+    add_attempt(folder, 2, "eeeeeeee", committed_too=False)
+    stranger = folder / DATA / "notes.txt"
+    stranger.write_text("mine")
+    finalize(folder)
+    assert stranger.read_text() == "mine"
+    stranger.unlink()
+    require_settled(folder)
+    # What a worker that was killed afterwards leaves is gone after the next one.
+    add_attempt(folder, 0, "00000000")
+    finalize(folder)
+    require_settled(folder)
+
+
+def test_a_finalize_that_is_killed_at_any_step_is_ended_by_the_next(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = ("publish", "write_manifest", "write_text", "remove", "read_all", "load_manifest")
+    expected = [p.pair_id for p in ShardFolder.open(finalized_copy(folder, tmp_path / "whole")).pairs()]
+    for number in range(100):
+        copy = Path(shutil.copytree(folder, tmp_path / str(number)))
+        left = number
+
+        def dying(function: Callable[..., object]) -> Callable[..., object]:
+            def step(*arguments: object, **settings: object) -> object:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise Killed
+                return function(*arguments, **settings)
+
+            return step
+
+        with monkeypatch.context() as patch:
+            for name in steps:
+                patch.setattr(commits, name, dying(getattr(commits, name)))
+            try:
+                finalize(copy)
+            except Killed:
+                pass
+            else:
+                break
+        if (copy / MANIFEST).exists():
+            assert [p.pair_id for p in ShardFolder.open(copy).pairs()] == expected
+        # Meanwhile another attempt was committed, with a smaller name than those that were seen.
+        add_attempt(copy, 0, "00000000")
+        finalize(copy)
+        require_settled(copy)
+    assert number == 10, "a step was added: is it safe to die before it?"
+
+
+def finalized_copy(folder: Path, place: Path) -> Path:
+    copy = Path(shutil.copytree(folder, place))
+    finalize(copy)
+    return copy
+
+
+@pytest.mark.parametrize("step", ["write_manifest", "is_finalized", "_usable", "_remove_lost_attempts"])
+def test_two_that_finalize_with_other_attempts_in_view_publish_one_choice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    original = getattr(commits, step)
+
+    def meanwhile(*arguments: object, **settings: object) -> object:
+        monkeypatch.setattr(commits, step, original)
+        # Smaller than the one that the first has chosen, so the second chooses it.
+        add_attempt(folder, 1, "00000000")
+        found.append(finalize(folder))
+        return original(*arguments, **settings)
+
+    found: list[object] = []
+    monkeypatch.setattr(commits, step, meanwhile)
+    found.append(finalize(folder))
+    assert found[0] == found[1] == load_manifest(folder)
+    require_settled(folder)
+
+
+def test_a_choice_of_files_that_are_gone_is_made_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commits, "is_finalized", dies)
+        with pytest.raises(Killed):
+            finalize(folder)
+    (choice,) = folder.glob(f".{MANIFEST}.*.tmp")
+    chosen = committed(folder, read_plan(folder))[1]
+    # Removed by somebody because it was damaged: record first.
+    (folder / COMMITS / f"00001-{chosen.attempt}.json").unlink()
+    assert chosen != committed(folder, read_plan(folder))[1]
+    assert finalize(folder).shards[1] != chosen
+    assert not choice.exists()
+    require_settled(folder)
+
+
+MOMENTS = ("score_pairs", "write_dropped", "sha256_file", "write_text", "withdraw_if_lost")
+"""What a worker calls when another may have finished the folder: from scoring to its last look."""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_worker_that_comes_after_finalize_withdraws(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    config = config_of(tiny_model, tmp_path)
+    original = getattr(run, moment)
+
+    def late(*arguments: object, **settings: object) -> object:
+        monkeypatch.setattr(run, moment, original)
+        # Another worker does the whole rest, and finalizes.
+        precompute(config, scorer=ScriptedScorer())
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(run, moment, late)
+    assert work(config, scorer=ScriptedScorer()) == 1
+    assert finalize(config.shards).kept == 11
+    require_settled(config.shards)
+
+
+def test_a_worker_whose_shard_is_damaged_in_the_folder_does_not_withdraw(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = config_of(tiny_model, tmp_path)
+    manifest = precompute(config, scorer=ScriptedScorer())
+    assert commits.withdraw_if_lost(config.shards, 1, "12345678")
+    assert not commits.withdraw_if_lost(config.shards, 1, manifest.shards[1].attempt)
+    (config.shards / manifest.shards[1].file).unlink()
+    assert not commits.withdraw_if_lost(config.shards, 1, "12345678")
+
+
+def test_whoever_may_not_delete_finalizes_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(path: AnyPath) -> None:
+        if Path(str(path)).parent.name in (COMMITS, DATA, DROPPED):
+            raise PermissionError(13, "Permission denied", str(path))
+        Path(str(path)).unlink()
+
+    monkeypatch.setattr(commits, "remove", refuses)
+    assert finalize(folder) == load_manifest(folder)
+    assert len(list((folder / DATA).iterdir())) == 4
