@@ -6,21 +6,37 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.plan import Planned, known_plans, make_plan, read_plan
 from dpo_opt.precompute.reference import Reference, fingerprint_of
 from dpo_opt.precompute.tokenize import PairTokenizer
 from dpo_opt.precompute.weights_memo import remember_weights, weight_files
-from dpo_opt.schemas.columns import COLUMNS, write_column
+from dpo_opt.schemas.columns import COLUMNS, columns_digest, columns_of_data, write_column
 from dpo_opt.schemas.config_keys import differing_keys, keep_model_config
-from dpo_opt.schemas.errors import DataError, FingerprintError
+from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, follows, refuse_differences
-from dpo_opt.schemas.locations import AnyPath, is_file, sizes
-from dpo_opt.schemas.manifest import COMMAND, COMMITS, PLAN, TOKENIZER, Plan, to_json
+from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
+from dpo_opt.schemas.manifest import COMMAND, COMMITS, PLAN, TOKENIZER, Plan, parse, to_json
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import Numerics
 from dpo_opt.schemas.storage import settle_folder, write_text
+
+_OTHER_FOLDER = "pass another --shards folder, or remove this one to score it again"
+_ONCE_FINALIZED = "another run planned it meanwhile: run the same command again once that one is finalized"
+_WHOLE_TOKENIZER = "tokenizer.json"
+"""The file that every fast tokenizer has: a store gets it last."""
+
+
+class _Claim(BaseModel):
+    """What a run is about to plan, written before anything that belongs to it; of several runs one has it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    plan: Plan
+    columns: str
+    """What the data says of the new rows beside their texts."""
 
 
 def settle_plan(
@@ -49,49 +65,64 @@ def settle_plan(
 
 
 def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Plan:
-    """Write the plan and the columns beside it, or check that the folder already follows it.
+    """Write the plan and what stands beside it, or check that the folder already follows it.
+
+    Whatever belongs to a plan is written before it, by runs that all mean this plan: the first of them claims
+    it. So no other run's tokenizer, weights or settings stand beside a plan, and where a plan is, they are.
+    A kill in between leaves the claim, and the same command goes on with it.
 
     Returns:
         The folder's plan: the same, but for the date that a chat template is told; the first plan fixes it.
 
     Raises:
-        DataError: The folder holds shards, but no plan that says what they are of.
+        DataError: The folder holds what a plan comes before, but no plan that says what it is of.
         FingerprintError: The folder was planned for something else, or for the first of these rows only.
     """
     shards_dir, model = config.shards, planned.model
     new, earlier = planned.plan, planned.earlier
-    # Asked first: whoever commits has written the plan before.
-    holds_commits = any(name.endswith(".json") for name in sizes(shards_dir / COMMITS))
+    # Asked in this order: whoever writes these has a claim, and gives it up when its plan stands.
+    begun = [folder for folder in (COMMITS, TOKENIZER) if any(map(_is_json, sizes(shards_dir / folder)))]
+    claimed = is_file(_claim_of(shards_dir, PLAN))
     plans = known_plans(shards_dir)
     new = _as_spelled_by(plans, _on_the_day_of(plans, new), shards_dir, model)
     if plans:
         _refuse_other_fingerprint(plans[-1], new.fingerprint, shards_dir, model=model)
-    elif holds_commits:
+    elif begun and not claimed:
         raise DataError(
-            f"the folder holds scored shards, but no {PLAN}",
+            f"the folder holds {' and '.join(f'{name}/' for name in begun)}, but no {PLAN}",
             where=str(shards_dir),
-            why="nothing says which data they belong to",
+            why="nothing says which data and which model they belong to",
             fix=f"restore {PLAN}, or pass another --shards folder",
         )
     if len(plans) == len(earlier):
         if not plans:
-            _write_plan(config, planned, PLAN, tokenizer)
+            _write_plan(config, planned, new, tokenizer)
         elif plans[-1] == new:
             _restore_plan(shards_dir, plans[0])
+            remove(_claim_of(shards_dir, _name_of(len(plans) - 1)))
         elif new.rows > plans[-1].rows and planned.known_digest == plans[-1].dataset_digest:
             _require_growth(config, plans[-1], new)
             _restore_plan(shards_dir, plans[0])
-            _write_plan(config, planned, f"plan-{len(plans)}.json")
+            _write_plan(config, planned, new, tokenizer)
     # Another planner may have been first.
     plans = known_plans(shards_dir)
     new = _as_spelled_by(plans, _on_the_day_of(plans, new), shards_dir, model)
     existing = plans[-1] if plans else new
     _refuse_other_fingerprint(existing, new.fingerprint, shards_dir, model=model)
+    meanwhile = len(plans) > len(earlier)
     if existing != new:
-        raise _other_plan(existing, new, shards_dir, planned_meanwhile=len(plans) > len(earlier))
+        raise _other_plan(existing, new, shards_dir, fix=_ONCE_FINALIZED if meanwhile else _OTHER_FOLDER)
+    if meanwhile:
+        _require_columns(
+            columns_digest(columns_of_data(shards_dir), from_row=_known_rows(planned)), planned, shards_dir
+        )
     # One that is there may be somebody's own by now; one that was removed is taken from the data again.
     _write_columns(shards_dir, planned, keep=sizes(shards_dir / COLUMNS))
     return existing
+
+
+def _is_json(name: str) -> bool:
+    return name.endswith(".json")
 
 
 def _on_the_day_of(plans: Sequence[Plan], new: Plan) -> Plan:
@@ -129,29 +160,68 @@ def _restore_plan(shards_dir: AnyPath, plan: Plan) -> None:
 
 
 def _write_columns(shards_dir: AnyPath, planned: Planned, *, keep: Iterable[str] = ()) -> None:
-    known = planned.earlier[-1].rows if planned.earlier else 0
     for name, column in planned.columns.items():
         if f"{name}.parquet" not in keep:
-            write_column(shards_dir, name, column, keep_rows=known)
+            write_column(shards_dir, name, column, keep_rows=_known_rows(planned))
 
 
-def _write_plan(config: PrecomputeConfig, planned: Planned, name: str, tokenizer: Any = None) -> None:
-    """Write a plan where there is none of that name, after what belongs to it."""
+def _known_rows(planned: Planned) -> int:
+    return planned.earlier[-1].rows if planned.earlier else 0
 
-    def write_companions() -> None:
-        if tokenizer is not None:
-            with settle_folder(config.shards / TOKENIZER) as private:
-                tokenizer.save_pretrained(private)
-            if planned.model is not None:
-                keep_model_config(config.shards, read_config(planned.model))
-        _write_columns(config.shards, planned)
-        write_text(config.shards / COMMAND, _command(config))
 
-    write_companions()
+def _name_of(number: int) -> str:
+    """A plan's file; the folder grew ``number`` times before."""
+    return f"plan-{number}.json" if number else PLAN
+
+
+def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer: Any) -> None:
+    """Write a plan after what belongs to it; nothing where another run has written one of that name.
+
+    Raises:
+        FingerprintError: Another run is about to write another plan.
+    """
+    name = _name_of(len(planned.earlier))
+    shards_dir, claim = config.shards, _claim_of(config.shards, name)
+    own = _Claim(plan=new, columns=columns_digest(planned.columns, from_row=_known_rows(planned)))
     with contextlib.suppress(FileExistsError):
-        write_text(config.shards / name, to_json(planned.plan), replace=False)
-        # Another planner may have written its own, before it found this plan and gave up.
-        write_companions()
+        write_text(claim, to_json(own), replace=False)
+    text = read_all(shards_dir, [claim.name]).get(claim.name)
+    # A claim is given up after its plan stands: where there is no plan now, nobody can write another one.
+    if text is not None and not is_file(shards_dir / name):
+        plan = _require_claim(parse(_Claim, text, where=claim), own, planned, shards_dir, name)
+        if name == PLAN:
+            if not is_file(shards_dir / TOKENIZER / _WHOLE_TOKENIZER):
+                with settle_folder(shards_dir / TOKENIZER, last=_WHOLE_TOKENIZER) as private:
+                    tokenizer.save_pretrained(private)
+            if planned.model is not None:
+                keep_model_config(shards_dir, read_config(planned.model))
+        _write_columns(shards_dir, planned)
+        write_text(shards_dir / COMMAND, _command(config))
+        with contextlib.suppress(FileExistsError):
+            write_text(shards_dir / name, to_json(plan), replace=False)
+    remove(claim)
+
+
+def _claim_of(shards_dir: AnyPath, name: str) -> AnyPath:
+    return shards_dir / f"{name}.claim"
+
+
+def _require_claim(claim: _Claim, own: _Claim, planned: Planned, shards_dir: AnyPath, name: str) -> Plan:
+    """The plan that a claim is for, if it is this run's.
+
+    Raises:
+        FingerprintError: It is another one.
+    """
+    there = "remove the folder, which holds no log-prob yet"
+    if name != PLAN:
+        there = f"rm {quoted(_claim_of(shards_dir, name))}"
+    fix = f"{_ONCE_FINALIZED}; or, if it was killed, {there}"
+    new = _as_spelled_by([claim.plan], _on_the_day_of([claim.plan], own.plan), shards_dir, planned.model)
+    _refuse_other_fingerprint(claim.plan, new.fingerprint, shards_dir, model=planned.model, fix=fix)
+    if claim.plan != new:
+        raise _other_plan(claim.plan, new, shards_dir, fix=fix)
+    _require_columns(claim.columns, planned, shards_dir, fix=fix)
+    return claim.plan
 
 
 def _require_growth(config: PrecomputeConfig, last: Plan, new: Plan) -> None:
@@ -161,7 +231,7 @@ def _require_growth(config: PrecomputeConfig, last: Plan, new: Plan) -> None:
         FingerprintError: One of the two is not so.
     """
     if new.shards[: len(last.shards)] != last.shards:
-        raise _other_plan(last, new, config.shards)
+        raise _other_plan(last, new, config.shards, fix=_OTHER_FOLDER)
     if not config.append:
         raise FingerprintError(
             f"the data has grown from {last.rows} to {new.rows} rows since the folder was planned",
@@ -171,32 +241,45 @@ def _require_growth(config: PrecomputeConfig, last: Plan, new: Plan) -> None:
         )
 
 
-def _other_plan(
-    existing: Plan, plan: Plan, shards_dir: AnyPath, *, planned_meanwhile: bool = False
-) -> FingerprintError:
-    different = (
-        f"its data has {existing.rows} rows with digest {existing.dataset_digest[:16]}..., this data "
-        f"{plan.rows} rows with digest {plan.dataset_digest[:16]}..."
-        if existing.shards[0].stop == plan.shards[0].stop
-        or existing.rows <= min(existing.shards[0].stop, plan.shards[0].stop)
-        else f"its shards hold {existing.shards[0].stop} rows, --pairs-per-shard now gives "
-        f"{plan.shards[0].stop}"
-    )
+def _require_columns(
+    digest: str, planned: Planned, shards_dir: AnyPath, *, fix: str = _ONCE_FINALIZED
+) -> None:
+    """Whether another run that has just planned the same texts gives them the same weights and margins.
+
+    Raises:
+        FingerprintError: It does not.
+    """
+    if digest != columns_digest(planned.columns, from_row=_known_rows(planned)):
+        raise FingerprintError(
+            "another run planned the folder meanwhile, and its data gives other weights or margins",
+            where=str(shards_dir),
+            why="some of its rows would count as one data set says, and some as the other does",
+            fix=fix,
+        )
+
+
+def _other_plan(existing: Plan, plan: Plan, shards_dir: AnyPath, *, fix: str) -> FingerprintError:
+    theirs, ours = existing.shards[0].used, plan.shards[0].used
+    if existing.used == existing.rows == plan.used < plan.rows:
+        # So did versions before `not_in_share`.
+        different = "its rows are numbered within --data-share, and not as the source has them"
+    elif theirs == ours or existing.used <= min(theirs, ours):
+        different = (
+            f"its data has {existing.rows} rows with digest {existing.dataset_digest[:16]}..., this data "
+            f"{plan.rows} rows with digest {plan.dataset_digest[:16]}..."
+        )
+    else:
+        different = f"its shards hold {theirs} rows, --pairs-per-shard now gives {ours}"
     return FingerprintError(
         f"the folder was planned for another run: {different}",
         where=str(shards_dir),
         why="its shards would not belong together",
-        fix="another run planned it meanwhile: run the same command again once that one is finalized"
-        if planned_meanwhile
-        else _OTHER_FOLDER,
+        fix=fix,
     )
 
 
-_OTHER_FOLDER = "pass another --shards folder, or remove this one to score it again"
-
-
 def _refuse_other_fingerprint(
-    plan: Plan, current: Fingerprint, shards_dir: AnyPath, *, model: Path | None
+    plan: Plan, current: Fingerprint, shards_dir: AnyPath, *, model: Path | None, fix: str = _OTHER_FOLDER
 ) -> None:
     refuse_differences(
         cached=plan.fingerprint,
@@ -204,7 +287,7 @@ def _refuse_other_fingerprint(
         fields=ALL_FIELDS,
         config_keys=_differing_keys(plan.fingerprint, current, shards_dir, model),
         where=str(shards_dir),
-        fix=_OTHER_FOLDER,
+        fix=fix,
     )
 
 

@@ -3,7 +3,9 @@
 They stand beside the shards, not in them, and no hash names them: replacing a weight is not another dataset.
 """
 
+import hashlib
 from array import array
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +56,33 @@ def write_column(shards_dir: AnyPath, name: str, column: Column, *, keep_rows: i
         table = pa.concat_tables([there, table.filter(pc.greater_equal(table["row"], keep_rows))])
     with publish(path) as private:
         pq.write_table(table, private)
+
+
+def columns_digest(columns: Mapping[str, Column], *, from_row: int = 0) -> str:
+    """SHA-256 of what columns say of rows from ``from_row`` on; one without such a row is as good as none."""
+    digest = hashlib.sha256()
+    for name, column in sorted(columns.items()):
+        rows, values = np.asarray(column.rows, np.int64), np.asarray(column.values, np.float64)
+        if (wanted := rows >= from_row).any():
+            digest.update(f"{name} {int(wanted.sum())}\n".encode())
+            digest.update(rows[wanted].tobytes() + values[wanted].tobytes())
+    return digest.hexdigest()
+
+
+def columns_of_data(shards_dir: AnyPath) -> dict[str, Column]:
+    """Those columns that data may give and the folder has.
+
+    Raises:
+        DataError: A file is damaged or is another table.
+    """
+    found = {}
+    for name in (WEIGHT, MARGIN):
+        if is_file(path := shards_dir / COLUMNS / f"{name}.parquet"):
+            table = _read_table(path, name)
+            found[name] = Column(
+                array("q", table["row"].to_numpy().tobytes()), array("d", table[name].to_numpy().tobytes())
+            )
+    return found
 
 
 def read_column(

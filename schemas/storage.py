@@ -88,48 +88,35 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def settle_folder(path: AnyPath) -> Iterator[Path]:
-    """Yield a private folder to fill; its files then stand in ``path``, where an equal folder is left alone.
+def settle_folder(path: AnyPath, *, last: str) -> Iterator[Path]:
+    """Yield a private folder to fill; its files then stand in ``path``, where a whole folder is left alone.
 
-    Several processes may do so at once with equal files; an interrupted run's other files are replaced.
+    Several processes may do so at once with equal files.
+
+    Args:
+        path: Path or URL.
+        last: The file that a store gets after all others: where it is, the folder is whole.
 
     Raises:
         DpoOptError: The disk of the folder, or that of temporary files, is full or over quota.
     """
+    if isinstance(path, Path):
+        try:
+            with publish_folder(path) as private:
+                yield private
+        except OSError:
+            # Another process put the same files there.
+            if not path.is_dir():
+                raise
+        return
     with (
         room_on_disk(Path(tempfile.gettempdir())),
         tempfile.TemporaryDirectory(prefix="dpo-opt-") as own,
     ):
         filled = Path(own) / path.name
         yield filled
-        if isinstance(path, Path):
-            if _differs(path, filled):
-                shutil.rmtree(path, ignore_errors=True)
-            if not path.exists():
-                _copy_folder(filled, path)
-            return
-        for file in sorted(filled.rglob("*")):
-            if file.is_file():
-                put_file(file, path / file.relative_to(filled).as_posix())
-
-
-def _differs(path: Path, filled: Path) -> bool:
-    """Whether a folder is there and is another one; not where another process is just putting it there."""
-    try:
-        return path.exists() and sha256_folder(path) != sha256_folder(filled)
-    except FileNotFoundError:
-        return False
-
-
-def _copy_folder(source: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with publish_folder(path) as private:
-            shutil.copytree(source, private, dirs_exist_ok=True)
-    except OSError:
-        # Another process put the same files there.
-        if not path.is_dir():
-            raise
+        for name in sorted(file_names(filled), key=lambda name: (name == last, name)):
+            put_file(filled / name, path / name)
 
 
 def write_text(path: AnyPath, text: str, *, replace: bool = True) -> None:

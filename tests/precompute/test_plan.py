@@ -240,24 +240,21 @@ def test_shards_without_a_plan_are_not_taken_for_this_runs(plan_of: Plans, tmp_p
     (folder / "commits").mkdir()
     (folder / "commits" / "00000-abc.json").write_text("{}")
     (folder / PLAN).unlink()
-    with pytest.raises(DataError, match=r"no plan\.json"):
+    with pytest.raises(DataError, match=r"holds commits/ and tokenizer/, but no plan\.json"):
         plan_of(adopt=folder)
     assert not (folder / PLAN).exists()
 
 
-def test_a_tokenizer_left_by_an_interrupted_run_is_replaced(
+def test_a_tokenizer_without_a_plan_is_not_taken_for_this_runs(
     plan_of: Plans, tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "shards"
     other = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     change_tokenizer(other)
     plan_of(adopt=folder, model=str(other))
-    left = (folder / TOKENIZER / "tokenizer.json").read_bytes()
     (folder / PLAN).unlink()
-    plan_of(adopt=folder)
-    assert (folder / TOKENIZER / "tokenizer.json").read_bytes() != left
-    saved = load_tokenizer(folder / TOKENIZER).backend_tokenizer.to_str()
-    assert saved == load_tokenizer(tiny_model).backend_tokenizer.to_str()
+    with pytest.raises(DataError, match=r"holds tokenizer/, but no plan\.json"):
+        plan_of(adopt=folder)
 
 
 def test_runs_that_start_together_agree_on_one_plan(plan_of: Plans, tiny_model: Path, tmp_path: Path) -> None:

@@ -28,12 +28,13 @@ from dpo_opt.precompute.gc import find_garbage, remove_garbage
 from dpo_opt.precompute.plan import make_plan, read_plan
 from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.precompute.settle import adopt_plan
+from dpo_opt.precompute.settle import adopt_plan, settle_plan
 from dpo_opt.precompute.tokenize import load_tokenizer
 from dpo_opt.precompute.workers import Worker, shards_for
+from dpo_opt.schemas import storage
 from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.locations import is_file, location, on_this_machine, read_all, remove, sizes
-from dpo_opt.schemas.manifest import ShardFolder, check_file, load_manifest
+from dpo_opt.schemas.manifest import TOKENIZER, ShardFolder, check_file, load_manifest
 from dpo_opt.schemas.storage import sha256_file, sha256_folder
 
 s3fs = pytest.importorskip("s3fs")
@@ -304,12 +305,37 @@ def test_a_plan_is_never_replaced_by_one_that_was_made_from_other_data(
 
         def save_pretrained(self, path: Path) -> None:
             load_tokenizer(tiny_model).save_pretrained(path)
-            if not is_file(location(f"{store}/plan.json")):
+            with pytest.raises(FingerprintError, match="run the same command again"):
                 adopt_plan(*made[0], load_tokenizer(tiny_model))
 
-    with pytest.raises(FingerprintError, match="run the same command again"):
-        adopt_plan(*made[1], Slow())
-    assert read_plan(location(store)) == made[0][1].plan
+    assert adopt_plan(*made[1], Slow()) == made[1][1].plan
+    assert read_plan(location(store)) == made[1][1].plan
+
+
+def test_a_kill_while_planning_is_healed_by_the_same_command(
+    config_of: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of()
+    settings = {"reference": resolve_reference(config), "numerics": NUMERICS}
+    tokenizer = make_tokenizer(config, settings["reference"])
+    put, left = storage.put_file, 3
+
+    def put_some(*args: Any, **others: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        put(*args, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "put_file", put_some)
+        with pytest.raises(KeyboardInterrupt):
+            settle_plan(config, tokenizer=tokenizer, **settings)
+    whole = config_of(shards=f"{config.shards}-whole")
+    for one in (config, whole):
+        settle_plan(one, tokenizer=tokenizer, **settings)
+    assert sha256_folder(config.shards / TOKENIZER) == sha256_folder(whole.shards / TOKENIZER)
+    assert not is_file(config.shards / "plan.json.claim")
 
 
 def test_several_fill_the_cache_at_once(config_of: Configs, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from dpo_opt.precompute.tokenize import load_tokenizer
 from dpo_opt.schemas.errors import DpoOptError
+from dpo_opt.schemas.locations import location
 from dpo_opt.schemas.shards import write_table
 from dpo_opt.schemas.storage import publish, settle_folder, sha256_file, sha256_folder, write_text
 
@@ -104,7 +105,11 @@ def test_a_full_temporary_folder_is_said_by_name_whichever_library_meets_it(
     def fill(_: Path) -> None:
         raise error
 
-    with pytest.raises(DpoOptError, match="the disk is full") as caught, settle_folder(tmp_path / "t") as own:
+    store = location("memory://bucket/t")
+    with (
+        pytest.raises(DpoOptError, match="the disk is full") as caught,
+        settle_folder(store, last="a") as own,
+    ):
         fill(own)
     assert caught.value.where == str(tmp_path / "tmp")
     assert caught.value.fix
@@ -113,13 +118,15 @@ def test_a_full_temporary_folder_is_said_by_name_whichever_library_meets_it(
 
 
 def test_a_tokenizer_that_does_not_fit_the_temporary_folder_is_explained(
-    small_disk: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_disk: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load_tokenizer(tiny_model)
     (small_disk / "other").write_bytes(b"x" * 255_000)
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
-    with pytest.raises(DpoOptError, match="the disk is full"), settle_folder(tmp_path / "t") as own:
-        tokenizer.save_pretrained(own)
+    for path in (small_disk / "t", location("memory://bucket/t")):
+        with pytest.raises(DpoOptError, match="the disk is full"), settle_folder(path, last="a") as own:
+            tokenizer.save_pretrained(own)
+        assert names(small_disk) == {"other"}
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), Exception("broken (os error 5)")])

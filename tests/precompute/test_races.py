@@ -1,0 +1,181 @@
+"""Runs that begin at once on one folder: one of them is refused, or all mean the same; never a mixture."""
+
+import multiprocessing
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+import yaml
+from fakes import ScriptedScorer, preference_rows, write_jsonl
+from planning import Run, race_in_folders, run_of
+
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.run import precompute
+from dpo_opt.schemas.columns import columns_digest, columns_of_data
+from dpo_opt.schemas.config_keys import MODEL_CONFIG
+from dpo_opt.schemas.manifest import COMMAND, PLAN, TOKENIZER
+from dpo_opt.schemas.storage import sha256_folder
+
+ROWS = preference_rows(12)
+OTHER_TEXT = [row | {"chosen": f"{row['chosen']} Or so."} for row in ROWS]
+
+
+def weighted(rows: list[dict[str, object]], weight: float, **more: object) -> list[dict[str, object]]:
+    return [row | {"weight": weight} | more for row in rows]
+
+
+# What differs between two runs: the rows of each, and whether the second has another model.
+RACES = {
+    "data and weights": (weighted(ROWS, 1.0), weighted(OTHER_TEXT, 9.0), False),
+    "weights alone": (weighted(ROWS, 1.0), weighted(ROWS, 9.0), False),
+    "columns": (weighted(ROWS, 1.0), [row | {"margin": 9.0} for row in ROWS], False),
+    "model": (weighted(ROWS, 1.0), weighted(ROWS, 1.0), True),
+    "nothing": (weighted(ROWS, 1.0), weighted(ROWS, 1.0), False),
+}
+
+
+def content(shards: Path) -> tuple[object, ...]:
+    """All that belongs to a plan."""
+    data = yaml.safe_load((shards / COMMAND).read_text())["data"]
+    files = [(shards / name).read_bytes() for name in (PLAN, MODEL_CONFIG)]
+    return *files, sha256_folder(shards / TOKENIZER), columns_digest(columns_of_data(shards)), data
+
+
+Configs = Callable[[str], list[PrecomputeConfig]]
+
+
+@pytest.fixture
+def configs_of(tiny_model: Path, tmp_path: Path) -> Configs:
+    def configs(race: str) -> list[PrecomputeConfig]:
+        *rows, other_model = RACES[race]
+        models = [tiny_model, tiny_model]
+        if other_model:
+            models[1] = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+            (models[1] / "chat_template.jinja").write_text("{{ messages }}")
+            config = models[1] / "config.json"
+            config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+        return [
+            PrecomputeConfig(
+                model=str(model),
+                data=[str(write_jsonl(tmp_path / f"{'nothing' if race == 'nothing' else i}.jsonl", some))],
+                shards=tmp_path / f"alone-{i}",
+                pairs_per_shard=4,
+            )
+            for i, (model, some) in enumerate(zip(models, rows, strict=True))
+        ]
+
+    return configs
+
+
+def alone(runs: list[Run]) -> list[tuple[object, ...]]:
+    """What each run makes of a folder of its own."""
+    for run in runs:
+        assert run.settle(run.config.shards)
+    return [content(run.config.shards) for run in runs]
+
+
+@pytest.fixture
+def often_interrupted() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("often_interrupted")
+@pytest.mark.parametrize("race", RACES)
+def test_of_two_runs_that_begin_at_once_no_mixture_is_left(
+    configs_of: Configs, tmp_path: Path, race: str
+) -> None:
+    runs = [run_of(config) for config in configs_of(race)]
+    expected = alone(runs)
+    for i in range(10):
+        folder, barrier = tmp_path / f"round-{i}", Barrier(2)
+
+        def settle(run: Run, folder: Path = folder, barrier: Barrier = barrier) -> bool:
+            barrier.wait()
+            return run.settle(folder)
+
+        with ThreadPoolExecutor(2) as pool:
+            settled = list(pool.map(settle, runs))
+        assert sum(settled) == (2 if race == "nothing" else 1)
+        assert content(folder) == expected[settled.index(True)]
+        assert {path.name for path in folder.iterdir()} <= {
+            *(PLAN, TOKENIZER, COMMAND, MODEL_CONFIG, "columns", "weights.json")
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("race", ["data and weights", "model"])
+def test_fifty_rounds_of_processes(configs_of: Configs, tmp_path: Path, race: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    configs, rounds = configs_of(race), 50
+    folders = [tmp_path / f"round-{i}" for i in range(rounds)]
+    barrier, outcomes = context.Barrier(2), context.Queue()
+    workers = [context.Process(target=race_in_folders, args=(c, folders, barrier, outcomes)) for c in configs]
+    for worker in workers:
+        worker.start()
+    found = [outcomes.get(timeout=80) for _ in range(2 * rounds)]
+    for worker in workers:
+        worker.join(20)
+    expected = {config.shards.name: content(config.shards) for config in configs}
+    winners = {folder: name for name, folder, settled in found if settled}
+    assert len(winners) == rounds == sum(settled for *_, settled in found)
+    mixed = [f.name for f in folders if content(f) != expected[winners[f.name]]]
+    won = [list(winners.values()).count(name) for name in sorted(expected)]
+    print(f"{rounds} rounds, {race}: won {won[0]} and {won[1]}, the other refused, {len(mixed)} mixtures")
+    assert mixed == []
+
+
+class Killed(BaseException):
+    """As kill -9 would: nothing is cleaned up that a handler could."""
+
+
+@pytest.mark.parametrize("writer", ["settle_folder", "keep_model_config", "write_column", "_command"])
+def test_a_kill_while_planning_is_healed_by_the_same_command_and_refused_to_another(
+    configs_of: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    mine, other = (run_of(config) for config in configs_of("data and weights"))
+    expected, _ = alone([mine, other])
+    folder = tmp_path / "shards"
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"dpo_opt.precompute.settle.{writer}", killed)
+        with pytest.raises(Killed):
+            mine.settle(folder)
+    assert not (folder / PLAN).exists()
+    assert not other.settle(folder)
+    assert not (folder / PLAN).exists()
+    assert mine.settle(folder)
+    assert content(folder) == expected
+    assert not other.settle(folder)
+    assert content(folder) == expected
+
+
+def test_a_kill_while_planning_what_was_appended_keeps_the_new_weights(
+    configs_of: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (config, _) = configs_of("weights alone")
+    write_jsonl(Path(config.data[0]), weighted(ROWS[:6], 1.0))
+    precompute(config, scorer=ScriptedScorer())
+    write_jsonl(Path(config.data[0]), weighted(ROWS, 1.0))
+    grown = config.model_copy(update={"append": True})
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo_opt.precompute.settle._command", killed)
+        with pytest.raises(Killed):
+            precompute(grown, scorer=ScriptedScorer())
+    assert precompute(grown, scorer=ScriptedScorer()).kept == 12
+    (column,) = columns_of_data(config.shards).values()
+    assert (list(column.rows), set(column.values)) == (list(range(12)), {1.0})
+    assert not list(config.shards.glob("*.claim"))
