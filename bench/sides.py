@@ -88,7 +88,7 @@ def train_ours(arguments: argparse.Namespace) -> Trained:
     class Clock(Silent):
         """When the first step began, and when each ended."""
 
-        def start(self, what: str, *, total: int | None, unit: str) -> None:
+        def start(self, what: str, *, total: int | None, unit: str, done: int = 0) -> None:
             marks.append(time.perf_counter())
 
         def advance(self, count: int, note: str = "") -> None:

@@ -19,7 +19,7 @@ from dpo_opt.merge_config import MergeConfig
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import LocationType, configured
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.results import json_option, show
+from dpo_opt.results import json_option, show, status_in_words
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, quoted
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import COMMAND
@@ -197,10 +197,11 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
 @_shards
 @json_option
 def status(shards: AnyPath, as_json: bool) -> None:
-    """Show how many shards and pairs are scored."""
+    """Show how far a folder is, how fast it fills, and who last committed to it."""
     from dpo_opt.precompute.commits import status as read_status
 
-    show(read_status(shards).model_dump(), as_json)
+    found = read_status(shards)
+    show(found.model_dump() if as_json else status_in_words(found), as_json)
 
 
 @main.command()

@@ -17,7 +17,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.text import Text
 
 from dpo_opt.schemas.progress import Progress as ProgressProtocol
 from dpo_opt.schemas.text import printable
@@ -30,10 +29,22 @@ def watched() -> ProgressProtocol:
     return _Bar() if sys.stderr.isatty() else _Lines()
 
 
+def duration(seconds: float) -> str:
+    """A time as a person says it, in its two largest units: ``48 s``, ``1 h 20 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 class _Lines:
-    def start(self, what: str, *, total: int | None, unit: str) -> None:
+    def start(self, what: str, *, total: int | None, unit: str, done: int = 0) -> None:
         self._what, self._total, self._unit = what, total, unit
-        self._done = 0
+        self._done = self._before = done
         self._begin = self._last = time.monotonic()
 
     def advance(self, count: int, note: str = "") -> None:
@@ -42,14 +53,14 @@ class _Lines:
         if now - self._last < _SECONDS_BETWEEN_LINES and self._done != self._total:
             return
         self._last = now
-        rate = self._done / max(now - self._begin, 1e-9)
+        rate = (self._done - self._before) / max(now - self._begin, 1e-9)
         done, left = str(self._done), ""
         if self._total is not None:
             done += f"/{self._total}"
-            left = f", {(self._total - self._done) / rate if rate else 0.0:.0f} s left"
+            left = f", {duration((self._total - self._done) / rate if rate else 0.0)} left"
         print(
             f"{self._what}: {done} {self._unit}, {rate:.1f} {self._unit}/s{left}"
-            + (f", {note}" if note else ""),
+            + (f", {printable(note)}" if note else ""),
             file=sys.stderr,
             flush=True,
         )
@@ -62,7 +73,7 @@ class _Lines:
 
 
 class _Bar:
-    def start(self, what: str, *, total: int | None, unit: str) -> None:
+    def start(self, what: str, *, total: int | None, unit: str, done: int = 0) -> None:
         self._unit = unit
         self._begin = time.monotonic()
         self._done = 0
@@ -81,12 +92,12 @@ class _Bar:
         context = click.get_current_context(silent=True)
         if context is not None:
             context.call_on_close(self._bar.stop)
-        self._task: TaskID = self._bar.add_task(what, total=total, rate="", note="")
+        self._task: TaskID = self._bar.add_task(what, total=total, completed=done, rate="", note="")
 
     def advance(self, count: int, note: str = "") -> None:
         self._done += count
         rate = self._done / max(time.monotonic() - self._begin, 1e-9)
-        self._bar.update(self._task, advance=count, rate=f"{rate:.1f} {self._unit}/s", note=Text(note).plain)
+        self._bar.update(self._task, advance=count, rate=f"{rate:.1f} {self._unit}/s", note=printable(note))
 
     def finish(self) -> None:
         self._bar.stop()

@@ -1,10 +1,15 @@
 """How a command says what came out: words for people, JSON for machines."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import BaseModel
+
+from dpo_opt.console import duration
+
+if TYPE_CHECKING:
+    from dpo_opt.precompute.commits import Status
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
@@ -20,13 +25,35 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         click.echo(f"{name:<{width}}  {_words(value)}")
 
 
+def status_in_words(found: "Status") -> dict[str, Any]:
+    """A folder's state as a person reads it; what is not known is None."""
+    return {
+        **found.model_dump(include={"shards_total", "shards_committed", "pairs_total", "pairs_kept"}),
+        **found.model_dump(include={"pairs_dropped", "dropped"}),
+        "share_done": f"{found.share_done:.1%}",
+        "pairs_per_second": found.pairs_per_second,
+        "time_left": None if found.seconds_left is None else duration(found.seconds_left),
+        "last_commit": _ago(found.seconds_since_commit),
+        "workers": [
+            f"{w.host}{'' if w.worker is None else f' worker {w.worker}'}: {w.pairs} pairs in {w.shards} "
+            f"shards, {w.pairs_per_second:.3g} pairs/s, last commit {_ago(w.seconds_since_commit)}"
+            for w in found.workers
+        ],
+        "finalized": found.finalized,
+    }
+
+
+def _ago(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{duration(seconds)} ago"
+
+
 def _words(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_words(member)}" for name, member in value.items()) or "none"
     if isinstance(value, list):
-        return "; ".join(map(str, value)) or "none"
+        return "; ".join(map(_words, value)) or "none"
     return str(value)
 
 

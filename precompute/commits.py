@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from dpo_opt.precompute.plan import ranges_of, read_plan
+from dpo_opt.precompute.throughput import WorkerThroughput, throughput
 from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError, quoted
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
@@ -49,10 +51,18 @@ class Status(BaseModel):
     shards_total: int
     shards_committed: int
     pairs_total: int
-    """Source rows."""
+    """Source rows, without those that ``--data-share`` leaves out."""
     pairs_kept: int
     pairs_dropped: int
     dropped: dict[str, int]
+    share_done: float
+    """Of the source rows."""
+    pairs_per_second: float | None
+    """Source rows, of all workers, of late. Here and below: None where no commit says when it was made."""
+    seconds_left: float | None
+    """None also where nothing is left, and where nobody has committed for long."""
+    seconds_since_commit: float | None
+    workers: list[WorkerThroughput]
     finalized: bool
 
 
@@ -120,9 +130,8 @@ def _is_valid(commit: ShardCommit, planned: ShardRange, plan: Plan, data: Mappin
 def is_of(commit: ShardCommit, planned: ShardRange, plan: Plan) -> bool:
     """Whether a commit says that it holds a planned shard, whole; its files may be gone or damaged."""
     return (
-        (commit.shard, commit.start, commit.stop) == (planned.shard, planned.start, planned.stop)
-        and commit.rows + sum(commit.dropped.values()) == planned.stop - planned.start
-        and commit.rows_digest == planned.rows_digest
+        all(getattr(commit, name) == value for name, value in planned)
+        and commit.rows + sum(commit.dropped.values()) == planned.used
         and commit.fingerprint == plan.fingerprint
         # A manifest that names a file outside the folder is one that nobody can read.
         and commit.dropped_file in _dropped_names(commit.file)
@@ -146,13 +155,17 @@ def status(shards_dir: AnyPath) -> Status:
     dropped: Counter[str] = Counter()
     for commit in done.values():
         dropped.update(commit.dropped)
+    scored = sum(commit.used for commit in done.values())
+    rates = throughput(done.values(), rows_left=plan.used - scored, now=datetime.now(UTC))
     return Status(
         shards_total=len(plan.shards),
         shards_committed=len(done),
-        pairs_total=plan.rows,
+        pairs_total=plan.used,
         pairs_kept=sum(c.rows for c in done.values()),
         pairs_dropped=sum(dropped.values()),
         dropped=dict(sorted(dropped.items())),
+        share_done=scored / plan.used,
+        **rates._asdict(),
         finalized=is_finalized(shards_dir, plan),
     )
 

@@ -5,8 +5,11 @@ would take for a result.
 """
 
 import secrets
+import socket
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +17,7 @@ import numpy as np
 
 from dpo_opt.precompute.commits import committed, finalize, is_finalized, withdraw_if_lost
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.datasets import BadRow
+from dpo_opt.precompute.datasets import BadRow, Row
 from dpo_opt.precompute.plan import RowsDigest
 from dpo_opt.precompute.quarantine import ENGINE_ERROR, Losses, score_or_leave_out
 from dpo_opt.precompute.reference import make_tokenizer, pinned, resolve_reference
@@ -24,8 +27,18 @@ from dpo_opt.precompute.tokenize import PairTokenizer
 from dpo_opt.precompute.workers import Worker, shards_for
 from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import Fingerprint
-from dpo_opt.schemas.locations import AnyPath, on_this_machine
-from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, Manifest, Plan, ShardCommit, ShardRange, to_json
+from dpo_opt.schemas.locations import AnyPath, on_this_machine, sizes
+from dpo_opt.schemas.manifest import (
+    ATTEMPT,
+    COMMITS,
+    DATA,
+    DROPPED,
+    Manifest,
+    Plan,
+    ShardCommit,
+    ShardRange,
+    to_json,
+)
 from dpo_opt.schemas.pairs import LogpArray, PreferencePair, ScoredPair, Scorer, TokenizedPair, TokenSequence
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.shards import DroppedRow, read_row_groups, write_dropped, write_shard
@@ -75,10 +88,9 @@ def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None 
     tokenizer = tokenizer.on(plan.fingerprint.template_date)
     worker = Worker(config.worker_index or 0, config.num_workers or 1)
     done = committed(config.shards, plan)
-    left = sum(r.stop - r.start for r in plan.shards if r.shard not in done)
+    job = _Job(progress, config.shards, plan, done)
     lost = sum(commit.dropped.get(ENGINE_ERROR, 0) for commit in done.values())
-    losses = Losses(rows=plan.rows, seen=lost + sum(commit.rows for commit in done.values()), lost=lost)
-    progress.start("scoring", total=left, unit="pairs")
+    losses = Losses(rows=plan.used, seen=lost + sum(commit.rows for commit in done.values()), lost=lost)
     reader = RowReader(config)
     scored = 0
     for shard in shards_for(worker, plan, config.shards):
@@ -94,8 +106,9 @@ def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None 
             losses=losses,
         )
         last = "was another's first" if commit is None else f"has {commit.tokens} tokens"
-        progress.advance(shard.stop - shard.start, f"the last shard {last}")
+        job.look(f"the last shard {last}")
         scored += 1
+    job.look("")
     progress.finish()
     if losses.lost:
         progress.say(
@@ -105,11 +118,30 @@ def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None 
     return scored
 
 
+class _Job:
+    """Counts the rows of the whole folder, whoever scores them: a worker's own do not tell the time left."""
+
+    def __init__(self, progress: Progress, shards_dir: AnyPath, plan: Plan, done: Collection[int]) -> None:
+        self._progress = progress
+        self._commits = shards_dir / COMMITS
+        self._left = {p.shard: p.used for p in plan.shards if p.shard not in done}
+        # Some of these do not count, or their shards would be done.
+        self._before = sizes(self._commits)
+        progress.start("scoring", total=plan.used, unit="pairs", done=plan.used - sum(self._left.values()))
+
+    def look(self, note: str) -> None:
+        """Tell of what was committed since the last look."""
+        names = filter(ATTEMPT.fullmatch, sizes(self._commits).keys() - self._before.keys())
+        shards = {int(name.partition("-")[0]) for name in names} & self._left.keys()
+        if shards:
+            self._progress.advance(sum(self._left.pop(shard) for shard in shards), note)
+
+
 def score_shard(
     config: PrecomputeConfig,
     plan: Plan,
     planned: ShardRange,
-    items: Sequence[PreferencePair | BadRow],
+    items: Sequence[Row],
     *,
     tokenizer: PairTokenizer,
     scorer: Scorer,
@@ -134,6 +166,7 @@ def score_shard(
         EngineStopped: The engine fails too often.
         DpoOptError: The scorer returned values that cannot be log-probs.
     """
+    begun = time.monotonic()
     kept: list[TokenizedPair] = []
     dropped: list[DroppedRow] = []
     digest = RowsDigest()
@@ -142,7 +175,7 @@ def score_shard(
         digest.add(item)
         if isinstance(item, BadRow):
             dropped.append(_left_out(item.row, item.error, config))
-        else:
+        elif isinstance(item, PreferencePair):
             pairs.append(item)
     for pair, ids in zip(pairs, tokenizer.encode(pairs), strict=True):
         fitted = _left_out(pair.row, ids, config) if isinstance(ids, DataError) else tokenizer.fit(pair, ids)
@@ -164,7 +197,7 @@ def score_shard(
         pair = where[row]
         dropped.append(DroppedRow(row, pair.source, ENGINE_ERROR, f"{pair.where}: {message}"))
     dropped.sort(key=lambda row: row.row)
-    return _commit(config.shards, plan.fingerprint, planned, scored, dropped)
+    return _commit(config, plan.fingerprint, planned, scored, dropped, begun)
 
 
 def _left_out(row: int, error: DataError, config: PrecomputeConfig) -> DroppedRow:
@@ -231,6 +264,7 @@ def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer, *, model: Path |
                 rejected_ids=pair.rejected_ids,
                 chosen_truncated=pair.chosen_truncated,
                 rejected_truncated=pair.rejected_truncated,
+                id=pair.id,
                 ref_chosen_token_logps=chosen,
                 ref_rejected_token_logps=rejected,
             )
@@ -260,14 +294,15 @@ def _require_logps(values: LogpArray, length: int, row: int, *, dtype: str) -> N
 
 
 def _commit(
-    shards_dir: AnyPath,
+    config: PrecomputeConfig,
     fingerprint: Fingerprint,
     planned: ShardRange,
     result: ScoredPairs,
     dropped: Sequence[DroppedRow],
+    begun: float,
 ) -> ShardCommit | None:
     """Data first, read back from disk, commit last; nothing of it stays where another attempt was first."""
-    scored = result.pairs
+    shards_dir, scored = config.shards, result.pairs
     attempt = secrets.token_hex(4)
     name = f"{planned.shard:05d}-{attempt}"
     data, left_out = f"{DATA}/{name}.parquet", f"{DROPPED}/{name}.parquet"
@@ -286,9 +321,7 @@ def _commit(
     if on_disk != [p.pair_id for p in scored]:
         raise DpoOptError("the shard read back from disk is not what was written", where=data)
     commit = ShardCommit(
-        shard=planned.shard,
-        start=planned.start,
-        stop=planned.stop,
+        **planned.model_dump(),
         attempt=attempt,
         file=data,
         rows=len(scored),
@@ -300,8 +333,11 @@ def _commit(
         truncated=sum(p.chosen_truncated or p.rejected_truncated for p in scored),
         tokens=sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in scored),
         unique_sequences=result.unique_sequences,
-        rows_digest=planned.rows_digest,
         fingerprint=fingerprint,
+        host=socket.gethostname(),
+        worker=config.worker_index,
+        finished=datetime.now(UTC),
+        seconds=time.monotonic() - begun,
     )
     write_text(shards_dir / COMMITS / f"{name}.json", to_json(commit))
     return None if withdraw_if_lost(shards_dir, planned.shard, attempt) else commit

@@ -6,8 +6,15 @@ from typing import Protocol
 class Progress(Protocol):
     """One counted piece of work."""
 
-    def start(self, what: str, *, total: int | None, unit: str) -> None:
-        """Begin counting ``total`` units of ``what``; None where nobody knows how many there are."""
+    def start(self, what: str, *, total: int | None, unit: str, done: int = 0) -> None:
+        """Begin counting.
+
+        Args:
+            what: What is done, in a word.
+            total: How many units there are; None where nobody knows.
+            unit: What is counted.
+            done: Units that were done before, by whomever; they count, and no rate is made of them.
+        """
         ...
 
     def advance(self, count: int, note: str = "") -> None:
@@ -24,7 +31,7 @@ class Progress(Protocol):
 class Silent:
     """Progress that nobody watches: the default of the Python API."""
 
-    def start(self, what: str, *, total: int | None, unit: str) -> None:
+    def start(self, what: str, *, total: int | None, unit: str, done: int = 0) -> None:
         pass
 
     def advance(self, count: int, note: str = "") -> None:

@@ -2,8 +2,10 @@ import contextlib
 import json
 import os
 import pty
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -187,6 +189,10 @@ def test_a_file_in_the_place_of_a_folder_is_named(tiny_model: Path, tmp_path: Pa
 
 def test_status_counts(shards: Path) -> None:
     shown = json.loads(invoke("status", "--shards", shards, "--json").stdout)
+    (worker,) = shown.pop("workers")
+    assert (worker["host"], worker["worker"], worker["pairs"]) == (socket.gethostname(), None, 12)
+    assert shown.pop("pairs_per_second") > 0
+    assert shown.pop("seconds_since_commit") >= 0
     assert shown == {
         "shards_total": 3,
         "shards_committed": 3,
@@ -194,9 +200,16 @@ def test_status_counts(shards: Path) -> None:
         "pairs_kept": 12,
         "pairs_dropped": 0,
         "dropped": {},
+        "share_done": 1.0,
+        "seconds_left": None,
         "finalized": True,
     }
-    assert "shards_committed  3\n" in invoke("status", "--shards", shards).stdout
+    lines = invoke("status", "--shards", shards).stdout.splitlines()
+    said = {line.partition("  ")[0]: line for line in lines}
+    assert said["shards_committed"].endswith("  3")
+    assert said["share_done"].endswith("  100.0%")
+    assert re.search(r": 12 pairs in 3 shards, [\d.e+]+ pairs/s, last commit .* ago$", said["workers"])
+    assert "time_left" not in said
 
 
 def test_finalize_writes_the_manifest(shards: Path, tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ class Meddler:
     def __init__(self, change: Callable[[], object]) -> None:
         self._change = change
 
-    def start(self, what: str, *, total: int | None, unit: str) -> None:
+    def start(self, what: str, *, total: int | None, unit: str, done: int = 0) -> None:
         if what == "writing":
             self._change()
 

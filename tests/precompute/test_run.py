@@ -3,10 +3,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -372,11 +375,11 @@ class Counted:
     """Progress that remembers what it was told."""
 
     def __init__(self) -> None:
-        self.total = self.done = self.finished = 0
+        self.total = self.done = self.before = self.finished = 0
 
-    def start(self, what: str, *, total: int, unit: str) -> None:
+    def start(self, what: str, *, total: int, unit: str, done: int = 0) -> None:
         assert (what, unit) == ("scoring", "pairs")
-        self.total = total
+        self.total, self.before = total, done
 
     def advance(self, count: int, note: str = "") -> None:
         self.done += count
@@ -388,7 +391,7 @@ class Counted:
         pass
 
 
-def test_progress_counts_the_rows_that_are_left_to_score(config_of: Configs) -> None:
+def test_progress_counts_the_whole_folder(config_of: Configs) -> None:
     def stop(calls: int) -> None:
         if calls == 1:
             raise Interrupted
@@ -397,8 +400,48 @@ def test_progress_counts_the_rows_that_are_left_to_score(config_of: Configs) -> 
     with pytest.raises(Interrupted):
         precompute(config_of(), scorer=ScriptedScorer(before_call=stop), progress=first)
     precompute(config_of(), scorer=ScriptedScorer(), progress=second)
-    assert (first.total, first.done) == (11, 3)
-    assert (second.total, second.done, second.finished) == (8, 8, 1)
+    assert (first.total, first.before, first.done) == (11, 0, 3)
+    assert (second.total, second.before, second.done, second.finished) == (11, 3, 8, 1)
+
+
+def test_a_worker_counts_what_the_others_do(config_of: Configs) -> None:
+    """Another one scores all shards while the first is at its first."""
+    one = config_of(worker_index=0, num_workers=2)
+    other = one.model_copy(update={"worker_index": 1})
+    seen = Counted()
+
+    def meanwhile(calls: int) -> None:
+        assert work(other, scorer=ScriptedScorer()) == 4
+
+    def stop(calls: int) -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        work(one, scorer=ScriptedScorer(before_call=stop))
+    # A record that counts for nothing is no progress.
+    (one.shards / COMMITS).mkdir()
+    (one.shards / COMMITS / "00003-00000000.json").touch()
+    assert work(one, scorer=ScriptedScorer(before_call=meanwhile), progress=seen) == 1
+    assert (seen.total, seen.before, seen.done) == (11, 0, 11)
+
+
+def test_a_commit_says_who_made_it_and_when(config_of: Configs) -> None:
+    begun = datetime.now(UTC)
+    config = config_of(worker_index=1, num_workers=2)
+    work(config, scorer=ScriptedScorer(before_call=lambda calls: time.sleep(0.01)))
+    for path in (config.shards / "commits").iterdir():
+        record = json.loads(path.read_text())
+        assert (record["host"], record["worker"]) == (socket.gethostname(), 1)
+        finished = datetime.fromisoformat(record["finished"])
+        assert finished.utcoffset() == timedelta(0)
+        assert begun <= finished <= datetime.now(UTC)
+        assert 0.01 <= record["seconds"] < 60
+    found = status(config.shards)
+    assert found.share_done == 1
+    assert found.pairs_per_second
+    assert [(w.worker, w.pairs) for w in found.workers] == [(1, 11)]
+    plan = (config.shards / "plan.json").read_text()
+    assert socket.gethostname() not in plan
 
 
 def test_messages_are_scored_through_the_chat_template(config_of: Configs, tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""How fast a folder fills, from what its commits say of their time and place."""
+
+from collections.abc import Collection, Mapping
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from pydantic import BaseModel
+
+from dpo_opt.schemas.manifest import ShardCommit
+
+_WINDOW = timedelta(minutes=15)
+"""A rate of longer ago is that of other workers; three shards where they take longer than this."""
+
+
+class WorkerThroughput(BaseModel):
+    """What one worker has done; a host's name and a number may be those of several processes in turn."""
+
+    host: str
+    worker: int | None
+    """Its number; None for the only one."""
+    shards: int
+    pairs: int
+    """Source rows."""
+    pairs_per_second: float
+    """While it was at work on those shards."""
+    seconds_since_commit: float
+
+
+class Throughput(NamedTuple):
+    """How fast all workers together are."""
+
+    pairs_per_second: float | None
+    """Source rows, of late; None where no commit says when it was made."""
+    seconds_left: float | None
+    """At that rate; None where nothing is left, or the last commit is older than what the rate is made of."""
+    seconds_since_commit: float | None
+    workers: list[WorkerThroughput]
+    """By host and number."""
+
+
+def throughput(commits: Collection[ShardCommit], *, rows_left: int, now: datetime) -> Throughput:
+    """Rates from the times that commits state; those of older folders state none, and do not count.
+
+    Args:
+        commits: One for each finished shard.
+        rows_left: Source rows that are not scored yet.
+        now: By this machine's clock; the commits' times are by those of their machines.
+    """
+    times: dict[int, tuple[datetime, datetime]] = {
+        c.shard: (c.finished - timedelta(seconds=c.seconds), c.finished)
+        for c in commits
+        if c.finished is not None and c.seconds is not None
+    }
+    timed = [commit for commit in commits if commit.shard in times]
+    if not timed:
+        return Throughput(None, None, None, [])
+    last = max(end for _, end in times.values())
+    window = max(_WINDOW, 3 * max(end - begin for begin, end in times.values()))
+    recent = [commit for commit in timed if times[commit.shard][1] >= last - window]
+    begun = min(times[commit.shard][0] for commit in recent)
+    rate = _rows(recent) / max((last - begun).total_seconds(), 1e-9)
+    stalled = now - last > window
+    return Throughput(
+        pairs_per_second=rate,
+        seconds_left=None if stalled or not rows_left else rows_left / rate,
+        seconds_since_commit=max(0.0, (now - last).total_seconds()),
+        workers=_workers(timed, times, now),
+    )
+
+
+def _workers(
+    commits: Collection[ShardCommit], times: Mapping[int, tuple[datetime, datetime]], now: datetime
+) -> list[WorkerThroughput]:
+    groups: dict[tuple[str, int], list[ShardCommit]] = {}
+    for commit in commits:
+        key = (commit.host or "", -1 if commit.worker is None else commit.worker)
+        groups.setdefault(key, []).append(commit)
+    return [
+        WorkerThroughput(
+            host=host,
+            worker=own[0].worker,
+            shards=len(own),
+            pairs=_rows(own),
+            pairs_per_second=_rows(own) / max(sum(c.seconds or 0.0 for c in own), 1e-9),
+            seconds_since_commit=max(0.0, min((now - times[c.shard][1]).total_seconds() for c in own)),
+        )
+        for (host, _), own in sorted(groups.items())
+    ]
+
+
+def _rows(commits: Collection[ShardCommit]) -> int:
+    return sum(commit.used for commit in commits)
