@@ -5,6 +5,7 @@
 
 import errno
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.results import json_option, show, status_in_words
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, quoted
 from dpo_opt.schemas.locations import AnyPath
-from dpo_opt.schemas.manifest import COMMAND
 from dpo_opt.schemas.text import printable
 
 _INTERRUPTED = 130
@@ -176,7 +176,8 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
 
         show(plan_precompute(config, scorer.numerics), as_json)
         return
-    with preemptible(f"dpo-opt precompute --config {quoted(config.shards / COMMAND)}"):
+    # The same command, with the settings of this run.
+    with preemptible(shlex.join(["dpo-opt", *sys.argv[1:]])):
         if config.launched:
             show(launch(config), as_json)
             return

@@ -1,4 +1,4 @@
-"""A scheduler takes the machine back: stop at once, leave nothing half done, say so by the exit code."""
+"""A scheduler or a person takes the machine back: stop at once, leave nothing half done, say what goes on."""
 
 import contextlib
 import signal
@@ -6,31 +6,37 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-from dpo_opt.schemas.errors import Preempted
+from dpo_opt.schemas.errors import Interrupted, Preempted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_WHAT_IS_KEPT = "finished shards are committed; the one in work is abandoned"
 
 
 @contextlib.contextmanager
 def preemptible(resume: str) -> Iterator[None]:
-    """Turn SIGTERM and SIGUSR1 into ``Preempted`` while the block runs.
+    """Turn SIGTERM and SIGUSR1 into ``Preempted``, and Ctrl-C into ``Interrupted``, while the block runs.
 
     What is being written then is abandoned under its private name; committed shards are whole.
 
     Args:
         resume: The command that goes on.
+
+    Raises:
+        Preempted, Interrupted: The block was stopped.
     """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise Preempted(
             f"stopped by {signal.Signals(number).name}",
-            why="finished shards are committed; the one in work is abandoned",
+            why=_WHAT_IS_KEPT,
             fix=resume,
         )
 
     before = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted", why=_WHAT_IS_KEPT, fix=resume) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -120,6 +120,12 @@ class EngineStopped(DpoOptError):
     """An engine broke at what it was asked, maybe through one row of it; asked again, it starts anew."""
 
 
+class Interrupted(DpoOptError):
+    """A person pressed Ctrl-C; what was finished is kept, and the same command goes on."""
+
+    exit_code = 130
+
+
 class Preempted(DpoOptError):
     """The scheduler asked for the machine; what was finished is kept, and the same command goes on."""
 

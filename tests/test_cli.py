@@ -3,6 +3,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -475,7 +476,9 @@ main(sys.argv[1:])
 def test_an_interrupted_command_exits_130_and_can_go_on(
     terminal: bool, tiny_model: Path, tmp_path: Path
 ) -> None:
-    arguments = [*precompute_arguments(tiny_model, tmp_path), "--pairs-per-shard", 5]
+    folder = tmp_path / "my folder"
+    folder.mkdir()
+    arguments = [*precompute_arguments(tiny_model, folder), "--pairs-per-shard", 5]
     screen, keyboard = pty.openpty() if terminal else os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_SCORER, *map(str, arguments)],
@@ -492,12 +495,15 @@ def test_an_interrupted_command_exits_130_and_can_go_on(
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
     error = shown.result()
-    assert "interrupted" in error
+    assert "error: interrupted" in error
     assert "Traceback" not in error
+    # A terminal wraps lines and ends them its own way.
+    (said,) = re.findall(r"fix: (dpo-opt .*)", error)
+    assert shlex.split(said) == ["dpo-opt", *map(str, arguments)]
     # A bar hides the cursor; it must come back.
     assert (HIDE_CURSOR in error) == terminal
     assert error.rfind(SHOW_CURSOR) >= error.rfind(HIDE_CURSOR)
-    status = json.loads(invoke("status", "--shards", tmp_path / "shards", "--json").stdout)
+    status = json.loads(invoke("status", "--shards", folder / "shards", "--json").stdout)
     assert (status["shards_committed"], status["finalized"]) == (1, False)
 
 

@@ -259,7 +259,8 @@ def test_a_commit_of_another_run_does_not_count(
     assert status(config.shards).shards_committed == 2
     with pytest.raises(DataError, match="1 of 3 shards are not scored yet") as caught:
         finalize(config.shards)
-    assert caught.value.fix == f"dpo-opt precompute --config {config.shards / 'precompute.yaml'}"
+    settings = config.shards / "precompute.yaml"
+    assert caught.value.fix == f"dpo-opt precompute --config {settings} --shards {config.shards}"
     assert work(worker, scorer=ScriptedScorer()) == 1
     assert finalize(config.shards).kept == 12
 

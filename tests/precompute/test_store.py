@@ -122,7 +122,7 @@ def test_missing_shards_are_named_with_a_command_that_reads_its_settings_from_th
         precompute(config_of(), scorer=ScriptedScorer(before_call=kill_in_the_third))
     with pytest.raises(DataError, match="2 of 4 shards are not scored yet") as caught:
         finalize(config_of().shards)
-    assert caught.value.fix == f"dpo-opt precompute --config {store}/precompute.yaml"
+    assert caught.value.fix == f"dpo-opt precompute --config {store}/precompute.yaml --shards {store}"
     with pytest.raises(SystemExit) as ended:
         main(["precompute", "--config", f"{store}/precompute.yaml", "--backend", "hf"])
     assert ended.value.code == 4, capsys.readouterr()
