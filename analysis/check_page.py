@@ -6,7 +6,7 @@ from pathlib import Path
 from dpo_opt.analysis.html import render
 from dpo_opt.analysis.intervals import Interval
 from dpo_opt.schemas.audit import Audit
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.storage import write_text
 
 
@@ -22,9 +22,9 @@ def write_check_page(audit: Audit, output: Path) -> None:
     """
     if output.is_dir():
         raise ConfigError(
-            f"the page cannot be written to {output}",
+            f"the page cannot be written to {quoted(output)}",
             why="it is a folder",
-            fix=f"name a file: {output}/check.html",
+            fix=f"name a file: {quoted(output / 'check.html')}",
         )
     reference = audit.reference
     accuracy = None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import polars as pl
 
 from dpo_opt.analysis.intervals import Interval, bootstrap_ratio, bootstrap_share
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, quoted
 
 
 class KLEstimate(NamedTuple):
@@ -40,7 +40,7 @@ def estimate_kl(samples: pl.LazyFrame) -> KLEstimate:
     if len(found := uneven.collect(engine="streaming")):
         prompt_id, sample = found.row(0)
         raise DataError(
-            f"sample {sample} of prompt {prompt_id} has not as many policy as reference log-probs",
+            f"sample {sample} of prompt {quoted(prompt_id)} has not as many policy as reference log-probs",
             fix="dpo-opt kl --model CKPT --reference M --prompts DIR_OR_DATA --output FILE.parquet",
         )
     # In float64: k3 is the small difference of numbers near 1.

@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import ShardCommit, check_file, load_manifest
@@ -37,7 +37,7 @@ class ShardSlice(NamedTuple):
     @property
     def shards(self) -> pl.LazyFrame:
         """A new scan each time: one that is kept holds on to its files' footers, megabytes per slice."""
-        return _lazy(self.files, SHARD_SCHEMA)
+        return _lazy_shards(self.files)
 
 
 def scan_shards(shards_dir: AnyPath | str) -> pl.LazyFrame:
@@ -47,7 +47,7 @@ def scan_shards(shards_dir: AnyPath | str) -> pl.LazyFrame:
         DataError: The folder has no valid manifest, or a file is not the one the manifest names.
     """
     shards_dir = location(shards_dir)
-    return _lazy(_verified(shards_dir, _commits(shards_dir)), SHARD_SCHEMA)
+    return _lazy_shards(_verified(shards_dir, _commits(shards_dir)))
 
 
 def shard_slices(shards_dir: AnyPath | str) -> list[ShardSlice]:
@@ -130,7 +130,7 @@ def join_reference(
         row, pair_id, reference_hash = foreign.row(0)
         state = "no such row" if reference_hash is None else "another pair at this row"
         raise DataError(
-            f"row {row} is pair {pair_id}, but the shards have {state}",
+            f"row {row} is pair {quoted(pair_id)}, but the shards have {state}",
             where=where,
             why="log-probs of one set of pairs minus the reference's of another would mean nothing",
             fix="score again with `dpo-opt score --model CKPT --shards SHARDS --output FILE.parquet`, "
@@ -205,7 +205,7 @@ def _scan(files: Sequence[Path], schema: pa.Schema, *, what: str) -> pl.LazyFram
             names = pq.read_schema(file).names
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(
-                f"not readable as Parquet ({str(error).splitlines()[0]})",
+                f"not readable as Parquet ({first_line(error)})",
                 where=str(file),
                 why="the file is truncated, damaged or something else",
             ) from error
@@ -215,6 +215,20 @@ def _scan(files: Sequence[Path], schema: pa.Schema, *, what: str) -> pl.LazyFram
                 f"this is no table of {what}: it lacks the columns {', '.join(missing)}", where=str(file)
             )
     return _lazy(files, schema)
+
+
+def _lazy_shards(files: Sequence[Path]) -> pl.LazyFrame:
+    if not files:
+        return _lazy(files, SHARD_SCHEMA)
+    # Older shards lack a column, newer ones may have more.
+    return pl.scan_parquet(
+        list(files),
+        schema=pl.DataFrame(pl.from_arrow(SHARD_SCHEMA.empty_table())).schema,
+        missing_columns="insert",
+        extra_columns="ignore",
+        glob=False,
+        hive_partitioning=False,
+    )
 
 
 def _lazy(files: Sequence[Path], schema: pa.Schema) -> pl.LazyFrame:

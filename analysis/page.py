@@ -14,7 +14,7 @@ from dpo_opt.analysis.html import render
 from dpo_opt.analysis.runs import open_run
 from dpo_opt.analysis.summary import Summary
 from dpo_opt.analysis.view import RunView, view_run
-from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
 from dpo_opt.schemas.storage import write_text
 
 SUMMARY = "summary.json"
@@ -35,7 +35,7 @@ def report(run_dirs: Sequence[Path], output: Path) -> Summary:
         raise ConfigError("no run folder was named", fix="dpo-opt report RUN --output report.html")
     if output.name == SUMMARY or output.is_dir():
         raise ConfigError(
-            f"the page cannot be written to {output}",
+            f"the page cannot be written to {quoted(output)}",
             why=f"it is a folder, or the name of the {SUMMARY} that is written beside the page",
             fix="dpo-opt report RUN --output report.html",
         )
@@ -46,7 +46,7 @@ def report(run_dirs: Sequence[Path], output: Path) -> Summary:
         except pl.exceptions.ComputeError as error:
             # What the footers said was right; the pages behind them are not.
             raise DataError(
-                f"a table cannot be read ({str(error).splitlines()[0]})",
+                f"a table cannot be read ({first_line(error)})",
                 where=str(run_dir),
                 why="one of its Parquet files is damaged",
             ) from error

@@ -15,7 +15,7 @@ from dpo_opt.analysis.load import ShardSlice, scan_shards, shard_slices
 from dpo_opt.analysis.outcomes import shares_over_prompts
 from dpo_opt.analysis.texts import TokenDecoder, pair_texts
 from dpo_opt.schemas.audit import HardPair, ReferenceView, SourceRanking
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.locations import AnyPath
 
 _QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
@@ -41,7 +41,7 @@ def reference_view(shards_dir: AnyPath, *, hardest: int = 8) -> ReferenceView:
             "no pair was kept",
             where=str(shards_dir),
             why="the reference has no log-probs to look at",
-            fix=f"dpo-opt status --shards {shards_dir}",
+            fix=f"dpo-opt status --shards {quoted(shards_dir)}",
         )
     normalised = rewards.normalised_reference_ranking_accuracy()
     margin = rewards.reference_ranking_margin()

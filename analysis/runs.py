@@ -4,7 +4,6 @@ Runs stop in the middle, are resumed, and are read while they write; this file i
 """
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import polars as pl
 import yaml
 
-from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import MANIFEST
 
@@ -90,7 +89,7 @@ def open_run(path: Path) -> Run:
 
 
 def _command(name: str, **options: object) -> str:
-    words = [f"dpo-opt {name}", *(f"--{k} {shlex.quote(str(v))}" for k, v in options.items())]
+    words = [f"dpo-opt {name}", *(f"--{k} {quoted(v)}" for k, v in options.items())]
     return " ".join(words)
 
 
@@ -101,7 +100,7 @@ def _read_config(path: Path) -> Mapping[str, object]:
             f"there is no {CONFIG}" if path.is_dir() else "there is no such folder",
             where=str(path),
             why="this is not a folder that training wrote",
-            fix=f"dpo-opt train --shards SHARDS --model MODEL --output-dir {shlex.quote(str(path))}",
+            fix=f"dpo-opt train --shards SHARDS --model MODEL --output-dir {quoted(path)}",
         )
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -121,7 +120,7 @@ def _find_shards(path: Path, config: Mapping[str, object]) -> AnyPath:
         if (place / MANIFEST).is_file():
             return place
     raise ConfigError(
-        f"the shards {str(stated)!r} are not there (looked at {', '.join(map(str, places))})",
+        f"the shards {quoted(stated)} are not there (looked at {', '.join(map(quoted, places))})",
         where=str(path / CONFIG),
         why="without the reference log-probs there is nothing to compare the policy with",
         fix="run the report from the folder the training was started in, or move the shards back",

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from dpo_opt.optimize.architecture import model_without_weights
-from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.progress import Progress
 from dpo_opt.schemas.weights import weights_digest
@@ -83,7 +83,7 @@ def read_adapter(folder: Path) -> Adapter:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ConfigError(
-                f"{folder} holds no {name}",
+                f"{quoted(folder)} holds no {name}",
                 why="an adapter is a folder with both adapter_config.json and adapter_model.safetensors",
                 fix="pass --adapter with a folder that `dpo-opt train --use-peft` or peft's save_pretrained "
                 "wrote",
@@ -93,7 +93,7 @@ def read_adapter(folder: Path) -> Adapter:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"not an adapter's configuration ({type(error).__name__}: {error})", where=str(folder / CONFIG)
+            f"not an adapter's configuration ({first_line(error)})", where=str(folder / CONFIG)
         ) from error
     _refuse_features(config, folder)
     try:
@@ -102,7 +102,7 @@ def read_adapter(folder: Path) -> Adapter:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise DataError(
-            f"the adapter's weights cannot be read ({error})",
+            f"the adapter's weights cannot be read ({first_line(error)})",
             where=str(folder / WEIGHTS),
             fix="copy the adapter again",
         ) from error
@@ -111,9 +111,9 @@ def read_adapter(folder: Path) -> Adapter:
     expected = {f"{PREFIX}{layer}.lora_{x}.weight" for layer in layers for x in "AB"}
     ranks = {shapes[f"{PREFIX}{layer}{suffix}"][0] for layer in layers if expected <= set(shapes)}
     if not layers or expected != set(shapes) or ranks != {rank}:
-        odd = sorted(expected ^ set(shapes))[:1] or sorted(map(str, ranks))
+        shown = ", ".join(map(quoted, sorted(expected ^ set(shapes))[:1] or sorted(ranks)))
         raise DataError(
-            f"the weights are not pairs of LoRA matrices of rank {rank} (see {', '.join(odd) or 'no pair'})",
+            f"the weights are not pairs of LoRA matrices of rank {rank} (see {shown or 'no pair'})",
             where=str(folder / WEIGHTS),
             why="what is not understood would be left out of the model in silence",
             fix="save the adapter again with peft's save_pretrained",
@@ -132,7 +132,7 @@ def read_adapter(folder: Path) -> Adapter:
 def _refuse_features(config: dict[str, Any], folder: Path) -> None:
     init = config.get("init_lora_weights", True)
     features = [
-        f"{name}={value!r}"
+        f"{quoted(name)}={value!r}"
         for name, value in config.items()
         if value
         and name not in _HARMLESS
@@ -159,8 +159,8 @@ def require_base(adapter: Adapter, model_folder: Path) -> None:
     found = weights_digest(model_folder)
     if found != adapter.base_weights:
         raise ConfigError(
-            f"the adapter was trained on a base with weights {adapter.base_weights[:16]}..., "
-            f"{model_folder} has {found[:16]}...",
+            f"the adapter was trained on a base with weights {quoted(adapter.base_weights[:16])}..., "
+            f"{quoted(model_folder)} has {found[:16]}...",
             where=str(adapter.folder),
             why="on another model its matrices mean nothing",
             fix="pass the model that it was trained on as --model",
@@ -305,7 +305,7 @@ def _tensors_of_layers(model_folder: Path, adapter: Adapter) -> dict[Path, dict[
         if name is None or places[name][1] != shape:
             has = f"there its shape is {places[name][1]}" if name else "the checkpoint has no such tensor"
             raise ConfigError(
-                f"the adapter has a layer {layer} of shape {shape}; {has}",
+                f"the adapter has a layer {quoted(layer)} of shape {shape}; {has}",
                 where=str(model_folder),
                 why="the adapter is for another model, or transformers puts this one's tensors together "
                 "when it loads them",
@@ -352,9 +352,10 @@ def _weight_files(model_folder: Path) -> list[Path]:
     if present != names:
         odd = sorted(present ^ names)[0]
         raise ConfigError(
-            f"{odd} {'is missing' if odd in names else 'is not one of the files that transformers reads'}",
+            f"{quoted(odd)} is "
+            f"{'missing' if odd in names else 'not one of the files that transformers reads'}",
             where=str(model_folder),
             why="a second copy of the weights would stay as it was, and other programs may prefer it",
-            fix=f"copy the model without {odd}" if odd in present else "copy the whole model again",
+            fix=f"copy the model without {quoted(odd)}" if odd in present else "copy the whole model again",
         )
     return [model_folder / name for name in sorted(names)]

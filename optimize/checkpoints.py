@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict
 
 from dpo_opt.optimize.distributed import World, from_first, text_from_first, wait_for_all
 from dpo_opt.optimize.run_folder import CHECKPOINTS, CONFIG
-from dpo_opt.schemas.errors import ConfigError, DataError
-from dpo_opt.schemas.fingerprint import Fingerprint
+from dpo_opt.schemas.errors import ConfigError, DataError, quoted
+from dpo_opt.schemas.fingerprint import Fingerprint, short_value
 from dpo_opt.schemas.locations import inside
 from dpo_opt.schemas.manifest import Sha256, parse, to_json
 from dpo_opt.schemas.storage import publish_folder, sha256_file
@@ -216,14 +216,14 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Checkpoint | Non
         damage = _damage(path)
         if damage is None:
             return Checkpoint(path, parse(TrainState, (path / _STATE).read_bytes(), where=path / _STATE))
-        say(f"passing over the checkpoint {path.name}: {damage}")
+        say(f"passing over the checkpoint {quoted(path.name)}: {damage}")
     if damage is None:
         return None
     raise DataError(
         f"no checkpoint is whole; of the last one, {damage}",
         where=str(run / CHECKPOINTS),
         why="going on from changed bytes would train another model than the one that was saved",
-        fix=f"restore the files, or start again: rm -r {run}",
+        fix=f"restore the files, or start again: rm -r {quoted(run)}",
     )
 
 
@@ -239,7 +239,10 @@ def require_same_run(state: TrainState, *, data: Data, settings: dict[str, Any],
     differing = [name for name in current if name not in free and saved.get(name) != current[name]]
     if not differing:
         return
-    rows = [f"    {name}: {_short(saved.get(name))} then, {_short(current[name])} now" for name in differing]
+    rows = [
+        f"    {name}: {short_value(saved.get(name))} then, {short_value(current[name])} now"
+        for name in differing
+    ]
     why = "its checkpoints would go on as another run: neither the old settings' result nor the new ones'"
     if set(differing) <= _LENGTHS:
         why = (
@@ -250,7 +253,7 @@ def require_same_run(state: TrainState, *, data: Data, settings: dict[str, Any],
         "the run was started with something else\n" + "\n".join(rows),
         where=str(run),
         why=why,
-        fix=f"dpo-opt train --config {run / CONFIG} --resume, or start anew in another --output-dir",
+        fix=f"dpo-opt train --config {quoted(run / CONFIG)} --resume, or start anew in another --output-dir",
     )
 
 
@@ -266,11 +269,6 @@ def _flat(data: Data) -> dict[str, object]:
     body = data.model_dump()
     fingerprint = body.pop("fingerprint")
     return {**body, **{f"shards' {name}": value for name, value in fingerprint.items()}}
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return f"{text[:16]}..." if len(text) == 64 else text
 
 
 def _newest_first(run: Path) -> list[Path]:
@@ -292,11 +290,11 @@ def _damage(path: Path) -> str | None:
         except DataError as error:
             return error.what
         if not file.is_file():
-            return f"{entry.file} is missing"
+            return f"{quoted(entry.file)} is missing"
         if file.stat().st_size != entry.bytes:
-            return f"{entry.file} has {file.stat().st_size} bytes, not {entry.bytes}"
+            return f"{quoted(entry.file)} has {file.stat().st_size} bytes, not {entry.bytes}"
         if sha256_file(file) != entry.sha256:
-            return f"the bytes of {entry.file} changed"
+            return f"the bytes of {quoted(entry.file)} changed"
     return None
 
 

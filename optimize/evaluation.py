@@ -13,7 +13,7 @@ from dpo_opt.optimize.run_folder import HeldLogps, Metrics, RunFolder, hold_logp
 from dpo_opt.optimize.step import Batching, MetricsWindow, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.optimize.stream import PairStream
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS, refuse_differences
 from dpo_opt.schemas.manifest import ShardFolder
 
@@ -69,7 +69,7 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
             current=folder.manifest.fingerprint,
             fields=MODEL_FIELDS,
             where=str(path),
-            fix=f"score it with the reference of {folder.path}",
+            fix=f"score it with the reference of {quoted(folder.path)}",
         )
         found.append(Evaluation(path.name, PairStream(other, eval_split=1.0), other.manifest.index_sha256))
     wanted = config.metric_for_best_model
@@ -77,7 +77,9 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
     if wanted is not None and wanted not in names:
         raise ConfigError(
             f"--metric-for-best-model {wanted!r} is not among the metrics of an evaluation",
-            fix=f"pass one of: {', '.join(names)}" if names else "pass --eval-split or --eval-shards",
+            fix=f"pass one of: {', '.join(map(quoted, names))}"
+            if names
+            else "pass --eval-split or --eval-shards",
         )
     if config.eval_steps is not None and not found:
         raise ConfigError(

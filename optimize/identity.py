@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from dpo_opt.optimize.adapter_folder import merged_digests, read_adapter
 from dpo_opt.schemas.config_keys import differing_keys
-from dpo_opt.schemas.errors import ConfigError, first_line
+from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 from dpo_opt.schemas.fingerprint import refuse_differences
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.model_config import load_model_config, model_errors
@@ -51,8 +51,8 @@ def require_same_model(
             f"the tokenizer cannot be loaded ({first_line(error)})",
             where=str(model_folder),
             why="whether its ids mean what they mean in the shards cannot be known",
-            fix=f"copy the model's own tokenizer there, or, if it is the same, cp {folder.path}/tokenizer/* "
-            f"{model_folder}",
+            fix="copy the model's own tokenizer there, or, if it is the same, "
+            f"cp {quoted(folder.path)}/tokenizer/* {quoted(model_folder)}",
         ) from error
     found: dict[str, object] = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer_digest(tokenizer)}
     if "weights" in fields:
@@ -78,6 +78,7 @@ def require_same_model(
         where=str(folder.path),
         fix=fix
         if adapter is None
-        else f"dpo-opt merge --model {model_folder} --adapter {adapter} --output MERGED, then dpo-opt "
-        "precompute --model MERGED --data DATA --shards SCORED, then the same command with --shards SCORED",
+        else f"dpo-opt merge --model {quoted(model_folder)} --adapter {quoted(adapter)} --output MERGED, "
+        "then dpo-opt precompute --model MERGED --data DATA --shards SCORED, then the same command with "
+        "--shards SCORED",
     )

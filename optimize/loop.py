@@ -56,7 +56,7 @@ from dpo_opt.optimize.step import Batching, MetricsWindow, PairResults, forward_
 from dpo_opt.optimize.stop_signals import StopRequested, StopSignals, stop_signals
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.optimize.throughput import Throughput
-from dpo_opt.schemas.errors import ConfigError, DpoOptError, Preempted
+from dpo_opt.schemas.errors import ConfigError, DpoOptError, Preempted, quoted
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS, TOKENIZER_FIELDS
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import find_model
@@ -103,8 +103,8 @@ def prepare(config: TrainConfig) -> Prepared:
         model_folder,
         fields=TOKENIZER_FIELDS if config.reference_differs else MODEL_FIELDS,
         adapter=config.adapter,
-        fix=f"pass the model that was scored as --model, or `dpo-opt precompute --model {config.model}` "
-        "into another --shards folder",
+        fix="pass the model that was scored as --model, or "
+        f"`dpo-opt precompute --model {quoted(config.model)}` into another --shards folder",
     )
     with folder.tokenizer():
         pass  # better now than when the trained model is written
@@ -142,7 +142,7 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
     # Before the first process writes, the others have seen what was there.
     wait_for_all(world)
     if ended is not None and ended >= total_steps:
-        progress.say(f"the run in {run.path} came to its end before")
+        progress.say(f"the run in {quoted(run.path)} came to its end before")
         return TrainResult(final, ended, None, run.last_metrics())
     data = Data(
         dataset_digest=folder.manifest.dataset_digest,
@@ -178,7 +178,7 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
         at, window.state = state.at, state.window
         saver.load_optimizer(found.path)
         run.rewind(Written(state.lines, state.segments))
-        progress.say(f"going on from {found.path.name}, {at.consumed} pairs into the run")
+        progress.say(f"going on from {quoted(found.path.name)}, {at.consumed} pairs into the run")
         if at.step > total_steps:
             progress.say(f"it is beyond the {total_steps} steps that are asked for: the run ends there")
         if state.best is not None and is_comparable(state.best, config.metric_for_best_model, evals):
@@ -186,12 +186,12 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
             run.write_best(best.model_dump())
         elif state.best is not None:
             progress.say(
-                f"step {state.best.step} was the best by {state.best.metric} of what was evaluated then, "
-                "which --metric-for-best-model no longer asks for: the best is looked for anew"
+                f"step {state.best.step} was the best by {quoted(state.best.metric)} of what was evaluated "
+                "then, which --metric-for-best-model no longer asks for: the best is looked for anew"
             )
     elif config.resume:
         run.rewind(Written(0, {}))
-        progress.say(f"no checkpoint in {run.path}: starting at step 0")
+        progress.say(f"no checkpoint in {quoted(run.path)}: starting at step 0")
     batching = Batching(budget, cost, world)
     saved_step, saved_time = at.step, time.monotonic()
 
@@ -300,7 +300,7 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
         optimizer.zero_grad(set_to_none=True)
         if at.step > saved_step:
             save()
-        resume = f"dpo-opt train --config {run.path / CONFIG} --resume"
+        resume = f"dpo-opt train --config {quoted(run.path / CONFIG)} --resume"
         run.write_preempted({"signal": str(request), "step": at.step, "resume": resume})
         raise Preempted(
             f"stopped by {request} after step {at.step} of {total_steps}",
@@ -386,6 +386,7 @@ def _require_finite(
     raise DpoOptError(
         f"{'a loss' if bad else 'the gradient'} is not finite (source rows {rows})",
         where=f"step {step + 1}",
-        why=f"the update would have destroyed the policy and was not made; the step's pairs are in {dump}",
+        why="the update would have destroyed the policy and was not made; the step's pairs are in "
+        f"{quoted(dump)}",
         fix="lower --learning-rate" + ("" if dtype == torch.float32 else ", or use --dtype float32"),
     )

@@ -20,7 +20,7 @@ from dpo_opt.optimize.lora_targets import has_experts
 from dpo_opt.optimize.loss import preference_loss
 from dpo_opt.optimize.packing import Group, packed_size, pair_group
 from dpo_opt.optimize.policy import Policy, one_by_one
-from dpo_opt.schemas.errors import FingerprintError
+from dpo_opt.schemas.errors import FingerprintError, quoted
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
 
@@ -270,23 +270,23 @@ def require_parity(parity: Parity, *, shards: str, model: str) -> None:
     )
     if any(check.name.startswith("floor") for check in failed):
         raise FingerprintError(
-            f"the log-probs of {model} depend on what shares the batch: {figures}",
+            f"the log-probs of {quoted(model)} depend on what shares the batch: {figures}",
             where=shards,
             why="no cache can hold them, and every step would be trained on other numbers than were scored",
             fix="pass --dtype float32; if it fails as well, report the versions with `dpo-opt env`",
         )
     if parity.experts and not (parity.dtype == parity.cached_dtype == "float32"):
         fix = (
-            f"dpo-opt precompute --model {model} --data DATA --shards OTHER_FOLDER --dtype float32; then "
-            "dpo-opt train --dtype float32: rounding picks no other expert there"
+            f"dpo-opt precompute --model {quoted(model)} --data DATA --shards OTHER_FOLDER --dtype float32; "
+            "then dpo-opt train --dtype float32: rounding picks no other expert there"
         )
     else:
         fix = (
-            f"dpo-opt precompute --model {model} --data DATA --shards OTHER_FOLDER; or, if another reference "
-            "is intended, dpo-opt train --reference-differs"
+            f"dpo-opt precompute --model {quoted(model)} --data DATA --shards OTHER_FOLDER; or, if another "
+            "reference is intended, dpo-opt train --reference-differs"
         )
     raise FingerprintError(
-        f"the cached log-probs are not those of {model}: {figures}",
+        f"the cached log-probs are not those of {quoted(model)}: {figures}",
         where=shards,
         why="the policy would be pulled towards another model than the one it starts from",
         fix=fix,

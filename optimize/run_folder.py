@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.pair_logps import PairLogps, Phase, write_pair_logps
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.storage import write_text
@@ -101,9 +101,9 @@ class RunFolder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             resumable = (path / CONFIG).is_file()
             raise ConfigError(
-                f"the output folder {path} is already in use",
+                f"the output folder {quoted(path)} is already in use",
                 why="two runs in one folder could not be told apart",
-                fix=f"to go on with it: dpo-opt train --config {path / CONFIG} --resume"
+                fix=f"to go on with it: dpo-opt train --config {quoted(path / CONFIG)} --resume"
                 if resumable
                 else "pass another --output-dir, or remove the folder",
             )

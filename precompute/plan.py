@@ -27,7 +27,7 @@ from dpo_opt.precompute.parallel import map_in_order
 from dpo_opt.precompute.reference import Reference, fingerprint_of
 from dpo_opt.precompute.tokenize import PairTokenizer
 from dpo_opt.schemas.columns import MARGIN, WEIGHT, Column, new_column
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
 from dpo_opt.schemas.manifest import (
     MANIFEST,
@@ -265,6 +265,6 @@ def read_plan(shards_dir: AnyPath) -> Plan:
             f"there is no {PLAN}",
             where=str(shards_dir),
             why="this is not a folder of reference shards",
-            fix=f"dpo-opt precompute --model M --data DATA --shards {shards_dir}",
+            fix=f"dpo-opt precompute --model M --data DATA --shards {quoted(shards_dir)}",
         )
     return plans[-1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.manifest import COMMAND, COMMITS
 from dpo_opt.schemas.storage import write_text
 
@@ -117,7 +117,7 @@ def launch_array(config: PrecomputeConfig) -> dict[str, Any]:
         f"--dependency=afterany:{array}",
         str(finalize),
         fix=f"the workers are submitted as job {array}; when they are done, "
-        f"`dpo-opt finalize --shards {shlex.quote(str(config.shards))}`",
+        f"`dpo-opt finalize --shards {quoted(config.shards)}`",
     )
     logs = str(shards_dir / FOLDER / "logs")
     return {"submitted": True, "array_job": array, "finalize_job": last, "logs": logs}

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.strict_json import quote
-from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.hub import current_commit, fetch
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
@@ -206,7 +206,7 @@ def _hub_files(name: str) -> list[str]:
         raise ConfigError(
             f"{name!r} is not pinned to a commit",
             why="the dataset could change between planning and scoring, and nobody would know",
-            fix=f"--data {repository}@{commit}" + (f"/{files}" if files else ""),
+            fix="--data " + quoted(f"{repository}@{commit}" + (f"/{files}" if files else "")),
         )
     patterns = [files] if files else [f"**{suffix}" for suffix in SUFFIXES]
     folder = fetch(repository, kind="dataset", revision=revision, patterns=patterns, extra="hub")

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from dpo_opt.schemas.errors import FingerprintError
+from dpo_opt.schemas.errors import FingerprintError, quoted
 from dpo_opt.schemas.rope import FIXED
 
 
@@ -121,9 +121,12 @@ def refuse_differences(
     rows = [("field", "cached", "this run")]
     for name in differing:
         if name == "model_config_digest" and config_keys:
-            rows += [(f"config.{key}", _short(a), _short(b)) for key, (a, b) in config_keys.items()]
+            rows += [
+                (short_value(f"config.{key}"), short_value(a), short_value(b))
+                for key, (a, b) in config_keys.items()
+            ]
         else:
-            rows.append((name, _short(getattr(cached, name)), _short(getattr(current, name))))
+            rows.append((name, short_value(getattr(cached, name)), short_value(getattr(current, name))))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     table = "\n".join(f"    {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
     same = ", ".join(name for name in fields if name not in differing) or "nothing else"
@@ -161,8 +164,11 @@ def _identity_of_options(text: object) -> object:
     return without_memory_options(options) if isinstance(options, dict) else options
 
 
-def _short(value: object) -> str:
+def short_value(value: object) -> str:
+    """A value as a line of a message shows it: the beginning of a hash or of a long text."""
     text = str(value)
+    if not text.isprintable():
+        text = quoted(text)
     if len(text) > _LONGEST_VALUE:
         return f"{text[:_LONGEST_VALUE]}..."
     return f"{text[:16]}..." if len(text) == 64 else text

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, first_line
 
 Kind = Literal["model", "dataset"]
 
@@ -65,8 +65,7 @@ def _not_installed(repository: str, extra: str) -> ConfigError:
 
 
 def _not_to_be_had(repository: str, error: Exception) -> ConfigError:
-    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ConfigError(
-        f"{repository!r} is neither here nor to be had from the Hub ({first_line})",
+        f"{repository!r} is neither here nor to be had from the Hub ({first_line(error)})",
         fix="name what exists on this machine, or check the name and `hf auth login`",
     )

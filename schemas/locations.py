@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import PlainSerializer, PlainValidator
 from upath import UPath
 
-from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, quoted
+from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, first_line, quoted
 
 AnyPath = Path | UPath
 _EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3"}
@@ -61,7 +61,7 @@ def _store_path(name: str | UPath) -> AnyPath:
         return Path(rest)
     if urlsplit(str(name)).password is not None:
         raise ConfigError(
-            f"a password inside a {protocol}:// URL",
+            f"a password inside a {quoted(protocol)}:// URL",
             why="the folder's records and messages would show it",
             fix="pass credentials in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         )
@@ -75,11 +75,11 @@ def _store_path(name: str | UPath) -> AnyPath:
         extra = _EXTRA_OF_PROTOCOL.get(protocol)
         fix = f"pip install 'dpo-opt[{extra}]'" if extra else "pip install the package that it names"
         raise ConfigError(
-            f"cannot be read without another package ({error})", where=str(name), fix=fix
+            f"cannot be read without another package ({first_line(error)})", where=str(name), fix=fix
         ) from error
     except ValueError as error:
         raise ConfigError(
-            f"not a URL that can be used here ({error})",
+            f"not a URL that can be used here ({first_line(error)})",
             where=str(name),
             fix="pass a path, or a URL such as s3://BUCKET/FOLDER",
         ) from error
@@ -148,9 +148,8 @@ def explained(path: AnyPath) -> Iterator[None]:
     except store_errors() as error:
         if isinstance(path, Path) or getattr(error, "errno", None) in _DISK_FULL:
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DpoOptError(
-            f"the store refuses or does not answer ({reason})",
+            f"the store refuses or does not answer ({first_line(error)})",
             where=str(path),
             why="what was committed there is not touched",
             fix="check the URL and the credentials in the environment, then run the same command again",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 from dpo_opt.schemas.hub import fetch
 from dpo_opt.schemas.weights import WEIGHTS, loaded_files
 
@@ -102,27 +102,28 @@ def _refuse_unsafe(folder: Path) -> None:
     config_path = folder / "config.json"
     if not config_path.is_file() and (folder / "adapter_config.json").is_file():
         raise ConfigError(
-            f"{folder} is an adapter, not a model",
+            f"{quoted(folder)} is an adapter, not a model",
             why="it is a small change to another model, which it needs",
-            fix=f"dpo-opt merge --model BASE --adapter {folder} --output MERGED, then pass MERGED",
+            fix=f"dpo-opt merge --model BASE --adapter {quoted(folder)} --output MERGED, then pass MERGED",
         )
     if not config_path.is_file():
         raise ConfigError(
-            f"{folder} has no config.json",
+            f"{quoted(folder)} has no config.json",
             why="it is not a model folder in the Hugging Face layout",
             fix="pass --model with a folder that save_pretrained wrote",
         )
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(
-            f"{folder} holds a model and an adapter (config.json and adapter_config.json)",
+            f"{quoted(folder)} holds a model and an adapter (config.json and adapter_config.json)",
             why="transformers would add the adapter to the model's weights, which may hold it already, and "
             "save only the adapter after training; vLLM would leave it out",
-            fix=f"cp -rL {folder} MODEL && rm MODEL/adapter_*, then pass MODEL if its weights are merged; if "
-            f"not, dpo-opt merge --model MODEL --adapter {folder} --output MERGED, then pass MERGED",
+            fix=f"cp -rL {quoted(folder)} MODEL && rm MODEL/adapter_*, then pass MODEL if its weights are "
+            f"merged; if not, dpo-opt merge --model MODEL --adapter {quoted(folder)} --output MERGED, "
+            "then pass MERGED",
         )
     if "auto_map" in read_config(folder):
         raise ConfigError(
-            f"{folder} asks to run its own Python code (auto_map in config.json)",
+            f"{quoted(folder)} asks to run its own Python code (auto_map in config.json)",
             why="loading it would execute code from the model folder",
             fix="use a model that transformers supports without remote code",
         )
@@ -136,15 +137,15 @@ def _refuse_unsafe(folder: Path) -> None:
         )
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
-            f"{folder} holds no *.safetensors weights",
+            f"{quoted(folder)} holds no *.safetensors weights",
             why="other weight formats are pickles, which can run code when loaded",
             fix="convert the model with save_pretrained(..., safe_serialization=True)",
         )
     if "transformers_weights" in read_config(folder):
         raise ConfigError(
-            f"{folder} names the file of its weights (transformers_weights in config.json)",
+            f"{quoted(folder)} names the file of its weights (transformers_weights in config.json)",
             why="transformers would load that file, vLLM the others",
-            fix=f"cp -rL {folder} MODEL, remove the key and call the file {WEIGHTS}, then pass MODEL",
+            fix=f"cp -rL {quoted(folder)} MODEL, remove the key and call the file {WEIGHTS}, then pass MODEL",
         )
     loaded_files(folder)
 
@@ -159,7 +160,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ConfigError(f"not readable as JSON ({error})", where=str(path)) from error
+        raise ConfigError(f"not readable as JSON ({first_line(error)})", where=str(path)) from error
     if not isinstance(config, dict):
         raise ConfigError("not a JSON object", where=str(path))
     return config

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 
 WEIGHTS = "model.safetensors"
 """The file of a model that is not split."""
@@ -63,11 +63,11 @@ def loaded_files(folder: Path) -> list[Path]:
                 f"{WEIGHTS} stands beside {_INDEX}, which names other files",
                 where=str(folder),
                 why="transformers would load the one file, vLLM those that the index names",
-                fix=f"remove {folder / WEIGHTS}, or the index and its files",
+                fix=f"remove {quoted(folder / WEIGHTS)}, or the index and its files",
             )
         if missing := sorted(named - files):
             raise ConfigError(
-                f"{missing[0]} is missing, which {_INDEX} names",
+                f"{quoted(missing[0])} is missing, which {_INDEX} names",
                 where=str(folder),
                 why="a part of the weights would not be loaded",
                 fix="copy or download the model again",
@@ -76,10 +76,10 @@ def loaded_files(folder: Path) -> list[Path]:
     if WEIGHTS in files and len(files) > 1:
         other = min(files - {WEIGHTS})
         raise ConfigError(
-            f"{other} stands beside {WEIGHTS}, and there is no {_INDEX}",
+            f"{quoted(other)} stands beside {WEIGHTS}, and there is no {_INDEX}",
             where=str(folder),
             why=f"transformers would load {WEIGHTS} alone, vLLM both",
-            fix=f"cp -rL {folder} MODEL && rm MODEL/{other}, then pass MODEL",
+            fix=f"cp -rL {quoted(folder)} MODEL && rm MODEL/{quoted(other)}, then pass MODEL",
         )
     return [folder / name for name in sorted(files)] or sorted(folder.glob("*.safetensors"))
 
@@ -92,7 +92,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         return {str(tensor): str(file) for tensor, file in found.items()}
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"not readable as an index of weights ({type(error).__name__}: {error})",
+            f"not readable as an index of weights ({first_line(error)})",
             where=str(path),
             fix="copy or download the model again",
         ) from error
@@ -126,7 +126,7 @@ def _loaded_tensors(folder: Path) -> list[_Tensor]:
     for path, name, *_ in tensors:
         if name in places:
             raise ConfigError(
-                f"the tensor {name} is in {places[name].name} and in {path.name}",
+                f"the tensor {quoted(name)} is in {quoted(places[name].name)} and in {quoted(path.name)}",
                 where=str(folder),
                 why="which of them counts depends on the order in which the files are loaded",
                 fix="save the model again with save_pretrained",
@@ -136,7 +136,7 @@ def _loaded_tensors(folder: Path) -> list[_Tensor]:
         for name, file in sorted(_weight_map(folder).items()):
             if places.get(name) != folder / file:
                 raise ConfigError(
-                    f"the tensor {name} is not in {file}, where {_INDEX} says it is",
+                    f"the tensor {quoted(name)} is not in {quoted(file)}, where {_INDEX} says it is",
                     where=str(folder),
                     why="the index is that of another model, or a file was exchanged",
                     fix="copy or download the model again",
@@ -227,7 +227,7 @@ def refuse_left_over(names: Iterable[str], *, folder: Path) -> None:
     if weights:
         raise ConfigError(
             f"the checkpoint holds {len(weights)} weights that the model has no place for, "
-            f"such as {weights[0]}",
+            f"such as {quoted(weights[0])}",
             where=str(folder),
             why="they would be left out of every log-prob, and of a model that is trained from them",
             fix="correct config.json (number of layers, biases, architectures) until it fits the weights",
