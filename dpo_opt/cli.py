@@ -242,7 +242,7 @@ def gc(shards: AnyPath, older_than: float, dry_run: bool, as_json: bool) -> None
     """Remove what killed and repeated attempts left behind."""
     from dpo_opt.precompute.gc import find_garbage, remove_garbage
 
-    garbage = find_garbage(shards, older_than_hours=older_than)
+    garbage = find_garbage(shards, older_than_hours=older_than, look_only=dry_run)
     if not dry_run:
         remove_garbage(garbage)
     show(

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Iterator
 
-from dpo_opt.precompute.plan import read_plans
+from dpo_opt.precompute.gc import is_private
+from dpo_opt.precompute.plan import plan_of, read_plans
 from dpo_opt.precompute.weights_memo import WEIGHTS
 from dpo_opt.schemas.columns import COLUMNS
 from dpo_opt.schemas.errors import DataError, quoted
@@ -18,7 +19,7 @@ from dpo_opt.schemas.manifest import (
     PLAN,
     TOKENIZER,
     Manifest,
-    Plan,
+    resume_command,
 )
 
 VERDICT = "verify.json"
@@ -30,7 +31,6 @@ _EXPECTED = re.compile(
     rf"{MANIFEST}|{PLAN}|{COMMAND}|model_config\.json|{VERDICT}|{WEIGHTS}|plan-\d+\.json|{TOKENIZER}/.+|slurm/.+"
     rf"|{COMMITS}/\d{{5,}}-[0-9a-f]+\.json|{COLUMNS}/[^/]+\.parquet"
 )
-_PRIVATE = re.compile(r"(.+/)?\..+\.[0-9a-f]{8}\.tmp")
 
 
 def folder_notes(shards: AnyPath, manifest: Manifest) -> list[str]:
@@ -59,18 +59,11 @@ def _plan_notes(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     elif plans[-1].rows > manifest.rows:
         yield (
             f"the folder is growing to {plans[-1].rows:,} rows: "
-            f"`dpo-opt precompute --config {quoted(shards / COMMAND)}` goes on, "
+            f"`{resume_command(shards)}` goes on, "
             f"`dpo-opt finalize --shards {quoted(shards)}` ends it"
         )
-    if plans and not any(_is_plan_of(plan, manifest) for plan in plans):
+    if plans and plan_of(manifest) not in plans:
         yield f"{shards / PLAN} is that of another run: `dpo-opt precompute` would not go on with this folder"
-
-
-def _is_plan_of(plan: Plan, manifest: Manifest) -> bool:
-    ranges = [(c.shard, c.start, c.stop, c.rows_digest) for c in manifest.shards]
-    return (
-        (plan.fingerprint, plan.dataset_digest) == (manifest.fingerprint, manifest.dataset_digest)
-    ) and ranges == [(r.shard, r.start, r.stop, r.rows_digest) for r in plan.shards]
 
 
 def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
@@ -78,7 +71,7 @@ def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     named.add(manifest.index_file)
     with explained(shards):
         there = {str(path)[len(str(shards)) + 1 :] for path in shards.rglob("*") if path.is_file()}
-    others = sorted(name for name in there - named if not _EXPECTED.fullmatch(name))
+    others = sorted(n for n in there - named if is_private(n) or not _EXPECTED.fullmatch(n))
     growing = planned_rows(shards, manifest) > manifest.rows
     left: list[str] = []
     unknown: list[str] = []
@@ -87,7 +80,7 @@ def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
         attempt = ATTEMPT.fullmatch(file) if folder in (DATA, DROPPED) else None
         if attempt is not None and growing and int(attempt["shard"]) >= len(manifest.shards):
             continue  # of the part that is not finalized yet
-        (left if attempt or _PRIVATE.fullmatch(name) else unknown).append(name)
+        (left if attempt or is_private(name) else unknown).append(name)
     if left:
         yield f"left by other attempts (`dpo-opt gc --shards {quoted(shards)}`): {_listed(left)}"
     if unknown:

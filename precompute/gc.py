@@ -2,69 +2,120 @@
 
 import re
 import secrets
+import shutil
+import time
+from pathlib import Path
 from typing import NamedTuple
 
 from dpo_opt.precompute.commits import read_commit
 from dpo_opt.precompute.plan import read_plan
+from dpo_opt.precompute.slurm import FOLDER as SLURM
+from dpo_opt.schemas.columns import COLUMNS
 from dpo_opt.schemas.locations import AnyPath, explained, is_file, read_all, remove, sizes
-from dpo_opt.schemas.manifest import ATTEMPT, COMMITS, DATA, DROPPED, MANIFEST, ShardCommit, load_manifest
+from dpo_opt.schemas.manifest import (
+    ATTEMPT,
+    COMMITS,
+    DATA,
+    DROPPED,
+    MANIFEST,
+    TOKENIZER,
+    ShardCommit,
+    load_manifest,
+)
 
 # Names that this program gives; anything else in the folder is somebody's, and stays.
 _INDEX = re.compile(r"index(-\d+)?(-[0-9a-f]{8})?\.parquet")
 _PRIVATE = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+_FOLDERS = (DATA, DROPPED, COMMITS, COLUMNS, TOKENIZER, SLURM)
 
 
 class Garbage(NamedTuple):
-    """Files that no reader will ever need."""
+    """What no reader will ever need."""
 
     files: list[AnyPath]
     size: int
     """In bytes."""
+    folders: list[Path]
+    """Private ones, whose files are among these."""
 
 
-def find_garbage(shards_dir: AnyPath, *, older_than_hours: float) -> Garbage:
+def is_private(name: str) -> bool:
+    """Whether a file is one that was being written, or in a folder that was.
+
+    Args:
+        name: Relative to the folder of shards.
+    """
+    first, *rest = name.split("/")
+    in_a_folder = first in _FOLDERS and len(rest) == 1
+    return _PRIVATE.fullmatch(rest[0] if in_a_folder else first) is not None
+
+
+def find_garbage(shards_dir: AnyPath, *, older_than_hours: float, look_only: bool = False) -> Garbage:
     """Private files and attempts that lost, which nobody has written to for some hours.
 
     Before ``finalize`` every committed attempt stays; an attempt without a commit may be a slow worker's, so
-    young files stay too. Age is told by the file system's own clock.
+    young files stay too.
+
+    Args:
+        shards_dir: Folder of reference shards.
+        older_than_hours: Age of what is found, by the clock of the file system.
+        look_only: By this machine's clock instead: to learn the other one, a file is written and removed.
 
     Raises:
         DataError: The folder has no plan, or its manifest is damaged.
     """
     kept = _wanted(shards_dir)
     with explained(shards_dir):
-        now = _filesystem_time(shards_dir)
+        now = time.time() if look_only else _filesystem_time(shards_dir)
         # Until then readers followed the one before, and its index.
         manifest_time = _time_of(shards_dir / MANIFEST)
-    found = []
+    found: list[AnyPath] = []
     total = 0
-    for folder in (shards_dir, shards_dir / DATA, shards_dir / DROPPED, shards_dir / COMMITS):
-        for name, size in sorted(sizes(folder).items()):
-            old_index = folder == shards_dir and _INDEX.fullmatch(name)
-            attempt = folder != shards_dir and ATTEMPT.fullmatch(name)
-            inside = name if folder == shards_dir else f"{folder.name}/{name}"
-            if not (old_index or attempt or _PRIVATE.fullmatch(name)) or inside in kept:
-                continue
-            with explained(folder):
-                written = _time_of(folder / name)
-            if written is None:
-                continue  # its writer has given it its final name
-            if old_index and manifest_time is not None:
-                written = max(written, manifest_time)
-            if now - written >= older_than_hours * 3600:
-                found.append(folder / name)
-                total += size
-    return Garbage(found, total)
+    names = [*sizes(shards_dir).items()]
+    names += [(f"{f}/{name}", size) for f in _FOLDERS for name, size in sizes(shards_dir / f).items()]
+    for name, size in sorted(names):
+        old_index = _INDEX.fullmatch(name)
+        folder, _, file = name.rpartition("/")
+        attempt = folder in (DATA, DROPPED, COMMITS) and ATTEMPT.fullmatch(file)
+        if not (old_index or attempt or is_private(name)) or name in kept:
+            continue
+        with explained(shards_dir):
+            written = _time_of(shards_dir / name)
+        if written is None:
+            continue  # its writer has given it its final name
+        if old_index and manifest_time is not None:
+            written = max(written, manifest_time)
+        if now - written >= older_than_hours * 3600:
+            found.append(shards_dir / name)
+            total += size
+    folders = [folder for folder in _private_folders(shards_dir) if _is_older(folder, now, older_than_hours)]
+    inside = [path for folder in folders for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    total += sum(path.lstat().st_size for path in inside)
+    return Garbage([*found, *inside], total, folders)
 
 
 def remove_garbage(garbage: Garbage) -> None:
-    """Delete the files: records before data, so that no commit is ever left without its file.
+    """Delete it: records before data, so that no commit is ever left without its file.
 
     Raises:
         DpoOptError: The store does not answer, or refuses.
     """
     for path in sorted(garbage.files, key=lambda path: path.parent.name != COMMITS):
         remove(path)
+    for folder in garbage.folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _private_folders(shards_dir: AnyPath) -> list[Path]:
+    """A store has none: there every file is sent when it is whole."""
+    if not isinstance(shards_dir, Path):
+        return []
+    return sorted(p for p in shards_dir.iterdir() if _PRIVATE.fullmatch(p.name) and p.is_dir())
+
+
+def _is_older(folder: Path, now: float, hours: float) -> bool:
+    times = (_time_of(path) for path in (folder, *folder.rglob("*")))
+    return all(now - written >= hours * 3600 for written in times if written is not None)
 
 
 def _wanted(shards_dir: AnyPath) -> set[str]:

@@ -18,6 +18,7 @@ from dpo_opt.cli import main
 from dpo_opt.folder_notes import VERDICT
 from dpo_opt.precompute.commits import finalize
 from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.gc import find_garbage, remove_garbage
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.locations import location
@@ -352,6 +353,47 @@ def test_extra_files_are_named_and_fail_nothing(shards: Path) -> None:
     assert f"dpo-opt gc --shards {shards}" in left
     assert left.endswith(": .index.parquet.0123abcd.tmp, data/00001-0123abcd.parquet")
     assert unknown.endswith(": data/old/a.parquet, notes.txt")
+
+
+PRIVATE = [
+    ".index.parquet.0123abcd.tmp",
+    ".manifest.json.0123abcd.tmp",
+    ".tokenizer.0123abcd.tmp/tokenizer.json",
+    ".tokenizer.0123abcd.tmp/more/vocabulary.txt",
+    "columns/.weight.parquet.0123abcd.tmp",
+    "commits/.00001-0123abcd.json.0123abcd.tmp",
+    "data/.00001-0123abcd.parquet.0123abcd.tmp",
+    "dropped/.00001-0123abcd.parquet.0123abcd.tmp",
+    "slurm/.array.sbatch.0123abcd.tmp",
+    "data/00001-0123abcd.parquet",
+    "dropped/00001-0123abcd.parquet",
+    "commits/00001-0123abcd.json",
+]
+
+
+def test_gc_removes_what_verify_says_it_does_and_nothing_else(shards: Path) -> None:
+    own = set(shards.rglob("*"))
+    strangers = ["notes.txt", "mine/.x.0123abcd.tmp", "data/more/.x.0123abcd.tmp", "columns/.x.tmp"]
+    for name in (*PRIVATE, *strangers):
+        (shards / name).parent.mkdir(exist_ok=True, parents=True)
+        (shards / name).write_text("x")
+    left, unknown = check(shards).notes
+    # A commit is no reader's.
+    assert set(left.partition(": ")[2].split(", ")) == set(PRIVATE) - {"commits/00001-0123abcd.json"}
+    assert set(unknown.partition(": ")[2].split(", ")) == set(strangers)
+    times = {path: path.stat().st_mtime_ns for path in [shards, *shards.rglob("*")]}
+    found = find_garbage(shards, older_than_hours=0, look_only=True)
+    assert {path: path.stat().st_mtime_ns for path in [shards, *shards.rglob("*")]} == times
+    assert found == find_garbage(shards, older_than_hours=0)
+    assert {str(path.relative_to(shards)) for path in found.files} == set(PRIVATE)
+    assert found.size == len(PRIVATE)
+    assert find_garbage(shards, older_than_hours=1).files == []
+    remove_garbage(found)
+    assert check(shards).notes == [unknown]
+    there = {path for path in shards.rglob("*") if path.name != VERDICT}
+    assert there - own == {shards / name for name in strangers} | {
+        shards / folder for folder in ("mine", "data/more", "slurm")
+    }
 
 
 def test_notes_name_commands_that_a_shell_takes_as_they_are(shards: Path) -> None:
