@@ -1,8 +1,9 @@
 """Every setting of the commands that read preference data, documented where it is declared."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
+import yaml
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from dpo_opt.schemas.locations import Location
@@ -92,9 +93,16 @@ class PrecomputeConfig(WholeDataConfig):
         """Whether this process starts workers, instead of being one."""
         return self.launcher != "local" or (self.num_workers is not None and self.worker_index is None)
 
-    def for_workers(self) -> dict[str, Any]:
-        """What a worker's ``--config`` says: not who runs it, or it would launch again."""
-        return self.model_dump(mode="json", exclude=_OF_THE_LAUNCHER, exclude_defaults=True)
+    def for_workers(self) -> str:
+        """These settings as YAML for a worker's ``--config``, wherever it stands.
+
+        Not who runs it, or it would launch again.
+        """
+        settings = self.model_dump(mode="json", exclude=_OF_THE_LAUNCHER, exclude_defaults=True)
+        settings["shards"] = str(self.shards.absolute())
+        settings["data"] = [_absolute(name) for name in self.data]
+        settings["model"] = _absolute(self.model)
+        return yaml.safe_dump(settings, sort_keys=False)
 
     @model_validator(mode="after")
     def _know_the_worker(self) -> Self:
@@ -110,6 +118,15 @@ class PrecomputeConfig(WholeDataConfig):
         if self.worker_index is not None and self.worker_index >= (self.num_workers or 0):
             raise ValueError(f"worker_index {self.worker_index} is not below num_workers {self.num_workers}")
         return self
+
+
+def _absolute(name: str) -> str:
+    """A path or a pattern of paths from any folder; what names nothing here is a URL or on the Hub."""
+    if "://" in name:
+        return name
+    path = Path(name).expanduser().absolute()
+    matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    return str(path) if path.exists() or next(matches, None) is not None else name
 
 
 class CheckConfig(WholeDataConfig):

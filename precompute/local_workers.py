@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from dpo_opt.precompute.commits import committed
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.plan import read_plan
@@ -124,9 +122,8 @@ def run_workers(config: PrecomputeConfig, environments: Sequence[Mapping[str, st
         DpoOptError: A worker failed, and shards are left.
     """
     with tempfile.TemporaryDirectory(prefix="dpo-opt-") as folder:
-        settings = config.for_workers()
         file = Path(folder) / "precompute.yaml"
-        file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        file.write_text(config.for_workers(), encoding="utf-8")
         workers: list[_Worker] = []
         try:
             for i, own in enumerate(environments):

@@ -198,7 +198,7 @@ def _plan_from_data(shards_dir: AnyPath) -> Plan:
             why=f"there is no {COMMAND} that says which data it was of" if commits else None,
             fix=f"restore {PLAN}, or pass another --shards folder"
             if commits
-            else f"rm -f {quoted(shards_dir / PLAN)}, then run the precompute command again",
+            else f"rm -r {quoted(shards_dir)}, then run the precompute command again",
         )
     scored = commits[0].fingerprint
     settings = yaml.safe_load((shards_dir / COMMAND).read_text(encoding="utf-8"))

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from dpo_opt.precompute.config import PrecomputeConfig
@@ -118,6 +117,7 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
         )
     # One that is there may be somebody's own by now; one that was removed is taken from the data again.
     _write_columns(shards_dir, planned, keep=sizes(shards_dir / COLUMNS))
+    _keep_command(config)
     return existing
 
 
@@ -159,6 +159,13 @@ def _restore_plan(shards_dir: AnyPath, plan: Plan) -> None:
             write_text(shards_dir / PLAN, to_json(plan), replace=False)
 
 
+def _keep_command(config: PrecomputeConfig) -> None:
+    """The settings of the latest run, for whoever goes on: data may have moved, or bad rows be skipped."""
+    text = config.for_workers()
+    if read_all(config.shards, [COMMAND]).get(COMMAND) != text.encode():
+        write_text(config.shards / COMMAND, text)
+
+
 def _write_columns(shards_dir: AnyPath, planned: Planned, *, keep: Iterable[str] = ()) -> None:
     for name, column in planned.columns.items():
         if f"{name}.parquet" not in keep:
@@ -196,7 +203,6 @@ def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer
             if planned.model is not None:
                 keep_model_config(shards_dir, read_config(planned.model))
         _write_columns(shards_dir, planned)
-        write_text(shards_dir / COMMAND, _command(config))
         with contextlib.suppress(FileExistsError):
             write_text(shards_dir / name, to_json(plan), replace=False)
     remove(claim)
@@ -289,18 +295,3 @@ def _refuse_other_fingerprint(
         where=str(shards_dir),
         fix=fix,
     )
-
-
-def _command(config: PrecomputeConfig) -> str:
-    """The settings as a file that ``--config`` reads, for whoever goes on with the folder."""
-    settings = config.for_workers()
-    settings["shards"] = str(config.shards.absolute())
-    # What is no path here is a URL, a pattern or a name on the Hub.
-    settings["data"] = [_absolute(name) for name in config.data]
-    settings["model"] = _absolute(config.model)
-    return yaml.safe_dump(settings, sort_keys=False)
-
-
-def _absolute(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name

@@ -4,6 +4,7 @@ Any worker may be killed at any moment, so a script has little to do: pass Slurm
 and ask to be run again when the worker stopped because of it.
 """
 
+import hashlib
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.schemas.errors import ConfigError, quoted
-from dpo_opt.schemas.manifest import COMMAND, COMMITS
+from dpo_opt.schemas.manifest import COMMITS
 from dpo_opt.schemas.storage import write_text
 
 FOLDER = "slurm"
@@ -73,7 +74,7 @@ exit 75
 
 
 def launch_array(config: PrecomputeConfig) -> dict[str, Any]:
-    """Write the scripts of a planned folder: an array of workers, and ``finalize`` after it.
+    """Write the scripts of a planned folder: an array of workers with their settings, and ``finalize``.
 
     With ``config.submit`` they are submitted too.
 
@@ -100,8 +101,16 @@ def launch_array(config: PrecomputeConfig) -> dict[str, Any]:
             fix="run the same command where Slurm is installed, such as a login node, or leave out --submit",
         )
     score, finalize = shards_dir / FOLDER / "score.sbatch", shards_dir / FOLDER / "finalize.sbatch"
-    score_text, finalize_text = _score_script(config, shards_dir), _finalize_script(config, shards_dir)
+    # Named by what they say: tasks of an earlier launch go on with theirs.
+    settings_text = config.for_workers()
+    digest = hashlib.sha256(settings_text.encode()).hexdigest()
+    settings = shards_dir / FOLDER / f"settings-{digest[:8]}.yaml"
+    score_text, finalize_text = (
+        _score_script(config, shards_dir, settings),
+        _finalize_script(config, shards_dir),
+    )
     (shards_dir / FOLDER / "logs").mkdir(parents=True, exist_ok=True)
+    write_text(settings, settings_text)
     write_text(score, score_text)
     write_text(finalize, finalize_text)
     if not config.submit or sbatch is None:
@@ -123,7 +132,7 @@ def launch_array(config: PrecomputeConfig) -> dict[str, Any]:
     return {"submitted": True, "array_job": array, "finalize_job": last, "logs": logs}
 
 
-def _score_script(config: PrecomputeConfig, shards_dir: Path) -> str:
+def _score_script(config: PrecomputeConfig, shards_dir: Path, settings: Path) -> str:
     options = _job_options(config.job_option)
     seconds = _seconds(config.time_limit)
     notice = min(_NOTICE, seconds // 2)
@@ -140,7 +149,7 @@ def _score_script(config: PrecomputeConfig, shards_dir: Path) -> str:
     return "\n".join(
         [
             *_head(own, options, shards_dir, log="score-%A_%a.log"),
-            f"command=({_python('precompute', '--config', str(shards_dir / COMMAND))})",
+            f"command=({_python('precompute', '--config', str(settings))})",
             f"commits={shlex.quote(str(shards_dir / COMMITS))}",
             # Slurm warns up to a minute early, and counts from before the script began.
             f"limit={shlex.quote(config.time_limit)} enough={max(0, seconds - notice - 120)}",

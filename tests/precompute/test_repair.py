@@ -316,7 +316,7 @@ def test_a_folder_that_holds_nothing_is_no_folder_of_shards(tmp_path: Path) -> N
     (tmp_path / PLAN).write_text("{")
     with pytest.raises(DataError, match="nothing is scored yet") as caught:
         repair(tmp_path)
-    assert str(caught.value.fix).startswith(f"rm -f {tmp_path / PLAN}")
+    assert str(caught.value.fix).startswith(f"rm -r {tmp_path}")
 
 
 @pytest.mark.parametrize("lost", ["plan.json", "plan-1.json", "both", "manifest"])

@@ -144,7 +144,8 @@ def test_the_scripts_are_bash_and_run_this_environment(
         check=True,
     )
     python = [sys.executable, "-P", "-m", "dpo_opt"]
-    assert said.stdout.split("\0")[:-1] == [*python, "precompute", "--config", str(config.shards / COMMAND)]
+    (settings,) = (config.shards / "slurm").glob("settings-*.yaml")
+    assert said.stdout.split("\0")[:-1] == [*python, "precompute", "--config", str(settings)]
     last = finalize.read_text().splitlines()[-1]
     assert shlex.split(last) == ["exec", *python, "finalize", "--shards", str(config.shards)]
     assert (config.shards / "slurm" / "logs").is_dir()
@@ -227,13 +228,56 @@ def test_the_workers_settings_do_not_launch_again(
     reference = resolve_reference(config)
     tokenizer = make_tokenizer(config, reference)
     settle_plan(config, reference=reference, tokenizer=tokenizer, numerics=ScriptedScorer().numerics)
-    settings = yaml.safe_load((config.shards / COMMAND).read_text())
-    assert settings == {
+    launch_array(config.model_copy(update={"submit": False, "time_limit": "9"}))
+    expected = {
         "data": [str(tmp_path / "data.jsonl")],
         "model": str(tiny_model),
         "shards": str(config.shards),
         "pairs_per_shard": 2,
     }
+    for file in (config.shards / COMMAND, settings_of(config)):
+        assert yaml.safe_load(file.read_text()) == expected
+
+
+def settings_of(config: PrecomputeConfig) -> Path:
+    """The file that the tasks of a launch read."""
+    command = next(
+        line for line in scripts(config)[0].read_text().splitlines() if line.startswith("command=")
+    )
+    return Path(shlex.split(command.removeprefix("command=(").removesuffix(")"))[-1])
+
+
+def test_each_launch_carries_its_own_settings(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another setting, a copied folder, data that moved, a pattern that means something here only."""
+    (tmp_path / "parts").mkdir()
+    write_jsonl(tmp_path / "parts" / "a.jsonl", preference_rows(4))
+    monkeypatch.chdir(tmp_path)
+
+    def launched(**settings: Any) -> Path:
+        values = {"model": str(tiny_model), "data": "parts/*.jsonl", "shards": "shards", "backend": "hf"}
+        values |= {"launcher": "slurm", "num_workers": 2, "gpus_per_worker": 0}
+        config = PrecomputeConfig.model_validate(values | settings)
+        launch(config)
+        found = settings_of(config)
+        assert yaml.safe_load((config.shards / COMMAND).read_text()) == yaml.safe_load(found.read_text())
+        return found
+
+    def says(file: Path) -> dict[str, Any]:
+        found = yaml.safe_load(file.read_text())
+        assert isinstance(found, dict)
+        return found
+
+    first = launched()
+    assert says(first)["data"] == [str(tmp_path / "parts" / "*.jsonl")]
+    second = launched(on_bad_row="skip")
+    assert (says(second)["on_bad_row"], "on_bad_row" in says(first)) == ("skip", False)
+    (tmp_path / "parts").rename(tmp_path / "moved")
+    assert says(launched(data="moved"))["data"] == [str(tmp_path / "moved")]
+    shutil.copytree(tmp_path / "shards", tmp_path / "copy")
+    assert says(launched(data="moved", shards="copy"))["shards"] == str(tmp_path / "copy")
+    assert says(first)["shards"] == str(tmp_path / "shards")
 
 
 # What sbatch, squeue and scontrol would do, and a worker of a few milliseconds.
@@ -314,7 +358,7 @@ def test_without_sbatch_nothing_is_submitted_or_written(
     assert len(launch_array(config_of())["commands"]) == 2
 
 
-COMMITTING = f'touch "$(dirname "$6")/{COMMITS}/00000-aa.json"; '
+COMMITTING = f'touch "$(dirname "$6")/../{COMMITS}/00000-aa.json"; '
 WAITING = 'touch "$READY"; while :; do sleep 0.05; done'
 STOPPED = "trap 'exit 75' TERM USR1; "
 # The worker, the signal that the script gets, the state of the task; exit code, and whether it is requeued.
