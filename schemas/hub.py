@@ -9,7 +9,15 @@ from dpo_opt.schemas.errors import ConfigError, first_line
 Kind = Literal["model", "dataset"]
 
 
-def fetch(repository: str, *, kind: Kind, revision: str | None, patterns: Sequence[str], extra: str) -> Path:
+def fetch(
+    repository: str,
+    *,
+    kind: Kind,
+    revision: str | None,
+    patterns: Sequence[str],
+    extra: str,
+    unwanted: Sequence[str] = (),
+) -> Path:
     """Folder with a repository's files, from the local cache where they are there already.
 
     Args:
@@ -18,6 +26,7 @@ def fetch(repository: str, *, kind: Kind, revision: str | None, patterns: Sequen
         revision: Commit, branch or tag; the default branch where it is None.
         patterns: Files that are wanted.
         extra: Extra of this package that installs what is needed.
+        unwanted: Files among them that are not.
 
     Raises:
         ConfigError: A package is missing, or the Hub cannot provide it.
@@ -28,7 +37,13 @@ def fetch(repository: str, *, kind: Kind, revision: str | None, patterns: Sequen
         raise _not_installed(repository, extra) from error
     try:
         return Path(
-            snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=list(patterns))
+            snapshot_download(
+                repository,
+                repo_type=kind,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(unwanted),
+            )
         )
     except _hub_errors() as error:
         raise _not_to_be_had(repository, error) from error

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 from dpo_opt.schemas.hub import fetch
-from dpo_opt.schemas.weights import WEIGHTS, loaded_files
+from dpo_opt.schemas.weights import OTHER_FORMAT, WEIGHTS, loaded_files
 
 VOLATILE_CONFIG_KEYS = frozenset(
     {
@@ -95,7 +95,14 @@ def _fetch(model: str) -> Path:
         )
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     name, _, revision = model.partition("@")
-    return fetch(name, kind="model", revision=revision or None, patterns=patterns, extra="train")
+    return fetch(
+        name,
+        kind="model",
+        revision=revision or None,
+        patterns=patterns,
+        extra="train",
+        unwanted=[OTHER_FORMAT],
+    )
 
 
 def _refuse_unsafe(folder: Path) -> None:

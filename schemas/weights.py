@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 
 WEIGHTS = "model.safetensors"
 """The file of a model that is not split."""
+OTHER_FORMAT = "consolidated*"
+"""Files of Mistral's own format: the same weights once more, under other names. Nobody loads them here."""
 
 _INDEX = "model.safetensors.index.json"
 # Bytes of a tensor that are looked at at once.
@@ -54,8 +57,7 @@ def loaded_files(folder: Path) -> list[Path]:
         ConfigError: The index cannot be read or names a file that is not there, or the two would not load
             the same files.
     """
-    # The other format of Mistral's models: the same weights under other names.
-    files = {p.name for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated")}
+    files = {p.name for p in folder.glob("*.safetensors") if not fnmatch(p.name, OTHER_FORMAT)}
     if (folder / _INDEX).is_file():
         named = set(_weight_map(folder).values())
         if WEIGHTS in files and named != {WEIGHTS}:
