@@ -90,9 +90,10 @@ def _record_problems(manifest: Manifest) -> Iterator[str]:
             yield f"its entry {number} is shard {commit.shard}"
         if commit.start != expected:
             yield f"shard {commit.shard} has {rows}, the shard before ends at {expected}"
-        if commit.rows + sum(commit.dropped.values()) != commit.stop - commit.start:
+        if commit.rows + sum(commit.dropped.values()) != commit.used:
+            left_out = f", {commit.not_in_share} not in the share" if commit.not_in_share else ""
             yield (
-                f"shard {commit.shard} has {rows}, but accounts for {commit.rows} kept and "
+                f"shard {commit.shard} has {rows}{left_out}, but accounts for {commit.rows} kept and "
                 f"{sum(commit.dropped.values())} dropped"
             )
         if commit.fingerprint != manifest.fingerprint:
@@ -148,9 +149,14 @@ def _shard_problems(
         yield f"{where_dropped}: not readable as Parquet ({str(error).splitlines()[0]})"
     if kept is not None and dropped is not None:
         yield from (f"{where_dropped}: row {row} is kept as well" for row in sorted(kept & dropped))
-        for row in range(commit.start, commit.stop):
-            if row not in kept and row not in dropped:
-                yield f"{where}: row {row} is neither kept nor dropped"
+        missing = [row for row in range(commit.start, commit.stop) if row not in kept and row not in dropped]
+        if commit.not_in_share and len(missing) != commit.not_in_share:
+            yield (
+                f"{where}: {len(missing)} rows are neither kept nor dropped, and {commit.not_in_share} are "
+                "not in the share"
+            )
+        elif not commit.not_in_share:
+            yield from (f"{where}: row {row} is neither kept nor dropped" for row in missing)
 
 
 def _row_problems(file: Path, commit: ShardCommit, kept: set[int]) -> Iterator[str]:

@@ -72,7 +72,7 @@ def rendered(entries: list[dict[str, Any]]) -> Text:
 
 
 def _entries(config: PreviewConfig, tokenizer: PairTokenizer) -> Iterator[dict[str, Any]]:
-    for item in scan_pairs(config, start=config.start, stop=config.start + config.pairs):
+    for item in itertools.islice(scan_pairs(config, start=config.start), config.pairs):
         if isinstance(item, BadRow):
             yield {"where": item.error.where, "error": item.error.what}
             continue

@@ -18,12 +18,11 @@ from dpo_opt.precompute.audit import find_repeats, near_repeats
 from dpo_opt.precompute.config import ConvertConfig
 from dpo_opt.precompute.datasets import BadRow, scan_pairs
 from dpo_opt.precompute.facts import Facts, Wanted, collect, pair_hashes, text_hash
+from dpo_opt.precompute.shapes import CARRIED_KEYS
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import PreferencePair
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.storage import publish_folder
-
-_PARTS = ("source", "weight", "margin", "tools", "chat_template_kwargs")
 
 
 class Converted(NamedTuple):
@@ -166,7 +165,7 @@ def _changed(config: ConvertConfig) -> DataError:
 
 def _row(pair: PreferencePair) -> dict[str, Any]:
     row: dict[str, Any] = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-    return row | {name: value for name in _PARTS if (value := getattr(pair, name)) is not None}
+    return row | {name: value for name in CARRIED_KEYS if (value := getattr(pair, name)) is not None}
 
 
 def _line(file: TextIO, row: dict[str, Any]) -> None:

@@ -33,6 +33,16 @@ class BadRow(NamedTuple):
     """What stands there: the bytes of its text, or what of a table's row can be read."""
 
 
+class NotInShare(NamedTuple):
+    """A pair that ``--data-share`` leaves out; it has a number, so that the others keep the source's."""
+
+    row: int
+    pair_digest: bytes
+
+
+Row = PreferencePair | BadRow | NotInShare
+
+
 class BadFile(NamedTuple):
     """A file that cannot be read, or not to its end."""
 
@@ -53,11 +63,11 @@ class Reading(NamedTuple):
     @property
     def counts_ahead(self) -> bool:
         """Every row is one number, so that rows can be skipped without being parsed."""
-        return self.share == 1 and self.first is not None and not self.first[0].ranked
+        return self.first is not None and not self.first[0].ranked
 
 
 def read_pairs(config: DataConfig, *, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
-    """The pairs, in order.
+    """The pairs, in order, without those that are not in the share.
 
     Args:
         config: Which data, and how it is read.
@@ -95,7 +105,7 @@ def scan_pairs(
         for found in parse_block(block, reading):
             if stop is not None and row >= stop:
                 return
-            if row >= start:
+            if row >= start and not isinstance(found, NotInShare):
                 yield found._replace(row=row)
             row += 1
 
@@ -118,8 +128,8 @@ def scan_blocks(config: DataConfig) -> Iterator[tuple[Block, Reading] | BadFile]
             yield item, reading
 
 
-def parse_block(block: Block, reading: Reading) -> Iterator[PreferencePair | BadRow]:
-    """The pairs of a block, and its bad rows; all of them numbered 0."""
+def parse_block(block: Block, reading: Reading) -> Iterator[Row]:
+    """The pairs of a block, in the share or not, and its bad rows; all of them numbered 0."""
     for number, (where, load) in enumerate(block.rows()):
         try:
             pairs, form = to_pairs(_renamed(load(), reading.column, where), where=where)
@@ -128,9 +138,12 @@ def parse_block(block: Block, reading: Reading) -> Iterator[PreferencePair | Bad
         except DataError as error:
             yield BadRow(0, error, _content(block, number))
             continue
-        if reading.share < 1:
-            pairs = [pair for pair in pairs if _unit_interval(pair) < reading.share]
-        yield from pairs
+        if reading.share == 1:
+            yield from pairs
+            continue
+        for pair in pairs:
+            digest = row_digest(pair)
+            yield pair if _unit_interval(digest) < reading.share else NotInShare(0, digest)
 
 
 def read_prompts(config: DataConfig) -> Iterator[tuple[Text, str]]:
@@ -147,19 +160,22 @@ def read_prompts(config: DataConfig) -> Iterator[tuple[Text, str]]:
             yield to_prompt(_renamed(load(), reading.column, where), where=where), where
 
 
-def row_digest(item: PreferencePair | BadRow) -> bytes:
+def row_digest(item: Row) -> bytes:
     """SHA-256 of what a row says, for the digest of a dataset; its place does not enter.
 
     Of a bad row it is the kind of its defect and what stands there. The message about it would not do: it may
-    name a file, and it is worded by Python.
+    name a file, and it is worded by Python. Of a pair that is not in the share it is another than in it.
     """
-    content = (
-        f"{item.error.kind}\n".encode() + item.content if isinstance(item, BadRow) else row_content(item)
-    )
+    if isinstance(item, BadRow):
+        content = f"{item.error.kind}\n".encode() + item.content
+    elif isinstance(item, NotInShare):
+        content = b"not_in_share\n" + item.pair_digest
+    else:
+        content = row_content(item)
     return hashlib.sha256(content).digest()
 
 
-def message_digest(item: PreferencePair | BadRow) -> bytes:
+def message_digest(item: Row) -> bytes:
     """As ``row_digest`` was before: that of the message for a bad row."""
     if not isinstance(item, BadRow):
         return row_digest(item)
@@ -169,7 +185,7 @@ def message_digest(item: PreferencePair | BadRow) -> bytes:
 def row_content(item: PreferencePair) -> bytes:
     """What a pair says, in one canonical spelling.
 
-    Numbers that may change without scoring again (weight, margin) do not enter.
+    What may change without scoring again (weight, margin, id) does not enter.
     """
     content = {"prompt": item.prompt, "chosen": item.chosen, "rejected": item.rejected, "source": item.source}
     content |= {name: value for name in _OPTIONAL_CONTENT if (value := getattr(item, name)) is not None}
@@ -181,6 +197,8 @@ def _content(block: Block, number: int) -> bytes:
         return block.texts[number].strip()
     found: dict[str, object] = {}
     for name, column in zip(block.batch.schema.names, block.batch.columns, strict=True):
+        if name == "id":
+            continue  # as of a good row
         try:
             found[name] = column[number].as_py()
         except (ValueError, OverflowError, pa.ArrowException):
@@ -221,8 +239,8 @@ def _renamed(values: Values, column: dict[str, str], where: str) -> Values:
     return others | {part: values[key] for part, key in column.items() if key in values}
 
 
-def _unit_interval(pair: PreferencePair) -> float:
-    return int.from_bytes(row_digest(pair)[:8], "big") / 2**64
+def _unit_interval(digest: bytes) -> float:
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _other_form(form: Form, where: str, first: tuple[Form, str]) -> DataError:

@@ -197,7 +197,7 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
     for item in parse_block(block, reading):
         if isinstance(item, BadRow):
             _count(bad_rows, reading.source, item.error)
-        else:
+        elif isinstance(item, PreferencePair):
             pairs.append(item)
     ids: list[PairIds] = []
     if wanted.model_folder is not None:

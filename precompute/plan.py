@@ -16,7 +16,9 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.datasets import (
     BadFile,
     BadRow,
+    NotInShare,
     Reading,
+    Row,
     message_digest,
     parse_block,
     row_digest,
@@ -39,7 +41,7 @@ from dpo_opt.schemas.manifest import (
     parse,
     repair_command,
 )
-from dpo_opt.schemas.pairs import Numerics, PreferencePair, TokenizedPair
+from dpo_opt.schemas.pairs import Numerics, TokenizedPair
 
 
 class Planned(NamedTuple):
@@ -81,9 +83,8 @@ def make_plan(
     _require_a_usable_pair(config, reference, tokenizer)
     size = config.pairs_per_shard
     whole = RowsDigest()
-    parts: list[RowsDigest] = []
-    starts: list[int] = []
-    rows = began = 0
+    parts: list[_Part] = []
+    rows = 0
     columns: dict[str, Column] = {}
     bad_rows: list[BadRow] = []
     for block in map_in_order(_read_block, _good_blocks(config), processes=config.processes):
@@ -93,13 +94,13 @@ def make_plan(
                     raise found.error
                 if len(bad_rows) < _BAD_ROWS_SHOWN:
                     bad_rows.append(BadRow(rows, found.error, b""))
-            if rows in grown_at:
-                began = rows
+            grown = rows in grown_at
+            if grown:
                 known = whole.copy() if rows == known_rows else None
-            if (rows - began) % size == 0:
-                starts.append(rows)
-                parts.append(RowsDigest())
-            parts[-1].add_digests(found.digest, found.message_digest)
+            if not parts or grown or (found.used and parts[-1].used == size):
+                parts.append(_Part(rows))
+            parts[-1].digest.add_digests(found.digest, found.message_digest)
+            parts[-1].used += found.used
             for name, value in found.numbers.items():
                 column = columns.setdefault(name, new_column())
                 column.rows.append(rows)
@@ -118,9 +119,15 @@ def make_plan(
         dataset_digest=whole.hexdigest(by_message=by_message),
         rows=rows,
         shards=[
-            ShardRange(shard=i, start=start, stop=stop, rows_digest=part.hexdigest(by_message=by_message))
-            for i, ((start, stop), part) in enumerate(
-                zip(itertools.pairwise([*starts, rows]), parts, strict=True)
+            ShardRange(
+                shard=i,
+                start=part.start,
+                stop=stop,
+                not_in_share=stop - part.start - part.used,
+                rows_digest=part.digest.hexdigest(by_message=by_message),
+            )
+            for i, (part, stop) in enumerate(
+                zip(parts, [*(part.start for part in parts[1:]), rows], strict=True)
             )
         ],
     )
@@ -134,7 +141,7 @@ class RowsDigest:
     def __init__(self) -> None:
         self._digest, self._by_message = hashlib.sha256(), hashlib.sha256()
 
-    def add(self, item: PreferencePair | BadRow) -> None:
+    def add(self, item: Row) -> None:
         self.add_digests(row_digest(item), message_digest(item))
 
     def add_digests(self, digest: bytes, by_message: bytes) -> None:
@@ -155,11 +162,21 @@ class RowsDigest:
         return planned.rows_digest in (self.hexdigest(), self.hexdigest(by_message=True))
 
 
+class _Part:
+    """A shard in the making: where it begins, how many of its rows are used, and their digest."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.used = 0
+        self.digest = RowsDigest()
+
+
 class _RowFacts(NamedTuple):
     digest: bytes
     message_digest: bytes
     numbers: dict[str, float]
     error: DataError | None
+    used: bool = True
 
 
 def _read_block(task: tuple[Block, Reading]) -> list[_RowFacts]:
@@ -167,6 +184,9 @@ def _read_block(task: tuple[Block, Reading]) -> list[_RowFacts]:
     for item in parse_block(*task):
         if isinstance(item, BadRow):
             facts.append(_RowFacts(row_digest(item), message_digest(item), {}, item.error))
+        elif isinstance(item, NotInShare):
+            digest = row_digest(item)
+            facts.append(_RowFacts(digest, digest, {}, None, used=False))
         else:
             numbers = {WEIGHT: item.weight, MARGIN: item.margin}
             known = {name: value for name, value in numbers.items() if value is not None}
@@ -226,14 +246,14 @@ def plan_of(manifest: Manifest) -> Plan:
 
 
 def _short_ends(plan: Plan) -> list[int]:
-    longest = max(shard.stop - shard.start for shard in plan.shards)
-    return [shard.stop for shard in plan.shards if shard.stop - shard.start < longest]
+    longest = max(shard.used for shard in plan.shards)
+    return [shard.stop for shard in plan.shards if shard.used < longest]
 
 
 def ranges_of(manifest: Manifest) -> list[ShardRange]:
     """The shards that a manifest covers, as a plan states them."""
     return [
-        ShardRange(shard=c.shard, start=c.start, stop=c.stop, rows_digest=c.rows_digest)
+        ShardRange.model_validate({name: getattr(c, name) for name in ShardRange.model_fields})
         for c in manifest.shards
     ]
 

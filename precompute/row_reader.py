@@ -3,10 +3,7 @@
 from collections.abc import Iterator
 
 from dpo_opt.precompute.config import DataConfig
-from dpo_opt.precompute.datasets import BadFile, BadRow, parse_block, scan_blocks
-from dpo_opt.schemas.pairs import PreferencePair
-
-Item = PreferencePair | BadRow
+from dpo_opt.precompute.datasets import BadFile, Row, parse_block, scan_blocks
 
 
 class RowReader:
@@ -15,10 +12,10 @@ class RowReader:
     def __init__(self, config: DataConfig) -> None:
         self._config = config
         self._first = 0
-        self._items: list[Item] = []
+        self._items: list[Row] = []
         self._blocks = self._read()
 
-    def rows(self, start: int, stop: int) -> list[Item]:
+    def rows(self, start: int, stop: int) -> list[Row]:
         """The rows from ``start`` (included) to ``stop`` (excluded), fewer where the data ends before.
 
         Raises:
@@ -26,7 +23,7 @@ class RowReader:
         """
         if start < self._first:
             self._rewind()
-        found: list[Item] = []
+        found: list[Row] = []
         while True:
             end = self._first + len(self._items)
             wanted = range(max(start, self._first), min(stop, end))
@@ -47,7 +44,7 @@ class RowReader:
     def _rewind(self) -> None:
         self._first, self._items, self._blocks = 0, [], self._read()
 
-    def _read(self) -> Iterator[tuple[Iterator[Item], int | None]]:
+    def _read(self) -> Iterator[tuple[Iterator[Row], int | None]]:
         for item in scan_blocks(self._config):
             if isinstance(item, BadFile):
                 raise item.error

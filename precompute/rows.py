@@ -130,6 +130,7 @@ def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:
         margin=_margin(values, where),
         tools=_tools(values.get("tools"), where),
         chat_template_kwargs=_template_kwargs(values.get("chat_template_kwargs"), where),
+        id=_id(values.get("id"), where),
     )
     if pair.tools is not None and isinstance(prompt, str):
         _refuse(
@@ -165,6 +166,14 @@ def _source(value: object, where: str) -> str | None:
         _refuse("source", f"is {kind_of(value)}", where, why=why, kind="type")
     refuse_surrogates(value, "source", where)
     return value
+
+
+def _id(value: object, where: str) -> str | None:
+    """Text or a whole number; other things that a source calls ``id`` name no row."""
+    if isinstance(value, str):
+        refuse_surrogates(value, "id", where)
+        return value
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _number(value: object, key: str, where: str, *, least: float = -math.inf) -> float | None:

@@ -251,7 +251,7 @@ def _refuse(what: str, where: str) -> NoReturn:
     raise DataError(what, where=where, why="the pair cannot be made of this row", fix=FIX_ROW, kind="shape")
 
 
-CARRIED_KEYS = ("source", "weight", "margin", "tools", "chat_template_kwargs")
+CARRIED_KEYS = ("source", "id", "weight", "margin", "tools", "chat_template_kwargs")
 """What a row may say beside prompt and completions."""
 
 SHAPES = (

@@ -216,6 +216,7 @@ class PairTokenizer:
             rejected_ids=fitted.rejected,
             chosen_truncated=len(fitted.chosen) < len(whole.chosen),
             rejected_truncated=len(fitted.rejected) < len(whole.rejected),
+            id=pair.id,
         )
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> Iterator[IdArray]:

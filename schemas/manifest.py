@@ -40,7 +40,7 @@ from dpo_opt.schemas.storage import file_names, publish, sha256_file, sha256_fol
 
 PLAN = "plan.json"
 COMMAND = "precompute.yaml"
-"""Settings of the run that planned the folder; read by people and ``--config``, compared by nobody."""
+"""Settings of the latest run; read by people and ``--config``, compared by nobody."""
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 COMMITS = "commits"
@@ -70,8 +70,15 @@ class ShardRange(_Record):
     shard: int
     start: int
     stop: int
+    not_in_share: int = 0
+    """How many of them ``--data-share`` leaves out."""
     rows_digest: Sha256
     """SHA-256 of these rows' content, in order: whoever scores them reads the same rows, or stops."""
+
+    @property
+    def used(self) -> int:
+        """How many of the rows are kept or dropped."""
+        return self.stop - self.start - self.not_in_share
 
 
 class Plan(_Record):
@@ -84,13 +91,15 @@ class Plan(_Record):
     """Source rows."""
     shards: list[ShardRange]
 
+    @property
+    def used(self) -> int:
+        """Source rows, without those that ``--data-share`` leaves out."""
+        return sum(shard.used for shard in self.shards)
 
-class ShardCommit(_Record):
-    """One finished attempt at one shard."""
 
-    shard: int
-    start: int
-    stop: int
+class ShardCommit(ShardRange):
+    """One finished attempt at one shard, with the range that the plan states."""
+
     attempt: str
     file: str
     """Relative to the folder."""
@@ -107,8 +116,6 @@ class ShardCommit(_Record):
     """Prompts count twice."""
     unique_sequences: int
     """Sequences that were scored; equal ones are scored once."""
-    rows_digest: Sha256
-    """As in the plan: the rows that were scored are the rows that were planned."""
     fingerprint: Fingerprint
     host: str | None = None
     """Name of the machine that scored it. Here and below: null in records from before it was kept."""

@@ -38,6 +38,8 @@ class PreferencePair(NamedTuple):
     """JSON schemas of the functions the model could call, for the chat template."""
     chat_template_kwargs: dict[str, object] | None = None
     """Settings of the chat template for this pair."""
+    id: str | None = None
+    """What the data calls its row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,8 @@ class TokenizedPair:
     rejected_ids: IdArray
     chosen_truncated: bool = False
     rejected_truncated: bool = False
+    id: str | None = None
+    """What the data calls its row; several pairs of one row have one."""
 
     @property
     def pair_id(self) -> str:

@@ -32,6 +32,7 @@ SHARD_SCHEMA = pa.schema(
         pa.field("pair_id", pa.string(), nullable=False),
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("source", pa.string()),
+        pa.field("id", pa.string()),
         pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("chosen_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("rejected_ids", pa.list_(pa.int32()), nullable=False),
@@ -46,6 +47,9 @@ SHARD_SCHEMA = pa.schema(
         pa.field("rejected_truncated", pa.bool_(), nullable=False),
     ]
 )
+
+ADDED_COLUMNS = ("id",)
+"""Nullable columns that shards from before they were kept lack: null in every row there."""
 
 DROPPED_SCHEMA = pa.schema(
     [
@@ -111,6 +115,7 @@ def _columns(pairs: Sequence[ScoredPair]) -> dict[str, list[object]]:
         "pair_id": [p.pair_id for p in pairs],
         "prompt_id": [p.prompt_id for p in pairs],
         "source": [p.source for p in pairs],
+        "id": [p.id for p in pairs],
         "prompt_ids": [p.prompt_ids for p in pairs],
         "chosen_ids": [p.chosen_ids for p in pairs],
         "rejected_ids": [p.rejected_ids for p in pairs],
@@ -199,7 +204,8 @@ def _check_schema(file: pq.ParquetFile, path: Path) -> None:
             where=str(path),
             fix="use the version of dpo-opt that wrote it, or run `dpo-opt precompute` again",
         )
-    missing = [name for name in SHARD_SCHEMA.names if name not in file.schema_arrow.names]
+    needed = [name for name in SHARD_SCHEMA.names if name not in ADDED_COLUMNS]
+    missing = [name for name in needed if name not in file.schema_arrow.names]
     if missing:
         raise DataError(f"the shard lacks the columns {', '.join(missing)}", where=str(path))
 
@@ -211,7 +217,9 @@ def _to_pairs(table: pa.Table) -> list[ScoredPair]:
         for name in ("ref_chosen_token_logps", "ref_rejected_token_logps")
     }
     flat = {
-        name: table[name].to_pylist() for name in ("row", "source", "chosen_truncated", "rejected_truncated")
+        name: table[name].to_pylist()
+        for name in ("row", "source", "chosen_truncated", "rejected_truncated", *ADDED_COLUMNS)
+        if name in table.column_names
     }
     columns = {**ids, **logps, **flat}
     return [ScoredPair(**{name: column[i] for name, column in columns.items()}) for i in range(len(table))]

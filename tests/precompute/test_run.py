@@ -80,6 +80,7 @@ def test_every_pair_has_the_scorers_values(config_of: Configs) -> None:
             "rejected_ids": p.rejected_ids.tolist(),
             "chosen_truncated": False,
             "rejected_truncated": False,
+            "id": None,
             "ref_chosen_token_logps": scripted_logps(p.prompt_ids, p.chosen_ids).tolist(),
             "ref_rejected_token_logps": scripted_logps(p.prompt_ids, p.rejected_ids).tolist(),
         }
