@@ -13,6 +13,7 @@ from dpo_opt.optimize.run_folder import HeldLogps, Metrics, RunFolder, hold_logp
 from dpo_opt.optimize.step import Batching, MetricsWindow, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.optimize.stream import PairStream
+from dpo_opt.schemas.config_keys import differing_keys, kept_model_config
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS, refuse_differences
 from dpo_opt.schemas.manifest import ShardFolder
@@ -64,10 +65,16 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
                 fix="rename one of them",
             )
         other = ShardFolder.open(path)
+        cached, current = other.manifest.fingerprint, folder.manifest.fingerprint
         refuse_differences(
-            cached=other.manifest.fingerprint,
-            current=folder.manifest.fingerprint,
+            cached=cached,
+            current=current,
             fields=MODEL_FIELDS,
+            config_keys=differing_keys(
+                path,
+                cached_digest=cached.model_config_digest,
+                current=kept_model_config(folder.path, digest=current.model_config_digest),
+            ),
             where=str(path),
             fix=f"score it with the reference of {quoted(folder.path)}",
         )

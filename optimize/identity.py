@@ -11,7 +11,7 @@ from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 from dpo_opt.schemas.fingerprint import refuse_differences
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.model_config import load_model_config, model_errors
-from dpo_opt.schemas.models import config_digest, stated_architecture, tokenizer_digest
+from dpo_opt.schemas.models import config_digest, read_config, stated_architecture, tokenizer_digest
 from dpo_opt.schemas.rope import describe_rope
 from dpo_opt.schemas.shards import SCHEMA_VERSION
 from dpo_opt.schemas.weights import weights_digest
@@ -72,7 +72,9 @@ def require_same_model(
         cached=cached,
         current=cached.model_copy(update=found),
         fields=fields,
-        config_keys=differing_keys(folder.path, cached_digest=cached.model_config_digest, model=model_folder)
+        config_keys=differing_keys(
+            folder.path, cached_digest=cached.model_config_digest, current=read_config(model_folder)
+        )
         if "model_config_digest" in fields
         else None,
         where=str(folder.path),

@@ -149,7 +149,7 @@ def _differing_keys(
 ) -> dict[str, tuple[object, object]] | None:
     if model is None or cached.model_config_digest == current.model_config_digest:
         return None
-    return differing_keys(shards_dir, cached_digest=cached.model_config_digest, model=model)
+    return differing_keys(shards_dir, cached_digest=cached.model_config_digest, current=read_config(model))
 
 
 def _restore_plan(shards_dir: AnyPath, plan: Plan) -> None:

@@ -10,12 +10,11 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dpo_opt.schemas.locations import AnyPath, read_all
 from dpo_opt.schemas.model_config import model_errors
-from dpo_opt.schemas.models import VOLATILE_CONFIG_KEYS, digest_of_config, read_config
+from dpo_opt.schemas.models import VOLATILE_CONFIG_KEYS, digest_of_config
 from dpo_opt.schemas.storage import write_text
 
 MODEL_CONFIG = "model_config.json"
@@ -33,25 +32,41 @@ def keep_model_config(shards_dir: AnyPath, config: Mapping[str, Any]) -> None:
     write_text(shards_dir / MODEL_CONFIG, json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
+def kept_model_config(shards_dir: AnyPath, *, digest: str) -> dict[str, Any] | None:
+    """The config.json of a folder's reference; None where the folder does not keep it.
+
+    Args:
+        shards_dir: The folder.
+        digest: ``model_config_digest`` of its fingerprint.
+    """
+    text = read_all(shards_dir, [MODEL_CONFIG]).get(MODEL_CONFIG)
+    with contextlib.suppress(ValueError):
+        found = json.loads(text or "")
+        if isinstance(found, dict) and digest_of_config(found) == digest:
+            return found
+    return None
+
+
 def differing_keys(
-    shards_dir: AnyPath, *, cached_digest: str, model: Path
+    shards_dir: AnyPath, *, cached_digest: str, current: Mapping[str, Any] | None
 ) -> dict[str, tuple[object, object]] | None:
     """What a model's configuration says otherwise than the one that a folder was scored with.
 
     Args:
         shards_dir: The folder.
         cached_digest: ``model_config_digest`` of its fingerprint.
-        model: Folder of the model.
+        current: The model's config.json; None where it is not known.
 
     Returns:
         By key, the folder's value and the model's, as transformers understands them; nothing where both are
-        the same model. None where the folder does not keep its reference's configuration.
+        the same model. None where one of the two is not known.
     """
-    current = read_config(model)
+    if current is None:
+        return None
     if digest_of_config(current) == cached_digest:
         return {}
-    kept = _kept(shards_dir)
-    if kept is None or digest_of_config(kept) != cached_digest:
+    kept = kept_model_config(shards_dir, digest=cached_digest)
+    if kept is None:
         return None
     one, other = _flat(_as_understood(kept)), _flat(_as_understood(current))
     return {
@@ -59,14 +74,6 @@ def differing_keys(
         for key in sorted(one.keys() | other.keys())
         if one.get(key) != other.get(key)
     }
-
-
-def _kept(shards_dir: AnyPath) -> dict[str, Any] | None:
-    text = read_all(shards_dir, [MODEL_CONFIG]).get(MODEL_CONFIG)
-    with contextlib.suppress(ValueError):
-        found = json.loads(text or "")
-        return found if isinstance(found, dict) else None
-    return None
 
 
 def _as_understood(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,7 +16,10 @@ import torch
 from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 from safetensors.torch import load_file, save_file
 
+from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.optimize.evaluation import evaluations
 from dpo_opt.optimize.identity import require_same_model
+from dpo_opt.optimize.stream import PairStream
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
 from dpo_opt.schemas.config_keys import MODEL_CONFIG
@@ -271,6 +274,10 @@ def refusals(scored: PrecomputeConfig, model: Path, tmp_path: Path) -> dict[str,
     told("a worker", lambda: precompute(worker, scorer=ScriptedScorer()))
     folder = ShardFolder.open(shards)
     told("training", lambda: require_same_model(folder, model, fields=MODEL_FIELDS, fix="another"))
+    evaluated = tmp_path / "evaluated"
+    precompute(again.model_copy(update={"shards": evaluated}), scorer=ScriptedScorer())
+    settings = TrainConfig(shards=shards, model=str(model), output_dir="run", eval_shards=[evaluated])
+    told("evaluation", lambda: evaluations(settings, folder, PairStream(folder, eval_split=0)))
     return found
 
 
@@ -281,7 +288,7 @@ def test_another_model_is_refused_by_what_differs(
     what, edit = CHANGED[name]
     edit(model)
     found = refusals(scored, model, tmp_path)
-    who = {"precompute", "a worker"} | (set() if what == "chat_template" else {"training"})
+    who = {"precompute", "a worker"} | (set() if what == "chat_template" else {"training", "evaluation"})
     assert found.keys() == who
     assert all(what in rows for rows in found.values()), found
     kinds = {row.partition(".")[0] for rows in found.values() for row in rows}
@@ -333,8 +340,9 @@ def test_a_folder_that_does_not_keep_its_references_configuration_compares_diges
     before = scored.model_copy(update={"shards": old})
     config(_name_or_path="there")(model)
     assert refusals(before, model, tmp_path) == {}
-    shutil.rmtree(tmp_path / "shards")
+    for name in ("shards", "evaluated"):
+        shutil.rmtree(tmp_path / name)
     config(pad_token_id=1)(model)
     found = refusals(before, model, tmp_path)
     assert set(map(tuple, found.values())) == {("model_config_digest",)}
-    assert len(found) == 3
+    assert len(found) == 4
