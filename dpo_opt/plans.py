@@ -11,17 +11,27 @@ _BYTES_PER_TOKEN = 6
 
 
 def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, Any]:
-    """Rows, shards, disk and engine of a precompute run; reads all data, writes nothing."""
+    """Rows, shards, disk and engine of a precompute run; reads data and folder whole, writes nothing.
+
+    Raises:
+        DpoOptError: The run could not start, or the folder belongs to another one; see ``settle_plan``.
+    """
+    from dpo_opt.precompute.commits import committed
     from dpo_opt.precompute.plan import make_plan
     from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
+    from dpo_opt.precompute.settle import require_place
 
     reference = resolve_reference(config)
     tokenizer = make_tokenizer(config, reference)
-    planned = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
-    rows = planned.plan.rows
+    planned = make_plan(
+        config, reference=reference, tokenizer=tokenizer, numerics=numerics, tokenize_all=True
+    )
+    _, plan = require_place(config, planned)
+    rows = plan.rows
     return {
         "rows": rows,
-        "shards": len(planned.plan.shards),
+        "shards": len(plan.shards),
+        "shards_scored": len(committed(config.shards, plan)),
         "disk_at_most_gb": round(rows * 2 * reference.max_length * _BYTES_PER_TOKEN / 1e9, 3),
         "max_length": reference.max_length,
         "truncation": config.truncation,

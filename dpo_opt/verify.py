@@ -15,7 +15,7 @@ from dpo_opt.integrity import integrity_problems
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS
 from dpo_opt.schemas.locations import AnyPath, on_this_machine
-from dpo_opt.schemas.manifest import MANIFEST, TOKENIZER, Manifest, ShardFolder, load_manifest
+from dpo_opt.schemas.manifest import MANIFEST, TOKENIZER, Manifest, ShardFolder, load_manifest, repair_command
 from dpo_opt.schemas.models import find_model, read_config, tokenizer_digest
 from dpo_opt.schemas.storage import write_text
 
@@ -75,7 +75,8 @@ class Verdict(NamedTuple):
                 f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}",
                 where=str(self.shards),
                 why="log-probs that changed on disk would train towards a wrong reference",
-                fix="restore the files named above, or score into a new folder with `dpo-opt precompute`",
+                fix=f"{repair_command(self.shards)}; what it leaves was written so: score it into another "
+                "folder",
             )
         if self.parity is not None:
             from dpo_opt.optimize.parity import require_parity

@@ -17,7 +17,7 @@ from dpo_opt.schemas.config_keys import differing_keys, keep_model_config
 from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, follows, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
-from dpo_opt.schemas.manifest import COMMAND, COMMITS, PLAN, TOKENIZER, Plan, parse, to_json
+from dpo_opt.schemas.manifest import COMMAND, COMMITS, PLAN, TOKENIZER, Plan, parse, repair_command, to_json
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import Numerics
 from dpo_opt.schemas.storage import settle_folder, write_text
@@ -78,37 +78,20 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
         FingerprintError: The folder was planned for something else, or for the first of these rows only.
     """
     shards_dir, model = config.shards, planned.model
-    new, earlier = planned.plan, planned.earlier
-    # Asked in this order: whoever writes these has a claim, and gives it up when its plan stands.
-    begun = [folder for folder in (COMMITS, TOKENIZER) if any(map(_is_json, sizes(shards_dir / folder)))]
-    claimed = is_file(_claim_of(shards_dir, PLAN))
-    plans = known_plans(shards_dir)
-    new = _as_spelled_by(plans, _on_the_day_of(plans, new), shards_dir, model)
-    if plans:
-        _refuse_other_fingerprint(plans[-1], new.fingerprint, shards_dir, model=model)
-    elif begun and not claimed:
-        raise DataError(
-            f"the folder holds {' and '.join(f'{name}/' for name in begun)}, but no {PLAN}",
-            where=str(shards_dir),
-            why="nothing says which data and which model they belong to",
-            fix=f"restore {PLAN}, or pass another --shards folder",
-        )
-    if len(plans) == len(earlier):
-        if not plans:
-            _write_plan(config, planned, new, tokenizer)
-        elif plans[-1] == new:
+    plans, new = require_place(config, planned)
+    if len(plans) == len(planned.earlier):
+        if plans:
             _restore_plan(shards_dir, plans[0])
+        if plans and plans[-1] == new:
             remove(_claim_of(shards_dir, _name_of(len(plans) - 1)))
-        elif new.rows > plans[-1].rows and planned.known_digest == plans[-1].dataset_digest:
-            _require_growth(config, plans[-1], new)
-            _restore_plan(shards_dir, plans[0])
+        else:
             _write_plan(config, planned, new, tokenizer)
     # Another planner may have been first.
     plans = known_plans(shards_dir)
     new = _as_spelled_by(plans, _on_the_day_of(plans, new), shards_dir, model)
     existing = plans[-1] if plans else new
     _refuse_other_fingerprint(existing, new.fingerprint, shards_dir, model=model)
-    meanwhile = len(plans) > len(earlier)
+    meanwhile = len(plans) > len(planned.earlier)
     if existing != new:
         raise _other_plan(existing, new, shards_dir, fix=_ONCE_FINALIZED if meanwhile else _OTHER_FOLDER)
     if meanwhile:
@@ -119,6 +102,40 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
     _write_columns(shards_dir, planned, keep=sizes(shards_dir / COLUMNS))
     _keep_command(config)
     return existing
+
+
+def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan], Plan]:
+    """Whether a folder takes a plan, as far as that shows without writing anything.
+
+    Returns:
+        The folder's plans, and the new one as they spell it.
+
+    Raises:
+        DataError, FingerprintError: As ``adopt_plan``.
+    """
+    shards_dir, model = config.shards, planned.model
+    # Asked in this order: whoever writes these has a claim, and gives it up when its plan stands.
+    begun = [folder for folder in (COMMITS, TOKENIZER) if any(map(_is_json, sizes(shards_dir / folder)))]
+    claimed = is_file(_claim_of(shards_dir, PLAN))
+    plans = known_plans(shards_dir)
+    new = _as_spelled_by(plans, _on_the_day_of(plans, planned.plan), shards_dir, model)
+    if plans:
+        _refuse_other_fingerprint(plans[-1], new.fingerprint, shards_dir, model=model)
+    elif begun and not claimed:
+        raise DataError(
+            f"the folder holds {' and '.join(f'{name}/' for name in begun)}, but no {PLAN}",
+            where=str(shards_dir),
+            why="nothing says which data and which model they belong to",
+            fix=repair_command(shards_dir)
+            if COMMITS in begun
+            else f"restore {PLAN}, or pass another --shards folder",
+        )
+    # Where another planner was first meanwhile, what it planned is compared once this one has given up.
+    if plans and plans[-1] != new and len(plans) == len(planned.earlier):
+        if new.rows <= plans[-1].rows or planned.known_digest != plans[-1].dataset_digest:
+            raise _other_plan(plans[-1], new, shards_dir, fix=_OTHER_FOLDER)
+        _require_growth(config, plans[-1], new)
+    return plans, new
 
 
 def _is_json(name: str) -> bool:

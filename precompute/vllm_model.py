@@ -345,7 +345,7 @@ def _start(**settings: Any) -> Any:
         raise
     except Exception as error:
         raise DpoOptError(
-            f"vLLM cannot run this model ({_first_line(error)})",
+            f"vLLM cannot run this model ({type(error).__name__}: {_first_line(error)})",
             where=settings["model"],
             fix="pass --backend hf, or see the engine's log with VLLM_LOGGING_LEVEL=INFO",
         ) from error
@@ -359,7 +359,7 @@ def _has_processes(settings: Mapping[str, Any]) -> bool:
 
 def _first_line(error: Exception) -> str:
     """What an error says, short enough for a line; pydantic says it in the second."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = str(error).strip().splitlines() or ["no message"]
     kept = 3 if "validation error" in lines[0] else 1
     return printable(" ".join(" ".join(lines[:kept]).split()))[:200]
 

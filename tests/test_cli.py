@@ -170,6 +170,59 @@ def test_a_folder_of_another_run_is_refused(shards: Path, tiny_model: Path, tmp_
     assert invoke(*arguments, "--pairs-per-shard", 5).exit_code == 0
 
 
+def another_length(folder: Path) -> list[object]:
+    return ["--max-length", 77]
+
+
+def other_rows(folder: Path) -> list[object]:
+    write_jsonl(folder / "data.jsonl", [*ROWS[:5], {**ROWS[5], "chosen": " Else."}, *ROWS[6:]])
+    return []
+
+
+def more_rows(folder: Path) -> list[object]:
+    write_jsonl(folder / "data.jsonl", preference_rows(len(ROWS) + 1))
+    return []
+
+
+def fewer_pairs_per_shard(folder: Path) -> list[object]:
+    return ["--pairs-per-shard", 4]
+
+
+def no_plan(folder: Path) -> list[object]:
+    (folder / "shards" / "plan.json").unlink()
+    (folder / "shards" / "manifest.json").unlink()
+    return []
+
+
+def damaged_plan(folder: Path) -> list[object]:
+    (folder / "shards" / "plan.json").write_text("{")
+    return []
+
+
+@pytest.mark.parametrize(
+    "change", [another_length, other_rows, more_rows, fewer_pairs_per_shard, no_plan, damaged_plan]
+)
+def test_a_dry_run_refuses_the_folders_that_the_run_would(
+    shards: Path, tiny_model: Path, tmp_path: Path, change: Callable[[Path], list[object]]
+) -> None:
+    arguments = [*precompute_arguments(tiny_model, tmp_path), "--pairs-per-shard", 5]
+    planned = json.loads(invoke(*arguments, "--dry-run", "--json").stdout)
+    assert (planned["shards"], planned["shards_scored"]) == (3, 3)
+    arguments += change(tmp_path)
+    said = {
+        word: refused(3 if "plan" in change.__name__ else 4, *arguments, *word, unchanged=tmp_path)
+        for word in (("--dry-run",), ())
+    }
+    assert said["--dry-run",] == said[()]
+
+
+def test_a_dry_run_says_what_an_added_day_would_take(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    arguments = [*precompute_arguments(tiny_model, tmp_path), "--pairs-per-shard", 5, "--append", "--dry-run"]
+    more_rows(tmp_path)
+    planned = json.loads(invoke(*arguments, "--json").stdout)
+    assert (planned["rows"], planned["shards"], planned["shards_scored"]) == (13, 4, 3)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written_is_named(tiny_model: Path, tmp_path: Path) -> None:
     arguments = precompute_arguments(tiny_model, tmp_path)

@@ -268,6 +268,22 @@ def test_options_replace_what_the_engine_would_be_started_with(
 
 
 @pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("error", "said"), [(KeyError("factor"), "KeyError: 'factor'"), (ValueError(), "ValueError: no message")]
+)
+def test_what_stops_an_engine_at_its_start_is_said_with_its_kind(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fail(**settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("vllm.LLM", fail)
+    with pytest.raises(DpoOptError) as caught:
+        VllmModel(tiny_model, dtype="float32", max_length=10)._started()
+    assert caught.value.what == f"vLLM cannot run this model ({said})"
+
+
+@pytest.mark.vllm
 def test_an_engine_that_does_not_take_a_value_says_which(tiny_model: Path) -> None:
     model = VllmModel(
         tiny_model, dtype="float32", max_length=64, engine_options={"max_num_seqs": "many", "block_size": 32}
