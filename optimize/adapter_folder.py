@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from dpo_opt.optimize.architecture import model_without_weights
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.progress import Progress
-from dpo_opt.schemas.weights import weights_digest
+from dpo_opt.schemas.weights import OTHER_FORMAT, loaded_files, weights_digest
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -184,7 +185,7 @@ def merged_digests(model_folder: Path, adapter: Adapter) -> Iterator[str]:
     layers = _tensors_of_layers(model_folder, adapter)
     for dtype in (None, torch.float32):
         contents = {}
-        for file in _weight_files(model_folder):
+        for file in loaded_files(model_folder):
             with safe_open(file, framework="pt") as handle:
                 names = layers.get(file, {}) if dtype is None else handle.keys()
                 for name in names:
@@ -216,7 +217,7 @@ def write_merged(
         ConfigError: The base is quantized or holds weights twice, or the adapter is for another model.
     """
     layers = _tensors_of_layers(model_folder, adapter)
-    files = _weight_files(model_folder)
+    files = loaded_files(model_folder)
     change = error = 0.0
     progress.start("merging", total=len(files), unit="files")
     for file in files:
@@ -231,7 +232,7 @@ def write_merged(
     progress.finish()
     for pattern in _COPIED:
         for path in model_folder.glob(pattern):
-            if path.is_file():
+            if path.is_file() and not fnmatch(path.name, OTHER_FORMAT):
                 shutil.copyfile(path, output / path.name)
     if dtype is not None:
         config = read_config(model_folder)
@@ -294,7 +295,7 @@ def _tensors_of_layers(model_folder: Path, adapter: Adapter) -> dict[Path, dict[
             fix="pass the 16-bit model that it was made from as --model",
         )
     places: dict[str, tuple[Path, list[int]]] = {}
-    for file in _weight_files(model_folder):
+    for file in loaded_files(model_folder):
         with safe_open(file, framework="pt") as handle:
             places |= {name: (file, handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
     saved_as = _saved_names(model_folder, places)
@@ -335,27 +336,3 @@ def _saved_names(model_folder: Path, names: Iterable[str]) -> dict[str, str]:
         if converted is None:
             found[parameter] = name
     return found
-
-
-def _weight_files(model_folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads.
-
-    Raises:
-        ConfigError: There are others.
-    """
-    present = {path.name for path in model_folder.glob("*.safetensors")}
-    index = model_folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    else:
-        names = {"model.safetensors"}
-    if present != names:
-        odd = sorted(present ^ names)[0]
-        raise ConfigError(
-            f"{quoted(odd)} is "
-            f"{'missing' if odd in names else 'not one of the files that transformers reads'}",
-            where=str(model_folder),
-            why="a second copy of the weights would stay as it was, and other programs may prefer it",
-            fix=f"copy the model without {quoted(odd)}" if odd in present else "copy the whole model again",
-        )
-    return [model_folder / name for name in sorted(names)]

@@ -1,6 +1,5 @@
 """A merged model against the adapter's own forward, and against the digest that training expects of it."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -251,14 +250,24 @@ def test_another_base_is_refused(other_model: Path, adapter: Path, tmp_path: Pat
     merged(other_model, elsewhere, tmp_path / "merged")
 
 
-def test_a_second_copy_of_the_weights_is_refused(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
-    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
-    plain = hashlib.sha256((base / "model.safetensors").read_bytes())
-    shutil.copyfile(base / "model.safetensors", base / "consolidated.safetensors")
-    own = train_adapter(base, tmp_path / "adapter")
-    with pytest.raises(ConfigError, match=r"consolidated\.safetensors is not one of the files"):
-        merged(base, own, tmp_path / "merged")
-    assert plain.digest() == hashlib.sha256((base / "model.safetensors").read_bytes()).digest()
+def test_a_second_copy_of_the_weights_is_refused(model: Path, adapter: Path, tmp_path: Path) -> None:
+    shutil.copyfile(model / "model.safetensors", model / "other.safetensors")
+    with pytest.raises(ConfigError, match=r"other\.safetensors stands beside"):
+        merged(model, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_copy_in_mistrals_format_is_left_behind_and_not_merged(
+    tiny_model: Path, model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    for name in ("consolidated.safetensors", "consolidated.safetensors.index.json"):
+        (model / name).write_bytes(b"the same weights")
+    plain = merged(tiny_model, adapter, tmp_path / "plain")
+    output = merged(model, adapter, tmp_path / "merged")
+    files = {path.name for path in plain.iterdir()}
+    assert {path.name for path in output.iterdir()} == files
+    assert weights_digest(output) == weights_digest(plain)
+    assert next(merged_digests(model, read_adapter(adapter))) == weights_digest(plain)
 
 
 def test_a_quantized_base_is_refused(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
