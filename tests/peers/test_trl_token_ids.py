@@ -96,7 +96,7 @@ def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def real_pairs(shared_data: Path) -> list[PreferencePair]:
-    """Every fourth pair of both files, or every one, once; a transcript is divided where the last turns begin that differ."""
+    """Pairs of both files, each once; a transcript is divided where the last turns begin that differ."""
     rows: list[tuple[str, str, str]] = []
     for file in FILES:
         with gzip.open(shared_data / "pairs" / file, "rt", encoding="utf-8") as lines:
