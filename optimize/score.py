@@ -62,7 +62,7 @@ class HfScorer:
         return Numerics(
             engine="transformers",
             engine_version=version("transformers"),
-            strategy="packed",
+            strategy="packed" if self._dtype == "float32" else "packed-mixed",
             dtype=self._dtype,
             rope=self._rope,
         )
