@@ -76,10 +76,15 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> Optimizer:
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Use ``rate`` from the next step on."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)  # torchao's compiled update would be compiled again for every number
-        else:
-            group["lr"] = rate
+        set_group_rate(group, rate)
+
+
+def set_group_rate(group: dict[str, Any], rate: float) -> None:
+    """As ``set_learning_rate``, of one group of parameters."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)  # torchao's compiled update would be compiled again for every number
+    else:
+        group["lr"] = rate
 
 
 def learning_rate(step: int, *, total_steps: int, config: TrainConfig) -> float:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from dpo_opt.optimize.optimizer import set_group_rate, set_learning_rate
+
 
 def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """Everything a step changes beside the parameters, under ``{parameter}.{entry}``.
@@ -49,10 +51,11 @@ def _begin(optimizer: Optimizer) -> None:
             parameter.grad = None
         for parameter in fresh:
             parameter.grad = torch.zeros_like(parameter)
-        _set_rates(optimizer, [0.0] * len(rates))
+        set_learning_rate(optimizer, 0.0)
         optimizer.step()
     finally:
-        _set_rates(optimizer, rates)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            set_group_rate(group, rate)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
     for parameter in fresh:
@@ -70,11 +73,3 @@ def _parts(name: str, value: Tensor) -> dict[str, Tensor]:
 
 def _is_quantized(value: Tensor) -> bool:
     return hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor)
-
-
-def _set_rates(optimizer: Optimizer, rates: list[float]) -> None:
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
