@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dpo_opt.schemas.errors import ConfigError, DpoOptError
+from dpo_opt.schemas.errors import ConfigError, DpoOptError, first_line
 
 # The first process hashes and writes checkpoints while the others wait.
 _TIMEOUT = timedelta(minutes=30)
@@ -63,7 +63,7 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
             rank, size, local_rank, meeting_point = 0, 1, 0, "env://"
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            f"the launcher's variables cannot be read ({error})",
+            f"the launcher's variables cannot be read ({first_line(error)})",
             why="the process does not know its place among the others",
             fix="start with torchrun --nproc-per-node GPUS -m dpo_opt train ..., or srun dpo-opt train ...",
         ) from error
@@ -134,7 +134,7 @@ def process_group(world: World, *, timeout: timedelta = _TIMEOUT) -> Iterator[No
         if where == "env://":
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise DpoOptError(
-            f"the {world.size} processes of the run did not find each other ({_first_line(error)})",
+            f"the {world.size} processes of the run did not find each other ({_reason(error)})",
             where=f"process {world.rank}, {where}",
             why="each holds a part of the model",
             fix="set MASTER_ADDR and MASTER_PORT to an address and a free port that every machine reaches",
@@ -145,7 +145,7 @@ def process_group(world: World, *, timeout: timedelta = _TIMEOUT) -> Iterator[No
         if not _lost_another(error):
             raise
         raise DpoOptError(
-            f"another process of the run ended, or the network between them failed ({_first_line(error)})",
+            f"another process of the run ended, or the network between them failed ({_reason(error)})",
             where=f"process {world.rank} of {world.size}",
             why="each holds a part of the model, so none can go on alone",
             fix=_GO_ON,
@@ -159,10 +159,9 @@ def _lost_another(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """Without the place in a library's source, and its advice."""
-    line = re.sub(r"^\[\S*\] ", "", str(error).strip().splitlines()[0])
-    return line.partition(". ")[0]
+    return re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]
 
 
 def any_rank(flag: bool, world: World) -> bool:

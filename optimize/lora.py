@@ -29,7 +29,7 @@ from dpo_opt.optimize.adapter_folder import (
 from dpo_opt.optimize.architecture import model_without_weights
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.lora_targets import chosen_layers, left_out, offered_layers, short_names
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 from dpo_opt.schemas.storage import publish_folder
 
 MAX_RANK = 512
@@ -255,7 +255,7 @@ def _inject(model: PreTrainedModel, plan: AdapterPlan) -> None:
         inject_adapter_in_model(config, model, adapter_name=_NAME)
     except ValueError as error:
         raise ConfigError(
-            f"peft cannot put an adapter on these layers ({str(error).splitlines()[0]})",
+            f"peft cannot put an adapter on these layers ({first_line(error)})",
             fix=f"pass --lora-target-modules with some of: {short_names(plan.layers)}",
         ) from error
     found = set(_adapted(model))
@@ -290,7 +290,8 @@ def _require_fitting(adapter: Adapter, config: TrainConfig, model: PreTrainedMod
     missing = sorted(set(adapter.layers) - set(offered_layers(model)))
     if missing:
         raise ConfigError(
-            f"the adapter has a layer {missing[0]}, which the model lacks or which cannot be trained here",
+            f"the adapter has a layer {quoted(missing[0])}, which the model lacks or which cannot be trained "
+            "here",
             where=str(adapter.folder),
             why="it would be left out in silence",
             fix="pass the model that the adapter was trained on as --model, or train a new one on the merged "
@@ -304,7 +305,7 @@ def _require_shapes(adapter: Adapter, model: PreTrainedModel) -> None:
         wanted = [module.lora_A[_NAME].weight.shape, module.lora_B[_NAME].weight.shape]
         if [a.shape, b.shape] != wanted:
             raise ConfigError(
-                f"the adapter's matrices for {layer} are {tuple(a.shape)} and {tuple(b.shape)}, "
+                f"the adapter's matrices for {quoted(layer)} are {tuple(a.shape)} and {tuple(b.shape)}, "
                 f"the model needs {tuple(wanted[0])} and {tuple(wanted[1])}",
                 where=str(adapter.folder),
                 fix="pass the model that the adapter was trained on as --model",

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dpo_opt.optimize.distributed import World, any_rank, sum_over_ranks
-from dpo_opt.schemas.errors import DataError, DpoOptError
+from dpo_opt.schemas.errors import DataError, DpoOptError, first_line, quoted
 
 # A file is put together in memory before it is written.
 _FILE_BYTES = 2**30
@@ -79,7 +79,7 @@ def load_state(folder: Path, tensors: Mapping[str, Tensor], world: World) -> Non
     except (CheckpointException, SafetensorError, OSError) as error:
         cause = _first_failure(error) if isinstance(error, CheckpointException) else error
         raise DataError(
-            f"the saved state cannot be read ({cause})",
+            f"the saved state cannot be read ({first_line(cause)})",
             where=str(folder),
             why="training would not go on from where it stopped",
             fix="restore the folder, or remove its checkpoint to go on from the one before",
@@ -132,7 +132,7 @@ def _require_same(reader: HuggingFaceStorageReader, tensors: Mapping[str, Tensor
     if differing:
         name = differing[0]
         raise DataError(
-            f"the saved state is another one: {len(differing)} tensors differ, such as {name} "
+            f"the saved state is another one: {len(differing)} tensors differ, such as {quoted(name)} "
             f"({saved.get(name, 'missing')} saved, {wanted.get(name, 'none')} wanted)",
             where=str(reader.path),
             why="training would not go on from where it stopped",
