@@ -171,6 +171,8 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
 
     config = take_place(config)
     scorer = make_scorer(config)
+    if not config.worker_index:  # of several workers one says it
+        _say_merged_splits(config)
     if dry_run:
         from dpo_opt.plans import plan_precompute
 
@@ -192,6 +194,16 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
             result = manifest.model_dump(include={"rows", "kept", "dropped", "truncated", "tokens"})
             result["engine"] = manifest.fingerprint.engine
     show({"shards": str(config.shards), **result, "reuse_check": reuse_check(scorer)}, as_json)
+
+
+def _say_merged_splits(config: PrecomputeConfig) -> None:
+    from dpo_opt.precompute.sources import find_sources, merged_splits
+
+    for source in find_sources(config):
+        splits = merged_splits(source)
+        if splits:
+            own = ", ".join(f"{split}: --data {quoted(name)}" for split, name in splits.items())
+            click.echo(printable(f"{source.name} is read with all of its splits ({own})"), err=True)
 
 
 @main.command()

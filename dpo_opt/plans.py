@@ -20,7 +20,9 @@ def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, A
     from dpo_opt.precompute.plan import make_plan
     from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
     from dpo_opt.precompute.settle import require_place
+    from dpo_opt.precompute.sources import refuse_inside
 
+    refuse_inside(config, config.shards, option="--shards")
     reference = resolve_reference(config)
     tokenizer = make_tokenizer(config, reference)
     planned = make_plan(

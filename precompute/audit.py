@@ -15,7 +15,7 @@ from dpo_opt.precompute.forecast import estimate, forecast, forecast_lengths, ke
 from dpo_opt.precompute.near_duplicates import nearest_earlier
 from dpo_opt.precompute.problems import by_harm, problem
 from dpo_opt.precompute.reference import resolve_max_length
-from dpo_opt.precompute.sources import find_sources
+from dpo_opt.precompute.sources import find_sources, merged_splits
 from dpo_opt.schemas.audit import (
     Audit,
     DataSource,
@@ -27,6 +27,7 @@ from dpo_opt.schemas.audit import (
     SourceCount,
     TruncationForecast,
 )
+from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.models import find_model
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.weights import parameter_count
@@ -59,6 +60,7 @@ def audit(config: CheckConfig, *, progress: Progress | None = None) -> Audit:
     wanted = Wanted(folder, config.near_duplicates)
     facts = collect(config, wanted, processes=config.processes, progress=progress)
     problems = _bad_rows(facts, skipped=config.on_bad_row == "skip")
+    problems += _merged(config)
     problems += _flagged(facts)
     problems += _repeated(facts)
     if config.near_duplicates:
@@ -246,6 +248,18 @@ def _bias_in_words(bias: LengthBias) -> str:
     share = bias.longer_chosen or 0.0
     wins, who = (share, "longer") if share > 0.5 else (1 - share, "shorter")
     return f"the {who} completion wins {wins:.1%} of {bias.unequal_pairs:,} pairs of unequal length"
+
+
+def _merged(config: CheckConfig) -> list[Problem]:
+    found = [(source.name, merged_splits(source)) for source in find_sources(config)]
+    examples = [
+        Example(
+            where=name, detail=", ".join(f"{split}: --data {quoted(own)}" for split, own in splits.items())
+        )
+        for name, splits in found
+        if splits
+    ]
+    return [problem("merged_splits", len(examples), examples[:EXAMPLES])] if examples else []
 
 
 def _data(facts: Facts, config: CheckConfig) -> list[DataSource]:

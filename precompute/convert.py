@@ -19,6 +19,7 @@ from dpo_opt.precompute.config import ConvertConfig
 from dpo_opt.precompute.datasets import BadRow, scan_pairs
 from dpo_opt.precompute.facts import Facts, Wanted, collect, pair_hashes, text_hash
 from dpo_opt.precompute.shapes import CARRIED_KEYS
+from dpo_opt.precompute.sources import refuse_inside
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import PreferencePair
 from dpo_opt.schemas.progress import Progress, Silent
@@ -42,7 +43,7 @@ def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Conve
     to the same side.
 
     Raises:
-        ConfigError: The folder exists, or the sources cannot be what is meant.
+        ConfigError: The folder exists or stands inside the data, or the sources cannot be what is meant.
         DataError: A file cannot be read, a row is malformed and that is to stop it all, or nothing is left.
         DpoOptError: The disk is full.
     """
@@ -54,6 +55,7 @@ def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Conve
             why="files of another conversion would stand among these",
             fix="pass another --output, or remove this one",
         )
+    refuse_inside(config, config.output, option="--output")
     facts = collect(
         config, Wanted(near_duplicates=config.near_duplicates), processes=config.processes, progress=progress
     )

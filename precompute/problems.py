@@ -105,6 +105,12 @@ FOUND: dict[str, Kind] = {
         "every pair would be left out",
         "pass a larger `--max-length`, or `--truncation keep_end`",
     ),
+    "merged_splits": Kind(
+        "warning",
+        "sources that hold several splits, which are read as one",
+        "what is meant for evaluation would be trained on",
+        "name the split that is meant",
+    ),
     "contradictory": Kind(
         "warning",
         "pairs that stand in the data both ways round",

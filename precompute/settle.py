@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.plan import Planned, known_plans, make_plan, read_plan
 from dpo_opt.precompute.reference import Reference, fingerprint_of
+from dpo_opt.precompute.sources import refuse_inside
 from dpo_opt.precompute.tokenize import PairTokenizer
 from dpo_opt.precompute.weights_memo import remember_weights, weight_files
 from dpo_opt.schemas.columns import COLUMNS, columns_digest, columns_of_data, write_column
@@ -47,6 +48,7 @@ def settle_plan(
     with the plan when it reads them.
 
     Raises:
+        ConfigError: The folder stands inside the data.
         DataError: A row is malformed, no pair survives tokenization, or the plan is gone.
         FingerprintError: The folder was planned for something else.
     """
@@ -56,6 +58,7 @@ def settle_plan(
         current = fingerprint_of(config, reference, tokenizer, numerics)
         _refuse_other_fingerprint(plan, current, config.shards, model=reference.folder)
         return plan
+    refuse_inside(config, config.shards, option="--shards")
     files = weight_files(reference.folder)
     planned = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
     plan = adopt_plan(config, planned, tokenizer.tokenizer)

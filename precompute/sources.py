@@ -18,6 +18,7 @@ from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.strict_json import quote
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.hub import current_commit, fetch
+from dpo_opt.schemas.locations import AnyPath
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 """How the name of a file that holds pairs ends."""
@@ -28,6 +29,14 @@ _NOT_DATA_NAMES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<files>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3"}
+# A part of a file's name that says which split it belongs to, and what the split is usually called.
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("eval", "evaluation"), "eval"),
+}
+_WORD = re.compile(r"[^\W_]+")
 
 
 class Source(NamedTuple):
@@ -53,6 +62,68 @@ def find_sources(config: DataConfig) -> list[Source]:
             fix="give as many --data-share as --data, or none",
         )
     return [Source(name, _files(name), share) for name, share in zip(config.data, shares, strict=True)]
+
+
+def merged_splits(source: Source) -> dict[str, str]:
+    """Splits that a source reads as one, such as train and test, with the ``--data`` that names each.
+
+    Told by the names of its files below the folder that holds them all; empty where there are no two.
+    """
+    files = [file for file in source.files if "/" in file]
+    if len(files) < 2:
+        return {}
+    base = os.path.commonpath([str(Path(file).parent) for file in files]) if "://" not in files[0] else ""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        words = _WORD.findall(file.removeprefix(base).lower())
+        split = next((_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES), None)
+        if split is not None:
+            splits.setdefault(split, []).append(file)
+    if len(splits) < 2:
+        return {}
+    return {split: _name_of(source, sorted(own)) for split, own in sorted(splits.items())}
+
+
+def _name_of(source: Source, files: Sequence[str]) -> str:
+    """What ``--data`` calls some of a source's files."""
+    pattern = files[0]
+    if len(files) > 1:
+        suffix = next(end for end in SUFFIXES if files[0].endswith(end))
+        # By character, as a pattern is.
+        shared = os.path.commonprefix(files)  # noqa: RUF071
+        pattern = f"{shared.removesuffix(suffix)}*{suffix}"
+    # Of a Hub dataset the files stand in a cache.
+    repository, at, revision = source.name.removeprefix("hf://datasets/").partition("@")
+    _, in_cache, inside = pattern.partition(f"/snapshots/{revision}/")
+    return f"{repository}@{revision}/{inside}" if at and in_cache else pattern
+
+
+def refuse_inside(config: DataConfig, folder: AnyPath, *, option: str) -> None:
+    """Refuse to write a folder into one that is read: what is written there would be taken for data.
+
+    Args:
+        config: What is read.
+        folder: What is written.
+        option: That names it, for the message.
+
+    Raises:
+        ConfigError: It stands inside the data.
+    """
+    for name in config.data:
+        if isinstance(folder, Path):
+            if "://" in name:
+                continue
+            target, base = os.path.realpath(folder), os.path.realpath(Path(name).expanduser())
+            is_folder = Path(base).is_dir()
+        else:
+            target, base, is_folder = str(folder).rstrip("/"), name.rstrip("/"), True
+        if is_folder and f"{target}/".startswith(f"{base}/"):
+            raise ConfigError(
+                f"{option} {quoted(folder)} stands inside --data {quoted(name)}",
+                why="what is written there would be read as preference pairs the next time",
+                fix=f"pass another {option} folder, or name the files that are meant, such as "
+                f"--data {quoted(name.rstrip('/') + '/*.jsonl')}",
+            )
 
 
 def open_file(name: str) -> BinaryIO:

@@ -170,6 +170,31 @@ def test_a_folder_of_another_run_is_refused(shards: Path, tiny_model: Path, tmp_
     assert invoke(*arguments, "--pairs-per-shard", 5).exit_code == 0
 
 
+def test_shards_inside_the_data_are_refused_and_nothing_is_written(tiny_model: Path, tmp_path: Path) -> None:
+    arguments = precompute_arguments(tiny_model, tmp_path)
+    for extra in ([], ["--dry-run"]):
+        shown = refused(2, *arguments, "--data", tmp_path, *extra, unchanged=tmp_path)
+        assert f"--shards {tmp_path}/shards stands inside --data {tmp_path}" in shown
+    convert = ["convert", tmp_path, "--output", tmp_path / "clean"]
+    assert f"--output {tmp_path}/clean stands inside" in refused(2, *convert, unchanged=tmp_path)
+
+
+def test_splits_that_are_merged_are_said(tiny_model: Path, tmp_path: Path) -> None:
+    base = tmp_path / "pairs"
+    base.mkdir()
+    for split in ("train", "test"):
+        write_jsonl(base / f"{split}.jsonl", ROWS[:2])
+    arguments = [*precompute_arguments(tiny_model, tmp_path), "--dry-run", "--data"]
+    line = f"{base} is read with all of its splits (test: --data {base}/test.jsonl, "
+    assert invoke(*arguments, base).stderr.startswith(f"{line}train: --data {base}/train.jsonl)")
+    assert "splits" not in invoke(*arguments, base, "--worker-index", 1, "--num-workers", 2).stderr
+    assert "splits" not in invoke(*arguments, base / "test.jsonl").stderr
+    shown = json.loads(invoke("check", base, "--json").stdout)
+    (found,) = [problem for problem in shown["problems"] if problem["kind"] == "merged_splits"]
+    assert found["examples"][0]["where"] == str(base)
+    assert found["examples"][0]["detail"].startswith(f"test: --data {base}/test.jsonl, train: ")
+
+
 def another_length(folder: Path) -> list[object]:
     return ["--max-length", 77]
 

@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import itertools
 import json
@@ -18,8 +19,9 @@ from object_store import s3_client, serve_s3, using_store
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.datasets import read_pairs
-from dpo_opt.precompute.sources import find_sources
+from dpo_opt.precompute.sources import Source, find_sources, merged_splits, refuse_inside
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError
+from dpo_opt.schemas.locations import location
 from dpo_opt.schemas.pairs import PreferencePair
 
 
@@ -378,6 +380,96 @@ def test_a_protocol_that_nothing_reads_is_refused() -> None:
     error = refusal("nonsense://data/a.jsonl")
     assert isinstance(error, ConfigError)
     assert error.where == "nonsense://data/a.jsonl"
+
+
+SPLITS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "files of a folder": (
+        ["test.jsonl", "train.jsonl"],
+        {"test": "{base}/test.jsonl", "train": "{base}/train.jsonl"},
+    ),
+    "parts of each": (
+        [
+            "data/train-00000-of-00002.parquet",
+            "data/train-00001-of-00002.parquet",
+            "data/test_prefs-00000-of-00001.parquet",
+        ],
+        {
+            "test": "{base}/data/test_prefs-00000-of-00001.parquet",
+            "train": "{base}/data/train-0000*.parquet",
+        },
+    ),
+    "folders": (
+        ["training/a.jsonl.gz", "training/b.jsonl.gz", "dev/a.jsonl.gz", "more.jsonl.gz"],
+        {"train": "{base}/training/*.jsonl.gz", "validation": "{base}/dev/a.jsonl.gz"},
+    ),
+    "one split": (["train-1.jsonl", "train-2.jsonl"], {}),
+    "one file": (["test-train.jsonl"], {}),
+    "words that only hold the name of one": (["contest.jsonl", "trainers.jsonl", "latest.jsonl"], {}),
+    "no split": (["a.jsonl", "b.jsonl"], {}),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_splits_that_are_read_as_one_are_named_with_how_to_take_each(tmp_path: Path, name: str) -> None:
+    files, splits = SPLITS[name]
+    # The folder's own name says nothing of its files.
+    base = tmp_path / "test" / "train"
+    for file in files:
+        (base / file).parent.mkdir(parents=True, exist_ok=True)
+        (base / file).write_text("")
+    for given in (base, f"{base}/**/*.*"):
+        (source,) = find_sources(DataConfig(data=[str(given)]))
+        found = merged_splits(source)
+        assert found == {split: own.format(base=base) for split, own in splits.items()}
+        for split, own in found.items():
+            (alone,) = find_sources(DataConfig(data=[own]))
+            assert merged_splits(alone) == {}, split
+            assert set(alone.files) < set(source.files)
+
+
+def test_splits_of_a_hub_dataset_and_of_a_store_are_named_as_they_are_found_there() -> None:
+    commit = "a" * 40
+    cached = f"/cache/datasets--made--pairs/snapshots/{commit}/data"
+    source = Source(f"made/pairs@{commit}", [f"{cached}/test-0.parquet", f"{cached}/train-0.parquet"], 1.0)
+    assert merged_splits(source) == {
+        "test": f"made/pairs@{commit}/data/test-0.parquet",
+        "train": f"made/pairs@{commit}/data/train-0.parquet",
+    }
+    store = Source("s3://bucket/pairs", ["s3://bucket/pairs/dev.jsonl", "s3://bucket/pairs/train.jsonl"], 1.0)
+    assert merged_splits(store) == {
+        "train": "s3://bucket/pairs/train.jsonl",
+        "validation": "s3://bucket/pairs/dev.jsonl",
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "folder", "refused"),
+    [
+        ("pairs", "pairs/shards", True),
+        ("pairs", "pairs", True),
+        ("pairs", "link/shards", True),
+        ("link", "pairs/deep/shards", True),
+        ("pairs", "pairs2", False),
+        ("pairs/a.jsonl", "pairs/shards", False),
+        ("pairs/*.jsonl", "pairs/shards", False),
+        ("s3://bucket/pairs", "pairs/shards", False),
+        ("s3://bucket/pairs/", "s3://bucket/pairs/shards", True),
+        ("s3://bucket/pairs", "s3://bucket/pairs2", False),
+        ("pairs", "s3://bucket/pairs/shards", False),
+    ],
+)
+def test_a_folder_inside_the_data_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, folder: str, refused: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "a.jsonl").write_text("")
+    (tmp_path / "link").symlink_to("pairs")
+    config = DataConfig(data=[data])
+    with pytest.raises(ConfigError) if refused else contextlib.nullcontext() as caught:
+        refuse_inside(config, location(folder), option="--shards")
+    if caught is not None:
+        assert caught.value.what == f"--shards {folder} stands inside --data {data}"
 
 
 # The Hub --------------------------------------------------------------------------------------------------
