@@ -222,12 +222,12 @@ def finalize(shards_dir: AnyPath) -> Manifest:
     plan = read_plan(shards_dir)
     grown = is_file(shards_dir / MANIFEST)
     if grown:
+        there = _attempts(shards_dir)
         manifest = load_manifest(shards_dir)
-        data = sizes(shards_dir / DATA)
         for commit in manifest.shards:
-            _require_present(shards_dir, commit, data)
+            _require_present(shards_dir, commit, there[DATA])
         if _covers(manifest, plan):
-            _remove_lost_attempts(shards_dir)
+            _remove_lost_attempts(shards_dir, manifest, there)
             _remove_if_allowed(shards_dir / _choice_name(plan))
             return manifest
         require_beginning(manifest, plan, shards_dir)
@@ -273,7 +273,8 @@ def finalize(shards_dir: AnyPath) -> Manifest:
         tokenizer_sha256=sha256_folder(shards_dir / TOKENIZER),
     )
     manifest = _settle(shards_dir, manifest, plan)
-    _remove_lost_attempts(shards_dir)
+    there = _attempts(shards_dir)
+    _remove_lost_attempts(shards_dir, load_manifest(shards_dir), there)
     return manifest
 
 
@@ -292,7 +293,7 @@ def _settle(shards_dir: AnyPath, manifest: Manifest, plan: Plan) -> Manifest:
         if is_finalized(shards_dir, plan):
             remove(shards_dir / choice)
             return load_manifest(shards_dir)
-        chosen = None if text is None else _usable(shards_dir, text, plan)
+        chosen = None if text is None else _usable(shards_dir, text, plan, own=manifest)
         if text is not None and chosen is not None:
             write_text(shards_dir / MANIFEST, text.decode("utf-8"))
         if text is not None:
@@ -306,12 +307,14 @@ def _choice_name(plan: Plan) -> str:
     return f".{MANIFEST}.{hashlib.sha256(to_json(plan).encode()).hexdigest()[:8]}.tmp"
 
 
-def _usable(shards_dir: AnyPath, text: bytes, plan: Plan) -> Manifest | None:
+def _usable(shards_dir: AnyPath, text: bytes, plan: Plan, *, own: Manifest) -> Manifest | None:
     """A choice whose files are all there: one that a killed process left may be of files long removed."""
     try:
         chosen = parse(Manifest, text, where=shards_dir)
     except DataError:
         return None
+    if chosen == own:
+        return own
     data = sizes(shards_dir / DATA)
     ranges = zip(chosen.shards, plan.shards, strict=False)
     records = sizes(shards_dir / COMMITS)
@@ -323,21 +326,30 @@ def _usable(shards_dir: AnyPath, text: bytes, plan: Plan) -> Manifest | None:
     return chosen if whole else None
 
 
-def _remove_lost_attempts(shards_dir: AnyPath) -> None:
+def _attempts(shards_dir: AnyPath) -> dict[str, dict[str, int]]:
+    """Folder to names and sizes, for the folders that hold attempts' files: records first."""
+    return {folder: sizes(shards_dir / folder) for folder in (COMMITS, DATA, DROPPED)}
+
+
+def _remove_lost_attempts(
+    shards_dir: AnyPath, manifest: Manifest, there: Mapping[str, Mapping[str, int]]
+) -> None:
     """Remove what other attempts wrote at the manifest's shards: all of ``data/`` is then each pair once.
 
     Records go first, so that no commit is ever left without its files.
+
+    Args:
+        shards_dir: Folder of reference shards.
+        manifest: Its manifest.
+        there: ``_attempts`` from before the manifest was read: what a later one names is not among them.
     """
-    # Listed before the manifest is read: an attempt that a later manifest names is not among them.
-    there = [(folder, name) for folder in (COMMITS, DATA, DROPPED) for name in sizes(shards_dir / folder)]
-    entries = _finalized(shards_dir)
-    settled = {commit.shard for commit in entries}
+    settled = {commit.shard for commit in manifest.shards}
     named = {
         name
-        for commit in entries
+        for commit in manifest.shards
         for name in (_record_name(commit.shard, commit.attempt), commit.file, commit.dropped_file)
     }
-    for folder, name in there:
+    for folder, name in ((folder, name) for folder, names in there.items() for name in names):
         found = ATTEMPT.fullmatch(name)
         if found and int(found["shard"]) in settled and f"{folder}/{name}" not in named:
             _remove_if_allowed(shards_dir / folder / name)
