@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from transformers import GenerationConfig
 
 from dpo_opt.optimize.architecture import decoder_of
@@ -13,33 +12,22 @@ from dpo_opt.optimize.attention import STOCK_ATTENTION
 from dpo_opt.optimize.policy import Policy
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.rope import PINNED
-from dpo_opt.schemas.storage import publish_folder
 
 # What reads images, sounds and videos for a model; the tokenizer and its template are written by themselves.
 _PROCESSORS = ("*processor_config.json", "*processor.json", "audio_tokenizer*.json")
 _TEMPLATE = "chat_template.*"
 
 
-def save_final(
-    policy: Policy, path: Path, *, source: Path, dtype: torch.dtype, tokenizer_dir: Path, card: str
-) -> None:
-    """Write the folder whole or not at all. The policy's parameters are cast in place.
+def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Path, card: str) -> None:
+    """Put a policy as it is into a folder.
 
     Args:
         policy: What was trained.
-        path: Folder to make.
-        source: The folder it was loaded from; its generation settings are kept.
-        dtype: Dtype of the weights on disk.
+        folder: An empty one.
+        source: The folder it was loaded from; its generation settings and its processor are kept.
         tokenizer_dir: The tokenizer whose ids were trained on.
         card: Text of the model card.
     """
-    policy.model.to(dtype=dtype)
-    with publish_folder(path) as private:
-        write_model(policy, private, source=source, tokenizer_dir=tokenizer_dir, card=card)
-
-
-def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Path, card: str) -> None:
-    """Put a policy as it is into a folder; arguments as in ``save_final``."""
     model = policy.model
     # transformers refuses to write generation settings that it was willing to read (a temperature without
     # do_sample, a pad_token_id of -1, as in many released models), which would lose the run at its very end:

@@ -8,7 +8,6 @@ new adapter adds exactly nothing (B = 0), so the policy is still the reference, 
 
 import copy
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,6 @@ from dpo_opt.optimize.architecture import model_without_weights
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.lora_targets import chosen_layers, left_out, offered_layers, short_names
 from dpo_opt.schemas.errors import ConfigError, first_line, quoted
-from dpo_opt.schemas.storage import publish_folder
 
 MAX_RANK = 512
 """The largest that vLLM serves (``max_lora_rank``)."""
@@ -211,31 +209,6 @@ def save_adapter(model: PreTrainedModel, folder: Path, *, base: str, base_weight
     config.target_modules = sorted(_adapted(model))
     config.inference_mode = True
     config.save_pretrained(str(folder))
-
-
-def save_final_adapter(
-    model: PreTrainedModel,
-    path: Path,
-    *,
-    base: str,
-    base_weights: str | None,
-    tokenizer_dir: Path,
-    card: str,
-) -> None:
-    """Write the trained adapter, its tokenizer and its card as one folder, whole or not at all.
-
-    Args:
-        model: As in ``save_adapter``, and so are the next but one and the one after.
-        path: Folder to make.
-        base: Name of the base.
-        base_weights: Digest of the base.
-        tokenizer_dir: The tokenizer whose ids were trained on.
-        card: Text of the model card.
-    """
-    with publish_folder(path) as private:
-        save_adapter(model, private, base=base, base_weights=base_weights)
-        shutil.copytree(tokenizer_dir, private, dirs_exist_ok=True)
-        (private / "README.md").write_text(card, encoding="utf-8")
 
 
 def _inject(model: PreTrainedModel, plan: AdapterPlan) -> None:

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from dpo_opt.optimize.card import model_card
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.distributed import World, wait_for_all
-from dpo_opt.optimize.export import save_final, write_model
-from dpo_opt.optimize.lora import save_adapter, save_final_adapter, trainable_names
+from dpo_opt.optimize.export import write_model
+from dpo_opt.optimize.lora import save_adapter, trainable_names
 from dpo_opt.optimize.optimizer_state import optimizer_tensors
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.policy import Policy
@@ -20,6 +20,7 @@ from dpo_opt.optimize.sharding import gather_policy
 from dpo_opt.optimize.state_files import load_state, save_state
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import checkpoint_dtype
+from dpo_opt.schemas.storage import publish_folder
 
 _OPTIMIZER = "optimizer"
 
@@ -48,19 +49,7 @@ class Saver:
         """Put policy and optimizer state into a folder, as they are."""
         whole = gather_policy(self._policy, self._world, names=self._wanted)
         if whole is not None:
-            with self._folder.tokenizer() as tokenizer_dir:
-                if self._config.use_peft:
-                    save_adapter(whole.model, private, base=self._config.model, base_weights=self._base)
-                    shutil.copytree(tokenizer_dir, private, dirs_exist_ok=True)
-                    (private / "README.md").write_text(self._card(steps), encoding="utf-8")
-                else:
-                    write_model(
-                        whole,
-                        private,
-                        source=self._model_folder,
-                        tokenizer_dir=tokenizer_dir,
-                        card=self._card(steps),
-                    )
+            self._write(whole, private, steps=steps)
         save_state(private / _OPTIMIZER, optimizer_tensors(self._optimizer, self._names), self._world)
 
     def load_optimizer(self, checkpoint: Path) -> None:
@@ -73,35 +62,40 @@ class Saver:
 
     def write_final(self, path: Path, *, steps: int) -> None:
         """Publish the trained model, or its adapter; the policy is not to be trained after this."""
-        config = self._config
-        name = checkpoint_dtype(self._model_folder) if config.save_dtype == "auto" else config.save_dtype
-        dtype: torch.dtype = getattr(torch, name)
-        whole = gather_policy(
-            self._policy, self._world, names=self._wanted, dtype=None if config.use_peft else dtype
-        )
+        dtype = self._final_dtype
+        whole = gather_policy(self._policy, self._world, names=self._wanted, dtype=dtype)
         if whole is not None:
             # There is one already where a run that had ended was made longer.
             shutil.rmtree(path, ignore_errors=True)
-            with self._folder.tokenizer() as tokenizer_dir:
-                if config.use_peft:
-                    save_final_adapter(
-                        whole.model,
-                        path,
-                        base=config.model,
-                        base_weights=self._base,
-                        tokenizer_dir=tokenizer_dir,
-                        card=self._card(steps),
-                    )
-                else:
-                    save_final(
-                        whole,
-                        path,
-                        source=self._model_folder,
-                        dtype=dtype,
-                        tokenizer_dir=tokenizer_dir,
-                        card=self._card(steps),
-                    )
+            if dtype is not None:
+                whole.model.to(dtype=dtype)
+            with publish_folder(path) as private:
+                self._write(whole, private, steps=steps)
         wait_for_all(self._world)
+
+    def _write(self, whole: Policy, folder: Path, *, steps: int) -> None:
+        with self._folder.tokenizer() as tokenizer_dir:
+            if self._config.use_peft:
+                save_adapter(whole.model, folder, base=self._config.model, base_weights=self._base)
+                shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+                (folder / "README.md").write_text(self._card(steps), encoding="utf-8")
+            else:
+                write_model(
+                    whole,
+                    folder,
+                    source=self._model_folder,
+                    tokenizer_dir=tokenizer_dir,
+                    card=self._card(steps),
+                )
+
+    @property
+    def _final_dtype(self) -> torch.dtype | None:
+        """What the weights are cast to; None for an adapter, which stays in fp32."""
+        if self._config.use_peft:
+            return None
+        name = self._config.save_dtype
+        dtype: torch.dtype = getattr(torch, checkpoint_dtype(self._model_folder) if name == "auto" else name)
+        return dtype
 
     @property
     def _base(self) -> str | None:

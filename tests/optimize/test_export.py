@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dpo_opt.optimize.card import model_card
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.optimize.export import save_final
+from dpo_opt.optimize.export import write_model
 from dpo_opt.optimize.policy import Policy, load_policy
 from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.storage import publish_folder
 
 
 def loaded(folder: Path) -> Policy:
@@ -29,9 +30,8 @@ def tokenizer_dir(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def save(source: Path, path: Path, tokenizer_dir: Path) -> None:
-    save_final(
-        loaded(source), path, source=source, dtype=torch.float32, tokenizer_dir=tokenizer_dir, card="card"
-    )
+    with publish_folder(path) as private:
+        write_model(loaded(source), private, source=source, tokenizer_dir=tokenizer_dir, card="card")
 
 
 def test_saving_without_training_keeps_every_weight(

@@ -36,7 +36,6 @@ from dpo_opt.optimize.lora import (
     four_bit_options,
     plan_adapter,
     save_adapter,
-    save_final_adapter,
     trainable_names,
 )
 from dpo_opt.optimize.packing import Group
@@ -324,25 +323,6 @@ def test_saving_twice_says_the_same_without_the_machines_paths(tiny_model: Path,
     assert json.loads(configs[0])["base_model_name_or_path"] == "somebody/model"
     with safe_open(tmp_path / "first" / "adapter_model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", "base_weights": weights_digest(tiny_model)}
-
-
-def test_the_final_folder_holds_the_tokenizer_and_the_card(tiny_model: Path, tmp_path: Path) -> None:
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    (tokenizer / "tokenizer.json").write_text("{}")
-    policy = with_adapter(tiny_model)
-    save_final_adapter(
-        policy.model,
-        tmp_path / "final",
-        base="base",
-        base_weights=None,
-        tokenizer_dir=tokenizer,
-        card="the card",
-    )
-    assert {f.name for f in (tmp_path / "final").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md")
-    }
-    assert (tmp_path / "final" / "README.md").read_text() == "the card"
 
 
 def test_without_an_adapter_every_parameter_is_trainable(policy: Policy) -> None:

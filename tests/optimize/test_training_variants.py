@@ -15,6 +15,7 @@ from dpo_opt.optimize import TrainConfig, train
 from dpo_opt.optimize.score import HfScorer
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.errors import ConfigError, FingerprintError, Preempted
+from dpo_opt.schemas.manifest import ShardFolder
 
 LORA = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}
 BF16 = {"param_dtype": "bfloat16", "dtype": "bfloat16", "learning_rate": 1e-3}
@@ -67,6 +68,11 @@ def test_an_adapter_learns_and_nothing_else_is_saved(settings: dict[str, Any], t
         assert names
         assert all(".lora_" in name for name in names)
         assert not (folder / "model.safetensors").exists()
+    with ShardFolder.open(settings["shards"]).tokenizer() as tokenizer:
+        files = {path.name for path in tokenizer.iterdir()}
+    assert {path.name for path in result.final.iterdir()} == files | {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md")
+    }
     assert "library_name: peft" in (result.final / "README.md").read_text()
 
 
