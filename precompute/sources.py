@@ -69,7 +69,7 @@ def merged_splits(source: Source) -> dict[str, str]:
 
     Told by the names of its files below the folder that holds them all; empty where there are no two.
     """
-    files = [file for file in source.files if "/" in file]
+    files = source.files
     if len(files) < 2:
         return {}
     base = os.path.commonpath([str(Path(file).parent) for file in files]) if "://" not in files[0] else ""

@@ -238,7 +238,7 @@ def test_workers_end_with_their_launcher(start: Command, tmp_path: Path, number:
     _, err = process.communicate(timeout=20)
     if number == signal.SIGTERM:
         assert process.returncode == 75, err
-        assert "--config" in err
+        assert "fix: dpo-opt precompute --model" in err
     until(lambda: not any(alive(pid) for pid, *_ in told(tmp_path)), seconds=5)
     assert not (tmp_path / "shards" / MANIFEST).exists()
 
