@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dpo_opt.optimize.distributed import World, any_rank, least_of_ranks
-from dpo_opt.optimize.packing import Group, packed_size, pair_group
+from dpo_opt.optimize.packing import Group, packed_size, padded_width, pair_group
 from dpo_opt.optimize.policy import Policy
 from dpo_opt.optimize.sharding import ShardedPolicy, announce_micro_batch, join_empty
 from dpo_opt.schemas.errors import ConfigError
@@ -220,9 +220,7 @@ def _peak_where_all_fit(peak: Callable[[int], int], copies: int, world: World) -
 
 def _fed_rows(group: Group, *, packs: bool) -> int:
     """Rows that a group alone takes in a packed, or else in a padded batch."""
-    if packs:
-        return packed_size(group)
-    return len(group) * max(len(s.prompt_ids) + len(s.completion_ids) - 1 for s in group)
+    return packed_size(group) if packs else len(group) * padded_width(group)
 
 
 def _too_small(rows: int, *, missing: int | None, total: int) -> ConfigError:

@@ -25,6 +25,7 @@ from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.lora import add_adapter, plan_adapter
 from dpo_opt.optimize.lora_targets import has_experts
 from dpo_opt.optimize.policy import compute_dtype
+from dpo_opt.optimize.varlen import attention_dtype
 
 _SHAPES_ONLY = "dpo_opt_shapes"
 # Prints a traceback for every operation that refuses shapes without data.
@@ -229,10 +230,8 @@ def _attention_shapes(
     **others: Any,
 ) -> tuple[Tensor, None]:
     refuse_unknown(others, dropout=dropout)
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    output: Tensor = _AttentionShapes.apply(query, key, value)  # type: ignore[no-untyped-call]
+    dtype = attention_dtype(query)
+    output: Tensor = _AttentionShapes.apply(query.to(dtype), key.to(dtype), value.to(dtype))  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -115,6 +115,11 @@ def packed_size(group: Group) -> int:
     return shared + sum(len(s.prompt_ids) + len(s.completion_ids) - 1 - shared for s in group)
 
 
+def padded_width(group: Group) -> int:
+    """Rows that the group's longest sequence is fed as, and each of them in a padded batch."""
+    return max(len(s.prompt_ids) + len(s.completion_ids) - 1 for s in group)
+
+
 def plan_bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
     """Indices grouped so that each group's sizes stay within ``budget``: first fit, longest first.
 
@@ -138,7 +143,7 @@ def plan_padded_bins(groups: Sequence[Group], budget: int) -> list[list[int]]:
 
     A group larger than the budget gets a bin of its own.
     """
-    widths = [max(len(s.prompt_ids) + len(s.completion_ids) - 1 for s in group) for group in groups]
+    widths = [padded_width(group) for group in groups]
     bins: list[list[int]] = []
     width = sequences = 0
     for index in sorted(range(len(groups)), key=lambda i: (-widths[i], i)):
