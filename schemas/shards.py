@@ -139,15 +139,32 @@ def write_dropped(path: AnyPath, dropped: Sequence[DroppedRow]) -> None:
 
 def write_table(path: AnyPath, table: pa.Table, *, row_group_rows: int = ROW_GROUP_ROWS) -> None:
     """Publish a table the way every file of a shard folder is written."""
+    # Hardly two log-probs are alike, so a dictionary is as long as they are; but their first bytes are alike.
+    logps = {_leaf(field) for field in table.schema if pa.types.is_floating(_value_type(field))}
     with (
         publish(path) as private,
         pq.ParquetWriter(
-            private, table.schema, compression="zstd", write_page_checksum=True, write_page_index=True
+            private,
+            table.schema,
+            compression="zstd",
+            use_dictionary=[leaf for leaf in map(_leaf, table.schema) if leaf not in logps],
+            column_encoding=dict.fromkeys(logps, "BYTE_STREAM_SPLIT"),
+            write_page_checksum=True,
+            write_page_index=True,
         ) as writer,
     ):
         # `datasets` fails on a row group of no rows.
         if len(table):
             writer.write_table(table, row_group_size=row_group_rows)
+
+
+def _value_type(field: pa.Field) -> pa.DataType:
+    return field.type.value_type if pa.types.is_list(field.type) else field.type
+
+
+def _leaf(field: pa.Field) -> str:
+    """What Parquet calls the column of a field's values."""
+    return f"{field.name}.list.element" if pa.types.is_list(field.type) else str(field.name)
 
 
 def read_row_groups(path: Path, *, row_groups: Sequence[int] | None = None) -> Iterator[list[ScoredPair]]:

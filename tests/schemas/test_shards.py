@@ -208,3 +208,19 @@ def test_a_column_that_does_not_follow_from_the_ids_is_found(
     mixed = pa.concat_arrays([right[:200], wrong[200:201], right[201:]])
     write_table(path, table.set_column(table.schema.get_field_index(column), table.field(column), mixed))
     assert list(inconsistent_columns(path)) == [(10 + 2 * 200, column)]
+
+
+def test_log_probs_are_split_by_bytes_and_nothing_else_is(tmp_path: Path) -> None:
+    write_shard(tmp_path / "shard.parquet", make_pairs(20), fingerprint=FINGERPRINT, shard=0)
+    group = pq.ParquetFile(tmp_path / "shard.parquet").metadata.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    split = {c.path_in_schema for c in columns if "BYTE_STREAM_SPLIT" in c.encodings}
+    assert split == {
+        "ref_chosen_token_logps.list.element",
+        "ref_rejected_token_logps.list.element",
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+    }
+    with_dictionary = {c.path_in_schema for c in columns if c.has_dictionary_page}
+    assert {"prompt_ids.list.element", "prompt_id", "row"} <= with_dictionary
+    assert not with_dictionary & split
