@@ -23,7 +23,7 @@ from dpo_opt.precompute.datasets import BadFile, BadRow, Reading, parse_block, s
 from dpo_opt.precompute.fitting import PairIds
 from dpo_opt.precompute.near_duplicates import signatures
 from dpo_opt.precompute.parallel import map_in_order
-from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
+from dpo_opt.precompute.tokenize import encoder
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import PreferencePair, Text
 from dpo_opt.schemas.progress import Progress
@@ -126,7 +126,7 @@ def collect(config: DataConfig, wanted: Wanted, *, processes: int, progress: Pro
         DataError: A source does not exist.
     """
     if wanted.model_folder is not None:
-        _pair_tokenizer(wanted.model_folder)  # a tokenizer that cannot be used is refused before anything
+        encoder(wanted.model_folder)  # a tokenizer that cannot be used is refused before anything
     unreadable: dict[tuple[int, str], BadRows] = {}
 
     def tasks() -> Iterable[tuple[Block, Reading, Wanted]]:
@@ -174,17 +174,9 @@ def mixed_hash(*columns: Hashes) -> Hashes:
 
 
 @functools.cache
-def _pair_tokenizer(folder: Path) -> PairTokenizer:
-    # What max_length does is worked out later, for several of them at once.
-    return PairTokenizer(
-        load_tokenizer(folder), max_length=1, truncation="drop", vocab_size=model_vocab_size(folder)
-    )
-
-
-@functools.cache
 def _special_tokens(folder: Path) -> re.Pattern[str]:
     """Matches a special token, but not EOS at the end, where it belongs."""
-    tokenizer = _pair_tokenizer(folder).tokenizer
+    tokenizer = encoder(folder).tokenizer
     texts = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
     ended = rf"(?!{re.escape(str(tokenizer.eos_token))}\Z)"
     return re.compile(ended + "(?:" + "|".join(re.escape(text) for text in texts) + ")")
@@ -236,7 +228,7 @@ def _encoded(
 ) -> tuple[list[PreferencePair], list[PairIds]]:
     """The pairs that the tokenizer takes, with their ids; the others are counted as bad rows."""
     try:
-        encoded = _pair_tokenizer(folder).encode(pairs)
+        encoded = encoder(folder).encode(pairs)
     except ConfigError as error:  # messages, and no chat template
         for pair in pairs:
             _count(bad_rows, source, DataError(error.what, where=pair.where, kind="no_chat_template"))

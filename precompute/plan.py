@@ -2,14 +2,20 @@
 
 Planning reads every row once, so a malformed row is found before any GPU time is spent, and nothing is
 written until at least one pair is known to survive tokenization.
+
+Rows that tokenizing refuses are looked for too. Making every row's ids takes many times as long as reading
+it, so by default that is done only where it may matter: nowhere if the tokenizer has no id beyond the model's
+vocabulary, and of messages for one row of each shape (who speaks in which order, with what beside the words),
+because a chat template asks for that before it asks for words. A dry run makes the ids of every row.
 """
 
 import hashlib
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from dpo_opt.precompute.blocks import Block
 from dpo_opt.precompute.config import PrecomputeConfig
@@ -27,7 +33,7 @@ from dpo_opt.precompute.datasets import (
 )
 from dpo_opt.precompute.parallel import map_in_order
 from dpo_opt.precompute.reference import Reference, fingerprint_of
-from dpo_opt.precompute.tokenize import PairTokenizer
+from dpo_opt.precompute.tokenize import PairTokenizer, encoder
 from dpo_opt.schemas.columns import MARGIN, WEIGHT, Column, new_column
 from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
@@ -41,7 +47,7 @@ from dpo_opt.schemas.manifest import (
     parse,
     repair_command,
 )
-from dpo_opt.schemas.pairs import Numerics, TokenizedPair
+from dpo_opt.schemas.pairs import Message, Numerics, PreferencePair, TokenizedPair
 
 
 class Planned(NamedTuple):
@@ -64,14 +70,27 @@ _BAD_ROWS_SHOWN = 5
 
 
 def make_plan(
-    config: PrecomputeConfig, *, reference: Reference, tokenizer: PairTokenizer, numerics: Numerics
+    config: PrecomputeConfig,
+    *,
+    reference: Reference,
+    tokenizer: PairTokenizer,
+    numerics: Numerics,
+    tokenize_all: bool = False,
 ) -> Planned:
     """Count and digest the rows, and divide them into shards; where the folder grew, a shard begins anew.
 
     The date that a chat template is told is the folder's; its first plan fixes it.
 
+    Args:
+        config: Of the run.
+        reference: The model that scores.
+        tokenizer: Its tokenizer.
+        numerics: Of the scorer.
+        tokenize_all: Make every row's ids, whatever time it takes.
+
     Raises:
-        DataError: A row is malformed, or no pair survives tokenization.
+        ConfigError: A row holds messages and the tokenizer has no chat template.
+        DataError: A row is malformed or refused by the tokenizer, or no pair survives tokenization.
     """
     earlier = known_plans(config.shards)
     known_rows = earlier[-1].rows if earlier else None
@@ -87,13 +106,26 @@ def make_plan(
     rows = 0
     columns: dict[str, Column] = {}
     bad_rows: list[BadRow] = []
-    for block in map_in_order(_read_block, _good_blocks(config), processes=config.processes):
+    shapes: set[Shape] = set()
+    encoded = (
+        _Encoded(reference.folder, tokenizer.template_date)
+        if tokenize_all or not tokenizer.knows_every_id()
+        else None
+    )
+    tasks = ((*task, encoded) for task in _good_blocks(config))
+    preload = () if encoded is None else ("transformers.models.auto.tokenization_auto",)
+    for block in map_in_order(_read_block, tasks, processes=config.processes, preload=preload):
         for found in block:
-            if isinstance(found.error, DataError):
+            error = found.error
+            if found.example is not None and found.example.shape not in shapes:
+                shapes.add(found.example.shape)
+                (ids,) = tokenizer.encode([found.example.pair])
+                error = ids if isinstance(ids, DataError) else None
+            if error is not None:
                 if config.on_bad_row == "error":
-                    raise found.error
+                    raise error
                 if len(bad_rows) < _BAD_ROWS_SHOWN:
-                    bad_rows.append(BadRow(rows, found.error, b""))
+                    bad_rows.append(BadRow(rows, error, b""))
             grown = rows in grown_at
             if grown:
                 known = whole.copy() if rows == known_rows else None
@@ -171,17 +203,43 @@ class _Part:
         self.digest = RowsDigest()
 
 
+Shape = tuple[object, ...]
+"""What two rows have in common that differ in their words alone."""
+
+
+class _Example(NamedTuple):
+    shape: Shape
+    pair: PreferencePair
+
+
 class _RowFacts(NamedTuple):
     digest: bytes
     message_digest: bytes
     numbers: dict[str, float]
     error: DataError | None
     used: bool = True
+    example: _Example | None = None
+    """The pair, where it is the first of its shape in its block."""
 
 
-def _read_block(task: tuple[Block, Reading]) -> list[_RowFacts]:
+class _Encoded(NamedTuple):
+    """Which ids are made of every row."""
+
+    folder: Path
+    template_date: str | None
+
+
+def _read_block(task: tuple[Block, Reading, _Encoded | None]) -> list[_RowFacts]:
+    block, reading, encoded = task
+    items = list(parse_block(block, reading))
+    refused: dict[int, DataError] = {}
+    if encoded is not None:
+        pairs = [(i, item) for i, item in enumerate(items) if isinstance(item, PreferencePair)]
+        ids = encoder(encoded.folder, encoded.template_date).encode([pair for _, pair in pairs])
+        refused = {i: e for (i, _), e in zip(pairs, ids, strict=True) if isinstance(e, DataError)}
+    shapes: set[Shape] = set()
     facts = []
-    for item in parse_block(*task):
+    for i, item in enumerate(items):
         if isinstance(item, BadRow):
             facts.append(_RowFacts(row_digest(item), message_digest(item), {}, item.error))
         elif isinstance(item, NotInShare):
@@ -191,8 +249,22 @@ def _read_block(task: tuple[Block, Reading]) -> list[_RowFacts]:
             numbers = {WEIGHT: item.weight, MARGIN: item.margin}
             known = {name: value for name, value in numbers.items() if value is not None}
             digest = row_digest(item)
-            facts.append(_RowFacts(digest, digest, known, None))
+            example = None
+            if encoded is None and (shape := _shape(item)) is not None and shape not in shapes:
+                shapes.add(shape)
+                example = _Example(shape, item)
+            facts.append(_RowFacts(digest, digest, known, refused.get(i), example=example))
     return facts
+
+
+def _shape(pair: PreferencePair) -> Shape | None:
+    """What a chat template may refuse a pair for beside its words; None for text, which it never sees."""
+    if isinstance(pair.prompt, str):
+        return None
+    parts = cast(tuple[list[Message], ...], (pair.prompt, pair.chosen, pair.rejected))
+    turns = [tuple([(m["role"], *m, bool(m["content"])) for m in part]) for part in parts]
+    settings = pair.chat_template_kwargs and json.dumps(pair.chat_template_kwargs, sort_keys=True)
+    return (*turns, pair.tools is None, settings)
 
 
 def _good_blocks(config: PrecomputeConfig) -> Iterator[tuple[Block, Reading]]:
@@ -210,10 +282,16 @@ def _require_a_usable_pair(config: PrecomputeConfig, reference: Reference, token
                 raise item.error
             reasons["bad_row"] += 1
             continue
-        tokenized = tokenizer(item)
-        if isinstance(tokenized, TokenizedPair):
+        (ids,) = tokenizer.encode([item])
+        if isinstance(ids, DataError):
+            if config.on_bad_row == "error":
+                raise ids
+            reasons[f"bad_row:{ids.kind}"] += 1
+            continue
+        fitted = tokenizer.fit(item, ids)
+        if isinstance(fitted, TokenizedPair):
             return
-        reasons[tokenized.reason] += 1
+        reasons[fitted.reason] += 1
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     raise DataError(
         f"none of the {reasons.total()} pairs can be used ({counts})",

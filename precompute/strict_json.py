@@ -12,6 +12,8 @@ from typing import NoReturn
 from dpo_opt.schemas.errors import DataError
 
 FIX_ROW = "correct or remove the row; `dpo-opt check` lists every such row at once"
+SKIP_ROW = "pass --on-bad-row skip: such rows are left out and listed, and shards that are finished stay"
+"""For rows that are pairs, but not for this model: to change them would make other data of the folder's."""
 
 _DEEPEST = 100  # levels; what json alone takes depends on how deep its caller is
 _LONGEST_QUOTE = 60  # a message may quote a key of the user's file, never a whole text

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, cast
 
+from dpo_opt.precompute.strict_json import SKIP_ROW
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import Message, PreferencePair
 
@@ -160,7 +161,7 @@ def render(
             f"the chat template refuses the messages ({str(error)[:_LONGEST_TEMPLATE_MESSAGE]})",
             where=where,
             why="the model was not trained on conversations of this shape",
-            fix="correct the roles and their order, or remove the row",
+            fix=f"{SKIP_ROW}; or correct the roles and their order",
             kind="template",
         ) from error
 
@@ -191,7 +192,7 @@ def _other_prompt(prompt: str, whole: str, side: str, where: str) -> DataError:
         f"from character {differs + 1} on it is {followed}, alone {alone}",
         where=where,
         why="part of the prompt would be scored and trained on as if the model had said it",
-        fix="use a template that renders prompt + completion as the prompt's own text and more; "
-        "`dpo-opt preview` shows what is rendered",
+        fix=f"{SKIP_ROW}; or use a template that renders prompt + completion as the prompt's own text and "
+        "more: `dpo-opt preview` shows what is rendered",
         kind="template_mismatch",
     )

@@ -30,6 +30,7 @@ Differences from TRL 1.16, which gives the same ids otherwise:
 """
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -38,6 +39,7 @@ import numpy as np
 
 from dpo_opt.precompute.config import Truncation
 from dpo_opt.precompute.fitting import PairIds, fit_ids, split_ids
+from dpo_opt.precompute.strict_json import SKIP_ROW
 from dpo_opt.precompute.templates import asks_for_the_date, render, rendered_texts, today
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line
 from dpo_opt.schemas.model_config import load_model_config, model_errors
@@ -167,6 +169,12 @@ class PairTokenizer:
             template_date=template_date,
         )
 
+    def knows_every_id(self) -> bool:
+        """Whether no text at all can give an id outside the model's vocabulary."""
+        added = self._backend.encode("", add_special_tokens=True).ids
+        ids = [*self._backend.get_vocab(with_added_tokens=True).values(), *added]
+        return max(ids, default=0) < self._vocab_size
+
     def __call__(self, pair: PreferencePair) -> TokenizedPair | DroppedRow:
         """A pair's ids, or why it is left out.
 
@@ -251,14 +259,32 @@ class PairTokenizer:
             f"token id {highest} is outside the model's vocabulary of {self._vocab_size}",
             where=pair.where,
             why="the tokenizer is not the model's: the same ids would mean other text",
-            fix="use the tokenizer that was saved with the model",
+            fix=f"{SKIP_ROW}; or use the tokenizer that was saved with the model",
             kind="vocabulary",
         )
+
+
+@functools.cache
+def encoder(folder: Path, template_date: str | None = None) -> PairTokenizer:
+    """A model's tokenizer for whole ids, loaded once in a process; what is done with a length is not asked.
+
+    Raises:
+        ConfigError: As ``load_tokenizer`` and ``model_vocab_size``.
+    """
+    return PairTokenizer(
+        load_tokenizer(folder),
+        max_length=1,
+        truncation="drop",
+        vocab_size=model_vocab_size(folder),
+        template_date=template_date,
+    )
 
 
 def _whole_text_backend(tokenizer: "PreTrainedTokenizerFast") -> Any:
     """The tokenizer's own engine, on its own: it cuts and pads nothing, and returns ids without offsets."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    # A copy forgets it, and the tokenizer's own call says it each time.
+    backend.encode_special_tokens = tokenizer.split_special_tokens
     backend.no_truncation()
     backend.no_padding()
     return backend

@@ -1,0 +1,148 @@
+"""Rows that are pairs, but not for this model: found before anything is scored, and left out on request."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
+
+from dpo_opt.plans import plan_precompute
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.datasets import read_pairs
+from dpo_opt.precompute.plan import Planned, make_plan
+from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.run import precompute
+from dpo_opt.precompute.tokenize import load_tokenizer
+from dpo_opt.schemas.errors import DataError
+
+# As many templates: it refuses a conversation by its roles, and this one by a word as well.
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) or m['content'] == 'never' %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+BEYOND = "<|beyond|>"
+
+
+def chat(i: object, *turns: str) -> dict[str, Any]:
+    roles = turns or ("user",)
+    return {
+        "prompt": [{"role": role, "content": f"Question {i}?"} for role in roles],
+        "chosen": [{"role": "assistant", "content": f"The answer is {i}."}],
+        "rejected": [{"role": "assistant", "content": f"No {i}."}],
+    }
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """It has a template that refuses, and a token that the model does not know."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens([BEYOND])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+Configs = Callable[..., PrecomputeConfig]
+
+
+@pytest.fixture
+def config_of(tiny_model: Path, model: Path, tmp_path: Path) -> Configs:
+    """Settings for some rows; the other model knows every id, and its template is the same."""
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    (other / "chat_template.jinja").write_text(TEMPLATE)
+
+    def config(rows: Sequence[dict[str, Any]], *, every_id: bool = True, **settings: Any) -> PrecomputeConfig:
+        data = write_jsonl(tmp_path / "data.jsonl", rows)
+        values = {"model": str(other if every_id else model), "data": data, "pairs_per_shard": 4}
+        return PrecomputeConfig.model_validate(values | {"shards": tmp_path / "shards"} | settings)
+
+    return config
+
+
+def plan_of(config: PrecomputeConfig, *, tokenize_all: bool = False) -> Planned:
+    reference = resolve_reference(config)
+    return make_plan(
+        config,
+        reference=reference,
+        tokenizer=make_tokenizer(config, reference),
+        numerics=NUMERICS,
+        tokenize_all=tokenize_all,
+    )
+
+
+# The rows, whether the model knows every id of its tokenizer, and the line that is refused.
+REFUSED: dict[str, tuple[list[dict[str, Any]], bool, int]] = {
+    "template": ([*map(chat, range(10)), chat(10, "user", "user"), chat(11)], True, 11),
+    "first row": ([chat(0, "user", "user"), *map(chat, range(1, 12))], True, 1),
+    "settings": ([*map(chat, range(11)), chat(11) | {"chat_template_kwargs": {"tools": []}}], True, 12),
+    "id": ([*preference_rows(11), preference_rows(12)[11] | {"chosen": f" a {BEYOND}"}], False, 12),
+    "id in a message": ([*map(chat, range(11)), *map(chat, [BEYOND])], False, 12),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_tokenizing_refuses_is_found_while_planning_and_skipped_on_request(
+    config_of: Configs, name: str
+) -> None:
+    rows, every_id, line = REFUSED[name]
+    scorer = ScriptedScorer()
+    with pytest.raises(DataError) as caught:
+        precompute(config_of(rows, every_id=every_id), scorer=scorer)
+    assert str(caught.value.where).endswith(f":{line}")
+    assert scorer.calls == []
+    assert not config_of(rows).shards.exists()
+    if name != "settings":  # which the row should not have, whatever the model
+        assert str(caught.value.fix).startswith("pass --on-bad-row skip")
+    manifest = precompute(config_of(rows, every_id=every_id, on_bad_row="skip"), scorer=scorer)
+    assert (manifest.rows, manifest.kept) == (12, 11)
+
+
+def test_a_word_that_the_template_refuses_is_found_by_a_dry_run_and_costs_no_finished_shard(
+    config_of: Configs,
+) -> None:
+    rows = [*map(chat, range(11)), chat(11)]
+    rows[11]["prompt"][0]["content"] = "never"
+    config = config_of(rows)
+    with pytest.raises(DataError, match="roles must alternate"):
+        plan_precompute(config, NUMERICS)
+    assert plan_precompute(config_of(rows, on_bad_row="skip"), NUMERICS)["bad_rows_skipped"]
+    assert not config.shards.exists()
+    scorer = ScriptedScorer()
+    with pytest.raises(DataError) as caught:
+        precompute(config, scorer=scorer)
+    assert str(caught.value.fix).startswith("pass --on-bad-row skip")
+    assert len(scorer.calls) == 2
+    manifest = precompute(config_of(rows, on_bad_row="skip"), scorer=scorer)
+    assert (manifest.kept, len(scorer.calls)) == (11, 3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_plan_does_not_depend_on_which_rows_are_tokenized(config_of: Configs, processes: int) -> None:
+    rows = [*preference_rows(300), *preference_rows(300)]
+    config = config_of(rows, processes=processes)
+    assert plan_of(config) == plan_of(config, tokenize_all=True)
+    other = config_of(REFUSED["template"][0], on_bad_row="skip")
+    assert plan_of(other).plan == plan_of(other, tokenize_all=True).plan
+
+
+def test_special_tokens_in_a_text_are_split_where_the_tokenizers_own_call_splits_them(
+    tiny_model: Path, config_of: Configs, tmp_path: Path
+) -> None:
+    path = tmp_path / "other" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": True}))
+    rows = [row | {"prompt": "Say </s> now"} for row in preference_rows(4)]
+    config = config_of(rows)
+    tokenizer = make_tokenizer(config, resolve_reference(config))
+    own = load_tokenizer(Path(config.model))
+    expected = own(rows[0]["prompt"])["input_ids"]
+    assert expected != load_tokenizer(tiny_model)(rows[0]["prompt"])["input_ids"]
+    (pair, *_) = read_pairs(config)
+    (ids,) = tokenizer.encode([pair])
+    assert not isinstance(ids, DataError)
+    assert ids.prompt.tolist() == expected
