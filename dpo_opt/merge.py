@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_opt.merge_config import MergeConfig
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.models import find_model
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.storage import publish_folder
@@ -35,7 +35,7 @@ def merge(config: MergeConfig, *, progress: Progress | None = None) -> dict[str,
 
     if config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
         raise ConfigError(
-            f"the output folder {config.output} is already in use",
+            f"the output folder {quoted(config.output)} is already in use",
             fix="pass another --output, or remove the folder",
         )
     progress = progress or Silent()

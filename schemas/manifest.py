@@ -329,9 +329,9 @@ class ShardFolder:
         path = self.path / TOKENIZER
         with on_this_machine(path, names=tokenizer_names(self.path)) as here:
             if sha256_folder(here) != self.manifest.tokenizer_sha256:
-                names = ", ".join(sorted(p.name for p in here.rglob("*") if p.is_file())) or "none is left"
+                files = sorted(quoted(p.name) for p in here.rglob("*") if p.is_file())
                 raise DataError(
-                    f"the tokenizer's files changed ({names})",
+                    f"the tokenizer's files changed ({', '.join(files) or 'none is left'})",
                     where=str(path),
                     why="they turn the folder's ids back into text, and become those of the trained model",
                     fix=repair_command(self.path),

@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fakes import ScriptedScorer, preference_rows, write_jsonl
 from model_edits import change_config, change_weights
 from safetensors.torch import save_file
 
@@ -26,12 +27,16 @@ from dpo_opt.analysis.load import join_reference
 from dpo_opt.analysis.page import report
 from dpo_opt.analysis.reference import reference_view
 from dpo_opt.console import watched
+from dpo_opt.merge import merge
+from dpo_opt.merge_config import MergeConfig
 from dpo_opt.optimize.adapter_folder import CONFIG, WEIGHTS, read_adapter
 from dpo_opt.optimize.checkpoints import newest_checkpoint
 from dpo_opt.optimize.run_folder import RunFolder
+from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.errors import DpoOptError, quoted
 from dpo_opt.schemas.fingerprint import short_value
 from dpo_opt.schemas.locations import location
+from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import find_model
 from dpo_opt.schemas.shards import read_row_groups
 from dpo_opt.schemas.weights import refuse_left_over, weights_digest
@@ -207,6 +212,31 @@ def test_tables_of_strange_content(tmp_path: Path) -> None:
     message(lambda: join_reference(logps, logps.with_columns(pair_id=pl.lit("other"))))
     sample = {"prompt_id": STRANGE, "sample": 0, "policy_token_logps": [1.0], "ref_token_logps": [1.0, 2.0]}
     message(lambda: estimate_kl(pl.LazyFrame([sample])))
+
+
+def test_a_shard_folder_with_a_file_of_a_strange_name(model: Path, tmp_path: Path) -> None:
+    shards = tmp_path / STRANGE
+    data = write_jsonl(tmp_path / "data.jsonl", preference_rows(2))
+    precompute(PrecomputeConfig(model=str(model), data=data, shards=shards), scorer=ScriptedScorer())
+
+    def read() -> None:
+        with ShardFolder.open(shards).tokenizer():
+            raise AssertionError
+
+    for name in (STRANGE, "\x1b[2J"):
+        (shards / "tokenizer" / name).touch()
+        said = message(read)
+        (shards / "tokenizer" / name).unlink()
+    assert quoted(name) in said
+    assert quoted(shards) in said
+
+
+def test_a_merged_model_in_a_folder_of_a_strange_name(tmp_path: Path) -> None:
+    used = tmp_path / STRANGE / "file"
+    used.parent.mkdir()
+    used.touch()
+    config = MergeConfig(model="unused", adapter=tmp_path, output=used.parent)
+    assert quoted(used.parent) in message(lambda: merge(config))
 
 
 def test_values_of_strange_text_stay_on_their_line() -> None:
