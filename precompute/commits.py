@@ -347,7 +347,7 @@ def _remove_lost_attempts(
     named = {
         name
         for commit in manifest.shards
-        for name in (_record_name(commit.shard, commit.attempt), commit.file, commit.dropped_file)
+        for name in (record_name(commit.shard, commit.attempt), commit.file, commit.dropped_file)
     }
     for folder, name in ((folder, name) for folder, names in there.items() for name in names):
         found = ATTEMPT.fullmatch(name)
@@ -368,12 +368,13 @@ def withdraw_if_lost(shards_dir: AnyPath, shard: int, attempt: str) -> bool:
     if data.get(winner.file.removeprefix(f"{DATA}/")) != winner.bytes:
         return False
     file = f"{DATA}/{shard:05d}-{attempt}.parquet"
-    for name in (_record_name(shard, attempt), file, *_dropped_names(file)):
+    for name in (record_name(shard, attempt), file, *_dropped_names(file)):
         _remove_if_allowed(shards_dir / name)
     return True
 
 
-def _record_name(shard: int, attempt: str) -> str:
+def record_name(shard: int, attempt: str) -> str:
+    """The file of a commit, relative to the folder of shards."""
     return f"{COMMITS}/{shard:05d}-{attempt}.json"
 
 

@@ -2,25 +2,29 @@
 
 A shard whose files are not those that its record states loses the record, and is then one that nobody has
 scored yet. What follows from other records is made again from them: a manifest and an index from the commits,
-commits and a plan from the manifest, a plan from the data. A repair that is killed is finished by the next.
+commits and a plan from the manifest, a plan from the data, the tokenizer from the model. A repair that is
+killed is finished by the next.
 """
 
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel
 
-from dpo_opt.precompute.commits import finalize, is_of, read_commit, require_beginning
+from dpo_opt.precompute.commits import finalize, is_of, read_commit, record_name, require_beginning
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.plan import make_plan, plan_of, read_plan
 from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
-from dpo_opt.schemas.errors import DataError, quoted
+from dpo_opt.precompute.settle import write_tokenizer
+from dpo_opt.precompute.tokenize import load_tokenizer
+from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError, quoted
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, follows, refuse_differences
-from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
+from dpo_opt.schemas.locations import AnyPath, is_file, on_this_machine, read_all, remove, sizes
 from dpo_opt.schemas.manifest import (
     COMMAND,
     COMMITS,
@@ -28,18 +32,21 @@ from dpo_opt.schemas.manifest import (
     DATA,
     MANIFEST,
     PLAN,
+    TOKENIZER,
     Manifest,
     Plan,
     ShardCommit,
+    ShardFolder,
     load_manifest,
     parse,
     resume_command,
     to_json,
     verified_file,
 )
+from dpo_opt.schemas.models import find_model, tokenizer_digest
 from dpo_opt.schemas.pairs import Numerics
 from dpo_opt.schemas.progress import Progress, Silent
-from dpo_opt.schemas.storage import write_text
+from dpo_opt.schemas.storage import file_names, write_text
 
 _PLAN = re.compile(r"plan(-(?P<number>\d+))?\.json")
 _COMMIT = re.compile(r"(?P<shard>\d{5,})-[0-9a-f]+\.json")
@@ -84,9 +91,9 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
         progress: Told of every shard that was looked at.
 
     Raises:
-        ConfigError: The plan can only be made from the data, and the model of the settings is not there.
+        ConfigError: The model of the settings is needed, and is not there.
         DataError: The folder holds no shards, a name leaves it, or nothing says any more what it held.
-        FingerprintError: Plan and manifest, or the data and what was scored of it, do not belong together.
+        FingerprintError: Plan and manifest, or the data or model and what was scored, do not belong together.
         DpoOptError: The store does not answer, or refuses.
     """
     damaged: list[str] = []
@@ -112,12 +119,21 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
             damaged.append(problem)
             unwanted.append(manifest.index_file)
             replaced = True
+    tokenizer = None
+    if problem := _tokenizer_problem(shards_dir, plan, manifest):
+        damaged.append(problem)
+        tokenizer = _tokenizer_of_model(shards_dir, plan)
+        # Saved by another version it may be other files of the same tokenizer.
+        replaced = manifest is not None or replaced
     if replaced:
         unwanted += _losers(final, good, names)
     whole = not left and not plans.lost_growth
     finalizes = whole and (replaced or manifest is None)
     texts = plans.files | _lost_commits(final, good, commits, replaced=replaced)
     if not dry_run:
+        if tokenizer is not None:
+            _clear(shards_dir / TOKENIZER)
+            write_tokenizer(shards_dir, tokenizer)
         # First what is taken from the manifest, which goes last.
         for name, text in texts.items():
             write_text(shards_dir / name, text)
@@ -128,7 +144,11 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
             finalize(shards_dir)
     return Repair(
         damaged=damaged,
-        rebuilt=[*sorted(texts), *([MANIFEST] if finalizes else [])],
+        rebuilt=[
+            *sorted(texts),
+            *([f"{TOKENIZER}/"] if tokenizer is not None else []),
+            *([MANIFEST] if finalizes else []),
+        ],
         shards_to_score=left,
         finalized=not dry_run if finalizes else manifest is not None and not replaced,
         next=None if whole else resume_command(shards_dir) + (" --append" if plans.lost_growth else ""),
@@ -191,17 +211,15 @@ def _plan_from_data(shards_dir: AnyPath) -> Plan:
     commits = list(filter(None, map(read_commit, read_all(shards_dir / COMMITS, names).values())))
     if not commits and not is_file(shards_dir / PLAN):
         read_plan(shards_dir)  # says that this is no folder of shards
-    if not commits or not is_file(shards_dir / COMMAND):
+    if not commits:
         raise DataError(
-            "the plan is lost" + ("" if commits else ", and nothing is scored yet"),
+            "the plan cannot be read, and nothing is scored yet",
             where=str(shards_dir / PLAN),
-            why=f"there is no {COMMAND} that says which data it was of" if commits else None,
-            fix=f"restore {PLAN}, or pass another --shards folder"
-            if commits
-            else f"rm -r {quoted(shards_dir)}, then run the precompute command again",
+            why="nothing says what the folder was to hold",
+            fix=f"rm -r {quoted(shards_dir)}, then run the precompute command again",
         )
     scored = commits[0].fingerprint
-    settings = yaml.safe_load((shards_dir / COMMAND).read_text(encoding="utf-8"))
+    settings = _settings(shards_dir, lost=PLAN)
     with tempfile.TemporaryDirectory(prefix="dpo-opt-") as elsewhere:
         # A folder without a plan: the one that is damaged would be asked first.
         config = PrecomputeConfig.model_validate(settings | {"shards": elsewhere})
@@ -225,6 +243,72 @@ def _plan_from_data(shards_dir: AnyPath) -> Plan:
             fix=fix,
         )
     return plan
+
+
+def _settings(shards_dir: AnyPath, *, lost: str) -> dict[str, Any]:
+    """What the folder's latest run was told.
+
+    Raises:
+        DataError: Nothing says it.
+    """
+    text = read_all(shards_dir, [COMMAND]).get(COMMAND)
+    if text is None:
+        raise DataError(
+            f"{lost} is lost or damaged, and there is no {COMMAND} to make it again by",
+            where=str(shards_dir),
+            why="nothing else says which data and which model were scored",
+            fix=f"restore {lost} from where the folder was copied, or pass another --shards folder",
+        )
+    settings: dict[str, Any] = yaml.safe_load(text)
+    return settings
+
+
+def _tokenizer_problem(shards_dir: AnyPath, plan: Plan, manifest: Manifest | None) -> str | None:
+    """By the manifest's hash; else by loading it, because ``finalize`` takes the hash of what it finds."""
+    folder = shards_dir / TOKENIZER
+    try:
+        if manifest is not None:
+            with ShardFolder(shards_dir, manifest).tokenizer():
+                return None
+        with on_this_machine(folder) as local:
+            if tokenizer_digest(load_tokenizer(local)) == plan.fingerprint.tokenizer:
+                return None
+        return f"{folder}: it is not the tokenizer whose ids were scored"
+    except DataError as error:
+        if error.kind != DAMAGED:
+            raise
+        return f"{error.where}: {error.what}"
+    except (ConfigError, FileNotFoundError):
+        return f"{folder}: no tokenizer can be read from it"
+
+
+def _tokenizer_of_model(shards_dir: AnyPath, plan: Plan) -> Any:
+    """The tokenizer of the model that was scored.
+
+    Raises:
+        ConfigError, DataError: It is not there.
+        FingerprintError: It is another one.
+    """
+    model = find_model(_settings(shards_dir, lost=f"{TOKENIZER}/")["model"])
+    tokenizer = load_tokenizer(model)
+    if tokenizer_digest(tokenizer) != plan.fingerprint.tokenizer:
+        raise FingerprintError(
+            "the model's tokenizer is not the one whose ids were scored",
+            where=str(model),
+            why=f"it was to replace the damaged files of {TOKENIZER}/",
+            fix=f"restore {TOKENIZER}/ from where the folder was copied, or the model that {COMMAND} names",
+        )
+    return tokenizer
+
+
+def _clear(folder: AnyPath) -> None:
+    if not isinstance(folder, Path):
+        for name in file_names(folder):
+            remove(folder / name)
+    elif folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _whole_shards(
@@ -251,7 +335,7 @@ def _whole_shards(
                 good[planned.shard] = commit
                 break
             damaged += [problem for problem in problems if problem not in damaged]
-            unwanted.append(_record_name(commit))
+            unwanted.append(record_name(commit.shard, commit.attempt))
         progress.advance(1)
     progress.finish()
     return good
@@ -302,7 +386,11 @@ def _losers(
     """Records that would win over what a manifest named, were it gone."""
     for name in names:
         commit = final.get(int(name.partition("-")[0]))
-        if commit is not None and good.get(commit.shard) == commit and name < Path(_record_name(commit)).name:
+        if (
+            commit is not None
+            and good.get(commit.shard) == commit
+            and name < Path(record_name(commit.shard, commit.attempt)).name
+        ):
             yield f"{COMMITS}/{name}"
 
 
@@ -316,12 +404,9 @@ def _lost_commits(
     """Records that only the manifest holds: all of them where it goes, else those that cannot be read."""
     found = {}
     for shard, commit in final.items():
-        name = Path(_record_name(commit)).name
-        is_lost = commits.get(name) != commit if replaced else commits.get(name, commit) is None
+        name = record_name(commit.shard, commit.attempt)
+        there = commits.get(name.removeprefix(f"{COMMITS}/"), None if replaced else commit)
+        is_lost = there != commit if replaced else there is None
         if good.get(shard) == commit and is_lost:
-            found[_record_name(commit)] = to_json(commit)
+            found[name] = to_json(commit)
     return found
-
-
-def _record_name(commit: ShardCommit) -> str:
-    return f"{COMMITS}/{commit.shard:05d}-{commit.attempt}.json"

@@ -218,14 +218,19 @@ def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer
         plan = _require_claim(parse(_Claim, text, where=claim), own, planned, shards_dir, name)
         if name == PLAN:
             if not is_file(shards_dir / TOKENIZER / _WHOLE_TOKENIZER):
-                with settle_folder(shards_dir / TOKENIZER, last=_WHOLE_TOKENIZER) as private:
-                    tokenizer.save_pretrained(private)
+                write_tokenizer(shards_dir, tokenizer)
             if planned.model is not None:
                 keep_model_config(shards_dir, read_config(planned.model))
         _write_columns(shards_dir, planned)
         with contextlib.suppress(FileExistsError):
             write_text(shards_dir / name, to_json(plan), replace=False)
     remove(claim)
+
+
+def write_tokenizer(shards_dir: AnyPath, tokenizer: Any) -> None:
+    """Put a tokenizer's own files into a folder that has none, or no whole one."""
+    with settle_folder(shards_dir / TOKENIZER, last=_WHOLE_TOKENIZER) as private:
+        tokenizer.save_pretrained(private)
 
 
 def _claim_of(shards_dir: AnyPath, name: str) -> AnyPath:

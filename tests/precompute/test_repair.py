@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +25,7 @@ from dpo_opt.schemas.manifest import (
     INDEX,
     MANIFEST,
     PLAN,
+    TOKENIZER,
     ShardFolder,
     load_manifest,
     to_json,
@@ -193,6 +195,60 @@ def test_records_that_follow_from_others_are_made_again_and_nothing_is_scored(
     assert go_on(finished, made, tiny_model) == 0
 
 
+def edit_tokenizer(folder: Path, edit: Callable[[Any], object]) -> None:
+    path = folder / TOKENIZER / "tokenizer.json"
+    content = json.loads(path.read_text())
+    edit(content["model"])
+    path.write_text(json.dumps(content))
+
+
+TOKENIZERS: dict[str, Break] = {
+    "a flipped bit": lambda folder: flip(folder / TOKENIZER / "tokenizer.json"),
+    "a lost file": lambda folder: (folder / TOKENIZER / "tokenizer.json").unlink(),
+    "all of it": lambda folder: shutil.rmtree(folder / TOKENIZER),
+    "no JSON": lambda folder: (folder / TOKENIZER / "tokenizer.json").write_text("{"),
+    # Which the tokenizers library refuses by a bare Exception.
+    "a merge of nothing": lambda folder: edit_tokenizer(
+        folder, lambda model: model["vocab"].update({"hi": model["vocab"].pop("he")})
+    ),
+    "another one": lambda folder: edit_tokenizer(
+        folder, lambda model: model["vocab"].update(he=model["vocab"]["in"], **{"in": model["vocab"]["he"]})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("is_final", [False, True])
+def test_the_tokenizers_files_are_taken_from_the_model_again(
+    finished: Path, is_final: bool, name: str
+) -> None:
+    before = files(finished)
+    if not is_final:
+        (finished / MANIFEST).unlink()
+    done = repair_after(TOKENIZERS[name], finished)
+    assert len(done.damaged) == 1
+    assert done.rebuilt == ["tokenizer/", MANIFEST]
+    assert done.finalized
+    assert files(finished) == before
+
+
+def test_the_tokenizer_of_another_model_replaces_nothing(
+    finished: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    TOKENIZERS["another one"](finished)
+    shutil.copy(finished / TOKENIZER / "tokenizer.json", other)
+    settings = finished / COMMAND
+    settings.write_text(settings.read_text().replace(str(tiny_model), str(other)))
+    before = files(finished)
+    with pytest.raises(FingerprintError, match="not the one whose ids were scored"):
+        repair(finished)
+    settings.unlink()
+    with pytest.raises(DataError, match=f"tokenizer/ is lost or damaged, and there is no {COMMAND}"):
+        repair(finished)
+    assert {**files(finished), COMMAND: before[COMMAND]} == before
+
+
 def repair_after(damage: Break, folder: Path) -> Repair:
     """Also compares what a dry run says with what is done."""
     damage(folder)
@@ -303,7 +359,7 @@ def test_a_plan_is_made_again_from_the_data_it_was_of_only(
     with pytest.raises(FingerprintError, match="weights"):
         repair(scored)
     (scored / COMMAND).unlink()
-    with pytest.raises(DataError, match=f"there is no {COMMAND}"):
+    with pytest.raises(DataError, match=f"plan.json is lost or damaged, and there is no {COMMAND}"):
         repair(scored)
     (scored / COMMAND).write_text(settings)
     assert files(scored) == before

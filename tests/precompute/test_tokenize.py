@@ -366,6 +366,15 @@ def test_a_damaged_tokenizer_file_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_what_the_tokenizers_library_refuses_is_refused(tmp_path: Path) -> None:
+    """By an error of no class of its own."""
+    make_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace('"BPE"', '"WordPuzzle"'))
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
