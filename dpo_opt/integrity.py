@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from dpo_opt.folder_notes import planned_rows
 from dpo_opt.schemas.columns import COLUMNS, WEIGHT
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath, inside, on_this_machine, sizes
 from dpo_opt.schemas.manifest import (
@@ -193,8 +193,9 @@ def _metadata_problems(file: Path, commit: ShardCommit) -> Iterator[str]:
         yield "it does not say what it was scored for (dpo_opt.fingerprint)"
         return
     if own != commit.fingerprint:
-        names = [n for n in Fingerprint.model_fields if getattr(own, n) != getattr(commit.fingerprint, n)]
-        yield f"it was scored for another {', '.join(names)} than the manifest says"
+        said, stated = own.model_dump(), commit.fingerprint.model_dump()
+        names = [name for name in {**said, **stated} if said.get(name) != stated.get(name)]
+        yield f"it was scored for another {', '.join(map(quoted, names))} than the manifest says"
 
 
 def _pair_problems(pair: ScoredPair) -> Iterator[str]:

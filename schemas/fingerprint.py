@@ -18,7 +18,8 @@ from dpo_opt.schemas.rope import FIXED
 class Fingerprint(BaseModel):
     """Identity of a shard's numbers; two shards with equal fingerprints may stand in one folder."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Keys of a later version are kept: records that differ in one are not equal, and are copied whole.
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     schema_version: int
     """Version of the folder format (FORMAT.md)."""
@@ -52,6 +53,11 @@ class Fingerprint(BaseModel):
     """Date that the chat template was told, such as ``2026-03-31``; None for one that does not ask for it."""
     architecture: str | None = None
     """The class that the reference's config.json names; compared where both sides name one."""
+
+    @property
+    def unknown(self) -> list[str]:
+        """Keys of a later version that say something; one that is null says what an absent one does."""
+        return sorted(name for name, value in (self.model_extra or {}).items() if value is not None)
 
 
 MEMORY_OPTIONS = frozenset(
@@ -110,9 +116,18 @@ def refuse_differences(
             digests are two spellings of the same model. None: only the digests are known.
 
     Raises:
-        FingerprintError: At least one field differs; the message lists each with both values.
+        FingerprintError: At least one field differs; the message lists each with both values. Or all fields
+            matter, and the folder has some of a later version.
     """
     fields = tuple(fields)
+    if cached.unknown and set(fields) == set(ALL_FIELDS):
+        raise FingerprintError(
+            "the folder's fingerprint says more than this program understands "
+            f"({', '.join(map(quoted, cached.unknown))})",
+            where=where,
+            why="whether shards of this run would belong there cannot be told",
+            fix="pip install --upgrade dpo-opt",
+        )
     if config_keys is not None and not config_keys:
         current = current.model_copy(update={"model_config_digest": cached.model_config_digest})
     differing = [name for name in fields if not _agree(name, getattr(cached, name), getattr(current, name))]
@@ -140,7 +155,9 @@ def refuse_differences(
 
 def follows(cached: Fingerprint, current: Fingerprint) -> bool:
     """Whether a folder's fingerprint stands for a run's as well, though it may be spelled otherwise."""
-    return all(_agree(name, getattr(cached, name), getattr(current, name)) for name in ALL_FIELDS)
+    return not cached.unknown and all(
+        _agree(name, getattr(cached, name), getattr(current, name)) for name in ALL_FIELDS
+    )
 
 
 def without_memory_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,8 +137,24 @@ def test_a_fingerprint_from_before_dates_were_kept_is_read() -> None:
     assert Fingerprint.model_validate_json(json.dumps(old)).template_date is None
 
 
-def test_a_fingerprint_refuses_unknown_fields_and_changes() -> None:
-    with pytest.raises(ValidationError):
-        Fingerprint(**VALUES, host="a")
+def test_a_fingerprint_does_not_change() -> None:
     with pytest.raises(ValidationError):
         Fingerprint(**VALUES).dtype = "float32"  # type: ignore[misc]
+
+
+def test_a_key_of_a_later_version_stops_only_those_who_would_add_to_it() -> None:
+    later = Fingerprint.model_validate({**VALUES, "rotary": "other\x1b[2J"})
+    error = refusal(later, Fingerprint(**VALUES), ALL_FIELDS)
+    assert error is not None
+    assert error.exit_code == 4
+    assert "rotary" in error.what
+    assert error.fix == "pip install --upgrade dpo-opt"
+    assert not follows(later, Fingerprint(**VALUES))
+    for fields in (MODEL_FIELDS, TOKENIZER_FIELDS):
+        assert refusal(later, Fingerprint(**VALUES), fields) is None
+    assert later != Fingerprint(**VALUES)
+    assert Fingerprint.model_validate_json(later.model_dump_json()) == later
+    # Null says what an absent key does.
+    empty = Fingerprint.model_validate({**VALUES, "rotary": None})
+    assert refusal(empty, Fingerprint(**VALUES), ALL_FIELDS) is None
+    assert follows(empty, Fingerprint(**VALUES))
