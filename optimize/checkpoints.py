@@ -235,6 +235,8 @@ def require_same_run(state: TrainState, *, data: Data, settings: dict[str, Any],
     """
     saved = {**state.settings, **_flat(state.data)}
     current = {**settings, **_flat(data)}
+    if saved["dtype"] == "auto":  # in checkpoints from before it was resolved
+        saved["dtype"] = current["dtype"]
     free = _FREE | (_LENGTHS if _rate_is_any_lengths(settings) else set())
     differing = [name for name in current if name not in free and saved.get(name) != current[name]]
     if not differing:

@@ -48,7 +48,7 @@ from dpo_opt.optimize.memory import optimizer_bytes
 from dpo_opt.optimize.optimizer import learning_rate, make_optimizer, set_learning_rate
 from dpo_opt.optimize.packing import pair_group
 from dpo_opt.optimize.parity import Parity
-from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.policy import Policy, compute_dtype
 from dpo_opt.optimize.run_folder import CONFIG, FINAL, Metrics, RunFolder, Written, hold_logps
 from dpo_opt.optimize.saving import Saver
 from dpo_opt.optimize.start import start
@@ -150,6 +150,9 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
         fingerprint=folder.manifest.fingerprint,
         reference_differs=config.reference_differs,
     )
+    # Recorded as what it is: on another kind of device `auto` would make it another run.
+    dtype = compute_dtype(config.dtype, world.device)
+    config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     settings = config.model_dump(mode="json", exclude={"resume"})
     found = find_checkpoint(run.path, progress.say, world) if config.resume else None
     if found is not None:

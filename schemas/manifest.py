@@ -15,6 +15,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Self, TypeVar
 
@@ -163,8 +164,10 @@ def resume_command(shards_dir: AnyPath) -> str:
 
 def to_json(record: BaseModel) -> str:
     """The one spelling of a record on disk: sorted keys, so equal records are equal bytes."""
-    values = record.model_dump(mode="json")
-    return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    # Of pydantic's own JSON an infinity would come back as null.
+    values = record.model_dump()
+    text = json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False, default=datetime.isoformat)
+    return text + "\n"
 
 
 def write_manifest(

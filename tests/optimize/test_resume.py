@@ -24,6 +24,7 @@ from dpo_opt.optimize.budget import CPU_ROWS, Device, run_device
 from dpo_opt.optimize.checkpoints import Best
 from dpo_opt.optimize.distributed import World
 from dpo_opt.optimize.evaluation import Evaluation, is_comparable, new_best
+from dpo_opt.optimize.run_folder import CONFIG
 from dpo_opt.optimize.stop_signals import StopRequested, stop_signals
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError, Preempted
@@ -429,13 +430,33 @@ def test_a_run_that_is_to_end_before_its_checkpoint_ends_with_it(
 
 def without_in_state(checkpoint: Path, *names: str) -> None:
     """Leave out what a checkpoint of an earlier version does not say."""
+    change_state(checkpoint, lambda said: {key: value for key, value in said.items() if key not in names})
+
+
+def change_state(checkpoint: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     state, complete = checkpoint / "training_state.json", checkpoint / "COMPLETE.json"
-    said = json.loads(state.read_text())
-    state.write_text(json.dumps({key: value for key, value in said.items() if key not in names}))
+    state.write_text(json.dumps(change(json.loads(state.read_text()))))
     record = json.loads(complete.read_text())
     (entry,) = (file for file in record["files"] if file["file"] == state.name)
     entry |= {"bytes": state.stat().st_size, "sha256": sha256_file(state)}
     complete.write_text(json.dumps(record))
+
+
+def with_dtype(dtype: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda said: said | {"settings": said["settings"] | {"dtype": dtype}}
+
+
+def test_on_another_kind_of_device_a_run_does_not_change_its_dtype(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run = stopped_at_step(tmp_path / "run", settings, 3)
+    assert "dtype: float32\n" in (run / CONFIG).read_text(), "auto would be another dtype elsewhere"
+    checkpoint = run / "checkpoints" / "step-00000002"
+    change_state(checkpoint, with_dtype("bfloat16"))  # as begun on a GPU
+    with pytest.raises(ConfigError, match="dtype: bfloat16 then, float32 now"):
+        train(TrainConfig(**settings, output_dir=run, resume=True))
+    change_state(checkpoint, with_dtype("auto"))  # as earlier versions wrote it
+    assert train(TrainConfig(**settings, output_dir=run, resume=True)).steps > 2
 
 
 GPU = Device("cuda", 80 * 10**9)
