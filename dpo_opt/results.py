@@ -7,6 +7,8 @@ import click
 from pydantic import BaseModel
 
 from dpo_opt.console import duration
+from dpo_opt.schemas.errors import quoted
+from dpo_opt.schemas.text import printable
 
 if TYPE_CHECKING:
     from dpo_opt.precompute.commits import Status
@@ -22,7 +24,8 @@ def show(result: dict[str, Any], as_json: bool) -> None:
     known = {name: value for name, value in result.items() if value is not None}
     width = max(len(name) for name in known)
     for name, value in known.items():
-        click.echo(f"{name:<{width}}  {_words(value)}")
+        # Names are others' as well: each stays on its line.
+        click.echo(f"{name:<{width}}  {printable(' '.join(_words(value).splitlines()))}")
 
 
 def status_in_words(found: "Status") -> dict[str, Any]:
@@ -35,8 +38,8 @@ def status_in_words(found: "Status") -> dict[str, Any]:
         "time_left": None if found.seconds_left is None else duration(found.seconds_left),
         "last_commit": _ago(found.seconds_since_commit),
         "workers": [
-            f"{w.host}{'' if w.worker is None else f' worker {w.worker}'}: {w.pairs} pairs in {w.shards} "
-            f"shards, {w.pairs_per_second:.3g} pairs/s, last commit {_ago(w.seconds_since_commit)}"
+            f"{quoted(w.host)}{'' if w.worker is None else f' worker {w.worker}'}: {w.pairs} pairs in "
+            f"{w.shards} shards, {w.pairs_per_second:.3g} pairs/s, last commit {_ago(w.seconds_since_commit)}"
             for w in found.workers
         ],
         "finalized": found.finalized,

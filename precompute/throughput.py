@@ -1,14 +1,14 @@
 """How fast a folder fills, from what its commits say of their time and place."""
 
 from collections.abc import Collection, Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import NamedTuple
 
 from pydantic import BaseModel
 
 from dpo_opt.schemas.manifest import ShardCommit
 
-_WINDOW = timedelta(minutes=15)
+_WINDOW = 15 * 60.0
 """A rate of longer ago is that of other workers; three shards where they take longer than this."""
 
 
@@ -46,8 +46,9 @@ def throughput(commits: Collection[ShardCommit], *, rows_left: int, now: datetim
         rows_left: Source rows that are not scored yet.
         now: By this machine's clock; the commits' times are by those of their machines.
     """
-    times: dict[int, tuple[datetime, datetime]] = {
-        c.shard: (c.finished - timedelta(seconds=c.seconds), c.finished)
+    # As numbers: a damaged record may say a time for which there is no date.
+    times: dict[int, tuple[float, float]] = {
+        c.shard: (c.finished.timestamp() - c.seconds, c.finished.timestamp())
         for c in commits
         if c.finished is not None and c.seconds is not None
     }
@@ -58,18 +59,18 @@ def throughput(commits: Collection[ShardCommit], *, rows_left: int, now: datetim
     window = max(_WINDOW, 3 * max(end - begin for begin, end in times.values()))
     recent = [commit for commit in timed if times[commit.shard][1] >= last - window]
     begun = min(times[commit.shard][0] for commit in recent)
-    rate = _rows(recent) / max((last - begun).total_seconds(), 1e-9)
-    stalled = now - last > window
+    rate = _rows(recent) / max(last - begun, 1e-9)
+    age = max(0.0, now.timestamp() - last)
     return Throughput(
         pairs_per_second=rate,
-        seconds_left=None if stalled or not rows_left else rows_left / rate,
-        seconds_since_commit=max(0.0, (now - last).total_seconds()),
-        workers=_workers(timed, times, now),
+        seconds_left=rows_left / rate if rows_left and rate and age <= window else None,
+        seconds_since_commit=age,
+        workers=_workers(timed, times, now.timestamp()),
     )
 
 
 def _workers(
-    commits: Collection[ShardCommit], times: Mapping[int, tuple[datetime, datetime]], now: datetime
+    commits: Collection[ShardCommit], times: Mapping[int, tuple[float, float]], now: float
 ) -> list[WorkerThroughput]:
     groups: dict[tuple[str, int], list[ShardCommit]] = {}
     for commit in commits:
@@ -82,7 +83,7 @@ def _workers(
             shards=len(own),
             pairs=_rows(own),
             pairs_per_second=_rows(own) / max(sum(c.seconds or 0.0 for c in own), 1e-9),
-            seconds_since_commit=max(0.0, min((now - times[c.shard][1]).total_seconds() for c in own)),
+            seconds_since_commit=max(0.0, min(now - times[c.shard][1] for c in own)),
         )
         for (host, _), own in sorted(groups.items())
     ]

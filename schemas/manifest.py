@@ -124,7 +124,7 @@ class ShardCommit(ShardRange):
     """Number of the worker that scored it; null for the only one."""
     finished: AwareDatetime | None = None
     """When it was committed, in UTC, by that machine's clock."""
-    seconds: float | None = None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """From its first row to its commit."""
 
 

@@ -3,8 +3,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from fakes import FINGERPRINT
 
+from dpo_opt.precompute.commits import read_commit
 from dpo_opt.precompute.throughput import throughput
-from dpo_opt.schemas.manifest import ShardCommit
+from dpo_opt.schemas.manifest import ShardCommit, to_json
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC)
 ROWS = 100
@@ -85,3 +86,27 @@ def test_commits_of_older_folders_state_no_time() -> None:
 
 def test_a_clock_that_is_ahead_makes_no_negative_age() -> None:
     assert throughput([commit(0, minute=5)], rows_left=1, now=NOON).seconds_since_commit == 0
+
+
+@pytest.mark.parametrize(
+    "absurd",
+    [
+        {"finished": datetime(1, 1, 1, tzinfo=UTC), "seconds": 1e9},
+        {"finished": datetime(9999, 12, 31, tzinfo=UTC)},
+        {"seconds": 1e300},
+        {"seconds": 0.0},
+        {"start": 100},
+    ],
+    ids=str,
+)
+def test_absurd_times_break_nothing(absurd: dict[str, object]) -> None:
+    found = throughput([commit(0, minute=0).model_copy(update=absurd)], rows_left=100, now=NOON)
+    assert found.workers[0].shards == 1
+    assert (found.seconds_since_commit or 0) >= 0
+
+
+@pytest.mark.parametrize("seconds", ["-1", "NaN", "Infinity", '"long"'])
+def test_a_commit_whose_time_is_none_is_unreadable(seconds: str) -> None:
+    text = to_json(commit(0, minute=0, seconds=60))
+    assert read_commit(text.encode()) is not None
+    assert read_commit(text.replace('"seconds": 60.0', f'"seconds": {seconds}').encode()) is None
