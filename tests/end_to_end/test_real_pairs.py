@@ -276,7 +276,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("release_engine")
 def test_a_real_language_model_in_bf16(shared_data: Path, smollm2: Path, tmp_path: Path) -> None:
     """vLLM scores in bf16, training in fp32 accepts it, starts at ln 2 and learns."""
-    data = take(shared_data / "pairs" / "human_pairs.jsonl.gz", 200, tmp_path / "pairs.jsonl")
+    data = take(shared_data / "pairs" / "human_pairs.jsonl.gz", 100, tmp_path / "pairs.jsonl")
     scorers = {
         "vllm": VllmModel(smollm2, dtype="bfloat16", max_length=320),
         "hf": HfScorer(smollm2, dtype="bfloat16"),
@@ -296,7 +296,7 @@ def test_a_real_language_model_in_bf16(shared_data: Path, smollm2: Path, tmp_pat
             shards=tmp_path / "vllm",
             model=str(smollm2),
             output_dir=tmp_path / "run",
-            batch_size=16,
+            batch_size=8,
             max_steps=20,
             learning_rate=1e-5,
             logging_steps=1,
