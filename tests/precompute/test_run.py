@@ -23,7 +23,7 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
-from dpo_opt.schemas.manifest import COMMITS, MANIFEST, PLAN, ShardFolder, load_manifest
+from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, MANIFEST, PLAN, ShardFolder, load_manifest
 from dpo_opt.schemas.pairs import LogpArray, PreferencePair, ScoredPair, TokenizedPair
 
 ROWS = preference_rows(11)
@@ -405,14 +405,15 @@ def test_progress_counts_the_whole_folder(config_of: Configs) -> None:
     assert (second.total, second.before, second.done, second.finished) == (11, 3, 8, 1)
 
 
-def test_a_worker_counts_what_the_others_do(config_of: Configs) -> None:
-    """Another one scores all shards while the first is at its first."""
-    one = config_of(worker_index=0, num_workers=2)
-    other = one.model_copy(update={"worker_index": 1})
-    seen = Counted()
+def test_a_worker_counts_what_the_others_do(config_of: Configs, tmp_path: Path) -> None:
+    """Others score all shards while it is at its first."""
+    others = config_of(shards=tmp_path / "others")
+    precompute(others, scorer=ScriptedScorer())
+    one, seen = config_of(worker_index=0, num_workers=2), Counted()
 
     def meanwhile(calls: int) -> None:
-        assert work(other, scorer=ScriptedScorer()) == 4
+        for folder in (DATA, DROPPED, COMMITS):
+            shutil.copytree(others.shards / folder, one.shards / folder, dirs_exist_ok=True)
 
     def stop(calls: int) -> None:
         raise Interrupted
@@ -420,7 +421,7 @@ def test_a_worker_counts_what_the_others_do(config_of: Configs) -> None:
     with pytest.raises(Interrupted):
         work(one, scorer=ScriptedScorer(before_call=stop))
     # A record that counts for nothing is no progress.
-    (one.shards / COMMITS).mkdir()
+    (one.shards / COMMITS).mkdir(exist_ok=True)
     (one.shards / COMMITS / "00003-00000000.json").touch()
     assert work(one, scorer=ScriptedScorer(before_call=meanwhile), progress=seen) == 1
     assert (seen.total, seen.before, seen.done) == (11, 0, 11)
