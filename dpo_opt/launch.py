@@ -3,15 +3,18 @@
 import os
 from typing import Any
 
-from dpo_opt.precompute.commits import finalize, is_finalized
+from dpo_opt.console import watched
+from dpo_opt.precompute.commits import committed, finalize, is_finalized
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.local_workers import own_devices, worker_environments
 from dpo_opt.precompute.local_workers import run_workers as run_here
+from dpo_opt.precompute.quarantine import ENGINE_ERROR
 from dpo_opt.precompute.reference import make_tokenizer, pinned, resolve_reference
 from dpo_opt.precompute.run import work
 from dpo_opt.precompute.settle import settle_plan
 from dpo_opt.precompute.workers import worker_from_environment
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.scorers import make_scorer
 
 
@@ -32,6 +35,15 @@ def take_place(config: PrecomputeConfig) -> PrecomputeConfig:
             why="a scheduler has numbered this process already",
             fix="leave --num-workers out, or start one process only",
         )
+    if (
+        not {"LOCAL_RANK", "SLURM_LOCALID"} & os.environ.keys()
+        and "gpus_per_worker" in config.model_fields_set
+    ):
+        raise ConfigError(
+            "--gpus-per-worker without workers: this process takes the GPUs that it sees",
+            why="it would have no effect",
+            fix="pass --num-workers, or leave it out and set CUDA_VISIBLE_DEVICES",
+        )
     devices = own_devices(config, os.environ)
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
@@ -40,8 +52,12 @@ def take_place(config: PrecomputeConfig) -> PrecomputeConfig:
     return config.model_copy(update={"worker_index": worker.number, "num_workers": worker.of})
 
 
-def launch(config: PrecomputeConfig) -> dict[str, Any]:
-    """Plan, and hand the workers to ``config.launcher``.
+def launch(config: PrecomputeConfig, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Plan, and hand the workers to ``config.launcher``; no more of them than there are shards left.
+
+    Args:
+        config: Of the run.
+        progress: Told of workers that are not started, and of rows that are lost.
 
     Raises:
         ConfigError, DataError, FingerprintError: As ``precompute``; also where the launcher is not there.
@@ -59,6 +75,16 @@ def launch(config: PrecomputeConfig) -> dict[str, Any]:
     planned = {"shards": str(config.shards), "shards_total": len(plan.shards), "pairs_total": plan.rows}
     if is_finalized(config.shards, plan):
         return planned | {"finalized": True}
+    left = len(plan.shards) - len(committed(config.shards, plan))
+    asked, workers = config.num_workers or 1, max(1, min(config.num_workers or 1, left))
+    progress = progress or Silent()
+    if workers < asked:
+        progress.say(
+            f"{workers} of {asked} workers are started: only {left} shards are left to score. In another "
+            "folder, a smaller --pairs-per-shard would give every worker some"
+        )
+        config = config.model_copy(update={"num_workers": workers})
+        environments = environments[:workers]
     if config.launcher == "slurm":
         from dpo_opt.precompute.slurm import launch_array
 
@@ -76,10 +102,12 @@ def launch(config: PrecomputeConfig) -> dict[str, Any]:
             # Of several workers the one that saw most.
             "reuse_check": max(checks, key=lambda check: float(check["mean"]), default=None),
         }
-    manifest = finalize(config.shards)
+    manifest = finalize(config.shards, own=plan)
+    if lost := manifest.dropped.get(ENGINE_ERROR, 0):
+        progress.say(f"{lost} pairs were left out because the engine failed on them ({ENGINE_ERROR})")
     return planned | manifest.model_dump(include={"kept", "dropped", "truncated", "tokens"}) | scored
 
 
 def score_as_worker(config: PrecomputeConfig) -> int:
     """One worker, in a process of its own."""
-    return work(config, scorer=make_scorer(config))
+    return work(config, scorer=make_scorer(config), progress=watched())

@@ -210,16 +210,22 @@ def require_beginning(manifest: Manifest, plan: Plan, shards_dir: AnyPath) -> No
         )
 
 
-def finalize(shards_dir: AnyPath) -> Manifest:
+def finalize(shards_dir: AnyPath, *, own: Plan | None = None) -> Manifest:
     """Check that the committed shards cover the plan exactly, and write index and manifest.
 
     Idempotent: a folder that is finalized keeps its manifest; one that has grown keeps the entries of it.
+
+    Args:
+        shards_dir: The folder.
+        own: What the caller has scored: enough where the folder grew meanwhile and others are at the rest.
 
     Raises:
         DataError: Shards are missing, a file changed after its commit, or no pair was kept.
         FingerprintError: The folder holds the manifest of something else than its plan.
     """
     plan = read_plan(shards_dir)
+    if own is not None and own.rows < plan.rows and len(committed(shards_dir, plan)) < len(plan.shards):
+        plan = own
     grown = is_file(shards_dir / MANIFEST)
     if grown:
         there = _attempts(shards_dir)

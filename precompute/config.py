@@ -49,6 +49,8 @@ _OF_THE_LAUNCHER = {
     *("submit", "job_option", "time_limit", "ray_address"),
 }
 
+_ONLY_OF = {"slurm": {"submit", "job_option", "time_limit"}, "ray": {"ray_address"}}
+
 
 class PrecomputeConfig(WholeDataConfig):
     """Scoring a dataset once under the reference."""
@@ -106,6 +108,7 @@ class PrecomputeConfig(WholeDataConfig):
 
     @model_validator(mode="after")
     def _know_the_worker(self) -> Self:
+        self._refuse_options_of_other_launchers()
         if self.launcher != "local":
             if self.worker_index is not None:
                 raise ValueError(
@@ -118,6 +121,17 @@ class PrecomputeConfig(WholeDataConfig):
         if self.worker_index is not None and self.worker_index >= (self.num_workers or 0):
             raise ValueError(f"worker_index {self.worker_index} is not below num_workers {self.num_workers}")
         return self
+
+    def _refuse_options_of_other_launchers(self) -> None:
+        for launcher, names in _ONLY_OF.items():
+            for name in names & self.model_fields_set if launcher != self.launcher else ():
+                if getattr(self, name) != type(self).model_fields[name].get_default(
+                    call_default_factory=True
+                ):
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} is an option of --launcher {launcher}: with --launcher "
+                        f"{self.launcher} it would have no effect"
+                    )
 
 
 def _absolute(name: str) -> str:

@@ -4,6 +4,7 @@ A job killed at any moment loses at most the shard it was working on, and leaves
 would take for a result.
 """
 
+import contextlib
 import secrets
 import socket
 import time
@@ -62,8 +63,8 @@ def precompute(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress |
         FingerprintError: The folder holds something else.
         DpoOptError: The scorer returned values that cannot be log-probs.
     """
-    work(config, scorer=scorer, progress=progress)
-    return finalize(config.shards)
+    _, plan = _score_what_is_left(config, scorer, progress or Silent())
+    return finalize(config.shards, own=plan)
 
 
 def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None = None) -> int:
@@ -78,13 +79,18 @@ def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None 
     Raises:
         ConfigError, DataError, FingerprintError, DpoOptError: As ``precompute``.
     """
-    progress = progress or Silent()
+    scored, _ = _score_what_is_left(config, scorer, progress or Silent())
+    return scored
+
+
+def _score_what_is_left(config: PrecomputeConfig, scorer: Scorer, progress: Progress) -> tuple[int, Plan]:
+    """How many shards were scored here, and of which plan."""
     reference = resolve_reference(config)
     config = pinned(config, reference)
     tokenizer = make_tokenizer(config, reference)
     plan = settle_plan(config, reference=reference, tokenizer=tokenizer, numerics=scorer.numerics)
     if is_finalized(config.shards, plan):
-        return 0
+        return 0, plan
     tokenizer = tokenizer.on(plan.fingerprint.template_date)
     worker = Worker(config.worker_index or 0, config.num_workers or 1)
     done = committed(config.shards, plan)
@@ -93,21 +99,22 @@ def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None 
     losses = Losses(rows=plan.used, seen=lost + sum(commit.rows for commit in done.values()), lost=lost)
     reader = RowReader(config)
     scored = 0
-    for shard in shards_for(worker, plan, config.shards):
-        items = reader.rows(shard.start, shard.stop)
-        commit = score_shard(
-            config,
-            plan,
-            shard,
-            items,
-            tokenizer=tokenizer,
-            scorer=scorer,
-            model=reference.folder,
-            losses=losses,
-        )
-        last = "was another's first" if commit is None else f"has {commit.tokens} tokens"
-        job.look(f"the last shard {last}")
-        scored += 1
+    # Closed whatever happens: others need not wait for the shard that this worker was at.
+    with contextlib.closing(shards_for(worker, plan, config.shards, progress=progress)) as shards:
+        for shard in shards:
+            commit = score_shard(
+                config,
+                plan,
+                shard,
+                reader.rows(shard.start, shard.stop),
+                tokenizer=tokenizer,
+                scorer=scorer,
+                model=reference.folder,
+                losses=losses,
+            )
+            last = "was another's first" if commit is None else f"has {commit.tokens} tokens"
+            job.look(f"the last shard {last}")
+            scored += 1
     job.look("")
     progress.finish()
     if losses.lost:
@@ -115,7 +122,7 @@ def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None 
             f"{losses.lost} pairs were left out because the engine failed on them ({ENGINE_ERROR}); "
             f"{DROPPED}/*.parquet says which, and what it said"
         )
-    return scored
+    return scored, plan
 
 
 class _Job:

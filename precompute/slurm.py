@@ -15,10 +15,13 @@ from typing import Any
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.schemas.errors import ConfigError, quoted
+from dpo_opt.schemas.locations import read_all
 from dpo_opt.schemas.manifest import COMMITS
 from dpo_opt.schemas.storage import write_text
 
 FOLDER = "slurm"
+_JOB = "job"
+"""The array that was submitted last, by its id."""
 _NOTICE = 120
 """Seconds between the warning and the time limit: until a running kernel has ended and Python has too."""
 
@@ -100,6 +103,8 @@ def launch_array(config: PrecomputeConfig) -> dict[str, Any]:
             why="--submit hands the jobs to Slurm",
             fix="run the same command where Slurm is installed, such as a login node, or leave out --submit",
         )
+    if config.submit:
+        _require_no_job(shards_dir)
     score, finalize = shards_dir / FOLDER / "score.sbatch", shards_dir / FOLDER / "finalize.sbatch"
     # Named by what they say: tasks of an earlier launch go on with theirs.
     settings_text = config.for_workers()
@@ -121,6 +126,7 @@ def launch_array(config: PrecomputeConfig) -> dict[str, Any]:
         ]
         return {"submitted": False, "commands": commands}
     array = _submit(sbatch, str(score), fix="change the option that sbatch names and run the same again")
+    write_text(shards_dir / FOLDER / _JOB, f"{array}\n")
     last = _submit(
         sbatch,
         f"--dependency=afterany:{array}",
@@ -130,6 +136,29 @@ def launch_array(config: PrecomputeConfig) -> dict[str, Any]:
     )
     logs = str(shards_dir / FOLDER / "logs")
     return {"submitted": True, "array_job": array, "finalize_job": last, "logs": logs}
+
+
+def _require_no_job(shards_dir: Path) -> None:
+    """Refuse a second array on one folder while the first is queued or runs.
+
+    Raises:
+        ConfigError: It is.
+    """
+    squeue = shutil.which("squeue")
+    jobs = read_all(shards_dir / FOLDER, [_JOB])
+    if squeue is None or not jobs:
+        return
+    job = jobs[_JOB].decode().strip()
+    # One that has ended is unknown to squeue after a while, which is an error and says nothing.
+    asked = [squeue, "--noheader", f"--jobs={job}", "--format=%T"]
+    states = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    if states:
+        raise ConfigError(
+            f"job {job} of this folder is there already ({', '.join(sorted(set(states)))})",
+            where=str(shards_dir),
+            why="two arrays would wait for each other's shards on twice the machines",
+            fix=f"let it end, or `scancel {job}` and run the same command again",
+        )
 
 
 def _score_script(config: PrecomputeConfig, shards_dir: Path, settings: Path) -> str:

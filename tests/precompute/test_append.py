@@ -159,6 +159,22 @@ def test_readers_follow_the_old_manifest_until_the_new_one_stands(config_of: Con
     assert content(shards)[:10] == old
 
 
+def test_a_run_whose_folder_grows_meanwhile_ends_with_its_own_part(config_of: Configs) -> None:
+    def grow(call: int) -> None:
+        if call == 1:
+            with pytest.raises(KeyboardInterrupt):
+                precompute(
+                    config_of(20, append=True), scorer=ScriptedScorer(before_call=interrupted_after(1))
+                )
+
+    first = precompute(config_of(10), scorer=ScriptedScorer(before_call=grow))
+    shards = config_of(10).shards
+    assert (first.rows, len(content(shards)), read_plan(shards).rows) == (10, 10, 20)
+    with pytest.raises(DataError, match="of 6 shards are not scored yet"):
+        finalize(shards)
+    assert precompute(config_of(20), scorer=ScriptedScorer()).rows == len(content(shards)) == 20
+
+
 def test_workers_share_what_is_new(config_of: Configs) -> None:
     precompute(config_of(10), scorer=ScriptedScorer())
     scored = [

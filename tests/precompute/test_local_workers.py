@@ -120,6 +120,8 @@ def test_a_numbered_process_is_one_worker_and_starts_none(monkeypatch: pytest.Mo
     with pytest.raises(ConfigError, match="start workers in each of 8 workers"):
         take_place(config_of(num_workers=4))
     monkeypatch.setattr(os, "environ", {})
+    with pytest.raises(ConfigError, match="--gpus-per-worker without workers"):
+        take_place(config_of(gpus_per_worker=2))
     assert take_place(config_of(num_workers=4)).launched
     assert not take_place(config_of()).launched
 
@@ -136,6 +138,26 @@ def test_settings_that_do_not_go_together_are_named(tmp_path: Path, arguments: l
     given = ["--model", "m", "--data", "d", "--shards", str(tmp_path / "s"), *arguments]
     result = CliRunner().invoke(main, ["precompute", *given])
     assert (result.exit_code, result.stderr) == (2, f"error: {what}\n")
+
+
+@pytest.mark.parametrize("launcher", ["local", "slurm", "ray"])
+@pytest.mark.parametrize(
+    ("name", "values", "owner"),
+    [
+        ("--submit", [], "slurm"),
+        ("--job-option", ["partition=gpu"], "slurm"),
+        ("--time-limit", ["01:00:00"], "slurm"),
+        ("--ray-address", ["auto"], "ray"),
+    ],
+)
+def test_an_option_of_another_launcher_is_refused_by_name(
+    tmp_path: Path, launcher: str, name: str, values: list[str], owner: str
+) -> None:
+    given = ["--model", "m", "--data", "d", "--shards", str(tmp_path / "s"), "--num-workers", "2"]
+    result = CliRunner().invoke(main, ["precompute", *given, "--launcher", launcher, name, *values])
+    assert result.exit_code != 0
+    refused = f"error: {name} is an option of --launcher {owner}: with --launcher {launcher} it would"
+    assert result.stderr.startswith(refused) == (launcher != owner)
 
 
 # Every worker imports this before anything else: scores without a model, and writes down where.

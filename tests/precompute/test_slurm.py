@@ -223,7 +223,6 @@ def test_the_workers_settings_do_not_launch_again(
         submit=True,
         job_option=["partition=gpu"],
         time_limit="1",
-        ray_address="auto",
     )
     reference = resolve_reference(config)
     tokenizer = make_tokenizer(config, reference)
@@ -318,6 +317,26 @@ def test_finalize_is_submitted_behind_the_array(
         f"--parsable {score}",
         f"--parsable --dependency=afterany:{id_} {finalize}",
     ]
+
+
+def test_a_second_array_is_not_submitted_while_the_first_is_there(
+    config_of: Configs, path_of: Commands, tmp_path: Path
+) -> None:
+    called = path_of("sbatch", "echo 17")
+    states = tmp_path / "states"
+    path_of("squeue", f'case "$*" in *--jobs=17*) cat {states};; esac')
+    config = config_of(submit=True)
+    states.write_text("PENDING\nRUNNING\n")
+    launch_array(config)
+    with pytest.raises(
+        ConfigError, match=r"job 17 of this folder is there already \(PENDING, RUNNING\)"
+    ) as e:
+        launch_array(config)
+    assert "scancel 17" in str(e.value.fix)
+    assert len(called.read_text().splitlines()) == 2
+    states.write_text("")
+    launch_array(config)
+    assert len(called.read_text().splitlines()) == 4
 
 
 def test_the_commands_that_are_shown_do_the_same(
