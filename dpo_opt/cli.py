@@ -181,7 +181,7 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
     # The same command, with the settings of this run.
     with preemptible(shlex.join(["dpo-opt", *sys.argv[1:]])):
         if config.launched:
-            show(launch(config), as_json)
+            show(launch(config, progress=watched()), as_json)
             return
         from dpo_opt.precompute.run import precompute as run
         from dpo_opt.precompute.run import work
