@@ -21,8 +21,9 @@ from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import LocationType, configured
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.results import json_option, show, status_in_words
-from dpo_opt.schemas.errors import ConfigError, DpoOptError, quoted
+from dpo_opt.schemas.errors import ConfigError, DpoOptError, Interrupted, quoted
 from dpo_opt.schemas.locations import AnyPath
+from dpo_opt.schemas.manifest import resume_command
 from dpo_opt.schemas.text import printable
 
 _INTERRUPTED = 130
@@ -178,8 +179,9 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
 
         show(plan_precompute(config, scorer.numerics), as_json)
         return
-    # The same command, with the settings of this run.
-    with preemptible(shlex.join(["dpo-opt", *sys.argv[1:]])):
+    # The same command, with this run's settings; a launcher's worker has them in a file that goes with it.
+    again = shlex.join(["dpo-opt", *sys.argv[1:]])
+    with preemptible(resume_command(config.shards) if "--worker-index" in sys.argv else again):
         if config.launched:
             show(launch(config, progress=watched()), as_json)
             return
@@ -316,8 +318,19 @@ def train(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
         return
     from dpo_opt.optimize.distributed import world_from_environment
     from dpo_opt.optimize.loop import train as run
+    from dpo_opt.optimize.run_folder import CONFIG
 
-    result = run(config, progress=watched())
+    settings = config.output_dir / CONFIG
+    try:
+        result = run(config, progress=watched())
+    except KeyboardInterrupt as error:
+        if not settings.is_file():
+            raise  # nothing has begun
+        raise Interrupted(
+            "interrupted",
+            why="what came after the latest checkpoint is made again, bit for bit",
+            fix=f"dpo-opt train --config {quoted(settings)} --resume",
+        ) from error
     if not world_from_environment(os.environ).first:
         return  # one of several processes says it for all
     parity = None if result.parity is None else result.parity._asdict()

@@ -291,6 +291,16 @@ def test_status_counts(shards: Path) -> None:
     assert "time_left" not in said
 
 
+def test_a_hosts_name_steers_no_terminal_and_fakes_no_line(shards: Path) -> None:
+    (shards / "manifest.json").unlink()
+    for path in (shards / "commits").iterdir():
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "host": "\x1b[31ma\nfinalized  True"}))
+    lines = invoke("status", "--shards", shards).stdout.splitlines()
+    assert [line for line in lines if line.startswith("finalized")] == ["finalized         False"]
+    assert "\x1b" not in "".join(lines)
+
+
 def test_finalize_writes_the_manifest(shards: Path, tmp_path: Path) -> None:
     whole = (shards / MANIFEST).read_bytes()
     (shards / MANIFEST).unlink()
@@ -548,6 +558,40 @@ dpo_opt.scorers.make_scorer = lambda config: ScriptedScorer(before_call=wait)
 from dpo_opt.cli import main
 main(sys.argv[1:])
 """
+
+
+def test_a_launched_worker_names_settings_that_stay(
+    shards: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shards / "manifest.json").unlink()
+    next((shards / "commits").iterdir()).unlink()
+    settings = tmp_path / "soon-gone.yaml"
+    settings.write_text((shards / "precompute.yaml").read_text())
+    words = ["precompute", "--config", settings, "--shards", shards]
+    words += ["--worker-index", 0, "--num-workers", 2]
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpo_opt.optimize.score.HfScorer.token_logps", interrupt)
+    monkeypatch.setattr(sys, "argv", ["dpo-opt", *map(str, words)])
+    result = invoke(*words)
+    assert result.exit_code == 130
+    assert f"  fix: dpo-opt precompute --config {shards}/precompute.yaml --shards {shards}\n" in result.stderr
+
+
+def test_an_interrupted_training_says_what_goes_on(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    def interrupt(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("dpo_opt.optimize.loop.forward_pairs", interrupt)
+        result = invoke(*train_arguments(shards, tiny_model, tmp_path / "my run"))
+    assert result.exit_code == 130
+    (fix,) = re.findall(r"^  fix: dpo-opt (.*)$", result.stderr, flags=re.MULTILINE)
+    assert "--resume" in fix
+    result = invoke(*shlex.split(fix))
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("terminal", [True, False])
