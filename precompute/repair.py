@@ -24,7 +24,7 @@ from dpo_opt.precompute.settle import write_tokenizer
 from dpo_opt.precompute.tokenize import load_tokenizer
 from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError, quoted
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, follows, refuse_differences
-from dpo_opt.schemas.locations import AnyPath, is_file, on_this_machine, read_all, remove, sizes
+from dpo_opt.schemas.locations import AnyPath, inside, is_file, on_this_machine, read_all, remove, sizes
 from dpo_opt.schemas.manifest import (
     COMMAND,
     COMMITS,
@@ -136,10 +136,10 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
             write_tokenizer(shards_dir, tokenizer)
         # First what is taken from the manifest, which goes last.
         for name, text in texts.items():
-            write_text(shards_dir / name, text)
+            write_text(inside(shards_dir, name), text)
         for name in [*unwanted, *([MANIFEST] if replaced else [])]:
             if name not in texts:
-                remove(shards_dir / name)
+                remove(inside(shards_dir, name))
         if finalizes:
             finalize(shards_dir)
     return Repair(
@@ -251,15 +251,17 @@ def _settings(shards_dir: AnyPath, *, lost: str) -> dict[str, Any]:
     Raises:
         DataError: Nothing says it.
     """
-    text = read_all(shards_dir, [COMMAND]).get(COMMAND)
-    if text is None:
+    try:
+        settings = yaml.safe_load(read_all(shards_dir, [COMMAND]).get(COMMAND, b""))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict):
         raise DataError(
             f"{lost} is lost or damaged, and there is no {COMMAND} to make it again by",
             where=str(shards_dir),
             why="nothing else says which data and which model were scored",
             fix=f"restore {lost} from where the folder was copied, or pass another --shards folder",
         )
-    settings: dict[str, Any] = yaml.safe_load(text)
     return settings
 
 
@@ -321,13 +323,14 @@ def _whole_shards(
     progress: Progress,
 ) -> dict[int, ShardCommit]:
     """One commit for each shard whose files are as it states: the manifest's own, else the smallest id."""
-    by_shard: dict[int, list[ShardCommit]] = {shard: [commit] for shard, commit in final.items()}
-    for commit in filter(None, commits.values()):
-        by_shard.setdefault(commit.shard, []).append(commit)
+    by_shard = {shard: [(record_name(shard, commit.attempt), commit)] for shard, commit in final.items()}
+    for name, commit in commits.items():
+        if commit is not None:
+            by_shard.setdefault(int(name.partition("-")[0]), []).append((f"{COMMITS}/{name}", commit))
     good: dict[int, ShardCommit] = {}
     progress.start("checking", total=len(plan.shards), unit="shards")
     for planned in plan.shards:
-        for commit in by_shard.get(planned.shard, []):
+        for name, commit in by_shard.get(planned.shard, []):
             if not is_of(commit, planned, plan):
                 continue
             problems = list(_problems(shards_dir, commit))
@@ -335,7 +338,7 @@ def _whole_shards(
                 good[planned.shard] = commit
                 break
             damaged += [problem for problem in problems if problem not in damaged]
-            unwanted.append(record_name(commit.shard, commit.attempt))
+            unwanted.append(name)
         progress.advance(1)
     progress.finish()
     return good

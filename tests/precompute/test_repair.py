@@ -345,6 +345,23 @@ def test_unreadable_commits_are_taken_away(made: Path, scored: Path, tiny_model:
     assert go_on(scored, made, tiny_model) == 1
 
 
+@pytest.mark.parametrize("attempt", ["0badc0de", "/../../victim", "/../../../victim"])
+def test_a_commit_goes_whatever_it_calls_itself_and_nothing_else_does(
+    made: Path, scored: Path, tiny_model: Path, attempt: str
+) -> None:
+    victims = [scored.parent / "victim.json", scored / "victim.json"]
+    record = commit_files(scored)[2]
+    record.write_text(json.dumps({**json.loads(record.read_bytes()), "attempt": attempt}))
+    flip(named(scored, 2))
+    (scored / COMMITS / "00002-").mkdir()
+    for victim in victims:
+        victim.write_text("mine")
+    assert repair(scored).shards_to_score == [2]
+    assert not record.exists()
+    assert all(victim.exists() for victim in victims)
+    assert go_on(scored, made, tiny_model) == 1
+
+
 def test_a_plan_is_made_again_from_the_data_it_was_of_only(
     made: Path, scored: Path, tiny_model: Path, other_model: Path
 ) -> None:
@@ -358,9 +375,10 @@ def test_a_plan_is_made_again_from_the_data_it_was_of_only(
     (scored / COMMAND).write_text(settings.replace(str(tiny_model), str(other_model)))
     with pytest.raises(FingerprintError, match="weights"):
         repair(scored)
-    (scored / COMMAND).unlink()
-    with pytest.raises(DataError, match=f"plan.json is lost or damaged, and there is no {COMMAND}"):
-        repair(scored)
+    for content in ("{", "[]", None):
+        (scored / COMMAND).unlink() if content is None else (scored / COMMAND).write_text(content)
+        with pytest.raises(DataError, match=f"plan.json is lost or damaged, and there is no {COMMAND}"):
+            repair(scored)
     (scored / COMMAND).write_text(settings)
     assert files(scored) == before
     assert repair(scored).finalized
