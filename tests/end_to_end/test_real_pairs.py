@@ -275,8 +275,11 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("release_engine")
 def test_a_real_language_model_in_bf16(shared_data: Path, smollm2: Path, tmp_path: Path) -> None:
-    """vLLM scores in bf16, training in fp32 accepts it, starts at ln 2 and learns."""
-    data = take(shared_data / "pairs" / "human_pairs.jsonl.gz", 100, tmp_path / "pairs.jsonl")
+    """vLLM scores in bf16, a policy in bf16 and one in fp32 accept it; training starts at ln 2 and learns.
+
+    Of few pairs, trained on in fp32: without instructions for bf16 a CPU takes four times as long for it.
+    """
+    data = take(shared_data / "pairs" / "human_pairs.jsonl.gz", 64, tmp_path / "pairs.jsonl")
     scorers = {
         "vllm": VllmModel(smollm2, dtype="bfloat16", max_length=320),
         "hf": HfScorer(smollm2, dtype="bfloat16"),
@@ -284,12 +287,13 @@ def test_a_real_language_model_in_bf16(shared_data: Path, smollm2: Path, tmp_pat
     for name, scorer in scorers.items():
         score(smollm2, data, tmp_path / name, scorer=scorer, max_length=320)
     between = agreement(tmp_path / "vllm", tmp_path / "hf")
-    sample = list(ShardFolder.open(tmp_path / "hf").pairs())[::8]
-    policy = scorers["hf"].policy
-    floor = measure_parity(policy, sample, cached_dtype="bfloat16")
-    print(f"bf16, vLLM minus transformers: {between}; transformers with itself in other batches: {floor}")
+    print(f"bf16, vLLM minus transformers: {between}")
     assert abs(between.mean) < 0.01
-    assert between.sd < max(0.1, 2 * floor.floor_sd)
+    assert between.sd < 0.1
+    sample = list(ShardFolder.open(tmp_path / "vllm").pairs())[::8]
+    parity = measure_parity(scorers["hf"].policy, sample, cached_dtype="bfloat16")
+    print(f"a policy in bf16: {parity}")
+    assert parity.ok
 
     result = train(
         TrainConfig(
@@ -297,10 +301,10 @@ def test_a_real_language_model_in_bf16(shared_data: Path, smollm2: Path, tmp_pat
             model=str(smollm2),
             output_dir=tmp_path / "run",
             batch_size=8,
-            max_steps=20,
+            max_steps=16,
             learning_rate=1e-5,
             logging_steps=1,
-            dtype="bfloat16",
+            dtype="float32",
         )
     )
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
