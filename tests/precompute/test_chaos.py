@@ -41,24 +41,44 @@ model, data, shards, rounds, workers, size = sys.argv[1:]
 load_tokenizer(Path(model))
 rng = random.Random(0)
 
-def live(index):
+def live(index, folder, before_call):
     config = PrecomputeConfig(
-        model=model, data=[data], shards=Path(shards), pairs_per_shard=int(size),
+        model=model, data=[data], shards=folder, pairs_per_shard=int(size),
         worker_index=index, num_workers=int(workers),
     )
-    work(config, scorer=ScriptedScorer(before_call=lambda calls: time.sleep(0.02)))
+    work(config, scorer=ScriptedScorer(before_call=before_call))
+
+class Enough(BaseException):
+    pass
+
+def enough(calls):
+    if calls == 1:
+        raise Enough
+
+def seconds_to_a_commit(folder):
+    began = time.monotonic()
+    try:
+        live(0, Path(shards + folder), enough)
+    except Enough:
+        return time.monotonic() - began
+
+# As long as this machine takes, once all is imported, to commit a shard with a plan to make and without, and
+# up to three times as long: two run at once, and deaths should come while there is something to lose.
+seconds_to_a_commit("-imports")
+to_plan, to_begin = seconds_to_a_commit("-measured"), seconds_to_a_commit("-measured")
 
 killed = 0
 for _ in range(int(rounds)):
+    longest = 3 * (to_begin if Path(shards, "plan.json").exists() else to_plan)
     children = []
     for index in range(int(workers)):
         pid = os.fork()
         if pid == 0:
             try:
-                live(index)
+                live(index, Path(shards), lambda calls: time.sleep(0.02))
             finally:
                 os._exit(0)
-        children.append((pid, time.monotonic() + rng.uniform(0.0, 0.5)))
+        children.append((pid, time.monotonic() + rng.uniform(0.0, longest)))
     for pid, until in sorted(children, key=lambda child: child[1]):
         time.sleep(max(0.0, until - time.monotonic()))
         os.kill(pid, signal.SIGKILL)

@@ -27,7 +27,7 @@ from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.precompute.settle import settle_plan
 from dpo_opt.preemption import preemptible
-from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, Preempted
+from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, Interrupted, Preempted
 from dpo_opt.schemas.manifest import load_manifest
 
 ROWS = preference_rows(24)
@@ -586,7 +586,7 @@ from pathlib import Path
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.ray_workers import run_workers
 from dpo_opt.preemption import preemptible
-from dpo_opt.schemas.errors import Preempted
+from dpo_opt.schemas.errors import Interrupted, Preempted
 
 def sleep(config):
     config.shards.with_name(f"worker-{config.worker_index}").write_text(f"{os.getpid()} '' .\\n")
@@ -597,17 +597,17 @@ config = PrecomputeConfig.model_validate_json(sys.argv[1])
 try:
     with preemptible("again"):
         run_workers(config, sleep)
-except Preempted as error:
+except (Interrupted, Preempted) as error:
     sys.exit(error.exit_code)
-except KeyboardInterrupt:
-    sys.exit(130)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("by_value")
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, Preempted.exit_code)], ids=["INT", "TERM"]
+    ("number", "code"),
+    [(signal.SIGINT, Interrupted.exit_code), (signal.SIGTERM, Preempted.exit_code)],
+    ids=["INT", "TERM"],
 )
 def test_an_interrupted_run_stops_its_workers_and_its_cluster(
     config_of: Configs, number: signal.Signals, code: int
