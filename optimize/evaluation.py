@@ -50,11 +50,16 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
     """
     if config.eval_split and not len(stream.eval_positions):
         larger = round(max(0.05, min(2 * config.eval_split, (1 + config.eval_split) / 2)), 2)
+        several = len(folder.index(["prompt_id"])["prompt_id"].unique()) > 1
         raise ConfigError(
             f"--eval-split {config.eval_split} holds out none of the prompts",
             where=str(folder.path),
-            why="the run would never be evaluated on them, without a word",
-            fix=f"pass a larger share, such as --eval-split {larger}, or leave --eval-split out",
+            why="the run would never be evaluated on them, without a word"
+            if several
+            else "all pairs share one prompt, and a prompt is held out whole",
+            fix=f"pass a larger share, such as --eval-split {larger}, or leave --eval-split out"
+            if several
+            else "leave --eval-split out, and pass pairs of other prompts as --eval-shards",
         )
     found = [Evaluation(None, stream, None)] if len(stream.eval_positions) else []
     for path in config.eval_shards:

@@ -38,6 +38,7 @@ from dpo_opt.schemas.columns import MARGIN, WEIGHT, Column, new_column
 from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
 from dpo_opt.schemas.manifest import (
+    COMMITS,
     MANIFEST,
     PLAN,
     Manifest,
@@ -359,10 +360,13 @@ def read_plan(shards_dir: AnyPath) -> Plan:
     """
     plans = read_plans(shards_dir)
     if not plans:
+        scored = any(name.endswith(".json") for name in sizes(shards_dir / COMMITS))
         raise DataError(
             f"there is no {PLAN}",
             where=str(shards_dir),
-            why="this is not a folder of reference shards",
-            fix=f"dpo-opt precompute --model M --data DATA --shards {quoted(shards_dir)}",
+            why="what was to be scored is lost" if scored else "this is not a folder of reference shards",
+            fix=repair_command(shards_dir)
+            if scored
+            else f"dpo-opt precompute --model M --data DATA --shards {quoted(shards_dir)}",
         )
     return plans[-1]

@@ -215,7 +215,8 @@ def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer
     text = read_all(shards_dir, [claim.name]).get(claim.name)
     # A claim is given up after its plan stands: where there is no plan now, nobody can write another one.
     if text is not None and not is_file(shards_dir / name):
-        plan = _require_claim(parse(_Claim, text, where=claim), own, planned, shards_dir, name)
+        said = parse(_Claim, text, where=claim, fix=f"rm {quoted(claim)}, then run the same command again")
+        plan = _require_claim(said, own, planned, shards_dir, name)
         if name == PLAN:
             if not is_file(shards_dir / TOKENIZER / _WHOLE_TOKENIZER):
                 write_tokenizer(shards_dir, tokenizer)

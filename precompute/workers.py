@@ -119,6 +119,10 @@ def shards_for(
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
+_set_here: set[str] = set()
+"""Marks of this process."""
+
+
 class _Marks:
     """What other workers are at, and how long that is believed."""
 
@@ -147,7 +151,9 @@ class _Marks:
 
     def set(self, shard: int) -> bool:
         """Whether this process is the one at a shard now."""
-        text = json.dumps([socket.gethostname(), os.getpid(), secrets.token_hex(4)])
+        token = secrets.token_hex(4)
+        _set_here.add(token)
+        text = json.dumps([socket.gethostname(), os.getpid(), token])
         try:
             write_text(self._path(shard), text, replace=shard in self._stale)
         except FileExistsError:
@@ -171,10 +177,15 @@ class _Marks:
 
 
 def _is_gone(text: bytes) -> bool:
-    """Whether a process of this machine has ended; of another machine nothing is known."""
+    """Whether a process of this machine has ended; of another machine nothing is known.
+
+    A container that is started again has the process number of the one that was killed.
+    """
     try:
-        host, process, _ = json.loads(text)
+        host, process, token = json.loads(text)
         if host == socket.gethostname():
+            if int(process) == os.getpid():
+                return token not in _set_here
             os.kill(int(process), 0)
     except ProcessLookupError:
         return True

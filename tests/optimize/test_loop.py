@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from fakes import ScriptedScorer, preference_rows, write_jsonl
 from model_edits import lose_a_merge
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,6 +23,7 @@ from dpo_opt.optimize.loop import prepare
 from dpo_opt.optimize.optimizer import learning_rate
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.plans import plan_train
+from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.columns import Column, write_column
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, FingerprintError
 from dpo_opt.schemas.manifest import ShardFolder
@@ -436,6 +438,22 @@ def test_an_evaluation_that_cannot_be_is_refused_in_a_dry_run_too(
     # Another folder is something to evaluate on.
     if "eval_split" not in change:
         assert len(prepare(TrainConfig(**settings, **change, eval_shards=[shards])).evaluations) == 1
+
+
+def test_where_all_pairs_share_a_prompt_no_share_is_advised(
+    settings: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = [{**row, "prompt": "Say:"} for row in preference_rows(4)]
+    config = PrecomputeConfig(
+        model=str(tiny_model), data=[str(write_jsonl(tmp_path / "one.jsonl", rows))], shards=tmp_path / "one"
+    )
+    precompute(config, scorer=ScriptedScorer())
+    with pytest.raises(ConfigError, match="all pairs share one prompt") as caught:
+        prepare(
+            TrainConfig(**{**settings, "shards": tmp_path / "one"}, eval_split=0.2, reference_differs=True)
+        )
+    assert caught.value.fix is not None
+    assert caught.value.fix.startswith("leave --eval-split out")
 
 
 def test_preparing_writes_nothing(settings: dict[str, Any]) -> None:

@@ -110,6 +110,14 @@ def test_status_needs_a_plan(tmp_path: Path) -> None:
     assert "no plan.json" in refusal(lambda: status(tmp_path)).what
 
 
+def test_a_plan_that_is_lost_beside_commits_is_repaired(folder: Path) -> None:
+    (folder / "plan.json").unlink()
+    with pytest.raises(DataError, match="there is no plan") as caught:
+        finalize(folder)
+    assert caught.value.fix is not None
+    assert "dpo-opt repair" in caught.value.fix
+
+
 def test_finalize_writes_an_exact_cover(folder: Path) -> None:
     manifest = finalize(folder)
     assert status(folder).finalized

@@ -17,6 +17,7 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
 from dpo_opt.schemas.columns import columns_digest, columns_of_data
 from dpo_opt.schemas.config_keys import MODEL_CONFIG
+from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import COMMAND, PLAN, TOKENIZER
 from dpo_opt.schemas.storage import sha256_folder
 
@@ -177,3 +178,15 @@ def test_a_kill_while_planning_what_was_appended_keeps_the_new_weights(
     (column,) = columns_of_data(config.shards).values()
     assert (list(column.rows), set(column.values)) == (list(range(12)), {1.0})
     assert not list(config.shards.glob("*.claim"))
+
+
+def test_a_claim_that_cannot_be_read_says_how_to_go_on(configs_of: Configs, tmp_path: Path) -> None:
+    config, _ = configs_of("data and weights")
+    claim = tmp_path / "shards" / "plan.json.claim"
+    claim.parent.mkdir()
+    claim.write_text("{")
+    with pytest.raises(DataError) as caught:
+        run_of(config).settle(claim.parent)
+    assert caught.value.fix == f"rm {claim}, then run the same command again"
+    claim.unlink()
+    assert run_of(config).settle(claim.parent)

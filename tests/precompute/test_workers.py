@@ -1,6 +1,7 @@
 """Which shards a worker takes: each once, whoever dies."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -85,13 +86,14 @@ def dead_process() -> int:
 def test_the_shard_of_a_dead_worker_is_scored_by_the_others(
     config_of: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of()
-    mark(config.shards, 0, [socket.gethostname(), dead_process(), "0badc0de"])
-    before = time.monotonic()
-    assert precompute(config, scorer=ScriptedScorer()).kept == 12
-    assert time.monotonic() - before < 5
+    for number, process in enumerate((dead_process(), os.getpid())):  # of a container, it may be one's own
+        config = config_of(shards=f"{config_of().shards}-{number}")
+        mark(Path(str(config.shards)), 0, [socket.gethostname(), process, "0badc0de"])
+        before = time.monotonic()
+        assert precompute(config, scorer=ScriptedScorer()).kept == 12
+        assert time.monotonic() - before < 5
     # Of another machine it shows only by the time that it takes.
-    other = config_of(shards=f"{config.shards}-2")
+    other = config_of(shards=f"{config.shards}-elsewhere")
     mark(Path(str(other.shards)), 0, ["elsewhere", 1, "0badc0de"])
     monkeypatch.setattr(workers, "_LEAST_PATIENCE", 1.0)
     before = time.monotonic()
