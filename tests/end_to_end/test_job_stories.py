@@ -30,7 +30,7 @@ class Job:
     """One folder and the command that fills it; every shard that is scored is counted."""
 
     def __init__(self, base: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.base, self.shards = base, base / "shards"
+        self.base, self.shards, self.monkeypatch = base, base / "shards", monkeypatch
         self.data = write_jsonl(base / "data.jsonl", ROWS)
         self.scored = 0
         self.stop_at: int | None = None
@@ -56,7 +56,10 @@ class Job:
         monkeypatch.setattr(HfScorer, "token_logps", counted)
 
     def run(self, *words: object) -> Result:
-        return CliRunner().invoke(main, list(map(str, words)))
+        typed = list(map(str, words))
+        with self.monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["dpo-opt", *typed])
+            return CliRunner().invoke(main, typed)
 
     def ends(self, *words: object) -> dict[str, Any]:
         result = self.run(*words, "--json")
@@ -199,8 +202,7 @@ def test_a_damaged_shard(job: Job, undisturbed: Any, is_final: bool) -> None:
 
 def test_a_moved_folder(job: Job, undisturbed: Any) -> None:
     job.stop_at = 3
-    again = job.fix_of(130, *job.command)
-    assert again.startswith("dpo-opt ")
+    assert words_of(job.fix_of(130, *job.command)) == list(map(str, job.command))
     job.stop_at = None
     old, job.shards = job.shards, job.shards.rename(job.base / "a place with spaces")
     fix = job.fix_of(3, "finalize", "--shards", job.shards)

@@ -109,7 +109,7 @@ def test_the_watcher_ends_with_what_it_watches(
     parent: tuple[subprocess.Popen[str], dict[str, list[int]]],
 ) -> None:
     process, _ = parent
-    assert len(watchers(process.pid)) == 1
+    until(lambda: len(watchers(process.pid)) == 1, seconds=5)
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
