@@ -431,12 +431,14 @@ def test_a_preempted_run_stops_although_ray_takes_signals_and_drops_what_handler
 
 
 @pytest.fixture
-def by_value() -> Iterator[None]:
+def by_value(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let workers have the functions of this file, which they cannot import."""
     if importlib.util.find_spec("ray") is None:
         if os.environ.get("DPO_OPT_REQUIRE_RAY") == "1":
             pytest.fail("Ray is not installed, and the environment requires it", pytrace=False)
         pytest.skip("Ray is not installed")
+    # Ray's workers give way to everything else; beside other tests they would hardly run.
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     from ray import cloudpickle
 
     modules = [sys.modules[__name__], fakes]
@@ -640,7 +642,7 @@ def test_the_command_scores_with_ray_and_prints_its_result_only(
             *(sys.executable, "-m", "dpo_opt", "precompute", "--model", str(tiny_model), "--backend", "hf"),
             *("--data", "data.jsonl", "--shards", shards, "--pairs-per-shard", "4", "--json", *options),
         ]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     with_ray = run("ray", "--launcher", "ray", "--num-workers", "2", "--gpus-per-worker", "0")
     assert (with_ray.returncode, with_ray.stderr) == (0, "")
