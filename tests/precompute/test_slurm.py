@@ -552,10 +552,10 @@ from dpo_opt.precompute import run
 
 score = run.score_pairs
 
-def slowly(pairs, scorer):
+def slowly(pairs, scorer, **options):
     print("began row", pairs[0].row, flush=True)
     time.sleep(3)
-    return score(pairs, scorer)
+    return score(pairs, scorer, **options)
 
 run.score_pairs = slowly
 """
