@@ -1,6 +1,7 @@
 """The demo as a user runs it: it must teach what it says, without wandering off."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ def test_demo_makes_completions_kinder_within_a_small_kl(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "dpo_opt", "demo", "--output-dir", str(out)],
         capture_output=True, text=True, check=False,
+        # As a user's: it is at work when the other tests have ended.
+        env={**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     before, after, kl, accuracy, reference = json.loads((out / "comparison.json").read_text()).values()
