@@ -267,7 +267,7 @@ def test_workers_end_with_their_launcher(start: Command, tmp_path: Path, number:
 
 @pytest.mark.slow
 def test_a_worker_that_dies_leaves_its_shards_to_the_other(start: Command, tmp_path: Path) -> None:
-    process = start("--num-workers", 2, seconds=0.1, dies="1")
+    process = start("--num-workers", 2, seconds=3, dies="1")
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert json.loads(out)["scored_shards"] == [8]
