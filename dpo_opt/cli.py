@@ -318,18 +318,17 @@ def train(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
         return
     from dpo_opt.optimize.distributed import world_from_environment
     from dpo_opt.optimize.loop import train as run
-    from dpo_opt.optimize.run_folder import CONFIG
+    from dpo_opt.optimize.run_folder import CONFIG, resume_command
 
-    settings = config.output_dir / CONFIG
     try:
         result = run(config, progress=watched())
     except KeyboardInterrupt as error:
-        if not settings.is_file():
+        if not (config.output_dir / CONFIG).is_file():
             raise  # nothing has begun
         raise Interrupted(
             "interrupted",
             why="what came after the latest checkpoint is made again, bit for bit",
-            fix=f"dpo-opt train --config {quoted(settings)} --resume",
+            fix=resume_command(config.output_dir),
         ) from error
     if not world_from_environment(os.environ).first:
         return  # one of several processes says it for all

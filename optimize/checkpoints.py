@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from dpo_opt.optimize.distributed import World, from_first, text_from_first, wait_for_all
-from dpo_opt.optimize.run_folder import CHECKPOINTS, CONFIG
+from dpo_opt.optimize.run_folder import CHECKPOINTS, resume_command
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint, short_value
 from dpo_opt.schemas.locations import inside
@@ -255,7 +255,7 @@ def require_same_run(state: TrainState, *, data: Data, settings: dict[str, Any],
         "the run was started with something else\n" + "\n".join(rows),
         where=str(run),
         why=why,
-        fix=f"dpo-opt train --config {quoted(run / CONFIG)} --resume, or start anew in another --output-dir",
+        fix=f"{resume_command(run)}, or start anew in another --output-dir",
     )
 
 

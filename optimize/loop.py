@@ -49,7 +49,7 @@ from dpo_opt.optimize.optimizer import learning_rate, make_optimizer, set_learni
 from dpo_opt.optimize.packing import pair_group
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.policy import Policy, compute_dtype
-from dpo_opt.optimize.run_folder import CONFIG, FINAL, Metrics, RunFolder, Written, hold_logps
+from dpo_opt.optimize.run_folder import FINAL, Metrics, RunFolder, Written, hold_logps, resume_command
 from dpo_opt.optimize.saving import Saver
 from dpo_opt.optimize.start import start
 from dpo_opt.optimize.step import Batching, MetricsWindow, PairResults, forward_pairs
@@ -303,7 +303,7 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
         optimizer.zero_grad(set_to_none=True)
         if at.step > saved_step:
             save()
-        resume = f"dpo-opt train --config {quoted(run.path / CONFIG)} --resume"
+        resume = resume_command(run.path)
         run.write_preempted({"signal": str(request), "step": at.step, "resume": resume})
         raise Preempted(
             f"stopped by {request} after step {at.step} of {total_steps}",

@@ -76,6 +76,11 @@ def hold_logps(
     return HeldLogps(names, chosen_logps, rejected_logps, step, epoch, phase)
 
 
+def resume_command(run: Path) -> str:
+    """What goes on with a run."""
+    return f"dpo-opt train --config {quoted(run / CONFIG)} --resume"
+
+
 class RunFolder:
     """Writer of ``metrics.jsonl``, ``trainer_state.json`` and ``pair_logps/``.
 
@@ -103,7 +108,7 @@ class RunFolder:
             raise ConfigError(
                 f"the output folder {quoted(path)} is already in use",
                 why="two runs in one folder could not be told apart",
-                fix=f"to go on with it: dpo-opt train --config {quoted(path / CONFIG)} --resume"
+                fix=f"to go on with it: {resume_command(path)}"
                 if resumable
                 else "pass another --output-dir, or remove the folder",
             )

@@ -22,7 +22,6 @@ from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
 from dpo_opt.schemas.manifest import (
     ATTEMPT,
     COMMITS,
-    DAMAGED,
     DATA,
     DROPPED,
     INDEX,
@@ -33,9 +32,9 @@ from dpo_opt.schemas.manifest import (
     Plan,
     ShardCommit,
     ShardRange,
+    damaged,
     load_manifest,
     parse,
-    repair_command,
     resume_command,
     to_json,
     verified_file,
@@ -419,12 +418,11 @@ def _require_present(shards_dir: AnyPath, commit: ShardCommit, data: Mapping[str
     """Notice a lost or cut file without reading it; whoever reads it compares its hash."""
     size = data.get(commit.file.removeprefix(f"{DATA}/"))
     if size != commit.bytes:
-        raise DataError(
+        raise damaged(
             "the file is missing" if size is None else f"the file has {size} bytes of {commit.bytes}",
-            where=str(shards_dir / commit.file),
+            shards_dir / commit.file,
+            shards_dir,
             why="the manifest names it, so pairs would be missing from training",
-            fix=repair_command(shards_dir),
-            kind=DAMAGED,
         )
 
 

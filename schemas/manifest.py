@@ -155,6 +155,11 @@ def repair_command(shards_dir: AnyPath) -> str:
     return f"dpo-opt repair --shards {quoted(shards_dir)}"
 
 
+def damaged(what: str, where: AnyPath, shards_dir: AnyPath, *, why: str) -> DataError:
+    """The error of a file that ``dpo-opt repair`` mends."""
+    return DataError(what, where=str(where), why=why, fix=repair_command(shards_dir), kind=DAMAGED)
+
+
 def resume_command(shards_dir: AnyPath) -> str:
     """What goes on with a folder where it stands now: its settings name the place where it was planned."""
     settings = shards_dir / COMMAND
@@ -252,21 +257,11 @@ def _body(shards_dir: AnyPath) -> dict[str, object]:
         body: dict[str, object] = json.loads(text.decode("utf-8"))
         stated = body.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(
-            "not readable as a manifest",
-            where=str(path),
-            why="nothing else says which files belong to the folder",
-            fix=repair_command(shards_dir),
-            kind=DAMAGED,
-        ) from error
+        why = "nothing else says which files belong to the folder"
+        raise damaged("not readable as a manifest", path, shards_dir, why=why) from error
     if stated != _body_hash(body):
-        raise DataError(
-            "the manifest does not match its own hash",
-            where=str(path),
-            why="it was edited or damaged after it was written",
-            fix=repair_command(shards_dir),
-            kind=DAMAGED,
-        )
+        why = "it was edited or damaged after it was written"
+        raise damaged("the manifest does not match its own hash", path, shards_dir, why=why)
     return body
 
 
@@ -333,12 +328,11 @@ class ShardFolder:
         with on_this_machine(path, names=tokenizer_names(self.path)) as here:
             if sha256_folder(here) != self.manifest.tokenizer_sha256:
                 files = sorted(quoted(p.name) for p in here.rglob("*") if p.is_file())
-                raise DataError(
+                raise damaged(
                     f"the tokenizer's files changed ({', '.join(files) or 'none is left'})",
-                    where=str(path),
+                    path,
+                    self.path,
                     why="they turn the folder's ids back into text, and become those of the trained model",
-                    fix=repair_command(self.path),
-                    kind=DAMAGED,
                 )
             yield here
 
@@ -417,24 +411,18 @@ def _fetch_verified(path: UPath, sha256: str, file: Path, shards_dir: AnyPath) -
 
 
 def _missing(path: AnyPath, shards_dir: AnyPath) -> DataError:
-    return DataError(
-        "the file is missing",
-        where=str(path),
-        why="a record names it, so pairs would be missing from training",
-        fix=repair_command(shards_dir),
-        kind=DAMAGED,
-    )
+    why = "a record names it, so pairs would be missing from training"
+    return damaged("the file is missing", path, shards_dir, why=why)
 
 
 def _require_sha256(file: Path, sha256: str, *, where: AnyPath, shards_dir: AnyPath) -> None:
     actual = sha256_file(file)
     if actual != sha256:
-        raise DataError(
+        raise damaged(
             f"the bytes changed: sha256 is {actual[:16]}..., the record says {sha256[:16]}...",
-            where=str(where),
+            where,
+            shards_dir,
             why="its log-probs can no longer be trusted",
-            fix=repair_command(shards_dir),
-            kind=DAMAGED,
         )
 
 
