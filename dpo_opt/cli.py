@@ -238,7 +238,8 @@ def repair(shards: AnyPath, dry_run: bool, as_json: bool) -> None:
     """Heal damaged or lost files: exactly those shards are scored again that need it."""
     from dpo_opt.precompute.repair import repair as run
 
-    show(run(shards, dry_run=dry_run, progress=watched()).model_dump(), as_json)
+    found = run(shards, dry_run=dry_run, progress=watched())
+    show(found.model_dump() | ({} if as_json else {"rebuilt": list(map(quoted, found.rebuilt))}), as_json)
 
 
 @main.command()
@@ -254,15 +255,18 @@ def repair(shards: AnyPath, dry_run: bool, as_json: bool) -> None:
 @json_option
 def gc(shards: AnyPath, older_than: float, dry_run: bool, as_json: bool) -> None:
     """Remove what killed and repeated attempts left behind."""
+    from dpo_opt.folder_notes import listed
     from dpo_opt.precompute.gc import find_garbage, remove_garbage
 
     garbage = find_garbage(shards, older_than_hours=older_than, look_only=dry_run)
     if not dry_run:
         remove_garbage(garbage)
-    show(
-        {"removed": 0 if dry_run else len(garbage.files), "found": len(garbage.files), "bytes": garbage.size},
-        as_json,
-    )
+    found: dict[str, Any] = {"would_remove" if dry_run else "removed": len(garbage.files)}
+    found["bytes"] = garbage.size
+    if dry_run:
+        names = [str(path)[len(str(shards)) + 1 :] for path in garbage.files]
+        found["files"] = names if as_json or not names else listed(names)
+    show(found, as_json)
 
 
 @main.command()

@@ -82,11 +82,12 @@ def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
             continue  # of the part that is not finalized yet
         (left if attempt or is_private(name) else unknown).append(name)
     if left:
-        yield f"left by other attempts (`dpo-opt gc --shards {quoted(shards)}`): {_listed(left)}"
+        yield f"left by other attempts (`dpo-opt gc --shards {quoted(shards)}`): {listed(left)}"
     if unknown:
-        yield f"named by nothing here, and read by nobody: {_listed(unknown)}"
+        yield f"named by nothing here, and read by nobody: {listed(unknown)}"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Names of files on one line: the first ones, and how many more there are."""
     more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
-    return ", ".join(names[:_MOST_LISTED]) + more
+    return ", ".join(map(quoted, names[:_MOST_LISTED])) + more

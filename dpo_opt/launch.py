@@ -57,7 +57,7 @@ def launch(config: PrecomputeConfig, *, progress: Progress | None = None) -> dic
 
     Args:
         config: Of the run.
-        progress: Told of workers that are not started, and of rows that are lost.
+        progress: Told of workers that are too many, and of rows that are lost.
 
     Raises:
         ConfigError, DataError, FingerprintError: As ``precompute``; also where the launcher is not there.
@@ -80,8 +80,9 @@ def launch(config: PrecomputeConfig, *, progress: Progress | None = None) -> dic
     progress = progress or Silent()
     if workers < asked:
         progress.say(
-            f"{workers} of {asked} workers are started: only {left} shards are left to score. In another "
-            "folder, a smaller --pairs-per-shard would give every worker some"
+            # Also true where a launcher starts none: without --submit, or because it is not there.
+            f"{workers} of {asked} workers are enough: {left} of {len(plan.shards)} shards are left to "
+            "score. In another folder, a smaller --pairs-per-shard would give every worker some"
         )
         config = config.model_copy(update={"num_workers": workers})
         environments = environments[:workers]

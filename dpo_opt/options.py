@@ -154,6 +154,9 @@ def _resolve(kind: type[C], config_file: AnyPath | None, flags: dict[str, Any], 
         first = error.errors()[0]
         if not first["loc"]:
             # Settings that do not go together: no single one is wrong.
+            explained = first.get("ctx", {}).get("error")
+            if isinstance(explained, ConfigError):
+                raise explained from error
             raise ConfigError(first["msg"].removeprefix("Value error, ")) from error
         name = str(first["loc"][0])
         flag = name.upper() if name == argument else "--" + name.replace("_", "-")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
+from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.locations import Location
 from dpo_opt.schemas.settings import Settings
 
@@ -111,15 +112,29 @@ class PrecomputeConfig(WholeDataConfig):
         self._refuse_options_of_other_launchers()
         if self.launcher != "local":
             if self.worker_index is not None:
-                raise ValueError(
-                    f"{self.launcher} numbers its workers itself; worker_index is for one of them"
+                raise ConfigError(
+                    f"--worker-index is for one worker, and --launcher {self.launcher} starts all of them",
+                    why="it numbers its workers itself",
+                    fix="leave --worker-index out",
                 )
             if self.num_workers is None:
-                raise ValueError(f"{self.launcher} needs num_workers")
+                raise ConfigError(
+                    f"--launcher {self.launcher} needs --num-workers",
+                    why="nothing else says how many workers to start",
+                    fix="pass --num-workers",
+                )
         elif self.worker_index is not None and self.num_workers is None:
-            raise ValueError("worker_index needs num_workers")
-        if self.worker_index is not None and self.worker_index >= (self.num_workers or 0):
-            raise ValueError(f"worker_index {self.worker_index} is not below num_workers {self.num_workers}")
+            raise ConfigError(
+                "--worker-index needs --num-workers",
+                why="a worker begins with its share of the shards",
+                fix="pass --num-workers",
+            )
+        if self.num_workers is not None and (self.worker_index or 0) >= self.num_workers:
+            raise ConfigError(
+                f"--worker-index {self.worker_index} is not below --num-workers {self.num_workers}",
+                why="workers are numbered from 0",
+                fix=f"pass a --worker-index from 0 to {self.num_workers - 1}",
+            )
         return self
 
     def _refuse_options_of_other_launchers(self) -> None:
@@ -128,9 +143,14 @@ class PrecomputeConfig(WholeDataConfig):
                 if getattr(self, name) != type(self).model_fields[name].get_default(
                     call_default_factory=True
                 ):
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} is an option of --launcher {launcher}: with --launcher "
-                        f"{self.launcher} it would have no effect"
+                    option = f"--{name.replace('_', '-')}"
+                    raise ConfigError(
+                        f"{option} is an option of --launcher {launcher}",
+                        why=f"with --launcher {self.launcher} it would have no effect",
+                        # Whoever named a launcher means that one.
+                        fix=f"leave {option} out"
+                        if "launcher" in self.model_fields_set
+                        else f"pass --launcher {launcher}",
                     )
 
 

@@ -105,7 +105,7 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
     names = [name for name in sizes(shards_dir / COMMITS) if _COMMIT.fullmatch(name)]
     commits = {n: read_commit(text) for n, text in read_all(shards_dir / COMMITS, sorted(names)).items()}
     unreadable = [name for name, commit in commits.items() if commit is None]
-    damaged += [f"{shards_dir / COMMITS / name}: not readable as a commit" for name in unreadable]
+    damaged += [f"{quoted(shards_dir / COMMITS / name)}: not readable as a commit" for name in unreadable]
     final = {} if manifest is None else {commit.shard: commit for commit in manifest.shards}
     unwanted = [*plans.unwanted, *(f"{COMMITS}/{name}" for name in unreadable)]
     good = _whole_shards(shards_dir, plan, final, commits, damaged, unwanted, progress or Silent())
@@ -155,6 +155,11 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
     )
 
 
+def _said(error: DataError) -> str:
+    """What is damaged, on one line whatever the folder is called."""
+    return f"{quoted(error.where)}: {error.what}"
+
+
 def _manifest(shards_dir: AnyPath, damaged: list[str]) -> Manifest | None:
     """None where there is none that can be trusted.
 
@@ -168,7 +173,7 @@ def _manifest(shards_dir: AnyPath, damaged: list[str]) -> Manifest | None:
     except DataError as error:
         if error.kind != DAMAGED:
             raise
-        damaged.append(f"{error.where}: {error.what}")
+        damaged.append(_said(error))
         return None
 
 
@@ -181,20 +186,24 @@ def _plans(shards_dir: AnyPath, manifest: Manifest | None, damaged: list[str]) -
     numbers = {name: int(m["number"] or 0) for name in sizes(shards_dir) if (m := _PLAN.fullmatch(name))}
     texts = read_all(shards_dir, sorted(numbers, key=lambda name: numbers[name]))
     known: list[Plan] = []
+    spelled: list[str] = []  # of another version they say less or more, and stay as they are
     last_is_lost = False
     for name, text in texts.items():
         try:
             known.append(parse(Plan, text, where=shards_dir / name))
+            spelled.append(text.decode("utf-8"))
             last_is_lost = False
         except DataError as error:
-            damaged.append(f"{error.where}: {error.what}")
+            damaged.append(_said(error))
             last_is_lost = True
     if manifest is not None and (not known or known[-1].rows < manifest.rows):
         known.append(plan_of(manifest))
+        spelled.append(to_json(known[-1]))
     lost_growth = last_is_lost and bool(known) and max(numbers.values()) >= len(known)
     if not known:
         known.append(_plan_from_data(shards_dir))
-    wanted = {f"plan-{i}.json" if i else PLAN: to_json(plan) for i, plan in enumerate(known)}
+        spelled.append(to_json(known[-1]))
+    wanted = {f"plan-{i}.json" if i else PLAN: text for i, text in enumerate(spelled)}
     files = {name: text for name, text in wanted.items() if texts.get(name) != text.encode()}
     return _Plans(known, files, [name for name in texts if name not in wanted], lost_growth)
 
@@ -275,13 +284,13 @@ def _tokenizer_problem(shards_dir: AnyPath, plan: Plan, manifest: Manifest | Non
         with on_this_machine(folder) as local:
             if tokenizer_digest(load_tokenizer(local)) == plan.fingerprint.tokenizer:
                 return None
-        return f"{folder}: it is not the tokenizer whose ids were scored"
+        return f"{quoted(folder)}: it is not the tokenizer whose ids were scored"
     except DataError as error:
         if error.kind != DAMAGED:
             raise
-        return f"{error.where}: {error.what}"
+        return _said(error)
     except (ConfigError, FileNotFoundError):
-        return f"{folder}: no tokenizer can be read from it"
+        return f"{quoted(folder)}: no tokenizer can be read from it"
 
 
 def _tokenizer_of_model(shards_dir: AnyPath, plan: Plan) -> Any:
@@ -362,7 +371,7 @@ def _problem(shards_dir: AnyPath, name: str, sha256: str) -> str | None:
     except DataError as error:
         if error.kind != DAMAGED:
             raise
-        return f"{error.where}: {error.what}"
+        return _said(error)
 
 
 def _require_other_records(shards_dir: AnyPath, left: Sequence[int], names: Sequence[str]) -> None:

@@ -301,6 +301,26 @@ def test_a_hosts_name_steers_no_terminal_and_fakes_no_line(shards: Path) -> None
     assert "\x1b" not in "".join(lines)
 
 
+def test_a_dry_run_of_gc_says_what_it_would_remove(shards: Path) -> None:
+    left = [f"commits/.0000{i}.00000000.tmp" for i in range(3)]
+    for name in left:
+        (shards / name).write_text("four")
+        os.utime(shards / name, (0, 0))
+    before = snapshot(shards)
+    words = invoke("gc", "--shards", shards, "--dry-run").output
+    assert [line.split(maxsplit=1) for line in words.splitlines()] == [
+        ["would_remove", "3"],
+        ["bytes", "12"],
+        ["files", ", ".join(left)],
+    ]
+    found = json.loads(invoke("gc", "--shards", shards, "--dry-run", "--json").stdout)
+    assert found == {"would_remove": 3, "bytes": 12, "files": left}
+    assert snapshot(shards) == before
+    assert json.loads(invoke("gc", "--shards", shards, "--json").stdout) == {"removed": 3, "bytes": 12}
+    assert json.loads(invoke("gc", "--shards", shards, "--dry-run", "--json").stdout)["would_remove"] == 0
+    assert invoke("gc", "--shards", shards, "--dry-run").output.split()[-2:] == ["files", "none"]
+
+
 def test_finalize_writes_the_manifest(shards: Path, tmp_path: Path) -> None:
     whole = (shards / MANIFEST).read_bytes()
     (shards / MANIFEST).unlink()

@@ -5,6 +5,7 @@ Each refusal is met with a name that would steer a terminal, begin a line of its
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 from model_edits import change_config, change_weights
 from safetensors.torch import save_file
@@ -26,6 +28,7 @@ from dpo_opt.analysis.kl import estimate_kl
 from dpo_opt.analysis.load import join_reference
 from dpo_opt.analysis.page import report
 from dpo_opt.analysis.reference import reference_view
+from dpo_opt.cli import main
 from dpo_opt.console import watched
 from dpo_opt.merge import merge
 from dpo_opt.merge_config import MergeConfig
@@ -33,10 +36,11 @@ from dpo_opt.optimize.adapter_folder import CONFIG, WEIGHTS, read_adapter
 from dpo_opt.optimize.checkpoints import newest_checkpoint
 from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.precompute import PrecomputeConfig, precompute
+from dpo_opt.precompute.repair import Repair
 from dpo_opt.schemas.errors import DpoOptError, quoted
 from dpo_opt.schemas.fingerprint import short_value
 from dpo_opt.schemas.locations import location
-from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.manifest import ShardFolder, load_manifest, write_manifest
 from dpo_opt.schemas.models import find_model
 from dpo_opt.schemas.shards import read_row_groups
 from dpo_opt.schemas.weights import refuse_left_over, weights_digest
@@ -229,6 +233,42 @@ def test_a_shard_folder_with_a_file_of_a_strange_name(model: Path, tmp_path: Pat
         (shards / "tokenizer" / name).unlink()
     assert quoted(name) in said
     assert quoted(shards) in said
+
+
+def test_what_is_repaired_or_removed_is_shown_as_a_shell_would_be_given_it(
+    model: Path, tmp_path: Path
+) -> None:
+    shards = tmp_path / STRANGE
+    data = write_jsonl(tmp_path / "data.jsonl", preference_rows(4))
+    precompute(
+        PrecomputeConfig(model=str(model), data=data, shards=shards, pairs_per_shard=2),
+        scorer=ScriptedScorer(),
+    )
+    manifest = load_manifest(shards)
+    # A record of a forged manifest, whose attempt is a name as well; the other shard's data is damaged.
+    own = manifest.shards[0].model_copy(update={"attempt": STRANGE})
+    write_manifest(shards, manifest.model_copy(update={"shards": [own, manifest.shards[1]]}))
+    lost = shards / manifest.shards[1].file
+    lost.unlink()
+    (shards / "tokenizer" / "tokenizer.json").write_text("{")
+    record = shards / "commits" / "00001-0badc0de.json"
+    record.touch()
+    private = ".b\x1b[31m.00000000.tmp"
+    (shards / private).touch()
+    os.utime(shards / private, (0, 0))
+
+    def shown(*words: str) -> str:
+        found = CliRunner().invoke(main, [*words, "--shards", str(shards), "--dry-run"])
+        assert found.exit_code == 0, found.output
+        assert all(line.isprintable() for line in found.stdout.split("\n"))
+        return found.stdout
+
+    said = shown("repair")
+    assert [line.split()[0] for line in said.splitlines()] == list(Repair.model_fields)
+    for damaged in (lost, record, shards / "tokenizer"):
+        assert f"{quoted(damaged)}: " in said
+    assert quoted(f"commits/00000-{STRANGE}.json") in said
+    assert quoted(private) in shown("gc", "--older-than", "1")
 
 
 def test_a_merged_model_in_a_folder_of_a_strange_name(tmp_path: Path) -> None:

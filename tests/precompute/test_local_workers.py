@@ -127,17 +127,39 @@ def test_a_numbered_process_is_one_worker_and_starts_none(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("arguments", "what"),
+    ("arguments", "what", "fix"),
     [
-        (["--worker-index", "3", "--num-workers", "2"], "worker_index 3 is not below num_workers 2"),
-        (["--worker-index", "0"], "worker_index needs num_workers"),
-        (["--launcher", "slurm"], "slurm needs num_workers"),
+        (
+            ["--worker-index", "3", "--num-workers", "2"],
+            "--worker-index 3 is not below --num-workers 2",
+            "pass a --worker-index from 0 to 1",
+        ),
+        (["--worker-index", "0"], "--worker-index needs --num-workers", "pass --num-workers"),
+        (["--launcher", "slurm"], "--launcher slurm needs --num-workers", "pass --num-workers"),
+        (
+            ["--launcher", "ray", "--worker-index", "0", "--num-workers", "2"],
+            "--worker-index is for one worker, and --launcher ray starts all of them",
+            "leave --worker-index out",
+        ),
     ],
 )
-def test_settings_that_do_not_go_together_are_named(tmp_path: Path, arguments: list[str], what: str) -> None:
-    given = ["--model", "m", "--data", "d", "--shards", str(tmp_path / "s"), *arguments]
-    result = CliRunner().invoke(main, ["precompute", *given])
-    assert (result.exit_code, result.stderr) == (2, f"error: {what}\n")
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_settings_that_do_not_go_together_are_named_as_they_are_typed(
+    tmp_path: Path, arguments: list[str], what: str, fix: str, in_a_file: bool
+) -> None:
+    given = ["--model", "m", "--data", "d", "--shards", str(tmp_path / "s")]
+    if in_a_file:
+        (tmp_path / "run.yaml").write_text("".join(f"{pair(arguments[i : i + 2])}\n" for i in (0, 2, 4)))
+        arguments = ["--config", str(tmp_path / "run.yaml")]
+    result = CliRunner().invoke(main, ["precompute", *given, *arguments])
+    first, *_, last = result.stderr.splitlines()
+    assert (result.exit_code, first, last) == (2, f"error: {what}", f"  fix: {fix}")
+    assert not [name for name in PrecomputeConfig.model_fields if "_" in name and name in result.stderr]
+
+
+def pair(arguments: list[str]) -> str:
+    """An option and its value as a line of YAML."""
+    return ": ".join(arguments).removeprefix("--").replace("-", "_")
 
 
 @pytest.mark.parametrize("launcher", ["local", "slurm", "ray"])
@@ -156,8 +178,15 @@ def test_an_option_of_another_launcher_is_refused_by_name(
     given = ["--model", "m", "--data", "d", "--shards", str(tmp_path / "s"), "--num-workers", "2"]
     result = CliRunner().invoke(main, ["precompute", *given, "--launcher", launcher, name, *values])
     assert result.exit_code != 0
-    refused = f"error: {name} is an option of --launcher {owner}: with --launcher {launcher} it would"
-    assert result.stderr.startswith(refused) == (launcher != owner)
+    refused = [
+        f"error: {name} is an option of --launcher {owner}",
+        f"  why: with --launcher {launcher} it would have no effect",
+        f"  fix: leave {name} out",
+    ]
+    assert (result.stderr.splitlines() == refused) == (launcher != owner)
+    if launcher == "local":
+        result = CliRunner().invoke(main, ["precompute", *given, name, *values])
+        assert result.stderr.splitlines() == [*refused[:2], f"  fix: pass --launcher {owner}"]
 
 
 # Every worker imports this before anything else: scores without a model, and writes down where.

@@ -1,5 +1,6 @@
 """Which shards a worker takes: each once, whoever dies."""
 
+import contextlib
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.precompute.workers import Worker, worker_from_environment
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.progress import Silent
 
 Configs = Callable[..., PrecomputeConfig]
 
@@ -128,7 +130,26 @@ def test_no_more_workers_are_launched_than_there_are_shards(
     settings: dict[str, Any] = {"num_workers": 7, "launcher": launcher, "backend": "hf", "gpus_per_worker": 0}
     launch(config_of(**settings), progress=Told())  # type: ignore[arg-type]
     assert started == [3]
-    assert [line.partition(":")[0] for line in said] == ["3 of 7 workers are started"]
+    assert [line.partition(":")[0] for line in said] == ["3 of 7 workers are enough"]
+
+
+@pytest.mark.parametrize("submit", [False, True])
+def test_no_worker_is_said_to_be_started_where_none_is(
+    config_of: Configs, submit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    class Told(Silent):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    monkeypatch.setenv("PATH", "")
+    settings: dict[str, Any] = {"num_workers": 7, "launcher": "slurm", "backend": "hf", "submit": submit}
+    with pytest.raises(ConfigError, match="no sbatch") if submit else contextlib.nullcontext():
+        assert launch(config_of(**settings), progress=Told())["submitted"] is False
+    assert [line.partition(".")[0] for line in said] == [
+        "3 of 7 workers are enough: 3 of 3 shards are left to score"
+    ]
 
 
 STEP = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "9"}
