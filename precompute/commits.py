@@ -272,6 +272,7 @@ def finalize(shards_dir: AnyPath, *, own: Plan | None = None) -> Manifest:
         dropped=dict(sorted(dropped.items())),
         truncated=sum(done[r.shard].truncated for r in plan.shards),
         tokens=sum(done[r.shard].tokens for r in plan.shards),
+        pairs_per_shard=plan.pairs_per_shard,
         shards=[done[r.shard] for r in plan.shards],
         index_file=index,
         index_sha256=index_sha256,

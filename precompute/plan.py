@@ -95,13 +95,14 @@ def make_plan(
     """
     earlier = known_plans(config.shards)
     known_rows = earlier[-1].rows if earlier else None
-    # What a manifest covers is one plan, of which a shard that is shorter than others was once the last.
-    grown_at = {plan.rows for plan in earlier} | {stop for plan in earlier for stop in _short_ends(plan)}
+    size = config.pairs_per_shard
+    grown_at = {plan.rows for plan in earlier} | {
+        stop for plan in earlier for stop in _given_ends(plan, size)
+    }
     if earlier:
         tokenizer = tokenizer.on(earlier[-1].fingerprint.template_date)
     known: RowsDigest | None = None
     _require_a_usable_pair(config, reference, tokenizer)
-    size = config.pairs_per_shard
     whole = RowsDigest()
     parts: list[_Part] = []
     rows = 0
@@ -151,6 +152,7 @@ def make_plan(
         fingerprint=fingerprint_of(config, reference, tokenizer, numerics),
         dataset_digest=whole.hexdigest(by_message=by_message),
         rows=rows,
+        pairs_per_shard=size,
         shards=[
             ShardRange(
                 shard=i,
@@ -320,13 +322,18 @@ def plan_of(manifest: Manifest) -> Plan:
         fingerprint=manifest.fingerprint,
         dataset_digest=manifest.dataset_digest,
         rows=manifest.rows,
+        pairs_per_shard=manifest.pairs_per_shard,
         shards=ranges_of(manifest),
     )
 
 
-def _short_ends(plan: Plan) -> list[int]:
-    longest = max(shard.used for shard in plan.shards)
-    return [shard.stop for shard in plan.shards if shard.used < longest]
+def _given_ends(plan: Plan, size: int) -> list[int]:
+    """Where shards of a known plan end whatever follows; a full one of another size ends where it is cut now.
+
+    One that is not full was the last one of a plan, which may be lost: a manifest covers one plan.
+    """
+    full = plan.pairs_per_shard or max(shard.used for shard in plan.shards)
+    return [shard.stop for shard in plan.shards if full == size or shard.used < full]
 
 
 def ranges_of(manifest: Manifest) -> list[ShardRange]:

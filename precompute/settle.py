@@ -155,9 +155,11 @@ def _on_the_day_of(plans: Sequence[Plan], new: Plan) -> Plan:
 
 
 def _as_spelled_by(plans: Sequence[Plan], new: Plan, shards_dir: AnyPath, model: Path | None) -> Plan:
-    """A new plan with the folder's fingerprint, where the two mean the same."""
+    """A new plan with the folder's fingerprint and size of shards, where the two mean the same."""
     if not plans:
         return new
+    if new.shards == plans[-1].shards:
+        new = new.model_copy(update={"pairs_per_shard": plans[-1].pairs_per_shard})
     cached, current = plans[-1].fingerprint, new.fingerprint
     if _differing_keys(cached, current, shards_dir, model) == {}:
         current = current.model_copy(update={"model_config_digest": cached.model_config_digest})

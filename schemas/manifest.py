@@ -21,7 +21,7 @@ from typing import Annotated, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from upath import UPath
 
 from dpo_opt.schemas.errors import DataError, DpoOptError, quoted
@@ -90,6 +90,8 @@ class Plan(_Record):
     """SHA-256 of the source rows' content, in order."""
     rows: int
     """Source rows."""
+    pairs_per_shard: PositiveInt | None = None
+    """What a full shard holds; one that holds less was the last when it was planned. Null in older plans."""
     shards: list[ShardRange]
 
     @property
@@ -138,6 +140,8 @@ class Manifest(_Record):
     dropped: dict[str, int]
     truncated: int
     tokens: int
+    pairs_per_shard: PositiveInt | None = None
+    """As the plan states it."""
     shards: list[ShardCommit]
     index_file: str
     index_sha256: Sha256

@@ -19,6 +19,7 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.gc import find_garbage, remove_garbage
 from dpo_opt.precompute.plan import Planned, make_plan, read_plan, read_plans
 from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.repair import repair
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.precompute.settle import adopt_plan
 from dpo_opt.precompute.tokenize import load_tokenizer
@@ -91,6 +92,71 @@ def test_a_folder_grows_more_than_once_and_the_same_command_goes_on(config_of: C
         precompute(config, scorer=again)
     assert again.calls == []
     assert {p: p.read_bytes() for p in shards.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("lost", ["a copy for readers", "repaired"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"pairs_per_shard": 100}, id="steps within a shard"),
+        pytest.param({"pairs_per_shard": 2, "data_share": [0.5]}, id="rows out of the share"),
+    ],
+)
+def test_a_folder_that_lost_its_plans_grows_on(
+    config_of: Configs, tmp_path: Path, lost: str, settings: dict[str, Any]
+) -> None:
+    whole = config_of(4, **settings).shards
+    for rows in (4, 8, 12):
+        before = precompute(config_of(rows, append=True, **settings), scorer=ScriptedScorer())
+    shards = without_plans(whole, tmp_path / "copy") if lost == "a copy for readers" else whole
+    if lost == "repaired":
+        for plan in shards.glob("plan*.json"):
+            plan.unlink()
+        assert repair(shards).shards_to_score == []
+    other = config_of(16, shards=shards, append=True, **settings | {"pairs_per_shard": 1})
+    with pytest.raises(FingerprintError, match="--pairs-per-shard now gives 1"):
+        precompute(other, scorer=ScriptedScorer())
+    # The same command takes up the plan, and scores nothing.
+    again = ScriptedScorer()
+    assert precompute(config_of(12, shards=shards, **settings), scorer=again) == before
+    assert again.calls == []
+    if lost == "a copy for readers":
+        (shards / PLAN).unlink()
+    manifest = precompute(config_of(16, shards=shards, append=True, **settings), scorer=again)
+    assert manifest.shards[: len(before.shards)] == before.shards
+    assert len(again.scored) == 2 * (manifest.kept - before.kept) > 0
+    assert before.shards[-1].stop == manifest.shards[len(before.shards)].start == 12
+
+
+def without_plans(shards: Path, copy: Path) -> Path:
+    """A folder as a reader needs it."""
+    shutil.copytree(shards, copy, ignore=shutil.ignore_patterns("plan*", "commits", "*.yaml"))
+    return copy
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_a_size_that_would_cut_what_is_scored_is_refused(
+    config_of: Configs, tmp_path: Path, size: int
+) -> None:
+    precompute(config_of(10), scorer=ScriptedScorer())
+    copy = without_plans(config_of(10).shards, tmp_path / "copy")
+    for shards in (copy, config_of(10).shards):
+        with pytest.raises(FingerprintError, match=f"hold 4 rows, --pairs-per-shard now gives {size}"):
+            precompute(
+                config_of(20, shards=shards, append=True, pairs_per_shard=size), scorer=ScriptedScorer()
+            )
+
+
+def test_a_size_that_cuts_nothing_that_is_scored_is_taken(config_of: Configs, tmp_path: Path) -> None:
+    """And after every change the folder goes on without its plans as with them."""
+    shards = config_of(3).shards
+    for i, (rows, size) in enumerate([(3, 9), (3, 4), (8, 6), (8, 7), (16, 5), (20, 5)]):
+        scorer = ScriptedScorer()
+        config = config_of(rows, shards=shards, append=True, pairs_per_shard=size)
+        manifest = precompute(config, scorer=scorer)
+        shards = without_plans(shards, tmp_path / f"copy-{i}")
+    assert [(s.start, s.stop) for s in manifest.shards] == [(0, 3), (3, 8), (8, 13), (13, 16), (16, 20)]
+    assert len(scorer.scored) == 2 * 4
 
 
 def test_growth_is_asked_for(config_of: Configs) -> None:
