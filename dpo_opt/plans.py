@@ -47,10 +47,10 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
     """Pairs, steps and memory of a training run; loads no weights, writes nothing.
 
     Raises:
-        DpoOptError: The run could not start; see ``optimize.loop.prepare``.
+        DpoOptError: The run could not start; see ``optimize.prepare.prepare``.
     """
     from dpo_opt.optimize.budget import least_budget, longest_pair
-    from dpo_opt.optimize.loop import prepare
+    from dpo_opt.optimize.prepare import prepare
     from dpo_opt.optimize.memory import estimate_memory
     from dpo_opt.optimize.policy import default_device
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_opt.cli import main
 from dpo_opt.optimize import TrainConfig
-from dpo_opt.optimize.loop import prepare
+from dpo_opt.optimize.prepare import prepare
 from dpo_opt.optimize.score import HfScorer, score_shards
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dpo_opt.optimize import TrainConfig, loop, run_folder, train
-from dpo_opt.optimize.loop import prepare
+from dpo_opt.optimize import TrainConfig, begin, run_folder, train
 from dpo_opt.optimize.optimizer import learning_rate
+from dpo_opt.optimize.prepare import prepare
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.plans import plan_train
 from dpo_opt.precompute import PrecomputeConfig, precompute
@@ -116,7 +116,7 @@ def textbook_step(
 @pytest.fixture
 def plain_descent(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGD: Adam and RMSprop turn a gradient that is rounding noise into a step as large as any other."""
-    monkeypatch.setattr(loop, "make_optimizer", lambda model, config: torch.optim.SGD(model.parameters()))
+    monkeypatch.setattr(begin, "make_optimizer", lambda model, config: torch.optim.SGD(model.parameters()))
 
 
 @pytest.mark.usefixtures("plain_descent")
@@ -466,7 +466,7 @@ def test_numbers_of_another_model_stop_the_run_before_it_starts(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, other_model: Path
 ) -> None:
     """The digests agree, the numbers do not: as after a wrong chat template, or a broken engine."""
-    monkeypatch.setattr(loop, "require_same_model", lambda *args, **kwargs: None)
+    monkeypatch.setattr("dpo_opt.optimize.prepare.require_same_model", lambda *args, **kwargs: None)
     with pytest.raises(FingerprintError, match="the cached log-probs are not those of"):
         train(TrainConfig(**{**settings, "model": str(other_model)}))
     assert not settings["output_dir"].exists()
@@ -477,7 +477,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
 ) -> None:
     config = TrainConfig(**{**settings, "learning_rate": 1e30})  # one step, and the weights overflow
     steps = 0
-    make = loop.make_optimizer
+    make = begin.make_optimizer
 
     def counting(*args: Any) -> torch.optim.Optimizer:
         optimizer = make(*args)
@@ -489,7 +489,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
         optimizer.register_step_post_hook(count)
         return optimizer
 
-    monkeypatch.setattr(loop, "make_optimizer", counting)
+    monkeypatch.setattr(begin, "make_optimizer", counting)
     with pytest.raises(DpoOptError, match="a loss is not finite") as caught:
         train(config)
     assert steps == 1

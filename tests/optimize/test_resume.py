@@ -19,7 +19,7 @@ import yaml
 from training_runs import Interrupter, contents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_opt.optimize import TrainConfig, checkpoints, loop, saving, train
+from dpo_opt.optimize import TrainConfig, begin, checkpoints, saving, train
 from dpo_opt.optimize.budget import CPU_ROWS, Device, run_device
 from dpo_opt.optimize.checkpoints import Best
 from dpo_opt.optimize.distributed import World
@@ -483,11 +483,11 @@ def test_a_measured_budget_is_kept_where_it_was_measured(
 ) -> None:
     measured = {**settings, "micro_batch_tokens": None}
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "run_device", lambda _: GPU)
-        patched.setattr(loop, "choose_budget", lambda *_, **__: 200)
+        patched.setattr(begin, "run_device", lambda _: GPU)
+        patched.setattr(begin, "choose_budget", lambda *_, **__: 200)
         run = stopped_at_step(tmp_path / "run", measured, 3)
-    monkeypatch.setattr(loop, "run_device", lambda _: now)
-    monkeypatch.setattr(loop, "choose_budget", lambda *_, **__: 100)
+    monkeypatch.setattr(begin, "run_device", lambda _: now)
+    monkeypatch.setattr(begin, "choose_budget", lambda *_, **__: 100)
     listener = Listener()
     train(TrainConfig(**{**measured, **change}, output_dir=run, resume=True), progress=listener)
     said = json.loads((run / "checkpoints" / "step-00000006" / "training_state.json").read_text())
@@ -507,9 +507,9 @@ def test_a_budget_that_several_processes_measured_is_not_one_processs(
     alone = World(0, 1, 0, torch.device("cpu"), None)
     of_two = state.state.model_copy(update={"processes": 2})
     here = run_device(alone)
-    assert loop._kept_budget(state.state, config, here, alone, said.append) == CPU_ROWS
+    assert begin.kept_budget(state.state, config, here, alone, said.append) == CPU_ROWS
     assert not said
-    assert loop._kept_budget(of_two, config, here, alone, said.append) is None
+    assert begin.kept_budget(of_two, config, here, alone, said.append) is None
     assert "2 x cpu" in said[0]
 
 

@@ -1,0 +1,232 @@
+"""A run at its beginning, or as its newest checkpoint left it: what stays as it is, and what steps change."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dpo_opt.optimize.budget import Device, choose_budget, longest_pair, run_device
+from dpo_opt.optimize.checkpoints import (
+    Best,
+    Checkpoint,
+    Counters,
+    Data,
+    TrainState,
+    find_checkpoint,
+    prune_checkpoints,
+    require_same_run,
+    save_checkpoint,
+)
+from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.optimize.distributed import World
+from dpo_opt.optimize.evaluation import is_comparable
+from dpo_opt.optimize.memory import optimizer_bytes
+from dpo_opt.optimize.optimizer import make_optimizer
+from dpo_opt.optimize.packing import pair_group
+from dpo_opt.optimize.parity import Parity
+from dpo_opt.optimize.policy import Policy, compute_dtype
+from dpo_opt.optimize.prepare import Prepared
+from dpo_opt.optimize.run_folder import RunFolder, Written
+from dpo_opt.optimize.saving import Saver
+from dpo_opt.optimize.start import start
+from dpo_opt.optimize.step import Batching, MetricsWindow
+from dpo_opt.optimize.stop_signals import StopSignals
+from dpo_opt.optimize.throughput import Throughput
+from dpo_opt.schemas.errors import quoted
+from dpo_opt.schemas.progress import Progress
+
+
+class Run(NamedTuple):
+    """What stays the same from a run's first step to its last."""
+
+    config: TrainConfig
+    """With the dtype that ``auto`` came to."""
+    settings: dict[str, Any]
+    """The configuration as it is recorded."""
+    prepared: Prepared
+    data: Data
+    files: RunFolder
+    policy: Policy
+    parity: Parity | None
+    parameters: list[Tensor]
+    optimizer: Optimizer
+    saver: Saver
+    batching: Batching
+    device: Device
+    stop: StopSignals
+    world: World
+    progress: Progress
+
+    @property
+    def total_steps(self) -> int:
+        return self.prepared.total_steps
+
+
+@dataclass
+class RunState:
+    """Where a run stands; a checkpoint holds it."""
+
+    window: MetricsWindow
+    throughput: Throughput
+    at: Counters = field(default_factory=Counters)
+    best: Best | None = None
+    saved_step: int = 0
+    saved_time: float = field(default_factory=time.monotonic)
+    """Of the clock, in seconds."""
+
+    def save(self, run: Run) -> None:
+        """Write a checkpoint, and remove those that are not to be kept."""
+        written = run.files.written()
+        state = TrainState(
+            at=self.at,
+            window=self.window.state,
+            lines=written.lines,
+            segments=written.segments,
+            best=self.best,
+            parity=run.parity._asdict() if run.parity else None,
+            micro_batch_tokens=run.batching.budget,
+            threads=torch.get_num_threads(),
+            processes=run.world.size,
+            device=run.device.type,
+            device_bytes=run.device.memory,
+            data=run.data,
+            settings=run.settings,
+        )
+        write = partial(run.saver.write_checkpoint, steps=self.at.step)
+        save_checkpoint(run.files.path, state, write, run.world)
+        if run.world.first:
+            keep = run.config.save_total_limit
+            prune_checkpoints(run.files.path, step=self.at.step, keep=keep, best=self.best)
+        self.saved_step, self.saved_time = self.at.step, time.monotonic()
+
+
+def resume_or_begin(
+    config: TrainConfig,
+    prepared: Prepared,
+    files: RunFolder,
+    *,
+    progress: Progress,
+    stop: StopSignals,
+    world: World,
+) -> tuple[Run, RunState]:
+    """Load the policy and what else a run needs, from its newest checkpoint where it goes on.
+
+    Raises:
+        ConfigError: The checkpoint is of another run, or the model cannot be trained.
+        DataError: No checkpoint is whole.
+        FingerprintError: The cached log-probs are not the policy's own.
+    """
+    folder, model_folder = prepared.folder, prepared.model_folder
+    data = Data(
+        dataset_digest=folder.manifest.dataset_digest,
+        index_sha256=folder.manifest.index_sha256,
+        fingerprint=folder.manifest.fingerprint,
+        reference_differs=config.reference_differs,
+    )
+    # Recorded as what it is: on another kind of device `auto` would make it another run.
+    dtype = compute_dtype(config.dtype, world.device)
+    config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    settings = config.model_dump(mode="json", exclude={"resume"})
+    checkpoint = find_checkpoint(files.path, progress.say, world) if config.resume else None
+    if checkpoint is not None:
+        require_same_run(checkpoint.state, data=data, settings=settings, run=files.path)
+
+    torch.manual_seed(config.seed)
+    policy, cost, parity = start(config, folder, model_folder, checkpoint, world=world, say=progress.say)
+    files.create(yaml.safe_dump(settings, sort_keys=False))
+    if parity is not None:
+        files.write_parity(parity._asdict())
+    optimizer = make_optimizer(policy.model, config)
+    parameters: list[Tensor] = [p for p in policy.model.parameters() if p.requires_grad]
+    device = run_device(world)
+    budget = config.micro_batch_tokens
+    if budget is None and checkpoint is not None:
+        budget = kept_budget(checkpoint.state, config, device, world, progress.say)
+    if budget is None:
+        # Before the optimizer's state is loaded, which is counted as still to come.
+        coming = optimizer_bytes(parameters, config)
+        longest = pair_group(longest_pair(folder))
+        budget = choose_budget(policy, longest, optimizer_bytes=coming, world=world)
+    saver = Saver(
+        policy, optimizer, config, folder=folder, model_folder=model_folder, parity=parity, world=world
+    )
+    run = Run(
+        config=config,
+        settings=settings,
+        prepared=prepared,
+        data=data,
+        files=files,
+        policy=policy,
+        parity=parity,
+        parameters=parameters,
+        optimizer=optimizer,
+        saver=saver,
+        batching=Batching(budget, cost, world),
+        device=device,
+        stop=stop,
+        world=world,
+        progress=progress,
+    )
+    if checkpoint is not None:
+        return run, _resumed(run, checkpoint)
+    if config.resume:
+        files.rewind(Written(0, {}))
+        progress.say(f"no checkpoint in {quoted(files.path)}: starting at step 0")
+    return run, _new_state(run)
+
+
+def _new_state(run: Run) -> RunState:
+    policy, batching = run.policy, run.batching
+    return RunState(MetricsWindow(policy.device), Throughput(policy, batching.cost, batching.world))
+
+
+def _resumed(run: Run, checkpoint: Checkpoint) -> RunState:
+    """The state that a checkpoint holds; what the run wrote after it is taken back."""
+    kept, say = checkpoint.state, run.progress.say
+    run.saver.load_optimizer(checkpoint.path)
+    run.files.rewind(Written(kept.lines, kept.segments))
+    state = _new_state(run)
+    state.at, state.window.state, state.saved_step = kept.at, kept.window, kept.at.step
+    say(f"going on from {quoted(checkpoint.path.name)}, {kept.at.consumed} pairs into the run")
+    if kept.at.step > run.total_steps:
+        say(f"it is beyond the {run.total_steps} steps that are asked for: the run ends there")
+    if kept.best is not None and is_comparable(
+        kept.best, run.config.metric_for_best_model, run.prepared.evaluations
+    ):
+        state.best = kept.best
+        run.files.write_best(kept.best.model_dump())
+    elif kept.best is not None:
+        say(
+            f"step {kept.best.step} was the best by {quoted(kept.best.metric)} of what was evaluated "
+            "then, which --metric-for-best-model no longer asks for: the best is looked for anew"
+        )
+    return state
+
+
+def kept_budget(
+    state: TrainState, config: TrainConfig, device: Device, world: World, say: Callable[[str], None]
+) -> int | None:
+    """The budget of the run so far; None where it was measured for something else.
+
+    It is kept where it can be, because another one rounds differently.
+    """
+    # Older checkpoints do not say on what they were made.
+    before = Device(state.device, state.device_bytes) if state.device else device
+    recomputed = state.settings["activation_checkpointing"], config.activation_checkpointing
+    if state.processes == world.size and before.holds_as_much(device) and recomputed[0] == recomputed[1]:
+        return state.micro_batch_tokens
+    then, now = (
+        f"{processes} x {where}, --activation-checkpointing {recomputation}"
+        for processes, where, recomputation in (
+            (state.processes, before, recomputed[0]),
+            (world.size, device, recomputed[1]),
+        )
+    )
+    say(f"the size of micro-batches is chosen again: {then} then; {now} now")
+    return None
