@@ -138,6 +138,11 @@ def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan
         if new.rows <= plans[-1].rows or planned.known_digest != plans[-1].dataset_digest:
             raise _other_plan(plans[-1], new, shards_dir, fix=_OTHER_FOLDER)
         _require_growth(config, plans[-1], new)
+    if len(plans) == len(planned.earlier) and new not in plans:
+        name = _name_of(len(plans))
+        claim = _read_claim(shards_dir, name)
+        if claim is not None:
+            _require_claim(claim, new, planned, shards_dir, name)
     return plans, new
 
 
@@ -214,11 +219,9 @@ def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer
     own = _Claim(plan=new, columns=columns_digest(planned.columns, from_row=_known_rows(planned)))
     with contextlib.suppress(FileExistsError):
         write_text(claim, to_json(own), replace=False)
-    text = read_all(shards_dir, [claim.name]).get(claim.name)
-    # A claim is given up after its plan stands: where there is no plan now, nobody can write another one.
-    if text is not None and not is_file(shards_dir / name):
-        said = parse(_Claim, text, where=claim, fix=f"rm {quoted(claim)}, then run the same command again")
-        plan = _require_claim(said, own, planned, shards_dir, name)
+    said = _read_claim(shards_dir, name)
+    if said is not None:
+        plan = _require_claim(said, new, planned, shards_dir, name)
         if name == PLAN:
             if not is_file(shards_dir / TOKENIZER / _WHOLE_TOKENIZER):
                 write_tokenizer(shards_dir, tokenizer)
@@ -240,7 +243,21 @@ def _claim_of(shards_dir: AnyPath, name: str) -> AnyPath:
     return shards_dir / f"{name}.claim"
 
 
-def _require_claim(claim: _Claim, own: _Claim, planned: Planned, shards_dir: AnyPath, name: str) -> Plan:
+def _read_claim(shards_dir: AnyPath, name: str) -> _Claim | None:
+    """Who is about to write a plan; None where it stands, or nobody is.
+
+    Raises:
+        DataError: The claim is damaged.
+    """
+    path = _claim_of(shards_dir, name)
+    text = read_all(shards_dir, [path.name]).get(path.name)
+    # A claim is given up after its plan stands: where there is no plan now, nobody can write another one.
+    if text is None or is_file(shards_dir / name):
+        return None
+    return parse(_Claim, text, where=path, fix=f"rm {quoted(path)}, then run the same command again")
+
+
+def _require_claim(claim: _Claim, own: Plan, planned: Planned, shards_dir: AnyPath, name: str) -> Plan:
     """The plan that a claim is for, if it is this run's.
 
     Raises:
@@ -250,7 +267,7 @@ def _require_claim(claim: _Claim, own: _Claim, planned: Planned, shards_dir: Any
     if name != PLAN:
         there = f"rm {quoted(_claim_of(shards_dir, name))}"
     fix = f"{_ONCE_FINALIZED}; or, if it was killed, {there}"
-    new = _as_spelled_by([claim.plan], _on_the_day_of([claim.plan], own.plan), shards_dir, planned.model)
+    new = _as_spelled_by([claim.plan], _on_the_day_of([claim.plan], own), shards_dir, planned.model)
     _refuse_other_fingerprint(claim.plan, new.fingerprint, shards_dir, model=planned.model, fix=fix)
     if claim.plan != new:
         raise _other_plan(claim.plan, new, shards_dir, fix=fix)

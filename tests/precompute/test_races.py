@@ -10,14 +10,15 @@ from threading import Barrier
 
 import pytest
 import yaml
-from fakes import ScriptedScorer, preference_rows, write_jsonl
+from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 from planning import Run, race_in_folders, run_of
 
+from dpo_opt.plans import plan_precompute
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
 from dpo_opt.schemas.columns import columns_digest, columns_of_data
 from dpo_opt.schemas.config_keys import MODEL_CONFIG
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.manifest import COMMAND, PLAN, TOKENIZER
 from dpo_opt.schemas.storage import sha256_folder
 
@@ -178,6 +179,45 @@ def test_a_kill_while_planning_what_was_appended_keeps_the_new_weights(
     (column,) = columns_of_data(config.shards).values()
     assert (list(column.rows), set(column.values)) == (list(range(12)), {1.0})
     assert not list(config.shards.glob("*.claim"))
+
+
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize("race", RACES)
+def test_a_dry_run_compares_what_another_run_has_claimed(
+    configs_of: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, race: str, grows: bool
+) -> None:
+    """It is refused as the run would be, and changes nothing."""
+    configs = [
+        config.model_copy(update={"shards": tmp_path / "shards", "append": grows})
+        for config in configs_of(race)
+    ]
+    if grows:
+        first = write_jsonl(tmp_path / "first.jsonl", RACES[race][0][:4])
+        precompute(configs[0].model_copy(update={"data": [str(first)]}), scorer=ScriptedScorer())
+        # The second has the same rows first, as one that is to grow the folder has.
+        write_jsonl(Path(configs[1].data[0]), [*RACES[race][0][:4], *RACES[race][1][4:]])
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        # After the claim, before the plan.
+        patch.setattr("dpo_opt.precompute.settle._write_columns", killed)
+        with pytest.raises(Killed):
+            precompute(configs[0], scorer=ScriptedScorer())
+    folder = tmp_path / "shards"
+    assert (folder / ("plan-1.json.claim" if grows else "plan.json.claim")).is_file()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert plan_precompute(configs[0], NUMERICS)["rows"] == 12
+    if race == "nothing":
+        assert plan_precompute(configs[1], NUMERICS)["rows"] == 12
+        return
+    with pytest.raises(FingerprintError) as said:
+        plan_precompute(configs[1], NUMERICS)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    with pytest.raises(FingerprintError) as refused:
+        precompute(configs[1], scorer=ScriptedScorer())
+    assert str(said.value) == str(refused.value)
 
 
 def test_a_claim_that_cannot_be_read_says_how_to_go_on(configs_of: Configs, tmp_path: Path) -> None:
