@@ -6,7 +6,9 @@ commits and a plan from the manifest, a plan from the data, the tokenizer from t
 killed is finished by the next.
 """
 
+import contextlib
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,8 +134,7 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
     texts = plans.files | _lost_commits(final, good, commits, replaced=replaced)
     if not dry_run:
         if tokenizer is not None:
-            _clear(shards_dir / TOKENIZER)
-            write_tokenizer(shards_dir, tokenizer)
+            _replace_tokenizer(shards_dir, tokenizer)
         # First what is taken from the manifest, which goes last.
         for name, text in texts.items():
             write_text(inside(shards_dir, name), text)
@@ -312,14 +313,28 @@ def _tokenizer_of_model(shards_dir: AnyPath, plan: Plan) -> Any:
     return tokenizer
 
 
-def _clear(folder: AnyPath) -> None:
+def _replace_tokenizer(shards_dir: AnyPath, tokenizer: Any) -> None:
+    """What is there stays until the new files are whole: a folder keeps one or the other."""
+    folder = shards_dir / TOKENIZER
     if not isinstance(folder, Path):
         for name in file_names(folder):
             remove(folder / name)
-    elif folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+        write_tokenizer(shards_dir, tokenizer)
+        return
+    # A private name: a repair that is killed here leaves nothing that is taken for a tokenizer.
+    aside = folder.with_name(f".{TOKENIZER}.{secrets.token_hex(4)}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(aside)
+    try:
+        write_tokenizer(shards_dir, tokenizer)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            if not folder.exists():
+                aside.rename(folder)
+            elif aside.is_dir() and not aside.is_symlink():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.unlink()
 
 
 def _whole_shards(

@@ -1,8 +1,15 @@
 """What is damaged on disk is scored again, nothing else is, and the result is that of an undisturbed run."""
 
+import errno
 import json
+import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +24,7 @@ from dpo_opt.precompute.commits import finalize, status
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.repair import Repair, repair
 from dpo_opt.precompute.run import precompute
-from dpo_opt.schemas.errors import DataError, FingerprintError
+from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import (
     COMMAND,
@@ -66,7 +73,7 @@ def config_of(shards: AnyPath, data: Path, model: Path, *, append: bool = False)
 
 
 def commit_files(folder: Path) -> list[Path]:
-    return sorted((folder / COMMITS).iterdir())
+    return sorted((folder / COMMITS).glob("[0-9]*"))
 
 
 def named(folder: Path, shard: int, kind: str = "file") -> Path:
@@ -424,6 +431,112 @@ def test_a_folder_that_was_to_grow_and_lost_that_plan_is_planned_again(
     assert done.finalized  # readers have the part from before
     assert go_on(finished, finished.parent, tiny_model, append=True) == 0
     assert contents(finished) == grown
+
+
+def lose_records(folder: Path) -> None:
+    """What only the manifest holds must be written before it goes."""
+    shutil.rmtree(folder / COMMITS)
+    flip(folder / load_manifest(folder).shards[2].file)
+
+
+FULL: dict[str, Break] = {
+    "a shard": lambda folder: flip(named(folder, 2)),
+    "index and plan": REBUILT["plan and index"][0],
+    "records": lose_records,
+    "tokenizer": TOKENIZERS["a flipped bit"],
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_costs_a_repair_nothing_that_was_good(
+    made: Path, finished: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full at the first file that must be whole, at the second, and so on."""
+    FULL[name](finished)
+    damaged = files(finished)
+    undisturbed = shutil.copytree(finished, finished.parent / "undisturbed")
+    done = repair(undisturbed)
+    sync, left = os.fsync, 0
+
+    def fill(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    for at in range(100):
+        folder = shutil.copytree(finished, finished.parent / f"full-{at}")
+        left = at
+        with monkeypatch.context() as full:
+            full.setattr(os, "fsync", fill)
+            try:
+                repair(folder)
+                break
+            except DpoOptError as error:
+                said = str(error)
+        assert "the disk is full" in said
+        assert "free some space" in said
+        there = files(folder)
+        # What ``finalize`` has chosen is one whole private file, which gc removes.
+        half = there.keys() - damaged.keys() - files(undisturbed).keys()
+        assert all(re.fullmatch(r"\.manifest\.json\.\w+\.tmp", file) for file in half)
+        for file, content in files(undisturbed).items():
+            # These go before they are made again from the commits.
+            gone = [None] if file in (MANIFEST, INDEX) else []
+            assert there.get(file) in (damaged.get(file), content, *gone), (at, file)
+        again = repair(folder)
+        assert (again.shards_to_score, again.finalized) == (done.shards_to_score, done.finalized)
+        assert {k: v for k, v in files(folder).items() if k not in half} == files(undisturbed)
+    assert at > 0 or not done.rebuilt
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_shard_that_a_worker_is_at_stays_that_workers(
+    made: Path, finished: Path, tiny_model: Path, alive: bool
+) -> None:
+    """A repair leaves its mark and whatever it has written; what goes on then waits for it."""
+    flip(named(finished, 2))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        mark = finished / COMMITS / ".00002.00000000.tmp"
+        mark.write_text(json.dumps([socket.gethostname(), process.pid, "0badc0de"]))
+        begun = finished / "data" / "00002-0badc0de.parquet"
+        begun.write_bytes(b"PAR1")
+        assert repair(finished).shards_to_score == [2]
+        assert mark.exists()
+        assert begun.exists()
+        if not alive:
+            process.kill()
+            process.wait()
+        with ThreadPoolExecutor() as pool:
+            scored = pool.submit(go_on, finished, made, tiny_model)
+            if alive:
+                with pytest.raises(TimeoutError):
+                    scored.result(timeout=2)
+                mark.unlink()
+            assert scored.result(timeout=20) == 1
+        process.stdin.close()
+    assert contents(finished) == contents(made / "shards")
+
+
+def test_a_repair_beside_a_worker_takes_nothing_of_what_it_commits(made: Path, tiny_model: Path) -> None:
+    folder = made / "beside"
+    repaired: list[Repair] = []
+
+    def repair_meanwhile(calls: int) -> None:
+        if calls == 2:
+            flip(named(folder, 0))
+            repaired.append(repair(folder))
+
+    config = config_of(folder, made / "data.jsonl", tiny_model)
+    with pytest.raises(DataError, match=r"1 of 5 shards are not scored yet \(0\)") as caught:
+        precompute(config, scorer=ScriptedScorer(before_call=repair_meanwhile))
+    (done,) = repaired
+    assert done.shards_to_score == [0, 2, 3, 4]
+    assert caught.value.fix == done.next
+    assert go_on(folder, made, tiny_model) == 1
+    assert contents(folder) == contents(made / "shards")
 
 
 def test_the_command_line_says_what_is_damaged_and_what_goes_on(made: Path, finished: Path) -> None:
