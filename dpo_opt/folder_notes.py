@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from dpo_opt.precompute.gc import is_private
+from dpo_opt.precompute.gc import is_claim, is_index, is_private, is_spent_claim
 from dpo_opt.precompute.plan import plan_of, read_plans
 from dpo_opt.precompute.weights_memo import WEIGHTS
 from dpo_opt.schemas.columns import COLUMNS
@@ -73,18 +73,27 @@ def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
         there = {str(path)[len(str(shards)) + 1 :] for path in shards.rglob("*") if path.is_file()}
     others = sorted(n for n in there - named if is_private(n) or not _EXPECTED.fullmatch(n))
     growing = planned_rows(shards, manifest) > manifest.rows
-    left: list[str] = []
-    unknown: list[str] = []
+    gc = f"`dpo-opt gc --shards {quoted(shards)}`"
+    left = f"left by other attempts ({gc})"
+    indexes = f"indexes of earlier manifests, for readers that opened the folder then ({gc})"
+    claims = "claim of a run that is planning, or that was killed at it and goes on by the same command"
+    unknown = "named by nothing here, and read by nobody"
+    found: dict[str, list[str]] = {left: [], indexes: [], claims: [], unknown: []}
     for name in others:
         folder, _, file = name.rpartition("/")
         attempt = ATTEMPT.fullmatch(file) if folder in (DATA, DROPPED) else None
         if attempt is not None and growing and int(attempt["shard"]) >= len(manifest.shards):
             continue  # of the part that is not finalized yet
-        (left if attempt or is_private(name) else unknown).append(name)
-    if left:
-        yield f"left by other attempts (`dpo-opt gc --shards {quoted(shards)}`): {listed(left)}"
-    if unknown:
-        yield f"named by nothing here, and read by nobody: {listed(unknown)}"
+        if attempt is not None or is_private(name) or is_spent_claim(name, there):
+            kind = left
+        elif is_index(name):
+            kind = indexes
+        else:
+            kind = claims if is_claim(name) else unknown
+        found[kind].append(name)
+    for kind, names in found.items():
+        if names:
+            yield f"{kind}: {listed(names)}"
 
 
 def listed(names: list[str]) -> str:

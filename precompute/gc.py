@@ -4,6 +4,7 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from dpo_opt.schemas.manifest import (
 
 # Names that this program gives; anything else in the folder is somebody's, and stays.
 _INDEX = re.compile(r"index(-\d+)?(-[0-9a-f]{8})?\.parquet")
+_CLAIM = re.compile(r"(?P<plan>plan(-\d+)?\.json)\.claim")
 _PRIVATE = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _FOLDERS = (DATA, DROPPED, COMMITS, COLUMNS, TOKENIZER, SLURM)
 
@@ -50,11 +52,32 @@ def is_private(name: str) -> bool:
     return _PRIVATE.fullmatch(rest[0] if in_a_folder else first) is not None
 
 
+def is_index(name: str) -> bool:
+    """Whether a file is an index, of this manifest or another one."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def is_claim(name: str) -> bool:
+    """Whether a run wrote the file before a plan of its own."""
+    return _CLAIM.fullmatch(name) is not None
+
+
+def is_spent_claim(name: str, there: Collection[str]) -> bool:
+    """Whether a claim's plan stands: only a kill leaves it, and nobody looks at it any more.
+
+    Args:
+        name: Relative to the folder of shards.
+        there: The folder's files.
+    """
+    claim = _CLAIM.fullmatch(name)
+    return claim is not None and claim["plan"] in there
+
+
 def find_garbage(shards_dir: AnyPath, *, older_than_hours: float, look_only: bool = False) -> Garbage:
-    """Private files and attempts that lost, which nobody has written to for some hours.
+    """Private files, attempts that lost and spent claims, which nobody has written to for some hours.
 
     Before ``finalize`` every committed attempt stays; an attempt without a commit may be a slow worker's, so
-    young files stay too.
+    young files stay too. A claim whose plan does not stand is that of a run that is planning or goes on.
 
     Args:
         shards_dir: Folder of reference shards.
@@ -71,13 +94,14 @@ def find_garbage(shards_dir: AnyPath, *, older_than_hours: float, look_only: boo
         manifest_time = _time_of(shards_dir / MANIFEST)
     found: list[AnyPath] = []
     total = 0
-    names = [*sizes(shards_dir).items()]
+    own = sizes(shards_dir)
+    names = [*own.items()]
     names += [(f"{f}/{name}", size) for f in _FOLDERS for name, size in sizes(shards_dir / f).items()]
     for name, size in sorted(names):
-        old_index = _INDEX.fullmatch(name)
+        old_index = is_index(name)
         folder, _, file = name.rpartition("/")
         attempt = folder in (DATA, DROPPED, COMMITS) and ATTEMPT.fullmatch(file)
-        if not (old_index or attempt or is_private(name)) or name in kept:
+        if not (old_index or attempt or is_private(name) or is_spent_claim(name, own)) or name in kept:
             continue
         with explained(shards_dir):
             written = _time_of(shards_dir / name)

@@ -365,6 +365,7 @@ PRIVATE = [
     "data/.00001-0123abcd.parquet.0123abcd.tmp",
     "dropped/.00001-0123abcd.parquet.0123abcd.tmp",
     "slurm/.array.sbatch.0123abcd.tmp",
+    "plan.json.claim",
     "data/00001-0123abcd.parquet",
     "dropped/00001-0123abcd.parquet",
     "commits/00001-0123abcd.json",
@@ -373,7 +374,14 @@ PRIVATE = [
 
 def test_gc_removes_what_verify_says_it_does_and_nothing_else(shards: Path) -> None:
     own = set(shards.rglob("*"))
-    strangers = ["notes.txt", "mine/.x.0123abcd.tmp", "data/more/.x.0123abcd.tmp", "columns/.x.tmp"]
+    strangers = [
+        "notes.txt",
+        "note.claim",
+        "mine/.x.0123abcd.tmp",
+        "mine/plan.json.claim",
+        "data/more/.x.0123abcd.tmp",
+        "columns/.x.tmp",
+    ]
     for name in (*PRIVATE, *strangers):
         (shards / name).parent.mkdir(exist_ok=True, parents=True)
         (shards / name).write_text("x")
@@ -394,6 +402,29 @@ def test_gc_removes_what_verify_says_it_does_and_nothing_else(shards: Path) -> N
     assert there - own == {shards / name for name in strangers} | {
         shards / folder for folder in ("mine", "data/more", "slurm")
     }
+
+
+@pytest.mark.parametrize("plan", [PLAN, "plan-1.json"])
+def test_a_claim_whose_plan_does_not_stand_is_a_run_in_progress(shards: Path, plan: str) -> None:
+    (shards / PLAN).unlink()
+    claim = shards / f"{plan}.claim"
+    claim.write_text("x")
+    (missing, note) = check(shards).notes
+    assert "plan.json is missing" in missing
+    assert note.startswith("claim of a run that is planning, or that was killed at it and goes on")
+    assert note.endswith(f": {claim.name}")
+
+
+def test_gc_keeps_the_claim_of_a_run_in_progress(shards: Path) -> None:
+    for name in ("plan.json.claim", "plan-1.json.claim"):
+        (shards / name).write_text("x")
+    assert find_garbage(shards, older_than_hours=0).files == [shards / "plan.json.claim"]
+    (shards / "plan-1.json").write_bytes((shards / PLAN).read_bytes())
+    found = find_garbage(shards, older_than_hours=0)
+    assert found.files == [shards / "plan-1.json.claim", shards / "plan.json.claim"]
+    assert find_garbage(shards, older_than_hours=1).files == []
+    remove_garbage(found)
+    assert not list(shards.glob("*.claim"))
 
 
 def test_notes_name_commands_that_a_shell_takes_as_they_are(shards: Path) -> None:
@@ -447,6 +478,9 @@ def test_a_folder_that_has_grown_is_checked_by_its_own_index(tiny_model: Path, t
     grown = check(tmp_path / "shards")
     assert grown.ok
     (note,) = grown.notes
+    assert note.startswith(
+        "indexes of earlier manifests, for readers that opened the folder then (`dpo-opt gc "
+    )
     assert note.endswith(": index.parquet")
     flip(tmp_path / "shards" / grown.manifest.index_file, 100)
     (problem,) = check(tmp_path / "shards").problems
