@@ -112,5 +112,5 @@ def _prompts(config: KLConfig, policy_folder: Path) -> list[IdArray]:
 
 
 def _spread(prompts: list[IdArray], count: int) -> list[IdArray]:
-    chosen = np.unique(np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int))
-    return [prompts[i] for i in chosen]
+    spread = np.unique(np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int))
+    return [prompts[i] for i in spread]

@@ -17,14 +17,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Entries of a tile: on a CPU (False) it stays in the last-level cache, on a GPU (True) it fills the device.
-_TILE_ENTRIES = {False: 2**22, True: 2**26}
+
+class _TileSizes(NamedTuple):
+    """How much of the logits is held at a time."""
+
+    entries: int
+    """Of a tile of some rows and some columns."""
+    wide_entries: int
+    """Of a tile over the whole vocabulary, which lives until its gradients are taken. Fewer than about 200
+    rows make the products slow, more only take memory."""
+    wide_rows: int
+    """Rows of a wide tile that are reduced at a time."""
+
+
+# A tile, and the rows that are reduced, stay in the last-level cache.
+_ON_CPU = _TileSizes(entries=2**22, wide_entries=2**24, wide_rows=16)
+# A tile fills the device.
+_ON_GPU = _TileSizes(entries=2**26, wide_entries=2**27, wide_rows=2**12)
 _TILE_ROWS = 1024
-# Entries of a tile over the whole vocabulary, which lives until its gradients are taken. Fewer than about
-# 200 rows make the products slow, more only take memory.
-_WIDE_ENTRIES = {False: 2**24, True: 2**27}
-# Rows of it that are reduced at a time, so that they are still in the cache.
-_WIDE_ROWS = {False: 16, True: 2**12}
 
 
 class Head(NamedTuple):
@@ -75,23 +85,25 @@ class _Gradients(NamedTuple):
     def rows(self, rows: slice) -> "_Gradients":
         return _Gradients(self.hidden[rows], self.weight, self.bias)
 
-    def add(self, tile: Tensor, factor: Tensor, slope: Tensor | None, at: _Operands, columns: slice) -> None:
-        """Take the gradients of one tile, and its contents.
+    def add(
+        self, tile: Tensor, factor: Tensor, slope: Tensor | None, operands: _Operands, columns: slice
+    ) -> None:
+        """Add the gradients of one tile; ``tile`` is overwritten.
 
         Args:
             tile: (rows, columns), proportional to d loss / d logits.
             factor: (rows,) what each row is to be multiplied with. It goes to the narrow side of every
                 product, which spares a pass over the tile.
             slope: (rows, columns) derivative of the soft-cap.
-            at: The rows.
+            operands: The rows.
             columns: Part of the vocabulary.
         """
         if slope is not None:
             tile.mul_(slope)
-        factor = factor * at.head.scale
-        self.hidden.add_((tile @ at.head.weight[columns].float()).mul_(factor[:, None]))
+        factor = factor * operands.head.scale
+        self.hidden.add_((tile @ operands.head.weight[columns].float()).mul_(factor[:, None]))
         if self.weight is not None:
-            self.weight[columns].addmm_(tile.T, at.hidden.float() * factor[:, None])
+            self.weight[columns].addmm_(tile.T, operands.hidden.float() * factor[:, None])
         if self.bias is not None:
             self.bias[columns] += factor @ tile
 
@@ -155,138 +167,145 @@ class _TokenLogps(torch.autograd.Function):
         ctx.settings = scale, softcap
         if not any(ctx.needs_input_grad):
             objective = None
-        ctx.is_taken = objective is not None
-        at = _Operands(hidden, Head(weight, bias, scale, softcap), targets)
+        ctx.has_gradients = objective is not None
+        operands = _Operands(hidden, Head(weight, bias, scale, softcap), targets)
         if objective is None:
-            logps, log_z = _project(at)
+            logps, log_z = _project(operands)
             ctx.save_for_backward(hidden, weight, bias, targets, log_z)
             return logps
         in_place = objective.in_place and weight.is_leaf and weight.dtype == torch.float32
         if in_place and weight.requires_grad and weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-        gradients = _zeros(ctx, at, weight_gradient=weight.grad if in_place else None)
+        gradients = _zeros(ctx, operands, weight_gradient=weight.grad if in_place else None)
         logps = torch.empty(len(targets), device=hidden.device, dtype=torch.float32)
-        slopes = torch.empty_like(logps)
+        dloss_dlogps = torch.empty_like(logps)
         # One for all blocks: fresh memory would have to be mapped and zeroed each time.
-        tile = logps.new_empty(min(_wide_rows(at), len(targets)), weight.shape[0])
-        for pairs, rows in _blocks(objective.lengths, at):
-            logps[rows], slopes[rows] = _project_and_differentiate(
-                at.rows(rows), functools.partial(_value, objective, pairs), gradients.rows(rows), tile
+        tile = logps.new_empty(min(_wide_rows(operands), len(targets)), weight.shape[0])
+        for pairs, rows in _blocks(objective.lengths, operands):
+            logps[rows], dloss_dlogps[rows] = _project_and_differentiate(
+                operands.rows(rows),
+                functools.partial(_value_of, objective, pairs),
+                gradients.rows(rows),
+                tile,
             )
-        ctx.save_for_backward(slopes)
+        ctx.save_for_backward(dloss_dlogps)
         # Not saved as tensors: handed on without another owner, autograd keeps them without a copy.
-        ctx.taken = gradients.rounded((hidden, None if in_place else weight, bias))
+        ctx.gradients = gradients.rounded((hidden, None if in_place else weight, bias))
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.is_taken:
-            (slopes,) = ctx.saved_tensors
-            kept = torch.isclose(grad, slopes, rtol=1e-4, atol=1e-12, equal_nan=True).all()
+        if ctx.has_gradients:
+            (dloss_dlogps,) = ctx.saved_tensors
+            kept = torch.isclose(grad, dloss_dlogps, rtol=1e-4, atol=1e-12, equal_nan=True).all()
             torch._assert_async(kept, "the loss that is differentiated is not the promised objective")
-            taken, ctx.taken = ctx.taken, None
-            return (*taken, None, None, None, None)
+            gradients, ctx.gradients = ctx.gradients, None
+            return (*gradients, None, None, None, None)
         hidden, weight, bias, targets, log_z = ctx.saved_tensors
-        at = _Operands(hidden, Head(weight, bias, *ctx.settings), targets)
-        gradients = _zeros(ctx, at)
-        _differentiate(at, log_z, grad.float(), gradients)
+        operands = _Operands(hidden, Head(weight, bias, *ctx.settings), targets)
+        gradients = _zeros(ctx, operands)
+        _differentiate(operands, log_z, grad.float(), gradients)
         grads = gradients.rounded((hidden, weight, bias))
         return (*grads, None, None, None, None)
 
 
-def _zeros(ctx: Any, at: _Operands, *, weight_gradient: Tensor | None = None) -> _Gradients:
+def _zeros(ctx: Any, operands: _Operands, *, weight_gradient: Tensor | None = None) -> _Gradients:
     """Sums to add to; the weight's may be given."""
     needed = ctx.needs_input_grad
-    weight, bias = at.head.weight, at.head.bias
+    weight, bias = operands.head.weight, operands.head.bias
     if weight_gradient is None and needed[1]:
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
     return _Gradients(
-        torch.zeros_like(at.hidden, dtype=torch.float32),
+        torch.zeros_like(operands.hidden, dtype=torch.float32),
         weight_gradient,
         torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None,
     )
 
 
-def _project(at: _Operands) -> tuple[Tensor, Tensor]:
+def _project(operands: _Operands) -> tuple[Tensor, Tensor]:
     """Log-probs, and the log of the sum over the vocabulary that they were divided by."""
-    chosen = torch.full((len(at.targets),), torch.nan, device=at.hidden.device, dtype=torch.float32)
-    log_z = torch.full_like(chosen, -torch.inf)
-    for rows, columns in _tiles(at):
-        tile = _logits(at.rows(rows), columns)
-        inside, place = _places(at.targets[rows], columns)
-        chosen[rows] = torch.where(inside, tile.gather(1, place[:, None]).squeeze(1), chosen[rows])
+    target_logits = torch.full(
+        (len(operands.targets),), torch.nan, device=operands.hidden.device, dtype=torch.float32
+    )
+    log_z = torch.full_like(target_logits, -torch.inf)
+    for rows, columns in _tiles(operands):
+        tile = _logits(operands.rows(rows), columns)
+        inside, column = _target_columns(operands.targets[rows], columns)
+        target_logits[rows] = torch.where(
+            inside, tile.gather(1, column[:, None]).squeeze(1), target_logits[rows]
+        )
         largest, sums = _exponentials(tile)
         log_z[rows] = torch.logaddexp(log_z[rows], sums.log_().add_(largest))
-    return chosen - log_z, log_z
+    return target_logits - log_z, log_z
 
 
-def _differentiate(at: _Operands, log_z: Tensor, upstream: Tensor, gradients: _Gradients) -> None:
+def _differentiate(operands: _Operands, log_z: Tensor, upstream: Tensor, gradients: _Gradients) -> None:
     """Add the gradients of log-probs that ``_project`` returned, from tiles computed again."""
-    for rows, columns in _tiles(at):
-        part = at.rows(rows)
+    for rows, columns in _tiles(operands):
+        part = operands.rows(rows)
         tile = _logits(part, columns)
-        slope = _softcap_slope(tile, at.head.softcap)
+        slope = _softcap_slope(tile, operands.head.softcap)
         tile.sub_(log_z[rows, None]).exp_()
-        inside, place = _places(part.targets, columns)
-        tile.scatter_add_(1, place[:, None], -inside.float()[:, None])
+        inside, column = _target_columns(part.targets, columns)
+        tile.scatter_add_(1, column[:, None], -inside.float()[:, None])
         gradients.rows(rows).add(tile, -upstream[rows], slope, part, columns)
 
 
 def _project_and_differentiate(
-    at: _Operands, value: Callable[[Tensor], Tensor], gradients: _Gradients, tile: Tensor
+    operands: _Operands, value: Callable[[Tensor], Tensor], gradients: _Gradients, tile: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of whole pairs and the slopes of their terms; the gradients are added.
+    """Log-probs of whole pairs and the derivatives of their terms; the gradients are added.
 
     ``tile`` is room for rows over the whole vocabulary.
     """
-    whole = slice(0, at.head.weight.shape[0])
-    if len(at.targets) > len(tile):
+    whole = slice(0, operands.head.weight.shape[0])
+    if len(operands.targets) > len(tile):
         # One pair that is too long for a tile over the whole vocabulary.
-        logps, log_z = _project(at)
-        slopes = _slopes(logps, value)
-        _differentiate(at, log_z, slopes, gradients)
-        return logps, slopes
-    tile = _logits(at, whole, out=tile[: len(at.targets)])
-    slope = _softcap_slope(tile, at.head.softcap)
-    places = at.targets[:, None]
-    chosen = tile.gather(1, places).squeeze(1)
-    step = _WIDE_ROWS[tile.is_cuda]
+        logps, log_z = _project(operands)
+        dloss_dlogps = _dloss_dlogps(logps, value)
+        _differentiate(operands, log_z, dloss_dlogps, gradients)
+        return logps, dloss_dlogps
+    tile = _logits(operands, whole, out=tile[: len(operands.targets)])
+    slope = _softcap_slope(tile, operands.head.softcap)
+    columns = operands.targets[:, None]
+    target_logits = tile.gather(1, columns).squeeze(1)
+    step = _sizes(tile).wide_rows
     parts = [_exponentials(tile[i : i + step]) for i in range(0, len(tile), step)]
     largest, sums = (torch.cat(column) for column in zip(*parts, strict=True))
-    logps = chosen - largest - sums.log()
-    slopes = _slopes(logps, value)
+    logps = target_logits - largest - sums.log()
+    dloss_dlogps = _dloss_dlogps(logps, value)
     # Not divided by the sums: the rows' factor does that.
-    tile.scatter_add_(1, places, -sums[:, None])
-    gradients.add(tile, -slopes / sums, slope, at, whole)
-    return logps, slopes
+    tile.scatter_add_(1, columns, -sums[:, None])
+    gradients.add(tile, -dloss_dlogps / sums, slope, operands, whole)
+    return logps, dloss_dlogps
 
 
-def _value(objective: Objective, pairs: slice, logps: Tensor) -> Tensor:
+def _value_of(objective: Objective, pairs: slice, logps: Tensor) -> Tensor:
     return objective.value(logps, pairs)
 
 
-def _slopes(logps: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
+def _dloss_dlogps(logps: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
     """d value / d logps, (rows,)."""
     with torch.enable_grad():
         leaf = logps.detach().requires_grad_()
-        (slopes,) = torch.autograd.grad(value(leaf), leaf)
-    return slopes
+        (dloss_dlogps,) = torch.autograd.grad(value(leaf), leaf)
+    return dloss_dlogps
 
 
 def _exponentials(tile: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's largest entry, and the sum of exp(entry - largest), which replaces the tile's contents.
 
-    In place: the tile is read several times, and shall stay in the cache.
+    In place: the tile is read several times, and should stay in the cache.
     """
     # Where every logit of a part is -inf, the part adds nothing.
     largest = tile.amax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)
     return largest, tile.sub_(largest[:, None]).exp_().sum(dim=-1)
 
 
-def _blocks(lengths: Sequence[int], at: _Operands) -> Iterator[tuple[slice, slice]]:
+def _blocks(lengths: Sequence[int], operands: _Operands) -> Iterator[tuple[slice, slice]]:
     """Consecutive pairs and their rows, as many as fit in a tile over the whole vocabulary, at least one."""
-    most = _wide_rows(at)
+    most = _wide_rows(operands)
     first = begin = end = 0
     for pair, length in enumerate(lengths):
         if end > begin and end + length - begin > most:
@@ -297,32 +316,36 @@ def _blocks(lengths: Sequence[int], at: _Operands) -> Iterator[tuple[slice, slic
         yield slice(first, len(lengths)), slice(begin, end)
 
 
-def _wide_rows(at: _Operands) -> int:
-    return max(1, _WIDE_ENTRIES[at.hidden.is_cuda] // at.head.weight.shape[0])
+def _sizes(tensor: Tensor) -> _TileSizes:
+    return _ON_GPU if tensor.is_cuda else _ON_CPU
 
 
-def _tiles(at: _Operands) -> Iterator[tuple[slice, slice]]:
+def _wide_rows(operands: _Operands) -> int:
+    return max(1, _sizes(operands.hidden).wide_entries // operands.head.weight.shape[0])
+
+
+def _tiles(operands: _Operands) -> Iterator[tuple[slice, slice]]:
     """Rows and vocabulary of each tile: many rows and few columns, so that the product runs at full speed."""
-    tile = _TILE_ENTRIES[at.hidden.is_cuda]
-    rows = max(1, min(len(at.hidden), _TILE_ROWS, tile))
+    tile = _sizes(operands.hidden).entries
+    rows = max(1, min(len(operands.hidden), _TILE_ROWS, tile))
     columns = max(1, tile // rows)
-    vocabulary = at.head.weight.shape[0]
-    for i in range(0, len(at.hidden), rows):
+    vocabulary = operands.head.weight.shape[0]
+    for i in range(0, len(operands.hidden), rows):
         for j in range(0, vocabulary, columns):
             yield slice(i, i + rows), slice(j, min(j + columns, vocabulary))
 
 
-def _places(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Which targets stand in these columns, and where (any place for the others)."""
-    place = targets - columns.start
+def _target_columns(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Which targets are among these columns, and at which of them (any column for the others)."""
+    column = targets - columns.start
     width = columns.stop - columns.start
-    return (place >= 0) & (place < width), place.clamp(0, width - 1)
+    return (column >= 0) & (column < width), column.clamp(0, width - 1)
 
 
-def _logits(at: _Operands, columns: slice, out: Tensor | None = None) -> Tensor:
+def _logits(operands: _Operands, columns: slice, out: Tensor | None = None) -> Tensor:
     """One fp32 tile of logits, (rows, columns)."""
-    weight, bias, scale, softcap = at.head
-    tile = torch.mm(at.hidden.float(), weight[columns].float().T, out=out)
+    weight, bias, scale, softcap = operands.head
+    tile = torch.mm(operands.hidden.float(), weight[columns].float().T, out=out)
     if bias is not None:
         tile += bias[columns].float()
     if scale != 1.0:

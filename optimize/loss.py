@@ -1,9 +1,34 @@
-"""The preference losses: pure functions of the pairs' log-probs. A new loss is a new function here."""
+"""The preference losses: pure functions of what is known of each pair. A new loss is a new function here."""
 
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class LossInputs(NamedTuple):
+    """What a loss may need of a batch of pairs; log-probs are sums over a completion, in nats."""
+
+    chosen_logps: Tensor  # (pairs,) the policy's
+    rejected_logps: Tensor  # (pairs,)
+    ref_chosen_logps: Tensor  # (pairs,) the reference's
+    ref_rejected_logps: Tensor  # (pairs,)
+    chosen_lengths: Tensor  # (pairs,) scored tokens
+    rejected_lengths: Tensor  # (pairs,)
+    beta: float
+    """Strength of the pull towards the reference."""
+    label_smoothing: float
+    """Assumed share of pairs whose labels are the wrong way round."""
+
+    @property
+    def chosen_rewards(self) -> Tensor:
+        """(pairs,) implicit rewards, up to a term of the prompt (Rafailov et al. 2023, eq. 5)."""
+        return self.beta * (self.chosen_logps - self.ref_chosen_logps)
+
+    @property
+    def rejected_rewards(self) -> Tensor:
+        """(pairs,)"""
+        return self.beta * (self.rejected_logps - self.ref_rejected_logps)
 
 
 class PreferenceLoss(NamedTuple):
@@ -14,41 +39,26 @@ class PreferenceLoss(NamedTuple):
     rejected_rewards: Tensor  # (pairs,) detached
 
 
-def sigmoid_losses(margins: Tensor, *, label_smoothing: float) -> Tensor:
+def sigmoid_losses(pairs: LossInputs) -> Tensor:
     """DPO (Rafailov et al. 2023, eq. 7); with label smoothing cDPO (Mitchell 2023, eq. 3).
 
-    Args:
-        margins: (pairs,) chosen minus rejected reward, beta included.
-        label_smoothing: Assumed share of pairs whose labels are the wrong way round.
+    Returns:
+        (pairs,)
     """
-    return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+    margins = pairs.chosen_rewards - pairs.rejected_rewards
+    swapped = pairs.label_smoothing
+    return -(1 - swapped) * F.logsigmoid(margins) - swapped * F.logsigmoid(-margins)
 
 
 LOSSES = {"sigmoid": sigmoid_losses}
 
 
-def preference_loss(
-    *,
-    loss_type: str,
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-) -> PreferenceLoss:
+def preference_loss(loss_type: str, pairs: LossInputs) -> PreferenceLoss:
     """Loss of each pair.
 
     Args:
         loss_type: A key of ``LOSSES``.
-        chosen_logps: (pairs,) policy log-probs summed over the chosen completion, in nats.
-        rejected_logps: (pairs,) the same of the rejected completion.
-        ref_chosen_logps: (pairs,) the reference's.
-        ref_rejected_logps: (pairs,) the reference's.
-        beta: Strength of the pull towards the reference.
-        label_smoothing: See ``sigmoid_losses``.
+        pairs: A batch of them.
     """
-    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
-    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
-    losses = LOSSES[loss_type](chosen_rewards - rejected_rewards, label_smoothing=label_smoothing)
-    return PreferenceLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
+    losses = LOSSES[loss_type](pairs)
+    return PreferenceLoss(losses, pairs.chosen_rewards.detach(), pairs.rejected_rewards.detach())

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from dpo_opt.optimize.lora_targets import has_experts
-from dpo_opt.optimize.loss import preference_loss
+from dpo_opt.optimize.loss import LossInputs, preference_loss
 from dpo_opt.optimize.packing import Group, packed_size, pair_group
 from dpo_opt.optimize.policy import Policy, one_by_one
 from dpo_opt.schemas.errors import FingerprintError, quoted
@@ -314,9 +314,9 @@ def spread_pairs(folder: ShardFolder, count: int) -> list[ScoredPair]:
     wanted: dict[tuple[int, int], set[int]] = {}
     for position in spread_positions(shards, count):
         wanted.setdefault((int(shards[position]), int(groups[position])), set()).add(int(rows[position]))
-    for (shard, group), chosen in wanted.items():
+    for (shard, group), numbers in wanted.items():
         (found,) = folder.row_groups(shard, row_groups=[group])
-        pairs += [pair for pair in found if pair.row in chosen]
+        pairs += [pair for pair in found if pair.row in numbers]
     return pairs
 
 
@@ -343,9 +343,9 @@ def _evenly(size: int, count: int) -> npt.NDArray[np.int64]:
 def _together(policy: Policy, groups: Sequence[Group], budget: int) -> list[LogpArray]:
     """Chosen and rejected of every pair, in order, computed as training does."""
     found: dict[int, LogpArray] = {}
-    for chosen in policy.bins(groups, budget):
-        logps = policy.sequence_logps([groups[i] for i in chosen])
-        for position, i in enumerate(chosen):
+    for members in policy.bins(groups, budget):
+        logps = policy.sequence_logps([groups[i] for i in members])
+        for position, i in enumerate(members):
             for side in (0, 1):
                 found[2 * i + side] = logps[2 * position + side].cpu().numpy()
     return [found[i] for i in range(2 * len(groups))]
@@ -383,11 +383,15 @@ def _margins(sides: Sequence[LogpArray]) -> npt.NDArray[np.float64]:
 
 def _loss(pairs: Sequence[ScoredPair], own: Sequence[LogpArray]) -> float:
     chosen, rejected = torch.from_numpy(_sums(own)).unbind(1)
-    result = preference_loss(
-        loss_type="sigmoid",
+    lengths = torch.tensor([[len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
+    inputs = LossInputs(
         chosen_logps=chosen,
         rejected_logps=rejected,
         ref_chosen_logps=torch.tensor([p.ref_chosen_logps for p in pairs], dtype=torch.float64),
         ref_rejected_logps=torch.tensor([p.ref_rejected_logps for p in pairs], dtype=torch.float64),
+        chosen_lengths=lengths[:, 0],
+        rejected_lengths=lengths[:, 1],
+        beta=0.1,
+        label_smoothing=0.0,
     )
-    return float(result.losses.mean())
+    return float(preference_loss("sigmoid", inputs).losses.mean())

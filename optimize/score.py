@@ -90,9 +90,9 @@ class HfScorer:
         """See ``Scorer``: adjacent sequences of one prompt share its forward."""
         groups = _by_prompt(sequences)
         found: list[list[LogpArray]] = [[] for _ in groups]
-        for chosen in self.policy.bins(groups, _BATCH_ROWS):
-            logps = iter(_forward(self.policy, [groups[i] for i in chosen]))
-            for i in chosen:
+        for members in self.policy.bins(groups, _BATCH_ROWS):
+            logps = iter(_forward(self.policy, [groups[i] for i in members]))
+            for i in members:
                 found[i] = [next(logps) for _ in groups[i]]
         return [logps for group in found for logps in group]
 

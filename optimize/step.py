@@ -11,7 +11,7 @@ from dpo_opt.optimize.balance import ForwardCost, balance
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.distributed import World, sum_over_ranks
 from dpo_opt.optimize.logps import Objective
-from dpo_opt.optimize.loss import preference_loss
+from dpo_opt.optimize.loss import LossInputs, preference_loss
 from dpo_opt.optimize.packing import pair_group, to_device
 from dpo_opt.optimize.policy import Policy
 from dpo_opt.optimize.run_folder import Metrics
@@ -74,15 +74,15 @@ def forward_pairs(
     ref_logps = to_device(torch.tensor(references, dtype=torch.float64), device)
     weight = None if weights is None else to_device(torch.tensor(weights, dtype=torch.float64), device)
     columns = torch.zeros(len(pairs), len(PairResults._fields), dtype=torch.float64, device=device)
-    for number, chosen in enumerate(plan):
+    for number, members in enumerate(plan):
         if world.size == 1:
             stop.check(world)
         announce_micro_batch(policy, last=number == len(plan) - 1)
-        if not chosen:
+        if not members:
             join_empty(policy, backward=backward)
             continue
-        places = to_device(torch.tensor(chosen), device)
-        batch = policy.layout([groups[i] for i in chosen])
+        places = to_device(torch.tensor(members), device)
+        batch = policy.layout([groups[i] for i in members])
         part = _Part(
             config,
             batch.lengths,
@@ -92,7 +92,7 @@ def forward_pairs(
         )
         objective = Objective(part.rows, part.value, in_place=world.size == 1) if backward else None
         logps = policy.batch_logps(batch.to(device), objective=objective)
-        results = part.results(logps, slice(0, len(chosen)))
+        results = part.results(logps, slice(0, len(members)))
         if backward:
             torch.autograd.backward(part.loss(results))
         columns.index_copy_(0, places, torch.stack([column.detach() for column in results], dim=1))
@@ -126,19 +126,23 @@ class _Part:
         """From the token log-probs of these pairs; not detached."""
         lengths = self.lengths[2 * pairs.start : 2 * pairs.stop]
         owners = to_device(torch.repeat_interleave(torch.tensor(lengths)), logps.device)
+        counts = to_device(torch.tensor(lengths), logps.device)
         # float64: a margin is a small difference of sums over hundreds of tokens.
         sums = logps.new_zeros(len(lengths), dtype=torch.float64).index_add(0, owners, logps.double())
         chosen_logps, rejected_logps = sums.view(-1, 2).unbind(1)
         ref_chosen_logps, ref_rejected_logps = self.ref_logps[pairs].unbind(1)
-        loss = preference_loss(
-            loss_type=self.config.loss_type,
+        chosen_lengths, rejected_lengths = counts.view(-1, 2).unbind(1)
+        inputs = LossInputs(
             chosen_logps=chosen_logps,
             rejected_logps=rejected_logps,
             ref_chosen_logps=ref_chosen_logps,
             ref_rejected_logps=ref_rejected_logps,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
             beta=self.config.beta,
             label_smoothing=self.config.label_smoothing,
         )
+        loss = preference_loss(self.config.loss_type, inputs)
         losses = loss.losses if self.weight is None else loss.losses * self.weight[pairs]
         return PairResults(losses, chosen_logps, rejected_logps, loss.chosen_rewards, loss.rejected_rewards)
 

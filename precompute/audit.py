@@ -89,7 +89,7 @@ def audit(config: CheckConfig, *, progress: Progress | None = None) -> Audit:
         ]
         report.truncation_mode = config.truncation
         report.truncation = fits
-        chosen = next(fit for fit in fits if fit.max_length == max_length)
+        at_max_length = next(fit for fit in fits if fit.max_length == max_length)
         report.estimate = estimate(
             facts,
             max_length=max_length,
@@ -97,7 +97,7 @@ def audit(config: CheckConfig, *, progress: Progress | None = None) -> Audit:
             parameters=parameter_count(folder),
             pairs_per_shard=config.pairs_per_shard,
         )
-        problems += _forecast_problems(facts, chosen, config.truncation)
+        problems += _forecast_problems(facts, at_max_length, config.truncation)
     report.problems = by_harm(problems)
     return report
 

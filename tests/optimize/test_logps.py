@@ -42,7 +42,9 @@ def textbook(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 def tiles_of(monkeypatch: pytest.MonkeyPatch, *, rows: int, columns: int) -> None:
     monkeypatch.setattr(logps_module, "_TILE_ROWS", rows)
-    monkeypatch.setattr(logps_module, "_TILE_ENTRIES", {False: rows * columns, True: rows * columns})
+    for device in ("_ON_CPU", "_ON_GPU"):
+        sizes = getattr(logps_module, device)._replace(entries=rows * columns)
+        monkeypatch.setattr(logps_module, device, sizes)
 
 
 @pytest.mark.parametrize(
@@ -188,8 +190,8 @@ def sigmoid_objective(targets: Tensor) -> Objective:
 def test_gradients_taken_while_projecting_are_those_taken_afterwards(
     monkeypatch: pytest.MonkeyPatch, case: Case, rows: int
 ) -> None:
-    monkeypatch.setattr(logps_module, "_WIDE_ENTRIES", {False: rows * VOCABULARY})
-    monkeypatch.setattr(logps_module, "_WIDE_ROWS", {False: 4})
+    sizes = logps_module._ON_CPU._replace(wide_entries=rows * VOCABULARY, wide_rows=4)
+    monkeypatch.setattr(logps_module, "_ON_CPU", sizes)
     tiles_of(monkeypatch, rows=5, columns=30)
     hidden, weight, bias, targets, _ = case.tensors()
     inputs = [t.requires_grad_() for t in (hidden, weight, bias) if t is not None]

@@ -1,25 +1,44 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from dpo_opt.optimize import preference_loss
-from dpo_opt.optimize.loss import PreferenceLoss
+from dpo_opt.optimize import TrainConfig, preference_loss
+from dpo_opt.optimize.loss import LOSSES, LossInputs, PreferenceLoss
+
+
+def inputs(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    *,
+    reference: tuple[float, float] = (-10.0, -12.0),
+    label_smoothing: float = 0.0,
+    beta: float = 0.1,
+) -> LossInputs:
+    """Pairs of 5 and 6 tokens, against one reference."""
+    return LossInputs(
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        ref_chosen_logps=torch.full_like(chosen, reference[0]),
+        ref_rejected_logps=torch.full_like(rejected, reference[1]),
+        chosen_lengths=torch.full_like(chosen, 5, dtype=torch.int64),
+        rejected_lengths=torch.full_like(rejected, 6, dtype=torch.int64),
+        beta=beta,
+        label_smoothing=label_smoothing,
+    )
 
 
 def loss(
     chosen: list[float], rejected: list[float], *, label_smoothing: float = 0.0, beta: float = 0.1
 ) -> PreferenceLoss:
     """Against a reference of -10 and -12."""
-    return preference_loss(
-        loss_type="sigmoid",
-        chosen_logps=torch.tensor(chosen, dtype=torch.float64),
-        rejected_logps=torch.tensor(rejected, dtype=torch.float64),
-        ref_chosen_logps=torch.full((len(chosen),), -10.0, dtype=torch.float64),
-        ref_rejected_logps=torch.full((len(rejected),), -12.0, dtype=torch.float64),
-        beta=beta,
-        label_smoothing=label_smoothing,
-    )
+    sides = (torch.tensor(side, dtype=torch.float64) for side in (chosen, rejected))
+    return preference_loss("sigmoid", inputs(*sides, label_smoothing=label_smoothing, beta=beta))
+
+
+def test_every_loss_can_be_asked_for() -> None:
+    assert set(get_args(TrainConfig.model_fields["loss_type"].annotation)) == set(LOSSES)
 
 
 def test_values_worked_by_hand() -> None:
@@ -46,14 +65,7 @@ def test_loss_is_ln_2_where_policy_equals_reference(label_smoothing: float) -> N
 def test_descent_raises_chosen_and_lowers_rejected() -> None:
     chosen = torch.tensor([-10.0], requires_grad=True)
     rejected = torch.tensor([-12.0], requires_grad=True)
-    found = preference_loss(
-        loss_type="sigmoid",
-        chosen_logps=chosen,
-        rejected_logps=rejected,
-        ref_chosen_logps=torch.tensor([-10.0]),
-        ref_rejected_logps=torch.tensor([-12.0]),
-        beta=0.3,
-    )
+    found = preference_loss("sigmoid", inputs(chosen, rejected, beta=0.3))
     found.losses.sum().backward()
     # d loss / d chosen = -beta x sigmoid(-margin), and the margin is 0.
     assert chosen.grad is not None
@@ -73,14 +85,7 @@ def test_smoothed_loss_has_its_minimum_where_the_labels_have_their_odds() -> Non
 
 def test_rewards_carry_no_gradient() -> None:
     chosen = torch.tensor([-8.0], requires_grad=True)
-    reference = torch.tensor([-10.0])
-    found = preference_loss(
-        loss_type="sigmoid",
-        chosen_logps=chosen,
-        rejected_logps=reference,
-        ref_chosen_logps=reference,
-        ref_rejected_logps=reference,
-    )
+    found = preference_loss("sigmoid", inputs(chosen, torch.tensor([-10.0]), reference=(-10.0, -10.0)))
     assert not found.chosen_rewards.requires_grad
     assert not found.rejected_rewards.requires_grad
     assert found.losses.requires_grad
