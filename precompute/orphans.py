@@ -63,7 +63,7 @@ def _watch(parent: int, others: set[int]) -> None:
         born = set(_children(parent)) - others if starting else set()
         for pid in [*born, *found]:
             _collect(pid, found)
-        found = {pid: start for pid, start in found.items() if _start_time(pid) == start}
+        found = {pid: start for pid, start in found.items() if start_time(pid) == start}
         if gone:
             for pid in found:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -87,7 +87,7 @@ def _watch(parent: int, others: set[int]) -> None:
 
 def _collect(pid: int, found: dict[int, str]) -> None:
     """A process and all that descend from it."""
-    start = _start_time(pid)
+    start = start_time(pid)
     if start is None or found.get(pid, start) != start:
         return
     found[pid] = start
@@ -107,7 +107,7 @@ def _children(pid: int) -> list[int]:
     return children
 
 
-def _start_time(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """In clock ticks since boot; None where there is no such process, or only its exit code."""
     try:
         # The name, in brackets, may hold anything.

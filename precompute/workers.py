@@ -16,6 +16,7 @@ from collections.abc import Generator, Mapping
 from typing import NamedTuple
 
 from dpo_opt.precompute.commits import committed, is_committed
+from dpo_opt.precompute.orphans import start_time
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.locations import AnyPath, read_all, remove, sizes
 from dpo_opt.schemas.manifest import COMMITS, Plan, ShardCommit, ShardRange
@@ -153,7 +154,7 @@ class _Marks:
         """Whether this process is the one at a shard now."""
         token = secrets.token_hex(4)
         _set_here.add(token)
-        text = json.dumps([socket.gethostname(), os.getpid(), token])
+        text = json.dumps([socket.gethostname(), os.getpid(), token, start_time(os.getpid())])
         try:
             write_text(self._path(shard), text, replace=shard in self._stale)
         except FileExistsError:
@@ -179,16 +180,36 @@ class _Marks:
 def _is_gone(text: bytes) -> bool:
     """Whether a process of this machine has ended; of another machine nothing is known.
 
-    A container that is started again has the process number of the one that was killed.
+    A container that is started again has the process number of the one that was killed, and any other process
+    may be given it. One that waits for its parent to take its exit code has ended, too.
     """
     try:
-        host, process, token = json.loads(text)
-        if host == socket.gethostname():
-            if int(process) == os.getpid():
-                return token not in _set_here
-            os.kill(int(process), 0)
+        # Earlier versions wrote no start time.
+        host, process, token, *begun = json.loads(text)
+        if host != socket.gethostname():
+            return False
+        if int(process) == os.getpid():
+            return token not in _set_here
+        is_own = _may_signal(int(process))
     except ProcessLookupError:
         return True
-    except (ValueError, TypeError, OverflowError, PermissionError):
+    except (ValueError, TypeError, OverflowError):
         return False
-    return False
+    begins = start_time(int(process))
+    if begins is None:
+        # Another user's may be hidden.
+        return is_own and start_time(os.getpid()) is not None
+    return begun not in ([], [None], [begins])
+
+
+def _may_signal(process: int) -> bool:
+    """Whether a process is this user's.
+
+    Raises:
+        ProcessLookupError: There is none.
+    """
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return False
+    return True

@@ -49,7 +49,7 @@ sys.stdin.readline()
 
 
 def alive(pid: int) -> bool:
-    return orphans._start_time(pid) is not None
+    return orphans.start_time(pid) is not None
 
 
 def until(true: Callable[[], bool], *, seconds: float) -> None:

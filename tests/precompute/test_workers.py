@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dpo_opt.launch import launch
 from dpo_opt.precompute import workers
 from dpo_opt.precompute.commits import finalize
 from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.orphans import start_time
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.precompute.workers import Worker, worker_from_environment
 from dpo_opt.schemas.errors import ConfigError
@@ -82,6 +83,86 @@ def dead_process() -> int:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     return process.pid
+
+
+@pytest.fixture
+def sleeping() -> Iterator["subprocess.Popen[bytes]"]:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.usefixtures("looking_often")
+@pytest.mark.parametrize("state", ["dead", "a zombie", "another's number", "alive", "alive, as before"])
+def test_a_mark_counts_while_its_process_is_there(
+    config_of: Configs,
+    state: str,
+    sleeping: "subprocess.Popen[bytes]",
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shards = Path(str(config_of().shards))
+    begun: list[str | None] = [start_time(sleeping.pid)]
+    if state == "another's number":
+        begun = [str(int(begun[0] or 0) - 1)]
+    elif state == "alive, as before":
+        begun = []  # an earlier version's
+    elif state in ("dead", "a zombie"):
+        sleeping.kill()
+        os.waitid(os.P_PID, sleeping.pid, os.WEXITED | os.WNOWAIT)
+        if state == "dead":
+            sleeping.wait()
+    assert Path(f"/proc/{sleeping.pid}").exists() == (state != "dead")
+    mark(shards, 0, [socket.gethostname(), sleeping.pid, "0badc0de", *begun])
+    order: list[int] = []
+
+    def look(_: int) -> None:
+        order.extend(shard for shard, (_, process, *_) in marks(shards).items() if process == os.getpid())
+
+    # A mark that counts is believed for a while all the same.
+    monkeypatch.setattr(workers, "_PATIENCE_WITHOUT_EXPERIENCE", 1.0)
+    monkeypatch.setattr(workers, "_LEAST_PATIENCE", 1.0)
+    assert precompute(config_of(), scorer=ScriptedScorer(before_call=look)).kept == 12
+    assert sorted(order) == [0, 1, 2]
+    assert (order[0] != 0) == state.startswith("alive")
+
+
+def marks(shards: Path) -> dict[int, list[Any]]:
+    """What each marked shard's mark says."""
+    return {int(path.name[1:6]): json.loads(path.read_text()) for path in shards.glob("commits/.*.tmp")}
+
+
+@pytest.mark.usefixtures("looking_often")
+def test_a_mark_says_since_when_its_process_runs(config_of: Configs) -> None:
+    config, found = config_of(), []
+
+    def look(_: int) -> None:
+        found.extend(marks(Path(str(config.shards))).values())
+
+    precompute(config, scorer=ScriptedScorer(before_call=look))
+    assert len(found) == 3
+    for host, process, _, begun in found:
+        assert (host, process) == (socket.gethostname(), os.getpid())
+        assert begun == start_time(os.getpid()) is not None
+
+
+@pytest.mark.parametrize("may_signal", [True, False])
+@pytest.mark.parametrize("has_proc", [True, False])
+def test_a_process_that_cannot_be_seen_is_believed(
+    sleeping: "subprocess.Popen[bytes]", may_signal: bool, has_proc: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's may be hidden, and not every system has a /proc; only one's own would be seen there."""
+
+    def signal_it(process: int, number: int) -> None:
+        assert (process, number) == (sleeping.pid, 0)
+        if not may_signal:
+            raise PermissionError
+
+    monkeypatch.setattr(os, "kill", signal_it)
+    monkeypatch.setattr(
+        workers, "start_time", lambda process: "5" if has_proc and process == os.getpid() else None
+    )
+    text = json.dumps([socket.gethostname(), sleeping.pid, "0badc0de", "7"]).encode()
+    assert workers._is_gone(text) == (may_signal and has_proc)
 
 
 @pytest.mark.usefixtures("looking_often")
