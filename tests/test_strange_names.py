@@ -180,9 +180,9 @@ def test_adapters_of_strange_content(tmp_path: Path) -> None:
     ):
         (tmp_path / CONFIG).write_text(json.dumps(config))
         save_file({STRANGE: torch.zeros(2)}, tmp_path / WEIGHTS)
-        message(lambda: read_adapter(tmp_path))
+        assert str(tmp_path) in message(lambda: read_adapter(tmp_path))
     (tmp_path / WEIGHTS).write_bytes(b"\x1b[31m" * 20)
-    message(lambda: read_adapter(tmp_path))
+    assert WEIGHTS in message(lambda: read_adapter(tmp_path))
 
 
 def test_checkpoints_of_strange_names(tmp_path: Path) -> None:

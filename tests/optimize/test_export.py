@@ -122,7 +122,11 @@ def test_a_folder_left_by_a_crash_does_no_harm(tiny_model: Path, tmp_path: Path,
     left.mkdir()
     (left / "model.safetensors").write_text("half")
     save(tiny_model, tmp_path / "final", tokenizer_dir)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+    assert (left / "model.safetensors").read_text() == "half"
 
 
 def test_settings_that_transformers_refuses_to_write_do_not_lose_the_run(

@@ -147,6 +147,7 @@ SUFFIXES = [".jsonl", ".json", ".jsonl.gz", ".json.zst", ".parquet"]
 @examples(800)
 @given(RAW, st.sampled_from(SUFFIXES), st.booleans())
 def test_any_bytes_are_rows_or_refused(data: bytes, suffix: str, packed: bool) -> None:
+    """``scan`` asserts it: rows are counted in order, and every error is one that is explained."""
     if packed:
         data = {".gz": gzip.compress, "zst": zstandard.compress}.get(suffix[-3:], bytes)(data)
     with written(data, suffix) as path:
@@ -201,6 +202,7 @@ def edited(data: bytes, edits: list[tuple[str, float, int]]) -> bytes:
 def test_a_valid_file_that_was_damaged_is_rows_or_refused(
     valid: tuple[str, bytes], edits: list[tuple[str, float, int]]
 ) -> None:
+    """As ``scan`` asserts it."""
     suffix, data = valid
     with written(edited(data, edits), suffix) as path:
         scan(path)

@@ -54,4 +54,8 @@ def test_no_control_no_surrogate_and_nothing_that_reorders_is_left() -> None:
 
 
 def test_text_stays_writable() -> None:
-    printable("".join(map(chr, range(0x10000)))).encode("utf-8")
+    everything = "".join(map(chr, range(0x10000)))
+    shown = printable(everything)
+    assert shown.encode("utf-8").decode("utf-8") == shown
+    # Of what is no surrogate nearly all is shown.
+    assert 0x10000 - 0x800 - 100 < len(shown) < 0x10000 - 0x800
