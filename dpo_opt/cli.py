@@ -23,21 +23,18 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.results import json_option, show, status_in_words
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, Interrupted, quoted
 from dpo_opt.schemas.locations import AnyPath
-from dpo_opt.schemas.manifest import resume_command
+from dpo_opt.schemas.manifest import MANIFEST, PLAN, resume_command
 from dpo_opt.schemas.text import printable
 
 _INTERRUPTED = 130
 _AGAIN = "run the same command again: what was finished before is kept"
-_NOT_ALLOWED = (
-    "this user may not do there what the command must",
-    "ls -ld {path}, then chmod or another path",
-)
+_NOT_ALLOWED = ("this user may not do there what the command must", "ls -ld {path}")
 _NO_ROOM = ("what was being written could not be written whole", f"free some space there, then {_AGAIN}")
 # What a system says of a path, which its user can mend: why it stops the command, and what to do.
 _PATH_ERRORS = {
     errno.EACCES: _NOT_ALLOWED,
     errno.EPERM: _NOT_ALLOWED,
-    errno.EROFS: ("nothing can be written to that file system", "pass another path"),
+    errno.EROFS: _NOT_ALLOWED,
     errno.ENOTDIR: ("a file stands where a folder is needed", "ls -ld {path}, then pass another path"),
     errno.EISDIR: ("a folder stands where a file is needed", "ls -ld {path}, then pass another path"),
     errno.EEXIST: ("what is there would be replaced", "pass another path, or move that one away"),
@@ -127,7 +124,38 @@ def _of_path(error: OSError) -> DpoOptError | None:
         return None
     why, fix = _PATH_ERRORS[error.errno]
     where = None if error.filename is None else str(error.filename)
-    return DpoOptError(str(error.strerror), where=where, why=why, fix=fix.format(path=quoted(where)))
+    fix = fix.format(path=quoted(where))
+    if where is not None and error.errno in (errno.EACCES, errno.EROFS):
+        why, fix = _not_allowed(Path(where).absolute(), read_only=error.errno == errno.EROFS)
+    return DpoOptError(str(error.strerror), where=where, why=why, fix=fix)
+
+
+def _not_allowed(path: Path, *, read_only: bool) -> tuple[str, str]:
+    """Why a path must be read or written, and what lets it be.
+
+    What is written has a private name at first, so the folder is named in which it was to be.
+
+    Args:
+        path: Absolute; may not exist.
+        read_only: Its file system takes nothing, whatever the modes are.
+    """
+    # Not `Path.exists`, which raises where a folder may not be entered.
+    folder = next(parent for parent in path.parents if os.access(parent, os.F_OK))
+    for closed, mode in ((folder, os.X_OK), (path, os.R_OK)):
+        if os.access(closed, os.F_OK) and not os.access(closed, mode):
+            return "the command reads what is there", f"chmod u+rX {quoted(closed)}"
+    for shards in (folder, *folder.parents):
+        if any(os.access(shards / name, os.F_OK) for name in (PLAN, MANIFEST)):
+            if read_only:
+                fix = f"cp -rL {quoted(shards)} COPY, then pass --shards COPY"
+            else:
+                fix = f"chmod -R u+w {quoted(shards)}"
+            return "this command changes the folder; what only reads it needs no leave to write", fix
+    elsewhere = "pass a path that can be written"
+    return (
+        "the command writes there",
+        elsewhere if read_only else f"chmod u+w {quoted(folder)}, or {elsewhere}",
+    )
 
 
 def _with_dashes(argument: str) -> str:
@@ -239,7 +267,12 @@ def repair(shards: AnyPath, dry_run: bool, as_json: bool) -> None:
     from dpo_opt.precompute.repair import repair as run
 
     found = run(shards, dry_run=dry_run, progress=watched())
-    show(found.model_dump() | ({} if as_json else {"rebuilt": list(map(quoted, found.rebuilt))}), as_json)
+    if as_json:
+        show(found.model_dump(), as_json)
+        return
+    rebuilt = "would_rebuild" if dry_run else "rebuilt"
+    words = found.model_dump() | {"rebuilt": list(map(quoted, found.rebuilt))}
+    show({rebuilt if name == "rebuilt" else name: value for name, value in words.items()}, as_json)
 
 
 @main.command()
@@ -366,7 +399,7 @@ def merge(config: MergeConfig, as_json: bool) -> None:
 @json_option
 def score(shards: AnyPath, model: str, output: Path, dtype: str, as_json: bool) -> None:
     """Log-probs of every pair under any checkpoint, as a table for the analysis."""
-    from dpo_opt.optimize.score import score_shards
+    from dpo_opt.optimize.score_folder import score_shards
 
     count = score_shards(shards, model=model, output=output, dtype=dtype, progress=watched())
     show({"output": str(output), "pairs": count}, as_json)

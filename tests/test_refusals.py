@@ -453,6 +453,58 @@ def test_what_the_system_refuses_is_said_with_place_reason_and_fix(
     assert "{" not in fix
 
 
+@pytest.mark.parametrize("code", ["EACCES", "EROFS"])
+def test_a_command_that_changes_a_folder_that_cannot_be_written_says_what_lets_it(
+    code: str, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is named, not the private file that was never made; another path would not be finalized."""
+    (shards / MANIFEST).unlink()
+    odd = shards.rename(shards.parent / "my {shards}")
+    number = getattr(errno, code)
+
+    def fail(folder: Path, *_: object) -> None:
+        raise OSError(number, os.strerror(number), str(folder / ".index.parquet.0123abcd.tmp"))
+
+    monkeypatch.setattr("dpo_opt.precompute.commits._write_index", fail)
+    result = CliRunner().invoke(main, ["finalize", "--shards", str(odd)])
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    _, why, fix = result.stderr.splitlines()
+    assert why == "  why: this command changes the folder; what only reads it needs no leave to write"
+    said = f"chmod -R u+w '{odd}'" if code == "EACCES" else f"cp -rL '{odd}' COPY"
+    assert fix.startswith(f"  fix: {said}")
+
+
+@pytest.mark.parametrize(
+    ("closed", "code", "fix"),
+    [
+        ("new/.scores.0123abcd.tmp", "EACCES", "chmod u+w {folder}, or pass a path that can be written"),
+        ("new/.scores.0123abcd.tmp", "EROFS", "pass a path that can be written"),
+        ("file", "EACCES", "chmod u+rX {folder}/file"),
+        ("closed/file", "EACCES", "chmod u+rX {folder}/closed"),
+    ],
+)
+def test_a_place_that_is_no_folder_of_shards_is_made_open_or_left(
+    closed: str, code: str, fix: str, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "closed").mkdir()
+    number = getattr(errno, code)
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / closed))
+
+    allowed = os.access
+
+    def access(path: Path, mode: int) -> bool:
+        """As for a user who may not read the two; root may everything."""
+        return allowed(path, mode) and (mode == os.F_OK or path.name not in ("file", "closed"))
+
+    monkeypatch.setattr("dpo_opt.precompute.commits.status", fail)
+    monkeypatch.setattr("os.access", access)
+    result = CliRunner().invoke(main, ["status", "--shards", str(shards)])
+    assert result.stderr.splitlines()[-1] == f"  fix: {fix.format(folder=tmp_path)}"
+
+
 def test_a_name_that_is_too_long_is_no_traceback(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["status", "--shards", str(tmp_path / ("x" * 300))])
     assert isinstance(result.exception, SystemExit), repr(result.exception)
