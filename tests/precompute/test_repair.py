@@ -491,6 +491,30 @@ def test_a_full_disk_costs_a_repair_nothing_that_was_good(
     assert at > 0 or not done.rebuilt
 
 
+def test_a_disk_that_is_really_full_leaves_the_folder_as_it_is(finished: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small tmpfs")
+    try:
+        folder = Path(shutil.copytree(finished, small / "shards"))
+        before = files(folder)
+        TOKENIZERS["a flipped bit"](folder)
+        damaged = files(folder)
+        with pytest.raises(OSError, match="No space left"):
+            (small / "filler").write_bytes(bytes(2**20))
+        with pytest.raises(DpoOptError, match="the disk is full"):
+            repair(folder)
+        assert files(folder) == damaged
+        (small / "filler").unlink()
+        assert repair(folder).finalized
+        assert files(folder) == before
+    finally:
+        # Lazily: a traceback may still hold a file.
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_shard_that_a_worker_is_at_stays_that_workers(
     made: Path, finished: Path, tiny_model: Path, alive: bool
