@@ -107,7 +107,7 @@ def _do(part: str, model: Path, folder: Path) -> None:
 def _start_seconds(model: Path, shards: Path) -> float:
     """Folder, identity, split, the sample for parity, the first step's pairs."""
     from dpo_opt.optimize.identity import require_same_model
-    from dpo_opt.optimize.parity import PARITY_PAIRS, spread_pairs
+    from dpo_opt.optimize.measure_parity import PARITY_PAIRS, spread_pairs
     from dpo_opt.optimize.stream import PairStream
 
     began = time.perf_counter()

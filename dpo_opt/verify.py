@@ -154,7 +154,7 @@ def _parity(
 ) -> tuple[dict[str, str], "Parity"]:
     from importlib.metadata import version
 
-    from dpo_opt.optimize.parity import measure_parity, spread_pairs
+    from dpo_opt.optimize.measure_parity import measure_parity, spread_pairs
     from dpo_opt.optimize.policy import compute_dtype, default_device, load_policy
 
     device = default_device()

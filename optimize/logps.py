@@ -9,7 +9,7 @@ a second time in backward, a third more work.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,24 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-class _TileSizes(NamedTuple):
-    """How much of the logits is held at a time."""
-
-    entries: int
-    """Of a tile of some rows and some columns."""
-    wide_entries: int
-    """Of a tile over the whole vocabulary, which lives until its gradients are taken. Fewer than about 200
-    rows make the products slow, more only take memory."""
-    wide_rows: int
-    """Rows of a wide tile that are reduced at a time."""
-
-
-# A tile, and the rows that are reduced, stay in the last-level cache.
-_ON_CPU = _TileSizes(entries=2**22, wide_entries=2**24, wide_rows=16)
-# A tile fills the device.
-_ON_GPU = _TileSizes(entries=2**26, wide_entries=2**27, wide_rows=2**12)
-_TILE_ROWS = 1024
+from dpo_opt.optimize.tiles import pair_blocks, tile_sizes, tiles, wide_rows
 
 
 class Head(NamedTuple):
@@ -180,8 +163,10 @@ class _TokenLogps(torch.autograd.Function):
         logps = torch.empty(len(targets), device=hidden.device, dtype=torch.float32)
         dloss_dlogps = torch.empty_like(logps)
         # One for all blocks: fresh memory would have to be mapped and zeroed each time.
-        tile = logps.new_empty(min(_wide_rows(operands), len(targets)), weight.shape[0])
-        for pairs, rows in _blocks(objective.lengths, operands):
+        tile = logps.new_empty(
+            min(wide_rows(hidden, vocabulary=weight.shape[0]), len(targets)), weight.shape[0]
+        )
+        for pairs, rows in pair_blocks(objective.lengths, hidden, vocabulary=weight.shape[0]):
             logps[rows], dloss_dlogps[rows] = _project_and_differentiate(
                 operands.rows(rows),
                 functools.partial(_value_of, objective, pairs),
@@ -229,7 +214,7 @@ def _project(operands: _Operands) -> tuple[Tensor, Tensor]:
         (len(operands.targets),), torch.nan, device=operands.hidden.device, dtype=torch.float32
     )
     log_z = torch.full_like(target_logits, -torch.inf)
-    for rows, columns in _tiles(operands):
+    for rows, columns in tiles(operands.hidden, vocabulary=operands.head.weight.shape[0]):
         tile = _logits(operands.rows(rows), columns)
         inside, column = _target_columns(operands.targets[rows], columns)
         target_logits[rows] = torch.where(
@@ -242,7 +227,7 @@ def _project(operands: _Operands) -> tuple[Tensor, Tensor]:
 
 def _differentiate(operands: _Operands, log_z: Tensor, upstream: Tensor, gradients: _Gradients) -> None:
     """Add the gradients of log-probs that ``_project`` returned, from tiles computed again."""
-    for rows, columns in _tiles(operands):
+    for rows, columns in tiles(operands.hidden, vocabulary=operands.head.weight.shape[0]):
         part = operands.rows(rows)
         tile = _logits(part, columns)
         slope = _softcap_slope(tile, operands.head.softcap)
@@ -270,7 +255,7 @@ def _project_and_differentiate(
     slope = _softcap_slope(tile, operands.head.softcap)
     columns = operands.targets[:, None]
     target_logits = tile.gather(1, columns).squeeze(1)
-    step = _sizes(tile).wide_rows
+    step = tile_sizes(tile).wide_rows
     parts = [_exponentials(tile[i : i + step]) for i in range(0, len(tile), step)]
     largest, sums = (torch.cat(column) for column in zip(*parts, strict=True))
     logps = target_logits - largest - sums.log()
@@ -301,38 +286,6 @@ def _exponentials(tile: Tensor) -> tuple[Tensor, Tensor]:
     # Where every logit of a part is -inf, the part adds nothing.
     largest = tile.amax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)
     return largest, tile.sub_(largest[:, None]).exp_().sum(dim=-1)
-
-
-def _blocks(lengths: Sequence[int], operands: _Operands) -> Iterator[tuple[slice, slice]]:
-    """Consecutive pairs and their rows, as many as fit in a tile over the whole vocabulary, at least one."""
-    most = _wide_rows(operands)
-    first = begin = end = 0
-    for pair, length in enumerate(lengths):
-        if end > begin and end + length - begin > most:
-            yield slice(first, pair), slice(begin, end)
-            first, begin = pair, end
-        end += length
-    if end > begin:
-        yield slice(first, len(lengths)), slice(begin, end)
-
-
-def _sizes(tensor: Tensor) -> _TileSizes:
-    return _ON_GPU if tensor.is_cuda else _ON_CPU
-
-
-def _wide_rows(operands: _Operands) -> int:
-    return max(1, _sizes(operands.hidden).wide_entries // operands.head.weight.shape[0])
-
-
-def _tiles(operands: _Operands) -> Iterator[tuple[slice, slice]]:
-    """Rows and vocabulary of each tile: many rows and few columns, so that the product runs at full speed."""
-    tile = _sizes(operands.hidden).entries
-    rows = max(1, min(len(operands.hidden), _TILE_ROWS, tile))
-    columns = max(1, tile // rows)
-    vocabulary = operands.head.weight.shape[0]
-    for i in range(0, len(operands.hidden), rows):
-        for j in range(0, vocabulary, columns):
-            yield slice(i, i + rows), slice(j, min(j + columns, vocabulary))
 
 
 def _target_columns(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_opt.optimize.architecture import auto_class, decoder_of, head_of
 from dpo_opt.optimize.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
+from dpo_opt.optimize.layout import choose_layout
 from dpo_opt.optimize.logps import Objective, token_logps
 from dpo_opt.optimize.packing import Batch, Group, pack, packed_size, pad, plan_bins, plan_padded_bins
 from dpo_opt.optimize.precision import HALF, computing_in, full_precision_products, narrow_products
-from dpo_opt.optimize.probe import Probe, choose_layout, require_same_in_compute_dtype
+from dpo_opt.optimize.probe import Probe, require_same_in_compute_dtype
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.model_config import load_model_config, model_errors
 from dpo_opt.schemas.models import context_length

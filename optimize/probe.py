@@ -5,25 +5,18 @@ only where it gives the same log-probs there; and then once more in the compute 
 the device that will train, where rounding allows less to be seen but another kernel may be at work.
 """
 
-import contextlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_opt.optimize.architecture import decoder_layers, decoder_of, head_of, special_ids
-from dpo_opt.optimize.attention import (
-    PADDED_ATTENTION,
-    SEGMENT_ATTENTION,
-    STOCK_ATTENTION,
-    attention_calls,
-)
+from dpo_opt.optimize.architecture import head_of, special_ids
 from dpo_opt.optimize.packing import Group
-from dpo_opt.optimize.precision import HALF, computing_in, full_precision_products, in_fp32
+from dpo_opt.optimize.precision import HALF, computing_in
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.pairs import TokenSequence
 from dpo_opt.schemas.weights import nonfinite_tensor
@@ -33,10 +26,10 @@ if TYPE_CHECKING:
 
 # Largest difference in fp32: forwards of the same numbers in another order differ by about 1e-6 nats, a wrong
 # mask by 0.1.
-_EXACT_WITHIN = 1e-3
+EXACT_WITHIN = 1e-3
 # Mean and largest difference between half precision and fp32, or twice what the model's own forward has where
 # it is more. SmolLM2-135M in bf16 has 0.05 and 0.3 on random tokens, with a wrong mask 0.4 to 1.9 on average.
-_HALF_MEAN, _HALF_MAX = 0.2, 2.0
+_HALF_MEAN, HALF_MAX = 0.2, 2.0
 # What other tokens in the batch may change in half precision, on average: nothing, where each row is
 # computed by itself; a little, where the rows of an expert are.
 _FOREIGN_MEAN = 0.02
@@ -45,9 +38,7 @@ _FOREIGN_MEAN = 0.02
 _LENGTHS = ((9, (5, 10)), (6, (7, 4)))
 _SHORT_LENGTHS = ((2, (2, 3)), (1, (3, 2)))
 _PROBED = 19
-# What configurations call limits on what a row sees that are applied in masks alone.
-_OTHER_LIMITS = ("attention_chunk_size",)
-_SUPPORTED = "a supported architecture (Llama, Qwen, Mistral, Gemma, Phi, OLMo, Granite, ...)"
+SUPPORTED = "a supported architecture (Llama, Qwen, Mistral, Gemma, Phi, OLMo, Granite, ...)"
 
 
 class Probe(NamedTuple):
@@ -61,71 +52,6 @@ class Probe(NamedTuple):
     rounding_mean: float
     """How far the model's own forward in the compute dtype is from that, on average: no layout's fault."""
     rounding_max: float
-
-
-def choose_layout(
-    model: PreTrainedModel,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    folder: Path,
-    longest: int | None = None,
-) -> tuple[bool, Probe]:
-    """Find the layout whose forward is the model's own, packed before padded.
-
-    Leaves the model with the attention that the layout calls for.
-
-    Args:
-        model: On its device.
-        device: Where it is.
-        dtype: In which it is going to compute.
-        folder: Where it was loaded from.
-        longest: Most tokens of a sequence, where that is known.
-
-    Returns:
-        Whether batches are packed, and what was compared.
-
-    Raises:
-        ConfigError: No layout gives the model's own log-probs, or these are no numbers.
-    """
-    groups, changed = _questions(model, longest)
-    _use_attention(model, STOCK_ATTENTION)
-    with torch.no_grad(), full_precision_products(), contextlib.ExitStack() as stack:
-        rounded = _stock_answers(model, groups, device, dtype)
-        if _has_fp32_forward(model):
-            stack.enter_context(in_fp32(model))
-            expected = _stock_answers(model, groups, device, torch.float32)
-        else:
-            expected = rounded
-        if not torch.isfinite(expected).all():
-            raise _no_numbers(folder)
-        if not torch.isfinite(rounded).all():
-            raise _not_finite_in(dtype, str(folder))
-        rounding = (rounded - expected).abs()
-        probe = Probe(groups, changed, expected, float(rounding.mean()), float(rounding.max()))
-        reasons = []
-        for packs, attention in (
-            (True, SEGMENT_ATTENTION),
-            (False, PADDED_ATTENTION),
-            (False, STOCK_ATTENTION),
-        ):
-            if packs and (unknown := _unknown_layers(model)):
-                reasons.append(f"packed rows have no {', '.join(unknown)}")
-                continue
-            if not _use_attention(model, attention):
-                continue
-            reason = _difference(model, device, probe, packs=packs)
-            if reason is None:
-                return packs, probe
-            reasons.append(reason)
-        reasons += _what_is_unknown(model, probe, device)
-    raise ConfigError(
-        f"the log-probs of {type(model).__name__} cannot be reproduced from its hidden states "
-        f"({reasons[-1]})",
-        where=str(folder),
-        why="its decoder or head does something unknown here, so every log-prob would be wrong",
-        fix=f"train {_SUPPORTED}",
-    )
 
 
 def require_same_in_compute_dtype(policy: "Policy", *, where: str) -> None:
@@ -147,11 +73,11 @@ def require_same_in_compute_dtype(policy: "Policy", *, where: str) -> None:
     # A completion in whose batch another one changed.
     foreign = (found - changed)[_of_unchanged(probe)].abs()
     mean, largest, foreign_mean = (
-        (_EXACT_WITHIN,) * 3
+        (EXACT_WITHIN,) * 3
         if policy.dtype == torch.float32
         else (
             max(_HALF_MEAN, 2 * probe.rounding_mean),
-            max(_HALF_MAX, 2 * probe.rounding_max),
+            max(HALF_MAX, 2 * probe.rounding_max),
             max(_FOREIGN_MEAN, probe.rounding_mean / 2),
         )
     )
@@ -161,7 +87,7 @@ def require_same_in_compute_dtype(policy: "Policy", *, where: str) -> None:
         ("when other completions in the batch change, on average", foreign.mean(), foreign_mean),
     ]
     if not torch.isfinite(found).all():
-        raise _not_finite_in(policy.dtype, where)
+        raise not_finite_in(policy.dtype, where)
     for what, value, limit in bounds:
         if not value <= limit:
             raise ConfigError(
@@ -173,10 +99,11 @@ def require_same_in_compute_dtype(policy: "Policy", *, where: str) -> None:
             )
 
 
-def _no_numbers(folder: Path) -> ConfigError:
+def no_numbers(folder: Path) -> ConfigError:
+    """The refusal of a model whose fp32 log-probs are not finite, with the tensor that causes it."""
     tensor = nonfinite_tensor(folder)
     if tensor is None:
-        return _not_finite_in(torch.float32, str(folder))
+        return not_finite_in(torch.float32, str(folder))
     return ConfigError(
         f"weights that are no numbers: {tensor}",
         where=str(folder),
@@ -185,7 +112,7 @@ def _no_numbers(folder: Path) -> ConfigError:
     )
 
 
-def _not_finite_in(dtype: torch.dtype, where: str) -> ConfigError:
+def not_finite_in(dtype: torch.dtype, where: str) -> ConfigError:
     """The refusal of a model whose weights are numbers and whose log-probs are not."""
     fixes = {
         torch.float16: "pass --dtype bfloat16 or --dtype float32",
@@ -203,7 +130,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _questions(model: PreTrainedModel, longest: int | None) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
+def questions(model: PreTrainedModel, longest: int | None) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
     """Groups, and the same with another first completion.
 
     Raises:
@@ -215,7 +142,7 @@ def _questions(model: PreTrainedModel, longest: int | None) -> tuple[tuple[Group
         raise ConfigError(
             f"{type(model).__name__} has no head that is one matrix ({error})",
             why="log-probs are computed from it without holding the logits",
-            fix=f"train {_SUPPORTED}",
+            fix=f"train {SUPPORTED}",
         ) from error
     known = np.arange(vocabulary, dtype=np.int32)
     usable = np.setdiff1d(known, list(special_ids(model.config)))
@@ -236,7 +163,7 @@ def _questions(model: PreTrainedModel, longest: int | None) -> tuple[tuple[Group
     return tuple(groups), tuple(changed)
 
 
-def _stock_answers(
+def stock_answers(
     model: PreTrainedModel, groups: Iterable[Group], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """The model's own log-probs of all completions, in order, on the CPU.
@@ -246,7 +173,7 @@ def _stock_answers(
     """
     try:
         with computing_in(dtype, model, device):
-            found = [_stock_logps(model, sequence, device) for group in groups for sequence in group]
+            found = [stock_logps(model, sequence, device) for group in groups for sequence in group]
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -259,36 +186,9 @@ def _stock_answers(
         raise ConfigError(
             f"{type(model).__name__} does not run on token ids alone ({first_line(error)})",
             why="preference pairs are text, and nothing else is stored of them",
-            fix=f"train {_SUPPORTED}",
+            fix=f"train {SUPPORTED}",
         ) from error
     return torch.cat(found).cpu()
-
-
-def _what_is_unknown(model: PreTrainedModel, probe: Probe, device: torch.device) -> list[str]:
-    """Why no layout is the model's own forward, where that can be told; in words."""
-    if not _is_causal(model, probe, device):
-        return ["later tokens change what it says of earlier ones: it is not causal"]
-    read: list[Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
-    ids = torch.from_numpy(probe.groups[0][0].prompt_ids.astype(np.int64)).to(device)[None]
-    try:
-        model(input_ids=ids, use_cache=False)
-        hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return []
-    finally:
-        hook.remove()
-    if not read or read[0].shape != hidden.shape or (read[0] - hidden).abs().max() > _EXACT_WITHIN:
-        return ["other layers stand between its decoder and its head"]
-    return ["its logits are not what its head and its configuration say"]
-
-
-def _is_causal(model: PreTrainedModel, probe: Probe, device: torch.device) -> bool:
-    """Whether a sequence's first log-probs are the same without its last tokens."""
-    sequence = probe.groups[0][1]
-    cut = TokenSequence(sequence.prompt_ids, sequence.completion_ids[:2])
-    first = _stock_logps(model, sequence, device)[:2]
-    return bool(((first - _stock_logps(model, cut, device)).abs() <= _EXACT_WITHIN).all())
 
 
 def _of_unchanged(probe: Probe) -> Tensor:
@@ -301,79 +201,8 @@ def _of_unchanged(probe: Probe) -> Tensor:
     return torch.from_numpy(np.concatenate(same))
 
 
-def _difference(model: PreTrainedModel, device: torch.device, probe: Probe, *, packs: bool) -> str | None:
-    """Why a layout is not the model's own forward, in words; None where it is.
-
-    Packed rows are right only if nothing but our attention mixes them, so it must be asked by every layer.
-    """
-    from dpo_opt.optimize.policy import Policy
-
-    policy = Policy(model, device, _dtype(model), packs)
-    try:
-        with attention_calls() as calls:
-            found = torch.cat(policy.sequence_logps(probe.groups)).float().cpu()
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        # The model does not take what this layout needs, or its decoder is hidden.
-        return first_line(error)
-    if packs and (idle := _layers_without(calls, model)):
-        return f"{idle} layers do not use the attention of packed rows"
-    difference = (found - probe.expected).abs()
-    limit = difference.new_tensor(_EXACT_WITHIN if _dtype(model) == torch.float32 else _HALF_MAX)
-    if not bool((difference <= limit).all()):
-        return f"off by up to {float(difference.max()):.3g} nats per token"
-    return None
-
-
-def _unknown_layers(model: PreTrainedModel) -> list[str]:
-    """Kinds of layers, as the configuration names them, that packed rows do not know.
-
-    A limit on what a row sees may be longer than what is tried here, and then no number shows it.
-    """
-    text = model.config.get_text_config()
-    found = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    found |= {name for name in _OTHER_LIMITS if getattr(text, name, None)}
-    return sorted(found)
-
-
-def _layers_without(calls: Iterable[torch.nn.Module], model: PreTrainedModel) -> int:
-    asked = {id(module) for module in calls}
-    layers = list(decoder_layers(decoder_of(model)))
-    if not layers:
-        return 1
-    return sum(all(id(module) not in asked for module in layer.modules()) for layer in layers)
-
-
-def _use_attention(model: PreTrainedModel, name: str) -> bool:
-    """Whether the decoder can compute its attention in this way, and does from now on."""
-    decoder: Any = decoder_of(model)
-    try:
-        decoder.set_attn_implementation(name)
-    except (AttributeError, ImportError, ValueError):
-        # It does not go through transformers' interface and has but its own.
-        return name == STOCK_ATTENTION
-    return True
-
-
-def _dtype(model: PreTrainedModel) -> torch.dtype:
-    dtype: torch.dtype = model.get_output_embeddings().weight.dtype
-    return dtype
-
-
-def _has_fp32_forward(model: PreTrainedModel) -> bool:
-    return all(p.dtype in (*HALF, torch.float32) for p in model.parameters())
-
-
-def _stock_logps(model: PreTrainedModel, sequence: TokenSequence, device: torch.device) -> Tensor:
+def stock_logps(model: PreTrainedModel, sequence: TokenSequence, device: torch.device) -> Tensor:
+    """The model's own log-probs of a completion, (tokens,) float32, from logits that are held whole."""
     joined = np.concatenate([sequence.prompt_ids, sequence.completion_ids]).astype(np.int64)
     ids = torch.from_numpy(joined).to(device)[None]
     logits = model(input_ids=ids, use_cache=False).logits[0, len(sequence.prompt_ids) - 1 : -1].float()

@@ -12,14 +12,8 @@ from dpo_opt.optimize.checkpoints import Checkpoint
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.distributed import World
 from dpo_opt.optimize.lora import FOUR_BIT_OFFSET, add_adapter, four_bit_options, plan_adapter
-from dpo_opt.optimize.parity import (
-    ALONE_PAIRS,
-    PARITY_PAIRS,
-    Parity,
-    measure_parity,
-    require_parity,
-    spread_pairs,
-)
+from dpo_opt.optimize.measure_parity import ALONE_PAIRS, PARITY_PAIRS, measure_parity, spread_pairs
+from dpo_opt.optimize.parity import Parity, require_parity
 from dpo_opt.optimize.policy import Policy, compute_dtype, load_policy
 from dpo_opt.optimize.probe import require_same_in_compute_dtype
 from dpo_opt.optimize.sharding import shard_policy

@@ -18,11 +18,12 @@ from torch import Tensor
 from dpo_opt.optimize import attention, packing, policy
 from dpo_opt.optimize.architecture import decoder_of
 from dpo_opt.optimize.attention import SEGMENT_ATTENTION
+from dpo_opt.optimize.layout import choose_layout
 from dpo_opt.optimize.logps import Head
+from dpo_opt.optimize.measure_parity import measure_parity
 from dpo_opt.optimize.packing import Batch, Group, Segment
-from dpo_opt.optimize.parity import Parity, measure_parity
+from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.policy import Policy, load_policy
-from dpo_opt.optimize.probe import choose_layout
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
 

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from dpo_opt.cli import main
 from dpo_opt.optimize import TrainConfig
 from dpo_opt.optimize.prepare import prepare
-from dpo_opt.optimize.score import HfScorer, score_shards
+from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.score_folder import score_shards
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import DataError, FingerprintError

@@ -10,7 +10,7 @@ import torch
 from architectures import PACKED, PADDED, VOCABULARY, load, save_random
 from planted_defects import CACHE, FORWARD, Scored, failed
 
-from dpo_opt.optimize.parity import measure_parity
+from dpo_opt.optimize.measure_parity import measure_parity
 from dpo_opt.optimize.score import HfScorer
 from dpo_opt.precompute.run import score_pairs
 from dpo_opt.schemas.errors import ConfigError

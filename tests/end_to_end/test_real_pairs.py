@@ -21,8 +21,9 @@ from fakes import ScriptedScorer
 from transformers import AutoModelForCausalLM
 
 from dpo_opt.optimize import TrainConfig, train
-from dpo_opt.optimize.parity import measure_parity
-from dpo_opt.optimize.score import HfScorer, score_shards
+from dpo_opt.optimize.measure_parity import measure_parity
+from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.score_folder import score_shards
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.precompute.vllm_model import VllmModel
 from dpo_opt.schemas.manifest import Manifest, ShardFolder

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dpo_opt.optimize import logps as logps_module
+from dpo_opt.optimize import tiles as tiles_module
 from dpo_opt.optimize.logps import Head, Objective, token_logps
 
 SCORED, WIDTH, VOCABULARY = 37, 24, 101
@@ -41,10 +42,10 @@ def textbook(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 
 def tiles_of(monkeypatch: pytest.MonkeyPatch, *, rows: int, columns: int) -> None:
-    monkeypatch.setattr(logps_module, "_TILE_ROWS", rows)
+    monkeypatch.setattr(tiles_module, "_TILE_ROWS", rows)
     for device in ("_ON_CPU", "_ON_GPU"):
-        sizes = getattr(logps_module, device)._replace(entries=rows * columns)
-        monkeypatch.setattr(logps_module, device, sizes)
+        sizes = getattr(tiles_module, device)._replace(entries=rows * columns)
+        monkeypatch.setattr(tiles_module, device, sizes)
 
 
 @pytest.mark.parametrize(
@@ -190,8 +191,8 @@ def sigmoid_objective(targets: Tensor) -> Objective:
 def test_gradients_taken_while_projecting_are_those_taken_afterwards(
     monkeypatch: pytest.MonkeyPatch, case: Case, rows: int
 ) -> None:
-    sizes = logps_module._ON_CPU._replace(wide_entries=rows * VOCABULARY, wide_rows=4)
-    monkeypatch.setattr(logps_module, "_ON_CPU", sizes)
+    sizes = tiles_module._ON_CPU._replace(wide_entries=rows * VOCABULARY, wide_rows=4)
+    monkeypatch.setattr(tiles_module, "_ON_CPU", sizes)
     tiles_of(monkeypatch, rows=5, columns=30)
     hidden, weight, bias, targets, _ = case.tensors()
     inputs = [t.requires_grad_() for t in (hidden, weight, bias) if t is not None]

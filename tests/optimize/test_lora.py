@@ -38,8 +38,8 @@ from dpo_opt.optimize.lora import (
     save_adapter,
     trainable_names,
 )
+from dpo_opt.optimize.measure_parity import measure_parity, spread_pairs
 from dpo_opt.optimize.packing import Group
-from dpo_opt.optimize.parity import measure_parity, spread_pairs
 from dpo_opt.optimize.policy import Policy, load_policy
 from dpo_opt.optimize.score import HfScorer
 from dpo_opt.precompute import PrecomputeConfig, precompute

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_opt.optimize.measure_parity import measure_parity, spread_pairs, spread_positions
 from dpo_opt.optimize.packing import Group
-from dpo_opt.optimize.parity import Parity, measure_parity, require_parity, spread_pairs, spread_positions
+from dpo_opt.optimize.parity import Parity, require_parity
 from dpo_opt.optimize.policy import Policy, load_policy
 from dpo_opt.schemas.errors import FingerprintError
 from dpo_opt.schemas.manifest import ShardFolder
@@ -325,7 +326,7 @@ def test_pairs_longer_than_a_batch_have_a_floor_too(
         return exact(self, groups)
 
     monkeypatch.setattr(Policy, "sequence_logps", count)
-    monkeypatch.setattr("dpo_opt.optimize.parity._BATCH_ROWS", 1)
+    monkeypatch.setattr("dpo_opt.optimize.measure_parity._BATCH_ROWS", 1)
     measure_parity(policy, 4 * pairs_of(shards)[:1], cached_dtype="float32")
     # Then each of the eight sequences alone.
     assert together == [2, 2, *[1] * 8]

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_opt.optimize import attention
 from dpo_opt.optimize.architecture import head_of
+from dpo_opt.optimize.layout import choose_layout
 from dpo_opt.optimize.logps import Objective
 from dpo_opt.optimize.packing import Segment, pack
 from dpo_opt.optimize.policy import Policy, compute_dtype, load_policy
-from dpo_opt.optimize.probe import choose_layout
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import TokenSequence
 

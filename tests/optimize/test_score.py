@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_opt.optimize import TrainConfig, train
-from dpo_opt.optimize.score import HfScorer, score_shards
+from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.score_folder import score_shards
 from dpo_opt.schemas.errors import FingerprintError
 from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA

@@ -1,0 +1,98 @@
+"""The scoring of a folder: every pair of its shards under any checkpoint, as a table for the analysis."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dpo_opt.optimize.identity import require_same_model
+from dpo_opt.optimize.packing import pair_group
+from dpo_opt.optimize.score import HfScorer
+from dpo_opt.schemas.fingerprint import TOKENIZER_FIELDS
+from dpo_opt.schemas.locations import AnyPath
+from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.models import checkpoint_dtype, find_model
+from dpo_opt.schemas.pair_logps import PairLogps, write_pair_logps
+from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.progress import Progress, Silent
+
+
+def score_shards(
+    shards: AnyPath, *, model: str, output: Path, dtype: str, progress: Progress | None = None
+) -> int:
+    """Score every pair of a folder under a checkpoint and write the pair log-prob table.
+
+    Args:
+        shards: Folder of reference shards; their ids are scored as they are.
+        model: Any checkpoint that reads the same ids.
+        output: Parquet file, rows of phase ``score`` with token log-probs.
+        dtype: Dtype of the model, or ``auto`` for the one its checkpoint declares.
+        progress: Told of every scored pair.
+
+    Returns:
+        Number of pairs.
+
+    Raises:
+        ConfigError: There is no such model.
+        DataError: The shards are incomplete or damaged.
+        FingerprintError: The checkpoint's tokenizer is not that of the shards.
+    """
+    progress = progress or Silent()
+    folder = ShardFolder.open(shards)
+    model_folder = find_model(model)
+    require_same_model(
+        folder,
+        model_folder,
+        fields=TOKENIZER_FIELDS,
+        fix="pass a checkpoint with the tokenizer of the shards",
+    )
+    scorer = HfScorer(
+        model_folder,
+        dtype=checkpoint_dtype(model_folder) if dtype == "auto" else dtype,
+        max_length=folder.manifest.fingerprint.max_length,
+    )
+    step, epoch = _trained(model_folder)
+    progress.start("scoring", total=folder.manifest.kept, unit="pairs")
+
+    def batches() -> Iterator[list[PairLogps]]:
+        for shard in folder.manifest.shards:
+            for pairs in folder.row_groups(shard.shard):
+                yield _score_pairs(scorer, pairs, step=step, epoch=epoch, checkpoint=str(model))
+                progress.advance(len(pairs))
+
+    write_pair_logps(output, batches())
+    progress.finish()
+    return folder.manifest.kept
+
+
+def _trained(model_folder: Path) -> tuple[int, float]:
+    """Steps and epochs of the run that a checkpoint belongs to, (0, 0.0) where it belongs to none."""
+    state = model_folder.parent / "trainer_state.json"
+    if not state.is_file():
+        return 0, 0.0
+    values = json.loads(state.read_text(encoding="utf-8"))
+    return int(values["global_step"]), float(values["epoch"])
+
+
+def _score_pairs(
+    scorer: HfScorer, pairs: Sequence[ScoredPair], *, step: int, epoch: float, checkpoint: str
+) -> list[PairLogps]:
+    logps = scorer.token_logps([s for pair in pairs for s in pair_group(pair)])
+    return [
+        PairLogps(
+            row=pair.row,
+            pair_id=pair.pair_id,
+            step=step,
+            epoch=epoch,
+            phase="score",
+            checkpoint=checkpoint,
+            chosen_logps=float(chosen.sum(dtype=np.float64)),
+            rejected_logps=float(rejected.sum(dtype=np.float64)),
+            chosen_length=len(chosen),
+            rejected_length=len(rejected),
+            chosen_token_logps=chosen,
+            rejected_token_logps=rejected,
+        )
+        for pair, chosen, rejected in zip(pairs, logps[0::2], logps[1::2], strict=True)
+    ]
