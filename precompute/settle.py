@@ -310,17 +310,23 @@ def _require_columns(
 
 
 def _other_plan(existing: Plan, plan: Plan, shards_dir: AnyPath, *, fix: str) -> FingerprintError:
-    theirs, ours = existing.shards[0].used, plan.shards[0].used
+    pairs = list(zip(existing.shards, plan.shards, strict=False))
+    theirs, ours = next((pair for pair in pairs if pair[0].used != pair[1].used), pairs[0])
+    # A last shard is as short as its data is.
+    last, longer = (existing.shards[-1], plan.shards[-1]), theirs.used < ours.used
+    by_size = theirs.used != ours.used and (theirs if longer else ours) not in last
     if existing.used == existing.rows == plan.used < plan.rows:
         # So did versions before `not_in_share`.
         different = "its rows are numbered within --data-share, and not as the source has them"
-    elif theirs == ours or existing.used <= min(theirs, ours):
+    elif not by_size:
         different = (
             f"its data has {existing.rows} rows with digest {existing.dataset_digest[:16]}..., this data "
             f"{plan.rows} rows with digest {plan.dataset_digest[:16]}..."
         )
     else:
-        different = f"its shards hold {theirs} rows, --pairs-per-shard now gives {ours}"
+        different = f"its shards hold {theirs.used} rows, --pairs-per-shard now gives {ours.used}"
+        if existing.pairs_per_shard is not None and fix == _OTHER_FOLDER:
+            fix = f"pass --pairs-per-shard {existing.pairs_per_shard}, as the folder's last plan has it"
     return FingerprintError(
         f"the folder was planned for another run: {different}",
         where=str(shards_dir),

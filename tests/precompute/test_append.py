@@ -147,6 +147,19 @@ def test_a_size_that_would_cut_what_is_scored_is_refused(
             )
 
 
+def test_a_size_that_cuts_later_shards_is_named_with_the_one_that_does_not(config_of: Configs) -> None:
+    """The first shard is shorter than any size, and the data is the same."""
+    for rows in (3, 8):
+        precompute(config_of(rows, append=True), scorer=ScriptedScorer())
+    for rows in (8, 16):
+        other = config_of(rows, append=True, pairs_per_shard=5)
+        with pytest.raises(FingerprintError, match="hold 4 rows, --pairs-per-shard now gives 5") as caught:
+            precompute(other, scorer=ScriptedScorer())
+        assert str(caught.value.fix).startswith("pass --pairs-per-shard 4,")
+    manifest = precompute(config_of(16, append=True, pairs_per_shard=4), scorer=ScriptedScorer())
+    assert manifest.kept == 16
+
+
 def test_a_size_that_cuts_nothing_that_is_scored_is_taken(config_of: Configs, tmp_path: Path) -> None:
     """And after every change the folder goes on without its plans as with them."""
     shards = config_of(3).shards
