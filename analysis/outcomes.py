@@ -168,25 +168,33 @@ def shares_over_prompts(pairs: pl.DataFrame, *conditions: pl.Expr) -> tuple[int,
     return len(starts), [share(condition) for condition in conditions]
 
 
-def by_source(pairs: pl.DataFrame, *, beta: float) -> list[SourceOutcome]:
-    """One outcome per source, largest first; empty where no pair has a source."""
+def means_by_source(pairs: pl.DataFrame, *values: pl.Expr) -> pl.DataFrame:
+    """Number of pairs and means of values per source, largest first; empty where no pair has a source."""
     if pairs["source"].null_count() == len(pairs):
-        return []
-    table = (
+        pairs = pairs.clear()
+    return (
         pairs.lazy()
         .group_by("source")
-        .agg(
-            pl.len().alias("pairs"),
-            rewards.reward_accuracy().mean().alias("reward_accuracy"),
-            rewards.ranking_accuracy().mean().alias("ranking_accuracy"),
-            rewards.reference_ranking_accuracy().mean().alias("reference_ranking_accuracy"),
-            rewards.margin(beta=beta).mean().alias("mean_margin"),
-        )
-        .join(_prompts_by_source(pairs).lazy(), on="source", nulls_equal=True)
+        .agg(pl.len().alias("pairs"), *(value.mean() for value in values))
         .with_columns(pl.col("source").cast(pl.String))
         .sort("pairs", "source", descending=[True, False])
         .collect(engine="streaming")
     )
+
+
+def by_source(pairs: pl.DataFrame, *, beta: float) -> list[SourceOutcome]:
+    """One outcome per source, largest first; empty where no pair has a source."""
+    table = means_by_source(
+        pairs,
+        rewards.reward_accuracy().alias("reward_accuracy"),
+        rewards.ranking_accuracy().alias("ranking_accuracy"),
+        rewards.reference_ranking_accuracy().alias("reference_ranking_accuracy"),
+        rewards.margin(beta=beta).alias("mean_margin"),
+    )
+    if table.is_empty():
+        return []
+    prompts = _prompts_by_source(pairs).with_columns(pl.col("source").cast(pl.String))
+    table = table.join(prompts, on="source", nulls_equal=True, maintain_order="left")
     return [
         SourceOutcome(
             **{**row, "reward_accuracy": wilson(share=row["reward_accuracy"], trials=row["prompts"])}

@@ -4,6 +4,7 @@ Titles state the fact that is shown, axes carry units, and lines are held-out or
 as well as by their colour. Nothing here touches files or pyplot's global figures.
 """
 
+import functools
 import io
 import math
 import re
@@ -74,6 +75,7 @@ P = ParamSpec("P")
 
 
 def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with matplotlib.rc_context(_STYLE):
             return draw(*args, **kwargs)
@@ -129,10 +131,7 @@ def reward_curves(train: pl.DataFrame, evals: pl.DataFrame) -> Figure:
         f"Rewards end at {_signed(chosen)} (chosen) and {_signed(rejected)} (rejected), {which}",
         y="implicit reward (nats)",
     )
-    _baseline(axes, 0, None)
-    for side, colour in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
-        _line(axes, train, f"rewards/{side}", colour, f"{side}, training")
-        _points(axes, evals, f"eval_rewards/{side}", colour, f"{side}, held-out")
+    _both_sides(axes, train, evals, "rewards/{side}", "eval_rewards/{side}")
     return _legend(figure, axes)
 
 
@@ -174,10 +173,7 @@ def logratio_curves(trajectories: pl.DataFrame) -> Figure:
         f"{fact}: chosen {_signed(chosen)}, rejected {_signed(rejected)} nats",
         y="mean log-ratio (nats per completion)",
     )
-    _baseline(axes, 0, None)
-    for side, colour in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
-        _line(axes, train, f"{side}_logratio", colour, f"{side}, training")
-        _points(axes, evals, f"{side}_logratio", colour, f"{side}, held-out")
+    _both_sides(axes, train, evals, "{side}_logratio", "{side}_logratio")
     return _legend(figure, axes)
 
 
@@ -295,6 +291,14 @@ def _points(axes: Axes, evals: pl.DataFrame, column: str, colour: str, label: st
         markeredgewidth=0.8,
         label=label,
     )
+
+
+def _both_sides(axes: Axes, train: pl.DataFrame, evals: pl.DataFrame, column: str, eval_column: str) -> None:
+    """Chosen and rejected against steps; ``{side}`` in a column's name stands for either."""
+    _baseline(axes, 0, None)
+    for side, colour in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
+        _line(axes, train, column.format(side=side), colour, f"{side}, training")
+        _points(axes, evals, eval_column.format(side=side), colour, f"{side}, held-out")
 
 
 def _baseline(axes: Axes, y: float, label: str | None, *, dashes: tuple[int, int] = (1, 2)) -> None:

@@ -12,7 +12,7 @@ import polars as pl
 
 from dpo_opt.analysis import rewards
 from dpo_opt.analysis.load import ShardSlice, scan_shards, shard_slices
-from dpo_opt.analysis.outcomes import shares_over_prompts
+from dpo_opt.analysis.outcomes import means_by_source, shares_over_prompts
 from dpo_opt.analysis.texts import TokenDecoder, pair_texts
 from dpo_opt.schemas.audit import HardPair, ReferenceView, SourceRanking
 from dpo_opt.schemas.errors import DataError, quoted
@@ -74,19 +74,10 @@ def _reference_pairs(slices: Sequence[ShardSlice]) -> pl.DataFrame:
 
 
 def _by_source(pairs: pl.DataFrame) -> list[SourceRanking]:
-    if pairs["source"].null_count() == len(pairs):
-        return []
-    table = (
-        pairs.lazy()
-        .group_by("source")
-        .agg(
-            pl.len().alias("pairs"),
-            rewards.reference_ranking_accuracy().mean().alias("ranking_accuracy"),
-            rewards.reference_ranking_margin().mean().alias("mean_ranking_margin"),
-        )
-        .with_columns(pl.col("source").cast(pl.String))
-        .sort("pairs", "source", descending=[True, False])
-        .collect(engine="streaming")
+    table = means_by_source(
+        pairs,
+        rewards.reference_ranking_accuracy().alias("ranking_accuracy"),
+        rewards.reference_ranking_margin().alias("mean_ranking_margin"),
     )
     return [SourceRanking(**row) for row in table.iter_rows(named=True)]
 

@@ -53,8 +53,7 @@ ADDED_COLUMNS = ("id",)
 
 DROPPED_SCHEMA = pa.schema(
     [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("source", pa.string()),
+        *map(SHARD_SCHEMA.field, ("row", "source")),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("where", pa.string(), nullable=False),
     ]
@@ -73,12 +72,8 @@ _DERIVED = (
 
 INDEX_SCHEMA = pa.schema(
     [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("pair_id", pa.string(), nullable=False),
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("prompt_length", pa.int32(), nullable=False),
-        pa.field("chosen_length", pa.int32(), nullable=False),
-        pa.field("rejected_length", pa.int32(), nullable=False),
+        *map(SHARD_SCHEMA.field, ("row", "pair_id", "prompt_id")),
+        *map(SHARD_SCHEMA.field, ("prompt_length", "chosen_length", "rejected_length")),
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("row_group", pa.int32(), nullable=False),
     ]
