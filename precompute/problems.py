@@ -86,6 +86,12 @@ BAD_ROWS: dict[str, Kind] = {
         "part of the prompt would be trained on as if the model had said it",
         "correct the template; `dpo-opt preview DATA --model M` shows what it renders",
     ),
+    "indivisible_text": Kind(
+        "error",
+        "texts of millions of characters without a space between words",
+        "they can only be tokenized as a whole, which takes gigabytes",
+        "remove the row, or `--on-bad-row skip`",
+    ),
     "vocabulary": Kind(
         "error",
         "token ids beyond the model's vocabulary",

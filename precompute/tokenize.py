@@ -39,6 +39,7 @@ import numpy as np
 
 from dpo_opt.precompute.config import Truncation
 from dpo_opt.precompute.fitting import PairIds, fit_ids, split_ids
+from dpo_opt.precompute.long_texts import LONGEST_PIECE, long_text_ids
 from dpo_opt.precompute.strict_json import SKIP_ROW
 from dpo_opt.precompute.templates import asks_for_the_date, render, rendered_texts, today
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line
@@ -53,7 +54,8 @@ if TYPE_CHECKING:
 TEXT_TO_IDS = "1"
 """Changes whenever the same text could become other ids, or another pair could be dropped."""
 
-# The engine needs about 300 bytes for a token that takes 4 here. These texts are enough for its threads.
+# The engine needs 100 to 300 bytes for a character that takes at most 4 here. These texts are enough for its
+# threads; a text that is longer by itself is encoded in windows.
 _CHARACTERS_AT_ONCE = 2**20
 
 
@@ -194,7 +196,7 @@ class PairTokenizer:
             ConfigError: A pair holds messages and the tokenizer has no chat template.
         """
         texts: list[tuple[str, str, str] | DataError] = [self._texts(pair) for pair in pairs]
-        ids: dict[int, PairIds] = {}
+        ids: dict[int, PairIds | DataError] = {}
         # A chat template writes the special tokens itself.
         for plain in (True, False):
             chosen = [
@@ -205,11 +207,8 @@ class PairTokenizer:
             flat = [text for i in chosen for text in cast(tuple[str, str, str], texts[i])]
             encoded = self._ids(flat, special=plain)
             for i in chosen:
-                ids[i] = split_ids(next(encoded), next(encoded), next(encoded))
-        return [
-            text if isinstance(text, DataError) else self._checked(pair, ids[i])
-            for i, (pair, text) in enumerate(zip(pairs, texts, strict=True))
-        ]
+                ids[i] = self._split(pairs[i], [next(encoded) for _ in range(3)])
+        return [text if isinstance(text, DataError) else ids[i] for i, text in enumerate(texts)]
 
     def fit(self, pair: PreferencePair, whole: PairIds) -> TokenizedPair | DroppedRow:
         """A pair's whole ids within ``max_length``, or why it is left out."""
@@ -227,14 +226,20 @@ class PairTokenizer:
             id=pair.id,
         )
 
-    def _ids(self, texts: Sequence[str], *, special: bool) -> Iterator[IdArray]:
-        """The ids of each text; only a piece of the texts is ever in the engine's own, far larger, form."""
+    def _ids(self, texts: Sequence[str], *, special: bool) -> Iterator[IdArray | None]:
+        """The ids of each text; only a piece of the texts is ever in the engine's own, far larger, form.
+
+        None is a text that is long and has no place where it could be divided.
+        """
         piece: list[str] = []
         characters = 0
         for text in texts:
             if piece and characters + len(text) > _CHARACTERS_AT_ONCE:
                 yield from self._ids_of_piece(piece, special=special)
                 piece, characters = [], 0
+            if len(text) > _CHARACTERS_AT_ONCE:
+                yield self._long_ids(text, special=special)
+                continue
             piece.append(text)
             characters += len(text)
         yield from self._ids_of_piece(piece, special=special)
@@ -242,6 +247,23 @@ class PairTokenizer:
     def _ids_of_piece(self, texts: list[str], *, special: bool) -> list[IdArray]:
         encoded = self._backend.encode_batch_fast(texts, add_special_tokens=special)
         return [np.array(e.ids, dtype=np.int32) for e in encoded]
+
+    def _long_ids(self, text: str, *, special: bool) -> IdArray | None:
+        ids = long_text_ids(text, self._engine_for_windows)
+        if ids is None:
+            return None
+        # What stands around a text of one token stands around any text.
+        around = self._backend.encode(str(self.tokenizer.eos_token), add_special_tokens=special)
+        first = around.special_tokens_mask.index(0)
+        last = len(around) - around.special_tokens_mask[::-1].index(0)
+        added = np.array(around.ids, dtype=np.int32)
+        return np.concatenate([added[:first], ids, added[last:]])
+
+    @functools.cached_property
+    def _engine_for_windows(self) -> Any:
+        engine = _whole_text_backend(self.tokenizer)
+        engine.post_processor = None
+        return engine
 
     def _texts(self, pair: PreferencePair) -> tuple[str, str, str] | DataError:
         if isinstance(pair.prompt, str):
@@ -251,8 +273,18 @@ class PairTokenizer:
         except DataError as error:
             return error
 
-    def _checked(self, pair: PreferencePair, ids: PairIds) -> PairIds | DataError:
-        highest = max(int(part.max(initial=0)) for part in (ids.prompt, ids.chosen, ids.rejected))
+    def _split(self, pair: PreferencePair, encoded: Sequence[IdArray | None]) -> PairIds | DataError:
+        prompt, chosen, rejected = encoded
+        if prompt is None or chosen is None or rejected is None:
+            return DataError(
+                f"more than {LONGEST_PIECE:,} characters without a space or another sign between two letters",
+                where=pair.where,
+                why="such a text can only be tokenized as a whole, which takes about 300 bytes a character",
+                fix=SKIP_ROW,
+                kind="indivisible_text",
+            )
+        ids = split_ids(prompt, chosen, rejected)
+        highest = max(int(part.max(initial=0)) for part in ids[:3])
         if highest < self._vocab_size:
             return ids
         return DataError(
