@@ -63,7 +63,8 @@ def long_text_ids(text: str, engine: Any) -> IdArray | None:
             pieces.append(_between(left, joint, found))
             begin, size, joint, left = begin_right, first, found, right
         if left.stop == len(text):
-            return np.concatenate([*pieces, _between(left, joint, len(text) + 1)])
+            joined: IdArray = np.concatenate([*pieces, _between(left, joint, len(text) + 1)])
+            return joined
         size *= 2
 
 

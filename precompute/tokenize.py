@@ -257,7 +257,8 @@ class PairTokenizer:
         first = around.special_tokens_mask.index(0)
         last = len(around) - around.special_tokens_mask[::-1].index(0)
         added = np.array(around.ids, dtype=np.int32)
-        return np.concatenate([added[:first], ids, added[last:]])
+        joined: IdArray = np.concatenate([added[:first], ids, added[last:]])
+        return joined
 
     @functools.cached_property
     def _engine_for_windows(self) -> Any:
