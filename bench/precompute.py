@@ -89,7 +89,8 @@ def _ours(arguments: argparse.Namespace, *, ours: str, reuse: bool = True) -> fl
     from dpo_opt.precompute.datasets import read_pairs
     from dpo_opt.precompute.run import score_pairs
     from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
-    from dpo_opt.precompute.vllm_model import VllmModel, prepare_environment
+    from dpo_opt.precompute.vllm_build import prepare_environment
+    from dpo_opt.precompute.vllm_model import VllmModel
     from dpo_opt.schemas.pairs import TokenizedPair
 
     prepare_environment()

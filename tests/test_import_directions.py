@@ -31,6 +31,7 @@ LAZY: dict[str, set[str]] = {
     "precompute/ray_workers.py": {"ray"},
     "precompute/templates.py": {"transformers", "jinja2"},
     "precompute/tokenize.py": {"transformers"},
+    "precompute/engine_arguments.py": {"vllm"},
     "precompute/vllm_model.py": {"vllm", "torch"},
     "analysis/texts.py": {"tokenizers"},
     "dpo_opt": {"torch"},

@@ -443,7 +443,8 @@ from pathlib import Path
 import numpy as np
 from dpo_opt.precompute import orphans
 from dpo_opt.precompute.quarantine import score_or_leave_out
-from dpo_opt.precompute.vllm_model import VllmModel, prepare_environment
+from dpo_opt.precompute.vllm_build import prepare_environment
+from dpo_opt.precompute.vllm_model import VllmModel
 from dpo_opt.schemas.pairs import TokenSequence
 
 def main():

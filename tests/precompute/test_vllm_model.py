@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_opt.precompute import vllm_model
-from dpo_opt.precompute.vllm_model import VllmModel, vllm_version
+from dpo_opt.precompute import engine_arguments, vllm_model
+from dpo_opt.precompute.vllm_build import prepare_environment, vllm_version
+from dpo_opt.precompute.vllm_model import VllmModel
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.models import checkpoint_dtype, context_length
 from dpo_opt.schemas.pairs import TokenSequence
@@ -215,7 +216,7 @@ def test_the_users_environment_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
-    vllm_model.prepare_environment()
+    prepare_environment()
     assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
@@ -252,7 +253,8 @@ def test_options_replace_what_the_engine_would_be_started_with(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, cpu: bool
 ) -> None:
     monkeypatch.setattr("vllm.LLM", Started)
-    monkeypatch.setattr(vllm_model, "is_cpu_build", lambda: cpu)
+    for module in (vllm_model, engine_arguments):
+        monkeypatch.setattr(module, "is_cpu_build", lambda: cpu)
     VllmModel(tiny_model, dtype="float32", max_length=10)._started()
     usual = Started.settings
     assert usual["max_num_batched_tokens"] == 2048
