@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 DPO_OPT_REQUIRE_VLLM=1 $(BIN)/pytest -n 2 --dist loa
 STAGES := precompute optimize analysis schemas
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu prove check typecheck format clean
+.PHONY: help setup demo test test-slow test-gpu prove check typecheck format docs clean
 
 help:  ## List the targets.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,5 +68,13 @@ format:  ## Rewrite files in the house format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/pip install -q -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs-installed  ## Build the documentation's site into site/; a broken link fails.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html, or: $(BIN)/mkdocs serve"
+
 clean:  ## Remove what setup, tests and the demo made.
-	rm -rf $(VENV) .typing $(DEMO_DIR) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .typing $(DEMO_DIR) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache
