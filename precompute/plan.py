@@ -5,13 +5,15 @@ written until at least one pair is known to survive tokenization.
 
 Rows that tokenizing refuses are looked for too. Making every row's ids takes many times as long as reading
 it, so by default that is done only where it may matter: nowhere if the tokenizer has no id beyond the model's
-vocabulary, and of messages for one row of each shape (who speaks in which order, with what beside the words),
-because a chat template asks for that before it asks for words. A dry run makes the ids of every row.
+vocabulary. Of messages one row of each shape is rendered (who speaks in which order, with what beside the
+words), because a chat template asks for that before it asks for words. To render every row takes two to three
+times as long as to read it. A dry run makes the ids of every row.
 """
 
 import hashlib
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -114,15 +116,16 @@ def make_plan(
         if tokenize_all or not tokenizer.knows_every_id()
         else None
     )
-    tasks = ((*task, encoded) for task in _good_blocks(config))
+    token = os.urandom(16)
+    tasks = ((*task, encoded, token) for task in _good_blocks(config))
     preload = () if encoded is None else ("transformers.models.auto.tokenization_auto",)
     for block in map_in_order(_read_block, tasks, processes=config.processes, preload=preload):
         for found in block:
             error = found.error
             if found.example is not None and found.example.shape not in shapes:
                 shapes.add(found.example.shape)
-                (ids,) = tokenizer.encode([found.example.pair])
-                error = ids if isinstance(ids, DataError) else None
+                texts = tokenizer.texts(found.example.pair)
+                error = texts if isinstance(texts, DataError) else None
             if error is not None:
                 if config.on_bad_row == "error":
                     raise error
@@ -222,7 +225,7 @@ class _RowFacts(NamedTuple):
     error: DataError | None
     used: bool = True
     example: _Example | None = None
-    """The pair, where it is the first of its shape in its block."""
+    """The pair, where it is the first of its shape that this process has read for the plan."""
 
 
 class _Encoded(NamedTuple):
@@ -232,15 +235,33 @@ class _Encoded(NamedTuple):
     template_date: str | None
 
 
-def _read_block(task: tuple[Block, Reading, _Encoded | None]) -> list[_RowFacts]:
-    block, reading, encoded = task
+class _Shown(NamedTuple):
+    """The shapes of which this process has sent an example."""
+
+    token: bytes
+    """Of the plan that it reads for; blocks of one plan come in order."""
+    shapes: set[Shape]
+
+
+_shown = _Shown(b"", set())
+
+
+def _shapes_shown(token: bytes) -> set[Shape]:
+    global _shown
+    if _shown.token != token:
+        _shown = _Shown(token, set())
+    return _shown.shapes
+
+
+def _read_block(task: tuple[Block, Reading, _Encoded | None, bytes]) -> list[_RowFacts]:
+    block, reading, encoded, token = task
     items = list(parse_block(block, reading))
     refused: dict[int, DataError] = {}
     if encoded is not None:
         pairs = [(i, item) for i, item in enumerate(items) if isinstance(item, PreferencePair)]
         ids = encoder(encoded.folder, encoded.template_date).encode([pair for _, pair in pairs])
         refused = {i: e for (i, _), e in zip(pairs, ids, strict=True) if isinstance(e, DataError)}
-    shapes: set[Shape] = set()
+    shapes = _shapes_shown(token)
     facts = []
     for i, item in enumerate(items):
         if isinstance(item, BadRow):
@@ -265,9 +286,35 @@ def _shape(pair: PreferencePair) -> Shape | None:
     if isinstance(pair.prompt, str):
         return None
     parts = cast(tuple[list[Message], ...], (pair.prompt, pair.chosen, pair.rejected))
-    turns = [tuple([(m["role"], *m, bool(m["content"])) for m in part]) for part in parts]
+    turns = [tuple([(m["role"], m.get("name"), _form(m)) for m in part]) for part in parts]
     settings = pair.chat_template_kwargs and json.dumps(pair.chat_template_kwargs, sort_keys=True)
-    return (*turns, pair.tools is None, settings)
+    return (*turns, _form(pair.tools), settings)
+
+
+_KINDS = ("role", "type")  # keys whose text is no words
+_FREE = ("arguments", "parameters")  # keys below which each function has keys of its own
+
+
+def _form(value: object) -> object:
+    """A value of JSON without its words: its keys, and how many and which elements its lists have.
+
+    Nor are there the keys of a function's own, or each function would be another shape.
+    """
+    if isinstance(value, str):
+        return bool(value)
+    if isinstance(value, dict):
+        return tuple([(key, _member_form(key, value[key])) for key in sorted(value)])
+    if isinstance(value, list):
+        return ("list", *map(_form, value))
+    return type(value).__name__
+
+
+def _member_form(key: str, value: object) -> object:
+    if key in _KINDS and isinstance(value, str):
+        return value
+    if key in _FREE and isinstance(value, dict):
+        return ("object", bool(value))
+    return _form(value)
 
 
 def _good_blocks(config: PrecomputeConfig) -> Iterator[tuple[Block, Reading]]:

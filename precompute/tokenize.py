@@ -195,7 +195,7 @@ class PairTokenizer:
         Raises:
             ConfigError: A pair holds messages and the tokenizer has no chat template.
         """
-        texts: list[tuple[str, str, str] | DataError] = [self._texts(pair) for pair in pairs]
+        texts: list[tuple[str, str, str] | DataError] = [self.texts(pair) for pair in pairs]
         ids: dict[int, PairIds | DataError] = {}
         # A chat template writes the special tokens itself.
         for plain in (True, False):
@@ -209,6 +209,19 @@ class PairTokenizer:
             for i in chosen:
                 ids[i] = self._split(pairs[i], [next(encoded) for _ in range(3)])
         return [text if isinstance(text, DataError) else ids[i] for i, text in enumerate(texts)]
+
+    def texts(self, pair: PreferencePair) -> tuple[str, str, str] | DataError:
+        """What is tokenized of a pair: the prompt, and with either completion; or why it is unusable.
+
+        Raises:
+            ConfigError: The pair holds messages and the tokenizer has no chat template.
+        """
+        if isinstance(pair.prompt, str):
+            return _plain_texts(pair, str(self.tokenizer.eos_token))
+        try:
+            return rendered_texts(pair, self.tokenizer, date=self.template_date)
+        except DataError as error:
+            return error
 
     def fit(self, pair: PreferencePair, whole: PairIds) -> TokenizedPair | DroppedRow:
         """A pair's whole ids within ``max_length``, or why it is left out."""
@@ -265,14 +278,6 @@ class PairTokenizer:
         engine = _whole_text_backend(self.tokenizer)
         engine.post_processor = None
         return engine
-
-    def _texts(self, pair: PreferencePair) -> tuple[str, str, str] | DataError:
-        if isinstance(pair.prompt, str):
-            return _plain_texts(pair, str(self.tokenizer.eos_token))
-        try:
-            return rendered_texts(pair, self.tokenizer, date=self.template_date)
-        except DataError as error:
-            return error
 
     def _split(self, pair: PreferencePair, encoded: Sequence[IdArray | None]) -> PairIds | DataError:
         prompt, chosen, rejected = encoded

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,29 @@ import pytest
 from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 
 from dpo_opt.plans import plan_precompute
+from dpo_opt.precompute import parallel, plan
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.datasets import read_pairs
 from dpo_opt.precompute.plan import Planned, make_plan
 from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute
-from dpo_opt.precompute.tokenize import load_tokenizer
+from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer
 from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.pairs import PreferencePair
 
 # As many templates: it refuses a conversation by its roles, and this one by a word as well.
 TEMPLATE = (
     "{% for m in messages %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) or m['content'] == 'never' %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% for c in m['tool_calls'] or [] %}{% if loop.index0 or c['function']['arguments'] is string %}"
+    "{{ raise_exception('one call, with an object') }}{% endif %}{% endfor %}"
+    "{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 BEYOND = "<|beyond|>"
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"place": "here"}}}
+TEXT_CALL = {"type": "function", "function": {"name": "look", "arguments": '{"place": "here"}'}}
 
 
 def chat(i: object, *turns: str) -> dict[str, Any]:
@@ -35,6 +42,10 @@ def chat(i: object, *turns: str) -> dict[str, Any]:
         "chosen": [{"role": "assistant", "content": f"The answer is {i}."}],
         "rejected": [{"role": "assistant", "content": f"No {i}."}],
     }
+
+
+def calling(i: int, *calls: dict[str, Any]) -> dict[str, Any]:
+    return chat(i) | {"chosen": [{"role": "assistant", "content": f"Look {i}.", "tool_calls": list(calls)}]}
 
 
 @pytest.fixture
@@ -81,6 +92,8 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], bool, int]] = {
     "template": ([*map(chat, range(10)), chat(10, "user", "user"), chat(11)], True, 11),
     "first row": ([chat(0, "user", "user"), *map(chat, range(1, 12))], True, 1),
     "settings": ([*map(chat, range(11)), chat(11) | {"chat_template_kwargs": {"tools": []}}], True, 12),
+    "second call": ([*[calling(i, CALL) for i in range(10)], calling(10, CALL, CALL), chat(11)], True, 11),
+    "call as text": ([*[calling(i, CALL) for i in range(10)], calling(10, TEXT_CALL), chat(11)], True, 11),
     "id": ([*preference_rows(11), preference_rows(12)[11] | {"chosen": f" a {BEYOND}"}], False, 12),
     "id in a message": ([*map(chat, range(11)), *map(chat, [BEYOND])], False, 12),
 }
@@ -129,6 +142,39 @@ def test_a_plan_does_not_depend_on_which_rows_are_tokenized(config_of: Configs, 
     assert plan_of(config) == plan_of(config, tokenize_all=True)
     other = config_of(REFUSED["template"][0], on_bad_row="skip")
     assert plan_of(other).plan == plan_of(other, tokenize_all=True).plan
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_row_of_each_shape_is_rendered_in_each_plan_anew(
+    config_of: Configs, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """However many blocks are read, and in which processes."""
+    monkeypatch.setattr("dpo_opt.precompute.files._BLOCK_BYTES", 2000)
+    rows = [row for i in range(300) for row in (chat(i), calling(i, CALL))]
+    rows.append(chat(300, "user", "user"))
+    config = config_of(rows, processes=processes)
+    for _ in range(2):
+        with pytest.raises(DataError) as caught:
+            plan_of(config)
+        assert str(caught.value.where).endswith(":601")
+    rendered: list[str] = []
+
+    def texts(_: PairTokenizer, pair: PreferencePair) -> tuple[str, str, str]:
+        rendered.append(pair.where.rpartition(":")[2])
+        return "a", "ab", "ac"
+
+    sent: list[object] = []
+
+    def map_in_order(*args: Any, **settings: Any) -> Iterator[list[Any]]:
+        for block in parallel.map_in_order(*args, **settings):
+            sent.extend(found.example for found in block if found.example is not None)
+            yield block
+
+    monkeypatch.setattr(PairTokenizer, "texts", texts)
+    monkeypatch.setattr(plan, "map_in_order", map_in_order)
+    plan_of(config)
+    assert rendered == ["1", "1", "2", "601"]  # the first is the pair that must be usable
+    assert 3 <= len(sent) <= (3 if processes == 1 else 3 * (1 + processes))
 
 
 def test_special_tokens_in_a_text_are_split_where_the_tokenizers_own_call_splits_them(
