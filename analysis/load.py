@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA
 from dpo_opt.schemas.locations import AnyPath, location
-from dpo_opt.schemas.manifest import ShardCommit, check_file, load_manifest
+from dpo_opt.schemas.manifest import ShardCommit, load_manifest
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA
+from dpo_opt.schemas.shard_folder import check_file
 from dpo_opt.schemas.shards import SCHEMA_VERSION, SHARD_SCHEMA
 
 PAIR_LOGPS_FOLDER = "pair_logps"

@@ -26,8 +26,8 @@ from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import work
 from dpo_opt.precompute.settle import settle_plan
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import LogpArray, Numerics, TokenSequence
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school"]
 

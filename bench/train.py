@@ -99,7 +99,7 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     from dpo_opt.optimize.score import HfScorer
     from dpo_opt.optimize.stream import PairStream
     from dpo_opt.precompute import PrecomputeConfig, precompute
-    from dpo_opt.schemas.manifest import ShardFolder
+    from dpo_opt.schemas.shard_folder import ShardFolder
 
     shards = arguments.folder / "shards"
     precompute(

@@ -18,15 +18,9 @@ from dpo_opt.schemas.columns import COLUMNS, WEIGHT
 from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath, inside, on_this_machine, sizes
-from dpo_opt.schemas.manifest import (
-    MANIFEST,
-    TOKENIZER,
-    Manifest,
-    ShardCommit,
-    tokenizer_names,
-    verified_file,
-)
+from dpo_opt.schemas.manifest import MANIFEST, TOKENIZER, Manifest, ShardCommit, tokenizer_names
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
+from dpo_opt.schemas.shard_folder import verified_file
 from dpo_opt.schemas.shards import DROPPED_SCHEMA, INDEX_SCHEMA, inconsistent_columns, read_row_groups
 from dpo_opt.schemas.storage import file_names, sha256_folder
 

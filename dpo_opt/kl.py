@@ -17,10 +17,10 @@ from dpo_opt.precompute.datasets import read_prompts
 from dpo_opt.precompute.tokenize import load_tokenizer, prompt_ids
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.kl_samples import KLSample, write_kl_samples
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import checkpoint_dtype, context_length, find_model
 from dpo_opt.schemas.pairs import Completion, IdArray, Sampler, TokenSequence, content_hash
 from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.scorers import make_engine
 
 

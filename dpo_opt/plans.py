@@ -50,9 +50,9 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
         DpoOptError: The run could not start; see ``optimize.prepare.prepare``.
     """
     from dpo_opt.optimize.budget import least_budget, longest_pair
-    from dpo_opt.optimize.prepare import prepare
     from dpo_opt.optimize.memory import estimate_memory
     from dpo_opt.optimize.policy import default_device
+    from dpo_opt.optimize.prepare import prepare
 
     prepared = prepare(config)
     device = default_device()

@@ -15,8 +15,9 @@ from dpo_opt.integrity import integrity_problems
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS
 from dpo_opt.schemas.locations import AnyPath, on_this_machine
-from dpo_opt.schemas.manifest import MANIFEST, TOKENIZER, Manifest, ShardFolder, load_manifest, repair_command
+from dpo_opt.schemas.manifest import MANIFEST, TOKENIZER, Manifest, load_manifest, repair_command
 from dpo_opt.schemas.models import find_model, read_config, tokenizer_digest
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.storage import write_text
 
 if TYPE_CHECKING:

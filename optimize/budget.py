@@ -14,8 +14,8 @@ from dpo_opt.optimize.packing import Group, packed_size, padded_width, pair_grou
 from dpo_opt.optimize.policy import Policy
 from dpo_opt.optimize.sharding import ShardedPolicy, announce_micro_batch, join_empty
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 CPU_ROWS = 512
 """Steps of 1024 and 4096 rows take as long on a CPU, and 1.2 and 1.9 times the memory."""

@@ -16,7 +16,7 @@ from dpo_opt.optimize.stream import PairStream
 from dpo_opt.schemas.config_keys import differing_keys, kept_model_config
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS, refuse_differences
-from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 
 class Evaluation(NamedTuple):

@@ -10,10 +10,10 @@ from dpo_opt.optimize.merging import merged_digests
 from dpo_opt.schemas.config_keys import differing_keys
 from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 from dpo_opt.schemas.fingerprint import refuse_differences
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import config_digest, read_config, stated_architecture, tokenizer_digest
 from dpo_opt.schemas.rope import describe_rope
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import SCHEMA_VERSION
 from dpo_opt.schemas.weights import weights_digest
 

@@ -12,8 +12,8 @@ from dpo_opt.optimize.loss import LossInputs, preference_loss
 from dpo_opt.optimize.packing import Group, packed_size, pair_group
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.policy import Policy, one_by_one
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 PARITY_PAIRS = 32
 ALONE_PAIRS = 8

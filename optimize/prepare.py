@@ -12,8 +12,8 @@ from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS, TOKENIZER_FIELDS
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import find_model
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 
 class Prepared(NamedTuple):

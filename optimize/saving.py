@@ -18,8 +18,8 @@ from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.policy import Policy
 from dpo_opt.optimize.sharding import gather_policy
 from dpo_opt.optimize.state_files import load_state, save_state
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import checkpoint_dtype
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.storage import publish_folder
 
 _OPTIMIZER = "optimizer"

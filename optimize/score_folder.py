@@ -11,11 +11,11 @@ from dpo_opt.optimize.packing import pair_group
 from dpo_opt.optimize.score import HfScorer
 from dpo_opt.schemas.fingerprint import TOKENIZER_FIELDS
 from dpo_opt.schemas.locations import AnyPath
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import checkpoint_dtype, find_model
 from dpo_opt.schemas.pair_logps import PairLogps, write_pair_logps
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 
 def score_shards(

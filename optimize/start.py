@@ -18,7 +18,7 @@ from dpo_opt.optimize.policy import Policy, compute_dtype, load_policy
 from dpo_opt.optimize.probe import require_same_in_compute_dtype
 from dpo_opt.optimize.sharding import shard_policy
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 
 class Started(NamedTuple):

@@ -37,9 +37,9 @@ from dpo_opt.schemas.manifest import (
     parse,
     resume_command,
     to_json,
-    verified_file,
     write_manifest,
 )
+from dpo_opt.schemas.shard_folder import verified_file
 from dpo_opt.schemas.shards import INDEX_GROUP_ROWS, INDEX_SCHEMA, write_table
 from dpo_opt.schemas.storage import publish, sha256_file, sha256_folder, write_text
 

@@ -38,16 +38,15 @@ from dpo_opt.schemas.manifest import (
     Manifest,
     Plan,
     ShardCommit,
-    ShardFolder,
     load_manifest,
     parse,
     resume_command,
     to_json,
-    verified_file,
 )
 from dpo_opt.schemas.models import find_model, tokenizer_digest
 from dpo_opt.schemas.pairs import Numerics
 from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.shard_folder import ShardFolder, verified_file
 from dpo_opt.schemas.storage import file_names, write_text
 
 _PLAN = re.compile(r"plan(-(?P<number>\d+))?\.json")

@@ -1,4 +1,4 @@
-"""The commit records of a shard folder, and the one way to open it: readers trust the manifest alone.
+"""The records of a shard folder, its plan, commits and manifest: readers trust the manifest alone.
 
 A Parquet file with a readable footer may still be half a shard, and a flipped bit inside a page goes
 unnoticed by most readers. So a file counts only if the manifest names it, and only with the bytes the
@@ -9,35 +9,24 @@ manifest says.
     manifest.json    one attempt per shard, exact coverage; written last
 """
 
-import contextlib
 import hashlib
 import json
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
-from pathlib import Path
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
-from upath import UPath
 
-from dpo_opt.schemas.errors import DataError, DpoOptError, quoted
+from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import (
     AnyPath,
-    cache_path,
-    fetch,
-    inside,
     is_file,
-    on_this_machine,
     read_all,
 )
-from dpo_opt.schemas.pairs import ScoredPair
-from dpo_opt.schemas.shards import SCHEMA_VERSION, read_row_groups
-from dpo_opt.schemas.storage import file_names, publish, sha256_file, sha256_folder, write_text
+from dpo_opt.schemas.shards import SCHEMA_VERSION
+from dpo_opt.schemas.storage import file_names, write_text
 
 PLAN = "plan.json"
 COMMAND = "precompute.yaml"
@@ -281,153 +270,6 @@ def parse(kind: type[R], text: str | bytes, *, where: AnyPath, fix: str | None =
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(f"{field}: {first['msg']}", where=str(where), fix=fix) from error
-
-
-class ShardFolder:
-    """A finalized folder, opened for reading: every file is hashed once, before its first use."""
-
-    def __init__(self, path: AnyPath, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
-        self._verified: dict[str, Path] = {}
-
-    @classmethod
-    def open(cls, path: AnyPath) -> Self:
-        """Open a folder.
-
-        Raises:
-            DataError: It has no valid manifest.
-        """
-        return cls(path, load_manifest(path))
-
-    def index(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """One row per kept pair: identifiers, lengths, shard and row group (shards.INDEX_SCHEMA).
-
-        Args:
-            columns: Only these: of a million pairs the identifiers alone are 72 MB.
-        """
-        # Not `pq.read_table`, which takes several times the time and memory for the same columns.
-        with pq.ParquetFile(self._file(self.manifest.index_file, self.manifest.index_sha256)) as file:
-            return file.read(columns=None if columns is None else list(columns))
-
-    def row_groups(
-        self, shard: int, *, row_groups: Sequence[int] | None = None
-    ) -> Iterator[list[ScoredPair]]:
-        """Pairs of one shard, one list per row group, from verified bytes.
-
-        Raises:
-            DataError: The file is missing or is not the one the manifest names.
-        """
-        commit = self.manifest.shards[shard]
-        yield from read_row_groups(self._file(commit.file, commit.sha256), row_groups=row_groups)
-
-    @contextlib.contextmanager
-    def tokenizer(self) -> Iterator[Path]:
-        """Folder of the tokenizer's own files, on this machine for as long as it is used.
-
-        Raises:
-            DataError: They are not those that the manifest's hash was taken of.
-        """
-        path = self.path / TOKENIZER
-        with on_this_machine(path, names=tokenizer_names(self.path)) as here:
-            if sha256_folder(here) != self.manifest.tokenizer_sha256:
-                files = sorted(quoted(p.name) for p in here.rglob("*") if p.is_file())
-                raise damaged(
-                    f"the tokenizer's files changed ({', '.join(files) or 'none is left'})",
-                    path,
-                    self.path,
-                    why="they turn the folder's ids back into text, and become those of the trained model",
-                )
-            yield here
-
-    def pairs(self) -> Iterator[ScoredPair]:
-        """Every pair, in row order, one row group in memory at a time."""
-        for commit in self.manifest.shards:
-            for group in self.row_groups(commit.shard):
-                yield from group
-
-    def _file(self, name: str, sha256: str) -> Path:
-        if name not in self._verified:
-            self._verified[name] = check_file(self.path, name, sha256)
-        return self._verified[name]
-
-
-def check_file(shards_dir: AnyPath, name: str, sha256: str) -> Path:
-    """A file whose bytes are those that its record states; a store's file is kept in this user's cache.
-
-    Args:
-        shards_dir: Folder of reference shards.
-        name: Relative to the folder.
-        sha256: What the record states.
-
-    Returns:
-        The file on this machine.
-
-    Raises:
-        DataError: The file is missing or its bytes changed.
-        DpoOptError: The store does not answer.
-    """
-    path = inside(shards_dir, name)
-    if isinstance(path, Path):
-        with verified_file(shards_dir, name, sha256):
-            return path
-    kept = cache_path(path, sha256)
-    if not (kept.is_file() and sha256_file(kept) == sha256):
-        try:
-            with publish(kept) as private:
-                _fetch_verified(path, sha256, private, shards_dir)
-        except OSError as error:
-            raise DpoOptError(
-                f"the cache cannot be written ({error.strerror or error})",
-                where=str(kept.parent),
-                why="what is read from a store is kept there",
-                fix="set DPO_OPT_CACHE to a folder that can be written",
-            ) from error
-    return kept
-
-
-@contextlib.contextmanager
-def verified_file(shards_dir: AnyPath, name: str, sha256: str) -> Iterator[Path]:
-    """As ``check_file``; a store's file is on this machine for as long as it is used.
-
-    Raises:
-        DataError, DpoOptError: As ``check_file``.
-    """
-    path = inside(shards_dir, name)
-    if isinstance(path, Path):
-        if not path.is_file():
-            raise _missing(path, shards_dir)
-        _require_sha256(path, sha256, where=path, shards_dir=shards_dir)
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="dpo-opt-") as own:
-        file = Path(own) / path.name
-        _fetch_verified(path, sha256, file, shards_dir)
-        yield file
-
-
-def _fetch_verified(path: UPath, sha256: str, file: Path, shards_dir: AnyPath) -> None:
-    try:
-        fetch(path, file)
-    except FileNotFoundError as error:
-        raise _missing(path, shards_dir) from error
-    _require_sha256(file, sha256, where=path, shards_dir=shards_dir)
-
-
-def _missing(path: AnyPath, shards_dir: AnyPath) -> DataError:
-    why = "a record names it, so pairs would be missing from training"
-    return damaged("the file is missing", path, shards_dir, why=why)
-
-
-def _require_sha256(file: Path, sha256: str, *, where: AnyPath, shards_dir: AnyPath) -> None:
-    actual = sha256_file(file)
-    if actual != sha256:
-        raise damaged(
-            f"the bytes changed: sha256 is {actual[:16]}..., the record says {sha256[:16]}...",
-            where,
-            shards_dir,
-            why="its log-probs can no longer be trusted",
-        )
 
 
 def _body_hash(body: dict[str, object]) -> str:

@@ -165,7 +165,7 @@ def _leaf(field: pa.Field) -> str:
 def read_row_groups(path: Path, *, row_groups: Sequence[int] | None = None) -> Iterator[list[ScoredPair]]:
     """The pairs of a shard, one list per row group.
 
-    Callers that follow a manifest check the file's hash first (``manifest.ShardFolder`` does).
+    Callers that follow a manifest check the file's hash first (``ShardFolder`` does).
 
     Raises:
         DataError: The file cannot be read as a shard of this version.

@@ -1,7 +1,8 @@
-"""The quickstart's commands, and what they print: ``python tests/quickstart.py`` runs them and writes the page anew.
+"""The quickstart's commands, and what they print.
 
-In ``docs/quickstart.md`` a block of ``bash`` is a command that is run, and the block of ``text`` after it is what it
-printed on stdout. A block of ``python`` with a title is a file. A block of ``sh`` is not run.
+``python tests/quickstart.py`` runs them and writes the page again. In ``docs/quickstart.md`` a block of
+``bash`` is a command that is run, and the block of ``text`` after it is what it printed on stdout. A block of
+``python`` with a title is a file. A block of ``sh`` is not run.
 """
 
 import os

@@ -25,7 +25,8 @@ from dpo_opt.precompute.run import precompute
 from dpo_opt.schemas.config_keys import MODEL_CONFIG
 from dpo_opt.schemas.errors import FingerprintError
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS
-from dpo_opt.schemas.manifest import COMMITS, ShardFolder
+from dpo_opt.schemas.manifest import COMMITS
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 Edit = Callable[[Path], None]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -32,11 +32,11 @@ from dpo_opt.schemas.manifest import (
     MANIFEST,
     TOKENIZER,
     ShardCommit,
-    ShardFolder,
     load_manifest,
     to_json,
     write_manifest,
 )
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import write_table
 from dpo_opt.schemas.storage import sha256_file
 from dpo_opt.verify import verify

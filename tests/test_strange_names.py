@@ -40,8 +40,9 @@ from dpo_opt.precompute.repair import Repair
 from dpo_opt.schemas.errors import DpoOptError, quoted
 from dpo_opt.schemas.fingerprint import short_value
 from dpo_opt.schemas.locations import location
-from dpo_opt.schemas.manifest import ShardFolder, load_manifest, write_manifest
+from dpo_opt.schemas.manifest import load_manifest, write_manifest
 from dpo_opt.schemas.models import find_model
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import read_row_groups
 from dpo_opt.schemas.weights import refuse_left_over, weights_digest
 

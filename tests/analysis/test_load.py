@@ -12,8 +12,9 @@ from dpo_opt.analysis.load import (
     shard_slices,
 )
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.manifest import ShardFolder, load_manifest, write_manifest
+from dpo_opt.schemas.manifest import load_manifest, write_manifest
 from dpo_opt.schemas.pair_logps import write_pair_logps
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import SHARD_SCHEMA
 
 

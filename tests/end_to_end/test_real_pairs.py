@@ -26,8 +26,9 @@ from dpo_opt.optimize.score import HfScorer
 from dpo_opt.optimize.score_folder import score_shards
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.precompute.vllm_model import VllmModel
-from dpo_opt.schemas.manifest import Manifest, ShardFolder
+from dpo_opt.schemas.manifest import Manifest
 from dpo_opt.schemas.pairs import ScoredPair, Scorer, TokenSequence
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 FILES = {"human_pairs.jsonl.gz": 3302, "hh_harmless_base_test.jsonl.gz": 2312}
 # With fp32 on both sides only the order of additions differs.

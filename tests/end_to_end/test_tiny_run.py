@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from dpo_opt.cli import main
-from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 PAIRS = 40
 # Where `dpo-opt report` looks for them.

@@ -20,8 +20,8 @@ from dpo_opt.optimize.distributed import World
 from dpo_opt.optimize.packing import packed_size, pair_group
 from dpo_opt.optimize.policy import Policy
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import TokenSequence
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 GB = 10**9
 CPU = torch.device("cpu")

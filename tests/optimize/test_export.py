@@ -12,7 +12,7 @@ from dpo_opt.optimize.card import model_card
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.export import write_model
 from dpo_opt.optimize.policy import Policy, load_policy
-from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.storage import publish_folder
 
 

@@ -26,9 +26,9 @@ from dpo_opt.plans import plan_train
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.columns import Column, write_column
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, FingerprintError
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA
 from dpo_opt.schemas.pairs import ScoredPair, TokenSequence
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 FullLogps = Callable[[PreTrainedModel, TokenSequence], Tensor]
 PAIRS = 28

@@ -45,9 +45,9 @@ from dpo_opt.optimize.score import HfScorer
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.errors import ConfigError, FingerprintError
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.models import find_model
 from dpo_opt.schemas.pairs import TokenSequence
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.weights import weights_digest
 
 pytest.importorskip("peft")

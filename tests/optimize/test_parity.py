@@ -12,8 +12,8 @@ from dpo_opt.optimize.packing import Group
 from dpo_opt.optimize.parity import Parity, require_parity
 from dpo_opt.optimize.policy import Policy, load_policy
 from dpo_opt.schemas.errors import FingerprintError
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 
 def pairs_of(shards: Path) -> list[ScoredPair]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from planted_defects import CACHE, FORWARD, Scored, failed
 
-from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

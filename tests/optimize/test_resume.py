@@ -28,8 +28,8 @@ from dpo_opt.optimize.run_folder import CONFIG
 from dpo_opt.optimize.stop_signals import StopRequested, stop_signals
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError, Preempted
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.progress import Silent
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.storage import sha256_file
 
 OPTIMIZER = "optimizer/state-00001-of-00001.safetensors"

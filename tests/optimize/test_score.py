@@ -17,9 +17,9 @@ from dpo_opt.optimize import TrainConfig, train
 from dpo_opt.optimize.score import HfScorer
 from dpo_opt.optimize.score_folder import score_shards
 from dpo_opt.schemas.errors import FingerprintError
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA
 from dpo_opt.schemas.pairs import IdArray, TokenSequence
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 FullLogps = Callable[[PreTrainedModel, TokenSequence], Tensor]
 EOS = 1

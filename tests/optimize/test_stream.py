@@ -15,12 +15,12 @@ from fakes import ScriptedScorer
 
 from dpo_opt.optimize.stream import WINDOW_GROUPS, PairStream
 from dpo_opt.precompute import PrecomputeConfig, precompute
-from dpo_opt.schemas import manifest
+from dpo_opt.schemas import shard_folder
 from dpo_opt.schemas.columns import WEIGHT, Column, write_column
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.locations import location
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 PAIRS, PROMPTS, PER_SHARD = 420, 200, 10
 
@@ -355,14 +355,14 @@ def test_a_stores_shard_is_fetched_once_though_several_threads_want_it(
         if file.is_file():
             (store / file.relative_to(large_shards.path).as_posix()).write_bytes(file.read_bytes())
     fetched = []
-    fetch = manifest.fetch
+    fetch = shard_folder.fetch
 
     def slowly(path: object, file: Path) -> None:
         fetched.append(str(path))
         time.sleep(0.05)
         fetch(path, file)
 
-    monkeypatch.setattr(manifest, "fetch", slowly)
+    monkeypatch.setattr(shard_folder, "fetch", slowly)
     stream = PairStream(ShardFolder.open(store), eval_split=0.0)
     rows = [p.row for batch in stream.batches(stream.epoch(seed=0, epoch=0), 32) for p in batch]
     assert rows == PairStream(large_shards, eval_split=0.0).epoch(seed=0, epoch=0).tolist()

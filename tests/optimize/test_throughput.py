@@ -12,8 +12,8 @@ from dpo_opt.optimize.packing import pair_group
 from dpo_opt.optimize.policy import Policy
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.optimize.throughput import Throughput
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 H100 = "NVIDIA H100 80GB HBM3"
 COST = ForwardCost(per_row=1e9, per_key=1e3, per_scored=1e6)

@@ -15,7 +15,7 @@ from dpo_opt.optimize import TrainConfig, train
 from dpo_opt.optimize.score import HfScorer
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.errors import ConfigError, FingerprintError, Preempted
-from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 LORA = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}
 BF16 = {"param_dtype": "bfloat16", "dtype": "bfloat16", "learning_rate": 1e-3}

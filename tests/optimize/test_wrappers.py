@@ -28,8 +28,8 @@ from dpo_opt.optimize.stream import PairStream
 from dpo_opt.optimize.throughput import Throughput
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.weights import weights_digest
 
 CPU = torch.device("cpu")

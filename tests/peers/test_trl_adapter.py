@@ -16,7 +16,8 @@ from dpo_opt.optimize.score import HfScorer
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
 from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError
-from dpo_opt.schemas.manifest import MANIFEST, ShardFolder
+from dpo_opt.schemas.manifest import MANIFEST
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.trl import ReferenceFromShards, trl_dataset
 
 pytestmark = pytest.mark.usefixtures("peers")

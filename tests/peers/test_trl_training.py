@@ -31,7 +31,7 @@ from dpo_opt.optimize.score import HfScorer
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
-from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 Texts = list[dict[str, Any]]
 Values = npt.NDArray[np.float64]

@@ -25,14 +25,8 @@ from dpo_opt.precompute.settle import adopt_plan
 from dpo_opt.precompute.tokenize import load_tokenizer
 from dpo_opt.schemas.columns import WEIGHT, new_column, read_column, write_column
 from dpo_opt.schemas.errors import DataError, FingerprintError
-from dpo_opt.schemas.manifest import (
-    INDEX,
-    MANIFEST,
-    PLAN,
-    ShardFolder,
-    load_manifest,
-    to_json,
-)
+from dpo_opt.schemas.manifest import INDEX, MANIFEST, PLAN, load_manifest, to_json
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import DroppedRow, write_dropped, write_table
 from dpo_opt.schemas.storage import sha256_file, write_text
 

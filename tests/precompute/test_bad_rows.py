@@ -18,7 +18,8 @@ from dpo_opt.precompute.plan import read_plan
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.columns import COLUMNS, read_column
 from dpo_opt.schemas.errors import DataError, FingerprintError
-from dpo_opt.schemas.manifest import COMMITS, MANIFEST, Manifest, ShardFolder
+from dpo_opt.schemas.manifest import COMMITS, MANIFEST, Manifest
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 Configs = Callable[..., PrecomputeConfig]
 

@@ -21,8 +21,9 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.gc import find_garbage, remove_garbage
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, MANIFEST, ShardFolder, load_manifest
+from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, MANIFEST, load_manifest
 from dpo_opt.schemas.pairs import TokenSequence
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 ROUNDS = int(os.environ.get("DPO_OPT_CHAOS_ROUNDS", "25"))
 WORKERS = 2

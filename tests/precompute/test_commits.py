@@ -14,16 +14,8 @@ from dpo_opt.precompute.gc import find_garbage
 from dpo_opt.precompute.plan import read_plan
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.manifest import (
-    INDEX,
-    MANIFEST,
-    PLAN,
-    ShardCommit,
-    ShardFolder,
-    load_manifest,
-    parse,
-    to_json,
-)
+from dpo_opt.schemas.manifest import INDEX, MANIFEST, PLAN, ShardCommit, load_manifest, parse, to_json
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import INDEX_SCHEMA
 
 # Row 4 prefers nothing and is dropped: 4 + 1 shards of 3 rows, the last of 2.

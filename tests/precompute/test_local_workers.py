@@ -17,7 +17,8 @@ from dpo_opt.launch import take_place
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.local_workers import own_devices, visible_devices, worker_environments
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.manifest import MANIFEST, ShardFolder
+from dpo_opt.schemas.manifest import MANIFEST
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
 

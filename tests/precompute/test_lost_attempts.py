@@ -13,16 +13,8 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.plan import read_plan
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.locations import AnyPath
-from dpo_opt.schemas.manifest import (
-    COMMITS,
-    DATA,
-    DROPPED,
-    INDEX,
-    MANIFEST,
-    ShardFolder,
-    load_manifest,
-    to_json,
-)
+from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, INDEX, MANIFEST, load_manifest, to_json
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 ROWS = preference_rows(12)
 ROWS[4]["rejected"] = ROWS[4]["chosen"]

@@ -21,7 +21,8 @@ from dpo_opt.precompute.gc import find_garbage
 from dpo_opt.precompute.repair import repair
 from dpo_opt.precompute.run import precompute
 from dpo_opt.schemas.errors import FingerprintError
-from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, INDEX, MANIFEST, PLAN, ShardFolder, load_manifest
+from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, INDEX, MANIFEST, PLAN, load_manifest
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import INDEX_GROUP_ROWS, SHARD_SCHEMA
 
 ROWS: list[dict[str, object]] = [{**row, "id": i} for i, row in enumerate(preference_rows(30))]

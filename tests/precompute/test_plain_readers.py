@@ -12,7 +12,7 @@ from fakes import ScriptedScorer, preference_rows, write_jsonl
 from dpo_opt.precompute.commits import finalize
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.schemas.manifest import ShardFolder
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import SHARD_SCHEMA
 
 

@@ -22,9 +22,9 @@ from dpo_opt.precompute.quarantine import ENGINE_ERROR, MOST_LEFT_OUT, Losses, s
 from dpo_opt.precompute.run import precompute, score_pairs, work
 from dpo_opt.precompute.vllm_model import VllmModel
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped, Preempted
-from dpo_opt.schemas.manifest import ShardFolder
 from dpo_opt.schemas.pairs import LogpArray, TokenizedPair, TokenSequence
 from dpo_opt.schemas.progress import Silent
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 
 class Engine:

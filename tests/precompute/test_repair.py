@@ -33,10 +33,10 @@ from dpo_opt.schemas.manifest import (
     MANIFEST,
     PLAN,
     TOKENIZER,
-    ShardFolder,
     load_manifest,
     to_json,
 )
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.verify import verify
 
 # Row 4 prefers nothing and is dropped: 5 shards of 3 rows, the last of 2.

@@ -23,8 +23,9 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
-from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, MANIFEST, PLAN, ShardFolder, load_manifest
+from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, MANIFEST, PLAN, load_manifest
 from dpo_opt.schemas.pairs import LogpArray, PreferencePair, ScoredPair, TokenizedPair
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 ROWS = preference_rows(11)
 ROWS[6]["rejected"] = ROWS[6]["chosen"]  # dropped

@@ -24,7 +24,8 @@ from dpo_opt.precompute.run import precompute
 from dpo_opt.precompute.settle import settle_plan
 from dpo_opt.precompute.slurm import launch_array
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.manifest import COMMAND, COMMITS, ShardFolder
+from dpo_opt.schemas.manifest import COMMAND, COMMITS
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.scorers import make_scorer
 
 Configs = Callable[..., PrecomputeConfig]

@@ -21,8 +21,9 @@ from dpo_opt.precompute.plan import read_plan
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.columns import WEIGHT, read_column
 from dpo_opt.schemas.errors import DataError, FingerprintError
-from dpo_opt.schemas.manifest import PLAN, Manifest, Plan, ShardFolder, load_manifest, to_json, write_manifest
+from dpo_opt.schemas.manifest import PLAN, Manifest, Plan, load_manifest, to_json, write_manifest
 from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import write_shard
 
 Configs = Callable[..., PrecomputeConfig]

@@ -34,7 +34,8 @@ from dpo_opt.precompute.workers import Worker, shards_for
 from dpo_opt.schemas import storage
 from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.locations import is_file, location, on_this_machine, read_all, remove, sizes
-from dpo_opt.schemas.manifest import TOKENIZER, ShardFolder, check_file, load_manifest
+from dpo_opt.schemas.manifest import TOKENIZER, load_manifest
+from dpo_opt.schemas.shard_folder import ShardFolder, check_file
 from dpo_opt.schemas.storage import sha256_file, sha256_folder
 
 s3fs = pytest.importorskip("s3fs")

@@ -23,7 +23,8 @@ from dpo_opt.schemas.locations import (
     remove,
     sizes,
 )
-from dpo_opt.schemas.manifest import check_file, load_manifest
+from dpo_opt.schemas.manifest import load_manifest
+from dpo_opt.schemas.shard_folder import check_file
 from dpo_opt.schemas.storage import publish, sha256_file, write_text
 
 

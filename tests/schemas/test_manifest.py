@@ -21,7 +21,6 @@ from dpo_opt.schemas.manifest import (
     Manifest,
     Plan,
     ShardCommit,
-    ShardFolder,
     ShardRange,
     load_manifest,
     parse,
@@ -30,6 +29,7 @@ from dpo_opt.schemas.manifest import (
     write_manifest,
 )
 from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import INDEX_SCHEMA, write_dropped, write_shard, write_table
 from dpo_opt.schemas.storage import sha256_file, sha256_folder
 
@@ -163,7 +163,7 @@ def test_every_change_of_the_manifest_by_hand_is_noticed(folder: Path) -> None:
     path = folder / MANIFEST
     text = path.read_text(encoding="utf-8")
     body = json.loads(text)
-    assert len(body) == 13
+    assert len(body) == 14
     for key, value in body.items():
         changed = {**body, key: value + 1 if isinstance(value, int) else "changed"}
         path.write_text(json.dumps(changed))
@@ -413,10 +413,10 @@ def test_files_that_the_manifest_does_not_name_are_ignored(folder: Path) -> None
 
 
 def test_a_file_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpo_opt.schemas import manifest
+    from dpo_opt.schemas import shard_folder
 
     hashed: list[str] = []
-    monkeypatch.setattr(manifest, "sha256_file", lambda path: hashed.append(path.name) or sha256_file(path))
+    monkeypatch.setattr(shard_folder, "sha256_file", lambda path: hashed.append(path.name) or sha256_file(path))
     opened = ShardFolder.open(folder)
     assert hashed == []
     for _ in range(2):
