@@ -175,8 +175,8 @@ def test_the_context_of_every_causal_model_of_transformers_is_read(tmp_path: Pat
 
     compared, wrong = 0, []
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        if kind.startswith("musicgen"):
-            continue  # has no configuration without those of its parts
+        if kind.startswith(("musicgen", "gemma4_assistant")):
+            continue  # has no configuration without those of its parts (gemma4_assistant: since 5.24)
         config = CONFIG_MAPPING[kind]()
         text = getattr(config, "text_config", config)
         states = getattr(text, "max_position_embeddings", None)
