@@ -11,7 +11,6 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 DEMO_DIR ?= demo-run
 # Two test files at a time, each on one thread: most of a test is Python, which a second thread does not help.
 PYTEST := OMP_NUM_THREADS=1 DPO_OPT_REQUIRE_VLLM=1 $(BIN)/pytest -n 2 --dist loadfile
-STAGES := precompute optimize analysis schemas
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu prove check typecheck format docs clean
@@ -57,11 +56,7 @@ check: setup  ## Lint and formatting.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# No type checker follows an editable install whose folders are mapped, so it reads a folder of links.
 typecheck: setup  ## Types, strictly.
-	rm -rf .typing && mkdir -p .typing/dpo_opt
-	for stage in $(STAGES); do ln -sfn ../../$$stage .typing/dpo_opt/$$stage; done
-	for file in dpo_opt/*.py dpo_opt/py.typed; do ln -sfn ../../$$file .typing/dpo_opt/; done
 	$(BIN)/mypy
 
 format:  ## Rewrite files in the house format.
@@ -77,4 +72,4 @@ docs: $(VENV)/.docs-installed  ## Build the documentation's site into site/; a b
 	@echo "open site/index.html, or: $(BIN)/mkdocs serve"
 
 clean:  ## Remove what setup, tests and the demo made.
-	rm -rf $(VENV) .typing $(DEMO_DIR) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(DEMO_DIR) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dpo_opt.analysis.kl import KLEstimate, estimate_kl
     from dpo_opt.analysis.load import join_reference, scan_kl_samples, scan_pair_logps, scan_shards
     from dpo_opt.analysis.page import report
-    from dpo_opt.analysis.reference import reference_view
+    from dpo_opt.analysis.reference_margins import reference_view
     from dpo_opt.analysis.summary import Summary
 
 __all__ = [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dpo_opt.analysis.html import render
 from dpo_opt.analysis.intervals import Interval
-from dpo_opt.schemas.audit import Audit
+from dpo_opt.schemas.audit_record import Audit
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.storage import write_text
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 
 from dpo_opt.analysis.intervals import Interval
-from dpo_opt.schemas.text import printable
+from dpo_opt.schemas.safe_text import printable
 
 
 def render(template: str, **values: object) -> str:

@@ -11,7 +11,7 @@ import polars as pl
 from markupsafe import Markup
 
 from dpo_opt.analysis.html import render
-from dpo_opt.analysis.runs import open_run
+from dpo_opt.analysis.run_files import open_run
 from dpo_opt.analysis.summary import Summary
 from dpo_opt.analysis.view import RunView, view_run
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted

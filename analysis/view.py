@@ -33,9 +33,9 @@ from dpo_opt.analysis.outcomes import (
     outcome,
     reference_accuracy,
 )
-from dpo_opt.analysis.runs import Run
+from dpo_opt.analysis.run_files import Run
 from dpo_opt.analysis.summary import KLSummary, PairsSummary, RunSummary, known, known_values, last_entry
-from dpo_opt.analysis.texts import PairText, TokenDecoder, pair_texts
+from dpo_opt.analysis.token_texts import PairText, TokenDecoder, pair_texts
 from dpo_opt.analysis.trajectories import logratio_trajectories
 from dpo_opt.schemas.manifest import Manifest, load_manifest
 

@@ -59,7 +59,7 @@ def main() -> None:
 
 def _rows(like: Path, count: int) -> Iterator[dict[str, Any]]:
     from dpo_opt.precompute.config import DataConfig
-    from dpo_opt.precompute.datasets import read_pairs
+    from dpo_opt.precompute.read.datasets import read_pairs
 
     pairs = list(read_pairs(DataConfig(data=[str(like)])))
     mean = statistics.fmean(len(f"{p.prompt}{p.chosen}{p.rejected}") for p in pairs)

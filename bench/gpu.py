@@ -36,7 +36,7 @@ from gpu_contenders import Contender, Measured, Unshared, installed, now, ours
 from gpu_tasks import SHAPES, Task, config_of, made_up_pairs, model_flops, parameters_of
 from transformers import PreTrainedConfig
 
-from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.forward.policy import Policy
 
 # fp32 parameter and gradient, and AdamW's two moments.
 _BYTES_PER_PARAMETER = 16

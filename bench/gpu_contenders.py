@@ -18,16 +18,16 @@ from gpu_tasks import END, PAD, WORDS, Task, make_model
 from torch import Tensor
 
 from dpo_opt.optimize import TrainConfig
-from dpo_opt.optimize.activations import checkpoint_activations
-from dpo_opt.optimize.attention import SEGMENT_ATTENTION
-from dpo_opt.optimize.balance import forward_cost
-from dpo_opt.optimize.distributed import World
-from dpo_opt.optimize.logps import Objective
-from dpo_opt.optimize.optimizer import make_optimizer
-from dpo_opt.optimize.packing import Batch, Group, pack, pair_group, plan_bins
-from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.forward.activations import checkpoint_activations
+from dpo_opt.optimize.forward.attention import SEGMENT_ATTENTION
+from dpo_opt.optimize.forward.balance import forward_cost
+from dpo_opt.optimize.forward.logps import Objective
+from dpo_opt.optimize.forward.packing import Batch, Group, pack, pair_group, plan_bins
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.optimize.step import Batching, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
+from dpo_opt.optimize.update.optimizer import make_optimizer
 from dpo_opt.schemas.pairs import ScoredPair, TokenizedPair
 
 

@@ -86,11 +86,11 @@ def _run(arguments: argparse.Namespace, pairs: Path, setting: dict[str, Any]) ->
 
 def _ours(arguments: argparse.Namespace, *, ours: str, reuse: bool = True) -> float:
     from dpo_opt.precompute.config import DataConfig
-    from dpo_opt.precompute.datasets import read_pairs
+    from dpo_opt.precompute.engine.vllm_build import prepare_environment
+    from dpo_opt.precompute.engine.vllm_model import VllmModel
+    from dpo_opt.precompute.read.datasets import read_pairs
     from dpo_opt.precompute.run import score_pairs
-    from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
-    from dpo_opt.precompute.vllm_build import prepare_environment
-    from dpo_opt.precompute.vllm_model import VllmModel
+    from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
     from dpo_opt.schemas.pairs import TokenizedPair
 
     prepare_environment()
@@ -106,7 +106,7 @@ def _ours(arguments: argparse.Namespace, *, ours: str, reuse: bool = True) -> fl
     if ours == "vllm":
         scorer: Any = VllmModel(arguments.model, dtype=arguments.dtype, max_length=longest, reuse=reuse)
     else:
-        from dpo_opt.optimize.score import HfScorer
+        from dpo_opt.optimize.transformers_scorer import HfScorer
 
         scorer = HfScorer(arguments.model, dtype=arguments.dtype)
     score_pairs(pairs[-1:], scorer)

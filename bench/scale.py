@@ -22,9 +22,9 @@ import numpy as np
 from measure import Measured, run
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import work
-from dpo_opt.precompute.settle import settle_plan
+from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.shards.write_plan import settle_plan
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS
 from dpo_opt.schemas.pairs import LogpArray, Numerics, TokenSequence
 from dpo_opt.schemas.shard_folder import ShardFolder

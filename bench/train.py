@@ -96,8 +96,8 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     from gpu_tasks import model_flops
     from transformers import AutoConfig
 
-    from dpo_opt.optimize.score import HfScorer
     from dpo_opt.optimize.stream import PairStream
+    from dpo_opt.optimize.transformers_scorer import HfScorer
     from dpo_opt.precompute import PrecomputeConfig, precompute
     from dpo_opt.schemas.shard_folder import ShardFolder
 

@@ -27,7 +27,7 @@ def _section(name: str, command: click.Command, group: click.Context) -> Iterato
     yield from (f"## {name}", "", _escaped(command.help or ""), "", "```", " ".join(usage.split()), "```", "")
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
-        if record and "--help" not in parameter.opts:
+        if record and record[1] and "--help" not in parameter.opts:
             flag, text = record
             yield f"* `{flag}`<br>{_escaped(' '.join(text.split()))}"
     yield ""

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from dpo_opt.schemas.audit import Audit
-from dpo_opt.schemas.text import printable
+from dpo_opt.schemas.audit_record import Audit
+from dpo_opt.schemas.safe_text import printable
 
 _EXAMPLES = 3
 _SIGNS = {"error": "ERROR  ", "warning": "warning", "note": "note   "}

@@ -24,7 +24,7 @@ from dpo_opt.results import json_option, show, status_in_words
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, Interrupted, quoted
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import MANIFEST, PLAN, resume_command
-from dpo_opt.schemas.text import printable
+from dpo_opt.schemas.safe_text import printable
 
 _INTERRUPTED = 130
 _AGAIN = "run the same command again: what was finished before is kept"
@@ -203,7 +203,7 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
     if not config.worker_index:  # of several workers one says it
         _say_merged_splits(config)
     if dry_run:
-        from dpo_opt.plans import plan_precompute
+        from dpo_opt.dry_run import plan_precompute
 
         show(plan_precompute(config, scorer.numerics), as_json)
         return
@@ -227,7 +227,7 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
 
 
 def _say_merged_splits(config: PrecomputeConfig) -> None:
-    from dpo_opt.precompute.sources import find_sources, merged_splits
+    from dpo_opt.precompute.read.sources import find_sources, merged_splits
 
     for source in find_sources(config):
         splits = merged_splits(source)
@@ -241,7 +241,7 @@ def _say_merged_splits(config: PrecomputeConfig) -> None:
 @json_option
 def status(shards: AnyPath, as_json: bool) -> None:
     """Show how far a folder is, how fast it fills, and who last committed to it."""
-    from dpo_opt.precompute.commits import status as read_status
+    from dpo_opt.precompute.shards.finalize import status as read_status
 
     found = read_status(shards)
     show(found.model_dump() if as_json else status_in_words(found), as_json)
@@ -252,7 +252,7 @@ def status(shards: AnyPath, as_json: bool) -> None:
 @json_option
 def finalize(shards: AnyPath, as_json: bool) -> None:
     """Check that all shards are there and write the manifest."""
-    from dpo_opt.precompute.commits import finalize as run
+    from dpo_opt.precompute.shards.finalize import finalize as run
 
     manifest = run(shards)
     show(manifest.model_dump(include={"rows", "kept", "dropped", "truncated", "tokens"}), as_json)
@@ -264,7 +264,7 @@ def finalize(shards: AnyPath, as_json: bool) -> None:
 @json_option
 def repair(shards: AnyPath, dry_run: bool, as_json: bool) -> None:
     """Heal damaged or lost files: exactly those shards are scored again that need it."""
-    from dpo_opt.precompute.repair import repair as run
+    from dpo_opt.precompute.shards.repair import repair as run
 
     found = run(shards, dry_run=dry_run, progress=watched())
     if as_json:
@@ -289,7 +289,7 @@ def repair(shards: AnyPath, dry_run: bool, as_json: bool) -> None:
 def gc(shards: AnyPath, older_than: float, dry_run: bool, as_json: bool) -> None:
     """Remove what killed and repeated attempts left behind."""
     from dpo_opt.folder_notes import listed
-    from dpo_opt.precompute.gc import find_garbage, remove_garbage
+    from dpo_opt.precompute.shards.gc import find_garbage, remove_garbage
 
     garbage = find_garbage(shards, older_than_hours=older_than, look_only=dry_run)
     if not dry_run:
@@ -345,7 +345,7 @@ def verify(shards: AnyPath, model: str | None, num_pairs: int, dtype: str, as_js
 def train(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
     """Train a policy on cached reference log-probs; no reference model in memory."""
     if dry_run:
-        from dpo_opt.plans import lines, plan_train
+        from dpo_opt.dry_run import lines, plan_train
 
         plan = plan_train(config)
         if as_json:
@@ -353,8 +353,8 @@ def train(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
         else:
             click.echo("\n".join(lines(plan)))
         return
-    from dpo_opt.optimize.distributed import world_from_environment
     from dpo_opt.optimize.loop import train as run
+    from dpo_opt.optimize.processes.distributed import world_from_environment
     from dpo_opt.optimize.run_folder import CONFIG, resume_command
 
     try:

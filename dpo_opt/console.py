@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from dpo_opt.schemas.progress import Progress as ProgressProtocol
-from dpo_opt.schemas.text import printable
+from dpo_opt.schemas.safe_text import printable
 
 _SECONDS_BETWEEN_LINES = 10.0
 

@@ -19,7 +19,7 @@ def check(context: click.Context, config: CheckConfig, as_json: bool) -> None:
     Exits with 3 where a later command would refuse the data.
     """
     from dpo_opt.check_text import lines
-    from dpo_opt.precompute.audit import audit
+    from dpo_opt.precompute.check.audit import audit
 
     found = audit(config, progress=watched())
     if config.shards is not None:
@@ -61,7 +61,7 @@ def preview(config: PreviewConfig, as_json: bool) -> None:
 @json_option
 def convert(config: ConvertConfig, as_json: bool) -> None:
     """Write DATA as a cleaned, deduplicated dataset, with a record of what was removed and why."""
-    from dpo_opt.precompute.convert import convert as run
+    from dpo_opt.precompute.check.convert import convert as run
 
     converted = run(config, progress=watched())
     show({"output": str(config.output), **converted._asdict()}, as_json)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_opt.demo_model import smollm2_folder
-from dpo_opt.precompute.tokenize import load_tokenizer, prompt_ids
-from dpo_opt.precompute.vllm_build import prepare_environment, vllm_version
+from dpo_opt.precompute.engine.vllm_build import prepare_environment, vllm_version
+from dpo_opt.precompute.tokens.tokenize import load_tokenizer, prompt_ids
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.pairs import Completion, Sampler
 from dpo_opt.schemas.storage import write_text

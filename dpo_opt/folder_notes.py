@@ -3,10 +3,9 @@
 import re
 from collections.abc import Iterator
 
-from dpo_opt.precompute.gc import is_claim, is_index, is_private, is_spent_claim
-from dpo_opt.precompute.plan import plan_of, read_plans
-from dpo_opt.precompute.weights_memo import WEIGHTS
-from dpo_opt.schemas.columns import COLUMNS
+from dpo_opt.precompute.shards.gc import is_claim, is_index, is_private, is_spent_claim
+from dpo_opt.precompute.shards.plan import plan_of, read_plans
+from dpo_opt.precompute.shards.weights_memo import WEIGHTS
 from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.locations import AnyPath, explained
 from dpo_opt.schemas.manifest import (
@@ -21,6 +20,7 @@ from dpo_opt.schemas.manifest import (
     Manifest,
     resume_command,
 )
+from dpo_opt.schemas.sidecars import COLUMNS
 
 VERDICT = "verify.json"
 """What the last verification found; read by people, compared by nobody."""

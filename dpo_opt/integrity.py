@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from dpo_opt.folder_notes import planned_rows
-from dpo_opt.schemas.columns import COLUMNS, WEIGHT
 from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath, inside, on_this_machine, sizes
@@ -22,6 +21,7 @@ from dpo_opt.schemas.manifest import MANIFEST, TOKENIZER, Manifest, ShardCommit,
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
 from dpo_opt.schemas.shard_folder import verified_file
 from dpo_opt.schemas.shards import DROPPED_SCHEMA, INDEX_SCHEMA, inconsistent_columns, read_row_groups
+from dpo_opt.schemas.sidecars import COLUMNS, WEIGHT
 from dpo_opt.schemas.storage import file_names, sha256_folder
 
 # A log-prob may exceed 0 by rounding of log_softmax in half precision, and by no more.

@@ -13,8 +13,8 @@ import numpy as np
 
 from dpo_opt.kl_config import KLConfig
 from dpo_opt.precompute.config import DataConfig
-from dpo_opt.precompute.datasets import read_prompts
-from dpo_opt.precompute.tokenize import load_tokenizer, prompt_ids
+from dpo_opt.precompute.read.datasets import read_prompts
+from dpo_opt.precompute.tokens.tokenize import load_tokenizer, prompt_ids
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.kl_samples import KLSample, write_kl_samples
 from dpo_opt.schemas.models import checkpoint_dtype, context_length, find_model
@@ -49,7 +49,7 @@ def measure_kl(config: KLConfig, *, progress: Progress | None = None) -> dict[st
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as apart:
         completions = apart.submit(_sample, config, policy_folder, dtype, prompts).result()
     progress.advance(1, "sampled")
-    from dpo_opt.optimize.score import HfScorer
+    from dpo_opt.optimize.transformers_scorer import HfScorer
 
     flat = [(p, n, c) for p, cs in zip(prompts, completions, strict=True) for n, c in enumerate(cs)]
     sequences = [TokenSequence(p, c.completion_ids) for p, _, c in flat]

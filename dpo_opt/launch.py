@@ -4,15 +4,15 @@ import os
 from typing import Any
 
 from dpo_opt.console import watched
-from dpo_opt.precompute.commits import committed, finalize, is_finalized
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.local_workers import own_devices, worker_environments
-from dpo_opt.precompute.local_workers import run_workers as run_here
-from dpo_opt.precompute.quarantine import ENGINE_ERROR
-from dpo_opt.precompute.reference import make_tokenizer, pinned, resolve_reference
+from dpo_opt.precompute.engine.failing_sequences import ENGINE_ERROR
 from dpo_opt.precompute.run import work
-from dpo_opt.precompute.settle import settle_plan
-from dpo_opt.precompute.workers import worker_from_environment
+from dpo_opt.precompute.shards.finalize import committed, finalize, is_finalized
+from dpo_opt.precompute.shards.reference import make_tokenizer, pinned, resolve_reference
+from dpo_opt.precompute.shards.write_plan import settle_plan
+from dpo_opt.precompute.workers.assignment import worker_from_environment
+from dpo_opt.precompute.workers.local import own_devices, worker_environments
+from dpo_opt.precompute.workers.local import run_workers as run_here
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.scorers import make_scorer
@@ -87,12 +87,12 @@ def launch(config: PrecomputeConfig, *, progress: Progress | None = None) -> dic
         config = config.model_copy(update={"num_workers": workers})
         environments = environments[:workers]
     if config.launcher == "slurm":
-        from dpo_opt.precompute.slurm import launch_array
+        from dpo_opt.precompute.workers.slurm import launch_array
 
         return planned | launch_array(config)
     scored: dict[str, Any] = {}
     if config.launcher == "ray":
-        from dpo_opt.precompute.ray_workers import run_workers
+        from dpo_opt.precompute.workers.ray_cluster import run_workers
 
         run_workers(config, score_as_worker)
     else:

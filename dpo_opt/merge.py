@@ -30,8 +30,8 @@ def merge(config: MergeConfig, *, progress: Progress | None = None) -> dict[str,
     """
     import torch
 
-    from dpo_opt.optimize.adapter_folder import read_adapter, require_base
-    from dpo_opt.optimize.merging import write_merged
+    from dpo_opt.optimize.adapters.adapter_folder import read_adapter, require_base
+    from dpo_opt.optimize.adapters.merging import write_merged
 
     if config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
         raise ConfigError(

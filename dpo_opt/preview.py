@@ -8,14 +8,14 @@ import numpy as np
 from rich.text import Text
 
 from dpo_opt.precompute.config import PreviewConfig
-from dpo_opt.precompute.datasets import BadRow, scan_pairs
-from dpo_opt.precompute.fitting import PairIds
-from dpo_opt.precompute.reference import resolve_max_length
-from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
+from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
+from dpo_opt.precompute.tokens.max_length import resolve_max_length
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
+from dpo_opt.precompute.tokens.truncation import PairIds
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.models import find_model
 from dpo_opt.schemas.pairs import IdArray, PreferencePair, TokenizedPair
-from dpo_opt.schemas.text import printable
+from dpo_opt.schemas.safe_text import printable
 
 _STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red", "cut": "strike bright_black"}
 

@@ -8,10 +8,10 @@ from pydantic import BaseModel
 
 from dpo_opt.console import duration
 from dpo_opt.schemas.errors import quoted
-from dpo_opt.schemas.text import printable
+from dpo_opt.schemas.safe_text import printable
 
 if TYPE_CHECKING:
-    from dpo_opt.precompute.commits import Status
+    from dpo_opt.precompute.shards.finalize import Status
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 

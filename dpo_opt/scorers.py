@@ -6,10 +6,10 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.engine_options import read_engine_options
-from dpo_opt.precompute.reference import resolve_reference
-from dpo_opt.precompute.vllm_build import is_cpu_build, prepare_environment, vllm_version
-from dpo_opt.precompute.vllm_model import ReuseCheck, VllmModel
+from dpo_opt.precompute.engine.option_rules import read_engine_options
+from dpo_opt.precompute.engine.vllm_build import is_cpu_build, prepare_environment, vllm_version
+from dpo_opt.precompute.engine.vllm_model import ReuseCheck, VllmModel
+from dpo_opt.precompute.shards.reference import resolve_reference
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import Sampler, Scorer
 
@@ -42,7 +42,7 @@ def make_engine(
             why="they are arguments of vLLM's engine, and would have no effect",
             fix="leave them out, or pass --backend vllm",
         )
-    from dpo_opt.optimize.score import HfScorer
+    from dpo_opt.optimize.transformers_scorer import HfScorer
 
     return HfScorer(folder, dtype=dtype, max_length=max_length)
 

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo_opt.schemas.columns import COLUMNS as SIDECARS
-from dpo_opt.schemas.columns import WEIGHT
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import MANIFEST
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
+from dpo_opt.schemas.sidecars import COLUMNS as SIDECARS
+from dpo_opt.schemas.sidecars import WEIGHT
 from dpo_opt.schemas.storage import publish, sha256_file
 
 if TYPE_CHECKING:

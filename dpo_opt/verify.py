@@ -137,7 +137,7 @@ def _require_model(folder: ShardFolder, model_folder: Path) -> None:
 
 def _tokenizer_problems(shards: AnyPath, manifest: Manifest) -> list[str]:
     """The copied tokenizer's hash is taken by ``finalize``: what changed before would be pinned with it."""
-    from dpo_opt.precompute.tokenize import load_tokenizer
+    from dpo_opt.precompute.tokens.tokenize import load_tokenizer
 
     folder = shards / TOKENIZER
     try:
@@ -155,8 +155,9 @@ def _parity(
 ) -> tuple[dict[str, str], "Parity"]:
     from importlib.metadata import version
 
+    from dpo_opt.optimize.forward.load_policy import load_policy
+    from dpo_opt.optimize.forward.policy import compute_dtype, default_device
     from dpo_opt.optimize.measure_parity import measure_parity, spread_pairs
-    from dpo_opt.optimize.policy import compute_dtype, default_device, load_policy
 
     device = default_device()
     # As training holds it; what is quantized is never trained.

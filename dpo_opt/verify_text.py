@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dpo_opt.schemas.text import printable
+from dpo_opt.schemas.safe_text import printable
 from dpo_opt.verify import Verdict
 
 if TYPE_CHECKING:

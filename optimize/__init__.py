@@ -6,7 +6,7 @@ from dpo_opt.optimize.config import TrainConfig
 
 if TYPE_CHECKING:
     from dpo_opt.optimize.loop import train
-    from dpo_opt.optimize.loss import preference_loss
+    from dpo_opt.optimize.losses.preference_loss import preference_loss
 
 __all__ = ["TrainConfig", "preference_loss", "train"]
 
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return train
     if name == "preference_loss":
-        from dpo_opt.optimize.loss import preference_loss
+        from dpo_opt.optimize.losses.preference_loss import preference_loss
 
         return preference_loss
     raise AttributeError(name)

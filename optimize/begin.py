@@ -11,8 +11,8 @@ import yaml
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpo_opt.optimize.budget import Device, choose_budget, longest_pair, run_device
-from dpo_opt.optimize.checkpoints import (
+from dpo_opt.optimize.build_policy import start
+from dpo_opt.optimize.checkpoint.checkpoints import (
     Best,
     Checkpoint,
     Counters,
@@ -23,21 +23,21 @@ from dpo_opt.optimize.checkpoints import (
     require_same_run,
     save_checkpoint,
 )
+from dpo_opt.optimize.checkpoint.saving import Saver
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.optimize.distributed import World
 from dpo_opt.optimize.evaluation import is_comparable
-from dpo_opt.optimize.memory import optimizer_bytes
-from dpo_opt.optimize.optimizer import make_optimizer
-from dpo_opt.optimize.packing import pair_group
+from dpo_opt.optimize.forward.packing import pair_group
+from dpo_opt.optimize.forward.policy import Policy, compute_dtype
+from dpo_opt.optimize.memory.budget import Device, choose_budget, longest_pair, run_device
+from dpo_opt.optimize.memory.estimate import optimizer_bytes
 from dpo_opt.optimize.parity import Parity
-from dpo_opt.optimize.policy import Policy, compute_dtype
 from dpo_opt.optimize.prepare import Prepared
+from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.optimize.run_folder import RunFolder, Written
-from dpo_opt.optimize.saving import Saver
-from dpo_opt.optimize.start import start
 from dpo_opt.optimize.step import Batching, MetricsWindow
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.optimize.throughput import Throughput
+from dpo_opt.optimize.update.optimizer import make_optimizer
 from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.progress import Progress
 

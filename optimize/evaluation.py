@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from dpo_opt.optimize.checkpoints import Best
+from dpo_opt.optimize.checkpoint.checkpoints import Best
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.run_folder import HeldLogps, Metrics, RunFolder, hold_logps
 from dpo_opt.optimize.step import Batching, MetricsWindow, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals

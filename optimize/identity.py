@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from dpo_opt.optimize.adapter_folder import read_adapter
-from dpo_opt.optimize.merging import merged_digests
+from dpo_opt.optimize.adapters.adapter_folder import read_adapter
+from dpo_opt.optimize.adapters.merging import merged_digests
 from dpo_opt.schemas.config_keys import differing_keys
 from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 from dpo_opt.schemas.fingerprint import refuse_differences

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from dpo_opt.optimize.begin import Run, RunState, resume_or_begin
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.optimize.distributed import (
+from dpo_opt.optimize.evaluation import evaluate, is_better, new_best
+from dpo_opt.optimize.parity import Parity
+from dpo_opt.optimize.prepare import prepare
+from dpo_opt.optimize.processes.distributed import (
     World,
     any_rank,
     clip_gradients,
@@ -23,13 +26,10 @@ from dpo_opt.optimize.distributed import (
     wait_for_all,
     world_from_environment,
 )
-from dpo_opt.optimize.evaluation import evaluate, is_better, new_best
-from dpo_opt.optimize.optimizer import learning_rate, set_learning_rate
-from dpo_opt.optimize.parity import Parity
-from dpo_opt.optimize.prepare import prepare
 from dpo_opt.optimize.run_folder import FINAL, Metrics, RunFolder, hold_logps, resume_command
 from dpo_opt.optimize.step import MetricsWindow, PairResults, forward_pairs
 from dpo_opt.optimize.stop_signals import StopRequested, StopSignals, stop_signals
+from dpo_opt.optimize.update.optimizer import learning_rate, set_learning_rate
 from dpo_opt.schemas.errors import DpoOptError, Preempted, quoted
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.progress import Progress, Silent

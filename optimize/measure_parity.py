@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpo_opt.optimize.lora_targets import has_experts
-from dpo_opt.optimize.loss import LossInputs, preference_loss
-from dpo_opt.optimize.packing import Group, packed_size, pair_group
+from dpo_opt.optimize.adapters.lora_targets import has_experts
+from dpo_opt.optimize.forward.packing import Group, packed_size, pair_group
+from dpo_opt.optimize.forward.policy import Policy, one_by_one
+from dpo_opt.optimize.losses.preference_loss import LossInputs, preference_loss
 from dpo_opt.optimize.parity import Parity
-from dpo_opt.optimize.policy import Policy, one_by_one
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
 

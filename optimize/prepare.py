@@ -4,10 +4,10 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from dpo_opt.optimize.adapters.lora import require_usable
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.evaluation import Evaluation, evaluations
 from dpo_opt.optimize.identity import require_same_model
-from dpo_opt.optimize.lora import require_usable
 from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.schemas.errors import ConfigError, quoted

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo_opt.optimize.forward.packing import pair_group
 from dpo_opt.optimize.identity import require_same_model
-from dpo_opt.optimize.packing import pair_group
-from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.schemas.fingerprint import TOKENIZER_FIELDS
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.models import checkpoint_dtype, find_model

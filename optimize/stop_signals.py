@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from dpo_opt.optimize.distributed import World, any_rank
+from dpo_opt.optimize.processes.distributed import World, any_rank
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_opt.optimize.read_ahead import read_ahead
-from dpo_opt.schemas.columns import COLUMNS, WEIGHT, read_column
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
+from dpo_opt.schemas.sidecars import COLUMNS, WEIGHT, read_column
 
 # Row groups that are shuffled together: 16 x 128 rows decorrelate a sorted file, and fit in memory.
 WINDOW_GROUPS = 16

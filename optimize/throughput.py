@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import torch
 
-from dpo_opt.optimize.architecture import decoder_of
-from dpo_opt.optimize.balance import ForwardCost, group_cost
-from dpo_opt.optimize.distributed import World
-from dpo_opt.optimize.packing import pair_group
-from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.forward.architecture import decoder_of
+from dpo_opt.optimize.forward.balance import ForwardCost, group_cost
+from dpo_opt.optimize.forward.packing import pair_group
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.optimize.run_folder import Metrics
 from dpo_opt.schemas.pairs import ScoredPair
 

@@ -16,16 +16,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_opt.precompute.commits import committed, finalize, is_finalized, withdraw_if_lost
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.datasets import BadRow, Row
-from dpo_opt.precompute.plan import RowsDigest
-from dpo_opt.precompute.quarantine import ENGINE_ERROR, Losses, score_or_leave_out
-from dpo_opt.precompute.reference import make_tokenizer, pinned, resolve_reference
-from dpo_opt.precompute.row_reader import RowReader
-from dpo_opt.precompute.settle import settle_plan
-from dpo_opt.precompute.tokenize import PairTokenizer
-from dpo_opt.precompute.workers import Worker, shards_for
+from dpo_opt.precompute.engine.failing_sequences import ENGINE_ERROR, Losses, score_or_leave_out
+from dpo_opt.precompute.read.datasets import BadRow, Row
+from dpo_opt.precompute.read.row_reader import RowReader
+from dpo_opt.precompute.shards.finalize import committed, finalize, is_finalized, withdraw_if_lost
+from dpo_opt.precompute.shards.plan import RowsDigest
+from dpo_opt.precompute.shards.reference import make_tokenizer, pinned, resolve_reference
+from dpo_opt.precompute.shards.write_plan import settle_plan
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer
+from dpo_opt.precompute.workers.assignment import Worker, shards_for
 from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath, on_this_machine, sizes

@@ -6,7 +6,7 @@ A new leaf is needed only where the exit code differs, or where a caller must te
 
 import shlex
 
-from dpo_opt.schemas.text import printable
+from dpo_opt.schemas.safe_text import printable
 
 
 def quoted(name: object) -> str:

@@ -32,7 +32,7 @@ class Fingerprint(BaseModel):
     chat_template: str
     """Digest of the chat template; ``none`` without one."""
     text_to_ids: str
-    """Version of the rules that turn text into ids (precompute/tokenize.py)."""
+    """Version of the rules that turn text into ids (precompute/tokens/tokenize.py)."""
     max_length: int
     """Most tokens of prompt plus completion."""
     truncation: str

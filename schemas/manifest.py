@@ -37,6 +37,8 @@ COMMITS = "commits"
 DATA = "data"
 DROPPED = "dropped"
 TOKENIZER = "tokenizer"
+SLURM = "slurm"
+"""Scripts, settings and logs of jobs."""
 DAMAGED = "damaged"
 """Kind of the errors that ``dpo-opt repair`` mends."""
 R = TypeVar("R", bound=BaseModel)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from dpo_opt.optimize.architecture import auto_class
-from dpo_opt.optimize.packing import Group
-from dpo_opt.optimize.policy import Policy, load_policy
+from dpo_opt.optimize.forward.architecture import auto_class
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.packing import Group
+from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import TokenSequence
 

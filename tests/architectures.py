@@ -9,8 +9,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_opt.optimize.packing import Group
-from dpo_opt.optimize.policy import Policy, load_policy
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.packing import Group
+from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.schemas.pairs import TokenSequence
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_opt.precompute.vllm_build import prepare_environment, vllm_version
+from dpo_opt.precompute.engine.vllm_build import prepare_environment, vllm_version
 
 # Before anything imports torch: OpenMP reads its variables once, and nothing here may reach for the Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from dpo_opt.precompute.datasets import BadRow, parse_block
+from dpo_opt.precompute.read.datasets import BadRow, parse_block
 from dpo_opt.schemas.pairs import PreferencePair
 
 Row = dict[str, Any]

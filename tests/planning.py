@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 from fakes import NUMERICS
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.reference import Reference, make_tokenizer, resolve_reference
-from dpo_opt.precompute.settle import settle_plan
-from dpo_opt.precompute.tokenize import PairTokenizer
+from dpo_opt.precompute.shards.reference import Reference, make_tokenizer, resolve_reference
+from dpo_opt.precompute.shards.write_plan import settle_plan
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.schemas.errors import FingerprintError
 
 

@@ -15,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_opt.optimize import attention, packing, policy
-from dpo_opt.optimize.architecture import decoder_of
-from dpo_opt.optimize.attention import SEGMENT_ATTENTION
-from dpo_opt.optimize.layout import choose_layout
-from dpo_opt.optimize.logps import Head
+from dpo_opt.optimize.forward import attention, packing, policy
+from dpo_opt.optimize.forward.architecture import decoder_of
+from dpo_opt.optimize.forward.attention import SEGMENT_ATTENTION
+from dpo_opt.optimize.forward.layout import choose_layout
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.logps import Head
+from dpo_opt.optimize.forward.packing import Batch, Group, Segment
+from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.measure_parity import measure_parity
-from dpo_opt.optimize.packing import Batch, Group, Segment
 from dpo_opt.optimize.parity import Parity
-from dpo_opt.optimize.policy import Policy, load_policy
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
 

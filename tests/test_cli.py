@@ -593,7 +593,7 @@ def test_a_launched_worker_names_settings_that_stay(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dpo_opt.optimize.score.HfScorer.token_logps", interrupt)
+    monkeypatch.setattr("dpo_opt.optimize.transformers_scorer.HfScorer.token_logps", interrupt)
     monkeypatch.setattr(sys, "argv", ["dpo-opt", *map(str, words)])
     result = invoke(*words)
     assert result.exit_code == 130

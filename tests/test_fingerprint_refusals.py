@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from dpo_opt.cli import main
 from dpo_opt.optimize import TrainConfig
 from dpo_opt.optimize.prepare import prepare
-from dpo_opt.optimize.score import HfScorer
 from dpo_opt.optimize.score_folder import score_shards
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import DataError, FingerprintError
@@ -121,14 +121,14 @@ def another_version(constant: str, value: object) -> Change:
     """As another release of this program writes it."""
 
     def change(_: Cause, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(f"dpo_opt.precompute.reference.{constant}", value)
+        monkeypatch.setattr(f"dpo_opt.precompute.shards.reference.{constant}", value)
 
     return change
 
 
 def a_clock_in_the_template(_: Cause, monkeypatch: pytest.MonkeyPatch) -> None:
     """As another release found one, in a template where this one sees none."""
-    monkeypatch.setattr("dpo_opt.precompute.tokenize.asks_for_the_date", lambda tokenizer: True)
+    monkeypatch.setattr("dpo_opt.precompute.tokens.tokenize.asks_for_the_date", lambda tokenizer: True)
 
 
 CAUSES: dict[str, Change] = {

@@ -24,16 +24,16 @@ LAZY: dict[str, set[str]] = {
     "schemas/config_keys.py": {"transformers"},
     "schemas/hub.py": {"huggingface_hub"},
     "schemas/model_config.py": {"transformers", "huggingface_hub", "safetensors"},
-    "optimize/lora.py": {"peft"},
-    "optimize/optimizer.py": {"torchao"},
-    "precompute/checkpoint_keys.py": {"transformers"},
-    "precompute/near_duplicates.py": {"rensa"},
-    "precompute/ray_workers.py": {"ray"},
-    "precompute/templates.py": {"transformers", "jinja2"},
-    "precompute/tokenize.py": {"transformers"},
-    "precompute/engine_arguments.py": {"vllm"},
-    "precompute/vllm_model.py": {"vllm", "torch"},
-    "analysis/texts.py": {"tokenizers"},
+    "optimize/adapters/lora.py": {"peft"},
+    "optimize/update/optimizer.py": {"torchao"},
+    "precompute/engine/checkpoint_keys.py": {"transformers"},
+    "precompute/check/near_duplicates.py": {"rensa"},
+    "precompute/workers/ray_cluster.py": {"ray"},
+    "precompute/tokens/templates.py": {"transformers", "jinja2"},
+    "precompute/tokens/tokenize.py": {"transformers"},
+    "precompute/engine/engine_arguments.py": {"vllm"},
+    "precompute/engine/vllm_model.py": {"vllm", "torch"},
+    "analysis/token_texts.py": {"tokenizers"},
     "dpo_opt": {"torch"},
     "dpo_opt/demo_model.py": {"torch", "transformers", "gguf"},
     "dpo_opt/trl.py": {"datasets", "filelock"},
@@ -93,9 +93,9 @@ def stage_of(module: str) -> str:
 
 def test_the_imports_are_seen() -> None:
     seen = {(i.file, i.top, i.lazy) for i in IMPORTS}
-    assert ("precompute/vllm_model.py", "vllm", True) in seen
+    assert ("precompute/engine/vllm_model.py", "vllm", True) in seen
     assert ("optimize/loop.py", "torch", False) in seen
-    assert ("precompute/tokenize.py", "transformers", True) in seen
+    assert ("precompute/tokens/tokenize.py", "transformers", True) in seen
     assert ("schemas/hub.py", "huggingface_hub", True) in seen
     assert {i.folder for i in IMPORTS} == set(FOLDERS)
     edges = {(i.folder, stage_of(i.module)) for i in IMPORTS if i.top == "dpo_opt"}

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from dpo_opt.merge import merge
 from dpo_opt.merge_config import MergeConfig
-from dpo_opt.optimize.adapter_folder import Adapter, read_adapter
+from dpo_opt.optimize.adapters.adapter_folder import Adapter, read_adapter
+from dpo_opt.optimize.adapters.lora import add_adapter, plan_adapter, save_adapter
+from dpo_opt.optimize.adapters.merging import Merged, merge_tensor, merged_digests
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.optimize.lora import add_adapter, plan_adapter, save_adapter
-from dpo_opt.optimize.merging import Merged, merge_tensor, merged_digests
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.models import checkpoint_dtype, config_digest
 from dpo_opt.schemas.progress import Silent

@@ -21,10 +21,10 @@ from fakes import ScriptedScorer, preference_rows, write_jsonl
 from dpo_opt.analysis import scan_shards
 from dpo_opt.cli import main
 from dpo_opt.optimize.stream import PairStream
-from dpo_opt.precompute.commits import committed, finalize, status
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.plan import read_plan
 from dpo_opt.precompute.run import precompute
+from dpo_opt.precompute.shards.finalize import committed, finalize, status
+from dpo_opt.precompute.shards.plan import read_plan
 from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.manifest import (
     COMMITS,
@@ -442,7 +442,7 @@ def test_what_the_system_refuses_is_said_with_place_reason_and_fix(
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number), "/data/my shards")
 
-    monkeypatch.setattr("dpo_opt.precompute.commits.status", fail)
+    monkeypatch.setattr("dpo_opt.precompute.shards.finalize.status", fail)
     result = CliRunner().invoke(main, ["status", "--shards", str(shards)])
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code == 1
@@ -465,7 +465,7 @@ def test_a_command_that_changes_a_folder_that_cannot_be_written_says_what_lets_i
     def fail(folder: Path, *_: object) -> None:
         raise OSError(number, os.strerror(number), str(folder / ".index.parquet.0123abcd.tmp"))
 
-    monkeypatch.setattr("dpo_opt.precompute.commits._write_index", fail)
+    monkeypatch.setattr("dpo_opt.precompute.shards.finalize._write_index", fail)
     result = CliRunner().invoke(main, ["finalize", "--shards", str(odd)])
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     _, why, fix = result.stderr.splitlines()
@@ -499,7 +499,7 @@ def test_a_place_that_is_no_folder_of_shards_is_made_open_or_left(
         """As for a user who may not read the two; root may everything."""
         return allowed(path, mode) and (mode == os.F_OK or path.name not in ("file", "closed"))
 
-    monkeypatch.setattr("dpo_opt.precompute.commits.status", fail)
+    monkeypatch.setattr("dpo_opt.precompute.shards.finalize.status", fail)
     monkeypatch.setattr("os.access", access)
     result = CliRunner().invoke(main, ["status", "--shards", str(shards)])
     assert result.stderr.splitlines()[-1] == f"  fix: {fix.format(folder=tmp_path)}"
@@ -526,7 +526,7 @@ def test_a_machine_without_room_for_temporary_files_is_told_so(
     def fail(*_: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
 
-    monkeypatch.setattr("dpo_opt.precompute.commits.status", fail)
+    monkeypatch.setattr("dpo_opt.precompute.shards.finalize.status", fail)
     result = CliRunner().invoke(main, ["status", "--shards", str(shards)])
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert "set TMPDIR" in result.stderr

@@ -11,9 +11,9 @@ from fakes import preference_rows, write_jsonl
 
 from dpo_opt import scorers
 from dpo_opt.cli import main
-from dpo_opt.precompute import vllm_model
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.reference import resolve_reference
+from dpo_opt.precompute.engine import vllm_model
+from dpo_opt.precompute.shards.reference import resolve_reference
 from dpo_opt.schemas import models
 from dpo_opt.schemas.manifest import COMMAND, load_manifest
 from dpo_opt.schemas.weights import weights_digest

@@ -27,16 +27,16 @@ from dpo_opt.analysis.check_page import write_check_page
 from dpo_opt.analysis.kl import estimate_kl
 from dpo_opt.analysis.load import join_reference
 from dpo_opt.analysis.page import report
-from dpo_opt.analysis.reference import reference_view
+from dpo_opt.analysis.reference_margins import reference_view
 from dpo_opt.cli import main
 from dpo_opt.console import watched
 from dpo_opt.merge import merge
 from dpo_opt.merge_config import MergeConfig
-from dpo_opt.optimize.adapter_folder import CONFIG, WEIGHTS, read_adapter
-from dpo_opt.optimize.checkpoints import newest_checkpoint
+from dpo_opt.optimize.adapters.adapter_folder import CONFIG, WEIGHTS, read_adapter
+from dpo_opt.optimize.checkpoint.checkpoints import newest_checkpoint
 from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.precompute import PrecomputeConfig, precompute
-from dpo_opt.precompute.repair import Repair
+from dpo_opt.precompute.shards.repair import Repair
 from dpo_opt.schemas.errors import DpoOptError, quoted
 from dpo_opt.schemas.fingerprint import short_value
 from dpo_opt.schemas.locations import location

@@ -16,10 +16,10 @@ from object_store import serve_s3, using_store
 
 from dpo_opt.cli import main
 from dpo_opt.folder_notes import VERDICT
-from dpo_opt.precompute.commits import finalize
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.gc import find_garbage, remove_garbage
 from dpo_opt.precompute.run import precompute, work
+from dpo_opt.precompute.shards.finalize import finalize
+from dpo_opt.precompute.shards.gc import find_garbage, remove_garbage
 from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.locations import location
 from dpo_opt.schemas.manifest import (
@@ -46,7 +46,7 @@ ROWS[4]["weight"] = 3.0
 
 
 def make_shards(folder: Path, model: Path, *, scripted: bool) -> Path:
-    from dpo_opt.optimize.score import HfScorer
+    from dpo_opt.optimize.transformers_scorer import HfScorer
 
     data = write_jsonl(folder / "data.jsonl", ROWS)
     config = PrecomputeConfig(model=str(model), data=data, shards=folder / "shards", pairs_per_shard=8)

@@ -17,12 +17,17 @@ from processes import leave
 from torch import Tensor
 from torchrun_steps import gradients, load, pair_groups, step, write
 
-from dpo_opt.optimize.budget import Room, fit_budget, take_two_micro_batches
-from dpo_opt.optimize.distributed import World, least_of_ranks, process_group, world_from_environment
-from dpo_opt.optimize.logps import Objective
-from dpo_opt.optimize.packing import Batch
-from dpo_opt.optimize.policy import Policy
-from dpo_opt.optimize.sharding import ShardedPolicy, shard_policy
+from dpo_opt.optimize.forward.logps import Objective
+from dpo_opt.optimize.forward.packing import Batch
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.memory.budget import Room, fit_budget, take_two_micro_batches
+from dpo_opt.optimize.processes.distributed import (
+    World,
+    least_of_ranks,
+    process_group,
+    world_from_environment,
+)
+from dpo_opt.optimize.processes.sharding import ShardedPolicy, shard_policy
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 
 MB = 10**6

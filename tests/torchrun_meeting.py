@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from processes import leave
 
-from dpo_opt.optimize.distributed import any_rank, from_first, process_group, world_from_environment
+from dpo_opt.optimize.processes.distributed import any_rank, from_first, process_group, world_from_environment
 from dpo_opt.schemas.errors import DpoOptError
 
 if __name__ == "__main__":

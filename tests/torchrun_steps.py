@@ -19,9 +19,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dpo_opt.optimize import state_files
-from dpo_opt.optimize.balance import balance, forward_cost
-from dpo_opt.optimize.distributed import (
+from dpo_opt.optimize.checkpoint import state_files
+from dpo_opt.optimize.checkpoint.state_files import load_state, save_state
+from dpo_opt.optimize.forward.balance import balance, forward_cost
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.packing import Group
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.processes.distributed import (
     World,
     any_rank,
     clip_gradients,
@@ -32,9 +36,7 @@ from dpo_opt.optimize.distributed import (
     wait_for_all,
     world_from_environment,
 )
-from dpo_opt.optimize.packing import Group
-from dpo_opt.optimize.policy import Policy, load_policy
-from dpo_opt.optimize.sharding import (
+from dpo_opt.optimize.processes.sharding import (
     ShardedPolicy,
     announce_micro_batch,
     gather_policy,
@@ -42,7 +44,6 @@ from dpo_opt.optimize.sharding import (
     join_empty,
     shard_policy,
 )
-from dpo_opt.optimize.state_files import load_state, save_state
 from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.pairs import TokenSequence
 

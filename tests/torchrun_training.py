@@ -18,7 +18,7 @@ from processes import leave
 from training_runs import Interrupter
 
 from dpo_opt.optimize import TrainConfig, train
-from dpo_opt.optimize.distributed import process_group, world_from_environment
+from dpo_opt.optimize.processes.distributed import process_group, world_from_environment
 from dpo_opt.schemas.errors import Preempted
 
 if __name__ == "__main__":

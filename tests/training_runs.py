@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from dpo_opt.optimize.distributed import World
+from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.optimize.stop_signals import StopSignals
 
 

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 import pytest
 
 from dpo_opt.analysis import reference_view, write_check_page
-from dpo_opt.schemas.audit import (
+from dpo_opt.schemas.audit_record import (
     Audit,
     DataSource,
     Estimate,

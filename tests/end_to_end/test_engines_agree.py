@@ -15,9 +15,9 @@ import torch
 from architectures import CPU, EXPERTS, save_random
 from engine_apart import score_in_vllm
 
+from dpo_opt.optimize.forward.load_policy import load_policy
 from dpo_opt.optimize.measure_parity import measure_parity
-from dpo_opt.optimize.policy import load_policy
-from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute.run import score_pairs
 from dpo_opt.schemas.pairs import TokenizedPair
 

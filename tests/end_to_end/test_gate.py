@@ -11,7 +11,7 @@ from architectures import PACKED, PADDED, VOCABULARY, load, save_random
 from planted_defects import CACHE, FORWARD, Scored, failed
 
 from dpo_opt.optimize.measure_parity import measure_parity
-from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute.run import score_pairs
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import ScoredPair, TokenizedPair
@@ -44,7 +44,7 @@ QUESTIONS = [
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def scored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Scored:
     from dpo_opt.demo_model import smollm2_folder
-    from dpo_opt.precompute.tokenize import load_tokenizer
+    from dpo_opt.precompute.tokens.tokenize import load_tokenizer
 
     try:
         folder = smollm2_folder(tmp_path_factory.mktemp("smollm2") / "model")

@@ -18,7 +18,7 @@ from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 
 import dpo_opt.scorers
 from dpo_opt.cli import main
-from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.schemas.manifest import COMMITS, DATA, MANIFEST, load_manifest
 from dpo_opt.schemas.pairs import LogpArray, TokenSequence
 from dpo_opt.schemas.shard_folder import ShardFolder

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 
 from dpo_opt.optimize import TrainConfig, train
 from dpo_opt.optimize.measure_parity import measure_parity
-from dpo_opt.optimize.score import HfScorer
 from dpo_opt.optimize.score_folder import score_shards
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute import PrecomputeConfig, precompute
-from dpo_opt.precompute.vllm_model import VllmModel
+from dpo_opt.precompute.engine.vllm_model import VllmModel
 from dpo_opt.schemas.manifest import Manifest
 from dpo_opt.schemas.pairs import ScoredPair, Scorer, TokenSequence
 from dpo_opt.schemas.shard_folder import ShardFolder

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from varlen_reference import written_out
 
-from dpo_opt.optimize.packing import Group, VarlenIndex, pack
-from dpo_opt.optimize.varlen import takes_varlen, varlen_attention, varlen_kernel
+from dpo_opt.optimize.forward.packing import Group, VarlenIndex, pack
+from dpo_opt.optimize.forward.varlen import takes_varlen, varlen_attention, varlen_kernel
 from dpo_opt.schemas.pairs import TokenSequence
 
 pytestmark = pytest.mark.gpu

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo_opt.optimize.budget import MOST_ROWS, choose_budget
-from dpo_opt.optimize.packing import Group, packed_size
-from dpo_opt.optimize.policy import Policy, load_policy
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.packing import Group, packed_size
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.memory.budget import MOST_ROWS, choose_budget
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import TokenSequence
 

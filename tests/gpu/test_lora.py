@@ -12,10 +12,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_opt.merge import merge
 from dpo_opt.merge_config import MergeConfig
+from dpo_opt.optimize.adapters.lora import (
+    add_adapter,
+    four_bit_options,
+    plan_adapter,
+    save_adapter,
+    trainable_names,
+)
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.optimize.lora import add_adapter, four_bit_options, plan_adapter, save_adapter, trainable_names
-from dpo_opt.optimize.packing import Group
-from dpo_opt.optimize.policy import Policy, load_policy
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.packing import Group
+from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.schemas.pairs import TokenSequence
 
 pytest.importorskip("peft")

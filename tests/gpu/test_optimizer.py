@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torchrun_steps import ALONE
 
 from dpo_opt.optimize import TrainConfig
-from dpo_opt.optimize.optimizer import make_optimizer
-from dpo_opt.optimize.optimizer_state import optimizer_tensors
-from dpo_opt.optimize.rounding import round_stochastically
-from dpo_opt.optimize.state_files import load_state, save_state
+from dpo_opt.optimize.checkpoint.state_files import load_state, save_state
+from dpo_opt.optimize.update.bf16_adamw import round_stochastically
+from dpo_opt.optimize.update.optimizer import make_optimizer
+from dpo_opt.optimize.update.optimizer_state import optimizer_tensors
 
 pytestmark = pytest.mark.gpu
 

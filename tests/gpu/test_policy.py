@@ -17,13 +17,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from dpo_opt.optimize import attention
-from dpo_opt.optimize.activations import checkpoint_activations
-from dpo_opt.optimize.attention import SEGMENT_ATTENTION
-from dpo_opt.optimize.logps import Head, token_logps
-from dpo_opt.optimize.packing import Group
-from dpo_opt.optimize.policy import Policy, load_policy
-from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.forward import attention
+from dpo_opt.optimize.forward.activations import checkpoint_activations
+from dpo_opt.optimize.forward.attention import SEGMENT_ATTENTION
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.logps import Head, token_logps
+from dpo_opt.optimize.forward.packing import Group
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import TokenSequence
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_opt.optimize import TrainConfig, train
-from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute import PrecomputeConfig, precompute
 
 pytestmark = pytest.mark.gpu

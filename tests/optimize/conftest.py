@@ -15,8 +15,9 @@ from processes import torchrun
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dpo_opt.optimize.policy import Policy, load_policy
-from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.pairs import TokenSequence
 from dpo_opt.schemas.storage import sha256_folder

@@ -12,8 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_opt.optimize.activations import checkpoint_activations
-from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.forward.activations import checkpoint_activations
+from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.schemas.errors import ConfigError
 
 Mode = Literal["none", "selective", "full"]

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpo_opt.optimize.attention import segment_attention
-from dpo_opt.optimize.packing import Segment
+from dpo_opt.optimize.forward.attention import segment_attention
+from dpo_opt.optimize.forward.packing import Segment
 
 ROWS, QUERY_HEADS, WIDTH = 17, 4, 8
 # A prefix of 6 rows and two sequences that go on from it, then another sequence alone.

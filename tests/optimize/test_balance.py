@@ -5,9 +5,9 @@ import torch
 import transformers
 from all_architectures import BROKEN, MORE_THAN_TEXT, auto_class, model_types, tiny_config
 
-from dpo_opt.optimize.architecture import decoder_of
-from dpo_opt.optimize.balance import ForwardCost, forward_cost
-from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.forward.architecture import decoder_of
+from dpo_opt.optimize.forward.balance import ForwardCost, forward_cost
+from dpo_opt.optimize.forward.policy import Policy
 
 
 def cost(model: transformers.PreTrainedModel) -> ForwardCost:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_opt.optimize.budget import (
+from dpo_opt.optimize.forward.packing import packed_size, pair_group
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.memory.budget import (
     CPU_ROWS,
     MOST_ROWS,
     Room,
@@ -16,9 +18,7 @@ from dpo_opt.optimize.budget import (
     least_budget,
     longest_pair,
 )
-from dpo_opt.optimize.distributed import World
-from dpo_opt.optimize.packing import packed_size, pair_group
-from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import TokenSequence
 from dpo_opt.schemas.shard_folder import ShardFolder

@@ -15,8 +15,10 @@ from torch import Tensor
 from torchrun_steps import ALONE, pair_groups
 from transformers import AutoModelForCausalLM
 
-from dpo_opt.optimize.balance import balance, even_bins, forward_cost, group_cost
-from dpo_opt.optimize.distributed import (
+from dpo_opt.optimize.forward.balance import balance, even_bins, forward_cost, group_cost
+from dpo_opt.optimize.forward.packing import packed_size, pad
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.processes.distributed import (
     any_rank,
     clip_gradients,
     first_host,
@@ -26,9 +28,7 @@ from dpo_opt.optimize.distributed import (
     text_from_first,
     world_from_environment,
 )
-from dpo_opt.optimize.packing import packed_size, pad
-from dpo_opt.optimize.policy import Policy
-from dpo_opt.optimize.sharding import gather_policy, shard_policy
+from dpo_opt.optimize.processes.sharding import gather_policy, shard_policy
 from dpo_opt.schemas.errors import ConfigError
 
 MEETING = Path(torchrun_meeting.__file__)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from architecture_results import CPU, LONGEST, documented, result_of, save_tiny, series, windows
 
-from dpo_opt.optimize.policy import load_policy
+from dpo_opt.optimize.forward.load_policy import load_policy
 from dpo_opt.schemas.errors import ConfigError
 
 TYPES = [name for name in all_architectures.model_types() if name not in all_architectures.BROKEN]

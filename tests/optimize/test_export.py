@@ -8,10 +8,11 @@ from model_edits import change_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dpo_opt.optimize.card import model_card
+from dpo_opt.optimize.checkpoint.export import write_model
+from dpo_opt.optimize.checkpoint.model_card import model_card
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.optimize.export import write_model
-from dpo_opt.optimize.policy import Policy, load_policy
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.storage import publish_folder
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_opt.optimize import logps as logps_module
-from dpo_opt.optimize import tiles as tiles_module
-from dpo_opt.optimize.logps import Head, Objective, token_logps
+from dpo_opt.optimize.forward import logps as logps_module
+from dpo_opt.optimize.forward import tiles as tiles_module
+from dpo_opt.optimize.forward.logps import Head, Objective, token_logps
 
 SCORED, WIDTH, VOCABULARY = 37, 24, 101
 

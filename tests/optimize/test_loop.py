@@ -18,17 +18,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from dpo_opt.dry_run import plan_train
 from dpo_opt.optimize import TrainConfig, begin, run_folder, train
-from dpo_opt.optimize.optimizer import learning_rate
 from dpo_opt.optimize.prepare import prepare
 from dpo_opt.optimize.stream import PairStream
-from dpo_opt.plans import plan_train
+from dpo_opt.optimize.update.optimizer import learning_rate
 from dpo_opt.precompute import PrecomputeConfig, precompute
-from dpo_opt.schemas.columns import Column, write_column
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, FingerprintError
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA
 from dpo_opt.schemas.pairs import ScoredPair, TokenSequence
 from dpo_opt.schemas.shard_folder import ShardFolder
+from dpo_opt.schemas.sidecars import Column, write_column
 
 FullLogps = Callable[[PreTrainedModel, TokenSequence], Tensor]
 PAIRS = 28

@@ -26,11 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_opt.merge import merge
 from dpo_opt.merge_config import MergeConfig
-from dpo_opt.optimize.activations import checkpoint_activations
-from dpo_opt.optimize.architecture import decoder_of, model_without_weights
-from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.optimize.identity import require_same_model
-from dpo_opt.optimize.lora import (
+from dpo_opt.optimize.adapters.lora import (
     AdapterPlan,
     add_adapter,
     four_bit_options,
@@ -38,10 +34,15 @@ from dpo_opt.optimize.lora import (
     save_adapter,
     trainable_names,
 )
+from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.optimize.forward.activations import checkpoint_activations
+from dpo_opt.optimize.forward.architecture import decoder_of, model_without_weights
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.packing import Group
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.measure_parity import measure_parity, spread_pairs
-from dpo_opt.optimize.packing import Group
-from dpo_opt.optimize.policy import Policy, load_policy
-from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.errors import ConfigError, FingerprintError
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from dpo_opt.merge import merge
 from dpo_opt.merge_config import MergeConfig
+from dpo_opt.optimize.adapters.lora import add_adapter, plan_adapter, save_adapter
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.optimize.lora import add_adapter, plan_adapter, save_adapter
 
 pytest.importorskip("peft")
 NEW_TOKENS = 12

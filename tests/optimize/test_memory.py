@@ -10,10 +10,10 @@ from architectures import HEADS, PACKED, PADDED, SIZES, save_random
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.optimize.memory import Memory, estimate_memory, optimizer_bytes
-from dpo_opt.optimize.optimizer import make_optimizer
-from dpo_opt.optimize.packing import Group
-from dpo_opt.optimize.policy import load_policy
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.packing import Group
+from dpo_opt.optimize.memory.estimate import Memory, estimate_memory, optimizer_bytes
+from dpo_opt.optimize.update.optimizer import make_optimizer
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import TokenSequence
 

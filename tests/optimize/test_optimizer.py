@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 from dpo_opt.optimize import TrainConfig
-from dpo_opt.optimize.optimizer import learning_rate, make_optimizer, set_learning_rate
+from dpo_opt.optimize.update.optimizer import learning_rate, make_optimizer, set_learning_rate
 from dpo_opt.schemas.errors import ConfigError
 
 

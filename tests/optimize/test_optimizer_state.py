@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 from torchrun_steps import ALONE
 
 from dpo_opt.optimize import TrainConfig
-from dpo_opt.optimize.optimizer import make_optimizer, set_learning_rate
-from dpo_opt.optimize.optimizer_state import optimizer_tensors
-from dpo_opt.optimize.state_files import load_state, save_state
+from dpo_opt.optimize.checkpoint.state_files import load_state, save_state
+from dpo_opt.optimize.update.optimizer import make_optimizer, set_learning_rate
+from dpo_opt.optimize.update.optimizer_state import optimizer_tensors
 from dpo_opt.schemas.errors import DataError
 
 KINDS = {

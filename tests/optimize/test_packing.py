@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_opt.optimize.packing import (
+from dpo_opt.optimize.forward.packing import (
     Group,
     Segment,
     VarlenIndex,

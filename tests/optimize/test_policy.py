@@ -12,12 +12,13 @@ from model_edits import change_config, change_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dpo_opt.optimize import attention
-from dpo_opt.optimize.architecture import head_of
-from dpo_opt.optimize.layout import choose_layout
-from dpo_opt.optimize.logps import Objective
-from dpo_opt.optimize.packing import Segment, pack
-from dpo_opt.optimize.policy import Policy, compute_dtype, load_policy
+from dpo_opt.optimize.forward import attention
+from dpo_opt.optimize.forward.architecture import head_of
+from dpo_opt.optimize.forward.layout import choose_layout
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.logps import Objective
+from dpo_opt.optimize.forward.packing import Segment, pack
+from dpo_opt.optimize.forward.policy import Policy, compute_dtype
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import TokenSequence
 

@@ -19,11 +19,12 @@ import yaml
 from training_runs import Interrupter, contents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_opt.optimize import TrainConfig, begin, checkpoints, saving, train
-from dpo_opt.optimize.budget import CPU_ROWS, Device, run_device
-from dpo_opt.optimize.checkpoints import Best
-from dpo_opt.optimize.distributed import World
+from dpo_opt.optimize import TrainConfig, begin, train
+from dpo_opt.optimize.checkpoint import checkpoints, saving
+from dpo_opt.optimize.checkpoint.checkpoints import Best
 from dpo_opt.optimize.evaluation import Evaluation, is_comparable, new_best
+from dpo_opt.optimize.memory.budget import CPU_ROWS, Device, run_device
+from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.optimize.run_folder import CONFIG
 from dpo_opt.optimize.stop_signals import StopRequested, stop_signals
 from dpo_opt.optimize.stream import PairStream

@@ -11,10 +11,11 @@ import pytest
 import torch
 from architectures import CPU, HEADS, VOCABULARY, save_random
 
-from dpo_opt.optimize.export import write_model
-from dpo_opt.optimize.packing import Group
-from dpo_opt.optimize.policy import Policy, load_policy
-from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.checkpoint.export import write_model
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.packing import Group
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.schemas.pairs import TokenSequence
 
 ORIGINAL = 24

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchrun_steps import ALONE
 
-from dpo_opt.optimize import state_files
-from dpo_opt.optimize.state_files import load_state, save_state
+from dpo_opt.optimize.checkpoint import state_files
+from dpo_opt.optimize.checkpoint.state_files import load_state, save_state
 from dpo_opt.schemas.errors import DataError
 
 KINDS = ["untied", "tied"]

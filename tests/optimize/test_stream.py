@@ -16,11 +16,11 @@ from fakes import ScriptedScorer
 from dpo_opt.optimize.stream import WINDOW_GROUPS, PairStream
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas import shard_folder
-from dpo_opt.schemas.columns import WEIGHT, Column, write_column
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.locations import location
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
+from dpo_opt.schemas.sidecars import WEIGHT, Column, write_column
 
 PAIRS, PROMPTS, PER_SHARD = 420, 200, 10
 

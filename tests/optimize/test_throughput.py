@@ -7,9 +7,9 @@ import torch
 from torchrun_steps import ALONE
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from dpo_opt.optimize.balance import ForwardCost, forward_cost, group_cost
-from dpo_opt.optimize.packing import pair_group
-from dpo_opt.optimize.policy import Policy
+from dpo_opt.optimize.forward.balance import ForwardCost, forward_cost, group_cost
+from dpo_opt.optimize.forward.packing import pair_group
+from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.optimize.throughput import Throughput
 from dpo_opt.schemas.pairs import ScoredPair

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from dpo_opt.merge import merge
 from dpo_opt.merge_config import MergeConfig
 from dpo_opt.optimize import TrainConfig, train
-from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.errors import ConfigError, FingerprintError, Preempted
 from dpo_opt.schemas.shard_folder import ShardFolder

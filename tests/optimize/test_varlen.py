@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 from varlen_reference import written_out
 
-from dpo_opt.optimize import attention as attention_module
-from dpo_opt.optimize import varlen as varlen_module
-from dpo_opt.optimize.attention import SEGMENT_ATTENTION, segment_attention
-from dpo_opt.optimize.packing import Group, VarlenIndex, pack
-from dpo_opt.optimize.policy import Policy
-from dpo_opt.optimize.varlen import choose_kernel, varlen_attention, varlen_kernel
+from dpo_opt.optimize.forward import attention as attention_module
+from dpo_opt.optimize.forward import varlen as varlen_module
+from dpo_opt.optimize.forward.attention import SEGMENT_ATTENTION, segment_attention
+from dpo_opt.optimize.forward.packing import Group, VarlenIndex, pack
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.forward.varlen import choose_kernel, varlen_attention, varlen_kernel
 from dpo_opt.schemas.pairs import TokenSequence
 
 QUERY_HEADS, WIDTH = 4, 8

@@ -17,15 +17,15 @@ from transformers import AutoTokenizer, PreTrainedModel
 from dpo_opt.merge import merge
 from dpo_opt.merge_config import MergeConfig
 from dpo_opt.optimize import TrainConfig, train
-from dpo_opt.optimize.architecture import decoder_of
-from dpo_opt.optimize.balance import forward_cost
-from dpo_opt.optimize.distributed import World
-from dpo_opt.optimize.lora import plan_adapter
-from dpo_opt.optimize.memory import estimate_memory
-from dpo_opt.optimize.policy import load_policy
-from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.adapters.lora import plan_adapter
+from dpo_opt.optimize.forward.architecture import decoder_of
+from dpo_opt.optimize.forward.balance import forward_cost
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.memory.estimate import estimate_memory
+from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.optimize.throughput import Throughput
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import ScoredPair

@@ -12,7 +12,7 @@ import pytest
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
 from dpo_opt import trl as adapter
-from dpo_opt.optimize.score import HfScorer
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
 from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError

@@ -27,8 +27,8 @@ import pytest
 from fakes import write_jsonl
 
 from dpo_opt.optimize import TrainConfig, train
-from dpo_opt.optimize.score import HfScorer
 from dpo_opt.optimize.stream import PairStream
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
 from dpo_opt.schemas.shard_folder import ShardFolder

@@ -14,20 +14,20 @@ import pytest
 from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 
 from dpo_opt.launch import launch
-from dpo_opt.precompute.commits import finalize, status
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.gc import find_garbage, remove_garbage
-from dpo_opt.precompute.plan import Planned, make_plan, read_plan, read_plans
-from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
-from dpo_opt.precompute.repair import repair
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.precompute.settle import adopt_plan
-from dpo_opt.precompute.tokenize import load_tokenizer
-from dpo_opt.schemas.columns import WEIGHT, new_column, read_column, write_column
+from dpo_opt.precompute.shards.finalize import finalize, status
+from dpo_opt.precompute.shards.gc import find_garbage, remove_garbage
+from dpo_opt.precompute.shards.plan import Planned, make_plan, read_plan, read_plans
+from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.shards.repair import repair
+from dpo_opt.precompute.shards.write_plan import adopt_plan
+from dpo_opt.precompute.tokens.tokenize import load_tokenizer
 from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.manifest import INDEX, MANIFEST, PLAN, load_manifest, to_json
 from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import DroppedRow, write_dropped, write_table
+from dpo_opt.schemas.sidecars import WEIGHT, new_column, read_column, write_column
 from dpo_opt.schemas.storage import sha256_file, write_text
 
 Configs = Callable[..., PrecomputeConfig]
@@ -486,7 +486,7 @@ def test_a_finalize_that_is_killed_before_the_manifest_is_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dpo_opt.precompute.commits.write_manifest", killed)
+        patch.setattr("dpo_opt.precompute.shards.finalize.write_manifest", killed)
         with pytest.raises(KeyboardInterrupt):
             precompute(config_of(20, append=True), scorer=ScriptedScorer())
     shards = config_of(20).shards

@@ -15,17 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from dpo_opt.precompute import files
-from dpo_opt.precompute.audit import audit
+from dpo_opt.precompute.check.audit import audit
+from dpo_opt.precompute.check.forecast import estimate, forecast, forecast_lengths, kept_pairs
+from dpo_opt.precompute.check.near_duplicates import nearest_earlier
+from dpo_opt.precompute.check.pair_statistics import Facts, Wanted, collect
+from dpo_opt.precompute.check.problems import BAD_ROWS, FOUND
 from dpo_opt.precompute.config import CheckConfig, DataConfig, Truncation
-from dpo_opt.precompute.datasets import read_pairs
-from dpo_opt.precompute.facts import Facts, Wanted, collect
-from dpo_opt.precompute.fitting import PairIds
-from dpo_opt.precompute.forecast import estimate, forecast, forecast_lengths, kept_pairs
-from dpo_opt.precompute.near_duplicates import nearest_earlier
-from dpo_opt.precompute.problems import BAD_ROWS, FOUND
-from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
-from dpo_opt.schemas.audit import Audit, LengthBias, Problem
+from dpo_opt.precompute.read import files
+from dpo_opt.precompute.read.datasets import read_pairs
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
+from dpo_opt.precompute.tokens.truncation import PairIds
+from dpo_opt.schemas.audit_record import Audit, LengthBias, Problem
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import PreferencePair, TokenizedPair
 from dpo_opt.schemas.progress import Silent

@@ -11,15 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
-from dpo_opt.precompute import datasets, files, plan
-from dpo_opt.precompute.commits import finalize
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.plan import read_plan
+from dpo_opt.precompute.read import datasets, files
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.schemas.columns import COLUMNS, read_column
+from dpo_opt.precompute.shards import plan
+from dpo_opt.precompute.shards.finalize import finalize
+from dpo_opt.precompute.shards.plan import read_plan
 from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.manifest import COMMITS, MANIFEST, Manifest
 from dpo_opt.schemas.shard_folder import ShardFolder
+from dpo_opt.schemas.sidecars import COLUMNS, read_column
 
 Configs = Callable[..., PrecomputeConfig]
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
-from dpo_opt.precompute.commits import finalize, status
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.gc import find_garbage, remove_garbage
 from dpo_opt.precompute.run import precompute, work
+from dpo_opt.precompute.shards.finalize import finalize, status
+from dpo_opt.precompute.shards.gc import find_garbage, remove_garbage
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, MANIFEST, load_manifest
 from dpo_opt.schemas.pairs import TokenSequence
@@ -36,7 +36,7 @@ from pathlib import Path
 from fakes import ScriptedScorer
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import work
-from dpo_opt.precompute.tokenize import load_tokenizer
+from dpo_opt.precompute.tokens.tokenize import load_tokenizer
 
 model, data, shards, rounds, workers, size = sys.argv[1:]
 load_tokenizer(Path(model))

@@ -14,11 +14,11 @@ import transformers
 from fakes import preference_rows, write_jsonl
 from model_edits import change_config, change_weights
 
-from dpo_opt.precompute import vllm_model
-from dpo_opt.precompute.checkpoint_keys import require_place_for_all_weights
 from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.engine import vllm_model
+from dpo_opt.precompute.engine.checkpoint_keys import require_place_for_all_weights
+from dpo_opt.precompute.engine.vllm_model import VllmModel
 from dpo_opt.precompute.run import precompute
-from dpo_opt.precompute.vllm_model import VllmModel
 from dpo_opt.schemas.errors import ConfigError
 
 SIZES: dict[str, Any] = {

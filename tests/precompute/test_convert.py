@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from fakes import write_jsonl
 
-from dpo_opt.precompute.audit import audit
+from dpo_opt.precompute.check.audit import audit
+from dpo_opt.precompute.check.convert import Converted, convert
 from dpo_opt.precompute.config import CheckConfig, ConvertConfig, DataConfig
-from dpo_opt.precompute.convert import Converted, convert
-from dpo_opt.precompute.datasets import read_pairs
+from dpo_opt.precompute.read.datasets import read_pairs
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import PreferencePair
 

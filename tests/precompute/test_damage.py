@@ -16,12 +16,12 @@ from click.testing import CliRunner, Result
 from damage import GOOD, Damage, damages, lines, to_line
 
 from dpo_opt.cli import main
-from dpo_opt.precompute.audit import audit
+from dpo_opt.precompute.check.audit import audit
+from dpo_opt.precompute.check.convert import convert
+from dpo_opt.precompute.check.problems import BAD_ROWS, FOUND
 from dpo_opt.precompute.config import CheckConfig, ConvertConfig, DataConfig
-from dpo_opt.precompute.convert import convert
-from dpo_opt.precompute.datasets import BadRow, row_content, scan_pairs
-from dpo_opt.precompute.problems import BAD_ROWS, FOUND
-from dpo_opt.schemas.audit import Audit, Problem
+from dpo_opt.precompute.read.datasets import BadRow, row_content, scan_pairs
+from dpo_opt.schemas.audit_record import Audit, Problem
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 
@@ -304,7 +304,7 @@ def test_a_table_whose_counts_contradict_each_other_is_refused(tmp_path: Path) -
 MEASURE = """
 import itertools, sys
 from dpo_opt.precompute.config import DataConfig
-from dpo_opt.precompute.datasets import scan_pairs
+from dpo_opt.precompute.read.datasets import scan_pairs
 from dpo_opt.schemas.errors import DataError
 try:
     print(sum(1 for _ in itertools.islice(scan_pairs(DataConfig(data=[sys.argv[1]])), int(sys.argv[2]))))

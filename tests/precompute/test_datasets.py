@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from dpo_opt.precompute import files
 from dpo_opt.precompute.config import DataConfig
-from dpo_opt.precompute.datasets import BadRow, read_pairs, row_content, scan_pairs
-from dpo_opt.precompute.sources import SUFFIXES
+from dpo_opt.precompute.read import files
+from dpo_opt.precompute.read.datasets import BadRow, read_pairs, row_content, scan_pairs
+from dpo_opt.precompute.read.sources import SUFFIXES
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 

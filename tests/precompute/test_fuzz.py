@@ -16,13 +16,13 @@ from damage import GOOD, lines, parquet, parsed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_opt.precompute import files
-from dpo_opt.precompute.audit import audit
+from dpo_opt.precompute.check.audit import audit
+from dpo_opt.precompute.check.problems import BAD_ROWS
 from dpo_opt.precompute.config import CheckConfig, DataConfig
-from dpo_opt.precompute.datasets import BadRow, row_content, scan_blocks, scan_pairs
-from dpo_opt.precompute.parallel import map_in_order
-from dpo_opt.precompute.problems import BAD_ROWS
-from dpo_opt.precompute.shapes import READ_KEYS
+from dpo_opt.precompute.read import files
+from dpo_opt.precompute.read.datasets import BadRow, row_content, scan_blocks, scan_pairs
+from dpo_opt.precompute.read.parallel import map_in_order
+from dpo_opt.precompute.read.shapes import READ_KEYS
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 

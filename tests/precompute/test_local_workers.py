@@ -15,7 +15,7 @@ from fakes import preference_rows, write_jsonl
 from dpo_opt.cli import main
 from dpo_opt.launch import take_place
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.local_workers import own_devices, visible_devices, worker_environments
+from dpo_opt.precompute.workers.local import own_devices, visible_devices, worker_environments
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.manifest import MANIFEST
 from dpo_opt.schemas.shard_folder import ShardFolder

@@ -7,9 +7,9 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dpo_opt.precompute import long_texts, tokenize
-from dpo_opt.precompute.fitting import PairIds
-from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer
+from dpo_opt.precompute.tokens import long_texts, tokenize
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer
+from dpo_opt.precompute.tokens.truncation import PairIds
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
-from dpo_opt.precompute import commits, run, workers
-from dpo_opt.precompute.commits import committed, finalize
+from dpo_opt.precompute import run
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.plan import read_plan
 from dpo_opt.precompute.run import precompute, work
+from dpo_opt.precompute.shards import finalize as finalize_module
+from dpo_opt.precompute.shards.finalize import committed, finalize
+from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.precompute.workers import assignment
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, INDEX, MANIFEST, load_manifest, to_json
 from dpo_opt.schemas.shard_folder import ShardFolder
@@ -116,7 +118,7 @@ def test_a_finalize_that_is_killed_at_any_step_is_ended_by_the_next(
 
         with monkeypatch.context() as patch:
             for name in steps:
-                patch.setattr(commits, name, dying(getattr(commits, name)))
+                patch.setattr(finalize_module, name, dying(getattr(finalize_module, name)))
             try:
                 finalize(copy)
             except Killed:
@@ -142,17 +144,17 @@ def finalized_copy(folder: Path, place: Path) -> Path:
 def test_two_that_finalize_with_other_attempts_in_view_publish_one_choice(
     folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    original = getattr(commits, step)
+    original = getattr(finalize_module, step)
 
     def meanwhile(*arguments: object, **settings: object) -> object:
-        monkeypatch.setattr(commits, step, original)
+        monkeypatch.setattr(finalize_module, step, original)
         # Smaller than the one that the first has chosen, so the second chooses it.
         add_attempt(folder, 1, "00000000")
         found.append(finalize(folder))
         return original(*arguments, **settings)
 
     found: list[object] = []
-    monkeypatch.setattr(commits, step, meanwhile)
+    monkeypatch.setattr(finalize_module, step, meanwhile)
     found.append(finalize(folder))
     assert found[0] == found[1] == load_manifest(folder)
     require_settled(folder)
@@ -163,7 +165,7 @@ def test_a_choice_of_files_that_are_gone_is_made_anew(folder: Path, monkeypatch:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(commits, "is_finalized", dies)
+        patch.setattr(finalize_module, "is_finalized", dies)
         with pytest.raises(Killed):
             finalize(folder)
     (choice,) = folder.glob(f".{MANIFEST}.*.tmp")
@@ -190,7 +192,7 @@ def test_a_worker_that_comes_after_finalize_withdraws(
     def late(*arguments: object, **settings: object) -> object:
         monkeypatch.setattr(run, moment, original)
         # Another worker takes this one for dead, does the whole rest, and finalizes.
-        monkeypatch.setattr(workers._Marks, "_patience", lambda *_: 0.0)
+        monkeypatch.setattr(assignment._Marks, "_patience", lambda *_: 0.0)
         precompute(config, scorer=ScriptedScorer())
         return original(*arguments, **settings)
 
@@ -205,10 +207,10 @@ def test_a_worker_whose_shard_is_damaged_in_the_folder_does_not_withdraw(
 ) -> None:
     config = config_of(tiny_model, tmp_path)
     manifest = precompute(config, scorer=ScriptedScorer())
-    assert commits.withdraw_if_lost(config.shards, 1, "12345678")
-    assert not commits.withdraw_if_lost(config.shards, 1, manifest.shards[1].attempt)
+    assert finalize_module.withdraw_if_lost(config.shards, 1, "12345678")
+    assert not finalize_module.withdraw_if_lost(config.shards, 1, manifest.shards[1].attempt)
     (config.shards / manifest.shards[1].file).unlink()
-    assert not commits.withdraw_if_lost(config.shards, 1, "12345678")
+    assert not finalize_module.withdraw_if_lost(config.shards, 1, "12345678")
 
 
 def test_whoever_may_not_delete_finalizes_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +219,6 @@ def test_whoever_may_not_delete_finalizes_all_the_same(folder: Path, monkeypatch
             raise PermissionError(13, "Permission denied", str(path))
         Path(str(path)).unlink()
 
-    monkeypatch.setattr(commits, "remove", refuses)
+    monkeypatch.setattr(finalize_module, "remove", refuses)
     assert finalize(folder) == load_manifest(folder)
     assert len(list((folder / DATA).iterdir())) == 4

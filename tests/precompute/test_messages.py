@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_opt.precompute.config import DataConfig
-from dpo_opt.precompute.datasets import read_pairs, row_content
-from dpo_opt.precompute.rows import to_pairs
+from dpo_opt.precompute.read.datasets import read_pairs, row_content
+from dpo_opt.precompute.read.rows import to_pairs
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
-from dpo_opt.precompute.commits import finalize
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
+from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import SHARD_SCHEMA
 

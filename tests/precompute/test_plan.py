@@ -10,10 +10,10 @@ import pytest
 from fakes import NUMERICS, preference_rows, write_jsonl
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.plan import Planned, make_plan, read_plan
-from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
-from dpo_opt.precompute.settle import adopt_plan
-from dpo_opt.precompute.tokenize import load_tokenizer
+from dpo_opt.precompute.shards.plan import Planned, make_plan, read_plan
+from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.shards.write_plan import adopt_plan
+from dpo_opt.precompute.tokens.tokenize import load_tokenizer
 from dpo_opt.schemas.config_keys import MODEL_CONFIG
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.manifest import COMMAND, PLAN, TOKENIZER, Plan

@@ -13,13 +13,13 @@ import yaml
 from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 from planning import Run, race_in_folders, run_of
 
-from dpo_opt.plans import plan_precompute
+from dpo_opt.dry_run import plan_precompute
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
-from dpo_opt.schemas.columns import columns_digest, columns_of_data
 from dpo_opt.schemas.config_keys import MODEL_CONFIG
 from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.manifest import COMMAND, PLAN, TOKENIZER
+from dpo_opt.schemas.sidecars import columns_digest, columns_of_data
 from dpo_opt.schemas.storage import sha256_folder
 
 ROWS = preference_rows(12)
@@ -149,7 +149,7 @@ def test_a_kill_while_planning_is_healed_by_the_same_command_and_refused_to_anot
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"dpo_opt.precompute.settle.{writer}", killed)
+        patch.setattr(f"dpo_opt.precompute.shards.write_plan.{writer}", killed)
         with pytest.raises(Killed):
             mine.settle(folder)
     assert not other.settle(folder)
@@ -172,7 +172,7 @@ def test_a_kill_while_planning_what_was_appended_keeps_the_new_weights(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("dpo_opt.precompute.settle.write_column", killed)
+        patch.setattr("dpo_opt.precompute.shards.write_plan.write_column", killed)
         with pytest.raises(Killed):
             precompute(grown, scorer=ScriptedScorer())
     assert precompute(grown, scorer=ScriptedScorer()).kept == 12
@@ -202,7 +202,7 @@ def test_a_dry_run_compares_what_another_run_has_claimed(
 
     with monkeypatch.context() as patch:
         # After the claim, before the plan.
-        patch.setattr("dpo_opt.precompute.settle._write_columns", killed)
+        patch.setattr("dpo_opt.precompute.shards.write_plan._write_columns", killed)
         with pytest.raises(Killed):
             precompute(configs[0], scorer=ScriptedScorer())
     folder = tmp_path / "shards"

@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 
-from dpo_opt.precompute import ray_workers
-from dpo_opt.precompute.commits import finalize, status
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.ray_workers import run_workers
-from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.precompute.settle import settle_plan
+from dpo_opt.precompute.shards.finalize import finalize, status
+from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.shards.write_plan import settle_plan
+from dpo_opt.precompute.workers import ray_cluster
+from dpo_opt.precompute.workers.ray_cluster import run_workers
 from dpo_opt.preemption import preemptible
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, Interrupted, Preempted
 from dpo_opt.schemas.manifest import load_manifest
@@ -529,7 +529,7 @@ def test_a_data_error_in_a_worker_arrives_as_it_was_raised_at_once_and_is_not_re
 def test_any_other_error_is_retried_and_at_last_raised_as_what_it_was(
     config_of: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_workers, "_RESTARTS", 2)
+    monkeypatch.setattr(ray_cluster, "_RESTARTS", 2)
     config = planned(config_of(num_workers=1))
     with pytest.raises(LookupError, match="a bug"):
         run_workers(config, always_fail)
@@ -586,7 +586,7 @@ CHILD = """
 import os, signal, sys, time
 from pathlib import Path
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.ray_workers import run_workers
+from dpo_opt.precompute.workers.ray_cluster import run_workers
 from dpo_opt.preemption import preemptible
 from dpo_opt.schemas.errors import Interrupted, Preempted
 

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 
-from dpo_opt.plans import plan_precompute
-from dpo_opt.precompute import parallel, plan
+from dpo_opt.dry_run import plan_precompute
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.datasets import read_pairs
-from dpo_opt.precompute.plan import Planned, make_plan
-from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.read import parallel
+from dpo_opt.precompute.read.datasets import read_pairs
 from dpo_opt.precompute.run import precompute
-from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer
+from dpo_opt.precompute.shards import plan
+from dpo_opt.precompute.shards.plan import Planned, make_plan
+from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 
@@ -149,7 +150,7 @@ def test_one_row_of_each_shape_is_rendered_in_each_plan_anew(
     config_of: Configs, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
     """However many blocks are read, and in which processes."""
-    monkeypatch.setattr("dpo_opt.precompute.files._BLOCK_BYTES", 2000)
+    monkeypatch.setattr("dpo_opt.precompute.read.files._BLOCK_BYTES", 2000)
     rows = [row for i in range(300) for row in (chat(i), calling(i, CALL))]
     rows.append(chat(300, "user", "user"))
     config = config_of(rows, processes=processes)

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_opt.precompute.config import DataConfig
-from dpo_opt.precompute.datasets import BadRow, read_pairs, scan_pairs
-from dpo_opt.precompute.rows import to_pairs
-from dpo_opt.precompute.shapes import READ_KEYS, SHAPES, find_shape
+from dpo_opt.precompute.read.datasets import BadRow, read_pairs, scan_pairs
+from dpo_opt.precompute.read.rows import to_pairs
+from dpo_opt.precompute.read.shapes import READ_KEYS, SHAPES, find_shape
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 

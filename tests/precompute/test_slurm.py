@@ -17,12 +17,12 @@ import yaml
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
 from dpo_opt.launch import launch
-from dpo_opt.precompute.commits import status
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute
-from dpo_opt.precompute.settle import settle_plan
-from dpo_opt.precompute.slurm import launch_array
+from dpo_opt.precompute.shards.finalize import status
+from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.shards.write_plan import settle_plan
+from dpo_opt.precompute.workers.slurm import launch_array
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.manifest import COMMAND, COMMITS
 from dpo_opt.schemas.shard_folder import ShardFolder

@@ -14,17 +14,17 @@ import pytest
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
 from dpo_opt.integrity import integrity_problems
-from dpo_opt.precompute.commits import finalize, status
 from dpo_opt.precompute.config import DataConfig, PrecomputeConfig
-from dpo_opt.precompute.datasets import read_pairs
-from dpo_opt.precompute.plan import read_plan
+from dpo_opt.precompute.read.datasets import read_pairs
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.schemas.columns import WEIGHT, read_column
+from dpo_opt.precompute.shards.finalize import finalize, status
+from dpo_opt.precompute.shards.plan import read_plan
 from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.manifest import PLAN, Manifest, Plan, load_manifest, to_json, write_manifest
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import write_shard
+from dpo_opt.schemas.sidecars import WEIGHT, read_column
 
 Configs = Callable[..., PrecomputeConfig]
 

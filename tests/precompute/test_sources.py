@@ -18,8 +18,8 @@ import pytest
 from object_store import s3_client, serve_s3, using_store
 
 from dpo_opt.precompute.config import DataConfig
-from dpo_opt.precompute.datasets import read_pairs
-from dpo_opt.precompute.sources import Source, find_sources, merged_splits, refuse_inside
+from dpo_opt.precompute.read.datasets import read_pairs
+from dpo_opt.precompute.read.sources import Source, find_sources, merged_splits, refuse_inside
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError
 from dpo_opt.schemas.locations import location
 from dpo_opt.schemas.pairs import PreferencePair
@@ -538,7 +538,7 @@ def hub() -> Iterator[str]:
 READER = """
 import json, sys
 from dpo_opt.precompute.config import DataConfig
-from dpo_opt.precompute.datasets import read_pairs
+from dpo_opt.precompute.read.datasets import read_pairs
 from dpo_opt.schemas.errors import DpoOptError
 
 def read(name):

@@ -22,15 +22,15 @@ from object_store import s3_client, serve_s3, using_store
 
 from dpo_opt.analysis import scan_shards
 from dpo_opt.cli import main
-from dpo_opt.precompute.commits import finalize, is_committed, status
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.gc import find_garbage, remove_garbage
-from dpo_opt.precompute.plan import make_plan, read_plan
-from dpo_opt.precompute.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.precompute.settle import adopt_plan, settle_plan
-from dpo_opt.precompute.tokenize import load_tokenizer
-from dpo_opt.precompute.workers import Worker, shards_for
+from dpo_opt.precompute.shards.finalize import finalize, is_committed, status
+from dpo_opt.precompute.shards.gc import find_garbage, remove_garbage
+from dpo_opt.precompute.shards.plan import make_plan, read_plan
+from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.shards.write_plan import adopt_plan, settle_plan
+from dpo_opt.precompute.tokens.tokenize import load_tokenizer
+from dpo_opt.precompute.workers.assignment import Worker, shards_for
 from dpo_opt.schemas import storage
 from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.locations import is_file, location, on_this_machine, read_all, remove, sizes

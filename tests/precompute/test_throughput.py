@@ -3,8 +3,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from fakes import FINGERPRINT
 
-from dpo_opt.precompute.commits import read_commit
-from dpo_opt.precompute.throughput import throughput
+from dpo_opt.precompute.shards.finalize import read_commit
+from dpo_opt.precompute.shards.throughput import throughput
 from dpo_opt.schemas.manifest import ShardCommit, to_json
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC)

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from dpo_opt.precompute.config import DataConfig, Truncation
-from dpo_opt.precompute.datasets import read_pairs
-from dpo_opt.precompute.fitting import DROP_REASONS, DropReason, PairIds
-from dpo_opt.precompute.templates import render, rendered_texts
-from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer
+from dpo_opt.precompute.read.datasets import read_pairs
+from dpo_opt.precompute.tokens.templates import render, rendered_texts
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer
+from dpo_opt.precompute.tokens.truncation import DROP_REASONS, DropReason, PairIds
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import PreferencePair, Text, TokenizedPair
 from dpo_opt.schemas.shards import DroppedRow
@@ -462,7 +462,7 @@ def test_every_real_row_is_accounted_for(
 
 MEASURE = """
 import resource, sys
-from dpo_opt.precompute.tokenize import PairTokenizer, load_tokenizer
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer
 from dpo_opt.schemas.pairs import PreferencePair
 from pathlib import Path
 
@@ -501,7 +501,7 @@ def test_texts_get_the_same_ids_whatever_they_are_tokenized_with(monkeypatch: py
     pairs += [pair_of([user("thin")], [assistant("g" * n)], [assistant("ok")]) for n in range(1, 5)]
     alone = [tokenizer.encode([pair])[0] for pair in pairs]
     for characters in (1, 40, 2**20):
-        monkeypatch.setattr("dpo_opt.precompute.tokenize._CHARACTERS_AT_ONCE", characters)
+        monkeypatch.setattr("dpo_opt.precompute.tokens.tokenize._CHARACTERS_AT_ONCE", characters)
         for found, expected in zip(tokenizer.encode(pairs), alone, strict=True):
             assert isinstance(found, PairIds)
             assert isinstance(expected, PairIds)

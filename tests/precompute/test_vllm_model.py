@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_opt.precompute import engine_arguments, vllm_model
-from dpo_opt.precompute.vllm_build import prepare_environment, vllm_version
-from dpo_opt.precompute.vllm_model import VllmModel
+from dpo_opt.precompute.engine import engine_arguments, vllm_model
+from dpo_opt.precompute.engine.vllm_build import prepare_environment, vllm_version
+from dpo_opt.precompute.engine.vllm_model import VllmModel
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.models import checkpoint_dtype, context_length
 from dpo_opt.schemas.pairs import TokenSequence

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from fakes import scripted_logps
 
-from dpo_opt.precompute import vllm_model
-from dpo_opt.precompute.vllm_model import VllmModel
-from dpo_opt.precompute.vllm_strategy import Strategy, choose_strategy, read_answer, request_settings
+from dpo_opt.precompute.engine import vllm_model
+from dpo_opt.precompute.engine.vllm_model import VllmModel
+from dpo_opt.precompute.engine.vllm_strategy import Strategy, choose_strategy, read_answer, request_settings
 from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.pairs import TokenSequence
 

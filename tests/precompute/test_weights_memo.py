@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
-from dpo_opt.precompute import weights_memo
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import work
-from dpo_opt.precompute.weights_memo import WEIGHTS, known_weights_digest, remember_weights, weight_files
+from dpo_opt.precompute.shards import weights_memo
+from dpo_opt.precompute.shards.weights_memo import (
+    WEIGHTS,
+    known_weights_digest,
+    remember_weights,
+    weight_files,
+)
 from dpo_opt.schemas.errors import FingerprintError
 from dpo_opt.schemas.weights import weights_digest
 

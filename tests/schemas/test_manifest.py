@@ -416,7 +416,9 @@ def test_a_file_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     from dpo_opt.schemas import shard_folder
 
     hashed: list[str] = []
-    monkeypatch.setattr(shard_folder, "sha256_file", lambda path: hashed.append(path.name) or sha256_file(path))
+    monkeypatch.setattr(
+        shard_folder, "sha256_file", lambda path: hashed.append(path.name) or sha256_file(path)
+    )
     opened = ShardFolder.open(folder)
     assert hashed == []
     for _ in range(2):

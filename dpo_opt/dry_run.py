@@ -1,0 +1,117 @@
+"""What a run would do and need, said before it starts."""
+
+from typing import Any
+
+from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.schemas.pairs import Numerics
+
+# Two ids and two log-probs of 4 bytes per completion token, prompts once, before compression.
+_BYTES_PER_TOKEN = 6
+
+
+def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, Any]:
+    """Rows, shards, disk and engine of a precompute run; reads data and folder whole, writes nothing.
+
+    Raises:
+        DpoOptError: The run could not start, or the folder belongs to another one; see ``settle_plan``.
+    """
+    from dpo_opt.precompute.read.sources import refuse_inside
+    from dpo_opt.precompute.shards.finalize import committed
+    from dpo_opt.precompute.shards.plan import make_plan
+    from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
+    from dpo_opt.precompute.shards.write_plan import require_place
+
+    refuse_inside(config, config.shards, option="--shards")
+    reference = resolve_reference(config)
+    tokenizer = make_tokenizer(config, reference)
+    planned = make_plan(
+        config, reference=reference, tokenizer=tokenizer, numerics=numerics, tokenize_all=True
+    )
+    _, plan = require_place(config, planned)
+    rows = plan.rows
+    return {
+        "rows": rows,
+        "shards": len(plan.shards),
+        "shards_scored": len(committed(config.shards, plan)),
+        "disk_at_most_gb": round(rows * 2 * reference.max_length * _BYTES_PER_TOKEN / 1e9, 3),
+        "max_length": reference.max_length,
+        "truncation": config.truncation,
+        "columns": sorted(planned.columns),
+        "bad_rows_skipped": [str(bad.error.where) for bad in planned.bad_rows],
+        **numerics._asdict(),
+    }
+
+
+def plan_train(config: TrainConfig) -> dict[str, Any]:
+    """Pairs, steps and memory of a training run; loads no weights, writes nothing.
+
+    Raises:
+        DpoOptError: The run could not start; see ``optimize.prepare.prepare``.
+    """
+    from dpo_opt.optimize.forward.policy import default_device
+    from dpo_opt.optimize.memory.budget import least_budget, longest_pair
+    from dpo_opt.optimize.memory.estimate import estimate_memory
+    from dpo_opt.optimize.prepare import prepare
+
+    prepared = prepare(config)
+    device = default_device()
+    longest = longest_pair(prepared.folder)
+    rows = config.micro_batch_tokens or least_budget(longest, device)
+    memory = estimate_memory(config, prepared.model_folder, rows=rows, device=device)
+    return {
+        "pairs_train": prepared.stream.train_size,
+        "pairs_eval": len(prepared.stream.eval_positions),
+        "steps": prepared.total_steps,
+        "parameters": memory.parameters,
+        "trained": memory.trained,
+        "device": device.type,
+        "micro_batch_tokens": rows,
+        "longest_pair": {
+            "row": longest.row,
+            "prompt": len(longest.prompt_ids),
+            "chosen": len(longest.chosen_ids),
+            "rejected": len(longest.rejected_ids),
+        },
+        "memory_gb": {
+            "weights": _gb(memory.weights),
+            "gradients": _gb(memory.gradients),
+            "optimizer state": _gb(memory.optimizer),
+            "activations": None if memory.activations is None else _gb(memory.activations),
+            "head": _gb(memory.head),
+            "total": _gb(memory.total),
+            "reference model": 0.0,
+            "an online reference would add": _gb(memory.online_reference),
+        },
+    }
+
+
+def lines(plan: dict[str, Any]) -> list[str]:
+    """The plan of a training run for a person: what it will do, then its memory as a table."""
+    memory = plan["memory_gb"]
+    pair = plan["longest_pair"]
+    remarks = {
+        "weights": f"{plan['parameters']:,} parameters, {plan['trained']:,} trained",
+        "activations": f"{plan['micro_batch_tokens']} token rows per micro-batch, on {plan['device']}",
+        "head": "its fp32 gradient, summed over tiles",
+        "total": "without Python, its libraries and what the allocator wastes",
+    }
+    table = [
+        f"  {name:<16} {'not known' if memory[name] is None else f'{memory[name]:.3f} GB':>12}"
+        f"   {remarks.get(name, '')}".rstrip()
+        for name in ("weights", "gradients", "optimizer state", "activations", "head", "total")
+    ]
+    return [
+        f"pairs        {plan['pairs_train']:,} to train on, {plan['pairs_eval']:,} held out",
+        f"steps        {plan['steps']:,}",
+        f"longest pair row {pair['row']}: prompt {pair['prompt']}, chosen {pair['chosen']}, "
+        f"rejected {pair['rejected']} tokens",
+        "memory at the peak of a step:",
+        *table,
+        f"  reference model: 0 GB, cached (online it would cost "
+        f"{memory['an online reference would add']:.3f} GB)",
+    ]
+
+
+def _gb(count: int) -> float:
+    return round(count / 1e9, 6)

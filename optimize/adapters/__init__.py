@@ -1,0 +1,1 @@
+"""LoRA: which modules, adapter folders, merging."""

@@ -1,0 +1,285 @@
+"""LoRA: two small trainable matrices beside each frozen linear layer, put in by peft, in place.
+
+The model stays the plain transformers model, so its decoder, its head and its attention are used as ever. A
+new adapter adds exactly nothing (B = 0), so the policy is still the reference, and parity is still measured.
+
+    y = W x + lora_alpha / r * B A x,   A = (r, in), B = (out, r)     (Hu et al. 2021, arXiv 2106.09685)
+"""
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dpo_opt.optimize.adapters.adapter_folder import (
+    BASE_WEIGHTS,
+    PREFIX,
+    WEIGHTS,
+    Adapter,
+    read_adapter,
+    require_base,
+)
+from dpo_opt.optimize.adapters.lora_targets import chosen_layers, left_out, offered_layers, short_names
+from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.optimize.forward.architecture import model_without_weights
+from dpo_opt.schemas.errors import ConfigError, first_line, quoted
+
+MAX_RANK = 512
+"""The largest that vLLM serves (``max_lora_rank``)."""
+FOUR_BIT_OFFSET = (
+    "the policy's frozen weights are in 4 bits, and the reference was scored with the 16-bit ones: at step 0 "
+    "they differ by what the quantization does, which training starts from and does not remove"
+)
+"""Said instead of the parity gate with ``load_in_4bit``."""
+_NAME = "default"
+_ALL_LINEAR = ["all-linear"]
+
+
+class AdapterPlan(NamedTuple):
+    """What will be trained, known before any weight is loaded."""
+
+    layers: tuple[str, ...]
+    """Names of the modules that get an adapter, in the model's order."""
+    rank: int
+    alpha: float
+    rslora: bool
+    transposed: bool
+    parameters: int
+    """Trainable ones, all fp32."""
+    note: str | None
+    """What the default left out, for a person."""
+    continued: Adapter | None
+    """The adapter to go on from."""
+
+
+def plan_adapter(config: TrainConfig, model_folder: Path) -> AdapterPlan:
+    """Decide which layers get an adapter, trying it on the model without its weights.
+
+    Args:
+        config: With ``use_peft``.
+        model_folder: The base.
+
+    Raises:
+        ConfigError: Something would fail, be ignored, or be refused by vLLM; see ``require_usable``.
+        DataError: The adapter to go on from is damaged.
+    """
+    require_usable(config)
+    model = model_without_weights(model_folder)
+    continued = read_adapter(config.adapter) if config.adapter else None
+    targets = list(config.lora_target_modules or _ALL_LINEAR)
+    note = None
+    if continued is not None:
+        _require_fitting(continued, config, model)
+        require_base(continued, model_folder)
+        layers: tuple[str, ...] = tuple(n for n, _ in model.named_modules() if n in set(continued.layers))
+    elif targets == _ALL_LINEAR:
+        layers, note = tuple(offered_layers(model)), left_out(model)
+    else:
+        layers = chosen_layers(model, targets)
+    plan = AdapterPlan(
+        layers=layers,
+        rank=continued.rank if continued else config.lora_r,
+        alpha=continued.alpha if continued else config.lora_alpha,
+        rslora=bool(continued and continued.rslora),
+        transposed=any(isinstance(model.get_submodule(layer), Conv1D) for layer in layers),
+        parameters=0,
+        note=note,
+        continued=continued,
+    )
+    _inject(model, plan)
+    if continued is not None:
+        _require_shapes(continued, model)
+    return plan._replace(parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+
+def require_usable(config: TrainConfig) -> None:
+    """Check the options among themselves, and against this machine.
+
+    Raises:
+        ConfigError: An option would be ignored, or needs what is not here.
+    """
+    if not config.use_peft:
+        for name in ("adapter", "load_in_4bit", "lora_target_modules"):
+            if getattr(config, name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is about an adapter, and none is trained",
+                    why="all weights would be trained, and the option ignored",
+                    fix="add --use-peft",
+                )
+        return
+    if config.lora_r > MAX_RANK:
+        raise ConfigError(
+            f"--lora-r {config.lora_r} is more than {MAX_RANK}",
+            why="vLLM serves no adapter of a higher rank",
+            fix=f"pass --lora-r {MAX_RANK} or less, or train all weights (without --use-peft)",
+        )
+    if config.adapter and config.lora_target_modules:
+        raise ConfigError(
+            "--adapter and --lora-target-modules exclude each other",
+            why="an adapter to go on from has its layers already",
+            fix="leave --lora-target-modules out",
+        )
+    if config.load_in_4bit:
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "--load-in-4bit needs a CUDA device",
+                why="on a CPU bitsandbytes takes no gradient through weights in 4 bits, and does not say so",
+                fix="leave --load-in-4bit out: a frozen model takes 2 bytes per weight with --dtype bfloat16",
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError("--load-in-4bit needs bitsandbytes", fix="pip install bitsandbytes")
+
+
+def four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for QLoRA's NF4 weights (Dettmers et al. 2023, arXiv 2305.14314).
+
+    The head stays as it is: transformers leaves it out of the quantization.
+    """
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def add_adapter(model: PreTrainedModel, plan: AdapterPlan, *, seed: int) -> None:
+    """Freeze the model and give it the planned adapter, in fp32, in place.
+
+    Args:
+        model: The base that was planned for.
+        plan: From ``plan_adapter``.
+        seed: Decides A; B is 0. An adapter to go on from brings both.
+
+    Raises:
+        ConfigError: peft refuses.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _inject(model, plan)
+    model.eval()  # the new modules come in training mode
+    for adapted in _adapted(model).values():
+        # Autocast decides what the products are in: a copy of each input in fp32 would be kept for backward.
+        adapted.cast_input_dtype_enabled = False
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if plan.continued is not None:
+        for layer, a, b in plan.continued.tensors():
+            module: Any = model.get_submodule(layer)
+            module.lora_A[_NAME].weight.data.copy_(a)
+            module.lora_B[_NAME].weight.data.copy_(b)
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Names, as in ``named_parameters``, of what a checkpoint must hold: the rest is the base's, unchanged.
+
+    Without an adapter that is every parameter.
+    """
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def save_adapter(model: PreTrainedModel, folder: Path, *, base: str, base_weights: str | None) -> None:
+    """Write the adapter in peft's layout, fp32, into an existing folder.
+
+    Args:
+        model: With an adapter from ``add_adapter``.
+        folder: Where adapter_config.json and adapter_model.safetensors go.
+        base: What the adapter says its base is: a Hub name, or the path as it was given.
+        base_weights: The base's ``weights_digest``, so that it is not merged into another model; None where
+            it is not known.
+    """
+    tensors = {
+        f"{PREFIX}{layer}.{side}.weight": getattr(module, side)[_NAME].weight.detach().cpu().contiguous()
+        for layer, module in _adapted(model).items()
+        for side in ("lora_A", "lora_B")
+    }
+    metadata = {"format": "pt"} | ({BASE_WEIGHTS: base_weights} if base_weights else {})
+    save_file(tensors, folder / WEIGHTS, metadata=metadata)
+    config = copy.copy(model.peft_config[_NAME])
+    config.base_model_name_or_path = base
+    # Whole names: peft makes short ones of many, which in another version's model may name other layers too.
+    config.target_modules = sorted(_adapted(model))
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def _inject(model: PreTrainedModel, plan: AdapterPlan) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=plan.rank,
+        lora_alpha=plan.alpha,
+        use_rslora=plan.rslora,
+        fan_in_fan_out=plan.transposed,
+        target_modules=list(plan.layers),
+        # With dropout the policy would not be the reference at step 0.
+        lora_dropout=0.0,
+    )
+    try:
+        inject_adapter_in_model(config, model, adapter_name=_NAME)
+    except ValueError as error:
+        raise ConfigError(
+            f"peft cannot put an adapter on these layers ({first_line(error)})",
+            fix=f"pass --lora-target-modules with some of: {short_names(plan.layers)}",
+        ) from error
+    found = set(_adapted(model))
+    if found != set(plan.layers):
+        odd, known = sorted(found ^ set(plan.layers)), short_names(found & set(plan.layers))
+        raise ConfigError(
+            f"peft adapted other layers than it was asked for, such as {odd[0]}",
+            why="what is trained would not be what was planned",
+            fix=f"pass --lora-target-modules with some of: {known}",
+        )
+
+
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _require_fitting(adapter: Adapter, config: TrainConfig, model: PreTrainedModel) -> None:
+    default = TrainConfig.model_fields["lora_r"].default
+    if config.lora_r not in (default, adapter.rank) or adapter.rank > MAX_RANK:
+        raise ConfigError(
+            f"the adapter has rank {adapter.rank}"
+            + (
+                f", --lora-r is {config.lora_r}"
+                if adapter.rank <= MAX_RANK
+                else f", vLLM's limit is {MAX_RANK}"
+            ),
+            where=str(adapter.folder),
+            fix="leave --lora-r out, or train a new adapter on the merged model",
+        )
+    missing = sorted(set(adapter.layers) - set(offered_layers(model)))
+    if missing:
+        raise ConfigError(
+            f"the adapter has a layer {quoted(missing[0])}, which the model lacks or which cannot be trained "
+            "here",
+            where=str(adapter.folder),
+            why="it would be left out in silence",
+            fix="pass the model that the adapter was trained on as --model, or train a new one on the merged "
+            "model",
+        )
+
+
+def _require_shapes(adapter: Adapter, model: PreTrainedModel) -> None:
+    for layer, a, b in adapter.tensors():
+        module: Any = model.get_submodule(layer)
+        wanted = [module.lora_A[_NAME].weight.shape, module.lora_B[_NAME].weight.shape]
+        if [a.shape, b.shape] != wanted:
+            raise ConfigError(
+                f"the adapter's matrices for {quoted(layer)} are {tuple(a.shape)} and {tuple(b.shape)}, "
+                f"the model needs {tuple(wanted[0])} and {tuple(wanted[1])}",
+                where=str(adapter.folder),
+                fix="pass the model that the adapter was trained on as --model",
+            )

@@ -1,0 +1,305 @@
+"""Checkpoints that a run can always go on from: whole or not there, checked before they are trusted.
+
+    checkpoints/step-00000100/
+        model.safetensors ...    the Hugging Face layout; loads in transformers and vLLM
+        optimizer/               its state, by parameter, in safetensors files
+        training_state.json      where in the data the run stood, and what it was
+        COMPLETE.json            hash of every other file, written last
+
+A checkpoint appears under its name only after all of its bytes are on the disk. It goes by losing
+``COMPLETE.json`` first, so that half a checkpoint is never mistaken for a damaged one.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from dpo_opt.optimize.processes.distributed import World, from_first, text_from_first, wait_for_all
+from dpo_opt.optimize.run_folder import CHECKPOINTS, resume_command
+from dpo_opt.schemas.errors import ConfigError, DataError, quoted
+from dpo_opt.schemas.fingerprint import Fingerprint, short_value
+from dpo_opt.schemas.locations import inside
+from dpo_opt.schemas.manifest import Sha256, parse, to_json
+from dpo_opt.schemas.storage import publish_folder, sha256_file
+
+_COMPLETE = "COMPLETE.json"
+_STATE = "training_state.json"
+# Settings that change neither what is learnt nor from what.
+_FREE = {
+    "model", "shards", "output_dir", "resume", "micro_batch_tokens", "activation_checkpointing",
+    "logging_steps", "eval_steps", "eval_shards", "save_steps", "save_minutes", "save_total_limit",
+    "metric_for_best_model", "save_dtype",
+}  # fmt: skip
+_LENGTHS = {"num_train_epochs", "max_steps"}
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Best(_Record):
+    """The checkpoint with the best evaluation so far."""
+
+    metric: str
+    value: float
+    step: int
+    pairs: str | None = None
+    """Hash of the index of the shards it was evaluated on; None: the prompts held out of the run's own."""
+
+
+class Data(_Record):
+    """What was trained on and towards what, by content: the index fixes the pairs and their order."""
+
+    dataset_digest: str
+    index_sha256: str
+    fingerprint: Fingerprint
+    reference_differs: bool
+    """Whether the reference was another model than the one the run started from."""
+
+
+class Counters(BaseModel):
+    """Where a run stands."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int = 0
+    """Optimizer updates made."""
+    consumed: int = 0
+    """Training pairs seen: with the seed, the state of the data order."""
+    num_tokens: int = 0
+    """Tokens of the pairs seen; prompts count twice."""
+    num_unique_tokens: int = 0
+    """Tokens of the pairs seen; prompts count once."""
+    evaluated_step: int = 0
+    """Update after which the last evaluation was made; 0 before the first."""
+
+
+class TrainState(_Record):
+    """All that a run needs to go on as if it had not stopped, beside weights and optimizer state."""
+
+    format: Literal[1] = 1
+    at: Counters
+    window: list[float]
+    """Sums of the metrics since the last line of metrics (step.MetricsWindow)."""
+    lines: int
+    """Lines of metrics that were written."""
+    segments: dict[str, int]
+    """Files of pair log-probs that were written, by folder."""
+    best: Best | None
+    parity: dict[str, Any] | None
+    """Of the policy that the run started from; None where the reference differs."""
+    micro_batch_tokens: int
+    """The budget that was used; another one rounds differently."""
+    threads: int
+    """Of the CPU; another number rounds differently."""
+    processes: int
+    """Another number rounds differently."""
+    device: str | None = None
+    """Type of the device, such as ``cuda``; None in checkpoints that did not say."""
+    device_bytes: int | None = None
+    """Memory of the smallest of the processes' GPUs; None on a CPU, and in checkpoints that did not say."""
+    data: Data
+    settings: dict[str, Any]
+    """The run's resolved configuration."""
+
+
+class _File(_Record):
+    file: str
+    bytes: int
+    sha256: Sha256
+
+
+class _Complete(_Record):
+    step: int
+    files: list[_File]
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Folder of the checkpoint after ``step`` updates."""
+    return run / CHECKPOINTS / f"step-{step:08d}"
+
+
+def save_checkpoint(run: Path, state: TrainState, write: Callable[[Path], None], world: World) -> Path:
+    """Write a checkpoint whole or not at all; one of this step that is whole already is left alone.
+
+    Args:
+        run: The run's folder.
+        state: Where the run stands.
+        write: Called by every process with one folder; puts weights and optimizer state there.
+        world: The processes.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        DpoOptError: The disk is full; earlier checkpoints are untouched.
+    """
+    path = checkpoint_path(run, state.at.step)
+    if from_first(int(world.first and path.is_dir() and _damage(path) is None), world):
+        return path
+    if not world.first:
+        write(Path(text_from_first("", world)))
+        wait_for_all(world)
+        wait_for_all(world)
+        return path
+    if path.is_dir():
+        _remove(path)
+    with publish_folder(path) as private:
+        write(Path(text_from_first(str(private), world)))
+        wait_for_all(world)
+        (private / _STATE).write_text(to_json(state), encoding="utf-8")
+        files = sorted(file for file in private.rglob("*") if file.is_file())
+        complete = _Complete(
+            step=state.at.step,
+            files=[
+                _File(
+                    file=file.relative_to(private).as_posix(),
+                    bytes=file.stat().st_size,
+                    sha256=sha256_file(file),
+                )
+                for file in files
+            ],
+        )
+        (private / _COMPLETE).write_text(to_json(complete), encoding="utf-8")
+    wait_for_all(world)
+    return path
+
+
+def prune_checkpoints(run: Path, *, step: int, keep: int, best: Best | None) -> None:
+    """Remove all but the newest ``keep`` checkpoints up to ``step`` and the best one.
+
+    Later ones are damaged, or the run would have gone on from them.
+    """
+    newest = [path for path in _newest_first(run) if path <= checkpoint_path(run, step)][:keep]
+    kept = {*newest, *([checkpoint_path(run, best.step)] if best else [])}
+    for path in _newest_first(run):
+        if path not in kept:
+            _remove(path)
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint whose bytes were checked."""
+
+    path: Path
+    state: TrainState
+
+
+def find_checkpoint(run: Path, say: Callable[[str], None], world: World) -> Checkpoint | None:
+    """As ``newest_checkpoint``: the first process looks, and all get the same."""
+    found = newest_checkpoint(run, say) if world.first else None
+    name = text_from_first(found.path.name if found else "", world)
+    if found or not name:
+        return found
+    path = run / CHECKPOINTS / name
+    return Checkpoint(path, parse(TrainState, (path / _STATE).read_bytes(), where=path / _STATE))
+
+
+def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose bytes are those that were written; None where there never was one.
+
+    What a crash left of a checkpoint that was being written or removed is cleared away.
+
+    Args:
+        run: The run's folder.
+        say: Told of every checkpoint that was passed over, and why.
+
+    Raises:
+        DataError: There are checkpoints, and each is damaged.
+    """
+    for left in (run / CHECKPOINTS).glob(".step-*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    damage = None
+    for path in _newest_first(run):
+        damage = _damage(path)
+        if damage is None:
+            return Checkpoint(path, parse(TrainState, (path / _STATE).read_bytes(), where=path / _STATE))
+        say(f"passing over the checkpoint {quoted(path.name)}: {damage}")
+    if damage is None:
+        return None
+    raise DataError(
+        f"no checkpoint is whole; of the last one, {damage}",
+        where=str(run / CHECKPOINTS),
+        why="going on from changed bytes would train another model than the one that was saved",
+        fix=f"restore the files, or start again: rm -r {quoted(run)}",
+    )
+
+
+def require_same_run(state: TrainState, *, data: Data, settings: dict[str, Any], run: Path) -> None:
+    """Refuse to go on with other data or other settings than a checkpoint was made with.
+
+    Raises:
+        ConfigError: Something differs that would make it another run; the message lists each.
+    """
+    saved = {**state.settings, **_flat(state.data)}
+    current = {**settings, **_flat(data)}
+    if saved["dtype"] == "auto":  # in checkpoints from before it was resolved
+        saved["dtype"] = current["dtype"]
+    free = _FREE | (_LENGTHS if _rate_is_any_lengths(settings) else set())
+    differing = [name for name in current if name not in free and saved.get(name) != current[name]]
+    if not differing:
+        return
+    rows = [
+        f"    {name}: {short_value(saved.get(name))} then, {short_value(current[name])} now"
+        for name in differing
+    ]
+    why = "its checkpoints would go on as another run: neither the old settings' result nor the new ones'"
+    if set(differing) <= _LENGTHS:
+        why = (
+            "learning rates would have been others from the start; a run's length is free where they do not "
+            "depend on it: with --lr-scheduler-type constant, and --warmup-steps 0, 1 or more"
+        )
+    raise ConfigError(
+        "the run was started with something else\n" + "\n".join(rows),
+        where=str(run),
+        why=why,
+        fix=f"{resume_command(run)}, or start anew in another --output-dir",
+    )
+
+
+def _rate_is_any_lengths(settings: dict[str, Any]) -> bool:
+    """Whether the learning rate of a step is the same however many steps there are."""
+    warmup: float = settings["warmup_steps"]
+    if 0 < warmup < 1:
+        return False  # a share of all steps
+    return bool(settings["lr_scheduler_type"] == "constant")
+
+
+def _flat(data: Data) -> dict[str, object]:
+    body = data.model_dump()
+    fingerprint = body.pop("fingerprint")
+    return {**body, **{f"shards' {name}": value for name, value in fingerprint.items()}}
+
+
+def _newest_first(run: Path) -> list[Path]:
+    return sorted((run / CHECKPOINTS).glob("step-*"), reverse=True)
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None where every byte is as it was written."""
+    record = path / _COMPLETE
+    if not record.is_file():
+        return f"{_COMPLETE} is missing: it was being removed, or files were deleted"
+    try:
+        complete = parse(_Complete, record.read_bytes(), where=record)
+    except DataError as error:
+        return f"{_COMPLETE} cannot be read ({error.what})"
+    for entry in complete.files:
+        try:
+            file = inside(path, entry.file)
+        except DataError as error:
+            return error.what
+        if not file.is_file():
+            return f"{quoted(entry.file)} is missing"
+        if file.stat().st_size != entry.bytes:
+            return f"{quoted(entry.file)} has {file.stat().st_size} bytes, not {entry.bytes}"
+        if sha256_file(file) != entry.sha256:
+            return f"the bytes of {quoted(entry.file)} changed"
+    return None
+
+
+def _remove(path: Path) -> None:
+    (path / _COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,72 @@
+"""A policy as a folder that transformers and vLLM load: weights, tokenizer, template, settings, card."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from dpo_opt.optimize.forward.architecture import decoder_of
+from dpo_opt.optimize.forward.attention import STOCK_ATTENTION
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.schemas.model_config import load_model_config
+from dpo_opt.schemas.rope import PINNED
+
+# What reads images, sounds and videos for a model; the tokenizer and its template are written by themselves.
+_PROCESSORS = ("*processor_config.json", "*processor.json", "audio_tokenizer*.json")
+_TEMPLATE = "chat_template.*"
+
+
+def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Path, card: str) -> None:
+    """Put a policy as it is into a folder.
+
+    Args:
+        policy: What was trained.
+        folder: An empty one.
+        source: The folder it was loaded from; its generation settings and its processor are kept.
+        tokenizer_dir: The tokenizer whose ids were trained on.
+        card: Text of the model card.
+    """
+    model = policy.model
+    # transformers refuses to write generation settings that it was willing to read (a temperature without
+    # do_sample, a pad_token_id of -1, as in many released models), which would lose the run at its very end:
+    # they are the source's own, or none.
+    model.generation_config = GenerationConfig()
+    settings = source / "generation_config.json"
+    with _as_it_was_loaded(policy, source):
+        model.save_pretrained(folder, safe_serialization=True)
+    (folder / settings.name).unlink(missing_ok=True)
+    shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+    if settings.is_file():
+        shutil.copyfile(settings, folder / settings.name)
+    _copy_processor(source, folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _copy_processor(source: Path, folder: Path) -> None:
+    """A model that sees or hears loads nowhere without its processor."""
+    # Two templates side by side are refused; the tokenizer's own is the one that was trained on.
+    templated = any(folder.glob(_TEMPLATE))
+    for pattern in (*_PROCESSORS, *(() if templated else (_TEMPLATE,))):
+        for path in source.glob(pattern):
+            if path.is_file() and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+
+
+@contextlib.contextmanager
+def _as_it_was_loaded(policy: Policy, source: Path) -> Iterator[None]:
+    """What is saved asks for an attention that others have, and for the rotary embedding it came with."""
+    decoder = decoder_of(policy.model)
+    text, original = policy.model.config.get_text_config(), load_model_config(source).get_text_config()
+    own = {name: getattr(text, name) for name in PINNED if hasattr(text, name)}
+    attention = text._attn_implementation
+    decoder.set_attn_implementation(STOCK_ATTENTION)
+    try:
+        for name in own:
+            setattr(text, name, getattr(original, name))
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(text, name, value)
+        decoder.set_attn_implementation(attention)

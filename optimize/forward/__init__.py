@@ -1,0 +1,1 @@
+"""Log-probs of packed sequences, and their gradients."""

@@ -1,0 +1,71 @@
+"""Activation checkpointing: what of the forward is computed again in backward instead of kept.
+
+transformers' own switch works in training mode only, and training mode would bring dropout back; so each
+layer's forward is wrapped here instead. Log-probs and gradients are those of the plain forward.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpo_opt.optimize.forward.varlen import OPERATIONS
+from dpo_opt.schemas.errors import ConfigError
+
+_aten = torch.ops.aten
+# What costs most to compute again, and little to keep: products with weights, and attention without the
+# scores. A plain batched product is left out, since in eager attention it makes the (T, T) scores.
+_KEPT = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten._grouped_mm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._flash_attention_forward.default,
+    *OPERATIONS,
+}
+
+
+def checkpoint_activations(model: PreTrainedModel, mode: Literal["none", "selective", "full"]) -> None:
+    """Let the decoder layers recompute in backward; log-probs and gradients stay the same, exactly.
+
+    Args:
+        model: Changed in place; to be called once.
+        mode: ``full`` keeps each layer's input alone. ``selective`` keeps the outputs of matrix products and
+            attention too, and computes only norms, rotary embeddings and activation functions again.
+
+    Raises:
+        ConfigError: transformers does not say which modules of this model are its layers.
+    """
+    if mode == "none":
+        return
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__} does not support activation checkpointing",
+            fix="train with --activation-checkpointing none, and a smaller --micro-batch-tokens",
+        )
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward, mode)
+
+
+def _recomputed(forward: Callable[..., Any], mode: str, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    contexts: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}
+    # There is no dropout, so no random state to restore.
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts, **kwargs)
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+
+
+def _policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,202 @@
+"""Exact attention over packed, prefix-shared rows, plugged into transformers without touching a model.
+
+Stock backends would read the jump in position ids as a new document and cut the rejected completion
+off from its prompt, in silence. Here every segment names its prefix, so it sees [prefix, itself] and
+nothing else, and no T x T mask is ever built. Because those keys have consecutive positions, a
+sliding window counts positions, as it must.
+
+    H = query heads, K = key-value heads, D = head dimension, T = packed rows
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dpo_opt.optimize.forward.packing import Segment, VarlenIndex
+from dpo_opt.optimize.forward.varlen import takes_varlen, varlen_attention
+
+SEGMENT_ATTENTION = "dpo_opt_segments"
+"""For packed rows."""
+PADDED_ATTENTION = "dpo_opt_padded"
+"""For padded rows: torch's own attention, which refuses what it would leave out."""
+STOCK_ATTENTION = "eager"
+"""transformers' own, written out in each model's file: what the model means."""
+# What transformers hands to an attention beside the tensors and does not change its result: the layout of the
+# batch, what a cache or another kernel wants to know, and what is wanted back.
+_WITHOUT_EFFECT = {
+    *("position_ids", "cache_position", "segments", "varlen", "layer_idx", "layer_type", "is_training"),
+    *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch"),
+    *("position_embeddings", "past_key_values", "deterministic", "logits_to_keep", "output_mtp_logits"),
+}
+_KEPT_ENTRIES = 2**20
+# Queries per call on a CPU: its kernel skips keys that come later only in blocks of 512.
+_CPU_ROWS = 64
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # (1, H, T, D)
+    key: Tensor,  # (1, K, T, D)
+    value: Tensor,  # (1, K, T, D)
+    attention_mask: Tensor | None,
+    *,
+    segments: tuple[Segment, ...],
+    varlen: VarlenIndex | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention output (1, T, H, D) in the form transformers' ``AttentionInterface`` expects.
+
+    ``varlen`` says the same as ``segments`` to the fused kernel of a CUDA device.
+
+    Raises:
+        NotImplementedError: The model wants what this kernel would ignore (soft-capping, sinks, a bias, a
+            mask of its own), or applies its sliding window in a mask that is never built here;
+            ``load_policy`` detects such models and falls back to padded rows.
+    """
+    refuse_unknown(others, dropout=dropout)
+    if attention_mask is not None or not (
+        getattr(module, "is_causal", True) if is_causal is None else is_causal
+    ):
+        raise NotImplementedError("segment attention is causal and has no masks")
+    if sliding_window is None and _is_windowed(module):
+        raise NotImplementedError("the layer has a sliding window and does not pass it on")
+    _note_call(module)
+    if varlen is not None and takes_varlen(query, value):
+        return varlen_attention(query, key, value, varlen, scale=scaling, window=sliding_window), None
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda:
+        # There the one kernel that takes grouped heads with fp32 or a mask keeps all scores for backward.
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        grouped = False
+    # Split, not sliced: the gradient of T rows is then put together once, not once per segment.
+    sizes = [segment.stop - segment.start for segment in segments]
+    queries, keys, values = (torch.split(x, sizes, dim=2) for x in (query, key, value))
+    begins = {segment.start: number for number, segment in enumerate(segments)}
+    outputs = []
+    for number, segment in enumerate(segments):
+        q, k, v = queries[number], keys[number], values[number]
+        offset = segment.prefix_stop - segment.prefix_start
+        if offset:
+            # The prefix is the beginning of the segment that the group starts with.
+            first = begins[segment.prefix_start]
+            k = torch.cat([keys[first][:, :, :offset], k], dim=2)
+            v = torch.cat([values[first][:, :, :offset], v], dim=2)
+        stop = offset
+        for block in torch.split(q, q.shape[2] if q.is_cuda else _CPU_ROWS, dim=2):
+            rows = block.shape[2]
+            stop += rows
+            windowed = sliding_window is not None and stop > sliding_window
+            mask = None
+            if stop > rows or windowed:
+                # The layers of one forward ask for the same masks; large ones cost less to make than to keep.
+                make = _kept_mask if rows * stop <= _KEPT_ENTRIES else _mask
+                mask = make(rows, stop, sliding_window if windowed else None, q.device)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    block,
+                    k[:, :, :stop],
+                    v[:, :, :stop],
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=scaling,
+                    enable_gqa=grouped,
+                )
+            )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _mask(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
+    """(rows, columns) bool, true where a query sees a key: row i stands at position columns - rows + i."""
+    offset = columns - rows
+    mask = torch.ones(rows, columns, dtype=torch.bool, device=device).tril(offset)
+    # It sees its own position and the window - 1 before it.
+    return mask if window is None else mask.triu(offset - window + 1)
+
+
+_kept_mask = functools.lru_cache(maxsize=64)(_mask)
+
+
+def _is_windowed(module: torch.nn.Module) -> bool:
+    """Whether the configuration gives this layer a window: the check at loading is too short to tell."""
+    config = getattr(module, "config", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        return bool(layer_types[module.layer_idx] == "sliding_attention")
+    return getattr(config, "sliding_window", None) is not None
+
+
+def padded_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention through torch's kernel; the mask holds padding and window.
+
+    Raises:
+        NotImplementedError: The model wants what that kernel leaves out without a word, such as soft-capping.
+    """
+    refuse_unknown(others, dropout=dropout)
+    _note_call(module)
+    output: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal
+    )
+    return output
+
+
+def refuse_unknown(others: Mapping[str, Any], *, dropout: float) -> None:
+    """Look at what a model hands to its attention beside tensors, scale, window and causality.
+
+    Raises:
+        NotImplementedError: It wants what no kernel here has, such as soft-capping or sinks.
+    """
+    unknown = sorted(n for n, value in others.items() if value is not None and n not in _WITHOUT_EFFECT)
+    if dropout:
+        unknown.append("dropout")
+    if unknown:
+        raise NotImplementedError(f"the attention has no {', '.join(unknown)}")
+
+
+_calls: list[torch.nn.Module] | None = None
+
+
+@contextlib.contextmanager
+def attention_calls() -> Iterator[list[torch.nn.Module]]:
+    """The modules that ask one of this file's attentions while the block runs, in order."""
+    global _calls
+    found: list[torch.nn.Module] = []
+    _calls = found
+    try:
+        yield found
+    finally:
+        _calls = None
+
+
+def _note_call(module: torch.nn.Module) -> None:
+    if _calls is not None:
+        _calls.append(module)
+
+
+AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
+AttentionInterface.register(PADDED_ATTENTION, padded_attention)
+AttentionMaskInterface.register(PADDED_ATTENTION, sdpa_mask)

@@ -1,0 +1,200 @@
+"""Whether batches are packed or padded: the layout whose forward is the model's own, found at loading."""
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_opt.optimize.forward.architecture import decoder_layers, decoder_of
+from dpo_opt.optimize.forward.attention import (
+    PADDED_ATTENTION,
+    SEGMENT_ATTENTION,
+    STOCK_ATTENTION,
+    attention_calls,
+)
+from dpo_opt.optimize.forward.precision import HALF, full_precision_products, in_fp32
+from dpo_opt.optimize.forward.probe import (
+    EXACT_WITHIN,
+    HALF_MAX,
+    SUPPORTED,
+    Probe,
+    no_numbers,
+    not_finite_in,
+    questions,
+    stock_answers,
+    stock_logps,
+)
+from dpo_opt.schemas.errors import ConfigError, first_line
+from dpo_opt.schemas.pairs import TokenSequence
+
+# What configurations call limits on what a row sees that are applied in masks alone.
+_OTHER_LIMITS = ("attention_chunk_size",)
+
+
+def choose_layout(
+    model: PreTrainedModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    folder: Path,
+    longest: int | None = None,
+) -> tuple[bool, Probe]:
+    """Find the layout whose forward is the model's own, packed before padded.
+
+    Leaves the model with the attention that the layout calls for.
+
+    Args:
+        model: On its device.
+        device: Where it is.
+        dtype: In which it is going to compute.
+        folder: Where it was loaded from.
+        longest: Most tokens of a sequence, where that is known.
+
+    Returns:
+        Whether batches are packed, and what was compared.
+
+    Raises:
+        ConfigError: No layout gives the model's own log-probs, or these are no numbers.
+    """
+    groups, changed = questions(model, longest)
+    _use_attention(model, STOCK_ATTENTION)
+    with torch.no_grad(), full_precision_products(), contextlib.ExitStack() as stack:
+        rounded = stock_answers(model, groups, device, dtype)
+        if _has_fp32_forward(model):
+            stack.enter_context(in_fp32(model))
+            expected = stock_answers(model, groups, device, torch.float32)
+        else:
+            expected = rounded
+        if not torch.isfinite(expected).all():
+            raise no_numbers(folder)
+        if not torch.isfinite(rounded).all():
+            raise not_finite_in(dtype, str(folder))
+        rounding = (rounded - expected).abs()
+        probe = Probe(groups, changed, expected, float(rounding.mean()), float(rounding.max()))
+        reasons = []
+        for packs, attention in (
+            (True, SEGMENT_ATTENTION),
+            (False, PADDED_ATTENTION),
+            (False, STOCK_ATTENTION),
+        ):
+            if packs and (unknown := _unknown_layers(model)):
+                reasons.append(f"packed rows have no {', '.join(unknown)}")
+                continue
+            if not _use_attention(model, attention):
+                continue
+            reason = _difference(model, device, probe, packs=packs)
+            if reason is None:
+                return packs, probe
+            reasons.append(reason)
+        reasons += _what_is_unknown(model, probe, device)
+    raise ConfigError(
+        f"the log-probs of {type(model).__name__} cannot be reproduced from its hidden states "
+        f"({reasons[-1]})",
+        where=str(folder),
+        why="its decoder or head does something unknown here, so every log-prob would be wrong",
+        fix=f"train {SUPPORTED}",
+    )
+
+
+def _what_is_unknown(model: PreTrainedModel, probe: Probe, device: torch.device) -> list[str]:
+    """Why no layout is the model's own forward, where that can be told; in words."""
+    if not _is_causal(model, probe, device):
+        return ["later tokens change what it says of earlier ones: it is not causal"]
+    read: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    ids = torch.from_numpy(probe.groups[0][0].prompt_ids.astype(np.int64)).to(device)[None]
+    try:
+        model(input_ids=ids, use_cache=False)
+        hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return []
+    finally:
+        hook.remove()
+    if not read or read[0].shape != hidden.shape or (read[0] - hidden).abs().max() > EXACT_WITHIN:
+        return ["other layers stand between its decoder and its head"]
+    return ["its logits are not what its head and its configuration say"]
+
+
+def _is_causal(model: PreTrainedModel, probe: Probe, device: torch.device) -> bool:
+    """Whether a sequence's first log-probs are the same without its last tokens."""
+    sequence = probe.groups[0][1]
+    cut = TokenSequence(sequence.prompt_ids, sequence.completion_ids[:2])
+    first = stock_logps(model, sequence, device)[:2]
+    return bool(((first - stock_logps(model, cut, device)).abs() <= EXACT_WITHIN).all())
+
+
+def _difference(model: PreTrainedModel, device: torch.device, probe: Probe, *, packs: bool) -> str | None:
+    """Why a layout is not the model's own forward, in words; None where it is.
+
+    Packed rows are right only if nothing but our attention mixes them, so it must be asked by every layer.
+    """
+    from dpo_opt.optimize.forward.policy import Policy
+
+    policy = Policy(model, device, _dtype(model), packs)
+    try:
+        with attention_calls() as calls:
+            found = torch.cat(policy.sequence_logps(probe.groups)).float().cpu()
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # The model does not take what this layout needs, or its decoder is hidden.
+        return first_line(error)
+    if packs and (idle := _layers_without(calls, model)):
+        return f"{idle} layers do not use the attention of packed rows"
+    difference = (found - probe.expected).abs()
+    limit = difference.new_tensor(EXACT_WITHIN if _dtype(model) == torch.float32 else HALF_MAX)
+    if not bool((difference <= limit).all()):
+        return f"off by up to {float(difference.max()):.3g} nats per token"
+    return None
+
+
+def _unknown_layers(model: PreTrainedModel) -> list[str]:
+    """Kinds of layers, as the configuration names them, that packed rows do not know.
+
+    A limit on what a row sees may be longer than what is tried here, and then no number shows it.
+    """
+    text = model.config.get_text_config()
+    found = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    found |= {name for name in _OTHER_LIMITS if getattr(text, name, None)}
+    return sorted(found)
+
+
+def _layers_without(calls: Iterable[torch.nn.Module], model: PreTrainedModel) -> int:
+    asked = {id(module) for module in calls}
+    layers = list(decoder_layers(decoder_of(model)))
+    if not layers:
+        return 1
+    return sum(all(id(module) not in asked for module in layer.modules()) for layer in layers)
+
+
+def _use_attention(model: PreTrainedModel, name: str) -> bool:
+    """Whether the decoder can compute its attention in this way, and does from now on."""
+    decoder: Any = decoder_of(model)
+    try:
+        decoder.set_attn_implementation(name)
+    except (AttributeError, ImportError, ValueError):
+        # It does not go through transformers' interface and has but its own.
+        return name == STOCK_ATTENTION
+    return True
+
+
+def _dtype(model: PreTrainedModel) -> torch.dtype:
+    dtype: torch.dtype = model.get_output_embeddings().weight.dtype
+    return dtype
+
+
+def _has_fp32_forward(model: PreTrainedModel) -> bool:
+    return all(p.dtype in (*HALF, torch.float32) for p in model.parameters())

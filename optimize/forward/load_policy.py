@@ -1,0 +1,150 @@
+"""A policy from a model folder: its weights, all of them, in the layout whose forward is the model's own."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from dpo_opt.optimize.forward.architecture import auto_class, decoder_of
+from dpo_opt.optimize.forward.layout import choose_layout
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.forward.precision import HALF, narrow_products
+from dpo_opt.optimize.forward.probe import require_same_in_compute_dtype
+from dpo_opt.schemas.errors import ConfigError, first_line
+from dpo_opt.schemas.model_config import load_model_config, model_errors
+from dpo_opt.schemas.models import context_length
+from dpo_opt.schemas.rope import pin_rope
+from dpo_opt.schemas.weights import refuse_left_over
+
+
+def load_policy(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trainable: bool,
+    max_length: int | None = None,
+    param_dtype: torch.dtype | None = torch.float32,
+    options: Mapping[str, Any] | None = None,
+) -> Policy:
+    """Load a model from safetensors.
+
+    Args:
+        folder: In the Hugging Face layout.
+        dtype: Compute dtype.
+        device: Where it goes.
+        trainable: Whether gradients of these weights will be taken; of a model that also sees or hears, the
+            text model's alone.
+        max_length: Most tokens of a sequence in this run, which decides about some rotary embeddings
+            (``schemas.rope``); None: the model's context.
+        param_dtype: What parameters are stored in. None: in as little memory as leaves every log-prob that of
+            fp32 parameters; what is quantized stays so.
+        options: More arguments of ``from_pretrained``; with a ``device_map`` they say where the model goes.
+
+    Raises:
+        ConfigError: transformers cannot load the folder, weights are missing or left over, or no layout is
+            exact.
+    """
+    config = load_model_config(folder)
+    quantized = bool(getattr(config, "quantization_config", None))
+    if trainable and quantized:
+        raise ConfigError(
+            "the checkpoint's weights are quantized",
+            where=str(folder),
+            why="updates are far smaller than the steps between such numbers",
+            fix="train the model that it was made from, or an adapter beside it (--use-peft)",
+        )
+    longest = max_length or context_length(folder)
+    _refuse_chosen_keys(config, longest, folder)
+    try:
+        with _quiet_transformers():
+            model, report = auto_class(config).from_pretrained(
+                folder,
+                config=config if longest is None else pin_rope(config, longest),
+                dtype=dtype if quantized else param_dtype or torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **(options or {}),
+            )
+    except model_errors() as error:
+        raise ConfigError(
+            f"transformers cannot load the model ({first_line(error)})",
+            where=str(folder),
+            why="every log-prob would come from it",
+            fix="copy or download the model again, config.json and weights",
+        ) from error
+    _require_all_weights(report, folder)
+    if param_dtype is None and dtype in HALF and not quantized:
+        narrow_products(model, dtype)
+    if not options or "device_map" not in options:
+        model.to(device)
+    # Dropout must be off: the reference was scored without it, so with it policy != reference at step 0.
+    model.eval()
+    model.requires_grad_(False)
+    packs, probe = choose_layout(model, device, dtype, folder=folder, longest=longest)
+    if trainable:
+        for part in (decoder_of(model), model.get_output_embeddings()):
+            part.requires_grad_(True)
+    policy = Policy(model, device, dtype, packs, probe)
+    require_same_in_compute_dtype(policy, where=str(folder))
+    return policy
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its bars would stand between ours, and its table of what does not fit is said in one sentence."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _require_all_weights(report: Mapping[str, Any], folder: Path) -> None:
+    """Compare what the class has with what the checkpoint holds, but for what the class says is ignorable.
+
+    Raises:
+        ConfigError: One has what the other lacks.
+    """
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"the checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}",
+            where=str(folder),
+            why="transformers fills them with random numbers",
+            fix="copy the whole model, or save it again from the model that was trained",
+        )
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise ConfigError(
+            f"the checkpoint's {name} is of shape {tuple(stored)}, and config.json makes it {tuple(wanted)}",
+            where=str(folder),
+            why="transformers fills such weights with random numbers",
+            fix="correct config.json (vocabulary, heads, widths) until it fits the weights, or copy it again",
+        )
+    refuse_left_over(report["unexpected_keys"], folder=folder)
+
+
+def _refuse_chosen_keys(config: PretrainedConfig, longest: int | None, folder: Path) -> None:
+    """Attention to the best k keys alone is exact up to k tokens; beyond, rounding decides which they are.
+
+    Raises:
+        ConfigError: Longer sequences are allowed.
+    """
+    most = getattr(config.get_text_config(), "index_topk", None)
+    if most and longest is not None and longest > most:
+        raise ConfigError(
+            f"the model attends to its {most} best keys, and sequences of {longest} tokens are allowed",
+            where=str(folder),
+            why="rounding decides which keys these are, so two forwards of one sequence differ by whole nats",
+            fix=f"pass --max-length {most} or less to `dpo-opt precompute`, and use its shards",
+        )

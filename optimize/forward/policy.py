@@ -1,0 +1,106 @@
+"""A causal language model as this toolkit uses it: batches in, token log-probs out.
+
+Loading checks, by measurement (probe.py), that the packed forward is exact for this very model; where it is
+not (recurrent layers, soft-capped attention), padded rows are used instead.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_opt.optimize.forward.architecture import decoder_of, head_of
+from dpo_opt.optimize.forward.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
+from dpo_opt.optimize.forward.logps import Objective, token_logps
+from dpo_opt.optimize.forward.packing import Batch, Group, pack, packed_size, pad, plan_bins, plan_padded_bins
+from dpo_opt.optimize.forward.precision import computing_in, full_precision_products
+from dpo_opt.optimize.forward.probe import Probe
+from dpo_opt.schemas.pairs import TokenSequence
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A loaded model, and how batches are laid out for it."""
+
+    model: PreTrainedModel
+    device: torch.device
+    dtype: torch.dtype
+    """Compute dtype of the forward; parameters keep their own."""
+    packs: bool
+    """False where only padded rows are exact for this model."""
+    probe: Probe | None = None
+    """What its layout was chosen by; None where somebody else chose."""
+
+    @property
+    def layout(self) -> Callable[[Sequence[Group]], Batch]:
+        """``pack``, or ``pad`` where packing is not exact."""
+        return pack if self.packs else pad
+
+    def bins(self, groups: Sequence[Group], budget: int) -> list[list[int]]:
+        """Which groups share a forward, so that none feeds more than ``budget`` rows, padding included."""
+        if self.packs:
+            return plan_bins([packed_size(group) for group in groups], budget)
+        return plan_padded_bins(groups, budget)
+
+    def batch_logps(self, batch: Batch, *, objective: Objective | None = None) -> Tensor:
+        """(S,) float32 log-probs, in nats, of the batch's targets; differentiable.
+
+        ``objective`` makes the head cheaper, see ``token_logps``.
+        """
+        head = head_of(self.model)
+        # Where the head has already added to .grad, adding the few rows that were fed is enough.
+        embedding = self.model.get_input_embeddings()
+        if isinstance(embedding, torch.nn.Embedding):
+            embedding.sparse = (
+                objective is not None
+                and objective.in_place
+                and embedding.weight is head.weight
+                # In half precision the head adds nothing in place, and sparse rows would be summed in it.
+                and head.weight.dtype == torch.float32
+            )
+        with full_precision_products():
+            with computing_in(self.dtype, self.model, self.device):
+                output = decoder_of(self.model)(
+                    input_ids=batch.input_ids, use_cache=False, **batch.model_kwargs
+                )
+            hidden = output.last_hidden_state.flatten(0, 1)[batch.scored_rows]
+            # Outside autocast: the head's tile is fp32, since bf16 logits are off by up to 0.06 nats.
+            return token_logps(hidden, head, batch.targets, objective=objective)
+
+    def sequence_logps(self, groups: Sequence[Group]) -> list[Tensor]:
+        """One (C,) tensor of token log-probs per sequence, on the policy's device."""
+        batch = self.layout(groups).to(self.device)
+        return list(torch.split(self.batch_logps(batch), batch.lengths))
+
+
+@contextlib.contextmanager
+def one_by_one(policy: Policy) -> Iterator[Callable[[TokenSequence], Tensor]]:
+    """Token log-probs, (C,), of a sequence that nothing shares the forward with.
+
+    Through transformers' attention also where the policy packs, so that none of packing's own steps is in it.
+    """
+    decoder, packed = decoder_of(policy.model), policy.packs
+    if packed:
+        decoder.set_attn_implementation(PADDED_ATTENTION)
+    alone = replace(policy, packs=False)
+    try:
+        yield lambda sequence: alone.sequence_logps([(sequence,)])[0]
+    finally:
+        if packed:
+            decoder.set_attn_implementation(SEGMENT_ATTENTION)
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` resolved: bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

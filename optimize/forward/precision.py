@@ -1,0 +1,119 @@
+"""What numbers are computed in: the dtype of a forward, fp32 with all its digits, half precision widened."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dpo_opt.optimize.forward.architecture import decoder_layers
+
+HALF = (torch.bfloat16, torch.float16)
+
+_backends: Any = torch.backends  # whose attributes are made at run time
+# What computes products of matrices, and convolutions: of a CUDA device, and of a CPU.
+_BACKENDS = (
+    _backends.cuda.matmul,
+    _backends.cudnn.conv,
+    _backends.mkldnn.matmul,
+    _backends.mkldnn.conv,
+)
+
+
+def computing_in(dtype: torch.dtype, model: torch.nn.Module, device: torch.device) -> torch.autocast:
+    """A context in which the model computes in ``dtype``, whatever its parameters are stored in."""
+    mixed = dtype != torch.float32 and any(parameter.dtype != dtype for parameter in model.parameters())
+    # Each weight is used once per forward: cached casts would only keep a second copy of the model.
+    return torch.autocast(device.type, dtype=dtype, enabled=mixed, cache_enabled=False)
+
+
+def narrow_products(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Store in ``dtype`` what autocast would round to it at every use, and everything else in fp32.
+
+    The log-probs are then those of fp32 parameters that compute in ``dtype``, bit by bit, in about half the
+    memory: so is the choice of experts, which the last bit can turn. Experts stay in fp32, since transformers
+    computes them in what they are stored in.
+    """
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        narrow = isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype if narrow else torch.float32)
+
+
+@contextlib.contextmanager
+def full_precision_products() -> Iterator[None]:
+    """No TF32 and no bf16 inside of fp32 products while the block runs.
+
+    Containers and libraries switch them on for a whole process (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1``,
+    ``torch.set_float32_matmul_precision``), and torch itself does for convolutions: log-probs would be off by
+    0.01 nats, and would depend on who started the process.
+    """
+    before = [backend.fp32_precision for backend in _BACKENDS]
+    for backend in _BACKENDS:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(_BACKENDS, before, strict=True):
+            backend.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def in_fp32(model: torch.nn.Module) -> Iterator[None]:
+    """The model computes in fp32 while the block runs, whatever it is stored in.
+
+    Of half precision, one layer at a time is held in fp32 as well; the stored numbers are put back untouched.
+    """
+    layers = list(decoder_layers(model))
+    of_layers = {id(tensor) for layer in layers for tensor in _tensors(layer)}
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_widened_in_forward(layer))
+        stored = _widen(tensor for tensor in _tensors(model) if id(tensor) not in of_layers)
+        try:
+            yield
+        finally:
+            _put_back(stored)
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _widen(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The tensors hold fp32 numbers from here on; what they held before is returned with each."""
+    stored = []
+    for tensor in tensors:
+        if tensor.dtype in HALF:
+            stored.append((tensor, tensor.data))
+            tensor.data = tensor.data.float()
+    return stored
+
+
+def _put_back(stored: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, data in stored:
+        tensor.data = data
+
+
+@contextlib.contextmanager
+def _widened_in_forward(layer: torch.nn.Module) -> Iterator[None]:
+    stored: list[tuple[Tensor, Tensor]] = []
+
+    def before(*_: Any) -> None:
+        stored.extend(_widen(_tensors(layer)))
+
+    def after(*_: Any) -> None:
+        _put_back(stored)
+        stored.clear()
+
+    hooks = (layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,145 @@
+"""All segments of a packed batch in one call of torch's flash attention, on a CUDA device.
+
+Its ``varlen_attn`` takes consecutive queries with consecutive keys, as many of these as it likes, and aligns
+the causal diagonal to the bottom right, so that the last query sees the last key. With each segment's prefix
+copied before its own keys, that is the attention of a prefix-shared batch; the gradients of a prefix add up
+over its copies.
+
+    H = query heads, K = key-value heads, D = head dimension, T = packed rows, N = gathered keys
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dpo_opt.optimize.forward.packing import VarlenIndex
+
+# What flash attention is built for; wider or uneven heads, fp32 and older devices are not.
+_DTYPES = (torch.bfloat16, torch.float16)
+_WIDEST_HEAD = 256
+_HEAD_MULTIPLE = 8
+_OLDEST_CAPABILITY = (8, 0)  # Ampere
+
+
+def varlen_kernel() -> Callable[..., Tensor] | None:
+    """torch's ``varlen_attn`` with grouped heads allowed; None where this torch has none that fits.
+
+    torch 2.10 introduced it without window and scale. 2.11 takes fewer key-value than query heads as they
+    come, later versions only where ``enable_gqa`` says so (torch/nn/attention/varlen.py of 2.11 to 2.14).
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    kernel: Any = varlen_attn  # its declared result depends on arguments that are not passed here
+    parameters = inspect.signature(kernel).parameters
+    if not {"scale", "window_size"} <= parameters.keys():
+        return None
+    return functools.partial(kernel, enable_gqa=True) if "enable_gqa" in parameters else kernel
+
+
+_KERNEL = varlen_kernel()
+
+OPERATIONS = () if _KERNEL is None else (torch.ops.torch_attn._varlen_attn.default,)
+"""What the kernel is to a dispatcher, such as the one that decides which results are kept for backward."""
+
+
+def choose_kernel(
+    *, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, value_dim: int
+) -> Literal["varlen", "sdpa"]:
+    """Which kernel computes the segments of a batch.
+
+    Args:
+        capability: Compute capability of the CUDA device; None on any other device.
+        dtype: In which attention is computed.
+        head_dim: D of queries and keys.
+        value_dim: D of values.
+
+    Returns:
+        ``varlen`` for one fused call, ``sdpa`` for a call per segment, which works everywhere.
+    """
+    fused = (
+        _KERNEL is not None
+        and capability is not None
+        and capability >= _OLDEST_CAPABILITY
+        and dtype in _DTYPES
+        and head_dim == value_dim
+        and head_dim <= _WIDEST_HEAD
+        and head_dim % _HEAD_MULTIPLE == 0
+    )
+    return "varlen" if fused else "sdpa"
+
+
+def takes_varlen(query: Tensor, value: Tensor) -> bool:
+    """Whether ``varlen_attention`` computes these heads, (1, H, T, D) and (1, K, T, D), as they are."""
+    kernel = choose_kernel(
+        capability=_capability(query.device),
+        dtype=attention_dtype(query),
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+    )
+    return kernel == "varlen"
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: VarlenIndex,
+    *,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Attention of all segments at once.
+
+    Args:
+        query: (1, H, T, D).
+        key: (1, K, T, D).
+        value: (1, K, T, D).
+        index: Of the batch, on the same device.
+        scale: Of the scores; None: 1 / sqrt(D).
+        window: How many positions a row sees, its own included; None: all before it.
+
+    Returns:
+        (1, T, H, D)
+    """
+    assert _KERNEL is not None
+    dtype = attention_dtype(query)
+    # Under autocast the rotary embedding leaves fp32 queries and keys; this kernel is not on autocast's list.
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    if index.key_rows is not None:
+        k, v = k.index_select(0, index.key_rows), v.index_select(0, index.key_rows)
+    out = _KERNEL(
+        q,
+        k,
+        v,
+        index.query_starts,
+        index.key_starts,
+        index.longest_query,
+        index.longest_key,
+        scale=scale,
+        # How many keys are seen to the left and to the right of the diagonal.
+        window_size=(-1, 0) if window is None else (window - 1, 0),
+    )
+    return out[None]
+
+
+def attention_dtype(query: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, the queries' own elsewhere."""
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype: torch.dtype = torch.get_autocast_dtype(kind)
+        return dtype
+    return query.dtype
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """None on anything but an NVIDIA device whose torch was built with flash attention."""
+    if device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+        return None
+    return torch.cuda.get_device_capability(device)

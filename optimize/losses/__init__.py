@@ -1,0 +1,1 @@
+"""Preference losses, one function each."""

@@ -1,0 +1,233 @@
+"""How many token rows a micro-batch takes where nobody said so: a matter of speed and memory alone.
+
+On a GPU the memory decides, and is measured with the longest pair before the first step. On a CPU it does not
+matter: rows beyond a few hundred make a step no faster, only larger.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from dpo_opt.optimize.forward.packing import Group, packed_size, padded_width, pair_group
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.processes.distributed import World, any_rank, least_of_ranks
+from dpo_opt.optimize.processes.sharding import ShardedPolicy, announce_micro_batch, join_empty
+from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.shard_folder import ShardFolder
+
+CPU_ROWS = 512
+"""Steps of 1024 and 4096 rows take as long on a CPU, and 1.2 and 1.9 times the memory."""
+MOST_ROWS = 16384
+"""Matrix products are at full speed well below this."""
+# Packs differ in how many rows are scored and attended to, and the allocator needs room to move.
+_FILL = 0.85
+# Smaller packs measure the constant part of the memory, not what a row takes.
+_PROBE_ROWS = 2048
+
+
+class Room(NamedTuple):
+    """Bytes on the device."""
+
+    free: int
+    """For activations, once gradients and optimizer state are there."""
+    total: int
+
+
+class Device(NamedTuple):
+    """On what kind of device a run goes."""
+
+    type: str
+    """As torch calls it, such as ``cuda``."""
+    memory: int | None
+    """Bytes of the smallest of the processes' GPUs; None on a CPU."""
+
+    def __str__(self) -> str:
+        return self.type if self.memory is None else f"{self.type} of {self.memory / 1e9:.1f} GB"
+
+    def holds_as_much(self, other: "Device") -> bool:
+        """Whether a budget that was measured on one is right for the other."""
+        if self.memory is None or other.memory is None:
+            return self == other
+        # Drivers differ in what they keep of one kind of card; ``_FILL`` leaves far more.
+        return self.type == other.type and abs(self.memory - other.memory) < 0.01 * self.memory
+
+
+def run_device(world: World) -> Device:
+    """The device of the run, the same on every process."""
+    if world.device.type != "cuda":
+        return Device(world.device.type, None)
+    return Device("cuda", least_of_ranks(torch.cuda.mem_get_info(world.device)[1], world))
+
+
+def longest_pair(folder: ShardFolder) -> ScoredPair:
+    """The pair with the most tokens, which every budget must hold.
+
+    Raises:
+        DataError: The index or the shard is damaged.
+    """
+    columns = ["prompt_length", "chosen_length", "rejected_length", "shard", "row_group", "row"]
+    index = folder.index(columns)
+    lengths = sum(index[name].to_numpy().astype("int64") for name in columns[:3])
+    place = int(lengths.argmax())
+    shard, row_group, row = (index[name][place].as_py() for name in columns[3:])
+    (pairs,) = folder.row_groups(shard, row_groups=[row_group])
+    return next(pair for pair in pairs if pair.row == row)
+
+
+def least_budget(longest: ScoredPair, device: torch.device) -> int:
+    """What ``choose_budget`` gives for a model that packs: on a CPU exactly, on a GPU at least."""
+    rows = packed_size(pair_group(longest))
+    return rows if device.type == "cuda" else max(CPU_ROWS, rows)
+
+
+def choose_budget(
+    policy: Policy, longest: Group, *, optimizer_bytes: int = 0, world: World | None = None
+) -> int:
+    """Most token rows per forward and backward, for this model on these devices.
+
+    On a CPU it follows from the longest pair; on a GPU packs of it go forward and backward, so it depends on
+    what else is there: keep it with the run. Several processes measure together, and all get the least.
+
+    Args:
+        policy: Ready to train, checkpointing and sharding included. Its gradients are None before and after.
+        longest: The longest pair that will be trained on.
+        optimizer_bytes: What the optimizer is still going to allocate (``memory.optimizer_bytes``).
+        world: The processes; None: this one is alone.
+
+    Raises:
+        ConfigError: Not even the longest pair alone fits, on one of the devices.
+    """
+    rows = _fed_rows(longest, packs=policy.packs)
+    if policy.device.type != "cuda":
+        return max(CPU_ROWS, rows)
+    world = world or World(0, 1, 0, policy.device, None)
+    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+
+    def peak(copies: int) -> int:
+        before = torch.cuda.memory_allocated(policy.device)
+        torch.cuda.reset_peak_memory_stats(policy.device)
+        take_two_micro_batches(policy, [longest] * copies)
+        return torch.cuda.max_memory_allocated(policy.device) - before
+
+    try:
+        # Gradients are there from here on, as in every micro-batch of a step but the first.
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(policy.device)
+        return fit_budget(peak, rows=rows, room=Room(free - optimizer_bytes, total), world=world)
+    except torch.OutOfMemoryError as error:
+        raise _too_small(rows, missing=None, total=torch.cuda.mem_get_info(policy.device)[1]) from error
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+        torch.cuda.empty_cache()
+
+
+def take_two_micro_batches(policy: Policy, groups: list[Group]) -> None:
+    """Forward and backward of one pack twice, as the first and the last micro-batch of a step.
+
+    Several processes may keep whole gradients from the first to the last, which exchanges them: one
+    micro-batch alone would take less memory than a step.
+
+    Args:
+        policy: Gradients are added to its parameters'.
+        groups: What is packed; none stands for the smallest micro-batch there is.
+
+    Raises:
+        torch.OutOfMemoryError: It does not fit. Another call must follow on every process: it ends what was
+            broken off.
+    """
+    try:
+        for last in (False, True):
+            announce_micro_batch(policy, last=last)
+            if groups:
+                logps = policy.batch_logps(policy.layout(groups).to(policy.device))
+                torch.autograd.backward(logps.sum())
+            else:
+                join_empty(policy, backward=True)
+    except torch.OutOfMemoryError:
+        if isinstance(policy, ShardedPolicy):
+            # Otherwise FSDP takes the next backward for a part of this one, and its gradients are wrong.
+            policy.root.reset_iter_state()
+        raise
+
+
+def fit_budget(peak: Callable[[int], int], *, rows: int, room: Room, world: World) -> int:
+    """The budget that fills ``room`` on every process, from the peaks of packs of growing size.
+
+    A pack twice as large is tried only where the peaks so far say that it fits on all devices: memory that
+    runs out on one of them, in the middle of an exchange, would leave the others waiting for it.
+
+    Args:
+        peak: Bytes that a pack of so many copies of the longest pair, 0 included, takes beyond what is always
+            there; raises ``torch.OutOfMemoryError`` where it does not fit. Every process calls it equally
+            often, with the same numbers.
+        rows: Rows of one copy.
+        room: What there is on this process's device.
+        world: The processes.
+
+    Returns:
+        The same number on every process.
+
+    Raises:
+        ConfigError: One copy does not fit. A process that finds so in the middle of an exchange raises alone,
+            to end at once: the others cannot answer it any more.
+    """
+    usable = int(_FILL * room.free)
+    try:
+        small, large = peak(0), peak(1)
+    except torch.OutOfMemoryError as error:
+        raise _too_small(rows, missing=None, total=room.total) from error
+    copies, before = 1, 0
+    most = MOST_ROWS
+    while copies * rows < 2 * _PROBE_ROWS:
+        needed = large + copies * (large - small) / (copies - before)
+        if any_rank(needed > usable, world):
+            break
+        larger = _peak_where_all_fit(peak, 2 * copies, world)
+        if larger is None:
+            # Peaks are no straight line here: no more than what was seen to fit.
+            most = min(most, copies * rows)
+            break
+        small, large, copies, before = large, larger, 2 * copies, copies
+    per_row = max(1, large - small) / ((copies - before) * rows)
+    constant = max(0, large - per_row * copies * rows)
+    budget = least_of_ranks(int((usable - constant) / per_row), world)
+    # The longest pair is all there is of its kind: it may use what is otherwise kept free.
+    missing = -least_of_ranks(room.free - int(constant + per_row * rows), world)
+    if budget < rows and missing > 0:
+        raise _too_small(rows, missing=missing, total=room.total)
+    return max(rows, min(budget, most))
+
+
+def _peak_where_all_fit(peak: Callable[[int], int], copies: int, world: World) -> int | None:
+    """This process's peak; None, on every process, where the pack did not fit on one."""
+    found: int | None
+    try:
+        found = peak(copies)
+    except torch.OutOfMemoryError:
+        found = None
+    if not any_rank(found is None, world):
+        return found
+    torch.cuda.empty_cache()
+    # Whole gradients that the broken step kept for its exchange would become part of the run's first.
+    peak(0)
+    return None
+
+
+def _fed_rows(group: Group, *, packs: bool) -> int:
+    """Rows that a group alone takes in a packed, or else in a padded batch."""
+    return packed_size(group) if packs else len(group) * padded_width(group)
+
+
+def _too_small(rows: int, *, missing: int | None, total: int) -> ConfigError:
+    lacking = "" if missing is None else f": {missing / 1e9:.1f} GB are missing"
+    return ConfigError(
+        f"the longest pair ({rows} token rows) does not fit on the device of {total / 1e9:.1f} GB{lacking}",
+        why="every pair goes forward and backward at once",
+        fix="add --activation-checkpointing full, or make shards of shorter pairs with "
+        "`dpo-opt precompute --max-length`",
+    )

@@ -1,0 +1,205 @@
+"""A policy spread over the processes of a run with PyTorch's FSDP2: each keeps its part of every parameter,
+its gradient and its optimizer state, and gathers a layer only while the layer is at work.
+"""
+
+import copy
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from dpo_opt.optimize.forward.architecture import decoder_layers
+from dpo_opt.optimize.forward.logps import Objective
+from dpo_opt.optimize.forward.packing import Batch
+from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.processes.distributed import World, any_rank
+from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.pairs import TokenSequence
+
+# Of a GPU's memory, for whole fp32 gradients that are added up before they are exchanged.
+_WHOLE_GRADIENTS_SHARE = 0.2
+
+
+class _Root(torch.nn.Module):
+    """Backbone and head as one module: FSDP sees its forward begin and end, and gathers the head for it.
+
+    Called from outside, ``model.base_model`` would pass the root's hooks by, and the head's weight, maybe the
+    embedding's too, would still be this process's part.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.model = policy.model
+        self._policy = policy
+
+    def forward(self, batch: Batch, objective: Objective | None) -> Tensor:
+        return self._policy.batch_logps(batch, objective=objective)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardedPolicy(Policy):
+    """A policy of which this process holds a part; every process must call the same methods equally often."""
+
+    root: FSDPModule
+    shell: PreTrainedModel
+    """The model's structure without its numbers."""
+    reduces_once: bool
+    """Whether gradients are exchanged only after a step's last micro-batch; after each takes less memory."""
+
+    def batch_logps(self, batch: Batch, *, objective: Objective | None = None) -> Tensor:
+        """See ``Policy``."""
+        logps: Tensor = cast(torch.nn.Module, self.root)(batch, objective)
+        if not torch.is_grad_enabled():
+            # Backward would have done it; whoever reads the parameters next must not find gathered ones.
+            self.root.reshard()
+        return logps
+
+
+def shard_policy(policy: Policy, world: World) -> Policy:
+    """Spread a policy's parameters over all processes; alone, it is returned as it is.
+
+    Gradients are summed over the processes in fp32, never averaged: a loss is divided by the step's pairs.
+
+    Args:
+        policy: The same on every process, activation checkpointing set up. It may be on the CPU while the
+            world's device is a GPU: each layer is then moved and cut one by one. Its model is changed.
+        world: The processes.
+
+    Raises:
+        ConfigError: This torch cannot do it.
+    """
+    if world.size == 1:
+        return policy
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ConfigError(
+            f"torch {torch.__version__} is too old to train with {world.size} processes",
+            fix="pip install --upgrade torch",
+        )
+    shard = partial(
+        fully_shard,
+        mesh=init_device_mesh(world.device.type, (world.size,)),
+        # Batches hold ids and places, and what a layer is given has the layer's dtype already.
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=policy.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+    )
+    shell = _shell(policy.model)
+    for layer in decoder_layers(policy.model):
+        shard(layer)
+    root = shard(_Root(replace(policy, device=world.device)))
+    for module in (root, *policy.model.modules()):
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Otherwise a product is fused into the sum, which gloo cannot do.
+            module.set_force_sum_reduction_for_comms(True)
+    # An expert that no token of this process visited: others wait for its gradient.
+    root.set_reduce_scatter_unused_params(True)
+    return ShardedPolicy(
+        **{field.name: getattr(policy, field.name) for field in fields(policy)} | {"device": world.device},
+        root=root,
+        shell=shell,
+        reduces_once=_room_for_gradients(policy.model, world),
+    )
+
+
+def _room_for_gradients(model: PreTrainedModel, world: World) -> bool:
+    if world.device.type != "cuda":
+        return True
+    _, memory = torch.cuda.mem_get_info(world.device)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # All must exchange alike, on GPUs of whatever size.
+    return not any_rank(4 * trained > _WHOLE_GRADIENTS_SHARE * memory, world)
+
+
+def announce_micro_batch(policy: Policy, *, last: bool) -> None:
+    """To be called before a micro-batch's backward: whether it is the step's last one."""
+    if isinstance(policy, ShardedPolicy):
+        policy.root.set_requires_gradient_sync(last or not policy.reduces_once)
+
+
+def join_empty(policy: Policy, *, backward: bool) -> None:
+    """A micro-batch without pairs, for a process that has fewer than the others.
+
+    The smallest forward there is, of one row. Its upstream gradient is 0, instead of its loss being
+    multiplied by 0, so that no value of it, not even an infinite one, reaches a gradient.
+    """
+    token = np.zeros(1, dtype=np.int32)
+    batch = policy.layout([(TokenSequence(token, token),)]).to(policy.device)
+    logps = policy.batch_logps(batch)
+    if backward:
+        torch.autograd.backward(logps, torch.zeros_like(logps))
+
+
+def gather_tensors(
+    tensors: Mapping[str, Tensor], world: World, *, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Whole tensors in the first process's main memory, one by one; other processes get none.
+
+    Args:
+        tensors: The same names on every process.
+        world: The processes.
+        dtype: Cast before they are sent; None: as they are.
+    """
+    gathered = {}
+    for name, tensor in tensors.items():
+        part = tensor.detach()
+        part = part if dtype is None or not part.is_floating_point() else part.to(dtype)
+        whole = part.full_tensor() if isinstance(part, DTensor) else part
+        if world.first:
+            gathered[name] = whole.cpu()
+    return gathered
+
+
+def gather_policy(
+    policy: Policy,
+    world: World,
+    *,
+    dtype: torch.dtype | None = None,
+    names: Collection[str] | None = None,
+) -> Policy | None:
+    """The whole policy on the first process's CPU, to be saved as any other; None on other processes.
+
+    Takes the size of the weights in main memory, and one parameter at a time on every device. Alone, the
+    policy is returned as it is.
+
+    Args:
+        policy: On every process.
+        world: The processes.
+        dtype: Of the weights; None: their own.
+        names: Parameters that are wanted; the others are left without numbers. None: all.
+    """
+    if not isinstance(policy, ShardedPolicy):
+        return policy
+    # A tied parameter has two names in the state, and is gathered under one.
+    once = {name for name, _ in policy.model.named_parameters()}
+    tied = {name for name, _ in policy.model.named_parameters(remove_duplicate=False)} - once
+    wanted = {
+        name: tensor
+        for name, tensor in policy.model.state_dict().items()
+        if name not in tied and (names is None or name in names)
+    }
+    tensors = gather_tensors(wanted, world, dtype=dtype)
+    if not world.first:
+        return None
+    whole = copy.deepcopy(policy.shell)
+    whole.load_state_dict(tensors, assign=True, strict=names is None and not tied)
+    whole.tie_weights()
+    return Policy(whole, torch.device("cpu"), policy.dtype, policy.packs)
+
+
+def _shell(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without numbers: what fully_shard changes cannot be copied any more."""
+    memo: dict[int, object] = {
+        id(p): torch.nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)

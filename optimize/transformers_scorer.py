@@ -1,0 +1,169 @@
+"""A frozen model through transformers: the trainer's own forward as scorer, sampler and oracle.
+
+It scores references where vLLM cannot run, scores any checkpoint on any shards, and is what vLLM's
+numbers are compared with.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from dpo_opt.optimize.forward.architecture import decoder_of
+from dpo_opt.optimize.forward.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
+from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.packing import Group
+from dpo_opt.optimize.forward.policy import Policy, default_device
+from dpo_opt.optimize.forward.precision import computing_in
+from dpo_opt.schemas.model_config import load_model_config
+from dpo_opt.schemas.models import context_length
+from dpo_opt.schemas.pairs import (
+    Completion,
+    IdArray,
+    LogpArray,
+    Numerics,
+    TokenSequence,
+)
+from dpo_opt.schemas.rope import FIXED, describe_rope
+
+# Rows per forward without gradients: enough to keep the cores busy, small in memory.
+_BATCH_ROWS = 2048
+_SAMPLING_BATCH = 64
+
+
+class HfScorer:
+    """A model that scores and samples through transformers; loaded at first use.
+
+    Args:
+        folder: The model.
+        dtype: Compute dtype, such as ``float32``; log-probs are those of training in it from fp32 parameters.
+        max_length: Most tokens of a sequence in this run; None: the model's context.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str, max_length: int | None = None) -> None:
+        self._folder = folder
+        self._dtype = dtype
+        self._max_length = max_length
+        self._policy: Policy | None = None
+
+    @property
+    def numerics(self) -> Numerics:
+        return Numerics(
+            engine="transformers",
+            engine_version=version("transformers"),
+            strategy="packed" if self._dtype == "float32" else "packed-mixed",
+            dtype=self._dtype,
+            rope=self._rope,
+        )
+
+    @functools.cached_property
+    def _rope(self) -> str:
+        longest = self._max_length or context_length(self._folder)
+        return FIXED if longest is None else describe_rope(load_model_config(self._folder), longest)
+
+    @property
+    def policy(self) -> Policy:
+        """The loaded model."""
+        if self._policy is None:
+            self._policy = load_policy(
+                self._folder,
+                dtype=getattr(torch, self._dtype),
+                device=default_device(),
+                trainable=False,
+                max_length=self._max_length,
+                param_dtype=None,
+            )
+        return self._policy
+
+    def token_logps(self, sequences: Sequence[TokenSequence]) -> list[LogpArray]:
+        """See ``Scorer``: adjacent sequences of one prompt share its forward."""
+        groups = _by_prompt(sequences)
+        found: list[list[LogpArray]] = [[] for _ in groups]
+        for members in self.policy.bins(groups, _BATCH_ROWS):
+            logps = iter(_forward(self.policy, [groups[i] for i in members]))
+            for i in members:
+                found[i] = [next(logps) for _ in groups[i]]
+        return [logps for group in found for logps in group]
+
+    def sample(
+        self,
+        prompts: Sequence[IdArray],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[list[Completion]]:
+        """See ``Sampler``. Left-padded batches through ``generate``; vLLM is faster where it runs."""
+        model = self.policy.model
+        declared = model.generation_config
+        eos = _eos_ids(declared.eos_token_id)
+        # What the checkpoint declares beyond its EOS (repetition penalty, top-k, ...) would fill every gap of
+        # a call, and the samples would not be the model's own.
+        model.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(eos) or None,
+            pad_token_id=0,
+        )
+        # The packed attention has no key-value cache; generation needs the stock one.
+        if self.policy.packs:
+            decoder_of(model).set_attn_implementation(PADDED_ATTENTION)
+        torch.manual_seed(seed)
+        jobs = [prompt for prompt in prompts for _ in range(num_samples)]
+        written: list[Completion] = []
+        try:
+            for i in range(0, len(jobs), _SAMPLING_BATCH):
+                batch = jobs[i : i + _SAMPLING_BATCH]
+                width = max(len(p) for p in batch)
+                ids = np.zeros((len(batch), width), dtype=np.int64)
+                mask = np.zeros_like(ids)
+                for row, prompt in enumerate(batch):
+                    ids[row, width - len(prompt) :] = prompt
+                    mask[row, width - len(prompt) :] = 1
+                with computing_in(self.policy.dtype, model, self.policy.device):
+                    out = model.generate(
+                        input_ids=torch.from_numpy(ids).to(self.policy.device),
+                        attention_mask=torch.from_numpy(mask).to(self.policy.device),
+                    )
+                written += [_completion(row, eos) for row in out[:, width:].cpu().numpy()]
+        finally:
+            model.generation_config = declared
+            if self.policy.packs:
+                decoder_of(model).set_attn_implementation(SEGMENT_ATTENTION)
+        return [written[i : i + num_samples] for i in range(0, len(written), num_samples)]
+
+
+@torch.no_grad()
+def _forward(policy: Policy, groups: Sequence[Group]) -> Iterator[LogpArray]:
+    for logps in policy.sequence_logps(groups):
+        yield logps.cpu().numpy()
+
+
+def _by_prompt(sequences: Sequence[TokenSequence]) -> list[Group]:
+    groups: list[list[TokenSequence]] = []
+    for sequence in sequences:
+        if groups and np.array_equal(groups[-1][0].prompt_ids, sequence.prompt_ids):
+            groups[-1].append(sequence)
+        else:
+            groups.append([sequence])
+    return [tuple(group) for group in groups]
+
+
+def _eos_ids(eos: int | list[int] | None) -> set[int]:
+    if eos is None:
+        return set()
+    return {eos} if isinstance(eos, int) else set(eos)
+
+
+def _completion(tokens: IdArray, eos: set[int]) -> Completion:
+    stops = [i for i, token in enumerate(tokens) if int(token) in eos]
+    end = stops[0] + 1 if stops else len(tokens)
+    return Completion(tokens[:end].astype(np.int32), finished=bool(stops))

@@ -1,0 +1,171 @@
+"""Parameter groups, the optimizers of the field, and the learning rate as a function of the step.
+
+What the parameters are stored in decides how they are updated: bfloat16 ones are rounded stochastically or
+refused, since at DPO's learning rates rounding to the nearest loses most updates without a word.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.optimize.update.bf16_adamw import RoundedAdamW, mixed
+from dpo_opt.schemas.errors import ConfigError
+
+Groups = list[dict[str, Any]]
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> Optimizer:
+    """AdamW, RMSprop as in the DPO paper (appendix B), or 8-bit AdamW; vectors are never decayed.
+
+    Bytes per parameter, with its gradient: AdamW 16 in float32 and 8 in bfloat16 (see ``rounding``),
+    RMSprop 12, 8-bit AdamW 10 and 6. All are torch's but AdamW of bfloat16 parameters and torchao's 8 bits.
+
+    Args:
+        model: Its parameters that require gradients are trained.
+        config: Names the optimizer and its settings.
+
+    Raises:
+        ConfigError: The optimizer cannot hold parameters of this dtype, or what it needs is not installed.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: Groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    betas = (config.adam_beta1, config.adam_beta2)
+    dtypes = {p.dtype for p in parameters}
+    if torch.float16 in dtypes:
+        raise ConfigError(
+            "float16 parameters cannot be trained",
+            why="most DPO updates are smaller than its rounding, and gradients fall below its range",
+            fix="pass --param-dtype float32",
+        )
+    if config.optim == "adamw-8bit":
+        return _adamw_8bit(groups, config)
+    if torch.bfloat16 in dtypes:
+        if config.optim == "rmsprop":
+            raise ConfigError(
+                "--optim rmsprop does not go with bfloat16 parameters",
+                why="without stochastic rounding most updates would be lost, and AdamW alone has it here",
+                fix="pass --optim adamw, or --param-dtype float32",
+            )
+        return RoundedAdamW(
+            groups,
+            lr=config.learning_rate,
+            betas=betas,
+            eps=config.adam_epsilon,
+            weight_decay=0.0,
+            seed=config.seed,
+        )
+    if config.optim == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=config.learning_rate, foreach=True)
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True
+    )
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Use ``rate`` from the next step on."""
+    for group in optimizer.param_groups:
+        set_group_rate(group, rate)
+
+
+def set_group_rate(group: dict[str, Any], rate: float) -> None:
+    """As ``set_learning_rate``, of one group of parameters."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)  # torchao's compiled update would be compiled again for every number
+    else:
+        group["lr"] = rate
+
+
+def learning_rate(step: int, *, total_steps: int, config: TrainConfig) -> float:
+    """Rate of the update number ``step`` (from 0): linear warm-up, then the schedule down to 0."""
+    warmup = warmup_steps(total_steps, config)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    if config.lr_scheduler_type == "constant":
+        return config.learning_rate
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if config.lr_scheduler_type == "linear":
+        return config.learning_rate * (1 - progress)
+    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmup_steps(total_steps: int, config: TrainConfig) -> int:
+    """Whole steps of the warm-up: below 1, ``config.warmup_steps`` is a share of all steps, rounded up.
+
+    From 1 on, what stands after the decimal point is dropped; both as in transformers.
+    """
+    if config.warmup_steps >= 1:
+        return int(config.warmup_steps)
+    # 0.07 * 100 is 7.000000000000001, and means 7.
+    return math.ceil(round(config.warmup_steps * total_steps, 9))
+
+
+def _adamw_8bit(groups: Groups, config: TrainConfig) -> Optimizer:
+    """torchao's AdamW, made to round alike in every run with the same seed.
+
+    Parameters of fewer than 4096 elements, or of a number that 256 does not divide, keep moments in full.
+
+    Raises:
+        ConfigError: torchao or the compiler is missing, or compiling is switched off.
+    """
+    if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
+        raise ConfigError(
+            "--optim adamw-8bit does not go with several processes",
+            why="its 8-bit blocks cannot be put together again from parts of parameters",
+            fix="pass --optim adamw",
+        )
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            "--optim adamw-8bit needs torchao, which is not installed", fix="pip install 'dpo-opt[torchao]'"
+        ) from error
+    if torch._dynamo.config.disable:
+        raise ConfigError(
+            "--optim adamw-8bit needs torch.compile, which is switched off in this process",
+            why="torchao's update exists only once torch has compiled it",
+            fix="unset TORCH_COMPILE_DISABLE TORCHDYNAMO_DISABLE",
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"--optim adamw-8bit needs a C++ compiler, and {compiler!r} is not on the PATH",
+            why="torchao's update exists only once torch has compiled it",
+            fix="apt-get install g++, or pass --optim adamw",
+        )
+
+    class SeededAdamW8bit(AdamW8bit):  # type: ignore[misc]
+        """Rounds by (seed, step), not by where torch's generator stands; keeps no moment in bfloat16."""
+
+        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+            # Those of small parameters have their parameter's dtype, and would be rounded to the nearest.
+            buffer: Tensor = super()._new_buffer(p, signed).float()
+            return buffer
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], float] | None = None) -> None:
+            done = max((int(state["step"]) for state in self.state.values() if state), default=0)
+            devices = {p.device for group in self.param_groups for p in group["params"] if p.is_cuda}
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(mixed(config.seed, done))
+                super().step(closure)
+
+    return SeededAdamW8bit(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=0.0,
+        bf16_stochastic_round=True,
+    )

@@ -1,0 +1,1 @@
+"""What is wrong or suspicious in a dataset, before any GPU time."""

@@ -1,0 +1,363 @@
+"""``dpo-opt check``: everything that is wrong or suspicious in preference data, before any GPU time.
+
+One pass over the data gathers ``Facts``; all that is said here is worked out from those arrays.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_opt.precompute.check.forecast import estimate, forecast, forecast_lengths, kept_pairs
+from dpo_opt.precompute.check.near_duplicates import nearest_earlier
+from dpo_opt.precompute.check.pair_statistics import (
+    EXAMPLES,
+    BadRows,
+    Facts,
+    Flag,
+    Wanted,
+    collect,
+    mixed_hash,
+)
+from dpo_opt.precompute.check.problems import by_harm, problem
+from dpo_opt.precompute.config import CheckConfig, DataConfig, Truncation
+from dpo_opt.precompute.read.sources import find_sources, merged_splits
+from dpo_opt.precompute.tokens.max_length import resolve_max_length
+from dpo_opt.schemas.audit_record import (
+    Audit,
+    DataSource,
+    Example,
+    LengthBias,
+    Lengths,
+    Part,
+    Problem,
+    SourceCount,
+    TruncationForecast,
+)
+from dpo_opt.schemas.errors import quoted
+from dpo_opt.schemas.models import find_model
+from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.weights import parameter_count
+
+Mask = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.intp]
+
+_FLAG_KINDS = {
+    "merged": Flag.MERGED,
+    "special_token": Flag.SPECIAL_TOKEN,
+    "blank_completion": Flag.BLANK_COMPLETION,
+    "repeated_prompt": Flag.REPEATED_PROMPT,
+    "short_prompt": Flag.SHORT_PROMPT,
+    "empty_turn": Flag.EMPTY_TURN,
+    "control_character": Flag.CONTROL_CHARACTER,
+}
+_BIASED = 0.6  # share of longer (or shorter) wins from which length alone is a fair classifier
+_LEAST_UNEQUAL = 50  # pairs; fewer say nothing about a share
+
+
+def audit(config: CheckConfig, *, progress: Progress | None = None) -> Audit:
+    """Read all data once and say what is wrong with it.
+
+    Raises:
+        ConfigError: The sources cannot be what is meant, or the model's tokenizer cannot be used.
+        DataError: A source does not exist.
+    """
+    progress = progress or Silent()
+    folder = None if config.model is None else find_model(config.model)
+    wanted = Wanted(folder, config.near_duplicates)
+    facts = collect(config, wanted, processes=config.processes, progress=progress)
+    problems = _bad_rows(facts, skipped=config.on_bad_row == "skip")
+    problems += _merged(config)
+    problems += _flagged(facts)
+    problems += _repeated(facts)
+    if config.near_duplicates:
+        problems += _nearly_repeated(facts, similarity=config.similarity)
+    if config.eval_data:
+        problems += _shared_with_eval(facts, config, progress)
+    bias = length_bias(_lengths(facts))
+    sources = _sources(facts)
+    problems += _biased(bias, sources)
+    if not len(facts):
+        problems.append(problem("no_pairs", 0, []))
+    report = Audit(
+        data=_data(facts, config),
+        pairs=len(facts),
+        problems=[],
+        unit="tokens" if facts.tokens.shape[1] else "characters",
+        lengths=_percentiles(_lengths(facts)),
+        length_bias=bias,
+        sources=sources,
+    )
+    if folder is not None and len(facts):
+        max_length = resolve_max_length(folder, config.max_length)
+        fits = [
+            forecast(facts.tokens, max_length=length, truncation=config.truncation)
+            for length in forecast_lengths(facts.tokens, max_length)
+        ]
+        report.truncation_mode = config.truncation
+        report.truncation = fits
+        at_max_length = next(fit for fit in fits if fit.max_length == max_length)
+        report.estimate = estimate(
+            facts,
+            max_length=max_length,
+            truncation=config.truncation,
+            parameters=parameter_count(folder),
+            pairs_per_shard=config.pairs_per_shard,
+        )
+        problems += _forecast_problems(facts, at_max_length, config.truncation)
+    report.problems = by_harm(problems)
+    return report
+
+
+class Repeats(NamedTuple):
+    """Pairs that stand in the data more than once."""
+
+    earlier: npt.NDArray[np.int64]
+    """(P,) index of the first pair that is the same; the pair's own where it is the first."""
+    opposite: npt.NDArray[np.int64]
+    """(P,) index of a pair that prefers the other way round; -1 where there is none."""
+
+
+def find_repeats(facts: Facts) -> Repeats:
+    """Exact duplicates and contradictions, by 64-bit hash: ten million pairs collide once in 400,000 runs."""
+    key = mixed_hash(facts.prompt, facts.chosen, facts.rejected)
+    swapped = mixed_hash(facts.prompt, facts.rejected, facts.chosen)
+    unique, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    earlier = first[inverse].astype(np.int64)
+    opposite = np.full(len(key), -1, dtype=np.int64)
+    if len(key):
+        places = np.minimum(np.searchsorted(unique, swapped), len(unique) - 1)
+        found = (unique[places] == swapped) & (facts.chosen != facts.rejected)
+        opposite[found] = first[places[found]]
+    return Repeats(earlier, opposite)
+
+
+def length_bias(lengths: npt.NDArray[np.int32]) -> LengthBias:
+    """How often the longer completion is chosen; ``lengths`` is (P, 3)."""
+    longer = int((lengths[:, 1] > lengths[:, 2]).sum())
+    shorter = int((lengths[:, 1] < lengths[:, 2]).sum())
+    unequal = longer + shorter
+    return LengthBias(
+        longer_chosen=longer / unequal if unequal else None,
+        unequal_pairs=unequal,
+        equal_pairs=len(lengths) - unequal,
+    )
+
+
+def _lengths(facts: Facts) -> npt.NDArray[np.int32]:
+    """(P, 3) in the audit's unit."""
+    return facts.tokens[:, :3] if facts.tokens.shape[1] else facts.characters
+
+
+def _examples(facts: Facts, pairs: Indices, detail: Callable[[int], str]) -> list[Example]:
+    return [Example(where=facts.places[int(i)], detail=detail(int(i))) for i in pairs[:EXAMPLES]]
+
+
+def _bad_rows(facts: Facts, *, skipped: bool) -> list[Problem]:
+    kinds: dict[str, BadRows] = {}
+    for (_, kind), (count, examples) in facts.bad_rows.items():
+        before = kinds.get(kind, BadRows(0, []))
+        kinds[kind] = BadRows(before.rows + count, [*before.examples, *examples][:EXAMPLES])
+    return [
+        problem(kind, count, [Example(where=where, detail=what) for where, what in examples], skipped=skipped)
+        for kind, (count, examples) in kinds.items()
+    ]
+
+
+def _flagged(facts: Facts) -> list[Problem]:
+    problems = []
+    for kind, flag in _FLAG_KINDS.items():
+        pairs = np.flatnonzero(facts.flags & flag)
+        if len(pairs):
+            problems.append(problem(kind, len(pairs), _examples(facts, pairs, lambda i: _shape_of(facts, i))))
+    return problems
+
+
+def _shape_of(facts: Facts, pair: int) -> str:
+    prompt, chosen, rejected = facts.characters[pair]
+    return f"prompt of {prompt}, chosen of {chosen}, rejected of {rejected} characters"
+
+
+def _repeated(facts: Facts) -> list[Problem]:
+    repeats = find_repeats(facts)
+    found = {
+        "duplicate": np.flatnonzero(repeats.earlier < np.arange(len(facts))),
+        "contradictory": np.flatnonzero(repeats.opposite >= 0),
+        "identical_completions": np.flatnonzero(facts.chosen == facts.rejected),
+    }
+    details: dict[str, Callable[[int], str]] = {
+        "duplicate": lambda i: f"the same pair as {facts.places[int(repeats.earlier[i])]}",
+        "contradictory": lambda i: f"the other way round in {facts.places[int(repeats.opposite[i])]}",
+        "identical_completions": lambda i: f"{facts.characters[i, 1]} characters, twice",
+    }
+    return [
+        problem(kind, len(pairs), _examples(facts, pairs, details[kind]))
+        for kind, pairs in found.items()
+        if len(pairs)
+    ]
+
+
+def _nearly_repeated(facts: Facts, *, similarity: float) -> list[Problem]:
+    earlier = near_repeats(facts, similarity=similarity)
+    if not earlier:
+        return []
+    pairs = np.array(sorted(earlier))
+    examples = _examples(facts, pairs, lambda i: f"nearly the same pair as {facts.places[earlier[i]]}")
+    return [problem("near_duplicate", len(pairs), examples)]
+
+
+def near_repeats(facts: Facts, *, similarity: float) -> dict[int, int]:
+    """Pair to an earlier one that it nearly repeats; exact repetitions are not among them."""
+    same = find_repeats(facts).earlier
+    firsts = np.flatnonzero(same == np.arange(len(facts)))
+    found = nearest_earlier(facts.signatures[firsts], similarity=similarity)
+    return {int(firsts[i]): int(firsts[j]) for i, j in found.items()}
+
+
+def _shared_with_eval(facts: Facts, config: CheckConfig, progress: Progress) -> list[Problem]:
+    held_out = collect(
+        DataConfig(data=config.eval_data, column=config.column),
+        Wanted(),
+        processes=config.processes,
+        progress=progress,
+    )
+    problems = _bad_rows(held_out, skipped=config.on_bad_row == "skip")
+    pairs = np.flatnonzero(np.isin(facts.prompt, held_out.prompt))
+    if len(pairs):
+        first_with = dict(zip(held_out.prompt[::-1].tolist(), range(len(held_out) - 1, -1, -1), strict=True))
+        examples = _examples(
+            facts,
+            pairs,
+            lambda i: f"the prompt of {held_out.places[first_with[int(facts.prompt[i])]]}",
+        )
+        problems.append(problem("shared_with_eval", len(pairs), examples))
+    return problems
+
+
+def _biased(everything: LengthBias, sources: list[SourceCount]) -> list[Problem]:
+    """Of all data and of each source: two opposite biases may cancel out."""
+    groups = {"all data": everything}
+    groups |= {f"source {s.source}": s.length_bias for s in sources if s.source is not None}
+    biased = {name: bias for name, bias in groups.items() if _is_biased(bias)}
+    if not biased:
+        return []
+    counted = [biased["all data"]] if "all data" in biased else biased.values()
+    examples = [Example(where=name, detail=_bias_in_words(bias)) for name, bias in biased.items()]
+    return [problem("length_bias", sum(bias.unequal_pairs for bias in counted), examples[:EXAMPLES])]
+
+
+def _is_biased(bias: LengthBias) -> bool:
+    share = bias.longer_chosen
+    return share is not None and bias.unequal_pairs >= _LEAST_UNEQUAL and max(share, 1 - share) >= _BIASED
+
+
+def _bias_in_words(bias: LengthBias) -> str:
+    share = bias.longer_chosen or 0.0
+    wins, who = (share, "longer") if share > 0.5 else (1 - share, "shorter")
+    return f"the {who} completion wins {wins:.1%} of {bias.unequal_pairs:,} pairs of unequal length"
+
+
+def _merged(config: CheckConfig) -> list[Problem]:
+    found = [(source.name, merged_splits(source)) for source in find_sources(config)]
+    examples = [
+        Example(
+            where=name, detail=", ".join(f"{split}: --data {quoted(own)}" for split, own in splits.items())
+        )
+        for name, splits in found
+        if splits
+    ]
+    return [problem("merged_splits", len(examples), examples[:EXAMPLES])] if examples else []
+
+
+def _data(facts: Facts, config: CheckConfig) -> list[DataSource]:
+    return [
+        DataSource(
+            name=source.name,
+            form=facts.forms.get(i, "nothing that could be recognised"),
+            files=len(source.files),
+            pairs=int((facts.source == i).sum()),
+            bad_rows=sum(found.rows for (number, _), found in facts.bad_rows.items() if number == i),
+        )
+        for i, source in enumerate(find_sources(config))
+    ]
+
+
+def _percentiles(lengths: npt.NDArray[np.int32]) -> list[Lengths]:
+    if not len(lengths):
+        return []
+    whole = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    parts: dict[Part, npt.NDArray[np.int32]] = {
+        "prompt": lengths[:, 0],
+        "chosen": lengths[:, 1],
+        "rejected": lengths[:, 2],
+        "prompt + longer completion": whole,
+    }
+    rows = []
+    for name, values in parts.items():
+        # The smallest value that this share of the pairs does not exceed: a length that occurs.
+        p50, p90, p95, p99 = np.percentile(values, [50, 90, 95, 99], method="inverted_cdf").tolist()
+        longest = int(values.max())
+        rows.append(
+            Lengths(part=name, mean=float(values.mean()), p50=p50, p90=p90, p95=p95, p99=p99, longest=longest)
+        )
+    return rows
+
+
+def _sources(facts: Facts) -> list[SourceCount]:
+    repeats = find_repeats(facts)
+    repeated = repeats.earlier < np.arange(len(facts))
+    contradicted = repeats.opposite >= 0
+    lengths = _lengths(facts)
+    counts = []
+    for code, label in enumerate(facts.labels):
+        members = facts.label == code
+        if not members.any():
+            continue
+        medians = np.percentile(lengths[members], 50, axis=0, method="inverted_cdf").astype(int).tolist()
+        counts.append(
+            SourceCount(
+                source=label,
+                pairs=int(members.sum()),
+                prompts=len(np.unique(facts.prompt[members])),
+                duplicates=int((members & repeated).sum()),
+                contradictory=int((members & contradicted).sum()),
+                length_bias=length_bias(lengths[members]),
+                median_prompt=medians[0],
+                median_chosen=medians[1],
+                median_rejected=medians[2],
+            )
+        )
+    return sorted(counts, key=lambda count: (-count.pairs, count.source or ""))
+
+
+def _forecast_problems(facts: Facts, fit: TruncationForecast, truncation: Truncation) -> list[Problem]:
+    prompt, longest = facts.tokens[:, 0], facts.tokens[:, 1:3].max(axis=1)
+    if not fit.whole and not fit.cut:
+        return [problem("nothing_fits", len(facts), [])]
+    too_long = prompt + longest > fit.max_length
+    kept, _ = kept_pairs(facts.tokens, max_length=fit.max_length, truncation=truncation)
+    usable, of_themselves = kept_pairs(
+        facts.tokens, max_length=int((prompt + longest).max()) + 1, truncation=truncation
+    )
+    problems = []
+    pairs = np.flatnonzero(facts.tokens[:, [0, 1, 2]].min(axis=1) == 0)
+    if len(pairs):
+        examples = _examples(facts, pairs, lambda i: _shape_of(facts, i))
+        problems.append(problem("no_token", len(pairs), examples))
+    pairs = np.flatnonzero(usable & ~kept)
+    if len(pairs):
+        by_length = {key: n for key, n in fit.dropped.items() if key not in of_themselves}
+        reasons = ", ".join(f"{count} {reason}" for reason, count in by_length.items())
+        summary = Example(where=f"--max-length {fit.max_length}", detail=reasons)
+        examples = _examples(
+            facts, pairs, lambda i: f"prompt of {prompt[i]}, completion of {longest[i]} tokens"
+        )
+        problems.append(problem("left_out", len(pairs), [summary, *examples][:EXAMPLES]))
+    if fit.cut:
+        pairs = np.flatnonzero(kept & too_long)
+        examples = _examples(
+            facts, pairs, lambda i: f"{prompt[i] + longest[i]} tokens, {fit.max_length} are kept"
+        )
+        problems.append(problem("cut", fit.cut, examples))
+    return problems

@@ -1,0 +1,178 @@
+"""``dpo-opt convert``: any readable dataset as a clean one, split by prompt, with a record of what went.
+
+The data is read twice, so that the decision about a pair may depend on every other one, and memory does not
+grow with the texts.
+"""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+
+from dpo_opt.precompute.check.audit import find_repeats, near_repeats
+from dpo_opt.precompute.check.pair_statistics import Facts, Wanted, collect, pair_hashes, text_hash
+from dpo_opt.precompute.config import ConvertConfig
+from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
+from dpo_opt.precompute.read.shapes import CARRIED_KEYS
+from dpo_opt.precompute.read.sources import refuse_inside
+from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.pairs import PreferencePair
+from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.storage import publish_folder
+
+
+class Converted(NamedTuple):
+    """What was written."""
+
+    train: int
+    eval: int
+    removed: dict[str, int]
+    """Reason to pairs, or bad rows."""
+
+
+def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Converted:
+    """Write ``train.jsonl``, ``eval.jsonl``, ``removed.jsonl`` and ``convert.json`` into a new folder.
+
+    Of exact (and, on request, near) duplicates the first is kept; of contradictory pairs none, because
+    nothing says which label is right; pairs with equal completions are removed. Pairs with the same prompt go
+    to the same side.
+
+    Raises:
+        ConfigError: The folder exists or stands inside the data, or the sources cannot be what is meant.
+        DataError: A file cannot be read, a row is malformed and that is to stop it all, or nothing is left.
+        DpoOptError: The disk is full.
+    """
+    progress = progress or Silent()
+    if config.output.exists():
+        raise ConfigError(
+            "the output exists already",
+            where=str(config.output),
+            why="files of another conversion would stand among these",
+            fix="pass another --output, or remove this one",
+        )
+    refuse_inside(config, config.output, option="--output")
+    facts = collect(
+        config, Wanted(near_duplicates=config.near_duplicates), processes=config.processes, progress=progress
+    )
+    reasons = _reasons(facts, config)
+    with publish_folder(config.output) as private:
+        converted = _write(config, facts, reasons, private, progress)
+        if not converted.train:
+            raise DataError(
+                f"no pair is left to train on ({_words(converted.removed)})",
+                where=", ".join(config.data),
+                fix="dpo-opt check DATA",
+            )
+    return converted
+
+
+def _reasons(facts: Facts, config: ConvertConfig) -> dict[int, tuple[str, str]]:
+    """Pair to why it is removed, and what it was compared with."""
+    repeats = find_repeats(facts)
+    reasons: dict[int, tuple[str, str]] = {}
+    if config.near_duplicates:
+        for pair, earlier in near_repeats(facts, similarity=config.similarity).items():
+            reasons[pair] = ("near_duplicate", facts.places[earlier])
+    for pair in np.flatnonzero(repeats.earlier < np.arange(len(facts))).tolist():
+        reasons[pair] = ("duplicate", facts.places[int(repeats.earlier[pair])])
+    for pair in np.flatnonzero(repeats.opposite >= 0).tolist():
+        reasons[pair] = ("contradictory", facts.places[int(repeats.opposite[pair])])
+    for pair in np.flatnonzero(facts.chosen == facts.rejected).tolist():
+        reasons[pair] = ("identical_completions", "")
+    return reasons
+
+
+def _write(
+    config: ConvertConfig,
+    facts: Facts,
+    reasons: dict[int, tuple[str, str]],
+    folder: Path,
+    progress: Progress,
+) -> Converted:
+    counts: Counter[str] = Counter()
+    removed: Counter[str] = Counter()
+    progress.start("writing", total=len(facts), unit="pairs")
+    with (
+        (folder / "train.jsonl").open("w", encoding="utf-8") as train,
+        (folder / "eval.jsonl").open("w", encoding="utf-8") as held_out,
+        # The name of a file need not be UTF-8; what cannot be written as it is, JSON escapes in this way.
+        (folder / "removed.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as record,
+    ):
+        number = itertools.count()
+        for item in _in_step(config, facts):
+            if isinstance(item, BadRow):
+                if config.on_bad_row == "error":
+                    raise item.error
+                removed["bad_row"] += 1
+                _line(
+                    record,
+                    {
+                        "where": item.error.where,
+                        "reason": "bad_row",
+                        "kind": item.error.kind,
+                        "detail": item.error.what,
+                    },
+                )
+                continue
+            pair = next(number)
+            progress.advance(1)
+            if pair in reasons:
+                reason, other = reasons[pair]
+                removed[reason] += 1
+                detail = {"same_as": other} if other else {}
+                _line(record, {"where": item.where, "reason": reason, **detail})
+                continue
+            to_eval = text_hash(item.prompt) / 2**64 < config.eval_split
+            counts["eval" if to_eval else "train"] += 1
+            _line(held_out if to_eval else train, _row(item))
+    progress.finish()
+    converted = Converted(counts["train"], counts["eval"], dict(sorted(removed.items())))
+    about = {
+        "dpo_opt": version("dpo-opt"),
+        "settings": config.model_dump(mode="json", exclude={"processes"}),
+        **converted._asdict(),
+    }
+    (folder / "convert.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    if not counts["eval"]:
+        (folder / "eval.jsonl").unlink()
+    return converted
+
+
+def _in_step(config: ConvertConfig, facts: Facts) -> Iterator[PreferencePair | BadRow]:
+    """The data's second reading, which must be the same data as the first."""
+    pairs = 0
+    for item in scan_pairs(config):
+        if isinstance(item, PreferencePair):
+            if pairs == len(facts) or facts.hashes(pairs) != pair_hashes(item):
+                raise _changed(config)
+            pairs += 1
+        yield item
+    if pairs != len(facts):
+        raise _changed(config)
+
+
+def _changed(config: ConvertConfig) -> DataError:
+    return DataError(
+        "the data changed while it was read",
+        where=", ".join(config.data),
+        why="what is removed was decided about other pairs",
+        fix="run the same command again when nobody writes to it",
+    )
+
+
+def _row(pair: PreferencePair) -> dict[str, Any]:
+    row: dict[str, Any] = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    return row | {name: value for name in CARRIED_KEYS if (value := getattr(pair, name)) is not None}
+
+
+def _line(file: TextIO, row: dict[str, Any]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _words(removed: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in removed.items()) or "no rows"

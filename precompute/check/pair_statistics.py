@@ -1,0 +1,328 @@
+"""What an audit keeps of every pair: hashes, lengths and flags, about 70 bytes, never its text.
+
+Blocks are read on several processes; their facts come back as arrays and are joined in order.
+"""
+
+import bisect
+import functools
+import hashlib
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_opt.precompute.check.near_duplicates import signatures
+from dpo_opt.precompute.config import DataConfig
+from dpo_opt.precompute.read.datasets import BadFile, BadRow, Reading, parse_block, scan_blocks
+from dpo_opt.precompute.read.parallel import map_in_order
+from dpo_opt.precompute.read.row_blocks import Block
+from dpo_opt.precompute.tokens.tokenize import encoder
+from dpo_opt.precompute.tokens.truncation import PairIds
+from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.pairs import PreferencePair, Text
+from dpo_opt.schemas.progress import Progress
+
+Int32s = npt.NDArray[np.int32]
+Hashes = npt.NDArray[np.uint64]
+
+EXAMPLES = 5
+"""Places kept for every kind of bad row, and shown for every problem."""
+
+_SHORT_PROMPT = 8  # characters; what two texts share by chance ("The ", "I am ") is not a question
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+class Flag:
+    """What may be wrong with one pair by itself; bits of ``Facts.flags``."""
+
+    MERGED = 1
+    SPECIAL_TOKEN = 2
+    BLANK_COMPLETION = 4
+    REPEATED_PROMPT = 8
+    SHORT_PROMPT = 16
+    EMPTY_TURN = 32
+    CONTROL_CHARACTER = 64
+
+
+class BadRows(NamedTuple):
+    """Rows of one kind of defect."""
+
+    rows: int
+    examples: list[tuple[str, str]]
+    """Place and message of the first few."""
+
+
+class Facts(NamedTuple):
+    """Arrays over pairs, in order; P pairs."""
+
+    source: Int32s
+    """(P,) index of the --data argument."""
+    label: Int32s
+    """(P,) index into ``labels``."""
+    prompt: Hashes
+    chosen: Hashes
+    rejected: Hashes
+    characters: Int32s
+    """(P, 3): of prompt, chosen, rejected."""
+    tokens: Int32s
+    """(P, 4): of prompt, chosen, rejected, and how many both completions begin with; (P, 0) without model."""
+    flags: npt.NDArray[np.uint8]
+    signatures: npt.NDArray[np.uint32]
+    """(P, permutations) MinHash signatures; (P, 0) where near duplicates are not asked for."""
+    labels: list[str | None]
+    """Values of ``source``."""
+    bad_rows: dict[tuple[int, str], BadRows]
+    """By --data argument and kind."""
+    forms: dict[int, str]
+    """--data argument to what its rows were recognised as."""
+    places: "Places"
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def hashes(self, pair: int) -> tuple[int, int, int]:
+        """``pair_hashes`` of a pair that was read."""
+        return int(self.prompt[pair]), int(self.chosen[pair]), int(self.rejected[pair])
+
+
+class Places:
+    """File and line of every pair, compressed: names of neighbouring lines hardly differ."""
+
+    def __init__(self, blocks: Sequence[tuple[int, bytes]]) -> None:
+        self._ends = list(itertools.accumulate(count for count, _ in blocks))
+        self._blocks = [names for _, names in blocks]
+
+    def __getitem__(self, pair: int) -> str:
+        block = bisect.bisect_right(self._ends, pair)
+        names = zlib.decompress(self._blocks[block]).decode("utf-8", errors="surrogateescape").split("\0")
+        return names[pair - self._ends[block]]
+
+
+class Wanted(NamedTuple):
+    """What is worked out for each pair, beside hashes and lengths in characters."""
+
+    model_folder: Path | None = None
+    near_duplicates: bool = False
+
+
+class _BlockFacts(NamedTuple):
+    facts: Facts
+    places: tuple[int, bytes]
+
+
+def collect(config: DataConfig, wanted: Wanted, *, processes: int, progress: Progress) -> Facts:
+    """Read all data once.
+
+    A file that cannot be read counts as a bad row of the kind ``unreadable_file``.
+
+    Raises:
+        ConfigError: The sources cannot be what is meant, or the model's tokenizer cannot be used.
+        DataError: A source does not exist.
+    """
+    if wanted.model_folder is not None:
+        encoder(wanted.model_folder)  # a tokenizer that cannot be used is refused before anything
+    unreadable: dict[tuple[int, str], BadRows] = {}
+
+    def tasks() -> Iterable[tuple[Block, Reading, Wanted]]:
+        for item in scan_blocks(config):
+            if isinstance(item, BadFile):
+                _count(unreadable, item.source, item.error)
+            else:
+                yield (*item, wanted)
+
+    progress.start("reading", total=None, unit="pairs")
+    blocks = []
+    preload = () if wanted.model_folder is None else ("transformers.models.auto.tokenization_auto",)
+    for block in map_in_order(_block_facts, tasks(), processes=processes, preload=preload):
+        progress.advance(len(block.facts))
+        blocks.append(block)
+    progress.finish()
+    return _joined(blocks, unreadable)
+
+
+def text_hash(text: Text) -> int:
+    """64 bits that name a text, or messages."""
+    data = text if isinstance(text, str) else json.dumps(text, sort_keys=True, ensure_ascii=False)
+    return int.from_bytes(hashlib.blake2b(data.encode("utf-8"), digest_size=8).digest(), "little")
+
+
+def pair_hashes(pair: PreferencePair) -> tuple[int, int, int]:
+    """Of prompt, chosen and rejected. What else the template is shown counts with the completions: it is the
+    same prompt with other tools, but no completion of it is the same.
+    """
+    beside = {"tools": pair.tools, "settings": pair.chat_template_kwargs}
+    if any(value is not None for value in beside.values()):
+        sides = [text_hash([{"text": side, **beside}]) for side in (pair.chosen, pair.rejected)]
+        return text_hash(pair.prompt), sides[0], sides[1]
+    return text_hash(pair.prompt), text_hash(pair.chosen), text_hash(pair.rejected)
+
+
+def mixed_hash(*columns: Hashes) -> Hashes:
+    """One hash of several, row by row; their order counts."""
+    mixed = np.zeros(len(columns[0]), dtype=np.uint64)
+    for column in columns:
+        # Odd multiplier: every bit of what came before reaches the result.
+        mixed = (mixed ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    return mixed
+
+
+@functools.cache
+def _special_tokens(folder: Path) -> re.Pattern[str]:
+    """Matches a special token, but not EOS at the end, where it belongs."""
+    tokenizer = encoder(folder).tokenizer
+    texts = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
+    ended = rf"(?!{re.escape(str(tokenizer.eos_token))}\Z)"
+    return re.compile(ended + "(?:" + "|".join(re.escape(text) for text in texts) + ")")
+
+
+def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
+    block, reading, wanted = task
+    bad_rows: dict[tuple[int, str], BadRows] = {}
+    pairs: list[PreferencePair] = []
+    for item in parse_block(block, reading):
+        if isinstance(item, BadRow):
+            _count(bad_rows, reading.source, item.error)
+        elif isinstance(item, PreferencePair):
+            pairs.append(item)
+    ids: list[PairIds] = []
+    if wanted.model_folder is not None:
+        pairs, ids = _encoded(pairs, wanted.model_folder, reading.source, bad_rows)
+    labels: dict[str | None, int] = {}
+    codes = [labels.setdefault(pair.source, len(labels)) for pair in pairs]
+    columns = np.array([pair_hashes(pair) for pair in pairs], dtype=np.uint64).reshape(len(pairs), 3).T
+    special = None if wanted.model_folder is None else _special_tokens(wanted.model_folder)
+    implicit = reading.first is not None and reading.first[0].name == 'text without "prompt"'
+    flags = [_flags(pair, special, implicit=implicit) for pair in pairs]
+    for i, encoded in enumerate(ids):
+        flags[i] |= Flag.MERGED * encoded.merged
+    names = "\0".join(pair.where for pair in pairs).encode("utf-8", errors="surrogateescape")
+    facts = Facts(
+        source=np.full(len(pairs), reading.source, dtype=np.int32),
+        label=np.array(codes, dtype=np.int32),
+        prompt=columns[0],
+        chosen=columns[1],
+        rejected=columns[2],
+        characters=_table(
+            [[_characters(t) for t in (p.prompt, p.chosen, p.rejected)] for p in pairs], 3, height=len(pairs)
+        ),
+        tokens=_table([[*map(len, e[:3]), e.shared] for e in ids], 4 if ids else 0, height=len(pairs)),
+        flags=np.array(flags, dtype=np.uint8),
+        signatures=signatures(pairs if wanted.near_duplicates else [], rows=len(pairs)),
+        labels=list(labels),
+        bad_rows=bad_rows,
+        forms={} if reading.first is None else {reading.source: reading.first[0].name},
+        places=Places([]),
+    )
+    return _BlockFacts(facts, (len(pairs), zlib.compress(names, 1)))
+
+
+def _encoded(
+    pairs: list[PreferencePair], folder: Path, source: int, bad_rows: dict[tuple[int, str], BadRows]
+) -> tuple[list[PreferencePair], list[PairIds]]:
+    """The pairs that the tokenizer takes, with their ids; the others are counted as bad rows."""
+    try:
+        encoded = encoder(folder).encode(pairs)
+    except ConfigError as error:  # messages, and no chat template
+        for pair in pairs:
+            _count(bad_rows, source, DataError(error.what, where=pair.where, kind="no_chat_template"))
+        return [], []
+    kept, ids = [], []
+    for pair, found in zip(pairs, encoded, strict=True):
+        if isinstance(found, DataError):
+            _count(bad_rows, source, found)
+        else:
+            kept.append(pair)
+            ids.append(found)
+    return kept, ids
+
+
+def _count(bad_rows: dict[tuple[int, str], BadRows], source: int, error: DataError) -> None:
+    _add(bad_rows, (source, str(error.kind)), BadRows(1, [(str(error.where), error.what)]))
+
+
+def _add(bad_rows: dict[tuple[int, str], BadRows], key: tuple[int, str], more: BadRows) -> None:
+    rows, examples = bad_rows.get(key, BadRows(0, []))
+    bad_rows[key] = BadRows(rows + more.rows, [*examples, *more.examples][:EXAMPLES])
+
+
+def _table(rows: list[list[int]], columns: int, *, height: int) -> Int32s:
+    return np.array(rows, dtype=np.int32).reshape(height, columns)
+
+
+def _characters(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(len(str(message["content"])) for message in text)
+
+
+def _contents(text: Text) -> list[str]:
+    return [text] if isinstance(text, str) else [str(message["content"]) for message in text]
+
+
+def _flags(pair: PreferencePair, special: re.Pattern[str] | None, *, implicit: bool) -> int:
+    flags = 0
+    prompt, chosen, rejected = (_contents(text) for text in (pair.prompt, pair.chosen, pair.rejected))
+    everything = [*prompt, *chosen, *rejected]
+    if any(_CONTROL.search(text) for text in everything):
+        flags |= Flag.CONTROL_CHARACTER
+    if special is not None and any(special.search(text) for text in everything):
+        flags |= Flag.SPECIAL_TOKEN
+    for completion in (pair.chosen, pair.rejected):
+        if isinstance(completion, str) and not completion.strip():
+            flags |= Flag.BLANK_COMPLETION
+    if isinstance(pair.prompt, str):
+        if len(pair.prompt) >= _SHORT_PROMPT and (
+            chosen[0].startswith(pair.prompt) or rejected[0].startswith(pair.prompt)
+        ):
+            flags |= Flag.REPEATED_PROMPT
+        if implicit and len(pair.prompt) < _SHORT_PROMPT:
+            flags |= Flag.SHORT_PROMPT
+    elif not all(
+        str(message["content"]).strip() or "tool_calls" in message
+        for part in (pair.prompt, pair.chosen, pair.rejected)
+        for message in part
+        if isinstance(message, dict)
+    ):
+        flags |= Flag.EMPTY_TURN
+    return flags
+
+
+def _joined(blocks: Sequence[_BlockFacts], unreadable: dict[tuple[int, str], BadRows]) -> Facts:
+    labels: dict[str | None, int] = {}
+    bad_rows = dict(unreadable)
+    forms: dict[int, str] = {}
+    codes = []
+    for facts, _ in blocks:
+        places = np.array([labels.setdefault(label, len(labels)) for label in facts.labels], dtype=np.int32)
+        codes.append(places[facts.label] if len(facts) else facts.label)
+        for key, found in facts.bad_rows.items():
+            _add(bad_rows, key, found)
+        forms = facts.forms | forms
+
+    # A block without a pair has no width to join by.
+    filled = [facts for facts, _ in blocks if len(facts)]
+
+    def column(name: str, dtype: type, width: tuple[int, ...] = ()) -> Any:
+        parts = [getattr(facts, name) for facts in filled]
+        return np.concatenate(parts) if parts else np.zeros((0, *width), dtype=dtype)
+
+    return Facts(
+        source=column("source", np.int32),
+        label=np.concatenate(codes) if codes else np.zeros(0, dtype=np.int32),
+        prompt=column("prompt", np.uint64),
+        chosen=column("chosen", np.uint64),
+        rejected=column("rejected", np.uint64),
+        characters=column("characters", np.int32, (3,)),
+        tokens=column("tokens", np.int32, (0,)),
+        flags=column("flags", np.uint8),
+        signatures=column("signatures", np.uint32, (0,)),
+        labels=list(labels),
+        bad_rows=bad_rows,
+        forms=forms,
+        places=Places([place for _, place in blocks]),
+    )

@@ -1,0 +1,1 @@
+"""vLLM as a scorer of whole sequences, and what may go wrong with it."""

@@ -1,0 +1,83 @@
+"""The arguments that vLLM's engine is started with: ours, those that a user may replace, and a user's own."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_opt.precompute.engine.vllm_build import is_cpu_build
+from dpo_opt.schemas.rope import pin_rope
+
+# Logits of one engine step are (rows, V) in fp32: 2048 rows of a 150k vocabulary take 1.2 GB.
+_STEP_TOKENS = 2048
+# Prompt log-probs need room on the GPU beside weights and cache that vLLM does not count.
+_GPU_MEMORY_UTILIZATION = 0.85
+_CPU_KV_CACHE_BYTES = 2 * 2**30
+_CPU_BLOCK = 32
+
+
+def engine_arguments(
+    folder: Path,
+    *,
+    dtype: str,
+    max_length: int,
+    reuse: bool,
+    fixes_rope: bool,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All arguments of an engine.
+
+    Args:
+        folder: The model.
+        dtype: Always passed: ``auto`` would turn an fp32 checkpoint into half precision.
+        max_length: Longest sequence that will be asked for, in tokens.
+        reuse: Whether a prompt's cache serves all of its completions.
+        fixes_rope: Whether a rotary embedding depends on the sequence, and is fixed for the run
+            (``schemas.rope``).
+        options: A user's own.
+    """
+    found = {**_defaults(options), **options}
+    if fixes_rope:
+        others = options.get("hf_overrides", {})
+        found["hf_overrides"] = functools.partial(_with_fixed_rope, max_length=max_length, others=others)
+    return {
+        **found,
+        "model": str(folder),
+        "dtype": dtype,
+        # One token is sampled after the longest sequence.
+        "max_model_len": max_length + 1,
+        "enable_prefix_caching": reuse,
+        "load_format": "safetensors",
+        "trust_remote_code": False,
+        # Of the model as it is: no temperature, no penalty, none of its own generation defaults.
+        "logprobs_mode": "raw_logprobs",
+        "generation_config": "vllm",
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+
+
+def accepted_arguments() -> set[str]:
+    """Names that the installed engine takes; loads vLLM."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return {field.name for field in dataclasses.fields(EngineArgs)}
+
+
+def _defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the engine that a user's options replace."""
+    found: dict[str, Any] = {"max_num_batched_tokens": _STEP_TOKENS}
+    if not is_cpu_build():
+        return {**found, "gpu_memory_utilization": _GPU_MEMORY_UTILIZATION}
+    # Compiling takes longer than it saves at the sizes a CPU can score.
+    found |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
+    if "gpu_memory_utilization" not in options:
+        found["kv_cache_memory_bytes"] = _CPU_KV_CACHE_BYTES
+    return found
+
+
+def _with_fixed_rope(config: Any, *, max_length: int, others: Mapping[str, Any]) -> Any:
+    """The engine's configuration with a rotary embedding that is the same for the whole run."""
+    pin_rope(config, max_length).update(dict(others))
+    return config

@@ -1,0 +1,1 @@
+"""Data as people have it, to pairs: files, formats, rows."""

@@ -1,0 +1,254 @@
+"""Preference data as one stream of pairs, numbered over all sources: what every command reads.
+
+``sources`` says which files, ``files`` what their rows are, ``rows`` what a row must be; here they become
+one sequence whose numbers never change while the data does not.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from dpo_opt.precompute.config import DataConfig
+from dpo_opt.precompute.read.files import read_blocks
+from dpo_opt.precompute.read.row_blocks import Block, TextBlock
+from dpo_opt.precompute.read.rows import Form, to_pairs, to_prompt
+from dpo_opt.precompute.read.shapes import Values
+from dpo_opt.precompute.read.sources import Source, find_sources
+from dpo_opt.precompute.read.strict_json import escape
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.pairs import PreferencePair, Text
+
+_OPTIONAL_CONTENT = ("tools", "chat_template_kwargs")
+
+
+class BadRow(NamedTuple):
+    """A row that is no pair; it has a number all the same, so that the others keep theirs."""
+
+    row: int
+    error: DataError
+    content: bytes
+    """What stands there: the bytes of its text, or what of a table's row can be read."""
+
+
+class NotInShare(NamedTuple):
+    """A pair that ``--data-share`` leaves out; it has a number, so that the others keep the source's."""
+
+    row: int
+    pair_digest: bytes
+
+
+Row = PreferencePair | BadRow | NotInShare
+
+
+class BadFile(NamedTuple):
+    """A file that cannot be read, or not to its end."""
+
+    source: int
+    error: DataError
+
+
+class Reading(NamedTuple):
+    """How the rows of one source are read; small enough to send along with every block."""
+
+    source: int
+    """Index of the source."""
+    column: dict[str, str]
+    share: float
+    first: tuple[Form, str] | None
+    """Form and name of the source's first good row."""
+
+    @property
+    def counts_ahead(self) -> bool:
+        """Every row is one number, so that rows can be skipped without being parsed."""
+        return self.first is not None and not self.first[0].ranked
+
+
+def read_pairs(config: DataConfig, *, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
+    """The pairs, in order, without those that are not in the share.
+
+    Args:
+        config: Which data, and how it is read.
+        start: First row to read. Rows before it are counted, not checked; blank lines are no rows.
+        stop: Row to stop before; the end by default.
+
+    Raises:
+        DataError: A row or a file cannot be used; the message names the line and the way out.
+    """
+    for item in scan_pairs(config, start=start, stop=stop):
+        if isinstance(item, BadRow):
+            raise item.error
+        yield item
+
+
+def scan_pairs(
+    config: DataConfig, *, start: int = 0, stop: int | None = None
+) -> Iterator[PreferencePair | BadRow]:
+    """Like ``read_pairs``, but a bad row is yielded with its error and reading goes on.
+
+    Raises:
+        ConfigError: The sources cannot be what is meant.
+        DataError: A file cannot be read, or not to its end.
+    """
+    row = 0
+    for item in scan_blocks(config):
+        if isinstance(item, BadFile):
+            raise item.error
+        block, reading = item
+        if stop is not None and row >= stop:
+            return
+        if reading.counts_ahead and row + len(block) <= start:
+            row += len(block)
+            continue
+        for found in parse_block(block, reading):
+            if stop is not None and row >= stop:
+                return
+            if row >= start and not isinstance(found, NotInShare):
+                yield found._replace(row=row)
+            row += 1
+
+
+def scan_blocks(config: DataConfig) -> Iterator[tuple[Block, Reading] | BadFile]:
+    """All data as raw blocks, each with how to read it; reading goes on after a file that cannot be read.
+
+    Raises:
+        ConfigError: The sources cannot be what is meant.
+        DataError: A source does not exist.
+    """
+    for number, source in enumerate(find_sources(config)):
+        reading = Reading(number, config.column, source.share, None)
+        for item in _source_blocks(source, config):
+            if isinstance(item, DataError):
+                yield BadFile(number, item)
+                continue
+            if reading.first is None:
+                reading = reading._replace(first=_first_form(item, reading))
+            yield item, reading
+
+
+def parse_block(block: Block, reading: Reading) -> Iterator[Row]:
+    """The pairs of a block, in the share or not, and its bad rows; all of them numbered 0."""
+    for number, (where, load) in enumerate(block.rows()):
+        try:
+            pairs, form = to_pairs(_renamed(load(), reading.column, where), where=where)
+            if reading.first is not None and form.rules != reading.first[0].rules:
+                raise _other_form(form, where, reading.first)
+        except DataError as error:
+            yield BadRow(0, error, _content(block, number))
+            continue
+        if reading.share == 1:
+            yield from pairs
+            continue
+        for pair in pairs:
+            digest = row_digest(pair)
+            yield pair if _unit_interval(digest) < reading.share else NotInShare(0, digest)
+
+
+def read_prompts(config: DataConfig) -> Iterator[tuple[Text, str]]:
+    """The ``prompt`` of each row, with the row's name; other keys are ignored.
+
+    Raises:
+        DataError: A row has no usable prompt, or a file cannot be read.
+    """
+    for item in scan_blocks(config):
+        if isinstance(item, BadFile):
+            raise item.error
+        block, reading = item
+        for where, load in block.rows():
+            yield to_prompt(_renamed(load(), reading.column, where), where=where), where
+
+
+def row_digest(item: Row) -> bytes:
+    """SHA-256 of what a row says, for the digest of a dataset; its place does not enter.
+
+    Of a bad row it is the kind of its defect and what stands there. The message about it would not do: it may
+    name a file, and it is worded by Python. Of a pair that is not in the share it is another than in it.
+    """
+    if isinstance(item, BadRow):
+        content = f"{item.error.kind}\n".encode() + item.content
+    elif isinstance(item, NotInShare):
+        content = b"not_in_share\n" + item.pair_digest
+    else:
+        content = row_content(item)
+    return hashlib.sha256(content).digest()
+
+
+def message_digest(item: Row) -> bytes:
+    """As ``row_digest`` was before: that of the message for a bad row."""
+    if not isinstance(item, BadRow):
+        return row_digest(item)
+    return hashlib.sha256(json.dumps({"bad_row": item.error.what}).encode()).digest()
+
+
+def row_content(item: PreferencePair) -> bytes:
+    """What a pair says, in one canonical spelling.
+
+    What may change without scoring again (weight, margin, id) does not enter.
+    """
+    content = {"prompt": item.prompt, "chosen": item.chosen, "rejected": item.rejected, "source": item.source}
+    content |= {name: value for name in _OPTIONAL_CONTENT if (value := getattr(item, name)) is not None}
+    return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+
+
+def _content(block: Block, number: int) -> bytes:
+    if isinstance(block, TextBlock):
+        return block.texts[number].strip()
+    found: dict[str, object] = {}
+    for name, column in zip(block.batch.schema.names, block.batch.columns, strict=True):
+        if name == "id":
+            continue  # as of a good row
+        try:
+            found[name] = column[number].as_py()
+        except (ValueError, OverflowError, pa.ArrowException):
+            found[name] = {"unreadable": str(column.type)}
+    return json.dumps(found, sort_keys=True, default=str).encode()
+
+
+def _source_blocks(source: Source, config: DataConfig) -> Iterator[Block | DataError]:
+    for file in source.files:
+        try:
+            yield from read_blocks(file, columns=frozenset(config.column.values()))
+        except DataError as error:
+            yield error
+
+
+def _first_form(block: Block, reading: Reading) -> tuple[Form, str] | None:
+    for where, load in block.rows():
+        try:
+            return to_pairs(_renamed(load(), reading.column, where), where=where)[1], where
+        except DataError:
+            continue  # it is reported when the block is parsed
+    return None
+
+
+def _renamed(values: Values, column: dict[str, str], where: str) -> Values:
+    if not column:
+        return values
+    for part, key in column.items():
+        if key not in values and part not in values:
+            raise DataError(
+                f'the key "{escape(key)}" is missing, from which --column reads "{part}"',
+                where=where,
+                why="a misspelt name would leave the part out in silence",
+                fix="correct --column, or the row",
+                kind="missing_key",
+            )
+    others = {key: value for key, value in values.items() if key not in column.values()}
+    return others | {part: values[key] for part, key in column.items() if key in values}
+
+
+def _unit_interval(digest: bytes) -> float:
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _other_form(form: Form, where: str, first: tuple[Form, str]) -> DataError:
+    first_form, first_where = first
+    return DataError(
+        f"this row holds {form.name}, but {first_where} holds {first_form.name}",
+        where=where,
+        why="the two forms become token ids by different rules",
+        fix="give each form a --data of its own, or convert one of them",
+        kind="other_form",
+    )

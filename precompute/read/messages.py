@@ -1,0 +1,117 @@
+"""Chat messages, checked before a template sees them: a template ignores in silence what it does not know."""
+
+import json
+from typing import NoReturn
+
+from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, quote
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.pairs import Message
+
+_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+# Who may speak first in a completion; whoever comes before is prompt.
+_NOT_COMPLETING = {"user", "human", "system", "developer"}
+
+
+def read_messages(values: list[object], key: str, where: str) -> list[Message]:
+    """The messages of a list, with the keys that a chat template may use.
+
+    Raises:
+        DataError: An element is no message, or has a key that nothing would use.
+    """
+    return [_message(value, f'message {i} of "{key}"', where) for i, value in enumerate(values, start=1)]
+
+
+def refuse_roles(completion: list[Message], key: str, where: str) -> None:
+    """Refuse a completion that the user or the system begins.
+
+    Raises:
+        DataError: It does.
+    """
+    role = completion[0]["role"]
+    if role in _NOT_COMPLETING:
+        raise DataError(
+            f'"{key}" begins with a message of the role "{role}"',
+            where=where,
+            why="a completion is what the model says after the prompt; this would train it to ask",
+            fix='move the message to "prompt", or leave "prompt" out where both sides contain it',
+            kind="role_order",
+        )
+
+
+def refuse_surrogates(text: str, key: str, where: str) -> None:
+    """Refuse text that no UTF-8 file can hold.
+
+    Raises:
+        DataError: It contains a lone surrogate.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f'"{key}" contains half a character (a lone surrogate) at character {error.start + 1}',
+            where=where,
+            why="it cannot be written as UTF-8; text was cut inside a character",
+            fix=FIX_ROW,
+            kind="surrogate",
+        ) from error
+
+
+def refuse_unwritable(value: object, key: str, where: str, *, kind: str) -> None:
+    """Refuse a value that no JSON file can hold; tables hold many.
+
+    Raises:
+        DataError: Somewhere in it is a date, binary data, NaN, infinity or a lone surrogate.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f'"{key}" holds what JSON cannot ({quote(str(error))})',
+            where=where,
+            why="it is shown to the chat template, and recorded, as JSON",
+            fix=FIX_ROW,
+            kind=kind,
+        ) from error
+    refuse_surrogates(text, key, where)
+
+
+def _message(value: object, name: str, where: str) -> Message:
+    if not isinstance(value, dict):
+        _refuse(f"{name} is {kind_of(value)}", where, why='a message is an object with "role" and "content"')
+    # A table holds every key in every message; one that is null there was not in the message.
+    message: Message = {key: member for key, member in value.items() if member is not None}
+    if "role" not in value:
+        hint = ' (it has "from" and "value")' if {"from", "value"} <= value.keys() else ""
+        _refuse(f'{name} lacks "role"{hint}', where, why='a message has "role" and "content"')
+    if "content" not in value and not message.get("tool_calls"):
+        _refuse(f'{name} lacks "content"', where, why='a message has "role" and "content"')
+    unknown = next((key for key in message if key not in _KEYS), None)
+    if unknown is not None:
+        _refuse(
+            f'{name} has the key "{escape(unknown)}", which no chat template is given',
+            where,
+            why="ignoring it would train on another conversation than the one in the data",
+        )
+    if message.get("tool_calls"):
+        calls = message["tool_calls"]
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            _refuse(f'"tool_calls" in {name} is {kind_of(calls)}', where, why="it must be a list of objects")
+        refuse_unwritable(calls, "tool_calls", where, kind="message")
+        message.setdefault("content", "")
+    else:
+        message.pop("tool_calls", None)
+    for key, member in {"role": None, "content": None, **message}.items():
+        if key == "tool_calls":
+            continue
+        if not isinstance(member, str):
+            _refuse(
+                f'"{key}" in {name} is {kind_of(member)}',
+                where,
+                why="only text is read, no images and no parts",
+            )
+        refuse_surrogates(member, key, where)
+    return message
+
+
+def _refuse(what: str, where: str, *, why: str) -> NoReturn:
+    raise DataError(what, where=where, why=why, fix=FIX_ROW, kind="message")

@@ -1,0 +1,102 @@
+"""What a file is read as: blocks of rows that are still raw, so that another process can parse them."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from dpo_opt.precompute.read.strict_json import parse_object, quote
+from dpo_opt.schemas.errors import DataError
+
+LONGEST_ROW = 64 * 2**20
+"""Bytes; a longer row is refused before it is in memory whole."""
+
+Row = tuple[str, Callable[[], dict[str, object]]]
+"""A row's name for messages, and what reads it, so that skipped rows cost nothing."""
+
+
+class TextBlock(NamedTuple):
+    """Consecutive rows as JSON text."""
+
+    file: str
+    prefix: str
+    """What stands before a row's number in its name."""
+    numbers: Sequence[int]
+    texts: list[bytes]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def rows(self) -> Iterator[Row]:
+        for number, text in zip(self.numbers, self.texts, strict=True):
+            where = f"{self.prefix}{number}"
+            yield where, functools.partial(parse_object, text, where=where)
+
+
+class TableBlock(NamedTuple):
+    """Consecutive rows of a Parquet row group."""
+
+    file: str
+    prefix: str
+    first: int
+    batch: pa.RecordBatch
+
+    def __len__(self) -> int:
+        return int(self.batch.num_rows)
+
+    def rows(self) -> Iterator[Row]:
+        for i in range(len(self)):
+            where = f"{self.prefix}{self.first + i}"
+            yield where, functools.partial(_values, self.batch, i, where)
+
+
+Block = TextBlock | TableBlock
+
+
+def too_long(where: str, what: str, fix: str) -> DataError:
+    """The refusal of a row that is longer than any pair."""
+    return DataError(
+        f"the {what} is longer than {LONGEST_ROW // 2**20} MiB",
+        where=where,
+        why="no pair is that long; the file may be of another format",
+        fix=fix,
+        kind="unreadable_file",
+    )
+
+
+def _values(batch: pa.RecordBatch, i: int, where: str) -> dict[str, object]:
+    name = ""
+    try:
+        values = {}
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            values[name] = _without_nulls(column[i].as_py())
+        return values
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"a text that is not valid UTF-8 at its byte {error.start + 1}",
+            where=where,
+            why="guessing another encoding would change the text",
+            fix="write the file again with texts in UTF-8",
+            kind="encoding",
+        ) from error
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        # A date beyond the calendar, an unknown time zone, an object with a key twice.
+        raise DataError(
+            f'"{name}" holds a value that cannot be read ({_first_line(error)})',
+            where=where,
+            why=f"the column's type is {quote(str(batch.schema.field(name).type))}",
+            fix="write the file again with this column as text or as numbers, or without it",
+            kind="type",
+        ) from error
+
+
+def _without_nulls(value: object) -> object:
+    """A table holds every key in every object; one that is null there was not in the object."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(member) for key, member in value.items() if member is not None}
+    return [_without_nulls(member) for member in value] if isinstance(value, list) else value
+
+
+def _first_line(error: BaseException) -> str:
+    return quote(str(error).splitlines()[0]) if str(error) else type(error).__name__

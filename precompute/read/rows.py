@@ -1,0 +1,322 @@
+"""One source row, checked: raw values become preference pairs, or an error that names the row.
+
+Common loaders fill a missing key with null and accept a file that is text in one row and messages in the
+next; each of these reaches the loss as an ordinary number. Here every row is what it says, or it is refused
+with its line.
+
+A row without ``prompt`` holds the prompt inside both completions. It is found by one of three rules:
+
+* Human/Assistant transcripts (both begin with ``\\n\\nHuman:`` and contain ``\\n\\nAssistant:``): everything
+  up to and including the last ``\\n\\nAssistant:`` before the transcripts differ.
+* Other text: the longest common prefix in characters, less a space at its end, so that the completions
+  begin with that space; where one side is the beginning of the other, all but its last character. This is
+  TRL's rule, which also splits transcripts and so gives words that two answers happen to share to the prompt.
+* Messages: the longest common prefix in messages, always leaving at least one to either side (TRL's rule).
+"""
+
+import math
+from typing import NamedTuple, NoReturn, cast
+
+from dpo_opt.precompute.read.messages import read_messages, refuse_roles, refuse_surrogates, refuse_unwritable
+from dpo_opt.precompute.read.shapes import CARRIED_KEYS, PROMPT_KEYS, Values, find_shape
+from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, parse_json, quote
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.pairs import Message, PreferencePair, Text
+
+_HUMAN = "\n\nHuman:"
+_ASSISTANT = "\n\nAssistant:"
+
+
+class Form(NamedTuple):
+    """What a row was recognised as; all rows of a source are of one form."""
+
+    name: str
+    """For people."""
+    rules: str
+    """Rows with the same rules become ids in the same way."""
+    ranked: bool = False
+    """A row may be any number of pairs."""
+
+
+def to_pairs(values: Values, *, where: str) -> tuple[list[PreferencePair], Form]:
+    """Check a row's values and find its pairs: one, or several of a row of ranked completions.
+
+    Args:
+        values: Key to value, as JSON or Parquet gives it.
+        where: Names the row in messages.
+
+    Returns:
+        The pairs, all numbered 0, and the row's form.
+
+    Raises:
+        DataError: A key is missing, a value is of the wrong kind or empty, or there is no common prompt.
+    """
+    if "chosen" in values and "rejected" in values:
+        pair, form = _to_pair(values, where)
+        return [pair], form
+    shape = find_shape(values)
+    if shape is None:
+        missing = "rejected" if "chosen" in values else "chosen"
+        found = quote(", ".join(map(escape, values))) or "none"
+        raise DataError(
+            f'the key "{missing}" is missing (found: {found})',
+            where=where,
+            why='a pair needs both completions, under the keys "chosen" and "rejected"',
+            fix=f"{FIX_ROW}; --column chosen=NAME reads it from another key",
+            kind="missing_key",
+        )
+    made = [_to_pair(row, where) for row in shape.convert(values, where)]
+    name = f"{shape.name}: {made[0][1].name}"
+    return [pair for pair, _ in made], Form(name, f"{shape.name}: {made[0][1].rules}", shape.ranked)
+
+
+def to_prompt(values: Values, *, where: str) -> Text:
+    """A row's prompt alone; its other keys are ignored.
+
+    Raises:
+        DataError: There is no prompt, or it is empty or of the wrong kind.
+    """
+    prompt = _text(values.get("prompt"), "prompt", where)
+    if not prompt:
+        _refuse("prompt", "is empty", where, why="there is nothing to complete", kind="empty")
+    return prompt
+
+
+def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:
+    chosen = _text(values["chosen"], "chosen", where)
+    rejected = _text(values["rejected"], "rejected", where)
+    given = values.get("prompt") if "prompt" in values else None
+    if isinstance(given, str) and isinstance(chosen, list):
+        # UltraFeedback says the prompt twice: as text, and as the messages both sides begin with.
+        prompt: Text | None = None
+        form = Form("UltraFeedback (text prompt, message lists)", 'messages without "prompt"')
+    elif "prompt" in values:
+        prompt = _text(given, "prompt", where)
+        form = _FORMS[isinstance(chosen, list), True]
+    else:
+        prompt = None
+        form = _FORMS[isinstance(chosen, list), False]
+    _refuse_mixture(
+        {"chosen": chosen, "rejected": rejected} | ({} if prompt is None else {"prompt": prompt}), where
+    )
+    _refuse_empty(chosen, "chosen", where)
+    _refuse_empty(rejected, "rejected", where)
+    if prompt is None:
+        _refuse_other_prompt_key(values, where)
+        if isinstance(chosen, str) and _is_transcript(chosen) and _is_transcript(cast(str, rejected)):
+            form = _TRANSCRIPTS
+        prompt, chosen, rejected = _split_prompt(chosen, rejected, where)
+        _refuse_empty(chosen, "chosen", where, after="after the prompt that both sides share")
+        _refuse_empty(rejected, "rejected", where, after="after the prompt that both sides share")
+        if isinstance(given, str):
+            _refuse_other_prompt(given, cast(list[Message], prompt), where)
+    elif isinstance(prompt, list) and not prompt:
+        _refuse(
+            "prompt", "is an empty list", where, why="a conversation has at least one message", kind="empty"
+        )
+    if isinstance(prompt, list):
+        refuse_roles(cast(list[Message], chosen), "chosen", where)
+        refuse_roles(cast(list[Message], rejected), "rejected", where)
+    if values.keys().isdisjoint(_CARRIED):
+        return PreferencePair(0, prompt, chosen, rejected, None, where), form
+    pair = PreferencePair(
+        0,
+        prompt,
+        chosen,
+        rejected,
+        _source(values.get("source"), where),
+        where,
+        weight=_number(values.get("weight"), "weight", where, least=0.0),
+        margin=_margin(values, where),
+        tools=_tools(values.get("tools"), where),
+        chat_template_kwargs=_template_kwargs(values.get("chat_template_kwargs"), where),
+        id=_id(values.get("id"), where),
+    )
+    if pair.tools is not None and isinstance(prompt, str):
+        _refuse(
+            "tools", "stands beside plain text", where, why="only a chat template shows tools", kind="tools"
+        )
+    return pair, form
+
+
+_CARRIED = frozenset(CARRIED_KEYS) | {"score_chosen"}
+_FORMS = {
+    (messages, given): Form(name, rules=name)
+    for messages, kind in ((False, "text"), (True, "messages"))
+    for given, how in ((False, "without"), (True, "with"))
+    for name in [f'{kind} {how} "prompt"']
+}
+_TRANSCRIPTS = Form('HH-RLHF transcripts (text without "prompt")', 'text without "prompt"')
+
+
+def _text(value: object, key: str, where: str) -> Text:
+    if isinstance(value, str):
+        refuse_surrogates(value, key, where)
+        return value
+    if isinstance(value, list):
+        return read_messages(value, key, where)
+    _refuse(key, f"is {kind_of(value)}", where, why="it must be text or a list of messages", kind="type")
+
+
+def _source(value: object, where: str) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        why = "it names where the pair comes from, as text"
+        _refuse("source", f"is {kind_of(value)}", where, why=why, kind="type")
+    refuse_surrogates(value, "source", where)
+    return value
+
+
+def _id(value: object, where: str) -> str | None:
+    """Text or a whole number; other things that a source calls ``id`` name no row."""
+    if isinstance(value, str):
+        refuse_surrogates(value, "id", where)
+        return value
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _number(value: object, key: str, where: str, *, least: float = -math.inf) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _refuse(key, f"is {kind_of(value)}", where, why="it must be a number", kind="number")
+    number = -math.inf if value < -_LARGEST else math.inf if value > _LARGEST else float(value)
+    if not (math.isfinite(number) and number >= least):
+        why = f"it must be finite and at least {least:g}" if math.isfinite(least) else "it must be finite"
+        _refuse(key, f"is {number:g}", where, why=why, kind="number")
+    return number
+
+
+_LARGEST = 1e30  # no weight or margin is; a whole number of hundreds of digits is no float at all
+
+
+def _margin(values: Values, where: str) -> float | None:
+    """The row's own margin, or how much better the chosen completion was scored."""
+    if "margin" in values or "score_chosen" not in values or "score_rejected" not in values:
+        return _number(values.get("margin"), "margin", where)
+    chosen = _number(values["score_chosen"], "score_chosen", where)
+    rejected = _number(values["score_rejected"], "score_rejected", where)
+    return None if chosen is None or rejected is None else chosen - rejected
+
+
+def _tools(value: object, where: str) -> list[object] | None:
+    """JSON schemas of functions: a list, or the text of one as tables store it."""
+    value = _from_text(value, "tools", where)
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        why = "it must be a list of JSON schemas, or the JSON text of one"
+        _refuse("tools", f"is {kind_of(value)}", where, why=why, kind="tools")
+    refuse_unwritable(value, "tools", where, kind="tools")
+    return value
+
+
+def _template_kwargs(value: object, where: str) -> dict[str, object] | None:
+    value = _from_text(value, "chat_template_kwargs", where)
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        why = "it must be an object of settings for the chat template"
+        _refuse("chat_template_kwargs", f"is {kind_of(value)}", where, why=why, kind="tools")
+    refuse_unwritable(value, "chat_template_kwargs", where, kind="tools")
+    # A table holds every key in every row; one that is null there was not in the row.
+    found = {str(name): setting for name, setting in value.items() if setting is not None}
+    return found or None
+
+
+def _from_text(value: object, key: str, where: str) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except (ValueError, RecursionError) as error:
+        why = f"it must be JSON, as a value or as text ({quote(str(error))})"
+        _refuse(key, "is text that is not JSON", where, why=why, kind="tools")
+
+
+def _refuse_other_prompt_key(values: Values, where: str) -> None:
+    key = next((key for key in PROMPT_KEYS if key != "prompt" and key in values), None)
+    if key is not None and "prompt" not in values:
+        raise DataError(
+            f'there is no "prompt", but the key "{key}"',
+            where=where,
+            why="what both completions begin with would be taken for the prompt, and this key ignored",
+            fix=f"pass --column prompt={key}, or remove the key",
+            kind="missing_key",
+        )
+
+
+def _refuse_other_prompt(given: str, prompt: list[Message], where: str) -> None:
+    if given not in {message["content"] for message in prompt}:
+        raise DataError(
+            '"prompt" is no message of the conversation that both sides begin with',
+            where=where,
+            why='the text in "prompt" and the messages would ask for different things',
+            fix='remove "prompt", or correct the messages',
+            kind="prompt_mismatch",
+        )
+
+
+def _split_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
+    """(prompt, chosen, rejected) of a row whose completions contain the prompt."""
+    shared = _common_prefix_length(chosen, rejected)
+    shortest = min(len(chosen), len(rejected))
+    if isinstance(chosen, str) and _is_transcript(chosen) and _is_transcript(cast(str, rejected)):
+        turn = chosen.rfind(_ASSISTANT, 0, shared)
+        cut = turn + len(_ASSISTANT) if turn >= 0 else 0
+    elif shared == shortest:
+        cut = shortest - 1
+    else:
+        cut = shared - 1 if shared and chosen[shared - 1] == " " else shared
+    if cut == 0:
+        raise DataError(
+            'there is no "prompt", and "chosen" and "rejected" begin differently',
+            where=where,
+            why="without a common beginning nothing says what the completions answer",
+            fix='add the key "prompt", or remove the row',
+            kind="no_common_prompt",
+        )
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _is_transcript(text: str) -> bool:
+    return text.startswith(_HUMAN) and _ASSISTANT in text
+
+
+def _common_prefix_length(a: Text, b: Text) -> int:
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    # By halves: comparing slices is far quicker than comparing characters one by one.
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
+    return low
+
+
+def _refuse_mixture(texts: dict[str, Text], where: str) -> None:
+    first, *others = texts
+    for key in others:
+        if type(texts[key]) is not type(texts[first]):
+            raise DataError(
+                f'"{first}" is {kind_of(texts[first])}, but "{key}" is {kind_of(texts[key])}',
+                where=where,
+                why="a row is text in all its parts, or messages in all",
+                fix='give all parts one form; leave "prompt" out where "chosen" and "rejected" contain it',
+                kind="mixed_row",
+            )
+
+
+def _refuse_empty(completion: Text, key: str, where: str, *, after: str = "") -> None:
+    if isinstance(completion, str):
+        empty = not completion
+    else:
+        empty = not any(message["content"] or "tool_calls" in message for message in completion)
+    if empty:
+        what = " ".join(["is empty", after]).rstrip()
+        _refuse(key, what, where, why="a completion without a token has no log-prob", kind="empty")
+
+
+def _refuse(key: str, what: str, where: str, *, why: str, kind: str) -> NoReturn:
+    raise DataError(f'"{key}" {what}', where=where, why=why, fix=FIX_ROW, kind=kind)

@@ -1,0 +1,326 @@
+"""What ``--data`` names, as a list of files: paths, folders, globs, URLs and Hub datasets.
+
+The order of the files fixes every row's number, so it never depends on how a folder happens to be listed.
+"""
+
+import errno
+import os
+import re
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
+
+import pyarrow as pa
+
+from dpo_opt.precompute.config import DataConfig
+from dpo_opt.precompute.read.strict_json import quote
+from dpo_opt.schemas.errors import ConfigError, DataError, quoted
+from dpo_opt.schemas.hub import current_commit, fetch
+from dpo_opt.schemas.locations import AnyPath
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
+"""How the name of a file that holds pairs ends."""
+
+# What stands beside data in a published dataset and holds none.
+_NOT_DATA_SUFFIXES = (".md", ".txt", ".yaml", ".yml", ".py", ".toml", ".lock", ".crc")
+_NOT_DATA_NAMES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "LICENSE"}
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<files>.+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3"}
+# A part of a file's name that says which split it belongs to, and what the split is usually called.
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("eval", "evaluation"), "eval"),
+}
+_WORD = re.compile(r"[^\W_]+")
+
+
+class Source(NamedTuple):
+    """One ``--data`` argument: its files in order, and the share of its pairs that is used."""
+
+    name: str
+    files: list[str]
+    share: float
+
+
+def find_sources(config: DataConfig) -> list[Source]:
+    """The files that the configuration names.
+
+    Raises:
+        ConfigError: The number of shares is not that of the sources, or a package for a URL is missing.
+        DataError: A source does not exist, holds no data file, or cannot be listed.
+    """
+    shares = config.data_share or [1.0] * len(config.data)
+    if len(shares) != len(config.data):
+        raise ConfigError(
+            f"{len(config.data)} --data, but {len(shares)} --data-share",
+            why="each share belongs to the source at the same place",
+            fix="give as many --data-share as --data, or none",
+        )
+    return [Source(name, _files(name), share) for name, share in zip(config.data, shares, strict=True)]
+
+
+def merged_splits(source: Source) -> dict[str, str]:
+    """Splits that a source reads as one, such as train and test, with the ``--data`` that names each.
+
+    Told by the names of its files below the folder that holds them all; empty where there are no two.
+    """
+    files = source.files
+    if len(files) < 2:
+        return {}
+    base = os.path.commonpath([str(Path(file).parent) for file in files]) if "://" not in files[0] else ""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        words = _WORD.findall(file.removeprefix(base).lower())
+        split = next((_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES), None)
+        if split is not None:
+            splits.setdefault(split, []).append(file)
+    if len(splits) < 2:
+        return {}
+    return {split: _name_of(source, sorted(own)) for split, own in sorted(splits.items())}
+
+
+def _name_of(source: Source, files: Sequence[str]) -> str:
+    """What ``--data`` calls some of a source's files."""
+    pattern = files[0]
+    if len(files) > 1:
+        suffix = next(end for end in SUFFIXES if files[0].endswith(end))
+        # By character, as a pattern is.
+        shared = os.path.commonprefix(files)  # noqa: RUF071
+        pattern = f"{shared.removesuffix(suffix)}*{suffix}"
+    # Of a Hub dataset the files stand in a cache.
+    repository, at, revision = source.name.removeprefix("hf://datasets/").partition("@")
+    _, in_cache, inside = pattern.partition(f"/snapshots/{revision}/")
+    return f"{repository}@{revision}/{inside}" if at and in_cache else pattern
+
+
+def refuse_inside(config: DataConfig, folder: AnyPath, *, option: str) -> None:
+    """Refuse to write a folder into one that is read: what is written there would be taken for data.
+
+    Args:
+        config: What is read.
+        folder: What is written.
+        option: That names it, for the message.
+
+    Raises:
+        ConfigError: It stands inside the data.
+    """
+    for name in config.data:
+        if isinstance(folder, Path):
+            if "://" in name:
+                continue
+            target, base = os.path.realpath(folder), os.path.realpath(Path(name).expanduser())
+            is_folder = Path(base).is_dir()
+        else:
+            target, base, is_folder = str(folder).rstrip("/"), name.rstrip("/"), True
+        if is_folder and f"{target}/".startswith(f"{base}/"):
+            raise ConfigError(
+                f"{option} {quoted(folder)} stands inside --data {quoted(name)}",
+                why="what is written there would be read as preference pairs the next time",
+                fix=f"pass another {option} folder, or name the files that are meant, such as "
+                f"--data {quoted(name.rstrip('/') + '/*.jsonl')}",
+            )
+
+
+def open_file(name: str) -> BinaryIO:
+    """A local file or a URL, for reading from its start.
+
+    Raises:
+        OSError: It cannot be opened, or is a folder, a pipe or a device.
+    """
+    if "://" not in name:
+        # Opening a pipe waits for somebody to write; and all data is read more than once.
+        if not stat.S_ISREG(Path(name).stat().st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", name)
+        return Path(name).open("rb")
+    filesystem, path = _filesystem(name)
+    return cast(BinaryIO, filesystem.open(path, "rb", block_size=2**23))
+
+
+def reading_errors() -> tuple[type[BaseException], ...]:
+    """What reading may raise; a store's client has errors of its own, with no common base."""
+    botocore = sys.modules.get("botocore.exceptions")
+    # Names of a table's columns are decoded as they are asked for.
+    return (OSError, UnicodeDecodeError, pa.ArrowException, *([botocore.BotoCoreError] if botocore else []))
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in a line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return quote(text.splitlines()[0]) if text else type(error).__name__
+
+
+def _files(name: str) -> list[str]:
+    if name.startswith("hf://datasets/"):
+        return _hub_files(name.removeprefix("hf://datasets/"))
+    if "://" in name:
+        return _remote_files(name)
+    if not name.strip():
+        raise DataError(
+            "the name of the data is empty",
+            where="--data",
+            why="it would be taken for the current folder",
+            fix="check the path given to --data",
+            kind="no_such_file",
+        )
+    try:
+        path = Path(name).expanduser()
+        is_folder, found = path.is_dir(), _local_files(path)
+    except (OSError, RuntimeError, ValueError) as error:  # the last two: ~NOBODY, and "**.jsonl"
+        raise _not_listed(name, error, "check the path given to --data") from error
+    if is_folder:
+        return _data_files(name, found, base=str(path))
+    hub = None if name.startswith((".", "/", "~")) else _HUB_ID.fullmatch(name)
+    if hub and not found and (hub["revision"] or not (_has_glob(name) or name.endswith(SUFFIXES))):
+        return _hub_files(name)
+    if found or _has_glob(name):
+        return _matches(name, found)
+    raise DataError(
+        "there is no such file or folder",
+        where=name,
+        fix="check the path given to --data; a Hub dataset is named ORGANISATION/NAME@REVISION",
+        kind="no_such_file",
+    )
+
+
+def _local_files(path: Path) -> list[str]:
+    if path.is_dir():
+        return _inside(path)
+    if path.exists():
+        return [str(path)]
+    if not _has_glob(str(path)):
+        return []
+    pattern = str(path.relative_to(path.anchor))
+    found = [p for p in Path(path.anchor).glob(pattern) if not p.is_dir()]
+    # As a shell does: a hidden file is meant only by a pattern that begins with a dot.
+    return [str(p) for p in found if not p.name.startswith(".") or path.name.startswith(".")]
+
+
+def _inside(folder: Path) -> list[str]:
+    """All that is no folder. A link to a folder is listed too: following it might never end."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        found += [Path(parent, file) for file in files]
+        found += [link for name in folders if (link := Path(parent, name)).is_symlink()]
+    return [str(path) for path in found]
+
+
+def _not_listed(name: str, error: Exception, fix: str) -> DataError:
+    reason = str(error).splitlines()[0] if str(error) else ""
+    return DataError(
+        f"cannot be listed ({type(error).__name__}: {reason})", where=name, fix=fix, kind="no_such_file"
+    )
+
+
+def _remote_files(url: str) -> list[str]:
+    filesystem, path = _filesystem(url)
+    protocol = url.partition("://")[0]
+    try:
+        # Listings are never cached: another job may have written since.
+        filesystem.invalidate_cache()
+        is_file = not _has_glob(path) and filesystem.isfile(path)
+        listed = filesystem.glob(path) if _has_glob(path) else filesystem.find(path)
+    except Exception as error:
+        # A file system of fsspec may raise its own client's errors, which share no base.
+        raise _not_listed(url, error, "check the URL and the credentials in the environment") from error
+    found = [f"{protocol}://{p}" for p in listed]
+    if is_file:
+        return [url]
+    if _has_glob(path):
+        return _matches(url, found)
+    if not found:
+        raise DataError(
+            "there is no such file or folder", where=url, fix="check the URL", kind="no_such_file"
+        )
+    return _data_files(url, found, base=f"{protocol}://{path}")
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        protocol = url.partition("://")[0]
+        extra = _EXTRA_OF_PROTOCOL.get(protocol)
+        raise ConfigError(
+            f"reading {protocol}:// needs a package that is not installed",
+            where=url,
+            why=str(error).splitlines()[0],
+            fix=f"pip install 'dpo-opt[{extra}]'" if extra else "install the package that fsspec names",
+        ) from error
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"not a URL that can be read ({error})", where=url) from error
+    return filesystem, path
+
+
+def _hub_files(name: str) -> list[str]:
+    found = _HUB_ID.fullmatch(name)
+    if found is None:
+        raise DataError(
+            "not the name of a Hub dataset",
+            where=name,
+            fix="ORGANISATION/NAME@REVISION, or ORGANISATION/NAME@REVISION/data/train-*.parquet",
+            kind="no_such_file",
+        )
+    repository, revision, files = found["name"], found["revision"], found["files"]
+    if revision is None or not _COMMIT.fullmatch(revision):
+        commit = current_commit(repository, kind="dataset", revision=revision, extra="hub")
+        raise ConfigError(
+            f"{name!r} is not pinned to a commit",
+            why="the dataset could change between planning and scoring, and nobody would know",
+            fix="--data " + quoted(f"{repository}@{commit}" + (f"/{files}" if files else "")),
+        )
+    patterns = [files] if files else [f"**{suffix}" for suffix in SUFFIXES]
+    folder = fetch(repository, kind="dataset", revision=revision, patterns=patterns, extra="hub")
+    if files:
+        return _matches(name, [str(p) for p in folder.glob(files) if p.is_file()])
+    return _data_files(name, [str(p) for p in folder.rglob("*") if p.is_file()], base=str(folder))
+
+
+def _has_glob(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def _matches(name: str, found: Sequence[str]) -> list[str]:
+    if not found:
+        raise DataError("nothing matches", where=name, fix="check the pattern", kind="no_such_file")
+    return sorted(found)
+
+
+def _data_files(name: str, found: Sequence[str], *, base: str) -> list[str]:
+    """The data files of a folder, by name; anything that might be data in a form not read is refused."""
+    visible = [
+        file
+        for file in sorted(found)
+        if not any(part.startswith((".", "_")) for part in file.removeprefix(base).strip("/").split("/"))
+    ]
+    files = [
+        file for file in visible if file.endswith(SUFFIXES) and file.rpartition("/")[2] not in _NOT_DATA_NAMES
+    ]
+    for file in visible:
+        known = file.endswith(SUFFIXES + _NOT_DATA_SUFFIXES) or file.rpartition("/")[2] in _NOT_DATA_NAMES
+        if not known:
+            raise DataError(
+                "the file's name does not say what it holds",
+                where=file,
+                why="leaving it out could leave out data",
+                fix=f"name the files that are meant, such as {name}/*.jsonl, or move this one away",
+                kind="no_such_file",
+            )
+    if not files:
+        raise DataError(
+            f"the folder holds no file that ends in {', '.join(SUFFIXES)}",
+            where=name,
+            fix="check the path given to --data",
+            kind="no_such_file",
+        )
+    return files

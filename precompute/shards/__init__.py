@@ -1,0 +1,1 @@
+"""A folder of reference shards: planned, filled, finalized, repaired."""

@@ -1,0 +1,183 @@
+"""What killed and repeated attempts left behind: removed on request only, and only what nobody may want."""
+
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from dpo_opt.precompute.shards.finalize import read_commit
+from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.schemas.locations import AnyPath, explained, is_file, read_all, remove, sizes
+from dpo_opt.schemas.manifest import (
+    ATTEMPT,
+    COMMITS,
+    DATA,
+    DROPPED,
+    MANIFEST,
+    SLURM,
+    TOKENIZER,
+    ShardCommit,
+    load_manifest,
+)
+from dpo_opt.schemas.sidecars import COLUMNS
+
+# Names that this program gives; anything else in the folder is somebody's, and stays.
+_INDEX = re.compile(r"index(-\d+)?(-[0-9a-f]{8})?\.parquet")
+_CLAIM = re.compile(r"(?P<plan>plan(-\d+)?\.json)\.claim")
+_PRIVATE = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+_FOLDERS = (DATA, DROPPED, COMMITS, COLUMNS, TOKENIZER, SLURM)
+
+
+class Garbage(NamedTuple):
+    """What no reader will ever need."""
+
+    files: list[AnyPath]
+    size: int
+    """In bytes."""
+    folders: list[Path]
+    """Private ones, whose files are among these."""
+
+
+def is_private(name: str) -> bool:
+    """Whether a file is one that was being written, or in a folder that was.
+
+    Args:
+        name: Relative to the folder of shards.
+    """
+    first, *rest = name.split("/")
+    in_a_folder = first in _FOLDERS and len(rest) == 1
+    return _PRIVATE.fullmatch(rest[0] if in_a_folder else first) is not None
+
+
+def is_index(name: str) -> bool:
+    """Whether a file is an index, of this manifest or another one."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def is_claim(name: str) -> bool:
+    """Whether a run wrote the file before a plan of its own."""
+    return _CLAIM.fullmatch(name) is not None
+
+
+def is_spent_claim(name: str, there: Collection[str]) -> bool:
+    """Whether a claim's plan stands: only a kill leaves it, and nobody looks at it any more.
+
+    Args:
+        name: Relative to the folder of shards.
+        there: The folder's files.
+    """
+    claim = _CLAIM.fullmatch(name)
+    return claim is not None and claim["plan"] in there
+
+
+def find_garbage(shards_dir: AnyPath, *, older_than_hours: float, look_only: bool = False) -> Garbage:
+    """Private files, attempts that lost and spent claims, which nobody has written to for some hours.
+
+    Before ``finalize`` every committed attempt stays; an attempt without a commit may be a slow worker's, so
+    young files stay too. A claim whose plan does not stand is that of a run that is planning or goes on.
+
+    Args:
+        shards_dir: Folder of reference shards.
+        older_than_hours: Age of what is found, by the clock of the file system.
+        look_only: By this machine's clock instead: to learn the other one, a file is written and removed.
+
+    Raises:
+        DataError: The folder has no plan, or its manifest is damaged.
+    """
+    kept = _wanted(shards_dir)
+    with explained(shards_dir):
+        now = time.time() if look_only else _filesystem_time(shards_dir)
+        # Until then readers followed the one before, and its index.
+        manifest_time = _time_of(shards_dir / MANIFEST)
+    found: list[AnyPath] = []
+    total = 0
+    own = sizes(shards_dir)
+    names = [*own.items()]
+    names += [(f"{f}/{name}", size) for f in _FOLDERS for name, size in sizes(shards_dir / f).items()]
+    for name, size in sorted(names):
+        old_index = is_index(name)
+        folder, _, file = name.rpartition("/")
+        attempt = folder in (DATA, DROPPED, COMMITS) and ATTEMPT.fullmatch(file)
+        if not (old_index or attempt or is_private(name) or is_spent_claim(name, own)) or name in kept:
+            continue
+        with explained(shards_dir):
+            written = _time_of(shards_dir / name)
+        if written is None:
+            continue  # its writer has given it its final name
+        if old_index and manifest_time is not None:
+            written = max(written, manifest_time)
+        if now - written >= older_than_hours * 3600:
+            found.append(shards_dir / name)
+            total += size
+    folders = [folder for folder in _private_folders(shards_dir) if _is_older(folder, now, older_than_hours)]
+    inside = [path for folder in folders for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    total += sum(path.lstat().st_size for path in inside)
+    return Garbage([*found, *inside], total, folders)
+
+
+def remove_garbage(garbage: Garbage) -> None:
+    """Delete it: records before data, so that no commit is ever left without its file.
+
+    Raises:
+        DpoOptError: The store does not answer, or refuses.
+    """
+    for path in sorted(garbage.files, key=lambda path: path.parent.name != COMMITS):
+        remove(path)
+    for folder in garbage.folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _private_folders(shards_dir: AnyPath) -> list[Path]:
+    """A store has none: there every file is sent when it is whole."""
+    if not isinstance(shards_dir, Path):
+        return []
+    return sorted(p for p in shards_dir.iterdir() if _PRIVATE.fullmatch(p.name) and p.is_dir())
+
+
+def _is_older(folder: Path, now: float, hours: float) -> bool:
+    times = (_time_of(path) for path in (folder, *folder.rglob("*")))
+    return all(now - written >= hours * 3600 for written in times if written is not None)
+
+
+def _wanted(shards_dir: AnyPath) -> set[str]:
+    """Files that a manifest names, and every attempt at a shard that none names yet."""
+    read_plan(shards_dir)  # else it is no folder of shards
+    kept: list[ShardCommit] = []
+    index: set[str] = set()
+    if is_file(shards_dir / MANIFEST):
+        manifest = load_manifest(shards_dir)
+        kept, index = manifest.shards, {manifest.index_file}
+    settled = {commit.shard for commit in kept}
+    names = [
+        name
+        for name in sizes(shards_dir / COMMITS)
+        if ATTEMPT.fullmatch(name) and int(name.partition("-")[0]) not in settled
+    ]
+    records = map(read_commit, read_all(shards_dir / COMMITS, names).values())
+    commits = [*kept, *filter(None, records)]
+    return index | {
+        name
+        for commit in commits
+        for name in (commit.file, commit.dropped_file, f"{COMMITS}/{commit.shard:05d}-{commit.attempt}.json")
+    }
+
+
+def _time_of(path: AnyPath) -> float | None:
+    """When a file was written; None where it is gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _filesystem_time(folder: AnyPath) -> float:
+    """Now, as the file system that dates the files says it: this machine's clock may be wrong."""
+    probe = folder / f".clock.{secrets.token_hex(4)}.tmp"
+    try:
+        probe.touch(exist_ok=False)
+        return probe.stat().st_mtime
+    finally:
+        remove(probe)

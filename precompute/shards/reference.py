@@ -1,0 +1,86 @@
+"""The model that scores: where it is, what was left to it, and what its numbers depend on."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.shards.weights_memo import known_weights_digest
+from dpo_opt.precompute.tokens.max_length import resolve_max_length
+from dpo_opt.precompute.tokens.templates import chat_templates
+from dpo_opt.precompute.tokens.tokenize import TEXT_TO_IDS, PairTokenizer, load_tokenizer, model_vocab_size
+from dpo_opt.schemas.fingerprint import Fingerprint
+from dpo_opt.schemas.models import (
+    checkpoint_dtype,
+    config_digest,
+    find_model,
+    pinned_name,
+    stated_architecture,
+    template_digest,
+    tokenizer_digest,
+)
+from dpo_opt.schemas.pairs import Numerics
+from dpo_opt.schemas.shards import SCHEMA_VERSION
+
+
+class Reference(NamedTuple):
+    """The model that scores, with what was left to it resolved."""
+
+    folder: Path
+    dtype: str
+    max_length: int
+    name: str
+    """What ``--model`` must say to mean these files again: a Hub name with its commit."""
+
+
+def resolve_reference(config: PrecomputeConfig) -> Reference:
+    """Find the model and fill in the settings that depend on it.
+
+    Raises:
+        ConfigError: There is no such model, or ``max_length`` is beyond its context.
+    """
+    folder = find_model(config.model)
+    dtype = checkpoint_dtype(folder) if config.dtype == "auto" else config.dtype
+    max_length = resolve_max_length(folder, config.max_length)
+    return Reference(folder, dtype, max_length, pinned_name(config.model, folder))
+
+
+def pinned(config: PrecomputeConfig, reference: Reference) -> PrecomputeConfig:
+    """The settings for whoever goes on with the same files: workers, and a later run."""
+    return config.model_copy(update={"model": reference.name})
+
+
+def make_tokenizer(config: PrecomputeConfig, reference: Reference) -> PairTokenizer:
+    """The tokenizer with this configuration's truncation.
+
+    Raises:
+        ConfigError: The model folder has no usable tokenizer, or does not say how many ids there are.
+    """
+    return PairTokenizer(
+        load_tokenizer(reference.folder),
+        max_length=reference.max_length,
+        truncation=config.truncation,
+        vocab_size=model_vocab_size(reference.folder),
+    )
+
+
+def fingerprint_of(
+    config: PrecomputeConfig, reference: Reference, tokenizer: PairTokenizer, numerics: Numerics
+) -> Fingerprint:
+    """What the numbers of this run depend on.
+
+    Raises:
+        ConfigError: The model's weights or settings cannot be read.
+    """
+    return Fingerprint(
+        schema_version=SCHEMA_VERSION,
+        weights=known_weights_digest(reference.folder, config.shards),
+        model_config_digest=config_digest(reference.folder),
+        tokenizer=tokenizer_digest(tokenizer.tokenizer),
+        chat_template=template_digest(chat_templates(tokenizer.tokenizer)),
+        text_to_ids=TEXT_TO_IDS,
+        max_length=reference.max_length,
+        truncation=config.truncation,
+        template_date=tokenizer.template_date,
+        architecture=stated_architecture(reference.folder),
+        **numerics._asdict(),
+    )

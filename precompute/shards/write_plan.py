@@ -1,0 +1,348 @@
+"""One plan for a folder, whoever comes first: written once, followed by all, extended for data that grew."""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.read.sources import refuse_inside
+from dpo_opt.precompute.shards.plan import Planned, known_plans, make_plan, read_plan
+from dpo_opt.precompute.shards.reference import Reference, fingerprint_of
+from dpo_opt.precompute.shards.weights_memo import remember_weights, weight_files
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer
+from dpo_opt.schemas.config_keys import differing_keys, keep_model_config
+from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
+from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, follows, refuse_differences
+from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
+from dpo_opt.schemas.manifest import COMMAND, COMMITS, PLAN, TOKENIZER, Plan, parse, repair_command, to_json
+from dpo_opt.schemas.models import read_config
+from dpo_opt.schemas.pairs import Numerics
+from dpo_opt.schemas.sidecars import COLUMNS, columns_digest, columns_of_data, write_column
+from dpo_opt.schemas.storage import settle_folder, write_text
+
+_OTHER_FOLDER = "pass another --shards folder, or remove this one to score it again"
+_ONCE_FINALIZED = "another run planned it meanwhile: run the same command again once that one is finalized"
+_WHOLE_TOKENIZER = "tokenizer.json"
+"""The file that every fast tokenizer has: a store gets it last."""
+
+
+class _Claim(BaseModel):
+    """What a run is about to plan, written before anything that belongs to it; of several runs one has it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    plan: Plan
+    columns: str
+    """What the data says of the new rows beside their texts."""
+
+
+def settle_plan(
+    config: PrecomputeConfig, *, reference: Reference, tokenizer: PairTokenizer, numerics: Numerics
+) -> Plan:
+    """The folder's plan, made here or by another run for the same thing.
+
+    One of several workers that finds a plan does not read all data again: it compares the rows of each shard
+    with the plan when it reads them.
+
+    Raises:
+        ConfigError: The folder stands inside the data.
+        DataError: A row is malformed, no pair survives tokenization, or the plan is gone.
+        FingerprintError: The folder was planned for something else.
+    """
+    if config.worker_index is not None and not config.append and is_file(config.shards / PLAN):
+        plan = read_plan(config.shards)
+        tokenizer = tokenizer.on(plan.fingerprint.template_date)
+        current = fingerprint_of(config, reference, tokenizer, numerics)
+        _refuse_other_fingerprint(plan, current, config.shards, model=reference.folder)
+        return plan
+    refuse_inside(config, config.shards, option="--shards")
+    files = weight_files(reference.folder)
+    planned = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
+    plan = adopt_plan(config, planned, tokenizer.tokenizer)
+    remember_weights(config.shards, digest=plan.fingerprint.weights, files=files)
+    return plan
+
+
+def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Plan:
+    """Write the plan and what stands beside it, or check that the folder already follows it.
+
+    Whatever belongs to a plan is written before it, by runs that all mean this plan: the first of them claims
+    it. So no other run's tokenizer, weights or settings stand beside a plan, and where a plan is, they are.
+    A kill in between leaves the claim, and the same command goes on with it.
+
+    Returns:
+        The folder's plan: the same, but for the date that a chat template is told; the first plan fixes it.
+
+    Raises:
+        DataError: The folder holds what a plan comes before, but no plan that says what it is of.
+        FingerprintError: The folder was planned for something else, or for the first of these rows only.
+    """
+    shards_dir, model = config.shards, planned.model
+    plans, new = require_place(config, planned)
+    if len(plans) == len(planned.earlier):
+        if plans:
+            _restore_plan(shards_dir, plans[0])
+        if plans and plans[-1] == new:
+            remove(_claim_of(shards_dir, _name_of(len(plans) - 1)))
+        else:
+            _write_plan(config, planned, new, tokenizer)
+    # Another planner may have been first.
+    plans = known_plans(shards_dir)
+    new = _as_spelled_by(plans, _on_the_day_of(plans, new), shards_dir, model)
+    existing = plans[-1] if plans else new
+    _refuse_other_fingerprint(existing, new.fingerprint, shards_dir, model=model)
+    meanwhile = len(plans) > len(planned.earlier)
+    if existing != new:
+        raise _other_plan(existing, new, shards_dir, fix=_ONCE_FINALIZED if meanwhile else _OTHER_FOLDER)
+    if meanwhile:
+        _require_columns(
+            columns_digest(columns_of_data(shards_dir), from_row=_known_rows(planned)), planned, shards_dir
+        )
+    # One that is there may be somebody's own by now; one that was removed is taken from the data again.
+    _write_columns(shards_dir, planned, keep=sizes(shards_dir / COLUMNS))
+    _keep_command(config)
+    return existing
+
+
+def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan], Plan]:
+    """Whether a folder takes a plan, as far as that shows without writing anything.
+
+    Returns:
+        The folder's plans, and the new one as they spell it.
+
+    Raises:
+        DataError, FingerprintError: As ``adopt_plan``.
+    """
+    shards_dir, model = config.shards, planned.model
+    # Asked in this order: whoever writes these has a claim, and gives it up when its plan stands.
+    begun = [folder for folder in (COMMITS, TOKENIZER) if any(map(_is_json, sizes(shards_dir / folder)))]
+    claimed = is_file(_claim_of(shards_dir, PLAN))
+    plans = known_plans(shards_dir)
+    new = _as_spelled_by(plans, _on_the_day_of(plans, planned.plan), shards_dir, model)
+    if plans:
+        _refuse_other_fingerprint(plans[-1], new.fingerprint, shards_dir, model=model)
+    elif begun and not claimed:
+        raise DataError(
+            f"the folder holds {' and '.join(f'{name}/' for name in begun)}, but no {PLAN}",
+            where=str(shards_dir),
+            why="nothing says which data and which model they belong to",
+            fix=repair_command(shards_dir)
+            if COMMITS in begun
+            else f"restore {PLAN}, or pass another --shards folder",
+        )
+    # Where another planner was first meanwhile, what it planned is compared once this one has given up.
+    if plans and plans[-1] != new and len(plans) == len(planned.earlier):
+        if new.rows <= plans[-1].rows or planned.known_digest != plans[-1].dataset_digest:
+            raise _other_plan(plans[-1], new, shards_dir, fix=_OTHER_FOLDER)
+        _require_growth(config, plans[-1], new)
+    if len(plans) == len(planned.earlier) and new not in plans:
+        name = _name_of(len(plans))
+        claim = _read_claim(shards_dir, name)
+        if claim is not None:
+            _require_claim(claim, new, planned, shards_dir, name)
+    return plans, new
+
+
+def _is_json(name: str) -> bool:
+    return name.endswith(".json")
+
+
+def _on_the_day_of(plans: Sequence[Plan], new: Plan) -> Plan:
+    """A new plan with the folder's date: another run may have planned it before midnight."""
+    date = plans[-1].fingerprint.template_date if plans else None
+    if date is None or new.fingerprint.template_date is None:
+        return new
+    fingerprint = new.fingerprint.model_copy(update={"template_date": date})
+    return new.model_copy(update={"fingerprint": fingerprint})
+
+
+def _as_spelled_by(plans: Sequence[Plan], new: Plan, shards_dir: AnyPath, model: Path | None) -> Plan:
+    """A new plan with the folder's fingerprint and size of shards, where the two mean the same."""
+    if not plans:
+        return new
+    if new.shards == plans[-1].shards:
+        new = new.model_copy(update={"pairs_per_shard": plans[-1].pairs_per_shard})
+    cached, current = plans[-1].fingerprint, new.fingerprint
+    if _differing_keys(cached, current, shards_dir, model) == {}:
+        current = current.model_copy(update={"model_config_digest": cached.model_config_digest})
+    return new.model_copy(update={"fingerprint": cached}) if follows(cached, current) else new
+
+
+def _differing_keys(
+    cached: Fingerprint, current: Fingerprint, shards_dir: AnyPath, model: Path | None
+) -> dict[str, tuple[object, object]] | None:
+    if model is None or cached.model_config_digest == current.model_config_digest:
+        return None
+    return differing_keys(shards_dir, cached_digest=cached.model_config_digest, current=read_config(model))
+
+
+def _restore_plan(shards_dir: AnyPath, plan: Plan) -> None:
+    """A copy for readers, which came without its plan, goes on as the folder that it was copied from does."""
+    if not is_file(shards_dir / PLAN):
+        with contextlib.suppress(FileExistsError):
+            write_text(shards_dir / PLAN, to_json(plan), replace=False)
+
+
+def _keep_command(config: PrecomputeConfig) -> None:
+    """The settings of the latest run, for whoever goes on: data may have moved, or bad rows be skipped."""
+    text = config.for_workers()
+    if read_all(config.shards, [COMMAND]).get(COMMAND) != text.encode():
+        write_text(config.shards / COMMAND, text)
+
+
+def _write_columns(shards_dir: AnyPath, planned: Planned, *, keep: Iterable[str] = ()) -> None:
+    for name, column in planned.columns.items():
+        if f"{name}.parquet" not in keep:
+            write_column(shards_dir, name, column, keep_rows=_known_rows(planned))
+
+
+def _known_rows(planned: Planned) -> int:
+    return planned.earlier[-1].rows if planned.earlier else 0
+
+
+def _name_of(number: int) -> str:
+    """A plan's file; the folder grew ``number`` times before."""
+    return f"plan-{number}.json" if number else PLAN
+
+
+def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer: Any) -> None:
+    """Write a plan after what belongs to it; nothing where another run has written one of that name.
+
+    Raises:
+        FingerprintError: Another run is about to write another plan.
+    """
+    name = _name_of(len(planned.earlier))
+    shards_dir, claim = config.shards, _claim_of(config.shards, name)
+    own = _Claim(plan=new, columns=columns_digest(planned.columns, from_row=_known_rows(planned)))
+    with contextlib.suppress(FileExistsError):
+        write_text(claim, to_json(own), replace=False)
+    said = _read_claim(shards_dir, name)
+    if said is not None:
+        plan = _require_claim(said, new, planned, shards_dir, name)
+        if name == PLAN:
+            if not is_file(shards_dir / TOKENIZER / _WHOLE_TOKENIZER):
+                write_tokenizer(shards_dir, tokenizer)
+            if planned.model is not None:
+                keep_model_config(shards_dir, read_config(planned.model))
+        _write_columns(shards_dir, planned)
+        with contextlib.suppress(FileExistsError):
+            write_text(shards_dir / name, to_json(plan), replace=False)
+    remove(claim)
+
+
+def write_tokenizer(shards_dir: AnyPath, tokenizer: Any) -> None:
+    """Put a tokenizer's own files into a folder that has none, or no whole one."""
+    with settle_folder(shards_dir / TOKENIZER, last=_WHOLE_TOKENIZER) as private:
+        tokenizer.save_pretrained(private)
+
+
+def _claim_of(shards_dir: AnyPath, name: str) -> AnyPath:
+    return shards_dir / f"{name}.claim"
+
+
+def _read_claim(shards_dir: AnyPath, name: str) -> _Claim | None:
+    """Who is about to write a plan; None where it stands, or nobody is.
+
+    Raises:
+        DataError: The claim is damaged.
+    """
+    path = _claim_of(shards_dir, name)
+    text = read_all(shards_dir, [path.name]).get(path.name)
+    # A claim is given up after its plan stands: where there is no plan now, nobody can write another one.
+    if text is None or is_file(shards_dir / name):
+        return None
+    return parse(_Claim, text, where=path, fix=f"rm {quoted(path)}, then run the same command again")
+
+
+def _require_claim(claim: _Claim, own: Plan, planned: Planned, shards_dir: AnyPath, name: str) -> Plan:
+    """The plan that a claim is for, if it is this run's.
+
+    Raises:
+        FingerprintError: It is another one.
+    """
+    there = "remove the folder, which holds no log-prob yet"
+    if name != PLAN:
+        there = f"rm {quoted(_claim_of(shards_dir, name))}"
+    fix = f"{_ONCE_FINALIZED}; or, if it was killed, {there}"
+    new = _as_spelled_by([claim.plan], _on_the_day_of([claim.plan], own), shards_dir, planned.model)
+    _refuse_other_fingerprint(claim.plan, new.fingerprint, shards_dir, model=planned.model, fix=fix)
+    if claim.plan != new:
+        raise _other_plan(claim.plan, new, shards_dir, fix=fix)
+    _require_columns(claim.columns, planned, shards_dir, fix=fix)
+    return claim.plan
+
+
+def _require_growth(config: PrecomputeConfig, last: Plan, new: Plan) -> None:
+    """Whether the next plan's first shards are those of the last one, and somebody asked for it.
+
+    Raises:
+        FingerprintError: One of the two is not so.
+    """
+    if new.shards[: len(last.shards)] != last.shards:
+        raise _other_plan(last, new, config.shards, fix=_OTHER_FOLDER)
+    if not config.append:
+        raise FingerprintError(
+            f"the data has grown from {last.rows} to {new.rows} rows since the folder was planned",
+            where=str(config.shards),
+            why="its first rows are those that the folder holds",
+            fix="pass --append to score the new rows only, or another --shards folder",
+        )
+
+
+def _require_columns(
+    digest: str, planned: Planned, shards_dir: AnyPath, *, fix: str = _ONCE_FINALIZED
+) -> None:
+    """Whether another run that has just planned the same texts gives them the same weights and margins.
+
+    Raises:
+        FingerprintError: It does not.
+    """
+    if digest != columns_digest(planned.columns, from_row=_known_rows(planned)):
+        raise FingerprintError(
+            "another run planned the folder meanwhile, and its data gives other weights or margins",
+            where=str(shards_dir),
+            why="some of its rows would count as one data set says, and some as the other does",
+            fix=fix,
+        )
+
+
+def _other_plan(existing: Plan, plan: Plan, shards_dir: AnyPath, *, fix: str) -> FingerprintError:
+    pairs = list(zip(existing.shards, plan.shards, strict=False))
+    theirs, ours = next((pair for pair in pairs if pair[0].used != pair[1].used), pairs[0])
+    # A last shard is as short as its data is.
+    last, longer = (existing.shards[-1], plan.shards[-1]), theirs.used < ours.used
+    by_size = theirs.used != ours.used and (theirs if longer else ours) not in last
+    if existing.used == existing.rows == plan.used < plan.rows:
+        # So did versions before `not_in_share`.
+        different = "its rows are numbered within --data-share, and not as the source has them"
+    elif not by_size:
+        different = (
+            f"its data has {existing.rows} rows with digest {existing.dataset_digest[:16]}..., this data "
+            f"{plan.rows} rows with digest {plan.dataset_digest[:16]}..."
+        )
+    else:
+        different = f"its shards hold {theirs.used} rows, --pairs-per-shard now gives {ours.used}"
+        if existing.pairs_per_shard is not None and fix == _OTHER_FOLDER:
+            fix = f"pass --pairs-per-shard {existing.pairs_per_shard}, as the folder's last plan has it"
+    return FingerprintError(
+        f"the folder was planned for another run: {different}",
+        where=str(shards_dir),
+        why="its shards would not belong together",
+        fix=fix,
+    )
+
+
+def _refuse_other_fingerprint(
+    plan: Plan, current: Fingerprint, shards_dir: AnyPath, *, model: Path | None, fix: str = _OTHER_FOLDER
+) -> None:
+    refuse_differences(
+        cached=plan.fingerprint,
+        current=current,
+        fields=ALL_FIELDS,
+        config_keys=_differing_keys(plan.fingerprint, current, shards_dir, model),
+        where=str(shards_dir),
+        fix=fix,
+    )

@@ -1,0 +1,198 @@
+"""Messages to text: the tokenizer's own chat template, and what it must not do to a prompt.
+
+The same messages must give the same text on every machine and day. A template is a program without files or
+network; what it can ask for that changes is answered here:
+
+* the time (``strftime_now``): midnight at the start of a date that is fixed for a folder;
+* chance (the filter ``random``, the function ``lipsum``): a generator that starts anew for each text.
+"""
+
+import contextlib
+import datetime
+import functools
+import inspect
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, cast
+
+from dpo_opt.precompute.read.strict_json import SKIP_ROW
+from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.pairs import Message, PreferencePair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_LONGEST_TEMPLATE_MESSAGE = 120
+_CLOCK = "strftime_now"
+_MENTIONS_CHANCE = re.compile(r"\b(random|lipsum)\b")
+
+
+def chat_template(tokenizer: "PreTrainedTokenizerFast", tools: list[object] | None = None) -> str | None:
+    """The template that the tokenizer chooses for messages, with a row's tools; None where it has none."""
+    try:
+        return str(tokenizer.get_chat_template(tools=cast(list[dict[str, object]] | None, tools)))
+    except ValueError:
+        return None
+
+
+def chat_templates(tokenizer: "PreTrainedTokenizerFast") -> dict[str, str]:
+    """All templates of a tokenizer by name; a single one is called ``default``."""
+    found = tokenizer.chat_template
+    if isinstance(found, dict):
+        return {str(name): str(text) for name, text in found.items()}
+    return {} if found is None else {"default": str(found)}
+
+
+def asks_for_the_date(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Whether a template may write the time into what it renders."""
+    return any(_CLOCK in template for template in chat_templates(tokenizer).values())
+
+
+def today() -> str:
+    """The date here and now, such as ``2026-03-31``."""
+    return datetime.date.today().isoformat()
+
+
+def rendered_texts(
+    pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast", *, date: str | None = None
+) -> tuple[str, str, str]:
+    """A pair of messages as text: the prompt opened for generation, and with either completion.
+
+    Args:
+        pair: Its prompt and completions are messages.
+        tokenizer: Its template renders them.
+        date: What the template is told when it asks for the time; default today.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template.
+        DataError: The template refuses the messages, or renders the prompt's otherwise when one follows.
+    """
+    prompt, chosen, rejected = cast(
+        tuple[list[Message], list[Message], list[Message]], (pair.prompt, pair.chosen, pair.rejected)
+    )
+    conversations = [prompt, prompt + chosen, prompt + rejected]
+    rendered = functools.partial(
+        render,
+        tokenizer=tokenizer,
+        where=pair.where,
+        date=date,
+        tools=pair.tools,
+        row_settings=_template_settings(pair, tokenizer),
+    )
+    opened, *wholes = rendered(conversations)
+    for side, whole in zip(("chosen", "rejected"), wholes, strict=True):
+        if not whole.startswith(opened):
+            # The prompt's end may be written for generation only; its messages may not change.
+            _, alone = rendered([prompt, prompt])
+            if not whole.startswith(alone):
+                raise _other_prompt(alone, whole, side, pair.where)
+    return opened, wholes[0], wholes[1]
+
+
+def _template_settings(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast") -> dict[str, object]:
+    """The row's settings of the template; those of the call that renders it are not a row's to set."""
+    settings = pair.chat_template_kwargs or {}
+    if settings:
+        arguments = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
+        taken = next((name for name in settings if name in arguments), None)
+        if taken is not None:
+            raise DataError(
+                f'"chat_template_kwargs" sets {taken}, which is no setting of a template',
+                where=pair.where,
+                why="it would change what is rendered or tokenized for this row alone",
+                fix="remove it from the row",
+                kind="tools",
+            )
+    return settings
+
+
+def render(
+    conversations: list[list[Message]],
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    where: str,
+    date: str | None = None,
+    tools: list[object] | None = None,
+    row_settings: dict[str, object] | None = None,
+) -> list[str]:
+    """Conversations as text; the first is a prompt, and ends with the generation prompt.
+
+    Args:
+        conversations: Messages.
+        tokenizer: Its template renders them.
+        where: For the message of an error.
+        date: What the template is told when it asks for the time; default today.
+        tools: Of the row.
+        row_settings: The row's ``chat_template_kwargs``.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template.
+        DataError: The template refuses the messages.
+    """
+    from jinja2.exceptions import TemplateError
+
+    template = chat_template(tokenizer, tools)
+    if template is None:
+        raise ConfigError(
+            "the data holds messages, but the tokenizer has no chat template",
+            where=where,
+            why="only the template the model was trained with turns messages into the text it knows",
+            fix="save one with the tokenizer (chat_template.jinja), or use data whose rows are text",
+        )
+    try:
+        render = functools.partial(
+            tokenizer.apply_chat_template,
+            chat_template=template,
+            tokenize=False,
+            tools=tools,
+            **{_CLOCK: _clock(date or today()), **(row_settings or {})},
+        )
+        prompt, *whole = conversations
+        texts = []
+        for messages, opened in [(prompt, True), *((messages, False) for messages in whole)]:
+            with _chance_repeats() if _MENTIONS_CHANCE.search(template) else contextlib.nullcontext():
+                texts.append(render(messages, add_generation_prompt=opened))
+        return texts
+    # A template is a program of its own: it may add text to a list, or ask for what a message does not have.
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"the chat template refuses the messages ({str(error)[:_LONGEST_TEMPLATE_MESSAGE]})",
+            where=where,
+            why="the model was not trained on conversations of this shape",
+            fix=f"{SKIP_ROW}; or correct the roles and their order",
+            kind="template",
+        ) from error
+
+
+def _clock(date: str) -> Callable[[str], str]:
+    """``strftime_now`` of transformers' templates, on a given day."""
+    midnight = datetime.datetime.fromisoformat(date)
+    return lambda text: midnight.strftime(text)
+
+
+@contextlib.contextmanager
+def _chance_repeats() -> Iterator[None]:
+    """Within it, Python's own generator, from which templates draw, starts from one state."""
+    state = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def _other_prompt(prompt: str, whole: str, side: str, where: str) -> DataError:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))
+    differs = sum(1 for _ in same)
+    alone, followed = (repr(text[max(0, differs - 20) : differs + 30]) for text in (prompt, whole))
+    return DataError(
+        f"the chat template renders the prompt differently when {side} follows: "
+        f"from character {differs + 1} on it is {followed}, alone {alone}",
+        where=where,
+        why="part of the prompt would be scored and trained on as if the model had said it",
+        fix=f"{SKIP_ROW}; or use a template that renders prompt + completion as the prompt's own text and "
+        "more: `dpo-opt preview` shows what is rendered",
+        kind="template_mismatch",
+    )

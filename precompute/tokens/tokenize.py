@@ -1,0 +1,337 @@
+"""Text to token ids: one policy, applied once, before the reference scores and the policy trains.
+
+Scoring and training on ids that were cut or rendered differently is the most common silent error of
+precomputed references; here ids are made in one place, and readers of the shards never tokenize.
+
+The policy, version ``TEXT_TO_IDS``:
+
+1. Text: the EOS token's text is appended to a completion that does not end with it. Prompt and
+   prompt + completion are tokenized whole, by the tokenizer's own call, with the special tokens it adds.
+   Messages: the chat template renders the prompt with the generation prompt, and prompt + completion
+   without it, each with the row's ``tools`` and ``chat_template_kwargs``; what it renders is tokenized
+   without further special tokens. A pair whose prompt is rendered differently when something follows it is
+   refused. A template that asks for the time is told one date for all rows (``template_date``), at midnight.
+2. The prompt's ids are those which the tokenized prompt and both tokenized sequences begin with in common;
+   what follows them is completion. Text on both sides of the boundary may merge into one token, and a
+   template may end the prompt for generation as no finished conversation does (an opened thought): such
+   tokens count as completion.
+3. ``truncation`` makes each sequence fit ``max_length``, or leaves the pair out.
+
+Differences from TRL 1.16, which gives the same ids otherwise:
+
+* ``keep_end`` takes the same tokens from the start of the prompt for both sides, as many as the longer side
+  needs, and never touches a completion. TRL cuts each side by itself, so that chosen and rejected answer
+  different prompts, and a long completion loses its own beginning.
+* A pair without a signal is dropped and counted: equal completions, before or after truncation; a completion
+  or a prompt without a token. TRL keeps those rows; their gradient is zero, or a first token has no log-prob.
+* A template that renders the prompt's messages differently when a completion follows is refused. TRL takes
+  what the ids have in common, and the policy is trained on parts of the prompt.
+* ``drop`` does not exist in TRL.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from dpo_opt.precompute.config import Truncation
+from dpo_opt.precompute.read.strict_json import SKIP_ROW
+from dpo_opt.precompute.tokens.long_texts import LONGEST_PIECE, long_text_ids
+from dpo_opt.precompute.tokens.templates import asks_for_the_date, render, rendered_texts, today
+from dpo_opt.precompute.tokens.truncation import PairIds, fit_ids, split_ids
+from dpo_opt.schemas.errors import ConfigError, DataError, first_line
+from dpo_opt.schemas.model_config import load_model_config
+from dpo_opt.schemas.models import read_config
+from dpo_opt.schemas.pairs import IdArray, PreferencePair, Text, TokenizedPair
+from dpo_opt.schemas.shards import DroppedRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TEXT_TO_IDS = "1"
+"""Changes whenever the same text could become other ids, or another pair could be dropped."""
+
+# The engine needs 100 to 300 bytes for a character that takes at most 4 here. These texts are enough for its
+# threads; a text that is longer by itself is encoded in windows.
+_CHARACTERS_AT_ONCE = 2**20
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    """The fast tokenizer in a model folder, without running code from it.
+
+    Raises:
+        ConfigError: There is none, it cannot be read, it is a slow one, or it has no EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    fix = "put the model's own tokenizer there: AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)"
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(
+            "there is no tokenizer.json",
+            where=str(folder),
+            why="without it transformers builds a tokenizer with an empty vocabulary and says nothing",
+            fix=fix,
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # of the tokenizers library often that very class
+        if (folder / "config.json").is_file():
+            load_model_config(folder)  # which it reads too, and whose fault it may be
+        raise ConfigError(
+            f"the tokenizer cannot be loaded ({first_line(error)})", where=str(folder), fix=fix
+        ) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer",
+            where=str(folder),
+            why="a slow one has no serialization to fingerprint",
+            fix="use a model whose tokenizer has a tokenizer.json that transformers loads as it is",
+        )
+    if tokenizer.eos_token is None:
+        raise ConfigError(
+            "the tokenizer has no EOS token",
+            where=str(folder),
+            why="a completion must end with it, or the model never learns to stop",
+            fix='set "eos_token" in tokenizer_config.json',
+        )
+    return tokenizer
+
+
+def model_vocab_size(folder: Path) -> int:
+    """How many ids the model knows.
+
+    Raises:
+        ConfigError: Its config.json does not say.
+    """
+    config = read_config(folder)
+    try:
+        return int((config.get("text_config") or config)["vocab_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            "config.json does not say how large the vocabulary is (vocab_size)",
+            where=str(folder),
+            why="ids beyond it would be scored as something else",
+            fix="save the model again with save_pretrained",
+        ) from error
+
+
+def prompt_ids(prompt: Text, tokenizer: "PreTrainedTokenizerFast", *, where: str) -> IdArray:
+    """Ids of a prompt alone, as a completion is sampled from it.
+
+    Raises:
+        ConfigError: The prompt holds messages and the tokenizer has no chat template.
+        DataError: The chat template refuses the messages.
+    """
+    if isinstance(prompt, str):
+        return np.array(tokenizer(prompt)["input_ids"], dtype=np.int32)
+    rendered = render([prompt], tokenizer, where=where)
+    return np.array(tokenizer(rendered, add_special_tokens=False)["input_ids"][0], dtype=np.int32)
+
+
+class PairTokenizer:
+    """Turns pairs into ids by one policy.
+
+    Args:
+        tokenizer: The reference's tokenizer.
+        max_length: Most tokens of prompt plus completion.
+        truncation: What is done with a longer sequence.
+        vocab_size: Number of ids the model knows.
+        template_date: Date that a chat template is told which asks for the time; default today.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        max_length: int,
+        truncation: Truncation,
+        vocab_size: int,
+        template_date: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._backend = _whole_text_backend(tokenizer)
+        self._max_length = max_length
+        self._truncation: Truncation = truncation
+        self._vocab_size = vocab_size
+        self.template_date = (template_date or today()) if asks_for_the_date(tokenizer) else None
+        """Date that the chat template is told; None where it does not ask for the time."""
+
+    def on(self, template_date: str | None) -> "PairTokenizer":
+        """The same on another day; None keeps its own."""
+        if template_date in (None, self.template_date):
+            return self
+        return PairTokenizer(
+            self.tokenizer,
+            max_length=self._max_length,
+            truncation=self._truncation,
+            vocab_size=self._vocab_size,
+            template_date=template_date,
+        )
+
+    def knows_every_id(self) -> bool:
+        """Whether no text at all can give an id outside the model's vocabulary."""
+        added = self._backend.encode("", add_special_tokens=True).ids
+        ids = [*self._backend.get_vocab(with_added_tokens=True).values(), *added]
+        return max(ids, default=0) < self._vocab_size
+
+    def __call__(self, pair: PreferencePair) -> TokenizedPair | DroppedRow:
+        """A pair's ids, or why it is left out.
+
+        Raises:
+            ConfigError: The pair holds messages and the tokenizer has no chat template.
+            DataError: The chat template refuses the messages, or an id is outside the vocabulary.
+        """
+        (found,) = self.encode([pair])
+        if isinstance(found, DataError):
+            raise found
+        return self.fit(pair, found)
+
+    def encode(self, pairs: Sequence[PreferencePair]) -> list[PairIds | DataError]:
+        """The whole ids of many pairs, which is quicker than one by one; an unusable pair is its error.
+
+        Raises:
+            ConfigError: A pair holds messages and the tokenizer has no chat template.
+        """
+        texts: list[tuple[str, str, str] | DataError] = [self.texts(pair) for pair in pairs]
+        ids: dict[int, PairIds | DataError] = {}
+        # A chat template writes the special tokens itself.
+        for plain in (True, False):
+            chosen = [
+                i
+                for i, (pair, text) in enumerate(zip(pairs, texts, strict=True))
+                if isinstance(pair.prompt, str) == plain and not isinstance(text, DataError)
+            ]
+            flat = [text for i in chosen for text in cast(tuple[str, str, str], texts[i])]
+            encoded = self._ids(flat, special=plain)
+            for i in chosen:
+                ids[i] = self._split(pairs[i], [next(encoded) for _ in range(3)])
+        return [text if isinstance(text, DataError) else ids[i] for i, text in enumerate(texts)]
+
+    def texts(self, pair: PreferencePair) -> tuple[str, str, str] | DataError:
+        """What is tokenized of a pair: the prompt, and with either completion; or why it is unusable.
+
+        Raises:
+            ConfigError: The pair holds messages and the tokenizer has no chat template.
+        """
+        if isinstance(pair.prompt, str):
+            return _plain_texts(pair, str(self.tokenizer.eos_token))
+        try:
+            return rendered_texts(pair, self.tokenizer, date=self.template_date)
+        except DataError as error:
+            return error
+
+    def fit(self, pair: PreferencePair, whole: PairIds) -> TokenizedPair | DroppedRow:
+        """A pair's whole ids within ``max_length``, or why it is left out."""
+        fitted = fit_ids(whole, max_length=self._max_length, truncation=self._truncation)
+        if isinstance(fitted, str):
+            return DroppedRow(pair.row, pair.source, fitted, pair.where)
+        return TokenizedPair(
+            row=pair.row,
+            source=pair.source,
+            prompt_ids=fitted.prompt,
+            chosen_ids=fitted.chosen,
+            rejected_ids=fitted.rejected,
+            chosen_truncated=len(fitted.chosen) < len(whole.chosen),
+            rejected_truncated=len(fitted.rejected) < len(whole.rejected),
+            id=pair.id,
+        )
+
+    def _ids(self, texts: Sequence[str], *, special: bool) -> Iterator[IdArray | None]:
+        """The ids of each text; only a piece of the texts is ever in the engine's own, far larger, form.
+
+        None is a text that is long and has no place where it could be divided.
+        """
+        piece: list[str] = []
+        characters = 0
+        for text in texts:
+            if piece and characters + len(text) > _CHARACTERS_AT_ONCE:
+                yield from self._ids_of_piece(piece, special=special)
+                piece, characters = [], 0
+            if len(text) > _CHARACTERS_AT_ONCE:
+                yield self._long_ids(text, special=special)
+                continue
+            piece.append(text)
+            characters += len(text)
+        yield from self._ids_of_piece(piece, special=special)
+
+    def _ids_of_piece(self, texts: list[str], *, special: bool) -> list[IdArray]:
+        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=special)
+        return [np.array(e.ids, dtype=np.int32) for e in encoded]
+
+    def _long_ids(self, text: str, *, special: bool) -> IdArray | None:
+        ids = long_text_ids(text, self._engine_for_windows)
+        if ids is None:
+            return None
+        # What stands around a text of one token stands around any text.
+        around = self._backend.encode(str(self.tokenizer.eos_token), add_special_tokens=special)
+        first = around.special_tokens_mask.index(0)
+        last = len(around) - around.special_tokens_mask[::-1].index(0)
+        added = np.array(around.ids, dtype=np.int32)
+        joined: IdArray = np.concatenate([added[:first], ids, added[last:]])
+        return joined
+
+    @functools.cached_property
+    def _engine_for_windows(self) -> Any:
+        engine = _whole_text_backend(self.tokenizer)
+        engine.post_processor = None
+        return engine
+
+    def _split(self, pair: PreferencePair, encoded: Sequence[IdArray | None]) -> PairIds | DataError:
+        prompt, chosen, rejected = encoded
+        if prompt is None or chosen is None or rejected is None:
+            return DataError(
+                f"more than {LONGEST_PIECE:,} characters without a space or another sign between two letters",
+                where=pair.where,
+                why="such a text can only be tokenized as a whole, which takes about 300 bytes a character",
+                fix=SKIP_ROW,
+                kind="indivisible_text",
+            )
+        ids = split_ids(prompt, chosen, rejected)
+        highest = max(int(part.max(initial=0)) for part in ids[:3])
+        if highest < self._vocab_size:
+            return ids
+        return DataError(
+            f"token id {highest} is outside the model's vocabulary of {self._vocab_size}",
+            where=pair.where,
+            why="the tokenizer is not the model's: the same ids would mean other text",
+            fix=f"{SKIP_ROW}; or use the tokenizer that was saved with the model",
+            kind="vocabulary",
+        )
+
+
+@functools.cache
+def encoder(folder: Path, template_date: str | None = None) -> PairTokenizer:
+    """A model's tokenizer for whole ids, loaded once in a process; what is done with a length is not asked.
+
+    Raises:
+        ConfigError: As ``load_tokenizer`` and ``model_vocab_size``.
+    """
+    return PairTokenizer(
+        load_tokenizer(folder),
+        max_length=1,
+        truncation="drop",
+        vocab_size=model_vocab_size(folder),
+        template_date=template_date,
+    )
+
+
+def _whole_text_backend(tokenizer: "PreTrainedTokenizerFast") -> Any:
+    """The tokenizer's own engine, on its own: it cuts and pads nothing, and returns ids without offsets."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    # A copy forgets it, and the tokenizer's own call says it each time.
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _plain_texts(pair: PreferencePair, eos_text: str) -> tuple[str, str, str]:
+    prompt, chosen, rejected = cast(tuple[str, str, str], (pair.prompt, pair.chosen, pair.rejected))
+    return prompt, prompt + _ended(chosen, eos_text), prompt + _ended(rejected, eos_text)
+
+
+def _ended(text: str, eos_text: str) -> str:
+    return text if text.endswith(eos_text) else text + eos_text

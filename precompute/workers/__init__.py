@@ -1,0 +1,1 @@
+"""Several workers on one folder: in processes here, on Ray, on Slurm."""

@@ -1,0 +1,241 @@
+"""Workers as processes of this machine: each has its own GPUs, or its share of the cores.
+
+One engine per group of GPUs, each in a process of its own: what breaks one engine leaves the others at work.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.shards.finalize import committed
+from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError, Preempted
+from dpo_opt.schemas.safe_text import printable
+
+_SECONDS_BETWEEN_LOOKS = 0.1
+# A forward that has begun ends before Python hears of a signal.
+_SECONDS_TO_STOP = 30.0
+# What one worker says of settings, data or folder, the others would say too.
+_REFUSALS: dict[int, type[DpoOptError]] = {2: ConfigError, 3: DataError, 4: FingerprintError}
+_PREEMPTED = 75
+_PR_SET_PDEATHSIG = 1
+
+
+class WorkerResult(NamedTuple):
+    """What one worker said at its end."""
+
+    scored_shards: int
+    reuse_check: dict[str, Any] | None
+
+
+def visible_devices(environment: Mapping[str, str]) -> list[str]:
+    """GPUs that a process with this environment may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+    # CUDA numbers from 0 whatever it finds, also where a container shows only some.
+    return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def worker_environments(
+    config: PrecomputeConfig, environment: Mapping[str, str], *, cores: int
+) -> list[dict[str, str]]:
+    """What each worker's environment has of its own: its GPUs, or its share of the cores.
+
+    Args:
+        config: How many workers there are, and how many GPUs each gets.
+        environment: The launcher's.
+        cores: Cores of this machine.
+
+    Raises:
+        ConfigError: There are fewer GPUs than the workers need.
+    """
+    workers, each = config.num_workers or 1, config.gpus_per_worker
+    devices = visible_devices(environment)
+    if each == 0 or (not devices and "gpus_per_worker" not in config.model_fields_set):
+        threads = max(1, int(environment.get("OMP_NUM_THREADS") or cores) // workers)
+        return [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}] * workers
+    if workers * each > len(devices):
+        if not devices:
+            fix = "pass --gpus-per-worker 0 to score on the cores"
+        elif len(devices) >= each:
+            fix = f"pass --num-workers {len(devices) // each}"
+        else:
+            fix = f"pass --gpus-per-worker {len(devices)} and --num-workers 1"
+        raise ConfigError(
+            f"{workers} workers with {each} GPUs each need {workers * each} GPUs, this machine has "
+            f"{len(devices)}",
+            why="two engines on one GPU would take each other's memory",
+            fix=fix,
+        )
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(devices[i * each : (i + 1) * each])} for i in range(workers)]
+
+
+def own_devices(config: PrecomputeConfig, environment: Mapping[str, str]) -> str | None:
+    """``CUDA_VISIBLE_DEVICES`` of a worker that a scheduler started beside others on this machine.
+
+    Its place among them is ``LOCAL_RANK`` (torchrun) or ``SLURM_LOCALID`` (srun).
+
+    Returns:
+        None where nothing is to be changed: ``gpus_per_worker`` is not given, or no more are visible.
+
+    Raises:
+        ConfigError: There are too few GPUs for a worker of this place.
+    """
+    rank = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID"))
+    devices, each = visible_devices(environment), config.gpus_per_worker
+    if rank is None or "gpus_per_worker" not in config.model_fields_set or len(devices) <= each:
+        return None
+    share = devices[int(rank) * each : (int(rank) + 1) * each]
+    if len(share) < each:
+        raise ConfigError(
+            f"worker {rank} of this machine needs {each} GPUs, and of {len(devices)} too few are left",
+            why="two engines on one GPU would take each other's memory",
+            fix=f"start {len(devices) // each} workers on a machine, or pass a smaller --gpus-per-worker",
+        )
+    return ",".join(share)
+
+
+def run_workers(config: PrecomputeConfig, environments: Sequence[Mapping[str, str]]) -> list[WorkerResult]:
+    """Run processes on a planned folder until every shard is scored.
+
+    Args:
+        config: What to score.
+        environments: As ``worker_environments`` gives them, one for each worker.
+
+    Returns:
+        What those workers said that came to their end; the others left their shards to them.
+
+    Raises:
+        ConfigError, DataError, FingerprintError: A worker was refused; the others are stopped.
+        Preempted: A worker was stopped, and shards are left.
+        DpoOptError: A worker failed, and shards are left.
+    """
+    with tempfile.TemporaryDirectory(prefix="dpo-opt-") as folder:
+        file = Path(folder) / "precompute.yaml"
+        file.write_text(config.for_workers(), encoding="utf-8")
+        workers: list[_Worker] = []
+        try:
+            for i, own in enumerate(environments):
+                # -P: the folder that a job starts in may hold modules of any name.
+                command = [sys.executable, "-P", "-m", "dpo_opt", "precompute", "--config", str(file)]
+                command += ["--worker-index", str(i), "--num-workers", str(len(environments)), "--json"]
+                workers.append(_Worker(i, command, {**os.environ, **own}))
+            codes = _wait(workers)
+        finally:
+            _stop(workers)
+    _require_done(config, codes)
+    return [worker.result() for worker in workers if codes[worker.number] == 0]
+
+
+class _Worker:
+    """A process whose lines on stderr are passed on with its number, and whose stdout is kept."""
+
+    def __init__(self, number: int, command: list[str], environment: dict[str, str]) -> None:
+        self.number = number
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            preexec_fn=_end_with_parent,
+        )
+        self._said = ""
+        self._readers = [threading.Thread(target=read, daemon=True) for read in (self._pass_on, self._keep)]
+        for reader in self._readers:
+            reader.start()
+
+    def result(self) -> WorkerResult:
+        """What a finished worker printed."""
+        for reader in self._readers:
+            reader.join()
+        said = json.loads(self._said)
+        return WorkerResult(said["scored_shards"], said["reuse_check"])
+
+    def _pass_on(self) -> None:
+        for line in filter(str.strip, self.process.stderr or ()):
+            print(f"worker {self.number}: {printable(line.rstrip())}", file=sys.stderr, flush=True)
+
+    def _keep(self) -> None:
+        if self.process.stdout is not None:
+            self._said = self.process.stdout.read()
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel signal this process when its launcher dies, however that happens."""
+    if hasattr(_libc, "prctl"):
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait(workers: Sequence[_Worker]) -> dict[int, int]:
+    """Exit codes, when all have ended.
+
+    Raises:
+        ConfigError, DataError, FingerprintError: A worker was refused.
+    """
+    codes: dict[int, int] = {}
+    while len(codes) < len(workers):
+        for worker in workers:
+            code = worker.process.poll()
+            if code is None or worker.number in codes:
+                continue
+            codes[worker.number] = code
+            if code in _REFUSALS:
+                raise _REFUSALS[code](
+                    f"worker {worker.number} was refused, and the others would be",
+                    why="what it said stands above",
+                )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return codes
+
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    """End workers that are still at it; what they have not committed was not finished."""
+    running = [worker.process for worker in workers if worker.process.poll() is None]
+    for process in running:
+        process.terminate()
+    until = time.monotonic() + _SECONDS_TO_STOP
+    for process in running:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _require_done(config: PrecomputeConfig, codes: Mapping[int, int]) -> None:
+    """A worker that failed matters only if the others did not do its work.
+
+    Raises:
+        Preempted, DpoOptError: Shards are left.
+    """
+    failed = {number: code for number, code in codes.items() if code != 0}
+    plan = read_plan(config.shards)
+    left = len(plan.shards) - len(committed(config.shards, plan))
+    if not failed or not left:
+        return
+    ended = ", ".join(f"worker {number} with {code}" for number, code in sorted(failed.items()))
+    preempted = all(code in (_PREEMPTED, -signal.SIGTERM) for code in failed.values())
+    kind = Preempted if preempted else DpoOptError
+    raise kind(
+        f"{left} of {len(plan.shards)} shards are not scored: {ended}",
+        where=str(config.shards),
+        why="what a worker said at its end stands above; a negative number is the signal that ended it",
+        fix="run the same command again: it goes on where this one stopped",
+    )
