@@ -41,7 +41,7 @@ _HOMES = {
     "bootstrap_share": "intervals",
     "estimate_kl": "kl",
     "join_reference": "load",
-    "reference_view": "reference",
+    "reference_view": "reference_margins",
     "report": "page",
     "scan_kl_samples": "load",
     "scan_pair_logps": "load",

@@ -17,12 +17,12 @@ import pytest
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
 from dpo_opt.launch import launch
-from dpo_opt.precompute.workers.assignment import Worker, worker_from_environment
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.engine.process_watchdog import start_time
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.workers import assignment
+from dpo_opt.precompute.workers.assignment import Worker, worker_from_environment
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.progress import Silent
 
