@@ -13,82 +13,82 @@ class TrainConfig(Settings):
     """Training on cached reference log-probs. Names are TRL's where the meaning is the same."""
 
     shards: Location
-    """Folder of reference shards that `dpo-opt precompute` finished."""
+    """Folder of reference log-probs that `dpo-opt precompute` finished."""
     model: str
-    """Policy to start from: a folder or a Hub name. Must be the model that was scored."""
+    """Model to train: a folder or a Hub name. It must be the model that precompute scored the pairs with."""
     output_dir: Path
     """New folder for the run: metrics, per-pair log-probs and the final model."""
     beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
-    """Strength of the pull towards the reference; higher stays closer."""
+    """DPO's beta: how strongly the policy is held to the reference. Higher keeps it closer."""
     loss_type: Literal["sigmoid"] = "sigmoid"
-    """Which preference loss."""
+    """Preference loss. sigmoid: the loss of the DPO paper."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed share of pairs whose labels are swapped (cDPO)."""
+    """Share of pairs whose chosen and rejected are assumed to be swapped by mistake (cDPO)."""
     learning_rate: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
-    """Peak learning rate. 0 trains nothing: the run measures the losses of the starting policy."""
+    """Peak learning rate. 0 changes no weight: the run only measures the losses of the starting policy."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """How the rate falls after the warm-up."""
+    """How the learning rate falls after the warm-up; linear and cosine end at 0."""
     warmup_steps: float = Field(default=0, ge=0, allow_inf_nan=False)
-    """Steps over which the rate rises linearly; below 1, their share of all steps."""
+    """Steps over which the learning rate rises linearly. A number below 1 is a share of all steps."""
     optim: Literal["adamw", "rmsprop", "adamw-8bit"] = "adamw"
-    """AdamW, the paper's RMSprop, or AdamW with its state in 8 bits (torchao)."""
+    """Optimizer: AdamW, the DPO paper's RMSprop, or AdamW that keeps its state in 8 bits (torchao)."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of AdamW's mean of gradients."""
+    """AdamW's beta1: decay of the running mean of the gradients."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of AdamW's mean of squared gradients."""
+    """AdamW's beta2: decay of the running mean of the squared gradients."""
     adam_epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
-    """Added to the root of AdamW's mean of squared gradients."""
+    """AdamW's epsilon, added to the denominator of the update."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Decoupled for AdamW, added to the gradient for RMSprop; never on vectors."""
+    """Weight decay: decoupled in AdamW, added to the gradient in RMSprop; not for biases and norms."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients are scaled down to this norm; 0 or inf leaves them as they are."""
+    """Larger gradients are scaled down to this norm. 0 or inf: never."""
     batch_size: PositiveInt = 64
     """Pairs per optimizer step."""
     micro_batch_tokens: PositiveInt | None = None
-    """Most token rows per forward and backward; changes memory and speed alone. Default: chosen."""
+    """Most tokens per forward and backward. Changes memory and speed only. Default: from free GPU memory."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What of the forward is computed again in backward, to save memory: nothing, what is cheap, or all."""
+    """Saves memory: recompute nothing, only cheap operations (selective) or whole layers in backward."""
     num_train_epochs: PositiveInt = 1
-    """Passes over the training pairs."""
+    """How often training goes through all pairs."""
     max_steps: PositiveInt | None = None
-    """Stop after this many steps instead."""
+    """Stop after this many steps; --num-train-epochs is then ignored."""
     eval_split: float = Field(default=0.0, ge=0, lt=1)
-    """Share of prompts held out for evaluation, chosen by hash of the prompt."""
+    """Share of the prompts held out for evaluation. A hash of the prompt decides which ones."""
     eval_steps: PositiveInt | None = None
-    """Evaluate every so many steps; always at the end. Needs eval_split or eval_shards."""
+    """Evaluate every N steps, and always at the end. Needs --eval-split or --eval-shards."""
     logging_steps: PositiveInt = 10
-    """Write metrics every so many steps."""
+    """Write metrics every N steps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Dtype of the computation. auto: bfloat16 on a GPU, float32 on a CPU."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the parameters; bfloat16 takes half the memory, and updates are rounded stochastically."""
+    """Dtype of the stored parameters. bfloat16 halves their memory and rounds updates stochastically."""
     use_peft: bool = False
     """Train a LoRA adapter (peft) instead of all weights."""
     lora_r: PositiveInt = 16
-    """Rank of the adapter."""
+    """Rank of the LoRA adapter."""
     lora_alpha: PositiveInt = 32
-    """The adapter's output counts lora_alpha / lora_r times."""
+    """Scale of the LoRA adapter: its output is multiplied by lora_alpha / lora_r."""
     lora_target_modules: list[str] = []
-    """Names of the layers that get an adapter. Default: all linear layers but the head."""
+    """Names of the layers that get an adapter. Default: all linear layers except the head."""
     adapter: Path | None = None
-    """Adapter to go on from; its reference must have been scored with it merged."""
+    """Existing LoRA adapter to train further. Precompute must have scored the model with it merged."""
     load_in_4bit: bool = False
     """QLoRA: keep the frozen weights in 4 bits (bitsandbytes, GPU)."""
     save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the final model's weights. auto: the dtype the policy's checkpoint declares."""
     save_steps: PositiveInt | None = None
-    """Save a checkpoint every so many steps."""
+    """Save a checkpoint every N steps."""
     save_minutes: PositiveFloat | None = None
-    """Save a checkpoint every so many minutes."""
+    """Save a checkpoint every N minutes."""
     save_total_limit: int = Field(default=2, ge=2)
-    """How many checkpoints are kept; the best one is kept beside them."""
+    """How many of the newest checkpoints are kept, in addition to the best one."""
     metric_for_best_model: str | None = None
-    """Metric, such as eval_rewards/accuracies, that decides which checkpoint is the best."""
+    """Metric that decides which checkpoint is the best, such as eval_rewards/accuracies."""
     resume: bool = False
-    """Go on from the newest valid checkpoint of the output folder."""
+    """Continue from the newest valid checkpoint in --output-dir."""
     eval_shards: list[Location] = []
-    """More folders of shards to evaluate on; metrics are named after them."""
+    """More folders of reference log-probs to evaluate on. Each folder's name becomes part of its metrics."""
     reference_differs: bool = False
-    """Train towards another reference than the starting policy: skips the identity and parity gates."""
+    """The shards' reference is not --model, on purpose. Skips the checks that the two are the same."""
     seed: int = Field(default=42, ge=0, lt=2**64)
-    """Decides the order of the pairs."""
+    """Seed of the order of the pairs and of every other random choice."""

@@ -17,7 +17,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 def _listed(value: object) -> object:
-    """One source may be given as it is."""
+    """Accept a single source in place of a list of sources."""
     values = [value] if isinstance(value, str | Path) else value
     return [str(v) if isinstance(v, Path) else v for v in values] if isinstance(values, list) else values
 
@@ -26,23 +26,23 @@ Sources = Annotated[list[str], BeforeValidator(_listed)]
 
 
 class DataConfig(Settings):
-    """Which preference data is read, and how."""
+    """Settings of every command that reads preference data: which data, and how."""
 
     data: Annotated[Sources, Field(min_length=1)]
     """Preference pairs: files (.jsonl, .json, .parquet), folders, globs, URLs, or a Hub ORG/NAME@REVISION."""
     data_share: list[Share] = []
-    """Share of the pairs of each --data that is used, chosen by content; one per --data."""
+    """Share of the pairs used from each --data, one per --data. The pair's text decides which are used."""
     column: dict[str, str] = {}
-    """Column that holds a part, such as prompt=question; once for every renamed column."""
+    """Name of the column that holds a part, such as prompt=question. Repeat it for each renamed column."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What a malformed row does: stop everything before it begins, or be left out, counted and listed."""
+    """Malformed rows. error: stop before any work. skip: leave the rows out, count and list them."""
 
 
 class WholeDataConfig(DataConfig):
-    """Reading all of it, on several cores."""
+    """Settings of the commands that read all of the data, on several cores."""
 
     processes: NonNegativeInt = 0
-    """Processes that parse the data. 0: as many as there are cores, where there is enough to do."""
+    """Processes that parse the data. 0: one per core, or fewer for small data."""
 
 
 _OF_THE_LAUNCHER = {
@@ -54,42 +54,42 @@ _ONLY_OF = {"slurm": {"submit", "job_option", "time_limit"}, "ray": {"ray_addres
 
 
 class PrecomputeConfig(WholeDataConfig):
-    """Scoring a dataset once under the reference."""
+    """Settings of ``dpo-opt precompute``: score every pair once under the reference."""
 
     model: str
     """Reference model: a folder, or a Hub ORG/NAME@REVISION."""
     shards: Location
-    """Folder to fill; running the same command again goes on where it stopped."""
+    """Folder for the log-probs. Running the same command again continues where it stopped."""
     append: bool = False
-    """Score rows that were added at the end of the data, beside those that the folder already holds."""
+    """Score the rows that were added at the end of the data since the folder was made."""
     backend: Literal["auto", "vllm", "hf"] = "auto"
-    """What scores. auto: vLLM on a GPU where it is installed, else transformers (faster on CPU cores)."""
+    """Scoring engine. auto: vLLM on a GPU if it is installed, else hf (transformers; faster on a CPU)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the reference. auto: the dtype its checkpoint declares."""
+    """Dtype of the reference model. auto: the dtype that its checkpoint declares."""
     engine_option: list[str] = []
-    """vllm: an argument of its engine, such as tensor_parallel_size=2; once for each."""
+    """vllm: an argument of its engine, such as tensor_parallel_size=2. Repeat it for each argument."""
     max_length: PositiveInt | None = None
     """Most tokens of prompt plus completion. Default: 1024, or the model's context if that is shorter."""
     truncation: Truncation = "keep_start"
-    """What happens to a longer pair: cut the completions' ends, cut the prompt's start, or leave it out."""
+    """Longer pairs. keep_start: cut the completions' ends. keep_end: cut the prompt's start. drop: skip."""
     pairs_per_shard: PositiveInt = 1024
-    """Source rows per shard: the unit that is lost when a job is killed."""
+    """Source rows per shard file. A killed job loses at most the shard it was scoring."""
     worker_index: NonNegativeInt | None = None
-    """This worker's number, from 0. Default: from the Slurm array or RANK, else all work is done here."""
+    """This worker's number, from 0. Default: taken from the Slurm array or RANK, else it does all work."""
     num_workers: PositiveInt | None = None
-    """How many workers there are. Without --worker-index: how many to start."""
+    """Number of workers. Without --worker-index this command starts them all."""
     launcher: Literal["local", "slurm", "ray"] = "local"
-    """What runs --num-workers workers: processes of this machine, a Slurm array, or Ray."""
+    """Where the --num-workers workers run: processes on this machine, a Slurm array, or Ray."""
     gpus_per_worker: NonNegativeInt = 1
-    """GPUs that each worker gets. local: where it is not given, none on a machine without GPUs."""
+    """GPUs for each worker. local: defaults to 0 on a machine without GPUs."""
     submit: bool = False
-    """slurm: submit the jobs, not only write them."""
+    """slurm: also submit the job scripts instead of only writing them."""
     job_option: list[str] = []
-    """slurm: an option of sbatch, such as partition=gpu; once for each."""
+    """slurm: an option of sbatch, such as partition=gpu. Repeat it for each option."""
     time_limit: str = "04:00:00"
-    """slurm: the longest that one task may run before it is requeued, as sbatch spells it."""
+    """slurm: sbatch's --time for one task. A task that reaches it is requeued."""
     ray_address: str | None = None
-    """ray: the cluster. Default: the one in RAY_ADDRESS, else one on this machine."""
+    """ray: address of the cluster. Default: RAY_ADDRESS, else a new cluster on this machine."""
 
     @property
     def launched(self) -> bool:
@@ -97,9 +97,9 @@ class PrecomputeConfig(WholeDataConfig):
         return self.launcher != "local" or (self.num_workers is not None and self.worker_index is None)
 
     def for_workers(self) -> str:
-        """These settings as YAML for a worker's ``--config``, wherever it stands.
+        """These settings as YAML for a worker's ``--config``, with absolute paths.
 
-        Not who runs it, or it would launch again.
+        The launcher's own settings are left out, or each worker would launch workers again.
         """
         settings = self.model_dump(mode="json", exclude=_OF_THE_LAUNCHER, exclude_defaults=True)
         settings["shards"] = str(self.shards.absolute())
@@ -147,7 +147,7 @@ class PrecomputeConfig(WholeDataConfig):
                     raise ConfigError(
                         f"{option} is an option of --launcher {launcher}",
                         why=f"with --launcher {self.launcher} it would have no effect",
-                        # Whoever named a launcher means that one.
+                        # A launcher that was named explicitly is the one that is meant.
                         fix=f"leave {option} out"
                         if "launcher" in self.model_fields_set
                         else f"pass --launcher {launcher}",
@@ -164,53 +164,53 @@ def _absolute(name: str) -> str:
 
 
 class CheckConfig(WholeDataConfig):
-    """Auditing a dataset before any GPU time."""
+    """Settings of ``dpo-opt check``: find what is wrong with the data before it costs GPU time."""
 
     model: str | None = None
-    """Count in tokens of this model, and forecast truncation, disk and GPU hours; else in characters."""
+    """Count in this model's tokens and forecast truncation, disk and GPU hours. Default: count characters."""
     eval_data: Sources = []
-    """Evaluation data, whose prompts should not stand in the training data."""
+    """Evaluation data. Its prompts should not also be in DATA."""
     shards: Location | None = None
-    """Folder of reference shards of this data: also say how the reference itself ranks the pairs."""
+    """Reference log-probs of this data, if there are any: also report how the reference ranks the pairs."""
     max_length: PositiveInt | None = None
-    """Length for the estimates. Default: 1024, or the model's context if that is shorter."""
+    """Most tokens per pair, for the forecast. Default: 1024, or the model's context if that is shorter."""
     truncation: Truncation = "keep_start"
-    """What the truncation forecast assumes."""
+    """What the forecast assumes happens to longer pairs (see precompute --truncation)."""
     pairs_per_shard: PositiveInt = 1024
-    """Source rows per shard, for the estimate."""
+    """Source rows per shard file, for the forecast."""
     near_duplicates: bool = False
-    """Also look for pairs that nearly repeat another one (MinHash)."""
+    """Also look for pairs that nearly repeat another pair (MinHash)."""
     similarity: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Estimated Jaccard similarity from which two pairs count as nearly the same."""
     html: Path | None = None
-    """Also write the result as a self-contained page."""
+    """Also write the result as one self-contained HTML page."""
 
 
 class PreviewConfig(DataConfig):
-    """Showing pairs as the model will see them."""
+    """Settings of ``dpo-opt preview``: show pairs as the model will see them."""
 
     model: str
     """Model whose tokenizer and chat template are used."""
     pairs: PositiveInt = 3
     """How many pairs to show."""
     start: NonNegativeInt = 0
-    """First row to show."""
+    """First row to show, counted from 0."""
     max_length: PositiveInt | None = None
     """Most tokens of prompt plus completion. Default: 1024, or the model's context if that is shorter."""
     truncation: Truncation = "keep_start"
-    """What happens to a longer pair."""
+    """What happens to a longer pair (see precompute --truncation)."""
 
 
 class ConvertConfig(WholeDataConfig):
-    """Writing a cleaned, deduplicated dataset, split by prompt."""
+    """Settings of ``dpo-opt convert``: write a cleaned, deduplicated dataset, split by prompt."""
 
     output: Path
     """New folder for train.jsonl, eval.jsonl, removed.jsonl and convert.json."""
     eval_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of prompts that goes to eval.jsonl, by a hash of the prompt."""
+    """Share of the prompts that goes to eval.jsonl. A hash of the prompt decides which ones."""
     on_bad_row: Literal["error", "skip"] = "skip"
-    """What a malformed row does: stop everything, or be left out and listed in removed.jsonl."""
+    """Malformed rows. error: stop. skip: leave the rows out and list them in removed.jsonl."""
     near_duplicates: bool = False
-    """Also remove pairs that nearly repeat an earlier one (MinHash)."""
+    """Also remove pairs that nearly repeat an earlier pair (MinHash)."""
     similarity: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Estimated Jaccard similarity from which two pairs count as nearly the same."""
