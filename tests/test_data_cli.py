@@ -79,7 +79,7 @@ def test_check_exits_with_3_where_a_later_command_would_refuse_and_with_0_for_wa
         file.write(json.dumps(ROWS[0]) + "\n")
     warned = invoke("check", data)
     assert warned.exit_code == 0
-    assert "warning 1 pairs that repeat an earlier one [duplicate]" in warned.stdout
+    assert "warning 1 pairs that repeat an earlier pair [duplicate]" in warned.stdout
     with data.open("a") as file:
         file.write("{\n")
     bad = invoke("check", data)
