@@ -86,10 +86,10 @@ def _run(arguments: argparse.Namespace, pairs: Path, setting: dict[str, Any]) ->
 
 def _ours(arguments: argparse.Namespace, *, ours: str, reuse: bool = True) -> float:
     from dpo_opt.precompute.config import DataConfig
+    from dpo_opt.precompute.engine.score_pairs import score_pairs
     from dpo_opt.precompute.engine.vllm_build import prepare_environment
     from dpo_opt.precompute.engine.vllm_model import VllmModel
     from dpo_opt.precompute.read.datasets import read_pairs
-    from dpo_opt.precompute.run import score_pairs
     from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
     from dpo_opt.schemas.pairs import TokenizedPair
 

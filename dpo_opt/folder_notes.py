@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dpo_opt.precompute.shards.gc import is_claim, is_index, is_private, is_spent_claim
 from dpo_opt.precompute.shards.plan import plan_of, read_plans
 from dpo_opt.precompute.shards.weights_memo import WEIGHTS
+from dpo_opt.schemas.attempts import AttemptName
 from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.locations import AnyPath, explained
 from dpo_opt.schemas.manifest import (
-    ATTEMPT,
     COMMAND,
     COMMITS,
     DATA,
@@ -29,7 +29,7 @@ _MOST_LISTED = 20
 
 _EXPECTED = re.compile(
     rf"{MANIFEST}|{PLAN}|{COMMAND}|model_config\.json|{VERDICT}|{WEIGHTS}|plan-\d+\.json|{TOKENIZER}/.+|slurm/.+"
-    rf"|{COMMITS}/\d{{5,}}-[0-9a-f]+\.json|{COLUMNS}/[^/]+\.parquet"
+    rf"|{COLUMNS}/[^/]+\.parquet"
 )
 
 
@@ -81,10 +81,13 @@ def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     found: dict[str, list[str]] = {left: [], indexes: [], claims: [], unknown: []}
     for name in others:
         folder, _, file = name.rpartition("/")
-        attempt = ATTEMPT.fullmatch(file) if folder in (DATA, DROPPED) else None
-        if attempt is not None and growing and int(attempt["shard"]) >= len(manifest.shards):
+        attempt = AttemptName.parse(file) if folder in (COMMITS, DATA, DROPPED) else None
+        if attempt is not None and folder == COMMITS:
+            continue
+        generated = attempt is not None and attempt.is_generated
+        if attempt is not None and generated and growing and attempt.shard >= len(manifest.shards):
             continue  # of the part that is not finalized yet
-        if attempt is not None or is_private(name) or is_spent_claim(name, there):
+        if generated or is_private(name) or is_spent_claim(name, there):
             kind = left
         elif is_index(name):
             kind = indexes

@@ -18,14 +18,12 @@ from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath, inside, on_this_machine, sizes
 from dpo_opt.schemas.manifest import MANIFEST, TOKENIZER, Manifest, ShardCommit, tokenizer_names
-from dpo_opt.schemas.pairs import LogpArray, ScoredPair
+from dpo_opt.schemas.pairs import HIGHEST_LOGP, LogpArray, ScoredPair
 from dpo_opt.schemas.shard_folder import verified_file
 from dpo_opt.schemas.shards import DROPPED_SCHEMA, INDEX_SCHEMA, inconsistent_columns, read_row_groups
 from dpo_opt.schemas.sidecars import COLUMNS, WEIGHT
 from dpo_opt.schemas.storage import file_names, sha256_folder
 
-# A log-prob may exceed 0 by rounding of log_softmax in half precision, and by no more.
-_ABOVE_ZERO = 1e-3
 _MOST_PER_FILE = 5
 _MOST_LISTED = 50
 
@@ -205,7 +203,7 @@ def _side_problems(side: str, ids: int, logps: LogpArray) -> Iterator[str]:
     if not len(logps) == ids > 0:
         yield f"has {len(logps)} log-probs for {ids} {side} tokens"
         return
-    bad = np.flatnonzero(~(np.isfinite(logps) & (logps <= _ABOVE_ZERO)))
+    bad = np.flatnonzero(~(np.isfinite(logps) & (logps <= HIGHEST_LOGP)))
     if len(bad):
         yield f"has a log-prob of {logps[bad[0]]} ({side}, token {bad[0]})"
 

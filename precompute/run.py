@@ -5,48 +5,36 @@ would take for a result.
 """
 
 import contextlib
-import secrets
-import socket
 import time
-from collections import Counter
 from collections.abc import Collection, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.engine.failing_sequences import ENGINE_ERROR, Losses, score_or_leave_out
+from dpo_opt.precompute.engine.failing_sequences import ENGINE_ERROR, Losses
+from dpo_opt.precompute.engine.score_pairs import score_pairs
 from dpo_opt.precompute.read.datasets import BadRow, Row
 from dpo_opt.precompute.read.row_reader import RowReader
-from dpo_opt.precompute.shards.finalize import committed, finalize, is_finalized, withdraw_if_lost
+from dpo_opt.precompute.shards.commits import committed, write_commit
+from dpo_opt.precompute.shards.finalize import finalize, is_finalized
 from dpo_opt.precompute.shards.plan import RowsDigest
 from dpo_opt.precompute.shards.reference import make_tokenizer, pinned, resolve_reference
 from dpo_opt.precompute.shards.write_plan import settle_plan
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.workers.assignment import Worker, shards_for
-from dpo_opt.schemas.errors import DataError, DpoOptError
-from dpo_opt.schemas.fingerprint import Fingerprint
-from dpo_opt.schemas.locations import AnyPath, on_this_machine, sizes
+from dpo_opt.schemas.attempts import commit_names
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.locations import AnyPath, sizes
 from dpo_opt.schemas.manifest import (
-    ATTEMPT,
     COMMITS,
-    DATA,
     DROPPED,
     Manifest,
     Plan,
     ShardCommit,
     ShardRange,
-    to_json,
 )
-from dpo_opt.schemas.pairs import LogpArray, PreferencePair, ScoredPair, Scorer, TokenizedPair, TokenSequence
+from dpo_opt.schemas.pairs import PreferencePair, Scorer, TokenizedPair
 from dpo_opt.schemas.progress import Progress, Silent
-from dpo_opt.schemas.shards import DroppedRow, read_row_groups, write_dropped, write_shard
-from dpo_opt.schemas.storage import sha256_file, write_text
-
-# A log-prob may exceed 0 by rounding of log_softmax in half precision, and by no more.
-_ABOVE_ZERO = 1e-3
+from dpo_opt.schemas.shards import DroppedRow
 
 
 def precompute(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None = None) -> Manifest:
@@ -138,8 +126,8 @@ class _Job:
 
     def look(self, note: str) -> None:
         """Tell of what was committed since the last look."""
-        names = filter(ATTEMPT.fullmatch, sizes(self._commits).keys() - self._before.keys())
-        shards = {int(name.partition("-")[0]) for name in names} & self._left.keys()
+        attempts = commit_names(sizes(self._commits).keys() - self._before.keys())
+        shards = {attempt.shard for attempt in attempts.values()} & self._left.keys()
         if shards:
             self._progress.advance(sum(self._left.pop(shard) for shard in shards), note)
 
@@ -204,7 +192,15 @@ def score_shard(
         pair = where[row]
         dropped.append(DroppedRow(row, pair.source, ENGINE_ERROR, f"{pair.where}: {message}"))
     dropped.sort(key=lambda row: row.row)
-    return _commit(config, plan.fingerprint, planned, scored, dropped, begun)
+    return write_commit(
+        config.shards,
+        planned,
+        scored,
+        dropped,
+        fingerprint=plan.fingerprint,
+        worker=config.worker_index,
+        begun=begun,
+    )
 
 
 def _left_out(row: int, error: DataError, config: PrecomputeConfig) -> DroppedRow:
@@ -216,135 +212,3 @@ def _left_out(row: int, error: DataError, config: PrecomputeConfig) -> DroppedRo
     if config.on_bad_row == "error":
         raise error
     return DroppedRow(row, None, f"bad_row:{error.kind}", error.where or "")
-
-
-class ScoredPairs(NamedTuple):
-    """What became of some pairs."""
-
-    pairs: list[ScoredPair]
-    """In order, without those that were left out."""
-    left_out: dict[int, str]
-    """Row to what the engine said of one of its sequences."""
-    unique_sequences: int
-    """Sequences that were scored."""
-
-
-def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer, *, model: Path | None = None) -> ScoredPairs:
-    """Score pairs, equal sequences once; pairs whose sequences break the engine are left out.
-
-    Args:
-        pairs: Their rows are unique.
-        scorer: The reference.
-        model: Its folder, where its weights may be read to explain values that are not finite.
-
-    Raises:
-        ConfigError: The model's weights are not finite.
-        EngineStopped: The engine fails whatever it is asked, or too often (``quarantine``).
-        DpoOptError: An answer is missing, has the wrong length, is not finite, or is above 0.
-    """
-    # Completions of one prompt next to each other, so that the scorer can reuse the prompt's work.
-    by_prompt: dict[bytes, dict[tuple[bytes, bytes], TokenSequence]] = {}
-    for pair in pairs:
-        for completion in (pair.chosen_ids, pair.rejected_ids):
-            sequence = TokenSequence(pair.prompt_ids, completion)
-            by_prompt.setdefault(sequence.key[0], {})[sequence.key] = sequence
-    sequences = {key: s for group in by_prompt.values() for key, s in group.items()}
-    answers = score_or_leave_out(list(sequences.values()), scorer, model=model)
-    values = dict(zip(sequences, answers.values, strict=True))
-    messages = {key: answers.left_out[i] for i, key in enumerate(sequences) if i in answers.left_out}
-    scored = []
-    left_out: dict[int, str] = {}
-    for pair in pairs:
-        keys = [TokenSequence(pair.prompt_ids, ids).key for ids in (pair.chosen_ids, pair.rejected_ids)]
-        chosen, rejected = (values[key] for key in keys)
-        if chosen is None or rejected is None:
-            left_out[pair.row] = next(messages[key] for key in keys if key in messages)
-            continue
-        for found, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
-            _require_logps(found, len(ids), pair.row, dtype=scorer.numerics.dtype)
-        scored.append(
-            ScoredPair(
-                row=pair.row,
-                source=pair.source,
-                prompt_ids=pair.prompt_ids,
-                chosen_ids=pair.chosen_ids,
-                rejected_ids=pair.rejected_ids,
-                chosen_truncated=pair.chosen_truncated,
-                rejected_truncated=pair.rejected_truncated,
-                id=pair.id,
-                ref_chosen_token_logps=chosen,
-                ref_rejected_token_logps=rejected,
-            )
-        )
-    return ScoredPairs(scored, left_out, len(sequences) - len(messages))
-
-
-def _require_logps(values: LogpArray, length: int, row: int, *, dtype: str) -> None:
-    if len(values) == length and bool(np.isfinite(values).all()) and float(values.max()) <= _ABOVE_ZERO:
-        return
-    not_finite = int((~np.isfinite(values)).sum())
-    if not_finite and dtype == "float16":
-        raise DpoOptError(
-            f"{not_finite} of {len(values)} log-probs are not finite in float16",
-            where=f"source row {row}",
-            why="values inside the model are beyond 65504, the largest number of that dtype",
-            fix="pass --dtype bfloat16 or float32, and another --shards folder",
-        )
-    raise DpoOptError(
-        f"the scorer returned values that are no log-probs ({len(values)} for {length} tokens, "
-        f"largest {float(np.max(values, initial=-np.inf)):g}, "
-        f"{not_finite} not finite)",
-        where=f"source row {row}",
-        why="training on them would be silently wrong; nothing of this shard was kept",
-        fix="check the model with `dpo-opt precompute --backend hf --dtype float32` on a few rows",
-    )
-
-
-def _commit(
-    config: PrecomputeConfig,
-    fingerprint: Fingerprint,
-    planned: ShardRange,
-    result: ScoredPairs,
-    dropped: Sequence[DroppedRow],
-    begun: float,
-) -> ShardCommit | None:
-    """Data first, read back from disk, commit last; nothing of it stays where another attempt was first."""
-    shards_dir, scored = config.shards, result.pairs
-    attempt = secrets.token_hex(4)
-    name = f"{planned.shard:05d}-{attempt}"
-    data, left_out = f"{DATA}/{name}.parquet", f"{DROPPED}/{name}.parquet"
-    write_shard(shards_dir / data, scored, fingerprint=fingerprint, shard=planned.shard)
-    write_dropped(shards_dir / left_out, dropped)
-    try:
-        with on_this_machine(shards_dir / data) as file:
-            on_disk = [pair.pair_id for group in read_row_groups(file) for pair in group]
-            size, sha256 = file.stat().st_size, sha256_file(file)
-        dropped_sha256 = sha256_file(shards_dir / left_out)
-    except (DataError, FileNotFoundError):
-        # Whoever finalizes removes what is not chosen.
-        if withdraw_if_lost(shards_dir, planned.shard, attempt):
-            return None
-        raise
-    if on_disk != [p.pair_id for p in scored]:
-        raise DpoOptError("the shard read back from disk is not what was written", where=data)
-    commit = ShardCommit(
-        **planned.model_dump(),
-        attempt=attempt,
-        file=data,
-        rows=len(scored),
-        bytes=size,
-        sha256=sha256,
-        dropped_file=left_out,
-        dropped_sha256=dropped_sha256,
-        dropped=dict(sorted(Counter(row.reason for row in dropped).items())),
-        truncated=sum(p.chosen_truncated or p.rejected_truncated for p in scored),
-        tokens=sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in scored),
-        unique_sequences=result.unique_sequences,
-        fingerprint=fingerprint,
-        host=socket.gethostname(),
-        worker=config.worker_index,
-        finished=datetime.now(UTC),
-        seconds=time.monotonic() - begun,
-    )
-    write_text(shards_dir / COMMITS / f"{name}.json", to_json(commit))
-    return None if withdraw_if_lost(shards_dir, planned.shard, attempt) else commit

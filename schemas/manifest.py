@@ -42,8 +42,6 @@ SLURM = "slurm"
 DAMAGED = "damaged"
 """Kind of the errors that ``dpo-opt repair`` mends."""
 R = TypeVar("R", bound=BaseModel)
-ATTEMPT = re.compile(r"(?P<shard>\d{5,})-[0-9a-f]{8}(\.dropped)?\.(parquet|json)")
-"""Names that this program gives to an attempt's files; anything else in their folders is somebody's own."""
 _SAFE_FILE = re.compile(rf"(({DATA}|{DROPPED})/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

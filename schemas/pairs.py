@@ -15,6 +15,8 @@ from dpo_opt.schemas.rope import FIXED
 
 IdArray = npt.NDArray[np.int32]
 LogpArray = npt.NDArray[np.float32]
+HIGHEST_LOGP = 1e-3
+"""Rounding of ``log_softmax`` in half precision may lift a log-prob above 0, and by no more than this."""
 
 Message = dict[str, object]
 Text = str | list[Message]

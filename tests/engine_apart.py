@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from dpo_opt.precompute.engine.score_pairs import score_pairs
 from dpo_opt.precompute.engine.vllm_model import VllmModel
-from dpo_opt.precompute.run import score_pairs
 from dpo_opt.schemas.pairs import ScoredPair, TokenizedPair
 
 

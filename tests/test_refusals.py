@@ -23,8 +23,10 @@ from dpo_opt.cli import main
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
-from dpo_opt.precompute.shards.finalize import committed, finalize, status
+from dpo_opt.precompute.shards.commits import committed
+from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.precompute.shards.status import status
 from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.manifest import (
     COMMITS,
@@ -442,7 +444,7 @@ def test_what_the_system_refuses_is_said_with_place_reason_and_fix(
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number), "/data/my shards")
 
-    monkeypatch.setattr("dpo_opt.precompute.shards.finalize.status", fail)
+    monkeypatch.setattr("dpo_opt.precompute.shards.status.status", fail)
     result = CliRunner().invoke(main, ["status", "--shards", str(shards)])
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code == 1
@@ -499,7 +501,7 @@ def test_a_place_that_is_no_folder_of_shards_is_made_open_or_left(
         """As for a user who may not read the two; root may everything."""
         return allowed(path, mode) and (mode == os.F_OK or path.name not in ("file", "closed"))
 
-    monkeypatch.setattr("dpo_opt.precompute.shards.finalize.status", fail)
+    monkeypatch.setattr("dpo_opt.precompute.shards.status.status", fail)
     monkeypatch.setattr("os.access", access)
     result = CliRunner().invoke(main, ["status", "--shards", str(shards)])
     assert result.stderr.splitlines()[-1] == f"  fix: {fix.format(folder=tmp_path)}"
@@ -526,7 +528,7 @@ def test_a_machine_without_room_for_temporary_files_is_told_so(
     def fail(*_: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
 
-    monkeypatch.setattr("dpo_opt.precompute.shards.finalize.status", fail)
+    monkeypatch.setattr("dpo_opt.precompute.shards.status.status", fail)
     result = CliRunner().invoke(main, ["status", "--shards", str(shards)])
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert "set TMPDIR" in result.stderr

@@ -8,11 +8,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo_opt.precompute.shards.finalize import read_commit
+from dpo_opt.precompute.shards.commits import read_commit
 from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.schemas.attempts import AttemptName, commit_names
 from dpo_opt.schemas.locations import AnyPath, explained, is_file, read_all, remove, sizes
 from dpo_opt.schemas.manifest import (
-    ATTEMPT,
     COMMITS,
     DATA,
     DROPPED,
@@ -27,7 +27,8 @@ from dpo_opt.schemas.sidecars import COLUMNS
 # Names that this program gives; anything else in the folder is somebody's, and stays.
 _INDEX = re.compile(r"index(-\d+)?(-[0-9a-f]{8})?\.parquet")
 _CLAIM = re.compile(r"(?P<plan>plan(-\d+)?\.json)\.claim")
-_PRIVATE = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+# A name may hold a newline.
+_PRIVATE = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
 _FOLDERS = (DATA, DROPPED, COMMITS, COLUMNS, TOKENIZER, SLURM)
 
 
@@ -100,8 +101,9 @@ def find_garbage(shards_dir: AnyPath, *, older_than_hours: float, look_only: boo
     for name, size in sorted(names):
         old_index = is_index(name)
         folder, _, file = name.rpartition("/")
-        attempt = folder in (DATA, DROPPED, COMMITS) and ATTEMPT.fullmatch(file)
-        if not (old_index or attempt or is_private(name) or is_spent_claim(name, own)) or name in kept:
+        attempt = AttemptName.parse(file) if folder in (DATA, DROPPED, COMMITS) else None
+        of_attempt = attempt is not None and attempt.is_generated
+        if not (old_index or of_attempt or is_private(name) or is_spent_claim(name, own)) or name in kept:
             continue
         with explained(shards_dir):
             written = _time_of(shards_dir / name)
@@ -150,18 +152,22 @@ def _wanted(shards_dir: AnyPath) -> set[str]:
     if is_file(shards_dir / MANIFEST):
         manifest = load_manifest(shards_dir)
         kept, index = manifest.shards, {manifest.index_file}
-    settled = {commit.shard for commit in kept}
+    in_manifest = {commit.shard for commit in kept}
     names = [
         name
-        for name in sizes(shards_dir / COMMITS)
-        if ATTEMPT.fullmatch(name) and int(name.partition("-")[0]) not in settled
+        for name, attempt in commit_names(sizes(shards_dir / COMMITS)).items()
+        if attempt.shard not in in_manifest
     ]
     records = map(read_commit, read_all(shards_dir / COMMITS, names).values())
     commits = [*kept, *filter(None, records)]
     return index | {
         name
         for commit in commits
-        for name in (commit.file, commit.dropped_file, f"{COMMITS}/{commit.shard:05d}-{commit.attempt}.json")
+        for name in (
+            commit.file,
+            commit.dropped_file,
+            AttemptName(commit.shard, commit.attempt).commit_file,
+        )
     }
 
 

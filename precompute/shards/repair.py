@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,13 @@ import yaml
 from pydantic import BaseModel
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.shards.finalize import finalize, is_of, read_commit, record_name, require_beginning
+from dpo_opt.precompute.shards.commits import is_of, read_commit
+from dpo_opt.precompute.shards.finalize import finalize, require_beginning
 from dpo_opt.precompute.shards.plan import make_plan, plan_of, read_plan
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.shards.write_plan import write_tokenizer
 from dpo_opt.precompute.tokens.tokenize import load_tokenizer
+from dpo_opt.schemas.attempts import AttemptName, commit_names
 from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError, quoted
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, follows, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, inside, is_file, on_this_machine, read_all, remove, sizes
@@ -50,7 +52,6 @@ from dpo_opt.schemas.shard_folder import ShardFolder, verified_file
 from dpo_opt.schemas.storage import file_names, write_text
 
 _PLAN = re.compile(r"plan(-(?P<number>\d+))?\.json")
-_COMMIT = re.compile(r"(?P<shard>\d{5,})-[0-9a-f]+\.json")
 
 
 class Repair(BaseModel):
@@ -103,17 +104,18 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
     plan = plans.known[-1]
     if manifest is not None:
         require_beginning(manifest, plan, shards_dir)
-    names = [name for name in sizes(shards_dir / COMMITS) if _COMMIT.fullmatch(name)]
-    commits = {n: read_commit(text) for n, text in read_all(shards_dir / COMMITS, sorted(names)).items()}
-    unreadable = [name for name, commit in commits.items() if commit is None]
-    damaged += [f"{quoted(shards_dir / COMMITS / name)}: not readable as a commit" for name in unreadable]
+    names = commit_names(sizes(shards_dir / COMMITS))
+    records = read_all(shards_dir / COMMITS, list(names))
+    commits = {names[name]: read_commit(text) for name, text in records.items()}
+    unreadable = [attempt.commit_file for attempt, commit in commits.items() if commit is None]
+    damaged += [f"{quoted(shards_dir / name)}: not readable as a commit" for name in unreadable]
     final = {} if manifest is None else {commit.shard: commit for commit in manifest.shards}
-    unwanted = [*plans.unwanted, *(f"{COMMITS}/{name}" for name in unreadable)]
+    unwanted = [*plans.unwanted, *unreadable]
     good = _whole_shards(shards_dir, plan, final, commits, damaged, unwanted, progress or Silent())
     left = [planned.shard for planned in plan.shards if planned.shard not in good]
     replaced = manifest is None and is_file(shards_dir / MANIFEST)
     if replaced:
-        _require_other_records(shards_dir, left, names)
+        _require_other_records(shards_dir, left, names.values())
     if manifest is not None:
         replaced = any(good.get(shard) != commit for shard, commit in final.items())
         if problem := _problem(shards_dir, manifest.index_file, manifest.index_sha256):
@@ -127,7 +129,7 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
         # Saved by another version it may be other files of the same tokenizer.
         replaced = manifest is not None or replaced
     if replaced:
-        unwanted += _losers(final, good, names)
+        unwanted += _losers(final, good, names.values())
     whole = not left and not plans.lost_growth
     finalizes = whole and (replaced or manifest is None)
     texts = plans.files | _lost_commits(final, good, commits, replaced=replaced)
@@ -216,7 +218,7 @@ def _plan_from_data(shards_dir: AnyPath) -> Plan:
         DataError: There are no commits or no settings, or the data is not there.
         FingerprintError: What is there now is not what was scored.
     """
-    names = sorted(name for name in sizes(shards_dir / COMMITS) if _COMMIT.fullmatch(name))
+    names = list(commit_names(sizes(shards_dir / COMMITS)))
     commits = list(filter(None, map(read_commit, read_all(shards_dir / COMMITS, names).values())))
     if not commits and not is_file(shards_dir / PLAN):
         read_plan(shards_dir)  # says that this is no folder of shards
@@ -340,16 +342,18 @@ def _whole_shards(
     shards_dir: AnyPath,
     plan: Plan,
     final: Mapping[int, ShardCommit],
-    commits: Mapping[str, ShardCommit | None],
+    commits: Mapping[AttemptName, ShardCommit | None],
     damaged: list[str],
     unwanted: list[str],
     progress: Progress,
 ) -> dict[int, ShardCommit]:
     """One commit for each shard whose files are as it states: the manifest's own, else the smallest id."""
-    by_shard = {shard: [(record_name(shard, commit.attempt), commit)] for shard, commit in final.items()}
-    for name, commit in commits.items():
+    by_shard = {
+        shard: [(AttemptName(shard, commit.attempt).commit_file, commit)] for shard, commit in final.items()
+    }
+    for attempt, commit in commits.items():
         if commit is not None:
-            by_shard.setdefault(int(name.partition("-")[0]), []).append((f"{COMMITS}/{name}", commit))
+            by_shard.setdefault(attempt.shard, []).append((attempt.commit_file, commit))
     good: dict[int, ShardCommit] = {}
     progress.start("checking", total=len(plan.shards), unit="shards")
     for planned in plan.shards:
@@ -388,14 +392,16 @@ def _problem(shards_dir: AnyPath, name: str, sha256: str) -> str | None:
         return _said(error)
 
 
-def _require_other_records(shards_dir: AnyPath, left: Sequence[int], names: Sequence[str]) -> None:
+def _require_other_records(
+    shards_dir: AnyPath, left: Sequence[int], attempts: Collection[AttemptName]
+) -> None:
     """Whether a damaged manifest may go: every shard that was scored has a commit of its own, whole or not.
 
     Raises:
         DataError: Some have none.
     """
-    recorded = {int(name.partition("-")[0]) for name in names}
-    scored = {int(name.partition("-")[0]) for name in sizes(shards_dir / DATA) if name[0].isdecimal()}
+    recorded = {attempt.shard for attempt in attempts}
+    scored = {attempt.shard for attempt in map(AttemptName.parse, sizes(shards_dir / DATA)) if attempt}
     only_there = [shard for shard in left if shard in scored - recorded]
     if only_there:
         raise DataError(
@@ -407,32 +413,28 @@ def _require_other_records(shards_dir: AnyPath, left: Sequence[int], names: Sequ
 
 
 def _losers(
-    final: Mapping[int, ShardCommit], good: Mapping[int, ShardCommit], names: Sequence[str]
+    final: Mapping[int, ShardCommit], good: Mapping[int, ShardCommit], attempts: Collection[AttemptName]
 ) -> Iterator[str]:
     """Records that would win over what a manifest named, were it gone."""
-    for name in names:
-        commit = final.get(int(name.partition("-")[0]))
-        if (
-            commit is not None
-            and good.get(commit.shard) == commit
-            and name < Path(record_name(commit.shard, commit.attempt)).name
-        ):
-            yield f"{COMMITS}/{name}"
+    for attempt in attempts:
+        commit = final.get(attempt.shard)
+        if commit is not None and good.get(commit.shard) == commit and attempt.id < commit.attempt:
+            yield attempt.commit_file
 
 
 def _lost_commits(
     final: Mapping[int, ShardCommit],
     good: Mapping[int, ShardCommit],
-    commits: Mapping[str, ShardCommit | None],
+    commits: Mapping[AttemptName, ShardCommit | None],
     *,
     replaced: bool,
 ) -> dict[str, str]:
     """Records that only the manifest holds: all of them where it goes, else those that cannot be read."""
     found = {}
     for shard, commit in final.items():
-        name = record_name(commit.shard, commit.attempt)
-        there = commits.get(name.removeprefix(f"{COMMITS}/"), None if replaced else commit)
+        attempt = AttemptName(commit.shard, commit.attempt)
+        there = commits.get(attempt, None if replaced else commit)
         is_lost = there != commit if replaced else there is None
         if good.get(shard) == commit and is_lost:
-            found[name] = to_json(commit)
+            found[attempt.commit_file] = to_json(commit)
     return found

@@ -16,7 +16,7 @@ from collections.abc import Generator, Mapping
 from typing import NamedTuple
 
 from dpo_opt.precompute.engine.process_watchdog import start_time
-from dpo_opt.precompute.shards.finalize import committed, is_committed
+from dpo_opt.precompute.shards.commits import committed, is_committed
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.locations import AnyPath, read_all, remove, sizes
 from dpo_opt.schemas.manifest import COMMITS, Plan, ShardCommit, ShardRange

@@ -18,7 +18,7 @@ from engine_apart import score_in_vllm
 from dpo_opt.optimize.forward.load_policy import load_policy
 from dpo_opt.optimize.measure_parity import measure_parity
 from dpo_opt.optimize.transformers_scorer import HfScorer
-from dpo_opt.precompute.run import score_pairs
+from dpo_opt.precompute.engine.score_pairs import score_pairs
 from dpo_opt.schemas.pairs import TokenizedPair
 
 VOCABULARY = 512

@@ -12,7 +12,7 @@ from planted_defects import CACHE, FORWARD, Scored, failed
 
 from dpo_opt.optimize.measure_parity import measure_parity
 from dpo_opt.optimize.transformers_scorer import HfScorer
-from dpo_opt.precompute.run import score_pairs
+from dpo_opt.precompute.engine.score_pairs import score_pairs
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import ScoredPair, TokenizedPair
 

@@ -16,11 +16,12 @@ from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 from dpo_opt.launch import launch
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.precompute.shards.finalize import finalize, status
+from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.gc import find_garbage, remove_garbage
 from dpo_opt.precompute.shards.plan import Planned, make_plan, read_plan, read_plans
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.shards.repair import repair
+from dpo_opt.precompute.shards.status import status
 from dpo_opt.precompute.shards.write_plan import adopt_plan
 from dpo_opt.precompute.tokens.tokenize import load_tokenizer
 from dpo_opt.schemas.errors import DataError, FingerprintError

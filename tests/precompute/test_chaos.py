@@ -18,8 +18,9 @@ from fakes import ScriptedScorer, preference_rows, write_jsonl
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.precompute.shards.finalize import finalize, status
+from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.gc import find_garbage, remove_garbage
+from dpo_opt.precompute.shards.status import status
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, MANIFEST, load_manifest
 from dpo_opt.schemas.pairs import TokenSequence

@@ -24,8 +24,9 @@ from dpo_opt.precompute.engine.failing_sequences import (
     score_or_leave_out,
 )
 from dpo_opt.precompute.engine.process_death import death_is_noticed
+from dpo_opt.precompute.engine.score_pairs import score_pairs
 from dpo_opt.precompute.engine.vllm_model import VllmModel
-from dpo_opt.precompute.run import precompute, score_pairs, work
+from dpo_opt.precompute.run import precompute, work
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped, Preempted
 from dpo_opt.schemas.pairs import LogpArray, TokenizedPair, TokenSequence
 from dpo_opt.schemas.progress import Silent

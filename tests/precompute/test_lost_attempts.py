@@ -10,10 +10,14 @@ from fakes import ScriptedScorer, preference_rows, write_jsonl
 from dpo_opt.precompute import run
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
+from dpo_opt.precompute.shards import commits
 from dpo_opt.precompute.shards import finalize as finalize_module
-from dpo_opt.precompute.shards.finalize import committed, finalize
+from dpo_opt.precompute.shards.commits import committed
+from dpo_opt.precompute.shards.finalize import finalize
+from dpo_opt.precompute.shards.gc import find_garbage
 from dpo_opt.precompute.shards.plan import read_plan
 from dpo_opt.precompute.workers import assignment
+from dpo_opt.schemas.attempts import AttemptName
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, INDEX, MANIFEST, load_manifest, to_json
 from dpo_opt.schemas.shard_folder import ShardFolder
@@ -117,8 +121,9 @@ def test_a_finalize_that_is_killed_at_any_step_is_ended_by_the_next(
             return step
 
         with monkeypatch.context() as patch:
-            for name in steps:
-                patch.setattr(finalize_module, name, dying(getattr(finalize_module, name)))
+            for module in (finalize_module, commits):
+                for name in filter(vars(module).__contains__, steps):
+                    patch.setattr(module, name, dying(getattr(module, name)))
             try:
                 finalize(copy)
             except Killed:
@@ -187,16 +192,17 @@ def test_a_worker_that_comes_after_finalize_withdraws(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     config = config_of(tiny_model, tmp_path)
-    original = getattr(run, moment)
+    module = run if moment == "score_pairs" else commits
+    original = getattr(module, moment)
 
     def late(*arguments: object, **settings: object) -> object:
-        monkeypatch.setattr(run, moment, original)
+        monkeypatch.setattr(module, moment, original)
         # Another worker takes this one for dead, does the whole rest, and finalizes.
         monkeypatch.setattr(assignment._Marks, "_patience", lambda *_: 0.0)
         precompute(config, scorer=ScriptedScorer())
         return original(*arguments, **settings)
 
-    monkeypatch.setattr(run, moment, late)
+    monkeypatch.setattr(module, moment, late)
     assert work(config, scorer=ScriptedScorer()) == 1
     require_settled(config.shards)
     assert load_manifest(config.shards).kept == 11
@@ -207,10 +213,10 @@ def test_a_worker_whose_shard_is_damaged_in_the_folder_does_not_withdraw(
 ) -> None:
     config = config_of(tiny_model, tmp_path)
     manifest = precompute(config, scorer=ScriptedScorer())
-    assert finalize_module.withdraw_if_lost(config.shards, 1, "12345678")
-    assert not finalize_module.withdraw_if_lost(config.shards, 1, manifest.shards[1].attempt)
+    assert commits.withdraw_if_lost(config.shards, AttemptName(1, "12345678"))
+    assert not commits.withdraw_if_lost(config.shards, AttemptName(1, manifest.shards[1].attempt))
     (config.shards / manifest.shards[1].file).unlink()
-    assert not finalize_module.withdraw_if_lost(config.shards, 1, "12345678")
+    assert not commits.withdraw_if_lost(config.shards, AttemptName(1, "12345678"))
 
 
 def test_whoever_may_not_delete_finalizes_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +225,12 @@ def test_whoever_may_not_delete_finalizes_all_the_same(folder: Path, monkeypatch
             raise PermissionError(13, "Permission denied", str(path))
         Path(str(path)).unlink()
 
-    monkeypatch.setattr(finalize_module, "remove", refuses)
+    monkeypatch.setattr(commits, "remove", refuses)
     assert finalize(folder) == load_manifest(folder)
     assert len(list((folder / DATA).iterdir())) == 4
+
+
+def test_a_private_file_whose_name_holds_a_newline_is_garbage(folder: Path) -> None:
+    private = folder / DATA / ".00001-ab\ncd.parquet.1234abcd.tmp"
+    private.write_text("half")
+    assert find_garbage(folder, older_than_hours=0, look_only=True).files == [private]

@@ -17,9 +17,10 @@ from dpo_opt.folder_notes import folder_notes
 from dpo_opt.integrity import integrity_problems
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
-from dpo_opt.precompute.shards.finalize import finalize, status
+from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.gc import find_garbage
 from dpo_opt.precompute.shards.repair import repair
+from dpo_opt.precompute.shards.status import status
 from dpo_opt.schemas.errors import FingerprintError
 from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, INDEX, MANIFEST, PLAN, load_manifest
 from dpo_opt.schemas.shard_folder import ShardFolder

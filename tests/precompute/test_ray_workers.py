@@ -21,8 +21,9 @@ from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.precompute.shards.finalize import finalize, status
+from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.shards.status import status
 from dpo_opt.precompute.shards.write_plan import settle_plan
 from dpo_opt.precompute.workers import ray_cluster
 from dpo_opt.precompute.workers.ray_cluster import run_workers

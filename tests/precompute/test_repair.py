@@ -22,8 +22,9 @@ from object_store import serve_s3, using_store
 from dpo_opt.cli import main
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
-from dpo_opt.precompute.shards.finalize import finalize, status
+from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.repair import Repair, repair
+from dpo_opt.precompute.shards.status import status
 from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import (

@@ -20,8 +20,9 @@ from fakes import NUMERICS, ScriptedScorer, preference_rows, scripted_logps, wri
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.precompute.shards.finalize import finalize, status
+from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.shards.status import status
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, MANIFEST, PLAN, load_manifest
 from dpo_opt.schemas.pairs import LogpArray, PreferencePair, ScoredPair, TokenizedPair

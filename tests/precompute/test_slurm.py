@@ -19,8 +19,8 @@ from fakes import ScriptedScorer, preference_rows, write_jsonl
 from dpo_opt.launch import launch
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
-from dpo_opt.precompute.shards.finalize import status
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.shards.status import status
 from dpo_opt.precompute.shards.write_plan import settle_plan
 from dpo_opt.precompute.workers.slurm import launch_array
 from dpo_opt.schemas.errors import ConfigError

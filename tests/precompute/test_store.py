@@ -24,10 +24,12 @@ from dpo_opt.analysis import scan_shards
 from dpo_opt.cli import main
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.precompute.shards.finalize import finalize, is_committed, status
+from dpo_opt.precompute.shards.commits import is_committed
+from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.gc import find_garbage, remove_garbage
 from dpo_opt.precompute.shards.plan import make_plan, read_plan
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
+from dpo_opt.precompute.shards.status import status
 from dpo_opt.precompute.shards.write_plan import adopt_plan, settle_plan
 from dpo_opt.precompute.tokens.tokenize import load_tokenizer
 from dpo_opt.precompute.workers.assignment import Worker, shards_for

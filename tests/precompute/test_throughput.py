@@ -3,7 +3,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from fakes import FINGERPRINT
 
-from dpo_opt.precompute.shards.finalize import read_commit
+from dpo_opt.precompute.shards.commits import read_commit
 from dpo_opt.precompute.shards.throughput import throughput
 from dpo_opt.schemas.manifest import ShardCommit, to_json
 

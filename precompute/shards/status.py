@@ -1,0 +1,59 @@
+"""How far a folder is: what ``dpo-opt status`` prints."""
+
+from collections import Counter
+from datetime import UTC, datetime
+
+from pydantic import BaseModel
+
+from dpo_opt.precompute.shards.commits import committed
+from dpo_opt.precompute.shards.finalize import is_finalized
+from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.precompute.shards.throughput import WorkerThroughput, throughput
+from dpo_opt.schemas.locations import AnyPath
+
+
+class Status(BaseModel):
+    """How far a folder is."""
+
+    shards_total: int
+    shards_committed: int
+    pairs_total: int
+    """Source rows, without those that ``--data-share`` leaves out."""
+    pairs_kept: int
+    pairs_dropped: int
+    dropped: dict[str, int]
+    share_done: float
+    """Of the source rows."""
+    pairs_per_second: float | None
+    """Source rows, of all workers, of late. Here and below: None where no commit says when it was made."""
+    seconds_left: float | None
+    """None also where nothing is left, and where nobody has committed for long."""
+    seconds_since_commit: float | None
+    workers: list[WorkerThroughput]
+    finalized: bool
+
+
+def status(shards_dir: AnyPath) -> Status:
+    """Progress of a folder, from its commits.
+
+    Raises:
+        DataError: The folder has no plan.
+    """
+    plan = read_plan(shards_dir)
+    done = committed(shards_dir, plan)
+    dropped: Counter[str] = Counter()
+    for commit in done.values():
+        dropped.update(commit.dropped)
+    scored = sum(commit.used for commit in done.values())
+    rates = throughput(done.values(), rows_left=plan.used - scored, now=datetime.now(UTC))
+    return Status(
+        shards_total=len(plan.shards),
+        shards_committed=len(done),
+        pairs_total=plan.used,
+        pairs_kept=sum(c.rows for c in done.values()),
+        pairs_dropped=sum(dropped.values()),
+        dropped=dict(sorted(dropped.items())),
+        share_done=scored / plan.used,
+        **rates._asdict(),
+        finalized=is_finalized(shards_dir, plan),
+    )
