@@ -7,16 +7,6 @@ import sys
 import time
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from dpo_opt.schemas.progress import Progress as ProgressProtocol
 from dpo_opt.schemas.safe_text import printable
@@ -77,6 +67,16 @@ class _Bar:
         self._unit = unit
         self._begin = time.monotonic()
         self._done = 0
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -92,7 +92,7 @@ class _Bar:
         context = click.get_current_context(silent=True)
         if context is not None:
             context.call_on_close(self._bar.stop)
-        self._task: TaskID = self._bar.add_task(what, total=total, completed=done, rate="", note="")
+        self._task = self._bar.add_task(what, total=total, completed=done, rate="", note="")
 
     def advance(self, count: int, note: str = "") -> None:
         self._done += count

@@ -17,7 +17,7 @@ def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, A
         DpoOptError: The run could not start, or the folder belongs to another one; see ``settle_plan``.
     """
     from dpo_opt.precompute.read.sources import refuse_inside
-    from dpo_opt.precompute.shards.finalize import committed
+    from dpo_opt.precompute.shards.commits import committed
     from dpo_opt.precompute.shards.plan import make_plan
     from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
     from dpo_opt.precompute.shards.write_plan import require_place
@@ -84,33 +84,6 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
             "an online reference would add": _gb(memory.online_reference),
         },
     }
-
-
-def lines(plan: dict[str, Any]) -> list[str]:
-    """The plan of a training run for a person: what it will do, then its memory as a table."""
-    memory = plan["memory_gb"]
-    pair = plan["longest_pair"]
-    remarks = {
-        "weights": f"{plan['parameters']:,} parameters, {plan['trained']:,} trained",
-        "activations": f"{plan['micro_batch_tokens']} token rows per micro-batch, on {plan['device']}",
-        "head": "its fp32 gradient, summed over tiles",
-        "total": "without Python, its libraries and what the allocator wastes",
-    }
-    table = [
-        f"  {name:<16} {'not known' if memory[name] is None else f'{memory[name]:.3f} GB':>12}"
-        f"   {remarks.get(name, '')}".rstrip()
-        for name in ("weights", "gradients", "optimizer state", "activations", "head", "total")
-    ]
-    return [
-        f"pairs        {plan['pairs_train']:,} to train on, {plan['pairs_eval']:,} held out",
-        f"steps        {plan['steps']:,}",
-        f"longest pair row {pair['row']}: prompt {pair['prompt']}, chosen {pair['chosen']}, "
-        f"rejected {pair['rejected']} tokens",
-        "memory at the peak of a step:",
-        *table,
-        f"  reference model: 0 GB, cached (online it would cost "
-        f"{memory['an online reference would add']:.3f} GB)",
-    ]
 
 
 def _gb(count: int) -> float:

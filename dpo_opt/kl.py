@@ -7,11 +7,10 @@ needs two models, and it holds one at a time.
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_opt.kl_config import KLConfig
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.datasets import read_prompts
 from dpo_opt.precompute.tokens.tokenize import load_tokenizer, prompt_ids
@@ -23,8 +22,11 @@ from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.scorers import make_engine
 
+if TYPE_CHECKING:
+    from dpo_opt.commands.kl import KLConfig
 
-def measure_kl(config: KLConfig, *, progress: Progress | None = None) -> dict[str, Any]:
+
+def measure_kl(config: "KLConfig", *, progress: Progress | None = None) -> dict[str, Any]:
     """Sample, score twice, write the samples, and return the estimates with their intervals.
 
     Raises:
@@ -87,7 +89,7 @@ def measure_kl(config: KLConfig, *, progress: Progress | None = None) -> dict[st
 
 
 def _sample(
-    config: KLConfig, policy_folder: Path, dtype: str, prompts: list[IdArray]
+    config: "KLConfig", policy_folder: Path, dtype: str, prompts: list[IdArray]
 ) -> list[list[Completion]]:
     longest = max(len(p) for p in prompts) + config.max_new_tokens
     sampler: Sampler = make_engine(policy_folder, backend=config.backend, dtype=dtype, max_length=longest)
@@ -100,7 +102,7 @@ def _sample(
     )
 
 
-def _prompts(config: KLConfig, policy_folder: Path) -> list[IdArray]:
+def _prompts(config: "KLConfig", policy_folder: Path) -> list[IdArray]:
     """Distinct prompts, in order."""
     if config.prompts.is_dir():
         found = (pair.prompt_ids for pair in ShardFolder.open(config.prompts).pairs())

@@ -2,19 +2,21 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dpo_opt.merge_config import MergeConfig
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.models import find_model
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.storage import publish_folder
 
+if TYPE_CHECKING:
+    from dpo_opt.commands.merge import MergeConfig
+
 # Neighbours in bf16 are 1/128 apart or less, relative to a weight; a change below half of that vanishes.
 _MUCH = 0.1
 
 
-def merge(config: MergeConfig, *, progress: Progress | None = None) -> dict[str, Any]:
+def merge(config: "MergeConfig", *, progress: Progress | None = None) -> dict[str, Any]:
     """Write the merged model, whole or not at all; the base's tokenizer and settings go with it.
 
     Merging the same adapter again gives the same bits, so a reference that was scored with one merged copy
@@ -59,7 +61,7 @@ def merge(config: MergeConfig, *, progress: Progress | None = None) -> dict[str,
     }
 
 
-def _card(config: MergeConfig) -> str:
+def _card(config: "MergeConfig") -> str:
     base = json.dumps(_public_name(config.model))
     return f"""---
 library_name: transformers

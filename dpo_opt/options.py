@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import click
-import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
@@ -23,6 +22,11 @@ from dpo_opt.schemas.settings import Settings
 
 C = TypeVar("C", bound=Settings)
 Command = Callable[..., None]
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Check everything, print the plan, write nothing."
+)
 
 
 def configured(
@@ -115,6 +119,24 @@ class LocationType(click.ParamType[AnyPath]):
         return path
 
 
+class _Choice(click.Choice[str]):
+    """One of some words; click would show and match them as it does names of options, with hyphens."""
+
+    def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
+        """The word as it is declared, with whichever of both signs it was typed."""
+        typed = str(choice)
+        return next((word for word in self.choices if _alike(word, typed)), typed)
+
+
+def _alike(word: str, typed: str) -> bool:
+    return word.replace("-", "_") == typed.replace("-", "_")
+
+
+shards_option = click.option(
+    "--shards", type=LocationType(), required=True, help="Folder of reference shards, or its s3:// URL."
+)
+
+
 def _without_none(annotation: Any) -> Any:
     if annotation == AnyPath:
         return annotation
@@ -126,7 +148,7 @@ def _without_none(annotation: Any) -> Any:
 
 def _click_type(kind: Any) -> click.ParamType[Any]:
     if typing.get_origin(kind) is Literal:
-        return click.Choice(list(typing.get_args(kind)))
+        return _Choice(list(typing.get_args(kind)))
     if kind == AnyPath:
         return LocationType()
     if kind is Path:
@@ -170,6 +192,8 @@ def _resolve(kind: type[C], config_file: AnyPath | None, flags: dict[str, Any], 
 
 
 def _read(kind: type[C], path: AnyPath) -> dict[str, Any]:
+    import yaml
+
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

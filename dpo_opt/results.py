@@ -1,19 +1,13 @@
 """How a command says what came out: words for people, JSON for machines."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import click
 from pydantic import BaseModel
 
-from dpo_opt.console import duration
-from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.safe_text import printable
-
-if TYPE_CHECKING:
-    from dpo_opt.precompute.shards.finalize import Status
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:
@@ -28,26 +22,16 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         click.echo(f"{name:<{width}}  {printable(' '.join(_words(value).splitlines()))}")
 
 
-def status_in_words(found: "Status") -> dict[str, Any]:
-    """A folder's state as a person reads it; what is not known is None."""
-    return {
-        **found.model_dump(include={"shards_total", "shards_committed", "pairs_total", "pairs_kept"}),
-        **found.model_dump(include={"pairs_dropped", "dropped"}),
-        "share_done": f"{found.share_done:.1%}",
-        "pairs_per_second": found.pairs_per_second,
-        "time_left": None if found.seconds_left is None else duration(found.seconds_left),
-        "last_commit": _ago(found.seconds_since_commit),
-        "workers": [
-            f"{quoted(w.host)}{'' if w.worker is None else f' worker {w.worker}'}: {w.pairs} pairs in "
-            f"{w.shards} shards, {w.pairs_per_second:.3g} pairs/s, last commit {_ago(w.seconds_since_commit)}"
-            for w in found.workers
-        ],
-        "finalized": found.finalized,
-    }
-
-
-def _ago(seconds: float | None) -> str | None:
-    return None if seconds is None else f"{duration(seconds)} ago"
+def table(header: list[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+    """Lines of a table: the first column begins on the left, all others end on the right."""
+    cells = [header, *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    for row in cells:
+        first, *others = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join([first, *others]).rstrip()
 
 
 def _words(value: object) -> str:

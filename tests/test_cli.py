@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from fakes import preference_rows, write_jsonl
 
 import dpo_opt
+import dpo_opt.commands
 from dpo_opt.cli import main
 from dpo_opt.schemas.manifest import MANIFEST, PLAN, load_manifest
 
@@ -527,11 +528,31 @@ def test_a_light_command_loads_nothing_heavy(arguments: list[str], made: Path) -
     assert [name for name in HEAVY if name in loaded] == []
 
 
+def test_the_list_of_commands_imports_none_of_them() -> None:
+    result = python(LIGHT, "--help")
+    loaded = result.stdout.split("loaded:")[1].split()
+    assert [name for name in (*HEAVY, "pydantic", "numpy", "pyarrow", "rich", "yaml") if name in loaded] == []
+
+
+def test_a_new_command_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "greet_all.py").write_text(
+        '"""Greet whoever reads this."""\n\nimport click\n\n\n@click.command(help=__doc__)\n'
+        '@click.option("--first-name")\ndef command(first_name: str) -> None:\n    click.echo(first_name)\n'
+    )
+    monkeypatch.setattr(dpo_opt.commands, "__path__", [*dpo_opt.commands.__path__, str(tmp_path)])
+    assert "  greet-all   Greet whoever reads this.\n" in invoke("--help").output
+    assert invoke("greet-all", "--first_name", "Anna_B").output == "Anna_B\n"
+    assert "Usage: main greet-all" in invoke("greet-all", "--help").output
+    monkeypatch.undo()
+    assert "greet-all" not in main.commands
+    assert invoke("greet-all").exit_code == 2
+
+
 def test_every_command_has_help() -> None:
-    shown = invoke("--help").output
+    shown = " ".join(invoke("--help").output.split())
     assert len(main.commands) >= 9
     for name, command in main.commands.items():
-        assert f"  {name} " in shown
+        assert f" {name} {command.get_short_help_str(30).removesuffix('...')}" in shown
         assert command.help
         assert "Usage: " in invoke(name, "--help").output
 

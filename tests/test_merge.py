@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from dpo_opt.commands.merge import MergeConfig
 from dpo_opt.merge import merge
-from dpo_opt.merge_config import MergeConfig
 from dpo_opt.optimize.adapters.adapter_folder import Adapter, read_adapter
 from dpo_opt.optimize.adapters.lora import add_adapter, plan_adapter, save_adapter
 from dpo_opt.optimize.adapters.merging import Merged, merge_tensor, merged_digests

@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from dpo_opt.cli import main
-from dpo_opt.kl_config import KLConfig
+from dpo_opt.commands.kl import KLConfig
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import configured
 from dpo_opt.precompute.config import CheckConfig, ConvertConfig, PrecomputeConfig, PreviewConfig
@@ -103,6 +103,10 @@ def test_every_kind_of_field_can_be_given() -> None:
 def test_underscores_and_hyphens_are_the_same() -> None:
     expected = {**DEFAULTS, "heat_level": 3.0, "style": "fast_food"}
     assert result("--dish=soup", "--heat_level=3", "--style=fast-food") == expected
+    # Values are shown as they are declared, and none but the listed ones is touched.
+    assert "[slow_food|fast_food]" in invoke("--help").output
+    assert "'slow_food', 'fast_food'" in invoke("--dish=soup", "--style=home_made").output
+    assert result("--dish", "my_soup--2", "--kitchen=--a_b")["kitchen"] == "--a_b"
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:

@@ -29,9 +29,9 @@ from dpo_opt.analysis.load import join_reference
 from dpo_opt.analysis.page import report
 from dpo_opt.analysis.reference_margins import reference_view
 from dpo_opt.cli import main
+from dpo_opt.commands.merge import MergeConfig
 from dpo_opt.console import watched
 from dpo_opt.merge import merge
-from dpo_opt.merge_config import MergeConfig
 from dpo_opt.optimize.adapters.adapter_folder import CONFIG, WEIGHTS, read_adapter
 from dpo_opt.optimize.checkpoint.checkpoints import newest_checkpoint
 from dpo_opt.optimize.run_folder import RunFolder

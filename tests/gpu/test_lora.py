@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dpo_opt.commands.merge import MergeConfig
 from dpo_opt.merge import merge
-from dpo_opt.merge_config import MergeConfig
 from dpo_opt.optimize.adapters.lora import (
     add_adapter,
     four_bit_options,

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dpo_opt.commands.merge import MergeConfig
 from dpo_opt.merge import merge
-from dpo_opt.merge_config import MergeConfig
 from dpo_opt.optimize.adapters.lora import (
     AdapterPlan,
     add_adapter,
@@ -367,11 +367,11 @@ LINEAR = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
         ({"lora_target_modules": ["q_proj", "query"]}, r"query: the model has no layer named 'query'"),
         ({"lora_target_modules": ["lm_head"]}, r"lm_head is the head(.|\n)*pass some of: " + LINEAR),
         ({"lora_target_modules": ["embed_tokens"]}, r"embed_tokens is an embedding"),
-        ({"lora_target_modules": ["mlp"]}, r"layers\.0\.mlp is no plain linear layer"),
-        ({"lora_target_modules": ["norm"]}, r"model\.norm is no plain linear layer"),
+        ({"lora_target_modules": ["mlp"]}, r"layers\.0\.mlp is not a plain linear layer"),
+        ({"lora_target_modules": ["norm"]}, r"model\.norm is not a plain linear layer"),
         ({"lora_r": 513}, r"--lora-r 513 is more than 512(.|\n)*vLLM serves no adapter"),
-        ({"use_peft": False, "load_in_4bit": True}, r"--load-in-4bit is about an adapter"),
-        ({"use_peft": False, "adapter": "somewhere"}, r"--adapter is about an adapter"),
+        ({"use_peft": False, "load_in_4bit": True}, r"--load-in-4bit works only with an adapter"),
+        ({"use_peft": False, "adapter": "somewhere"}, r"--adapter works only with an adapter"),
         ({"use_peft": False, "lora_target_modules": ["q_proj"]}, r"--lora-target-modules is about"),
         ({"adapter": "a", "lora_target_modules": ["q_proj"]}, r"exclude each other"),
         ({"adapter": "nowhere"}, r"nowhere holds no adapter_config\.json"),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpo_opt.commands.merge import MergeConfig
 from dpo_opt.merge import merge
-from dpo_opt.merge_config import MergeConfig
 from dpo_opt.optimize.adapters.lora import add_adapter, plan_adapter, save_adapter
 from dpo_opt.optimize.config import TrainConfig
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from training_runs import Interrupter
 
 from dpo_opt.cli import main
-from dpo_opt.kl_config import KLConfig
+from dpo_opt.commands.kl import KLConfig
 from dpo_opt.optimize import TrainConfig, train
 from dpo_opt.optimize.processes.distributed import clip_gradients
 from dpo_opt.schemas.errors import Preempted

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from training_runs import Interrupter
 from transformers import AutoModelForCausalLM
 
+from dpo_opt.commands.merge import MergeConfig
 from dpo_opt.merge import merge
-from dpo_opt.merge_config import MergeConfig
 from dpo_opt.optimize import TrainConfig, train
 from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute import PrecomputeConfig, precompute

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from dpo_opt.commands.merge import MergeConfig
 from dpo_opt.merge import merge
-from dpo_opt.merge_config import MergeConfig
 from dpo_opt.optimize import TrainConfig, train
 from dpo_opt.optimize.adapters.lora import plan_adapter
 from dpo_opt.optimize.forward.architecture import decoder_of
@@ -151,7 +151,7 @@ def test_the_processor_goes_with_the_model(gemma: tuple[Path, Path], tmp_path: P
 def test_the_card_says_what_was_trained(gemma: tuple[Path, Path], tmp_path: Path) -> None:
     for name, options in (("full", {}), ("lora", {"use_peft": True})):
         result = train(TrainConfig(**settings(*gemma, output_dir=tmp_path / name, **options)))
-        assert "| trained | the text model alone" in (result.final / "README.md").read_text()
+        assert "| trained | only the text model" in (result.final / "README.md").read_text()
 
 
 def test_an_adapter_stays_in_the_text_model(gemma: tuple[Path, Path], tmp_path: Path) -> None:

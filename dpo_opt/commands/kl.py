@@ -1,10 +1,14 @@
-"""Every setting of ``dpo-opt kl``, documented where it is declared."""
+"""KL divergence of a policy from a reference, on completions sampled from the policy."""
 
 from pathlib import Path
 from typing import Literal
 
+import click
 from pydantic import Field, PositiveInt
 
+from dpo_opt.console import watched
+from dpo_opt.options import configured, json_option
+from dpo_opt.results import show
 from dpo_opt.schemas.settings import Settings
 
 
@@ -31,3 +35,12 @@ class KLConfig(Settings):
     """Dtype of both models. auto: the dtype the policy's checkpoint declares."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the sampling."""
+
+
+@click.command(help=__doc__)
+@configured(KLConfig)
+@json_option
+def command(config: KLConfig, as_json: bool) -> None:
+    from dpo_opt.kl import measure_kl
+
+    show(measure_kl(config, progress=watched()), as_json)

@@ -1,0 +1,62 @@
+"""Score every pair once under the reference and write Parquet shards."""
+
+import shlex
+import sys
+from typing import Any
+
+import click
+
+from dpo_opt.console import watched
+from dpo_opt.options import configured, dry_run_option, json_option
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.results import show
+from dpo_opt.schemas.errors import quoted
+from dpo_opt.schemas.manifest import resume_command
+from dpo_opt.schemas.safe_text import printable
+
+
+@click.command(help=__doc__)
+@configured(PrecomputeConfig)
+@dry_run_option
+@json_option
+def command(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
+    from dpo_opt.launch import launch, take_place
+    from dpo_opt.preemption import preemptible
+    from dpo_opt.scorers import make_scorer, reuse_check
+
+    config = take_place(config)
+    scorer = make_scorer(config)
+    if not config.worker_index:  # of several workers one says it
+        _say_merged_splits(config)
+    if dry_run:
+        from dpo_opt.dry_run import plan_precompute
+
+        show(plan_precompute(config, scorer.numerics), as_json)
+        return
+    # The same command, with this run's settings; a launcher's worker has them in a file that goes with it.
+    again = shlex.join(["dpo-opt", *sys.argv[1:]])
+    with preemptible(resume_command(config.shards) if "--worker-index" in sys.argv else again):
+        if config.launched:
+            show(launch(config, progress=watched()), as_json)
+            return
+        from dpo_opt.precompute.run import precompute as run
+        from dpo_opt.precompute.run import work
+
+        if config.worker_index is not None:
+            scored = work(config, scorer=scorer, progress=watched())
+            result: dict[str, Any] = {"worker": config.worker_index, "scored_shards": scored}
+        else:
+            manifest = run(config, scorer=scorer, progress=watched())
+            result = manifest.model_dump(include={"rows", "kept", "dropped", "truncated", "tokens"})
+            result["engine"] = manifest.fingerprint.engine
+    show({"shards": str(config.shards), **result, "reuse_check": reuse_check(scorer)}, as_json)
+
+
+def _say_merged_splits(config: PrecomputeConfig) -> None:
+    from dpo_opt.precompute.read.sources import find_sources, merged_splits
+
+    for source in find_sources(config):
+        splits = merged_splits(source)
+        if splits:
+            own = ", ".join(f"{split}: --data {quoted(name)}" for split, name in splits.items())
+            click.echo(printable(f"{source.name} is read with all of its splits ({own})"), err=True)

@@ -1,0 +1,25 @@
+"""Write one self-contained HTML page about one or more training runs."""
+
+from pathlib import Path
+
+import click
+
+from dpo_opt.options import json_option
+from dpo_opt.results import show
+
+
+@click.command(help=__doc__)
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="HTML file to write; summary.json goes beside it.",
+)
+@json_option
+def command(runs: tuple[Path, ...], output: Path, as_json: bool) -> None:
+    from dpo_opt.analysis import report as write_report
+
+    write_report(runs, output)
+    show({"report": str(output), "summary": str(output.with_name("summary.json"))}, as_json)
