@@ -20,6 +20,7 @@ from dpo_opt.schemas import errors
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), ROOT / "schemas" / "FORMAT.md"])
+STAGES = ("precompute", "optimize", "analysis", "schemas")
 _FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
 
@@ -117,6 +118,23 @@ def test_every_exit_code_is_explained() -> None:
     codes = {kind.exit_code for kind in kinds if issubclass(kind, errors.DpoOptError)}
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     assert {int(code) for code in re.findall(r"^## Exit code (\d+)$", text, re.MULTILINE)} == {0, *codes}
+
+
+FROM_ELSEWHERE = {"No space left on device", "Disk quota exceeded", "Too many open files", "No such option"}
+"""Messages of the system and of click."""
+
+
+def test_the_messages_that_are_explained_are_ours() -> None:
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8").partition("## Exit code 1\n")[2]
+    cells = re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE)
+    quoted = {part for cell in cells for part in re.findall(r"`([^`]+ [^`]+)`", cell)} - FROM_ELSEWHERE
+    assert len(quoted) >= 6
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "dpo_opt").rglob("*.py"))
+    sources += "".join(
+        path.read_text(encoding="utf-8") for s in STAGES for path in (ROOT / s).rglob("*.py")
+    ).replace("{MANIFEST}", "manifest.json")
+    parts = [part.strip() for message in quoted for part in message.split("...") if part.strip()]
+    assert [part for part in parts if part not in sources] == []
 
 
 def test_the_reference_has_every_command_and_option() -> None:
