@@ -18,7 +18,7 @@ def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, A
     """
     from dpo_opt.precompute.read.sources import refuse_inside
     from dpo_opt.precompute.shards.commits import committed
-    from dpo_opt.precompute.shards.plan import make_plan
+    from dpo_opt.precompute.shards.make_plan import make_plan
     from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
     from dpo_opt.precompute.shards.write_plan import require_place
 

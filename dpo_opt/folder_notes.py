@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from dpo_opt.precompute.shards.gc import is_claim, is_index, is_private, is_spent_claim
-from dpo_opt.precompute.shards.plan import plan_of, read_plans
+from dpo_opt.precompute.shards.read_plan import plan_of, read_plans
 from dpo_opt.precompute.shards.weights_memo import WEIGHTS
 from dpo_opt.schemas.attempts import AttemptName
 from dpo_opt.schemas.errors import DataError, quoted

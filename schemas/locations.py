@@ -20,15 +20,13 @@ from pydantic import PlainSerializer, PlainValidator
 from upath import UPath
 
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, first_line, quoted
+from dpo_opt.schemas.full_disk import DISK_FULL, room_on_disk
 
 AnyPath = Path | UPath
 _EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3"}
 _ON_THIS_MACHINE = ("file", "local")
 # What is left of a URL that went through pathlib, or was mistyped: a folder "s3:" would be made for it.
 _ONE_SLASH = re.compile(r"[a-z][a-z0-9+]+:/(?!/)")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# How libraries in Rust, which raise a class of their own or none, end a message of the system.
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # A separator or a drive of another system, and what ends a name for the system's own calls.
 _NOT_IN_A_NAME = re.compile(r"[\\:\x00]")
 
@@ -146,7 +144,7 @@ def explained(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except store_errors() as error:
-        if isinstance(path, Path) or getattr(error, "errno", None) in _DISK_FULL:
+        if isinstance(path, Path) or getattr(error, "errno", None) in DISK_FULL:
             raise
         raise DpoOptError(
             f"the store refuses or does not answer ({first_line(error)})",
@@ -154,42 +152,6 @@ def explained(path: AnyPath) -> Iterator[None]:
             why="what was committed there is not touched",
             fix="check the URL and the credentials in the environment, then run the same command again",
         ) from error
-
-
-@contextlib.contextmanager
-def room_on_disk(folder: Path) -> Iterator[None]:
-    """Say a full disk by name, whichever library met it.
-
-    Raises:
-        DpoOptError: The disk is full or over quota.
-        OSError: Another failure of the system; it names the folder if it named no file.
-    """
-    try:
-        yield
-    except DpoOptError:
-        raise
-    except Exception as error:
-        code = _system_code(error)
-        if code in _DISK_FULL:
-            raise DpoOptError(
-                f"the disk is full ({os.strerror(code)})",
-                where=str(folder),
-                why="what was being written could not be written whole, so nothing of it was kept",
-                fix="free some space there and run the same command again",
-            ) from error
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(folder)
-        elif code is not None and not isinstance(error, OSError):
-            raise OSError(code, os.strerror(code), str(folder)) from error
-        raise
-
-
-def _system_code(error: Exception) -> int | None:
-    """The system's number for a failure; libraries in Rust say it in the message alone."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = _OS_ERROR.search(str(error))
-    return int(found[1]) if found else None
 
 
 def put_file(file: Path, path: UPath, *, replace: bool = True) -> None:
@@ -358,9 +320,3 @@ def on_this_machine(path: AnyPath, *, names: Sequence[str] | None = None) -> Ite
         fetched = Path(folder) / path.name
         fetch(path, fetched, names=names)
         yield fetched
-
-
-def cache_path(path: UPath, sha256: str) -> Path:
-    """Where this user's cache keeps a store's file of that hash: a changed file is another one."""
-    base = os.environ.get("DPO_OPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dpo-opt"
-    return Path(base).expanduser() / sha256[:2] / f"{sha256}{path.suffix}"

@@ -1,6 +1,7 @@
 """The one way to open a finalized folder: only files that its manifest names, with the bytes it states."""
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from dpo_opt.schemas.errors import DataError, DpoOptError, quoted
-from dpo_opt.schemas.locations import AnyPath, cache_path, fetch, inside, on_this_machine
+from dpo_opt.schemas.locations import AnyPath, fetch, inside, on_this_machine
 from dpo_opt.schemas.manifest import TOKENIZER, Manifest, damaged, load_manifest, tokenizer_names
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shards import read_row_groups
@@ -163,3 +164,9 @@ def _require_sha256(file: Path, sha256: str, *, where: AnyPath, shards_dir: AnyP
             shards_dir,
             why="its log-probs can no longer be trusted",
         )
+
+
+def cache_path(path: UPath, sha256: str) -> Path:
+    """Where this user's cache keeps a store's file; named by its hash, so a changed file is another one."""
+    base = os.environ.get("DPO_OPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dpo-opt"
+    return Path(base).expanduser() / sha256[:2] / f"{sha256}{path.suffix}"

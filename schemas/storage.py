@@ -14,7 +14,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dpo_opt.schemas.locations import AnyPath, explained, inside, on_this_machine, put_file, room_on_disk
+from dpo_opt.schemas.full_disk import room_on_disk
+from dpo_opt.schemas.locations import AnyPath, explained, inside, on_this_machine, put_file
 
 
 @contextlib.contextmanager

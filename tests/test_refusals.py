@@ -25,7 +25,7 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
 from dpo_opt.precompute.shards.commits import committed
 from dpo_opt.precompute.shards.finalize import finalize
-from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.shards.status import status
 from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.manifest import (

@@ -76,7 +76,7 @@ def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
 
 def test_the_modules_are_seen() -> None:
     assert "schemas.errors" in GRAPH["schemas.shards"]
-    assert "precompute.shards.plan" in GRAPH["precompute.run"]
+    assert "precompute.shards.commits" in GRAPH["precompute.run"]
     assert "optimize.forward" in between_rooms(GRAPH)["optimize.checkpoint"]
 
 

@@ -4,13 +4,11 @@ One pass over the data gathers ``Facts``; all that is said here is worked out fr
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from dpo_opt.precompute.check.forecast import estimate, forecast, forecast_lengths, kept_pairs
-from dpo_opt.precompute.check.near_duplicates import nearest_earlier
 from dpo_opt.precompute.check.pair_statistics import (
     EXAMPLES,
     BadRows,
@@ -18,9 +16,9 @@ from dpo_opt.precompute.check.pair_statistics import (
     Flag,
     Wanted,
     collect,
-    mixed_hash,
 )
 from dpo_opt.precompute.check.problems import by_harm, problem
+from dpo_opt.precompute.check.repeats import find_repeats, near_repeats
 from dpo_opt.precompute.config import CheckConfig, DataConfig, Truncation
 from dpo_opt.precompute.read.sources import find_sources, merged_splits
 from dpo_opt.precompute.tokens.max_length import resolve_max_length
@@ -110,29 +108,6 @@ def audit(config: CheckConfig, *, progress: Progress | None = None) -> Audit:
     return report
 
 
-class Repeats(NamedTuple):
-    """Pairs that stand in the data more than once."""
-
-    earlier: npt.NDArray[np.int64]
-    """(P,) index of the first pair that is the same; the pair's own where it is the first."""
-    opposite: npt.NDArray[np.int64]
-    """(P,) index of a pair that prefers the other way round; -1 where there is none."""
-
-
-def find_repeats(facts: Facts) -> Repeats:
-    """Exact duplicates and contradictions, by 64-bit hash: ten million pairs collide once in 400,000 runs."""
-    key = mixed_hash(facts.prompt, facts.chosen, facts.rejected)
-    swapped = mixed_hash(facts.prompt, facts.rejected, facts.chosen)
-    unique, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    earlier = first[inverse].astype(np.int64)
-    opposite = np.full(len(key), -1, dtype=np.int64)
-    if len(key):
-        places = np.minimum(np.searchsorted(unique, swapped), len(unique) - 1)
-        found = (unique[places] == swapped) & (facts.chosen != facts.rejected)
-        opposite[found] = first[places[found]]
-    return Repeats(earlier, opposite)
-
-
 def length_bias(lengths: npt.NDArray[np.int32]) -> LengthBias:
     """How often the longer completion is chosen; ``lengths`` is (P, 3)."""
     longer = int((lengths[:, 1] > lengths[:, 2]).sum())
@@ -205,14 +180,6 @@ def _nearly_repeated(facts: Facts, *, similarity: float) -> list[Problem]:
     pairs = np.array(sorted(earlier))
     examples = _examples(facts, pairs, lambda i: f"nearly the same pair as {facts.places[earlier[i]]}")
     return [problem("near_duplicate", len(pairs), examples)]
-
-
-def near_repeats(facts: Facts, *, similarity: float) -> dict[int, int]:
-    """Pair to an earlier one that it nearly repeats; exact repetitions are not among them."""
-    same = find_repeats(facts).earlier
-    firsts = np.flatnonzero(same == np.arange(len(facts)))
-    found = nearest_earlier(facts.signatures[firsts], similarity=similarity)
-    return {int(firsts[i]): int(firsts[j]) for i, j in found.items()}
 
 
 def _shared_with_eval(facts: Facts, config: CheckConfig, progress: Progress) -> list[Problem]:

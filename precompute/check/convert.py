@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from dpo_opt.precompute.check.audit import find_repeats, near_repeats
 from dpo_opt.precompute.check.pair_statistics import Facts, Wanted, collect, pair_hashes, text_hash
+from dpo_opt.precompute.check.repeats import find_repeats, near_repeats
 from dpo_opt.precompute.config import ConvertConfig
 from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
 from dpo_opt.precompute.read.shapes import CARRIED_KEYS

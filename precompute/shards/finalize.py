@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_opt.precompute.shards.commits import committed, is_valid, manifest_commits, remove_if_allowed
-from dpo_opt.precompute.shards.plan import ranges_of, read_plan
+from dpo_opt.precompute.shards.read_plan import ranges_of, read_plan
 from dpo_opt.schemas.attempts import AttemptName, commit_names
 from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, refuse_differences

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_opt.precompute.shards.commits import read_commit
-from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.schemas.attempts import AttemptName, commit_names
 from dpo_opt.schemas.locations import AnyPath, explained, is_file, read_all, remove, sizes
 from dpo_opt.schemas.manifest import (

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from dpo_opt.precompute.shards.commits import committed
 from dpo_opt.precompute.shards.finalize import is_finalized
-from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.shards.throughput import WorkerThroughput, throughput
 from dpo_opt.schemas.locations import AnyPath
 

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.read.sources import refuse_inside
-from dpo_opt.precompute.shards.plan import Planned, known_plans, make_plan, read_plan
+from dpo_opt.precompute.shards.make_plan import Planned, make_plan
+from dpo_opt.precompute.shards.read_plan import known_plans, plan_name, read_plan
 from dpo_opt.precompute.shards.reference import Reference, fingerprint_of
 from dpo_opt.precompute.shards.weights_memo import remember_weights, weight_files
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
@@ -86,7 +87,7 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
         if plans:
             _restore_plan(shards_dir, plans[0])
         if plans and plans[-1] == new:
-            remove(_claim_of(shards_dir, _name_of(len(plans) - 1)))
+            remove(_claim_of(shards_dir, plan_name(len(plans) - 1)))
         else:
             _write_plan(config, planned, new, tokenizer)
     # Another planner may have been first.
@@ -139,7 +140,7 @@ def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan
             raise _other_plan(plans[-1], new, shards_dir, fix=_OTHER_FOLDER)
         _require_growth(config, plans[-1], new)
     if len(plans) == len(planned.earlier) and new not in plans:
-        name = _name_of(len(plans))
+        name = plan_name(len(plans))
         claim = _read_claim(shards_dir, name)
         if claim is not None:
             _require_claim(claim, new, planned, shards_dir, name)
@@ -203,18 +204,13 @@ def _known_rows(planned: Planned) -> int:
     return planned.earlier[-1].rows if planned.earlier else 0
 
 
-def _name_of(number: int) -> str:
-    """A plan's file; the folder grew ``number`` times before."""
-    return f"plan-{number}.json" if number else PLAN
-
-
 def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer: Any) -> None:
     """Write a plan after what belongs to it; nothing where another run has written one of that name.
 
     Raises:
         FingerprintError: Another run is about to write another plan.
     """
-    name = _name_of(len(planned.earlier))
+    name = plan_name(len(planned.earlier))
     shards_dir, claim = config.shards, _claim_of(config.shards, name)
     own = _Claim(plan=new, columns=columns_digest(planned.columns, from_row=_known_rows(planned)))
     with contextlib.suppress(FileExistsError):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.shards.commits import committed
-from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError, Preempted
 from dpo_opt.schemas.safe_text import printable
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.shards.commits import committed
-from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, Preempted
 from dpo_opt.schemas.manifest import PLAN
 

@@ -18,7 +18,8 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.gc import find_garbage, remove_garbage
-from dpo_opt.precompute.shards.plan import Planned, make_plan, read_plan, read_plans
+from dpo_opt.precompute.shards.make_plan import Planned, make_plan
+from dpo_opt.precompute.shards.read_plan import read_plan, read_plans
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.shards.repair import repair
 from dpo_opt.precompute.shards.status import status

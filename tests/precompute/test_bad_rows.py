@@ -14,9 +14,9 @@ from fakes import ScriptedScorer, preference_rows, write_jsonl
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.read import datasets, files
 from dpo_opt.precompute.run import precompute, work
-from dpo_opt.precompute.shards import plan
+from dpo_opt.precompute.shards import planned_rows
 from dpo_opt.precompute.shards.finalize import finalize
-from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.manifest import COMMITS, MANIFEST, Manifest
 from dpo_opt.schemas.shard_folder import ShardFolder
@@ -233,7 +233,7 @@ def test_a_folder_whose_bad_rows_were_known_by_their_messages_goes_on_and_grows(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as before, contextlib.suppress(KeyboardInterrupt):
-        before.setattr(plan, "row_digest", datasets.message_digest)
+        before.setattr(planned_rows, "row_digest", datasets.message_digest)
         precompute(config_of(data=data, pairs_per_shard=2), scorer=ScriptedScorer(before_call=told))
     planned = read_plan(tmp_path / "shards")
     scorer = ScriptedScorer()

@@ -13,7 +13,7 @@ from dpo_opt.precompute.run import precompute, work
 from dpo_opt.precompute.shards.commits import committed, is_committed
 from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.gc import find_garbage
-from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.shards.status import status
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import INDEX, MANIFEST, PLAN, ShardCommit, load_manifest, parse, to_json

@@ -15,7 +15,7 @@ from dpo_opt.precompute.shards import finalize as finalize_module
 from dpo_opt.precompute.shards.commits import committed
 from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.gc import find_garbage
-from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.workers import assignment
 from dpo_opt.schemas.attempts import AttemptName
 from dpo_opt.schemas.locations import AnyPath

@@ -10,7 +10,8 @@ import pytest
 from fakes import NUMERICS, preference_rows, write_jsonl
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.shards.plan import Planned, make_plan, read_plan
+from dpo_opt.precompute.shards.make_plan import Planned, make_plan
+from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.shards.write_plan import adopt_plan
 from dpo_opt.precompute.tokens.tokenize import load_tokenizer

@@ -14,8 +14,8 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.read import parallel
 from dpo_opt.precompute.read.datasets import read_pairs
 from dpo_opt.precompute.run import precompute
-from dpo_opt.precompute.shards import plan
-from dpo_opt.precompute.shards.plan import Planned, make_plan
+from dpo_opt.precompute.shards import make_plan as planning
+from dpo_opt.precompute.shards.make_plan import Planned, make_plan
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer
 from dpo_opt.schemas.errors import DataError
@@ -172,7 +172,7 @@ def test_one_row_of_each_shape_is_rendered_in_each_plan_anew(
             yield block
 
     monkeypatch.setattr(PairTokenizer, "texts", texts)
-    monkeypatch.setattr(plan, "map_in_order", map_in_order)
+    monkeypatch.setattr(planning, "map_in_order", map_in_order)
     plan_of(config)
     assert rendered == ["1", "1", "2", "601"]  # the first is the pair that must be usable
     assert 3 <= len(sent) <= (3 if processes == 1 else 3 * (1 + processes))

@@ -18,7 +18,7 @@ from dpo_opt.precompute.config import DataConfig, PrecomputeConfig
 from dpo_opt.precompute.read.datasets import read_pairs
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.precompute.shards.finalize import finalize
-from dpo_opt.precompute.shards.plan import read_plan
+from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.shards.status import status
 from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.manifest import PLAN, Manifest, Plan, load_manifest, to_json, write_manifest

@@ -27,7 +27,8 @@ from dpo_opt.precompute.run import precompute, work
 from dpo_opt.precompute.shards.commits import is_committed
 from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.gc import find_garbage, remove_garbage
-from dpo_opt.precompute.shards.plan import make_plan, read_plan
+from dpo_opt.precompute.shards.make_plan import make_plan
+from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.shards.status import status
 from dpo_opt.precompute.shards.write_plan import adopt_plan, settle_plan

@@ -1,0 +1,236 @@
+"""What a folder is going to hold, fixed before anything is scored.
+
+Planning reads every row once, so a malformed row is found before any GPU time is spent, and nothing is
+written until at least one pair is known to survive tokenization.
+
+Rows that tokenizing refuses are looked for too. Making every row's ids takes many times as long as reading
+it, so by default that is done only where it may matter: nowhere if the tokenizer has no id beyond the model's
+vocabulary. Of messages one row of each shape is rendered (who speaks in which order, with what beside the
+words), because a chat template asks for that before it asks for words. To render every row takes two to three
+times as long as to read it. A dry run makes the ids of every row.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.read.datasets import (
+    BadFile,
+    BadRow,
+    Reading,
+    scan_blocks,
+    scan_pairs,
+)
+from dpo_opt.precompute.read.parallel import map_in_order
+from dpo_opt.precompute.read.row_blocks import Block
+from dpo_opt.precompute.shards.planned_rows import Encoded, RowFacts, RowsDigest, Shape, read_block
+from dpo_opt.precompute.shards.read_plan import known_plans
+from dpo_opt.precompute.shards.reference import Reference, fingerprint_of
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.manifest import (
+    Plan,
+    ShardRange,
+)
+from dpo_opt.schemas.pairs import Numerics, TokenizedPair
+from dpo_opt.schemas.sidecars import Column, new_column
+
+
+class Planned(NamedTuple):
+    """A plan, and what the data says about its rows beside their texts."""
+
+    plan: Plan
+    known_digest: str | None
+    """Digest of the rows that the folder's own plan counts; None where the data has no more than these."""
+    columns: dict[str, Column]
+    """``weight`` and ``margin``, where some row has one."""
+    bad_rows: list[BadRow]
+    """Rows that are left out; empty unless ``on_bad_row`` is ``skip``. At most ``_BAD_ROWS_SHOWN``."""
+    earlier: Sequence[Plan] = ()
+    """The folder's plans when this one was made."""
+    model: Path | None = None
+    """Folder of the reference, whose configuration is kept beside the plan."""
+
+
+_BAD_ROWS_SHOWN = 5
+
+
+def make_plan(
+    config: PrecomputeConfig,
+    *,
+    reference: Reference,
+    tokenizer: PairTokenizer,
+    numerics: Numerics,
+    tokenize_all: bool = False,
+) -> Planned:
+    """Count and digest the rows, and divide them into shards.
+
+    The rows that were added to a folder begin a new shard. A chat template is told the date of the folder's
+    first plan.
+
+    Args:
+        config: Of the run.
+        reference: The model that scores.
+        tokenizer: Its tokenizer.
+        numerics: Of the scorer.
+        tokenize_all: Make every row's ids, whatever time it takes.
+
+    Raises:
+        ConfigError: A row holds messages and the tokenizer has no chat template.
+        DataError: A row is malformed or refused by the tokenizer, or no pair survives tokenization.
+    """
+    earlier = known_plans(config.shards)
+    if earlier:
+        tokenizer = tokenizer.on(earlier[-1].fingerprint.template_date)
+    _require_a_usable_pair(config, reference, tokenizer)
+    division = _Division(config.pairs_per_shard, earlier)
+    columns: dict[str, Column] = {}
+    bad_rows: list[BadRow] = []
+    shapes: set[Shape] = set()
+    for row in _facts_of_rows(config, reference, tokenizer, tokenize_all=tokenize_all):
+        error = row.error
+        if row.example is not None and row.example.shape not in shapes:
+            shapes.add(row.example.shape)
+            texts = tokenizer.texts(row.example.pair)
+            error = texts if isinstance(texts, DataError) else None
+        if error is not None:
+            if config.on_bad_row == "error":
+                raise error
+            if len(bad_rows) < _BAD_ROWS_SHOWN:
+                bad_rows.append(BadRow(division.rows, error, b""))
+        for name, value in row.numbers.items():
+            column = columns.setdefault(name, new_column())
+            column.rows.append(division.rows)
+            column.values.append(value)
+        division.add(row)
+    by_message = division.counts_bad_rows_by_message()
+    plan = Plan(
+        fingerprint=fingerprint_of(config, reference, tokenizer, numerics),
+        dataset_digest=division.digest.hexdigest(by_message=by_message),
+        rows=division.rows,
+        pairs_per_shard=config.pairs_per_shard,
+        shards=division.shards(by_message=by_message),
+    )
+    known = division.known
+    known_digest = None if known is None else known.hexdigest(by_message=by_message)
+    return Planned(plan, known_digest, columns, bad_rows, earlier, reference.folder)
+
+
+def _facts_of_rows(
+    config: PrecomputeConfig, reference: Reference, tokenizer: PairTokenizer, *, tokenize_all: bool
+) -> Iterator[RowFacts]:
+    """What a plan keeps of each row, in order, read by several processes."""
+    encoded = (
+        Encoded(reference.folder, tokenizer.template_date)
+        if tokenize_all or not tokenizer.knows_every_id()
+        else None
+    )
+    token = os.urandom(16)
+    tasks = ((*task, encoded, token) for task in _good_blocks(config))
+    preload = () if encoded is None else ("transformers.models.auto.tokenization_auto",)
+    for block in map_in_order(read_block, tasks, processes=config.processes, preload=preload):
+        yield from block
+
+
+class _Division:
+    """Divides rows into shards as they are read, and notes where the folder's own plan ends."""
+
+    def __init__(self, size: int, earlier: Sequence[Plan]) -> None:
+        self.rows = 0
+        self.digest = RowsDigest()
+        self.known: RowsDigest | None = None
+        """Of the rows that the folder's last plan counts; None where the data has no more than these."""
+        self._size = size
+        self._last = earlier[-1] if earlier else None
+        self._starts = {plan.rows for plan in earlier}
+        self._starts |= {stop for plan in earlier for stop in _given_ends(plan, size)}
+        self._parts: list[_Part] = []
+
+    def add(self, row: RowFacts) -> None:
+        """Count the next row."""
+        begins = self.rows in self._starts
+        if begins:
+            is_known = self._last is not None and self.rows == self._last.rows
+            self.known = self.digest.copy() if is_known else None
+        if not self._parts or begins or (row.used and self._parts[-1].used == self._size):
+            self._parts.append(_Part(self.rows))
+        self._parts[-1].digest.add_digests(row.digest, row.message_digest)
+        self._parts[-1].used += row.used
+        self.digest.add_digests(row.digest, row.message_digest)
+        self.rows += 1
+
+    def counts_bad_rows_by_message(self) -> bool:
+        """Whether the folder was planned when a bad row's digest was that of its message; it stays so."""
+        if self._last is None:
+            return False
+        of_known, digest = self.known or self.digest, self._last.dataset_digest
+        return of_known.hexdigest() != digest and of_known.hexdigest(by_message=True) == digest
+
+    def shards(self, *, by_message: bool) -> list[ShardRange]:
+        """The shards of all rows so far."""
+        stops = [*(part.start for part in self._parts[1:]), self.rows]
+        return [
+            ShardRange(
+                shard=i,
+                start=part.start,
+                stop=stop,
+                not_in_share=stop - part.start - part.used,
+                rows_digest=part.digest.hexdigest(by_message=by_message),
+            )
+            for i, (part, stop) in enumerate(zip(self._parts, stops, strict=True))
+        ]
+
+
+class _Part:
+    """A shard in the making: where it begins, how many of its rows are used, and their digest."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.used = 0
+        self.digest = RowsDigest()
+
+
+def _given_ends(plan: Plan, size: int) -> list[int]:
+    """Where shards of a known plan end whatever follows; a full one of another size ends where it is cut now.
+
+    One that is not full was the last one of a plan, which may be lost: a manifest covers one plan.
+    """
+    full = plan.pairs_per_shard or max(shard.used for shard in plan.shards)
+    return [shard.stop for shard in plan.shards if full == size or shard.used < full]
+
+
+def _good_blocks(config: PrecomputeConfig) -> Iterator[tuple[Block, Reading]]:
+    for item in scan_blocks(config):
+        if isinstance(item, BadFile):
+            raise item.error
+        yield item
+
+
+def _require_a_usable_pair(config: PrecomputeConfig, reference: Reference, tokenizer: PairTokenizer) -> None:
+    reasons: Counter[str] = Counter()
+    for item in scan_pairs(config):
+        if isinstance(item, BadRow):
+            if config.on_bad_row == "error":
+                raise item.error
+            reasons["bad_row"] += 1
+            continue
+        (ids,) = tokenizer.encode([item])
+        if isinstance(ids, DataError):
+            if config.on_bad_row == "error":
+                raise ids
+            reasons[f"bad_row:{ids.kind}"] += 1
+            continue
+        fitted = tokenizer.fit(item, ids)
+        if isinstance(fitted, TokenizedPair):
+            return
+        reasons[fitted.reason] += 1
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    raise DataError(
+        f"none of the {reasons.total()} pairs can be used ({counts})",
+        where=", ".join(config.data),
+        why=f"at --max-length {reference.max_length} nothing would be left to train on",
+        fix="pass a larger --max-length, or --truncation keep_end",
+    )

@@ -1,0 +1,87 @@
+"""The plans of a folder: the first, and one more for each time the folder grew. The last one counts."""
+
+import itertools
+
+from dpo_opt.schemas.errors import DataError, quoted
+from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
+from dpo_opt.schemas.manifest import (
+    COMMITS,
+    MANIFEST,
+    PLAN,
+    Manifest,
+    Plan,
+    ShardRange,
+    load_manifest,
+    parse,
+    repair_command,
+)
+
+
+def plan_name(number: int) -> str:
+    """The file of a plan: 0 for the first, then one more for each time the folder grew."""
+    return f"plan-{number}.json" if number else PLAN
+
+
+def known_plans(shards_dir: AnyPath) -> list[Plan]:
+    """The folder's plans; what its manifest covers where there is none, as in a copy for readers.
+
+    Raises:
+        DataError: A plan or the manifest is damaged.
+    """
+    plans = read_plans(shards_dir)
+    if plans or not is_file(shards_dir / MANIFEST):
+        return plans
+    return [plan_of(load_manifest(shards_dir))]
+
+
+def plan_of(manifest: Manifest) -> Plan:
+    """The plan that a manifest covers."""
+    return Plan(
+        fingerprint=manifest.fingerprint,
+        dataset_digest=manifest.dataset_digest,
+        rows=manifest.rows,
+        pairs_per_shard=manifest.pairs_per_shard,
+        shards=ranges_of(manifest),
+    )
+
+
+def ranges_of(manifest: Manifest) -> list[ShardRange]:
+    """The shards that a manifest covers, as a plan states them."""
+    return [
+        ShardRange.model_validate({name: getattr(c, name) for name in ShardRange.model_fields})
+        for c in manifest.shards
+    ]
+
+
+def read_plans(shards_dir: AnyPath) -> list[Plan]:
+    """The folder's plans, one for each time it grew; each holds the shards of the one before.
+
+    Raises:
+        DataError: One of them is damaged.
+    """
+    names = sizes(shards_dir)
+    found = list(itertools.takewhile(names.__contains__, map(plan_name, itertools.count())))
+    texts = read_all(shards_dir, found).items()
+    return [
+        parse(Plan, text, where=shards_dir / name, fix=repair_command(shards_dir)) for name, text in texts
+    ]
+
+
+def read_plan(shards_dir: AnyPath) -> Plan:
+    """The plan that counts now.
+
+    Raises:
+        DataError: There is none.
+    """
+    plans = read_plans(shards_dir)
+    if not plans:
+        scored = any(name.endswith(".json") for name in sizes(shards_dir / COMMITS))
+        raise DataError(
+            f"there is no {PLAN}",
+            where=str(shards_dir),
+            why="what was to be scored is lost" if scored else "this is not a folder of reference shards",
+            fix=repair_command(shards_dir)
+            if scored
+            else f"dpo-opt precompute --model M --data DATA --shards {quoted(shards_dir)}",
+        )
+    return plans[-1]

@@ -1,0 +1,144 @@
+"""A folder's plans as far as they are known: read, or made again from the manifest or from the data."""
+
+import re
+import tempfile
+from typing import Any, NamedTuple
+
+import yaml
+
+from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.shards.commits import is_of, read_commit
+from dpo_opt.precompute.shards.make_plan import make_plan
+from dpo_opt.precompute.shards.read_plan import plan_name, plan_of, read_plan
+from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
+from dpo_opt.schemas.attempts import commit_names
+from dpo_opt.schemas.errors import DataError, quoted
+from dpo_opt.schemas.fingerprint import ALL_FIELDS, follows, refuse_differences
+from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
+from dpo_opt.schemas.manifest import (
+    COMMAND,
+    COMMITS,
+    PLAN,
+    Manifest,
+    Plan,
+    parse,
+    to_json,
+)
+from dpo_opt.schemas.pairs import Numerics
+
+_PLAN = re.compile(r"plan(-(?P<number>\d+))?\.json")
+
+
+class RecoveredPlans(NamedTuple):
+    """What was to be scored, as far as it is known."""
+
+    known: list[Plan]
+    """In order; the last one counts."""
+    files: dict[str, str]
+    """Files that must be written for them."""
+    unwanted: list[str]
+    """Files that stand for none of them."""
+    lost_growth: bool
+    """The folder was to grow, and nothing says to what."""
+
+
+def in_one_line(error: DataError) -> str:
+    """What is damaged, on one line whatever the folder is called."""
+    return f"{quoted(error.where)}: {error.what}"
+
+
+def recover_plans(shards_dir: AnyPath, manifest: Manifest | None, damaged: list[str]) -> RecoveredPlans:
+    """The plans that can be read, what the manifest covers, or else what the data gives.
+
+    Raises:
+        ConfigError, DataError, FingerprintError: As ``repair``.
+    """
+    numbers = {name: int(m["number"] or 0) for name in sizes(shards_dir) if (m := _PLAN.fullmatch(name))}
+    texts = read_all(shards_dir, sorted(numbers, key=lambda name: numbers[name]))
+    known: list[Plan] = []
+    spelled: list[str] = []  # of another version they say less or more, and stay as they are
+    last_is_lost = False
+    for name, text in texts.items():
+        try:
+            known.append(parse(Plan, text, where=shards_dir / name))
+            spelled.append(text.decode("utf-8"))
+            last_is_lost = False
+        except DataError as error:
+            damaged.append(in_one_line(error))
+            last_is_lost = True
+    if manifest is not None and (not known or known[-1].rows < manifest.rows):
+        known.append(plan_of(manifest))
+        spelled.append(to_json(known[-1]))
+    lost_growth = last_is_lost and bool(known) and max(numbers.values()) >= len(known)
+    if not known:
+        known.append(_plan_from_data(shards_dir))
+        spelled.append(to_json(known[-1]))
+    wanted = {plan_name(i): text for i, text in enumerate(spelled)}
+    files = {name: text for name, text in wanted.items() if texts.get(name) != text.encode()}
+    return RecoveredPlans(known, files, [name for name in texts if name not in wanted], lost_growth)
+
+
+def _plan_from_data(shards_dir: AnyPath) -> Plan:
+    """The plan that the folder's commits are of, made as its first run made it.
+
+    Raises:
+        ConfigError: The model of the settings is not there.
+        DataError: There are no commits or no settings, or the data is not there.
+        FingerprintError: What is there now is not what was scored.
+    """
+    names = list(commit_names(sizes(shards_dir / COMMITS)))
+    commits = list(filter(None, map(read_commit, read_all(shards_dir / COMMITS, names).values())))
+    if not commits and not is_file(shards_dir / PLAN):
+        read_plan(shards_dir)  # says that this is no folder of shards
+    if not commits:
+        raise DataError(
+            "the plan cannot be read, and nothing is scored yet",
+            where=str(shards_dir / PLAN),
+            why="nothing says what the folder was to hold",
+            fix=f"rm -r {quoted(shards_dir)}, then run the precompute command again",
+        )
+    scored = commits[0].fingerprint
+    settings = latest_settings(shards_dir, lost=PLAN)
+    with tempfile.TemporaryDirectory(prefix="dpo-opt-") as elsewhere:
+        # A folder without a plan: the one that is damaged would be asked first.
+        config = PrecomputeConfig.model_validate(settings | {"shards": elsewhere})
+        reference = resolve_reference(config)
+        tokenizer = make_tokenizer(config, reference).on(scored.template_date)
+        numerics = Numerics(**{name: getattr(scored, name) for name in Numerics._fields})
+        plan = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics).plan
+    fix = f"restore {PLAN}, or the data and the model that {COMMAND} names"
+    if not follows(scored, plan.fingerprint):
+        refuse_differences(
+            cached=scored, current=plan.fingerprint, fields=ALL_FIELDS, where=str(shards_dir), fix=fix
+        )
+    plan = plan.model_copy(update={"fingerprint": scored})
+    by_shard = {planned.shard: planned for planned in plan.shards}
+    foreign = [c for c in commits if c.shard not in by_shard or not is_of(c, by_shard[c.shard], plan)]
+    if foreign:
+        raise DataError(
+            f"the plan is lost, and shard {foreign[0].shard} is not one of the data that is there now",
+            where=str(shards_dir),
+            why="a plan of this data would not be that of what was scored",
+            fix=fix,
+        )
+    return plan
+
+
+def latest_settings(shards_dir: AnyPath, *, lost: str) -> dict[str, Any]:
+    """What the folder's latest run was told.
+
+    Raises:
+        DataError: Nothing says it.
+    """
+    try:
+        settings = yaml.safe_load(read_all(shards_dir, [COMMAND]).get(COMMAND, b""))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise DataError(
+            f"{lost} is lost or damaged, and there is no {COMMAND} to make it again by",
+            where=str(shards_dir),
+            why="nothing else says which data and which model were scored",
+            fix=f"restore {lost} from where the folder was copied, or pass another --shards folder",
+        )
+    return settings

@@ -1,0 +1,85 @@
+"""The tokenizer of a folder: whether it is the one that was scored with, and a new copy of the model's."""
+
+import contextlib
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dpo_opt.precompute.shards.recover_plan import in_one_line, latest_settings
+from dpo_opt.precompute.shards.write_plan import write_tokenizer
+from dpo_opt.precompute.tokens.tokenize import load_tokenizer
+from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError, quoted
+from dpo_opt.schemas.locations import AnyPath, on_this_machine, remove
+from dpo_opt.schemas.manifest import (
+    COMMAND,
+    DAMAGED,
+    TOKENIZER,
+    Manifest,
+    Plan,
+)
+from dpo_opt.schemas.models import find_model, tokenizer_digest
+from dpo_opt.schemas.shard_folder import ShardFolder
+from dpo_opt.schemas.storage import file_names
+
+
+def tokenizer_problem(shards_dir: AnyPath, plan: Plan, manifest: Manifest | None) -> str | None:
+    """By the manifest's hash; else by loading it, because ``finalize`` takes the hash of what it finds."""
+    folder = shards_dir / TOKENIZER
+    try:
+        if manifest is not None:
+            with ShardFolder(shards_dir, manifest).tokenizer():
+                return None
+        with on_this_machine(folder) as local:
+            if tokenizer_digest(load_tokenizer(local)) == plan.fingerprint.tokenizer:
+                return None
+        return f"{quoted(folder)}: it is not the tokenizer whose ids were scored"
+    except DataError as error:
+        if error.kind != DAMAGED:
+            raise
+        return in_one_line(error)
+    except (ConfigError, FileNotFoundError):
+        return f"{quoted(folder)}: no tokenizer can be read from it"
+
+
+def tokenizer_of_model(shards_dir: AnyPath, plan: Plan) -> Any:
+    """The tokenizer of the model that was scored.
+
+    Raises:
+        ConfigError, DataError: It is not there.
+        FingerprintError: It is another one.
+    """
+    model = find_model(latest_settings(shards_dir, lost=f"{TOKENIZER}/")["model"])
+    tokenizer = load_tokenizer(model)
+    if tokenizer_digest(tokenizer) != plan.fingerprint.tokenizer:
+        raise FingerprintError(
+            "the model's tokenizer is not the one whose ids were scored",
+            where=str(model),
+            why=f"it was to replace the damaged files of {TOKENIZER}/",
+            fix=f"restore {TOKENIZER}/ from where the folder was copied, or the model that {COMMAND} names",
+        )
+    return tokenizer
+
+
+def replace_tokenizer(shards_dir: AnyPath, tokenizer: Any) -> None:
+    """What is there stays until the new files are whole: a folder keeps one or the other."""
+    folder = shards_dir / TOKENIZER
+    if not isinstance(folder, Path):
+        for name in file_names(folder):
+            remove(folder / name)
+        write_tokenizer(shards_dir, tokenizer)
+        return
+    # A private name: a repair that is killed here leaves nothing that is taken for a tokenizer.
+    aside = folder.with_name(f".{TOKENIZER}.{secrets.token_hex(4)}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(aside)
+    try:
+        write_tokenizer(shards_dir, tokenizer)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            if not folder.exists():
+                aside.rename(folder)
+            elif aside.is_dir() and not aside.is_symlink():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.unlink()
