@@ -1,7 +1,7 @@
 """How a command says what came out: words for people, JSON for machines."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -22,16 +22,28 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         click.echo(f"{name:<{width}}  {printable(' '.join(_words(value).splitlines()))}")
 
 
+def say(lines: Iterable[str]) -> None:
+    """Print lines in which others' names may stand: none of them steers the terminal."""
+    for line in lines:
+        click.echo(printable(line))
+
+
 def table(header: list[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
-    """Lines of a table: the first column begins on the left, all others end on the right."""
+    """Lines of a table.
+
+    Args:
+        header: Names of the columns. Numbers stand below a name, and end on the right. Words stand in the
+            first column, and in one without a name; they begin on the left.
+        rows: A cell for each column; an int gets its thousands separated.
+    """
     cells = [header, *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     for row in cells:
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join([first, *others]).rstrip()
+        columns = zip(row, widths, header, strict=True)
+        yield "  ".join(
+            cell.rjust(width) if name and i else cell.ljust(width)
+            for i, (cell, width, name) in enumerate(columns)
+        ).rstrip()
 
 
 def _words(value: object) -> str:

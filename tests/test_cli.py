@@ -466,6 +466,64 @@ def test_a_run_is_trained_scored_and_described(shards: Path, tiny_model: Path, t
     assert pq.read_table(tmp_path / "s")["row"].to_pylist() == list(range(12))
 
 
+def read_table(text: str) -> dict[str, list[str]]:
+    """The first cell of every line to the others."""
+    cells = [re.split(r"  +", line) for line in text.splitlines()]
+    return {first: others for first, *others in cells}
+
+
+def test_a_person_reads_tables_with_units(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    more = write_jsonl(tmp_path / "more.jsonl", preference_rows(20)[14:])
+    evaluated = tmp_path / "other"
+    score_more = [
+        "precompute",
+        "--model",
+        tiny_model,
+        "--data",
+        more,
+        "--shards",
+        evaluated,
+        "--backend",
+        "hf",
+    ]
+    assert invoke(*score_more).exit_code == 0
+    run = tmp_path / "run"
+    arguments = [*train_arguments(shards, tiny_model, run), "--eval-split", 0.6, "--logging-steps", 2]
+    trained = invoke(*arguments, "--eval-shards", evaluated)
+    assert trained.exit_code == 0, trained.output
+    shown = trained.stdout
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    measured = next(line for line in reversed(history) if "eval_loss" in line)
+    last = next(line for line in reversed(history) if "loss" in line)
+    said = read_table(shown)
+    assert said["model"] == [str(run / "final")]
+    assert said["parity"][0].startswith("ok: cached log-probs differ from the policy's own by ")
+    held_out, added, in_last_step = map(int, said["pairs"])
+    assert (added, in_last_step) == (6, (12 - held_out) % 4 or 4)
+    assert said["mean over pairs"] == ["held out", "other", "last 1 step"]
+    losses = [measured["eval_loss"], measured["eval_other_loss"], last["loss"]]
+    assert said["loss"] == [f"{loss:.4f}" for loss in losses]
+    assert said["log-prob of chosen, nats"][0] == f"{measured['eval_logps/chosen']:.2f}"
+    assert "nothing was held out" not in shown
+    again = invoke(*train_arguments(shards, tiny_model, tmp_path / "all")).stdout
+    assert "nothing was held out: --eval-split" in again
+
+    scored = tmp_path / "scores.parquet"
+    shown = invoke("score", "--shards", shards, "--model", tiny_model, "--output", scored).stdout
+    logps = pq.read_table(scored)["chosen_logps"].to_pylist()
+    assert read_table(shown)["log-prob of a completion, nats"][0] == f"{sum(logps) / 12:.2f}"
+    assert read_table(shown)["pairs"] == [f"12, under {tiny_model}"]
+
+
+def test_precompute_says_what_became_of_the_rows(tiny_model: Path, tmp_path: Path) -> None:
+    arguments = precompute_arguments(tiny_model, tmp_path)
+    write_jsonl(tmp_path / "data.jsonl", [*ROWS, {**ROWS[0], "rejected": ROWS[0]["chosen"]}])
+    said = read_table(invoke(*arguments).stdout)
+    assert said["pairs"] == ["12 kept of 13 rows"]
+    assert said["left out"] == ["1 identical_completions (listed in dropped/)"]
+    assert said["tokens"][0].startswith(f"{load_manifest(tmp_path / 'shards').tokens:,}; ")
+
+
 def test_kl_of_a_model_from_itself_is_nothing(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     arguments = [
         "kl",

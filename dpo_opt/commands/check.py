@@ -10,10 +10,9 @@ import click
 from dpo_opt.console import watched
 from dpo_opt.options import configured, json_option
 from dpo_opt.precompute.config import CheckConfig
-from dpo_opt.results import show, table
+from dpo_opt.results import say, show, table
 from dpo_opt.schemas.audit_record import Audit
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.safe_text import printable
 
 _EXAMPLES = 3
 _SIGNS = {"error": "ERROR  ", "warning": "warning", "note": "note   "}
@@ -38,15 +37,9 @@ def command(context: click.Context, config: CheckConfig, as_json: bool) -> None:
     if as_json:
         show(found.model_dump(), as_json)
     else:
-        for line in lines(found):
-            click.echo(line)
+        say(_lines(found))
     if found.refused:
         context.exit(DataError.exit_code)
-
-
-def lines(audit: Audit) -> Iterator[str]:
-    """The audit, printable on any terminal."""
-    yield from (printable(line) for line in _lines(audit))
 
 
 def _lines(audit: Audit) -> Iterator[str]:

@@ -14,6 +14,8 @@ from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.manifest import resume_command
 from dpo_opt.schemas.safe_text import printable
 
+_COUNTS = {"rows", "kept", "dropped", "truncated", "tokens", "reuse_check"}
+
 
 @click.command(help=__doc__)
 @configured(PrecomputeConfig)
@@ -37,7 +39,8 @@ def command(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
     again = shlex.join(["dpo-opt", *sys.argv[1:]])
     with preemptible(resume_command(config.shards) if "--worker-index" in sys.argv else again):
         if config.launched:
-            show(launch(config, progress=watched()), as_json)
+            launched = launch(config, progress=watched())
+            show(launched if as_json else _in_words(launched), as_json)
             return
         from dpo_opt.precompute.run import precompute as run
         from dpo_opt.precompute.run import work
@@ -49,7 +52,27 @@ def command(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
             manifest = run(config, scorer=scorer, progress=watched())
             result = manifest.model_dump(include={"rows", "kept", "dropped", "truncated", "tokens"})
             result["engine"] = manifest.fingerprint.engine
-    show({"shards": str(config.shards), **result, "reuse_check": reuse_check(scorer)}, as_json)
+    result = {"shards": str(config.shards), **result, "reuse_check": reuse_check(scorer)}
+    show(result if as_json else _in_words(result), as_json)
+
+
+def _in_words(result: dict[str, Any]) -> dict[str, Any]:
+    """A result as a person reads it: counts with what they count, and the rest as it is."""
+    words = {"shards": result["shards"]} | {n: v for n, v in result.items() if n not in _COUNTS}
+    if "kept" in result:
+        rows = result.get("rows", result.get("pairs_total"))
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in result["dropped"].items())
+        words["pairs"] = f"{result['kept']:,} kept of {rows:,} rows"
+        words["left out"] = f"{dropped} (listed in dropped/)" if dropped else "none"
+        words["cut"] = f"{result['truncated']:,} pairs lost tokens to --max-length"
+        words["tokens"] = f"{result['tokens']:,}; a prompt counts with each of its two completions"
+    check = result.get("reuse_check")
+    if check is not None:
+        words["prefix cache"] = (
+            f"log-probs with it differ by {check['mean']:.2g} nats per token on average, "
+            f"by {check['max']:.2g} at most (over {check['tokens']:,} tokens)"
+        )
+    return words
 
 
 def _say_merged_splits(config: PrecomputeConfig) -> None:

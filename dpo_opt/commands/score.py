@@ -1,12 +1,13 @@
 """Log-probs of every pair under any checkpoint, as a table for the analysis."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from dpo_opt.console import watched
 from dpo_opt.options import json_option, shards_option
-from dpo_opt.results import show
+from dpo_opt.results import say, show, table
 from dpo_opt.schemas.locations import AnyPath
 
 
@@ -26,4 +27,36 @@ def command(shards: AnyPath, model: str, output: Path, dtype: str, as_json: bool
     from dpo_opt.optimize.score_folder import score_shards
 
     count = score_shards(shards, model=model, output=output, dtype=dtype, progress=watched())
-    show({"output": str(output), "pairs": count}, as_json)
+    if as_json:
+        show({"output": str(output), "pairs": count}, as_json)
+    else:
+        say(_lines(output, model=model))
+
+
+def _lines(output: Path, *, model: str) -> Iterator[str]:
+    """Means over the pairs of a table of log-probs."""
+    import pyarrow.parquet as pq
+
+    names = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("logps", "length")]
+    with pq.ParquetFile(output) as file:
+        columns = [column.to_numpy() for column in file.read(columns=names).columns]
+    chosen, chosen_length, rejected, rejected_length = columns
+    yield f"output  {output}"
+    yield f"pairs   {len(chosen):,}, under {model}"
+    if not len(chosen):
+        return
+    yield ""
+    yield from table(
+        ["mean over the pairs", "chosen", "rejected"],
+        [
+            ["log-prob of a completion, nats", f"{chosen.mean():.2f}", f"{rejected.mean():.2f}"],
+            [
+                "log-prob per token, nats",
+                f"{(chosen / chosen_length).mean():.3f}",
+                f"{(rejected / rejected_length).mean():.3f}",
+            ],
+            ["tokens of a completion", f"{chosen_length.mean():.1f}", f"{rejected_length.mean():.1f}"],
+        ],
+    )
+    yield ""
+    yield f"the chosen completion is the likelier one in {(chosen > rejected).mean():.1%} of the pairs"

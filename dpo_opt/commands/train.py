@@ -1,15 +1,30 @@
 """Train a policy on cached reference log-probs; no reference model in memory."""
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dpo_opt.console import watched
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import configured, dry_run_option, json_option
-from dpo_opt.results import show
+from dpo_opt.results import say, show, table
 from dpo_opt.schemas.errors import Interrupted
+
+if TYPE_CHECKING:
+    from dpo_opt.optimize.loop import TrainResult
+
+_MEANS = (
+    ("loss", "loss", "{:.4f}"),
+    ("rewards/accuracies", "chosen has the higher reward", "{:.1%}"),
+    ("rewards/margins", "reward of chosen minus rejected", "{:+.3f}"),
+    ("rewards/chosen", "reward of chosen", "{:+.3f}"),
+    ("rewards/rejected", "reward of rejected", "{:+.3f}"),
+    ("logps/chosen", "log-prob of chosen, nats", "{:.2f}"),
+    ("logps/rejected", "log-prob of rejected, nats", "{:.2f}"),
+)
 
 
 @click.command(help=__doc__)
@@ -24,7 +39,7 @@ def command(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
         if as_json:
             show(plan, as_json)
         else:
-            click.echo("\n".join(planned_lines(plan)))
+            click.echo("\n".join(_planned_lines(plan)))
         return
     from dpo_opt.optimize.loop import train as run
     from dpo_opt.optimize.processes.distributed import world_from_environment
@@ -42,14 +57,45 @@ def command(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
         ) from error
     if not world_from_environment(os.environ).first:
         return  # one of several processes says it for all
-    parity = None if result.parity is None else result.parity._asdict()
-    show(
-        {"final": str(result.final), "steps": result.steps, "parity": parity, **result.last_metrics}, as_json
+    if as_json:
+        parity = None if result.parity is None else result.parity._asdict()
+        found = {"final": str(result.final), "steps": result.steps, "parity": parity}
+        show(found | result.last_metrics, as_json)
+    else:
+        say(_ended_lines(config.output_dir, result))
+
+
+def _ended_lines(run: Path, result: "TrainResult") -> Iterator[str]:
+    """Where the model is, whether the cache was its own, and how it does on what it was not trained on."""
+    from dpo_opt.last_metrics import last_metrics
+
+    last = result.last_metrics
+    yield f"model   {result.final}"
+    yield f"run     {result.steps:,} steps, to epoch {last['epoch']:.4g}, {last['num_tokens']:,} tokens"
+    parity = result.parity
+    if parity is not None:
+        yield (
+            f"parity  {'ok' if parity.ok else 'FAILED'}: cached log-probs differ from the policy's own by "
+            f"{parity.sd:.2g} nats per token (sd), by {parity.max:.2g} at most"
+        )
+        yield f"        (over {parity.tokens:,} tokens of {parity.pairs:,} pairs, before the first step)"
+    yield ""
+    groups = last_metrics(run)
+    yield from table(
+        ["mean over pairs", *(group.name for group in groups)],
+        [
+            ["pairs", *(group.pairs for group in groups)],
+            *([words, *(form.format(group.means[name]) for group in groups)] for name, words, form in _MEANS),
+        ],
     )
+    yield ""
+    yield "reward: beta times what the policy added to the reference's log-prob of a completion"
+    if len(groups) == 1:
+        yield "nothing was held out: --eval-split 0.05 measures on prompts that are not trained on"
 
 
-def planned_lines(plan: dict[str, Any]) -> list[str]:
-    """The plan of a training run for a person: what it will do, then its memory as a table."""
+def _planned_lines(plan: dict[str, Any]) -> list[str]:
+    """What a run will do, then its memory as a table."""
     memory = plan["memory_gb"]
     pair = plan["longest_pair"]
     remarks = {
@@ -58,18 +104,19 @@ def planned_lines(plan: dict[str, Any]) -> list[str]:
         "head": "its fp32 gradient, summed over tiles",
         "total": "without Python, its libraries and what the allocator wastes",
     }
-    table = [
-        f"  {name:<16} {'not known' if memory[name] is None else f'{memory[name]:.3f} GB':>12}"
-        f"   {remarks.get(name, '')}".rstrip()
-        for name in ("weights", "gradients", "optimizer state", "activations", "head", "total")
+    parts = ("weights", "gradients", "optimizer state", "activations", "head", "total")
+    rows = [
+        [name, "not known" if memory[name] is None else f"{memory[name]:.3f} GB", remarks.get(name, "")]
+        for name in parts
     ]
     return [
         f"pairs        {plan['pairs_train']:,} to train on, {plan['pairs_eval']:,} held out",
         f"steps        {plan['steps']:,}",
         f"longest pair row {pair['row']}: prompt {pair['prompt']}, chosen {pair['chosen']}, "
         f"rejected {pair['rejected']} tokens",
-        "memory at the peak of a step:",
-        *table,
-        f"  reference model: 0 GB, cached (online it would cost "
+        "",
+        *table(["memory at the peak of a step", "size", ""], rows),
+        "",
+        f"reference model: 0 GB, cached (online it would cost "
         f"{memory['an online reference would add']:.3f} GB)",
     ]

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from dpo_opt.options import json_option, shards_option
-from dpo_opt.results import show
+from dpo_opt.results import say, show, table
 from dpo_opt.schemas.locations import AnyPath
-from dpo_opt.schemas.safe_text import printable
 
 if TYPE_CHECKING:
     from dpo_opt.optimize.parity import Parity
@@ -44,14 +43,8 @@ def command(shards: AnyPath, model: str | None, num_pairs: int, dtype: str, as_j
     if as_json:
         show(verdict.as_dict(), as_json)
     else:
-        for line in lines(verdict):
-            click.echo(line)
+        say(_lines(verdict))
     verdict.require_ok()
-
-
-def lines(verdict: "Verdict") -> Iterator[str]:
-    """The verdict, printable on any terminal."""
-    yield from (printable(line) for line in _lines(verdict))
 
 
 def _lines(verdict: "Verdict") -> Iterator[str]:
@@ -83,11 +76,16 @@ def _parity(parity: "Parity") -> Iterator[str]:
         f"cached ({parity.cached_dtype}) minus the trainer's own ({parity.dtype})"
     )
     yield "  cached minus in batches; minus each sequence alone; floor: alone minus in batches"
-    yield f"  {'nats per token':<16}{'measured':>12}{'limit':>12}"
-    for check in parity.checks:
-        name = "|loss - ln 2|" if check.name == "loss" else check.name
-        row = f"  {name:<16}{check.value:>12.2e}{check.limit:>12.2e}"
-        yield f"{row}  {'ok' if check.ok else 'FAILED: ' + check.usual_cause}"
+    rows = [
+        [
+            "|loss - ln 2|" if check.name == "loss" else check.name,
+            f"{check.value:.2e}",
+            f"{check.limit:.2e}",
+            "ok" if check.ok else f"FAILED: {check.usual_cause}",
+        ]
+        for check in parity.checks
+    ]
+    yield from (f"  {line}" for line in table(["nats per token", "measured", "limit", ""], rows))
     yield (
         f"  margin noise (sd of chosen minus rejected): {parity.margin_sd:.2e} nats per pair, floor "
         f"{parity.floor_margin_sd:.2e}; times beta it is the noise in the loss's logit"

@@ -1,0 +1,55 @@
+"""What a run ended with: its last evaluations, and the last steps that it logged, each with its pairs."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+
+
+class LastMetrics(NamedTuple):
+    """Means over pairs, in the names of ``metrics.jsonl`` without their prefix."""
+
+    name: str
+    pairs: int
+    means: dict[str, float]
+
+
+def last_metrics(run: Path) -> list[LastMetrics]:
+    """The evaluations first, as they are what a run is judged by.
+
+    Args:
+        run: A run that came to its end.
+    """
+    text = (run / "trainer_state.json").read_text(encoding="utf-8")
+    history: list[dict[str, Any]] = json.loads(text)["log_history"]
+    found = []
+    for line in [line for line in history if "loss" not in line][-1:]:
+        for prefix in [key.removesuffix("loss") for key in line if key.endswith("_loss")]:
+            name = prefix.removeprefix("eval_").removesuffix("_")
+            folder = run / "pair_logps" / name
+            pairs = _count(folder, phase="eval", first=line["step"], end=line["step"] + 1)
+            found.append(LastMetrics(name or "held out", pairs, _without(prefix, line)))
+    training = [line for line in history if "loss" in line]
+    for last in training[-1:]:
+        before = training[-2]["step"] if len(training) > 1 else 0
+        pairs = _count(run / "pair_logps", phase="train", first=before, end=last["step"])
+        steps = last["step"] - before
+        found.append(LastMetrics(f"last {steps} step{'s' if steps > 1 else ''}", pairs, _without("", last)))
+    return found
+
+
+def _without(prefix: str, line: dict[str, Any]) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+
+
+def _count(folder: Path, *, phase: str, first: int, end: int) -> int:
+    """Pairs of a phase in the steps from ``first`` on and before ``end``."""
+    pairs = 0
+    for path in folder.glob("*.parquet"):
+        with pq.ParquetFile(path) as file:
+            rows = file.read(columns=["step", "phase"]).to_pydict()
+        pairs += sum(
+            p == phase and first <= s < end for s, p in zip(rows["step"], rows["phase"], strict=True)
+        )
+    return pairs
