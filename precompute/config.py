@@ -205,11 +205,11 @@ class ConvertConfig(WholeDataConfig):
     """Settings of ``dpo-opt convert``: write a cleaned, deduplicated dataset, split by prompt."""
 
     output: Path
-    """New folder for train.jsonl, eval.jsonl, removed.jsonl and convert.json."""
+    """New folder for train.jsonl, eval.jsonl, _removed.jsonl and _convert.json."""
     eval_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the prompts that goes to eval.jsonl. A hash of the prompt decides which ones."""
     on_bad_row: Literal["error", "skip"] = "skip"
-    """Malformed rows. error: stop. skip: leave the rows out and list them in removed.jsonl."""
+    """Malformed rows. error: stop. skip: leave the rows out and list them in _removed.jsonl."""
     near_duplicates: bool = False
     """Also remove pairs that nearly repeat an earlier pair (MinHash)."""
     similarity: Annotated[float, Field(gt=0, lt=1)] = 0.85

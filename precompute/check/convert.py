@@ -36,7 +36,7 @@ class Converted(NamedTuple):
 
 
 def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Converted:
-    """Write ``train.jsonl``, ``eval.jsonl``, ``removed.jsonl`` and ``convert.json`` into a new folder.
+    """Write ``train.jsonl``, ``eval.jsonl``, ``_removed.jsonl`` and ``_convert.json`` into a new folder.
 
     Of exact (and, on request, near) duplicates the first is kept; of contradictory pairs none, because
     nothing says which label is right; pairs with equal completions are removed. Pairs with the same prompt go
@@ -101,7 +101,7 @@ def _write(
         (folder / "train.jsonl").open("w", encoding="utf-8") as train,
         (folder / "eval.jsonl").open("w", encoding="utf-8") as held_out,
         # The name of a file need not be UTF-8; what cannot be written as it is, JSON escapes in this way.
-        (folder / "removed.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as record,
+        (folder / "_removed.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as record,
     ):
         number = itertools.count()
         for item in _in_step(config, facts):
@@ -137,7 +137,7 @@ def _write(
         "settings": config.model_dump(mode="json", exclude={"processes"}),
         **converted._asdict(),
     }
-    (folder / "convert.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    (folder / "_convert.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if not counts["eval"]:
         (folder / "eval.jsonl").unlink()
     return converted

@@ -56,8 +56,8 @@ def test_clean_data_comes_back_as_it_was(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", rows)
     assert run(path, tmp_path / "clean") == Converted(3, 0, {})
     assert read(tmp_path / "clean" / "train.jsonl") == read(path)
-    assert files(tmp_path / "clean") == ["convert.json", "removed.jsonl", "train.jsonl"]
-    assert (tmp_path / "clean" / "removed.jsonl").read_text() == ""
+    assert files(tmp_path / "clean") == ["_convert.json", "_removed.jsonl", "train.jsonl"]
+    assert (tmp_path / "clean" / "_removed.jsonl").read_text() == ""
 
 
 def test_messages_with_tools_come_back_as_they_were(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_first_of_equal_pairs_is_kept_and_both_of_a_contradiction_go(tmp_pat
         2, 0, {"contradictory": 3, "duplicate": 1, "identical_completions": 1}
     )
     assert lines(tmp_path / "clean" / "train.jsonl") == [rows[0], rows[6]]
-    assert lines(tmp_path / "clean" / "removed.jsonl") == [
+    assert lines(tmp_path / "clean" / "_removed.jsonl") == [
         {"where": f"{path}:2", "reason": "contradictory", "same_as": f"{path}:4"},
         {"where": f"{path}:3", "reason": "duplicate", "same_as": f"{path}:1"},
         {"where": f"{path}:4", "reason": "contradictory", "same_as": f"{path}:2"},
@@ -149,7 +149,7 @@ def test_the_record_and_what_is_kept_are_all_rows_each_once(tmp_path: Path) -> N
     path = messy_file(tmp_path / "data.jsonl")
     result = run(path, tmp_path / "clean", eval_split=0.3)
     kept = lines(tmp_path / "clean" / "train.jsonl") + lines(tmp_path / "clean" / "eval.jsonl")
-    removed = lines(tmp_path / "clean" / "removed.jsonl")
+    removed = lines(tmp_path / "clean" / "_removed.jsonl")
     assert (result.train + result.eval, sum(result.removed.values())) == (len(kept), len(removed))
     assert len(kept) + len(removed) == 200
     assert result.removed["bad_row"] == 20
@@ -221,7 +221,7 @@ def test_near_duplicates_go_where_that_is_asked_for(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", rows)
     assert run(path, tmp_path / "all").removed == {}
     assert run(path, tmp_path / "clean", near_duplicates=True) == Converted(2, 0, {"near_duplicate": 1})
-    assert lines(tmp_path / "clean" / "removed.jsonl") == [
+    assert lines(tmp_path / "clean" / "_removed.jsonl") == [
         {"where": f"{path}:3", "reason": "near_duplicate", "same_as": f"{path}:1"}
     ]
 
@@ -229,18 +229,25 @@ def test_near_duplicates_go_where_that_is_asked_for(tmp_path: Path) -> None:
 def test_the_folder_says_how_it_was_made(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [row("p", " a", " b"), row("p", " a", " b")])
     run(path, tmp_path / "clean")
-    about = json.loads((tmp_path / "clean" / "convert.json").read_text())
+    about = json.loads((tmp_path / "clean" / "_convert.json").read_text())
     assert (about["train"], about["eval"], about["removed"]) == (1, 0, {"duplicate": 1})
     assert about["settings"]["data"] == [str(path)]
     assert about["settings"]["output"] == str(tmp_path / "clean")
     assert about["dpo_opt"]
 
 
+def test_what_was_written_is_read_again_as_a_folder(tmp_path: Path) -> None:
+    run(messy_file(tmp_path / "data.jsonl"), tmp_path / "clean")
+    written = lines(tmp_path / "clean" / "train.jsonl")
+    assert run(tmp_path / "clean", tmp_path / "again") == Converted(len(written), 0, {})
+    assert lines(tmp_path / "again" / "train.jsonl") == written
+
+
 def test_two_conversions_of_the_same_data_are_the_same_bytes(tmp_path: Path) -> None:
     path = messy_file(tmp_path / "data.jsonl")
     for name, processes in (("one", 1), ("two", 2)):
         run(path, tmp_path / name, eval_split=0.3, processes=processes)
-    for file in ("train.jsonl", "eval.jsonl", "removed.jsonl"):
+    for file in ("train.jsonl", "eval.jsonl", "_removed.jsonl"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
@@ -354,5 +361,5 @@ def test_a_file_name_that_is_not_utf8_is_recorded(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_text(json.dumps(row("p", " a", " b")) + "\n{\n")
     run(path.parent, tmp_path / "clean")
-    (record,) = lines(tmp_path / "clean" / "removed.jsonl")
+    (record,) = lines(tmp_path / "clean" / "_removed.jsonl")
     assert record["where"] == f"{path}:2"

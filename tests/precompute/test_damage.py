@@ -138,7 +138,7 @@ def test_skipping_leaves_out_the_bad_rows_and_no_other(tmp_path: Path, case: Dam
     assert (converted.train, converted.removed) == (len(case.good), {"bad_row": case.bad})
     pairs, bad = scan(output / "train.jsonl")
     assert (contents(pairs), bad) == (expected(case, tmp_path), [])
-    removed = [json.loads(line) for line in (output / "removed.jsonl").read_bytes().splitlines()]
+    removed = [json.loads(line) for line in (output / "_removed.jsonl").read_bytes().splitlines()]
     assert removed[0]["where"] == f"{path}{case.place}"
     assert case.says in removed[0]["detail"]
 
