@@ -100,7 +100,7 @@ def _read_config(path: Path) -> Mapping[str, object]:
             f"there is no {CONFIG}" if path.is_dir() else "there is no such folder",
             where=str(path),
             why="this is not a folder that training wrote",
-            fix=f"dpo-opt train --shards SHARDS --model MODEL --output-dir {quoted(path)}",
+            fix="pass the folder that `dpo-opt train` had as its --output-dir",
         )
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))

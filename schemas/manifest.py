@@ -153,6 +153,28 @@ def damaged(what: str, where: AnyPath, shards_dir: AnyPath, *, why: str) -> Data
     return DataError(what, where=str(where), why=why, fix=repair_command(shards_dir), kind=DAMAGED)
 
 
+def no_shards(missing: str, shards_dir: AnyPath) -> DataError:
+    """The error of a place where no shards are.
+
+    Args:
+        missing: The file that a folder of shards would have.
+        shards_dir: As it was given.
+    """
+    if is_file(shards_dir):
+        return DataError(
+            "this is a file, not a folder of reference shards",
+            where=str(shards_dir),
+            why="its pairs have no reference log-probs yet",
+            fix=f"dpo-opt precompute --model M --data {quoted(shards_dir)} --shards SHARDS, then pass SHARDS",
+        )
+    return DataError(
+        f"there is no {missing}",
+        where=str(shards_dir),
+        why="this is not a folder of reference shards",
+        fix=f"dpo-opt precompute --model M --data DATA --shards {quoted(shards_dir)}",
+    )
+
+
 def resume_command(shards_dir: AnyPath) -> str:
     """What goes on with a folder where it stands now: its settings name the place where it was planned."""
     settings = shards_dir / COMMAND
@@ -236,15 +258,13 @@ def _body(shards_dir: AnyPath) -> dict[str, object]:
     path = shards_dir / MANIFEST
     text = read_all(shards_dir, [MANIFEST]).get(MANIFEST)
     if text is None:
-        planned = is_file(shards_dir / PLAN)
+        if not is_file(shards_dir / PLAN):
+            raise no_shards(MANIFEST, shards_dir)
         raise DataError(
             f"there is no {MANIFEST}",
             where=str(shards_dir),
-            why="scoring has not finished, so some pairs have no reference log-probs"
-            if planned
-            else "this is not a folder of reference shards",
-            fix=f"dpo-opt {'finalize' if planned else 'precompute --model M --data DATA'}"
-            f" --shards {quoted(shards_dir)}",
+            why="scoring has not finished, so some pairs have no reference log-probs",
+            fix=f"dpo-opt finalize --shards {quoted(shards_dir)}",
         )
     try:
         body: dict[str, object] = json.loads(text.decode("utf-8"))

@@ -376,6 +376,15 @@ def test_a_folder_without_shards_is_refused(command: str, tiny_model: Path, tmp_
 
 
 @pytest.mark.parametrize("command", ["verify", "train", "score"])
+def test_a_file_of_pairs_is_never_advised_as_a_folder_of_shards(
+    command: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    pairs = write_jsonl(tmp_path / "my pairs.jsonl", ROWS)
+    shown = refused(3, *READERS[command](pairs, tiny_model, tmp_path / "out"), unchanged=tmp_path)
+    assert f"--data '{pairs}' --shards SHARDS" in shown
+
+
+@pytest.mark.parametrize("command", ["verify", "train", "score"])
 def test_a_folder_that_is_not_finished_is_refused(
     command: str, shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 
-from dpo_opt.schemas.errors import DataError, quoted
+from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
 from dpo_opt.schemas.manifest import (
     COMMITS,
@@ -12,6 +12,7 @@ from dpo_opt.schemas.manifest import (
     Plan,
     ShardRange,
     load_manifest,
+    no_shards,
     parse,
     repair_command,
 )
@@ -75,13 +76,12 @@ def read_plan(shards_dir: AnyPath) -> Plan:
     """
     plans = read_plans(shards_dir)
     if not plans:
-        scored = any(name.endswith(".json") for name in sizes(shards_dir / COMMITS))
+        if not any(name.endswith(".json") for name in sizes(shards_dir / COMMITS)):
+            raise no_shards(PLAN, shards_dir)
         raise DataError(
             f"there is no {PLAN}",
             where=str(shards_dir),
-            why="what was to be scored is lost" if scored else "this is not a folder of reference shards",
-            fix=repair_command(shards_dir)
-            if scored
-            else f"dpo-opt precompute --model M --data DATA --shards {quoted(shards_dir)}",
+            why="what was to be scored is lost",
+            fix=repair_command(shards_dir),
         )
     return plans[-1]
