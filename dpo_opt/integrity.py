@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from dpo_opt.folder_notes import planned_rows
-from dpo_opt.schemas.errors import DataError, quoted
+from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath, inside, on_this_machine, sizes
 from dpo_opt.schemas.manifest import MANIFEST, TOKENIZER, Manifest, ShardCommit, tokenizer_names
@@ -50,7 +50,7 @@ def _problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     except DataError as error:
         yield f"{error.where}: {error.what}"
     except (pa.ArrowException, OSError) as error:
-        yield f"{index_path}: not readable as Parquet ({str(error).splitlines()[0]})"
+        yield f"{index_path}: not readable as Parquet ({first_line(error, named=False)})"
     if index is not None and not index.schema.equals(INDEX_SCHEMA):
         yield f"{index_path}: its columns are not those of an index"
         index = None
@@ -128,7 +128,7 @@ def _shard_problems(
     except DataError as error:
         yield f"{where}: {error.what}"
     except (pa.ArrowException, OSError, KeyError) as error:
-        yield f"{where}: not readable as a shard ({str(error).splitlines()[0]})"
+        yield f"{where}: not readable as a shard ({first_line(error, named=False)})"
     where_dropped = shards / commit.dropped_file
     try:
         with verified_file(shards, commit.dropped_file, commit.dropped_sha256) as file:
@@ -138,7 +138,7 @@ def _shard_problems(
     except DataError as error:
         yield f"{where_dropped}: {error.what}"
     except (pa.ArrowException, OSError) as error:
-        yield f"{where_dropped}: not readable as Parquet ({str(error).splitlines()[0]})"
+        yield f"{where_dropped}: not readable as Parquet ({first_line(error, named=False)})"
     if kept is not None and dropped is not None:
         yield from (f"{where_dropped}: row {row} is kept as well" for row in sorted(kept & dropped))
         missing = [row for row in range(commit.start, commit.stop) if row not in kept and row not in dropped]
@@ -285,7 +285,7 @@ def _values_problems(file: Path, name: str, known: int) -> Iterator[str]:
         rows = table["row"].to_numpy()
         values = table[name].to_numpy().astype(np.float64)
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
-        yield f'not a column "{name}" by row ({str(error).splitlines()[0]})'
+        yield f'not a column "{name}" by row ({first_line(error, named=False)})'
         return
     foreign = (rows < 0) | (rows >= known)
     yield from (f"row {row} is not in this folder" for row in rows[foreign])

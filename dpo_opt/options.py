@@ -16,7 +16,7 @@ import click
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.locations import AnyPath, is_file, location
 from dpo_opt.schemas.settings import Settings
 
@@ -197,7 +197,9 @@ def _read(kind: type[C], path: AnyPath) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not readable as YAML ({str(error).splitlines()[0]})", where=str(path)) from error
+        raise ConfigError(
+            f"not readable as YAML ({first_line(error, named=False)})", where=str(path)
+        ) from error
     if values is None:
         return {}
     if not isinstance(values, dict):

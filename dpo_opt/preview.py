@@ -9,6 +9,7 @@ from rich.text import Text
 
 from dpo_opt.precompute.config import PreviewConfig
 from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
+from dpo_opt.precompute.read.rows import common_prefix_length
 from dpo_opt.precompute.tokens.max_length import resolve_max_length
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
 from dpo_opt.precompute.tokens.truncation import PairIds
@@ -115,11 +116,7 @@ def _segments(parts: list[tuple[str, IdArray]], tokenizer: PairTokenizer) -> Ite
     for kind, ids in parts:
         end += len(ids)
         # Half a character decodes to something else, so it is shown with the part that completes it.
-        begun = _common_prefix_length(whole, str(tokenizer.tokenizer.decode(sequence[:end])))
+        begun = common_prefix_length(whole, str(tokenizer.tokenizer.decode(sequence[:end])))
         if len(ids):
             yield {"kind": kind, "ids": ids.tolist(), "text": whole[shown:begun]}
             shown = begun
-
-
-def _common_prefix_length(a: str, b: str) -> int:
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

@@ -29,12 +29,24 @@ def _escaped(character: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", rule))
 
 
-def first_line(error: BaseException) -> str:
-    """What a library's error says, short enough for a line, with its kind where that is half of it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = printable(" ".join(lines[:2]))[:200]
-    plain = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
-    return text if plain and text else f"{type(error).__name__}: {text}" if text else type(error).__name__
+def first_line(error: BaseException, *, lines: int = 2, length: int = 200, named: bool | None = None) -> str:
+    """What a library's error says first, short enough for a line of a message; never empty.
+
+    Args:
+        error: Of a library.
+        lines: How many of its lines are kept, joined. Of a validation error of pydantic at least three are,
+            because the third line says what is wrong.
+        length: Most characters of its text.
+        named: Whether the error's class stands before its text. None: where the text alone says too little,
+            as that of a ``KeyError``.
+    """
+    said = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    kept = max(lines, 3) if said and "validation error" in said[0] else lines
+    text = printable(" ".join(said[:kept]))[:length]
+    name = type(error).__name__
+    if named is None:
+        named = bool(text) and not isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+    return f"{name}: {text or 'no message'}" if named else text or name
 
 
 class DpoOptError(Exception):

@@ -23,7 +23,8 @@ from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, first_li
 from dpo_opt.schemas.full_disk import DISK_FULL, room_on_disk
 
 AnyPath = Path | UPath
-_EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3"}
+EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3"}
+"""Beginning of a URL to the extra of this package that reads it."""
 _ON_THIS_MACHINE = ("file", "local")
 # What is left of a URL that went through pathlib, or was mistyped: a folder "s3:" would be made for it.
 _ONE_SLASH = re.compile(r"[a-z][a-z0-9+]+:/(?!/)")
@@ -70,7 +71,7 @@ def _store_path(name: str | UPath) -> AnyPath:
         # Imports the store's package.
         _ = found.fs
     except ImportError as error:
-        extra = _EXTRA_OF_PROTOCOL.get(protocol)
+        extra = EXTRA_OF_PROTOCOL.get(protocol)
         fix = f"pip install 'dpo-opt[{extra}]'" if extra else "pip install the package that it names"
         raise ConfigError(
             f"cannot be read without another package ({first_line(error)})", where=str(name), fix=fix

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, first_line
 from dpo_opt.schemas.locations import AnyPath, is_file, on_this_machine
 from dpo_opt.schemas.storage import publish
 
@@ -151,7 +151,7 @@ def _read_table(path: AnyPath, name: str) -> pa.Table:
         with on_this_machine(path) as file, file.open("rb") as handle:
             return pq.read_table(handle, columns=["row", name]).select(["row", name]).cast(schema)
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise _no_column(path, name, str(error).splitlines()[0]) from error
+        raise _no_column(path, name, first_line(error, named=False)) from error
 
 
 def _no_column(path: AnyPath, name: str, reason: str) -> DataError:

@@ -3,7 +3,7 @@
 One pass over the data gathers ``Facts``; all that is said here is worked out from those arrays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from dpo_opt.precompute.check.pair_statistics import (
 from dpo_opt.precompute.check.problems import by_harm, problem
 from dpo_opt.precompute.check.repeats import find_repeats, near_repeats
 from dpo_opt.precompute.config import CheckConfig, DataConfig, Truncation
-from dpo_opt.precompute.read.sources import find_sources, merged_splits
+from dpo_opt.precompute.read.sources import Source, find_sources, merged_splits
 from dpo_opt.precompute.tokens.max_length import resolve_max_length
 from dpo_opt.schemas.audit_record import (
     Audit,
@@ -64,9 +64,10 @@ def audit(config: CheckConfig, *, progress: Progress | None = None) -> Audit:
     progress = progress or Silent()
     folder = None if config.model is None else find_model(config.model)
     wanted = Wanted(folder, config.near_duplicates)
+    named = find_sources(config)
     facts = collect(config, wanted, processes=config.processes, progress=progress)
     problems = _bad_rows(facts, skipped=config.on_bad_row == "skip")
-    problems += _merged(config)
+    problems += _merged(named)
     problems += _flagged(facts)
     problems += _repeated(facts)
     if config.near_duplicates:
@@ -79,7 +80,7 @@ def audit(config: CheckConfig, *, progress: Progress | None = None) -> Audit:
     if not len(facts):
         problems.append(problem("no_pairs", 0, []))
     report = Audit(
-        data=_data(facts, config),
+        data=_data(facts, named),
         pairs=len(facts),
         problems=[],
         unit="tokens" if facts.tokens.shape[1] else "characters",
@@ -225,8 +226,8 @@ def _bias_in_words(bias: LengthBias) -> str:
     return f"the {who} completion wins {wins:.1%} of {bias.unequal_pairs:,} pairs of unequal length"
 
 
-def _merged(config: CheckConfig) -> list[Problem]:
-    found = [(source.name, merged_splits(source)) for source in find_sources(config)]
+def _merged(named: Sequence[Source]) -> list[Problem]:
+    found = [(source.name, merged_splits(source)) for source in named]
     examples = [
         Example(
             where=name, detail=", ".join(f"{split}: --data {quoted(own)}" for split, own in splits.items())
@@ -237,7 +238,7 @@ def _merged(config: CheckConfig) -> list[Problem]:
     return [problem("merged_splits", len(examples), examples[:EXAMPLES])] if examples else []
 
 
-def _data(facts: Facts, config: CheckConfig) -> list[DataSource]:
+def _data(facts: Facts, named: Sequence[Source]) -> list[DataSource]:
     return [
         DataSource(
             name=source.name,
@@ -246,7 +247,7 @@ def _data(facts: Facts, config: CheckConfig) -> list[DataSource]:
             pairs=int((facts.source == i).sum()),
             bad_rows=sum(found.rows for (number, _), found in facts.bad_rows.items() if number == i),
         )
-        for i, source in enumerate(find_sources(config))
+        for i, source in enumerate(named)
     ]
 
 

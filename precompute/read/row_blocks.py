@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from dpo_opt.precompute.read.sources import reason_of
 from dpo_opt.precompute.read.strict_json import parse_object, quote
 from dpo_opt.schemas.errors import DataError
 
@@ -83,7 +84,7 @@ def _values(batch: pa.RecordBatch, i: int, where: str) -> dict[str, object]:
     except (ValueError, OverflowError, pa.ArrowException) as error:
         # A date beyond the calendar, an unknown time zone, an object with a key twice.
         raise DataError(
-            f'"{name}" holds a value that cannot be read ({_first_line(error)})',
+            f'"{name}" holds a value that cannot be read ({reason_of(error)})',
             where=where,
             why=f"the column's type is {quote(str(batch.schema.field(name).type))}",
             fix="write the file again with this column as text or as numbers, or without it",
@@ -96,7 +97,3 @@ def _without_nulls(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_nulls(member) for key, member in value.items() if member is not None}
     return [_without_nulls(member) for member in value] if isinstance(value, list) else value
-
-
-def _first_line(error: BaseException) -> str:
-    return quote(str(error).splitlines()[0]) if str(error) else type(error).__name__

@@ -260,7 +260,7 @@ def _refuse_other_prompt(given: str, prompt: list[Message], where: str) -> None:
 
 def _split_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
     """(prompt, chosen, rejected) of a row whose completions contain the prompt."""
-    shared = _common_prefix_length(chosen, rejected)
+    shared = common_prefix_length(chosen, rejected)
     shortest = min(len(chosen), len(rejected))
     if isinstance(chosen, str) and _is_transcript(chosen) and _is_transcript(cast(str, rejected)):
         turn = chosen.rfind(_ASSISTANT, 0, shared)
@@ -284,7 +284,8 @@ def _is_transcript(text: str) -> bool:
     return text.startswith(_HUMAN) and _ASSISTANT in text
 
 
-def _common_prefix_length(a: Text, b: Text) -> int:
+def common_prefix_length(a: Text, b: Text) -> int:
+    """How many characters, or messages, two texts begin with in common."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high

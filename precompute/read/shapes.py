@@ -56,71 +56,42 @@ def find_shape(values: Values) -> Shape | None:
     return next((shape for shape in SHAPES if shape.keys <= values.keys()), None)
 
 
-def _shp(values: Values, where: str) -> list[Values]:
-    label = values["labels"]
-    if type(label) is not int or label not in (0, 1):
-        _refuse_label("labels", label, where, expected="1 (A is preferred) or 0 (B is)")
-    return [
-        _pair(
-            values,
-            prompt=_as_user(values["history"]),
-            first=_as_assistant(values["human_ref_A"]),
-            second=_as_assistant(values["human_ref_B"]),
-            prefers_first=label == 1,
-            source=values.get("source", values.get("domain")),
-        )
-    ]
+class _Comparison(NamedTuple):
+    """Where a row has two completions, and the label that prefers one of them."""
 
+    first: str
+    """Here and below, a key of the row."""
+    second: str
+    label: str
+    prefers_first: Callable[[str, object, str], bool]
+    """Given the label's key, the label, and where the row is. Refuses other labels, and ties."""
+    user_text: str | None = None
+    """The prompt, as the text of a user's message. None: the prompt is whatever ``PROMPT_KEYS`` names."""
+    assistant_texts: bool = False
+    """The completions are an assistant's texts where the prompt is a list of messages."""
+    source: str | None = None
+    """The pair's source, in a row without the key ``source``."""
 
-def _labelled(values: Values, where: str) -> list[Values]:
-    key = "preference" if "preference" in values else "winner"
-    return [
-        _pair(
-            values,
-            prompt=_prompt_of(values, where),
-            first=values["response_a"],
-            second=values["response_b"],
-            prefers_first=_prefers_first(key, values[key], where),
-        )
-    ]
+    def convert(self, values: Values, where: str) -> list[Values]:
+        """The row's pair."""
+        prefers_first = self.prefers_first(self.label, values[self.label], where)
+        prompt = _as_user(values[self.user_text]) if self.user_text else _prompt_of(values, where)
+        sides = [values[self.first], values[self.second]]
+        if self.assistant_texts and isinstance(prompt, list):
+            sides = [_as_assistant(side) for side in sides]
+        chosen, rejected = sides if prefers_first else reversed(sides)
+        pair = {**_kept(values), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+        source = values.get(self.source) if self.source and "source" not in values else None
+        return [pair if source is None else {**pair, "source": source}]
 
-
-def _safety_labelled(values: Values, where: str) -> list[Values]:
-    better = values["better_response_id"]
-    if type(better) is not int or better not in (0, 1):
-        _refuse_label("better_response_id", better, where, expected="0 or 1")
-    return [
-        _pair(
-            values,
-            prompt=_prompt_of(values, where),
-            first=values["response_0"],
-            second=values["response_1"],
-            prefers_first=better == 0,
-        )
-    ]
-
-
-def _graded(values: Values, where: str) -> list[Values]:
-    grade = values["overall_preference"]
-    if type(grade) is not int or grade not in _GRADES:
-        _refuse_label("overall_preference", grade, where, expected="a whole number from -3 to 3")
-    if grade == 0:
-        _refuse_tie(where)
-    prompt = _prompt_of(values, where)
-    wrap = _as_assistant if isinstance(prompt, list) else _as_is
-    return [
-        _pair(
-            values,
-            prompt=prompt,
-            first=wrap(values["response1"]),
-            second=wrap(values["response2"]),
-            prefers_first=grade < 0,
-        )
-    ]
+    def shape(self, name: str) -> "Shape":
+        """The form of the rows that have these keys."""
+        keys = (self.first, self.second, self.label, self.user_text)
+        return Shape(name, frozenset(key for key in keys if key is not None), self.convert)
 
 
 def _conversations(values: Values, where: str) -> list[Values]:
-    first = _prefers_first("winner", values["winner"], where)
+    first = _by_letter("winner", values["winner"], where)
     sides = (values["conversation_a"], values["conversation_b"])
     chosen, rejected = sides if first else reversed(sides)
     return [{**_kept(values), "chosen": chosen, "rejected": rejected}]
@@ -179,20 +150,6 @@ def _completion_text(completion: object, name: str, where: str) -> object:
     _refuse(f"{name} has none of the keys {', '.join(_TEXT_KEYS)}", where)
 
 
-def _pair(
-    values: Values,
-    *,
-    prompt: object,
-    first: object,
-    second: object,
-    prefers_first: bool,
-    source: object = None,
-) -> Values:
-    chosen, rejected = (first, second) if prefers_first else (second, first)
-    pair = {**_kept(values), "prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return pair if source is None else {**pair, "source": source}
-
-
 def _kept(values: Values) -> Values:
     """What any row may carry beside its texts."""
     return {key: values[key] for key in CARRIED_KEYS if key in values}
@@ -205,7 +162,7 @@ def _prompt_of(values: Values, where: str) -> object:
     _refuse('there is no "prompt"', where)
 
 
-def _prefers_first(key: str, label: object, where: str) -> bool:
+def _by_letter(key: str, label: object, where: str) -> bool:
     text = label.strip().lower() if isinstance(label, str) else None
     if text in _TIES:
         _refuse_tie(where)
@@ -214,16 +171,32 @@ def _prefers_first(key: str, label: object, where: str) -> bool:
     return text in _FIRST
 
 
+def _first_is_1(key: str, label: object, where: str) -> bool:
+    if type(label) is not int or label not in (0, 1):
+        _refuse_label(key, label, where, expected="1 (A is preferred) or 0 (B is)")
+    return label == 1
+
+
+def _first_is_0(key: str, label: object, where: str) -> bool:
+    if type(label) is not int or label not in (0, 1):
+        _refuse_label(key, label, where, expected="0 or 1")
+    return label == 0
+
+
+def _by_grade(key: str, label: object, where: str) -> bool:
+    if type(label) is not int or label not in _GRADES:
+        _refuse_label(key, label, where, expected="a whole number from -3 to 3")
+    if label == 0:
+        _refuse_tie(where)
+    return label < 0
+
+
 def _as_user(text: object) -> object:
     return [{"role": "user", "content": text}]
 
 
 def _as_assistant(text: object) -> object:
     return [{"role": "assistant", "content": text}]
-
-
-def _as_is(text: object) -> object:
-    return text
 
 
 def _refuse_label(key: str, label: object, where: str, *, expected: str) -> NoReturn:
@@ -255,15 +228,23 @@ CARRIED_KEYS = ("source", "id", "weight", "margin", "tools", "chat_template_kwar
 """What a row may say beside prompt and completions."""
 
 SHAPES = (
-    Shape("SHP", frozenset({"history", "human_ref_A", "human_ref_B", "labels"}), _shp),
-    Shape("labelled responses", frozenset({"response_a", "response_b", "preference"}), _labelled),
-    Shape("labelled responses", frozenset({"response_a", "response_b", "winner"}), _labelled),
-    Shape(
-        "safety-labelled responses",
-        frozenset({"response_0", "response_1", "better_response_id"}),
-        _safety_labelled,
+    _Comparison(
+        "human_ref_A",
+        "human_ref_B",
+        "labels",
+        _first_is_1,
+        user_text="history",
+        assistant_texts=True,
+        source="domain",
+    ).shape("SHP"),
+    _Comparison("response_a", "response_b", "preference", _by_letter).shape("labelled responses"),
+    _Comparison("response_a", "response_b", "winner", _by_letter).shape("labelled responses"),
+    _Comparison("response_0", "response_1", "better_response_id", _first_is_0).shape(
+        "safety-labelled responses"
     ),
-    Shape("graded responses", frozenset({"response1", "response2", "overall_preference"}), _graded),
+    _Comparison("response1", "response2", "overall_preference", _by_grade, assistant_texts=True).shape(
+        "graded responses"
+    ),
     Shape("conversations", frozenset({"conversation_a", "conversation_b", "winner"}), _conversations),
     Shape("ranked completions", frozenset({"completions"}), _ranked, ranked=True),
     Shape("ranked completions", frozenset({"responses"}), _ranked, ranked=True),

@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.strict_json import quote
-from dpo_opt.schemas.errors import ConfigError, DataError, quoted
+from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
 from dpo_opt.schemas.hub import current_commit, fetch
-from dpo_opt.schemas.locations import AnyPath
+from dpo_opt.schemas.locations import EXTRA_OF_PROTOCOL, AnyPath
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 """How the name of a file that holds pairs ends."""
@@ -28,7 +28,6 @@ _NOT_DATA_SUFFIXES = (".md", ".txt", ".yaml", ".yml", ".py", ".toml", ".lock", "
 _NOT_DATA_NAMES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "LICENSE"}
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<files>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3"}
 # A part of a file's name that says which split it belongs to, and what the split is usually called.
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -150,8 +149,8 @@ def reading_errors() -> tuple[type[BaseException], ...]:
 
 def reason_of(error: BaseException) -> str:
     """What went wrong, in a line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return quote(text.splitlines()[0]) if text else type(error).__name__
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return quote(strerror or first_line(error, named=False))
 
 
 def _files(name: str) -> list[str]:
@@ -214,10 +213,8 @@ def _inside(folder: Path) -> list[str]:
 
 
 def _not_listed(name: str, error: Exception, fix: str) -> DataError:
-    reason = str(error).splitlines()[0] if str(error) else ""
-    return DataError(
-        f"cannot be listed ({type(error).__name__}: {reason})", where=name, fix=fix, kind="no_such_file"
-    )
+    reason = first_line(error, named=True)
+    return DataError(f"cannot be listed ({reason})", where=name, fix=fix, kind="no_such_file")
 
 
 def _remote_files(url: str) -> list[str]:
@@ -250,11 +247,11 @@ def _filesystem(url: str) -> tuple[Any, str]:
         filesystem, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         protocol = url.partition("://")[0]
-        extra = _EXTRA_OF_PROTOCOL.get(protocol)
+        extra = EXTRA_OF_PROTOCOL.get(protocol)
         raise ConfigError(
             f"reading {protocol}:// needs a package that is not installed",
             where=url,
-            why=str(error).splitlines()[0],
+            why=first_line(error, named=False),
             fix=f"pip install 'dpo-opt[{extra}]'" if extra else "install the package that fsspec names",
         ) from error
     except (ValueError, OSError) as error:

@@ -19,7 +19,7 @@ from typing import Any, Self
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.shards.commits import committed
 from dpo_opt.precompute.shards.read_plan import read_plan
-from dpo_opt.schemas.errors import ConfigError, DpoOptError, Preempted
+from dpo_opt.schemas.errors import ConfigError, DpoOptError, Preempted, first_line
 from dpo_opt.schemas.manifest import PLAN
 
 # A worker that has died this often is on a bad node or dies by itself; the others take its shards.
@@ -128,7 +128,7 @@ def _connected(ray: Any, config: PrecomputeConfig, held: _HeldSignals) -> Iterat
             _require_answer(address)
             ray.init(address=address, **settings)
         except (OSError, ImportError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error, named=False)
             if address == "local":
                 raise ConfigError(f"Ray does not start on this machine: {reason}") from error
             raise ConfigError(
@@ -284,7 +284,7 @@ def _raise_first(failures: dict[int, Exception]) -> None:
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):
         raise cause from error
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error, named=False)
     raise DpoOptError(
         f"worker {number} was lost {_RESTARTS + 1} times: {reason}",
         why="shards are left, and no worker is",

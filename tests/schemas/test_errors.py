@@ -1,6 +1,7 @@
 import os
 import pickle
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -92,3 +93,24 @@ def test_no_message_steers_a_terminal_and_no_name_makes_a_line_of_it(name: str) 
 )
 def test_what_a_library_says_fits_in_a_line(error: Exception, said: str) -> None:
     assert first_line(error) == said
+
+
+@pytest.mark.parametrize(
+    ("error", "settings", "said"),
+    [
+        (RuntimeError(), {"named": True}, "RuntimeError: no message"),
+        (RuntimeError(), {"named": False}, "RuntimeError"),
+        (KeyError("a"), {"named": False}, "'a'"),
+        (ValueError("one\ntwo"), {"lines": 1, "named": True}, "ValueError: one"),
+        (ValueError("one\ntwo"), {"length": 5}, "one t"),
+        (
+            ValueError("1 validation error\nfield\n  is wrong\nmore"),
+            {"lines": 1},
+            "1 validation error field is wrong",
+        ),
+    ],
+)
+def test_a_caller_may_ask_for_less_or_for_the_class(
+    error: Exception, settings: dict[str, Any], said: str
+) -> None:
+    assert first_line(error, **settings) == said
