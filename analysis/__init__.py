@@ -1,7 +1,7 @@
-"""Shards and pair log-probs to frames to figures to report.
+"""Analysis of shards and training runs: polars frames, estimates, figures and HTML reports.
 
-Names are loaded when they are first used, so that importing the package stays cheap: polars and
-matplotlib come with the functions that need them.
+Names are imported when they are first used, so that importing the package is fast: polars and matplotlib are
+loaded only with the functions that need them.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""One HTML file that says what ``dpo-opt check`` found: a record drawn, nothing read or worked out."""
+"""Writes the HTML page of ``dpo-opt check --html`` from an audit's record; it computes nothing itself."""
 
 import math
 from pathlib import Path
@@ -11,11 +11,11 @@ from dpo_opt.schemas.storage import write_text
 
 
 def write_check_page(audit: Audit, output: Path) -> None:
-    """Write the page of an audit. It has no script and loads nothing.
+    """Write the page of an audit. The page has no script and loads no other file.
 
     Args:
-        audit: Parts that are None or empty are left out, or the page says in a line what they would take.
-        output: The HTML file; one that is there is replaced.
+        audit: The record. Parts that are None or empty are left out, or one line says how to get them.
+        output: The HTML file; an existing one is replaced.
 
     Raises:
         ConfigError: The output is a folder.

@@ -1,7 +1,7 @@
-"""Templates to HTML pages: one environment for all of them, so that escaping is decided in one place.
+"""Renders the HTML templates, with one environment for all pages, so that all escape text in the same way.
 
-Strings of models, data sets and file systems lose their control characters here and are escaped by the
-template; what is left undefined is an error, not a gap in a page.
+Strings from models, datasets and file names lose their control characters here, and the template escapes
+them. An undefined value is an error, not a gap in the page.
 """
 
 import math
@@ -19,8 +19,8 @@ def render(template: str, **values: object) -> str:
     """A whole page.
 
     Args:
-        template: The name of a file beside this one.
-        values: What the template shows, besides ``version`` of this package and the time it was ``written``.
+        template: File name of a template in this folder.
+        values: What the template shows, in addition to ``version`` (of this package) and ``written`` (now).
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -39,7 +39,7 @@ def render(template: str, **values: object) -> str:
         pct_bounds=_pct_bounds,
         bounds=_bounds,
     )
-    # Every string that is not made here passes through this, names of folders and sources included.
+    # Every string from outside passes through this, including names of folders and sources.
     environment.finalize = lambda value: printable(value) if type(value) is str else value
     return environment.get_template(template).render(
         version=version("dpo-opt"), written=datetime.now(tz=UTC).strftime("%Y-%m-%d %H:%M UTC"), **values
@@ -51,7 +51,7 @@ def _count(value: int) -> str:
 
 
 def _amount(value: float) -> str:
-    """Something that is never negative and may be large: no exponents."""
+    """A number that is never negative and may be large, without an exponent."""
     if 0 < value < 0.01:
         return "< 0.01"
     return f"{value:,.0f}" if value >= 100 else _num(value)
@@ -70,7 +70,7 @@ def _signed(value: float | None, digits: int = 3) -> str:
 
 
 def _nats(value: float) -> str:
-    """A difference of summed log-probs: hundreds of nats are common, a tenth says nothing."""
+    """A difference of summed log-probs, to a tenth of a nat: hundreds of nats are common."""
     text = f"{value:+,.1f}".replace("-", "−")
     return "0.0" if text in ("+0.0", "−0.0") else text
 

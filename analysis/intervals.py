@@ -1,8 +1,8 @@
-"""How far a number could be off by chance: 95% intervals that know that pairs share prompts.
+"""95% confidence intervals for pairs that share prompts: a bootstrap over prompts, and Wilson's interval.
 
-Pairs of one prompt rise and fall together, so a resampling that draws pairs one by one says too little
-(Miller 2411.00640). Here whole prompts are drawn. The seed is fixed: the same pairs always give the
-same interval.
+Pairs of one prompt are correlated, so an interval from resampling single pairs is too narrow (Miller,
+arXiv 2411.00640). Here whole prompts are drawn. The seed is fixed: the same pairs always give the same
+interval.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ _SEED = 0
 
 
 class Interval(NamedTuple):
-    """An estimate with its 95% interval; the bounds are NaN where one cluster is all there is."""
+    """An estimate with its 95% interval; the bounds are NaN if there is only one cluster."""
 
     value: float
     low: float
@@ -32,15 +32,16 @@ class Interval(NamedTuple):
 def bootstrap_ratio(
     *, numerators: FloatArray, denominators: FloatArray, multiplicities: IntArray | None = None
 ) -> Interval:
-    """Sum of numerators / sum of denominators, by the percentile bootstrap over clusters.
+    """Sum of numerators / sum of denominators, with a percentile bootstrap over clusters.
 
-    The mean of a value over pairs, say, is the sum of each prompt's values over its number of pairs.
+    For the mean of a value over pairs, a prompt's numerator is the sum of the value over its pairs, and its
+    denominator is its number of pairs.
 
     Args:
         numerators: (U,) One sum per cluster.
         denominators: (U,) One sum per cluster, in the same order.
-        multiplicities: (U,) How many clusters each entry stands for, 1 by default. Counts of pairs take
-            few distinct values, and a million equal clusters cost as much as one.
+        multiplicities: (U,) How many equal clusters each entry counts for, 1 by default. Counts of pairs have
+            few distinct values, and a million equal clusters then cost as much as one.
     """
     total = float(denominators.sum() if multiplicities is None else denominators @ multiplicities)
     if total == 0:
@@ -65,9 +66,9 @@ def bootstrap_ratio(
 def bootstrap_share(
     *, successes: FloatArray, trials: FloatArray, multiplicities: IntArray | None = None
 ) -> Interval:
-    """A proportion over clusters: :func:`bootstrap_ratio`, and Wilson's bounds at exactly 0 and 1.
+    """A proportion over clusters: :func:`bootstrap_ratio`, with Wilson's bounds at exactly 0 and 1.
 
-    There every resample is equal, and the bootstrap would claim certainty. Prompts are then the trials.
+    At 0 and 1 all resamples are equal, and the bootstrap would claim certainty. Wilson's trials are clusters.
     """
     interval = bootstrap_ratio(numerators=successes, denominators=trials, multiplicities=multiplicities)
     if interval.value in (0.0, 1.0):
@@ -77,7 +78,7 @@ def bootstrap_share(
 
 
 def cluster_starts(*sorted_keys: npt.NDArray[np.generic]) -> IntArray:
-    """Where each run of equal keys begins, in arrays (N,) sorted together; empty for none."""
+    """Positions at which runs of equal keys begin, in arrays (N,) that are sorted together."""
     changes = [keys[1:] != keys[:-1] for keys in sorted_keys]
     first = [0] if len(sorted_keys[0]) else []
     return np.concatenate(
@@ -86,11 +87,11 @@ def cluster_starts(*sorted_keys: npt.NDArray[np.generic]) -> IntArray:
 
 
 def wilson(*, share: float, trials: float) -> Interval:
-    """Wilson's score interval of a proportion (Wilson 1927): holds for few trials and near 0 and 1.
+    """Wilson's score interval of a proportion (Wilson 1927); it also holds for few trials and near 0 and 1.
 
     Args:
         share: Successes / trials.
-        trials: Independent ones; prompts rather than pairs where pairs share prompts.
+        trials: Number of independent trials: prompts rather than pairs, if pairs share prompts.
     """
     if trials <= 0:
         return Interval(float("nan"), float("nan"), float("nan"))

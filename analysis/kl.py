@@ -1,7 +1,7 @@
-"""How far the policy moved from the reference, measured where that is defined: on the policy's own samples.
+"""Estimates KL(policy || reference) from samples of the policy: how far the policy moved from the reference.
 
-KL(policy || reference) is the policy's expectation of log policy - log reference. The mean log-ratio on
-dataset completions looks alike and is something else; it may even have the other sign.
+The KL is the policy's expectation of log policy - log reference, so it needs the policy's own samples. The
+mean log-ratio on dataset completions looks similar but is not a KL; it may even have the other sign.
 """
 
 from typing import NamedTuple
@@ -19,11 +19,11 @@ class KLEstimate(NamedTuple):
     prompts: int
     tokens: int
     unfinished: Interval
-    """Share of samples that the token limit cut off; theirs is the KL of the part that was sampled."""
+    """Share of samples that the token limit cut off. For these the KL covers only the sampled part."""
     k1_sequence: Interval
     """Per completion: mean over samples of the summed log-ratio. Unbiased."""
     k1_token: Interval
-    """Per token: all log-ratios over all tokens."""
+    """Per token: the sum of all log-ratios divided by the number of tokens."""
     k3_token: Interval
     """Per token: exp(-r) - 1 + r with r the token's log-ratio. Unbiased, never negative, less noisy than
     k1 while the models are close (Schulman 2020, "Approximating KL divergence")."""
@@ -40,10 +40,11 @@ def estimate_kl(samples: pl.LazyFrame) -> KLEstimate:
     if len(found := uneven.collect(engine="streaming")):
         prompt_id, sample = found.row(0)
         raise DataError(
-            f"sample {sample} of prompt {quoted(prompt_id)} has not as many policy as reference log-probs",
+            f"sample {sample} of prompt {quoted(prompt_id)} has different numbers of policy and reference "
+            "log-probs",
             fix="dpo-opt kl --model CKPT --reference M --prompts DIR_OR_DATA --output FILE.parquet",
         )
-    # In float64: k3 is the small difference of numbers near 1.
+    # In float64, because k3 is a small difference of numbers near 1.
     logratio = policy.cast(pl.List(pl.Float64)) - ref.cast(pl.List(pl.Float64))
     by_prompt = (
         samples.select("prompt_id", "finished", logratio.alias("logratio"))
@@ -56,7 +57,7 @@ def estimate_kl(samples: pl.LazyFrame) -> KLEstimate:
         .agg(
             pl.len().alias("samples"), (~pl.col("finished")).sum().alias("cut"), pl.sum("tokens", "k1", "k3")
         )
-        # Groups come in any order, and resampling picks them by position.
+        # group_by returns groups in any order, and the bootstrap draws them by position.
         .sort("prompt_id")
         .collect(engine="streaming")
     )

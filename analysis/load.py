@@ -1,7 +1,7 @@
-"""Parquet on disk to polars frames: reference shards, pair log-probs, on-policy samples, and their join.
+"""Loads shards, pair log-probs and on-policy samples as polars frames, and joins pairs with the reference.
 
-Everything else in this stage works on frames and never asks where they came from. Scans are lazy and
-read the scalar columns only, unless the token lists are asked for.
+All other files of this stage work on these frames. Scans are lazy: token lists are read only if a query uses
+them.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ _MAX_SLICES = 40
 
 
 class ShardSlice(NamedTuple):
-    """Neighbouring shards, verified, and which rows of other tables are theirs."""
+    """Some neighbouring shards, verified, and a filter for the rows of other tables that belong to them."""
 
     files: list[Path]
     rows: pl.Expr
@@ -37,7 +37,7 @@ class ShardSlice(NamedTuple):
 
     @property
     def shards(self) -> pl.LazyFrame:
-        """A new scan each time: one that is kept holds on to its files' footers, megabytes per slice."""
+        """A new scan at each access: a scan that is kept holds its files' footers, megabytes per slice."""
         return _lazy_shards(self.files)
 
 
@@ -52,13 +52,13 @@ def scan_shards(shards_dir: AnyPath | str) -> pl.LazyFrame:
 
 
 def shard_slices(shards_dir: AnyPath | str) -> list[ShardSlice]:
-    """The same pairs in at most 40 slices, so that a join need not hold the whole reference in memory.
+    """The pairs of :func:`scan_shards` in at most 40 slices, so that a join never holds the whole reference.
 
-    Together the slices claim every row number there is, also those that no shard has: a foreign row
-    reaches :func:`join_reference` in some slice and is refused there.
+    Together the slices cover all row numbers, also those that no shard has. So a row that is not in the
+    shards reaches :func:`join_reference` in some slice and is refused there.
 
     Raises:
-        DataError: As :func:`scan_shards`.
+        DataError: See :func:`scan_shards`.
     """
     shards_dir = location(shards_dir)
     commits = _commits(shards_dir)
@@ -104,15 +104,14 @@ def scan_kl_samples(path: Path | str) -> pl.LazyFrame:
 def join_reference(
     pair_logps: pl.LazyFrame, shards: pl.LazyFrame, *, where: str = "pair log-probs"
 ) -> pl.LazyFrame:
-    """Put the reference's columns beside the policy's, joined on (row, pair_id).
+    """Join the policy's log-probs with the reference's, on (row, pair_id).
 
-    Rows of ``pair_logps`` are checked before this returns, which reads two columns of each table once.
+    Checks the rows of ``pair_logps`` before it returns, which reads two columns of each table once.
 
     Args:
-        pair_logps: Columns ``row``, ``pair_id`` and whatever else is wanted.
-        shards: From :func:`scan_shards`, or those of its columns that are wanted and ``row`` and
-            ``pair_id``.
-        where: What the pair log-probs are, for the message.
+        pair_logps: Columns ``row``, ``pair_id`` and any others that are needed.
+        shards: From :func:`scan_shards`; ``row``, ``pair_id`` and any other columns that are needed.
+        where: Name of the pair log-probs, for the message.
 
     Raises:
         DataError: A row is not in the shards, or is another pair there.
@@ -133,9 +132,9 @@ def join_reference(
         raise DataError(
             f"row {row} is pair {quoted(pair_id)}, but the shards have {state}",
             where=where,
-            why="log-probs of one set of pairs minus the reference's of another would mean nothing",
+            why="the difference of log-probs of two different pairs would mean nothing",
             fix="score again with `dpo-opt score --model CKPT --shards SHARDS --output FILE.parquet`, "
-            "or name the shards that these values belong to",
+            "or pass the shards that these log-probs belong to",
         )
     # Lengths follow from the ids, so the policy's own columns are already the reference's.
     own = ["pair_id", "chosen_length", "rejected_length"]
@@ -143,9 +142,9 @@ def join_reference(
 
 
 def parquet_files(path: Path | str, *, inside: str) -> list[Path]:
-    """The Parquet files meant by a file, a folder, or a run folder that has a folder ``inside``.
+    """The Parquet files of a path: the file itself, those in a folder, or those in its folder ``inside``.
 
-    Names that start with a dot are files still being written, and are left out.
+    Files whose names start with a dot are still being written, and are left out.
 
     Raises:
         DataError: There is none.
@@ -172,11 +171,11 @@ def _between(start: int | None, stop: int | None) -> pl.Expr:
 
 def _commits(shards_dir: AnyPath) -> list[ShardCommit]:
     manifest = load_manifest(shards_dir)
-    # Whoever needs a model compares it with the fingerprint; here nothing else would look at the version.
+    # No model is compared with the fingerprint here, so the version must be checked explicitly.
     if manifest.fingerprint.schema_version > SCHEMA_VERSION:
         raise DataError(
-            f"the folder has format version {manifest.fingerprint.schema_version}, "
-            f"this program reads {SCHEMA_VERSION}",
+            f"the folder has format version {manifest.fingerprint.schema_version}, but "
+            f"this program reads up to {SCHEMA_VERSION}",
             where=str(shards_dir),
             fix="pip install --upgrade dpo-opt",
         )
@@ -187,7 +186,7 @@ def _verified(shards_dir: AnyPath, commits: Sequence[ShardCommit]) -> list[Path]
     files = []
     for commit in commits:
         file = shards_dir / commit.file
-        # A file of this machine can change under its name; a store's is read from the cache, by its hash.
+        # A local file may change under its name; a file from a store is read from the cache, by its hash.
         state = file.stat() if isinstance(file, Path) and file.is_file() else None
         touched = (state.st_mtime_ns, state.st_size) if state else None
         files.append(_check_once(shards_dir.absolute(), commit.file, commit.sha256, touched))
@@ -196,7 +195,7 @@ def _verified(shards_dir: AnyPath, commits: Sequence[ShardCommit]) -> list[Path]
 
 @cache
 def _check_once(shards_dir: AnyPath, name: str, sha256: str, state: tuple[int, int] | None) -> Path:
-    # `state` is part of the key only: a file that was touched is hashed again.
+    # `state` is only a part of the cache's key: a file that was touched is hashed again.
     return check_file(shards_dir, name, sha256)
 
 
@@ -208,12 +207,12 @@ def _scan(files: Sequence[Path], schema: pa.Schema, *, what: str) -> pl.LazyFram
             raise DataError(
                 f"not readable as Parquet ({first_line(error)})",
                 where=str(file),
-                why="the file is truncated, damaged or something else",
+                why="the file is truncated, damaged or not Parquet",
             ) from error
         missing = [name for name in schema.names if name not in names]
         if missing:
             raise DataError(
-                f"this is no table of {what}: it lacks the columns {', '.join(missing)}", where=str(file)
+                f"this is not a table of {what}: it lacks the columns {', '.join(missing)}", where=str(file)
             )
     return _lazy(files, schema)
 

@@ -1,7 +1,7 @@
-"""What training did to every pair: one frame of final values, and the tables read off it.
+"""What training did to every pair: final log-probs per pair, and tables of accuracy, source, length, hardest.
 
 Accuracy alone says little: a policy may find the chosen completion likelier in most pairs because its
-reference already did. So each table puts the reference's own ranking beside the policy's.
+reference already did. So each table gives the reference's own ranking next to the policy's.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from dpo_opt.analysis.load import ShardSlice, join_reference
 
 
 class Outcome(NamedTuple):
-    """What became of a set of pairs; intervals are over prompts."""
+    """Results for a set of pairs; intervals are over prompts."""
 
     pairs: int
     prompts: int
@@ -24,9 +24,9 @@ class Outcome(NamedTuple):
     ranking_accuracy: Interval
     reference_ranking_accuracy: Interval
     flipped_right: float
-    """Share of pairs that the reference ranks wrongly and the policy rightly."""
+    """Share of pairs that the reference ranks wrongly and the policy correctly."""
     flipped_wrong: float
-    """Share of pairs that the reference ranks rightly and the policy wrongly."""
+    """Share of pairs that the reference ranks correctly and the policy wrongly."""
     mean_margin: float
     mean_chosen_logratio: float
     """In nats per completion."""
@@ -39,20 +39,20 @@ class Outcome(NamedTuple):
 
 
 class SourceOutcome(NamedTuple):
-    """The pairs of one source."""
+    """Results for the pairs of one source."""
 
     source: str | None
     pairs: int
     prompts: int
     reward_accuracy: Interval
-    """Wilson's, with prompts as trials: sources may be small."""
+    """With Wilson's interval over prompts, because sources may be small."""
     ranking_accuracy: float
     reference_ranking_accuracy: float
     mean_margin: float
 
 
 class LengthGroup(NamedTuple):
-    """The pairs whose chosen completion is longer, shorter, or as long."""
+    """Results for the pairs whose chosen completion is longer, shorter, or as long as the rejected one."""
 
     name: str
     pairs: int
@@ -62,18 +62,18 @@ class LengthGroup(NamedTuple):
 
 
 class LengthBias(NamedTuple):
-    """How much of preference and of margin goes with length."""
+    """How preference and margin depend on length."""
 
     longer_chosen: float
     """Share of pairs of unequal length whose longer completion is the chosen one."""
     unequal_pairs: int
     correlation: float | None
-    """Pearson's, between margin and length difference in tokens; None where one does not vary."""
+    """Pearson's r of margin and length difference in tokens; None if one of them does not vary."""
     groups: list[LengthGroup]
 
 
 def reference_accuracy(slices: Sequence[ShardSlice]) -> float | None:
-    """Share of all kept pairs that the reference ranks rightly; None without pairs."""
+    """Share of all kept pairs that the reference ranks correctly; None without pairs."""
     right = rewards.reference_ranking_accuracy()
     sums = [
         s.shards.select(right.sum().alias("right"), pl.len().alias("pairs")).collect(engine="streaming")
@@ -86,13 +86,13 @@ def reference_accuracy(slices: Sequence[ShardSlice]) -> float | None:
 def final_pairs(
     pair_logps: pl.LazyFrame, slices: Sequence[ShardSlice], *, held_out: pl.Series, where: str
 ) -> pl.DataFrame:
-    """The final values of each pair beside the reference's: about 60 bytes per pair, in memory.
+    """The final log-probs of each pair with the reference's: about 60 bytes per pair in memory.
 
     Args:
-        pair_logps: At most one state of the policy; a pair scored twice is kept once.
+        pair_logps: At most one state of the policy; a pair that was scored twice is kept once.
         slices: From ``shard_slices``.
         held_out: Row numbers of the pairs that training did not see.
-        where: What the values are, for messages.
+        where: Name of the pair log-probs, for messages.
 
     Returns:
         ``row``, ``prompt`` (a hash of prompt_id), ``source``, ``held_out``, the four log-probs and the
@@ -101,7 +101,7 @@ def final_pairs(
     Raises:
         DataError: The pairs are not those of the shards.
     """
-    # Hashed before the join: identifiers as text would be most of what it holds.
+    # Hashed before the join: as text, the identifiers would take most of its memory.
     reference = (
         "row",
         "pair_id",
@@ -149,10 +149,10 @@ def outcome(pairs: pl.DataFrame, *, beta: float) -> Outcome:
 
 
 def shares_over_prompts(pairs: pl.DataFrame, *conditions: pl.Expr) -> tuple[int, list[Interval]]:
-    """The number of prompts, and for how large a share of the pairs each condition holds.
+    """The number of prompts, and the share of the pairs for which each condition holds.
 
     Args:
-        pairs: At least one; ``prompt`` (a hash of prompt_id) and what the conditions read.
+        pairs: At least one pair, with ``prompt`` (a hash of prompt_id) and the columns of the conditions.
         conditions: True or False for each pair.
     """
     # numpy, because a hash table of a million prompts would outweigh the frame itself.
@@ -169,7 +169,7 @@ def shares_over_prompts(pairs: pl.DataFrame, *conditions: pl.Expr) -> tuple[int,
 
 
 def means_by_source(pairs: pl.DataFrame, *values: pl.Expr) -> pl.DataFrame:
-    """Number of pairs and means of values per source, largest first; empty where no pair has a source."""
+    """Number of pairs and means of values per source, largest first; empty if no pair has a source."""
     if pairs["source"].null_count() == len(pairs):
         pairs = pairs.clear()
     return (
@@ -183,7 +183,7 @@ def means_by_source(pairs: pl.DataFrame, *values: pl.Expr) -> pl.DataFrame:
 
 
 def by_source(pairs: pl.DataFrame, *, beta: float) -> list[SourceOutcome]:
-    """One outcome per source, largest first; empty where no pair has a source."""
+    """One outcome per source, largest first; empty if no pair has a source."""
     table = means_by_source(
         pairs,
         rewards.reward_accuracy().alias("reward_accuracy"),
@@ -204,7 +204,7 @@ def by_source(pairs: pl.DataFrame, *, beta: float) -> list[SourceOutcome]:
 
 
 def length_bias(pairs: pl.DataFrame, *, beta: float) -> LengthBias:
-    """How length goes with being chosen, and with the margin."""
+    """How often the longer completion is chosen, and how the margin depends on length."""
     difference, margin = rewards.length_difference(), rewards.margin(beta=beta)
     correlation = (
         pairs.lazy().select(pl.corr(margin, difference.cast(pl.Float64))).collect(engine="streaming").item()
@@ -258,7 +258,7 @@ def _prompts_by_source(pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def _share(right: IntArray, pairs: IntArray) -> Interval:
-    # Most prompts have equal counts: dozens of distinct ones stand for a million.
+    # Most prompts have equal counts, so a million prompts have only dozens of distinct ones.
     base = int(pairs.max()) + 1
     distinct, counts = np.unique(pairs * base + right, return_counts=True)
     trials, successes = np.divmod(distinct, base)

@@ -1,7 +1,7 @@
-"""One HTML file that says what a training run did, and the same numbers for machines.
+"""``dpo-opt report``: writes one HTML page about one or more training runs, and summary.json with numbers.
 
-The page has no script and loads nothing; a policy in its head forbids both, should text of a model or
-a data set ever get past the escaping.
+The page has no script and loads no other file. A content security policy in its head forbids both, in case
+text of a model or a dataset ever gets past the escaping.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ SUMMARY = "summary.json"
 
 
 def report(run_dirs: Sequence[Path], output: Path) -> Summary:
-    """Write the report of one or several runs, and ``summary.json`` beside it.
+    """Write the report of one or more runs, and ``summary.json`` in the same folder.
 
     Args:
         run_dirs: Folders that ``dpo-opt train`` wrote.
         output: The HTML file.
 
     Raises:
-        ConfigError: A folder is no run folder, its shards are gone, or the output cannot be written there.
+        ConfigError: A folder is not a run folder, its shards are gone, or the output cannot be written there.
         DataError: A table is damaged, or holds other pairs than the run's shards.
     """
     if not run_dirs:
@@ -36,7 +36,7 @@ def report(run_dirs: Sequence[Path], output: Path) -> Summary:
     if output.name == SUMMARY or output.is_dir():
         raise ConfigError(
             f"the page cannot be written to {quoted(output)}",
-            why=f"it is a folder, or the name of the {SUMMARY} that is written beside the page",
+            why=f"it is a folder, or the name of the {SUMMARY} that is written next to the page",
             fix="dpo-opt report RUN --output report.html",
         )
     views = []
@@ -44,7 +44,7 @@ def report(run_dirs: Sequence[Path], output: Path) -> Summary:
         try:
             views.append(view_run(open_run(Path(run_dir))))
         except pl.exceptions.ComputeError as error:
-            # What the footers said was right; the pages behind them are not.
+            # The files' footers were readable, but their data pages are not.
             raise DataError(
                 f"a table cannot be read ({first_line(error)})",
                 where=str(run_dir),

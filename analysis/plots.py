@@ -1,7 +1,7 @@
-"""Frames to figures: what a run did, drawn so that it can be read in print and by colour-blind eyes.
+"""Draws the report's figures with matplotlib, readable in print and by colour-blind readers.
 
-Titles state the fact that is shown, axes carry units, and lines are held-out or training by their marks
-as well as by their colour. Nothing here touches files or pyplot's global figures.
+Titles state the fact that is shown, and axes have units. Held-out and training lines differ in their marks,
+not only in colour. No function here touches files or pyplot's global figures.
 """
 
 import functools
@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from dpo_opt.analysis import rewards
 from dpo_opt.analysis.intervals import FloatArray
 
-# Okabe and Ito's palette, which stays apart under the common colour deficiencies.
+# Okabe and Ito's palette: its colours stay distinct with the common colour deficiencies.
 _CHOSEN = "#0072B2"
 _REJECTED = "#D55E00"
 _HELD_OUT = "#009E73"
@@ -84,11 +84,11 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def svg(figure: Figure, *, label: str) -> str:
-    """The figure as one inline ``<svg>`` element without ids, scripts or references to anything outside.
+    """The figure as one inline ``<svg>`` element without ids, scripts or outside references.
 
     Args:
-        figure: From this module.
-        label: What a screen reader says in its place; no markup.
+        figure: A figure from this module.
+        label: Plain text that a screen reader reads in its place.
     """
     text = io.StringIO()
     with matplotlib.rc_context(_STYLE):
@@ -96,7 +96,7 @@ def svg(figure: Figure, *, label: str) -> str:
         figure.savefig(text, format="svg", metadata=nothing)
     body = text.getvalue()
     body = body[body.index("<svg") :].strip()
-    # Several figures share a page: group names would repeat, and matplotlib's style would apply to all.
+    # Several figures share a page: ids would repeat, and each figure's style would apply to all of them.
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r"<style type=.*?</style>", "", body, flags=re.DOTALL)
     safe = re.sub(r'[&<>"]', " ", label)
@@ -110,7 +110,7 @@ def loss_curve(train: pl.DataFrame, evals: pl.DataFrame, *, untrained: float | N
     Args:
         train: ``step`` and ``loss``.
         evals: ``step`` and ``eval_loss``; may be empty.
-        untrained: The loss of a policy equal to its reference, where that is one number.
+        untrained: The loss of a policy equal to its reference; None if that is not one number.
     """
     last, which = _result(train, evals, "loss")
     first, _ = _ends(train, "loss")
@@ -148,12 +148,12 @@ def margin_curve(train: pl.DataFrame, evals: pl.DataFrame) -> Figure:
 
 @_styled
 def accuracy_curve(train: pl.DataFrame, evals: pl.DataFrame, *, reference: float | None) -> Figure:
-    """Reward accuracy against steps, beside the share of pairs that the reference alone ranks rightly."""
+    """Reward accuracy against steps, with the share of pairs that the reference alone ranks correctly."""
     accuracy, which = _result(train, evals, "rewards/accuracies")
     figure, axes = _figure(f"Accuracy ends at {accuracy:.0%}, {which}", y="pairs with margin > 0")
     _baseline(axes, 0.5, None)
     if reference is not None:
-        _baseline(axes, reference, f"reference ranks {reference:.0%} rightly", dashes=(5, 2))
+        _baseline(axes, reference, f"reference ranks {reference:.0%} correctly", dashes=(5, 2))
     _line(axes, train, "rewards/accuracies", _INK, "training")
     _points(axes, evals, "eval_rewards/accuracies", _HELD_OUT, "held-out")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -182,12 +182,12 @@ def margin_histogram(pairs: pl.DataFrame) -> Figure:
     """log p(chosen) - log p(rejected) under the reference and under the final policy.
 
     Args:
-        pairs: From ``final_pairs``. The outermost 2% of either distribution is gathered at the edges.
+        pairs: From ``final_pairs``. The outermost 2% of each distribution is counted in the edge bars.
     """
     before = _finite(pairs, rewards.reference_ranking_margin())
     after = _finite(pairs, rewards.ranking_margin())
     figure, axes = _figure(
-        f"Ranked rightly: {_share_right(before):.0%} of pairs before, {_share_right(after):.0%} after",
+        f"Ranked correctly: {_share_right(before):.0%} of pairs before, {_share_right(after):.0%} after",
         x="log p(chosen) − log p(rejected), in nats",
         y="pairs",
     )
@@ -200,8 +200,8 @@ def reward_margin_histogram(pairs: pl.DataFrame, *, beta: float) -> Figure:
     """The final reward margins, all 0 before training.
 
     Args:
-        pairs: From ``final_pairs``. The outermost 2% is gathered at the edges.
-        beta: Of the run.
+        pairs: From ``final_pairs``. The outermost 2% is counted in the edge bars.
+        beta: The run's beta.
     """
     margins = _finite(pairs, rewards.margin(beta=beta))
     figure, axes = _figure(
@@ -235,7 +235,7 @@ def margin_by_length(pairs: pl.DataFrame, *, beta: float) -> Figure:
 
 
 def smoothed(train: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-    """Means over equal intervals of logged steps: at most 24 points, whatever the run's length."""
+    """Means over equal intervals of logged steps: at most 24 points for a run of any length."""
     width = -(-len(train) // _LINE_POINTS)
     return (
         train.with_row_index("interval")
@@ -271,7 +271,7 @@ def _line(axes: Axes, train: pl.DataFrame, column: str, colour: str, label: str)
     line = smoothed(train, [column])
     if len(line) < len(train):
         axes.plot(train["step"], train[column], color=colour, linewidth=0.6, alpha=0.25)
-    # A single point has no line.
+    # A single point needs a marker, because it has no line.
     marker = "o" if len(line) == 1 else ""
     axes.plot(line["step"], line[column], color=colour, label=label, marker=marker)
 
@@ -294,7 +294,7 @@ def _points(axes: Axes, evals: pl.DataFrame, column: str, colour: str, label: st
 
 
 def _both_sides(axes: Axes, train: pl.DataFrame, evals: pl.DataFrame, column: str, eval_column: str) -> None:
-    """Chosen and rejected against steps; ``{side}`` in a column's name stands for either."""
+    """Chosen and rejected against steps; ``{side}`` in a column's name is replaced by each of them."""
     _baseline(axes, 0, None)
     for side, colour in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
         _line(axes, train, column.format(side=side), colour, f"{side}, training")
@@ -308,7 +308,7 @@ def _baseline(axes: Axes, y: float, label: str | None, *, dashes: tuple[int, int
 def _histogram(
     axes: Axes, samples: Sequence[FloatArray], *, colours: Sequence[str], labels: Sequence[str | None]
 ) -> None:
-    # A handful of far outliers would squeeze everything else into a few bars.
+    # A few far outliers would squeeze all other values into a few bars.
     outer = [np.quantile(values, [0.01, 0.99]) for values in samples if len(values)]
     low, high = min((q[0] for q in outer), default=0.0), max((q[1] for q in outer), default=0.0)
     bins = int(min(_MAX_BINS, 4 + 2 * math.sqrt(len(samples[0]))))
@@ -331,7 +331,7 @@ def _share_right(margins: FloatArray) -> float:
 
 
 def _result(train: pl.DataFrame, evals: pl.DataFrame, column: str) -> tuple[float, str]:
-    """The last value of a metric, held-out where there are evaluations, and which of the two it is."""
+    """The last value of a metric, held-out if there are evaluations, and the words for which it is."""
     if f"eval_{column}" in evals.columns:
         return _ends(evals, f"eval_{column}")[1], "held-out"
     return _ends(train, column)[1], "in training"
@@ -342,6 +342,6 @@ def _signed(value: float) -> str:
 
 
 def _ends(frame: pl.DataFrame, column: str) -> tuple[float, float]:
-    """First and last logged value, NaN where there is none."""
+    """First and last logged value; NaN if there is none."""
     values = frame[column].drop_nulls() if column in frame.columns else pl.Series([], dtype=pl.Float64)
     return (float(values[0]), float(values[-1])) if len(values) else (math.nan, math.nan)

@@ -1,8 +1,8 @@
-"""What the cached reference says before training: how many pairs it ranks rightly, how far off others are.
+"""How the cached reference ranks the pairs before training: accuracy, margins, the hardest pairs, by source.
 
-A reference that ranks nearly all pairs rightly leaves little to learn; pairs that it ranks wrongly by
-hundreds of nats are hardly ever flipped by DPO (Chen et al. 2405.19534), and some of them are labelled
-the wrong way round.
+A reference that ranks nearly all pairs correctly leaves little to learn. DPO hardly ever flips pairs that the
+reference ranks wrongly by hundreds of nats (Chen et al., arXiv 2405.19534), and some of these pairs are
+labelled the wrong way round.
 """
 
 import math
@@ -24,8 +24,8 @@ _QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 def reference_view(shards_dir: AnyPath, *, hardest: int = 8) -> ReferenceView:
     """Summarize the reference's log-probs of all kept pairs: about 50 bytes per pair in memory.
 
-    There is no interval where one prompt is all there is. Quantiles lie between two pairs'
-    margins where they must (linear). Without a single named source there is no table of sources.
+    With only one prompt there is no interval. Quantiles between two pairs' margins are interpolated linearly.
+    If no pair names its source, there is no table of sources.
 
     Args:
         shards_dir: A finalized folder of shards.
@@ -40,7 +40,7 @@ def reference_view(shards_dir: AnyPath, *, hardest: int = 8) -> ReferenceView:
         raise DataError(
             "no pair was kept",
             where=str(shards_dir),
-            why="the reference has no log-probs to look at",
+            why="there are no log-probs of the reference to look at",
             fix=f"dpo-opt status --shards {quoted(shards_dir)}",
         )
     normalised = rewards.normalised_reference_ranking_accuracy()

@@ -1,9 +1,9 @@
-"""What DPO's numbers mean, as polars expressions over pair log-probs joined with the reference.
+"""DPO's quantities (implicit reward, margin, accuracy) as polars expressions over pairs with their reference.
 
-Columns read: ``chosen_logps``, ``rejected_logps`` (policy) and ``ref_chosen_logps``,
-``ref_rejected_logps`` (reference), sums over the completion in nats; the per-token variants also read
-``chosen_length`` and ``rejected_length`` in tokens. Equations are those of Rafailov et al. 2023
-(2305.18290); names are TRL's where it has one.
+They read the columns ``chosen_logps`` and ``rejected_logps`` (policy), ``ref_chosen_logps`` and
+``ref_rejected_logps`` (reference): sums over the completion, in nats. The per-token variants also read
+``chosen_length`` and ``rejected_length``, in tokens. Equations are those of Rafailov et al. 2023
+(arXiv 2305.18290). Names are TRL's if TRL has one.
 """
 
 import polars as pl
@@ -30,12 +30,12 @@ def rejected_logratio_per_token() -> pl.Expr:
 
 
 def chosen_reward(*, beta: float) -> pl.Expr:
-    """Implicit reward of the chosen completion, beta x logratio (eq. 5 without the prompt's constant)."""
+    """Implicit reward of the chosen completion, beta x log-ratio (eq. 5 without the prompt's constant)."""
     return beta * chosen_logratio()
 
 
 def rejected_reward(*, beta: float) -> pl.Expr:
-    """Implicit reward of the rejected completion, beta x logratio."""
+    """Implicit reward of the rejected completion, beta x log-ratio."""
     return beta * rejected_logratio()
 
 
@@ -45,12 +45,12 @@ def margin(*, beta: float) -> pl.Expr:
 
 
 def margin_per_token(*, beta: float) -> pl.Expr:
-    """Margin of the rewards per token: how far the policy moved apart, whatever the lengths."""
+    """Margin of the rewards per token: how far the policy moved the two apart, regardless of length."""
     return beta * (chosen_logratio_per_token() - rejected_logratio_per_token())
 
 
 def reward_accuracy() -> pl.Expr:
-    """True where the margin is above 0, for any beta; a tie is False."""
+    """True if the margin is above 0, for any beta; a tie is False."""
     return _above_zero(chosen_logratio() - rejected_logratio())
 
 
@@ -60,7 +60,7 @@ def ranking_margin() -> pl.Expr:
 
 
 def ranking_accuracy() -> pl.Expr:
-    """True where the policy itself finds the chosen completion more likely (Chen et al. 2405.19534)."""
+    """True if the policy itself finds the chosen completion more likely (Chen et al., arXiv 2405.19534)."""
     return _above_zero(ranking_margin())
 
 
@@ -70,7 +70,7 @@ def reference_ranking_margin() -> pl.Expr:
 
 
 def reference_ranking_accuracy() -> pl.Expr:
-    """True where the reference already finds the chosen completion more likely."""
+    """True if the reference already finds the chosen completion more likely."""
     return _above_zero(reference_ranking_margin())
 
 
@@ -81,17 +81,17 @@ def reference_ranking_margin_per_token() -> pl.Expr:
 
 
 def normalised_reference_ranking_accuracy() -> pl.Expr:
-    """:func:`reference_ranking_accuracy` per token: short completions are not likelier for that alone."""
+    """:func:`reference_ranking_accuracy` per token, so that a completion gains nothing by being short."""
     return _above_zero(reference_ranking_margin_per_token())
 
 
 def chosen_fell() -> pl.Expr:
-    """True where the chosen completion is less likely under the policy than under the reference."""
+    """True if the chosen completion is less likely under the policy than under the reference."""
     return _above_zero(-chosen_logratio())
 
 
 def rejected_fell() -> pl.Expr:
-    """True where the rejected completion is less likely under the policy than under the reference."""
+    """True if the rejected completion is less likely under the policy than under the reference."""
     return _above_zero(-rejected_logratio())
 
 

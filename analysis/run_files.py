@@ -1,6 +1,6 @@
-"""A run folder as training left it: its config, its metrics, and which of its optional parts are there.
+"""Reads a run folder that training wrote: its config, metrics and parity, and where its shards are.
 
-Runs stop in the middle, are resumed, and are read while they write; this file is where that is handled.
+Runs may be unfinished, resumed, or still being written. This file handles that.
 """
 
 import json
@@ -33,7 +33,7 @@ class Run:
     evals: pl.DataFrame
     """The same for evaluations; names keep their ``eval_``."""
     parity: Mapping[str, float] | None
-    """Cached against recomputed reference log-probs, measured before the first step."""
+    """Comparison of cached and recomputed reference log-probs, measured before the first step."""
 
     @property
     def name(self) -> str:
@@ -65,7 +65,7 @@ class Run:
         )
 
     def tables(self, folder: str) -> list[Path]:
-        """The finished Parquet files of one of the run's folders; none where there is no such folder."""
+        """The finished Parquet files of one of the run's folders; none if there is no such folder."""
         return sorted(p for p in (self.path / folder).glob("*.parquet") if not p.name.startswith("."))
 
 
@@ -73,7 +73,7 @@ def open_run(path: Path) -> Run:
     """Open a run folder.
 
     Raises:
-        ConfigError: It is no run folder, or its shards are not to be found.
+        ConfigError: It is not a run folder, or its shards are not found.
         DataError: One of its files is damaged.
     """
     config = _read_config(path)
@@ -107,23 +107,23 @@ def _read_config(path: Path) -> Mapping[str, object]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError("not readable as YAML", where=str(file)) from error
     if not isinstance(config, dict) or not isinstance(config.get("shards"), str):
-        raise ConfigError("the config names no shards", where=str(file))
+        raise ConfigError("the run's configuration names no shards", where=str(file))
     return config
 
 
 def _find_shards(path: Path, config: Mapping[str, object]) -> AnyPath:
     named = str(config["shards"])
     stated = location(named).expanduser()
-    # Paths in the config are as typed, so relative ones hold from the folder the command ran in.
+    # Paths in the config are as the user typed them, so relative ones start at the folder of the command.
     places = [stated] if stated.is_absolute() else [stated, path.absolute().parent / stated]
     for place in places:
         if (place / MANIFEST).is_file():
             return place
     raise ConfigError(
-        f"the shards {quoted(stated)} are not there (looked at {', '.join(map(quoted, places))})",
+        f"the shards {quoted(stated)} were not found (looked at {', '.join(map(quoted, places))})",
         where=str(path / CONFIG),
         why="without the reference log-probs there is nothing to compare the policy with",
-        fix="run the report from the folder the training was started in, or move the shards back",
+        fix="run the report from the folder in which training was started, or move the shards back",
     )
 
 
@@ -136,7 +136,7 @@ def _read_metrics(file: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
         try:
             entry = json.loads(line)
         except ValueError as error:
-            # Without its newline the last line is still being written, or a crash cut it off.
+            # A last line without a newline is still being written, or a crash cut it off.
             if number == len(lines):
                 break
             raise DataError("not a JSON object", where=f"{file}:{number}") from error
@@ -153,7 +153,7 @@ def _metrics_frame(entries: list[dict[str, object]]) -> pl.DataFrame:
     frame = pl.DataFrame(columns, schema_overrides=dict.fromkeys(names, pl.Float64), strict=False)
     if not len(frame):
         return pl.DataFrame(schema={"step": pl.Int64})
-    # A resumed run writes the steps since its last checkpoint again; the later values are the run's.
+    # A resumed run writes the steps since its last checkpoint again; the later values count.
     return frame.cast({"step": pl.Int64}).unique("step", keep="last").sort("step")
 
 

@@ -1,4 +1,4 @@
-"""summary.json: what a script, a sweep or a CI job reads of a report. Numbers that are not known are null."""
+"""summary.json: a report's numbers for scripts, sweeps and CI jobs. Unknown numbers are null."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class Bounds(_Record):
 
 
 class PairsSummary(_Record):
-    """Pairs under the final policy."""
+    """Results for some pairs under the final policy."""
 
     pairs: int
     prompts: int
@@ -93,38 +93,38 @@ class RunSummary(_Record):
     epochs: float | None
     first_loss: float | None
     final: dict[str, int | float | None]
-    """The last training entry of metrics.jsonl; empty where there is none."""
+    """The last training entry of metrics.jsonl; empty if there is none."""
     eval: dict[str, int | float | None]
     """The last evaluation; names keep their ``eval_``."""
     reference_ranking_accuracy: float | None
-    """Of all kept pairs, before any training."""
+    """For all kept pairs, before any training."""
     scored: PairsSummary | None
     """All pairs under the scored checkpoint, from ``scores/``."""
     held_out: PairsSummary | None
-    """Pairs that training did not see, under the scored checkpoint or else at the last evaluation."""
+    """Pairs that training did not see, under the scored checkpoint, or else at the last evaluation."""
     kl: KLSummary | None
     """The last file of ``kl/``."""
     parity: dict[str, bool | int | float | None] | None
 
 
 class Summary(_Record):
-    """A report's numbers, one entry per run, in the order they were named."""
+    """A report's numbers: one entry per run, in the order in which the runs were given."""
 
     runs: list[RunSummary]
 
 
 def known(value: float | None) -> float | None:
-    """The value, None where it is not finite: JSON has no NaN."""
+    """The value, or None if it is not finite: JSON has no NaN."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def last_entry(metrics: pl.DataFrame) -> dict[str, int | float | None]:
-    """The last row of a metrics frame, its nulls left out."""
+    """The last row of a metrics frame, without its nulls."""
     if not len(metrics):
         return {}
     return {name: known(value) for name, value in metrics.row(-1, named=True).items() if value is not None}
 
 
 def known_values(values: Mapping[str, float] | None) -> dict[str, bool | int | float | None] | None:
-    """A mapping with every number that is not finite made None."""
+    """The mapping, with None for every number that is not finite."""
     return None if values is None else {name: known(value) for name, value in values.items()}

@@ -1,7 +1,7 @@
-"""Token ids back to text that is safe to show: the words behind the numbers of a pair.
+"""Decodes a pair's token ids to text that is safe to show in a report.
 
-The text is a model's or a stranger's. It is shown, never trusted: control characters are taken out here,
-and markup is escaped by the template.
+The text may come from a model or a stranger. Control characters are removed here, and the template escapes
+markup.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from dpo_opt.schemas.manifest import TOKENIZER
 from dpo_opt.schemas.safe_text import printable
 
 _CHARACTERS = 900
-# No text of 900 characters needs more ids than this, and a prompt may hold a hundred thousand.
+# 900 characters never need more ids than this, but a prompt may have a hundred thousand.
 _IDS = 2000
 
 
 class PairText(NamedTuple):
-    """One pair as text, each part cut to what a page can hold."""
+    """One pair as text, each part cut to a length that fits on a page."""
 
     prompt: str
     chosen: str
@@ -27,7 +27,7 @@ class PairText(NamedTuple):
 
 
 class TokenDecoder:
-    """Turns the ids of a shard folder into text; into the numbers themselves where it has no tokenizer."""
+    """Decodes the ids of a shard folder; if the folder has no usable tokenizer, the ids are the text."""
 
     def __init__(self, shards_dir: AnyPath) -> None:
         self.problem: str | None = None
@@ -50,7 +50,7 @@ class TokenDecoder:
             self.problem = f"Token ids are shown because {TOKENIZER}/tokenizer.json is not readable."
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens included, control characters taken out."""
+        """The text of the ids, with special tokens and without control characters."""
         if self._tokenizer is None:
             return " ".join(map(str, ids))
         return printable(self._tokenizer.decode(list(ids), skip_special_tokens=False))

@@ -1,7 +1,7 @@
-"""Where the log-ratios went while training: means over steps, from the pairs' own log-probs.
+"""Mean log-ratios of chosen and rejected over the training steps, from the log-probs of single pairs.
 
-metrics.jsonl has batch means of rewards. Only the pair table says, over many pairs, whether the chosen
-completions became less likely, and for how large a share of them.
+metrics.jsonl has only batch means of rewards. The pair table shows, over many pairs, whether the chosen
+completions became less likely, and what share of them did.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dpo_opt.analysis import rewards
 from dpo_opt.analysis.load import ShardSlice, join_reference
 
 INTERVALS = 24
-"""Training steps are gathered in at most this many equal intervals."""
+"""Training steps are grouped into at most this many equal intervals."""
 
 
 def logratio_trajectories(pair_logps: pl.LazyFrame, slices: Sequence[ShardSlice]) -> pl.DataFrame:

@@ -1,7 +1,7 @@
-"""Everything one run's section of the report says, worked out before a line of HTML is written.
+"""Computes everything that the report shows about one run, before any HTML is written.
 
-Each part may be missing: a run that was not scored, not evaluated or has only just begun still has a
-section, and its view holds None there.
+Parts may be missing: a run that was not scored or not evaluated, or that has just begun, still has a section.
+The missing parts are then None or empty.
 """
 
 import math
@@ -66,11 +66,11 @@ class KLFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinalState:
-    """The pairs under the last state of the policy that is known for them."""
+    """The pairs under the last state of the policy for which their log-probs are known."""
 
     pairs: pl.DataFrame
     scored: bool
-    """True from ``scores/``; False where the last evaluation stands in."""
+    """True if the log-probs are from ``scores/``, False if they are from the last evaluation."""
     label: str
     """Which state, in words."""
     splits: dict[str, Outcome]
@@ -79,7 +79,7 @@ class FinalState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunView:
-    """One run as the template shows it; figures are SVG made by us."""
+    """One run as the template shows it. The figures are SVG that plots.py made."""
 
     run: Run
     manifest: Manifest
@@ -95,7 +95,7 @@ class RunView:
 
 
 def view_run(run: Run) -> RunView:
-    """Read all there is to say about a run.
+    """Compute everything that the report shows about a run.
 
     Raises:
         DataError: A table is damaged, or its pairs are not those of the run's shards.
@@ -136,7 +136,7 @@ def _final_state(
 ) -> FinalState | None:
     scored = bool(run.tables(SCORES_FOLDER))
     if scored:
-        # Several checkpoints may have been scored; the one that was trained longest is the result.
+        # If several checkpoints were scored, the one that was trained longest is shown.
         scores = scan_pair_logps(run.path / SCORES_FOLDER)
         states = scores.select("step", "checkpoint").unique().sort("step", "checkpoint")
         chosen = states.last().collect(engine="streaming")
@@ -169,7 +169,7 @@ def _figures(
 ) -> dict[str, str]:
     figures = {}
     if "loss" in run.train.columns:
-        # The loss of zero margins is known in closed form for this loss only.
+        # The loss at zero margins is known in closed form only for this loss.
         untrained = math.log(2) if run.config.get("loss_type") == "sigmoid" else None
         figures["loss"] = plots.svg(
             plots.loss_curve(run.train, run.evals, untrained=untrained), label="Loss against steps"

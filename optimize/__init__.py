@@ -1,4 +1,4 @@
-"""Shards to packed batches to policy log-probs to loss to step to model."""
+"""Training, from cached reference log-probs to a trained policy: ``train`` with a ``TrainConfig``."""
 
 from typing import TYPE_CHECKING, Any
 

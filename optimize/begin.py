@@ -1,4 +1,4 @@
-"""A run at its beginning, or as its newest checkpoint left it: what stays as it is, and what steps change."""
+"""Begins or resumes a training run: ``Run`` holds what stays the same, ``RunState`` what steps change."""
 
 import time
 from collections.abc import Callable
@@ -46,9 +46,9 @@ class Run(NamedTuple):
     """What stays the same from a run's first step to its last."""
 
     config: TrainConfig
-    """With the dtype that ``auto`` came to."""
+    """With the dtype that ``auto`` resolved to."""
     settings: dict[str, Any]
-    """The configuration as it is recorded."""
+    """The configuration as the run folder records it."""
     prepared: Prepared
     data: Data
     files: RunFolder
@@ -70,7 +70,7 @@ class Run(NamedTuple):
 
 @dataclass
 class RunState:
-    """Where a run stands; a checkpoint holds it."""
+    """How far a run has come; every checkpoint holds it."""
 
     window: MetricsWindow
     throughput: Throughput
@@ -78,10 +78,10 @@ class RunState:
     best: Best | None = None
     saved_step: int = 0
     saved_time: float = field(default_factory=time.monotonic)
-    """Of the clock, in seconds."""
+    """``time.monotonic()`` of the last checkpoint, in seconds."""
 
     def save(self, run: Run) -> None:
-        """Write a checkpoint, and remove those that are not to be kept."""
+        """Write a checkpoint, and remove the older ones beyond ``save_total_limit``."""
         written = run.files.written()
         state = TrainState(
             at=self.at,
@@ -115,7 +115,7 @@ def resume_or_begin(
     stop: StopSignals,
     world: World,
 ) -> tuple[Run, RunState]:
-    """Load the policy and what else a run needs, from its newest checkpoint where it goes on.
+    """Load the policy and everything else a run needs; with ``resume`` from the newest checkpoint.
 
     Raises:
         ConfigError: The checkpoint is of another run, or the model cannot be trained.
@@ -129,7 +129,7 @@ def resume_or_begin(
         fingerprint=folder.manifest.fingerprint,
         reference_differs=config.reference_differs,
     )
-    # Recorded as what it is: on another kind of device `auto` would make it another run.
+    # The resolved dtype is recorded: on another kind of device `auto` would mean another one.
     dtype = compute_dtype(config.dtype, world.device)
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     settings = config.model_dump(mode="json", exclude={"resume"})
@@ -149,7 +149,7 @@ def resume_or_begin(
     if budget is None and checkpoint is not None:
         budget = kept_budget(checkpoint.state, config, device, world, progress.say)
     if budget is None:
-        # Before the optimizer's state is loaded, which is counted as still to come.
+        # The optimizer's state is not loaded yet, so its bytes are passed along.
         coming = optimizer_bytes(parameters, config)
         longest = pair_group(longest_pair(folder))
         budget = choose_budget(policy, longest, optimizer_bytes=coming, world=world)
@@ -187,15 +187,15 @@ def _new_state(run: Run) -> RunState:
 
 
 def _resumed(run: Run, checkpoint: Checkpoint) -> RunState:
-    """The state that a checkpoint holds; what the run wrote after it is taken back."""
+    """The state that a checkpoint holds. Removes what the run wrote after that checkpoint."""
     kept, say = checkpoint.state, run.progress.say
     run.saver.load_optimizer(checkpoint.path)
     run.files.rewind(Written(kept.lines, kept.segments))
     state = _new_state(run)
     state.at, state.window.state, state.saved_step = kept.at, kept.window, kept.at.step
-    say(f"going on from {quoted(checkpoint.path.name)}, {kept.at.consumed} pairs into the run")
+    say(f"continuing from {quoted(checkpoint.path.name)}, {kept.at.consumed} pairs into the run")
     if kept.at.step > run.total_steps:
-        say(f"it is beyond the {run.total_steps} steps that are asked for: the run ends there")
+        say(f"the checkpoint is already past the {run.total_steps} requested steps, so the run ends there")
     if kept.best is not None and is_comparable(
         kept.best, run.config.metric_for_best_model, run.prepared.evaluations
     ):
@@ -203,8 +203,8 @@ def _resumed(run: Run, checkpoint: Checkpoint) -> RunState:
         run.files.write_best(kept.best.model_dump())
     elif kept.best is not None:
         say(
-            f"step {kept.best.step} was the best by {quoted(kept.best.metric)} of what was evaluated "
-            "then, which --metric-for-best-model no longer asks for: the best is looked for anew"
+            f"step {kept.best.step} was the best by {quoted(kept.best.metric)}, but --metric-for-best-model "
+            "or the evaluation data changed: the search for the best checkpoint starts again"
         )
     return state
 
@@ -212,11 +212,11 @@ def _resumed(run: Run, checkpoint: Checkpoint) -> RunState:
 def kept_budget(
     state: TrainState, config: TrainConfig, device: Device, world: World, say: Callable[[str], None]
 ) -> int | None:
-    """The budget of the run so far; None where it was measured for something else.
+    """The run's micro-batch budget so far; None if it was measured under other circumstances.
 
-    It is kept where it can be, because another one rounds differently.
+    It is kept if possible, because another budget rounds differently.
     """
-    # Older checkpoints do not say on what they were made.
+    # Older checkpoints do not name their device.
     before = Device(state.device, state.device_bytes) if state.device else device
     recomputed = state.settings["activation_checkpointing"], config.activation_checkpointing
     if state.processes == world.size and before.holds_as_much(device) and recomputed[0] == recomputed[1]:
@@ -228,5 +228,5 @@ def kept_budget(
             (world.size, device, recomputed[1]),
         )
     )
-    say(f"the size of micro-batches is chosen again: {then} then; {now} now")
+    say(f"the micro-batch size is chosen again: the run used {then}, and now uses {now}")
     return None

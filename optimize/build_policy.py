@@ -1,4 +1,4 @@
-"""From a configuration to a policy that is ready for its next step: new, or as a checkpoint left it."""
+"""Builds the policy that training starts or resumes with: load, adapter, sharding, parity check."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +23,12 @@ from dpo_opt.schemas.shard_folder import ShardFolder
 
 
 class Started(NamedTuple):
-    """A policy at the beginning of a run, or where its checkpoint left it."""
+    """A policy ready for its next step, and what was measured on it."""
 
     policy: Policy
     cost: ForwardCost
     parity: Parity | None
-    """None where the reference differs on purpose."""
+    """None with ``reference_differs``."""
 
 
 def start(
@@ -43,12 +43,12 @@ def start(
     """Load the policy, spread it over the processes, and compare it with the cached reference.
 
     Args:
-        config: Of the run.
+        config: The run's configuration.
         folder: The shards.
-        model_folder: The model that the run starts, or started, from.
-        checkpoint: Where it goes on; None at its beginning.
-        world: The processes.
-        say: Told what a person should know.
+        model_folder: The model that the run started from.
+        checkpoint: The checkpoint to resume from; None for a new run.
+        world: The run's processes.
+        say: Called with each line that the user should read.
 
     Raises:
         ConfigError: The model or its adapter cannot be trained.
@@ -61,16 +61,16 @@ def start(
     policy = load_policy(
         checkpoint.path if checkpoint and not adapted else model_folder,
         dtype=dtype,
-        # Each process of several takes its part of it from main memory.
+        # With several processes, each one copies its part of the model from main memory.
         device=world.device if world.size == 1 else torch.device("cpu"),
         trainable=not adapted,
         max_length=folder.manifest.fingerprint.max_length,
-        # Below an adapter nothing is updated, and activations are half as large.
+        # An adapter's base is not updated, so the compute dtype is exact enough; in bf16 activations halve.
         param_dtype=dtype if adapted else getattr(torch, config.param_dtype),
         options=four_bit_options(world.device, dtype) if four_bit else None,
     )
     if adapted:
-        # The adapter of a checkpoint is one to go on from.
+        # A checkpoint's adapter is trained further, as one that --adapter names.
         going_on = {"adapter": checkpoint.path, "lora_target_modules": []} if checkpoint else {}
         plan = plan_adapter(config.model_copy(update=going_on), model_folder)
         add_adapter(policy.model, plan, seed=config.seed)
@@ -80,16 +80,16 @@ def start(
     cost = forward_cost(policy)
     policy = shard_policy(policy, world)
     if world.size > 1:
-        # Loading has looked at another device and at whole parameters.
+        # Loading checked the model on the CPU with whole parameters; now it is sharded and on its device.
         require_same_in_compute_dtype(policy, where=str(model_folder))
 
     if checkpoint is not None:
         kept = checkpoint.state.parity
-        # Another version of this program may have measured more.
+        # A newer version of this program may have recorded more fields.
         known = {name: value for name, value in (kept or {}).items() if name in Parity._fields}
         return Started(policy, cost, Parity(**known) if known else None)
     if config.reference_differs:
-        say("the reference is another model than the starting policy: parity is not checked")
+        say("parity is not checked, because --reference-differs says that the reference is another model")
         return Started(policy, cost, None)
     cached_dtype = folder.manifest.fingerprint.dtype
     sample = spread_pairs(folder, PARITY_PAIRS)
@@ -105,12 +105,12 @@ def _require_together(config: TrainConfig, dtype: torch.dtype, world: World) -> 
     if config.param_dtype == "bfloat16" and dtype != torch.bfloat16:
         raise ConfigError(
             "--param-dtype bfloat16 does not go with computing in float32",
-            why="the products would have more digits than the weights, for twice the time",
+            why="computing would take twice the time and be more exact than the weights it computes with",
             fix="add --dtype bfloat16, or leave --param-dtype out",
         )
     if config.load_in_4bit and world.size > 1:
         raise ConfigError(
             f"--load-in-4bit does not go with {world.size} processes",
-            why="weights in 4 bits cannot be spread over them",
+            why="4-bit weights cannot be split among processes",
             fix="leave --load-in-4bit out, or start one process",
         )

@@ -35,7 +35,7 @@ class Evaluation(NamedTuple):
 
     @property
     def metrics(self) -> list[str]:
-        """Names of its metrics."""
+        """Names of this evaluation's metrics, with its prefix."""
         return [self.prefix + name for name in MetricsWindow.NAMES]
 
 
@@ -43,8 +43,8 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
     """The held-out prompts, then every folder of ``eval_shards``.
 
     Raises:
-        ConfigError: Two folders have one name, or what was asked for cannot be: no prompt is held out,
-            nothing is there to evaluate on, or none of it gives the metric.
+        ConfigError: Two folders have the same name, ``eval_split`` holds out no prompt, there is nothing to
+            evaluate on, or no evaluation has the metric of ``metric_for_best_model``.
         DataError: A folder is incomplete or damaged.
         FingerprintError: A folder was scored with another reference or tokenizer.
     """
@@ -54,9 +54,9 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
         raise ConfigError(
             f"--eval-split {config.eval_split} holds out none of the prompts",
             where=str(folder.path),
-            why="the run would never be evaluated on them, without a word"
+            why="the run would silently never be evaluated on them"
             if several
-            else "all pairs share one prompt, and a prompt is held out whole",
+            else "all pairs share one prompt, and all pairs of a prompt are held out together",
             fix=f"pass a larger share, such as --eval-split {larger}, or leave --eval-split out"
             if several
             else "leave --eval-split out, and pass pairs of other prompts as --eval-shards",
@@ -88,7 +88,7 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
     names = [name for evaluation in found for name in evaluation.metrics]
     if wanted is not None and wanted not in names:
         raise ConfigError(
-            f"--metric-for-best-model {wanted!r} is not among the metrics of an evaluation",
+            f"--metric-for-best-model {wanted!r} is not a metric of any evaluation",
             fix=f"pass one of: {', '.join(map(quoted, names))}"
             if names
             else "pass --eval-split or --eval-shards",
@@ -96,7 +96,7 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
     if config.eval_steps is not None and not found:
         raise ConfigError(
             f"--eval-steps {config.eval_steps} has nothing to evaluate on",
-            why="the run would never be evaluated, without a word",
+            why="the run would silently never be evaluated",
             fix="add --eval-split 0.05 or --eval-shards, or leave --eval-steps out",
         )
     return found
@@ -114,10 +114,10 @@ def evaluate(
     epoch: float,
     stop: StopSignals,
 ) -> Metrics:
-    """Metrics over all of an evaluation's pairs; their log-probs go to the run's folder.
+    """Metrics over all of an evaluation's pairs. Writes their log-probs to the run's folder.
 
     Raises:
-        StopRequested: A signal came; nothing of the half evaluation is left behind.
+        StopRequested: A signal came; the unfinished evaluation leaves nothing behind.
     """
     window = MetricsWindow(policy.device)
     found: list[HeldLogps] = []
@@ -145,18 +145,18 @@ def evaluate(
 
 
 def new_best(metric: str, value: float, evaluations: list[Evaluation], *, step: int) -> Best:
-    """An evaluation that beat those before it, with what its number is comparable by."""
+    """Record an evaluation as the best so far, with the pairs that its value belongs to."""
     pairs = next(evaluation.index_sha256 for evaluation in evaluations if metric in evaluation.metrics)
     return Best(metric=metric, value=value, step=step, pairs=pairs)
 
 
 def is_comparable(best: Best, metric: str | None, evaluations: list[Evaluation]) -> bool:
-    """Whether coming evaluations give the number that ``best`` has: the same metric on the same pairs."""
+    """Whether the next evaluations can be compared with ``best``: same metric, same pairs."""
     return metric is not None and best == new_best(metric, best.value, evaluations, step=best.step)
 
 
 def is_better(value: float, metric: str, than: float | None) -> bool:
-    """Whether an evaluation beats the best before it: the lower the better for a loss, else the higher."""
+    """Whether a value beats the best before it. Lower is better for a loss, else higher is better."""
     if than is None:
         return not math.isnan(value)
     return value < than if metric.endswith("loss") else value > than

@@ -1,4 +1,4 @@
-"""Is this the model the shards were scored with? Answered from content digests, field by field."""
+"""Checks that a model is the one that the shards were scored with, by comparing content digests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +31,10 @@ def require_same_model(
     Args:
         folder: The shards.
         model_folder: The model.
-        fields: ``MODEL_FIELDS`` where it must be the reference, ``TOKENIZER_FIELDS`` where only the ids
-            must mean the same.
-        fix: What to do where they differ and there is no adapter.
-        adapter: Adapter that training goes on from: the reference must be the model with it merged, as
+        fields: ``MODEL_FIELDS`` if the model must be the reference, ``TOKENIZER_FIELDS`` if only the token
+            ids must mean the same.
+        fix: The fix in the error message if fields differ and there is no adapter.
+        adapter: Adapter that is trained further. The reference must be the model with it merged, as
             ``dpo-opt merge`` writes it.
 
     Raises:
@@ -46,12 +46,12 @@ def require_same_model(
         tokenizer = AutoTokenizer.from_pretrained(
             model_folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # of the tokenizers library often that very class
-        load_model_config(model_folder)  # which it reads too, and whose fault it may be
+    except Exception as error:  # the tokenizers library often raises plain Exception
+        load_model_config(model_folder)  # raises its own error if config.json, which was read too, is broken
         raise ConfigError(
             f"the tokenizer cannot be loaded ({first_line(error)})",
             where=str(model_folder),
-            why="whether its ids mean what they mean in the shards cannot be known",
+            why="without it, nothing can tell whether its ids mean the same as in the shards",
             fix="copy the model's own tokenizer there, or, if it is the same, "
             f"cp {quoted(folder.path)}/tokenizer/* {quoted(model_folder)}",
         ) from error

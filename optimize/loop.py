@@ -41,7 +41,7 @@ class TrainResult(NamedTuple):
     final: Path
     steps: int
     parity: Parity | None
-    """None where the reference differs on purpose, or the run had come to its end before."""
+    """None with ``reference_differs``, or if the run was already complete."""
     last_metrics: Metrics
 
 
@@ -52,7 +52,7 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
     layout. SIGTERM and SIGUSR1 save a checkpoint and end the run.
 
     Raises:
-        Preempted: A signal came; with ``resume`` the run goes on as if it had not.
+        Preempted: A signal came. With ``resume`` the run continues as if it had not been stopped.
         DpoOptError: See ``prepare``; also when the cached log-probs are not the policy's own, a loss or
             gradient is not finite, or no checkpoint to resume from is whole.
     """
@@ -67,18 +67,17 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
     files = RunFolder(config.output_dir, writes=world.first)
     final = files.path / FINAL
     ended = files.finished_step()
-    # Before the first process writes, the others have seen what was there.
+    # No process writes before all others have read what was there.
     wait_for_all(world)
     if ended is not None and ended >= total_steps:
-        progress.say(f"the run in {quoted(files.path)} came to its end before")
+        progress.say(f"the run in {quoted(files.path)} is already complete")
         return TrainResult(final, ended, None, files.last_metrics())
 
     run, state = resume_or_begin(config, prepared, files, progress=progress, stop=stop, world=world)
     progress.start("training", total=max(total_steps, state.at.step), unit="steps", done=state.at.step)
     if state.at.step >= total_steps and state.window.pairs:
-        _log_training(
-            run, state, {}
-        )  # where the run ends earlier than it was to, the checkpoint's last steps
+        # --max-steps is now below the checkpoint's step: log the steps that it holds unlogged.
+        _log_training(run, state, {})
     batches = prepared.stream.steps(seed=config.seed, size=config.batch_size, consumed=state.at.consumed)
     note = ""
     try:
@@ -146,10 +145,10 @@ def train_step(run: Run, state: RunState, pairs: Sequence[ScoredPair]) -> None:
 
 
 def evaluate_and_save(run: Run, state: RunState) -> None:
-    """Between two steps: an evaluation and a checkpoint, each where it is due.
+    """Between two steps: evaluate and save a checkpoint, each if it is due.
 
     Raises:
-        StopRequested: A signal came; nothing of the half evaluation is left behind.
+        StopRequested: A signal came; the unfinished evaluation leaves nothing behind.
     """
     paused = time.perf_counter()
     at, config, evals = state.at, run.config, run.prepared.evaluations
@@ -163,7 +162,7 @@ def evaluate_and_save(run: Run, state: RunState) -> None:
 
 
 def stopped(run: Run, state: RunState, request: StopRequested) -> Preempted:
-    """Save a run that a signal ended, and say how it goes on."""
+    """Save a run that a signal ended, and say how to continue it."""
     run.optimizer.zero_grad(set_to_none=True)
     step = state.at.step
     if step > state.saved_step:
@@ -173,13 +172,13 @@ def stopped(run: Run, state: RunState, request: StopRequested) -> Preempted:
     return Preempted(
         f"stopped by {request} after step {step} of {run.total_steps}",
         where=str(run.files.path),
-        why="the run is saved; the step in work was dropped and is made again",
+        why="the run is saved; the unfinished step was discarded and will be repeated",
         fix=resume,
     )
 
 
 def _evaluate(run: Run, state: RunState) -> bool:
-    """Evaluate on all that is held out, and log it; whether it beats the best before."""
+    """Evaluate on all held-out pairs and log the means. Returns whether this beats the best so far."""
     at, evals = state.at, run.prepared.evaluations
     epoch = at.consumed / run.prepared.stream.train_size
     means: Metrics = {}
@@ -204,7 +203,7 @@ def _evaluate(run: Run, state: RunState) -> bool:
 
 
 def _log_training(run: Run, state: RunState, speed: Metrics) -> float:
-    """Log the means since the last such line; returns that of the loss."""
+    """Log the means since the last line of training metrics. Returns the mean loss."""
     at, means = state.at, state.window.means()
     rate = learning_rate(at.step - 1, total_steps=run.total_steps, config=run.config)
     run.files.log(
@@ -255,7 +254,7 @@ def _require_finite(
     raise DpoOptError(
         f"{'a loss' if bad else 'the gradient'} is not finite (source rows {rows})",
         where=f"step {step + 1}",
-        why="the update would have destroyed the policy and was not made; the step's pairs are in "
+        why="the update would have destroyed the policy, so it was not made; the step's pairs are in "
         f"{quoted(dump)}",
         fix="lower --learning-rate" + ("" if dtype == torch.float32 else ", or use --dtype float32"),
     )

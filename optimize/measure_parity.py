@@ -1,4 +1,4 @@
-"""Parity measured: cached log-probs of a sample against the policy's own, in batches and one by one."""
+"""Measures parity: compares a sample's cached log-probs with the policy's own, in batches and one by one."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from dpo_opt.schemas.shard_folder import ShardFolder
 
 PARITY_PAIRS = 32
 ALONE_PAIRS = 8
-"""Of these, before training: one sequence at a time takes longest."""
+"""How many of these are also scored one sequence at a time before training, which takes longest."""
 _BATCH_ROWS = 2048
 
 
@@ -30,11 +30,11 @@ def measure_parity(
     Args:
         policy: Loaded from the weights that are claimed to be the reference.
         pairs: The sample.
-        cached_dtype: Dtype the reference was scored in, from the fingerprint.
+        cached_dtype: Dtype that the reference was scored in, from the fingerprint.
         alone: How many of the pairs, evenly spread, are also scored one sequence at a time; None: all.
     """
     groups = [pair_group(pair) for pair in pairs]
-    # Two of the longest fit, so that each pair can share its forward: else there would be no floor.
+    # Two of the longest pairs fit, so that every pair can share a forward: otherwise there is no floor.
     budget = max(_BATCH_ROWS, 2 * max(packed_size(group) for group in groups))
     sides = [side for pair in pairs for side in (pair.ref_chosen_token_logps, pair.ref_rejected_token_logps)]
     own_sides = _together(policy, groups, budget)
@@ -109,7 +109,7 @@ def _worst(cached: LogpArray, own: LogpArray, side: int) -> _Worst:
 
 
 def spread_pairs(folder: ShardFolder, count: int) -> list[ScoredPair]:
-    """At most ``count`` pairs, the same each time, from every shard where ``count`` allows.
+    """At most ``count`` pairs, the same each time, from every shard if ``count`` allows.
 
     Raises:
         DataError: A file that is needed is damaged.
@@ -128,7 +128,7 @@ def spread_pairs(folder: ShardFolder, count: int) -> list[ScoredPair]:
 
 
 def spread_positions(shards: npt.NDArray[np.int32], count: int) -> npt.NDArray[np.int64]:
-    """Positions in the index, in order: as many from each shard, or all that it has.
+    """Positions in the index, in order: equally many from each shard, or all that it has.
 
     Args:
         shards: (n,) shard of each pair, ascending.
@@ -159,7 +159,7 @@ def _together(policy: Policy, groups: Sequence[Group], budget: int) -> list[Logp
 
 
 def _alone(policy: Policy, groups: Sequence[Group]) -> list[LogpArray]:
-    """The same with every sequence in a forward of its own."""
+    """Chosen and rejected of every pair, in order, each in a forward of its own."""
     with one_by_one(policy) as logps:
         return [logps(sequence).cpu().numpy() for group in groups for sequence in group]
 

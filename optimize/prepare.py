@@ -1,4 +1,4 @@
-"""What is checked before a run begins: that shards, model, adapter and evaluations belong together."""
+"""Checks before a run begins that shards, model, adapter and evaluation folders belong together."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ from dpo_opt.schemas.shard_folder import ShardFolder
 
 
 class Prepared(NamedTuple):
-    """Everything that was checked before anything is written."""
+    """What a run needs and was checked; nothing is written yet."""
 
     folder: ShardFolder
     model_folder: Path
@@ -30,7 +30,7 @@ def prepare(config: TrainConfig) -> Prepared:
     """Check a configuration against its shards and model; no weights are loaded.
 
     Raises:
-        ConfigError: The output folder is used, or there is nothing to train on.
+        ConfigError: The output folder is in use, an option cannot work, or there is nothing to train on.
         DataError: The shards are incomplete or damaged.
         FingerprintError: The shards were scored with another model or tokenizer.
     """
@@ -39,7 +39,7 @@ def prepare(config: TrainConfig) -> Prepared:
     folder = ShardFolder.open(config.shards)
     model_folder = find_model(config.model)
     require_usable(config)
-    # Also when a run goes on: the reference must be the model it started from, never what was trained since.
+    # Also with --resume: the reference must be the model that the run started from, not a checkpoint of it.
     require_same_model(
         folder,
         model_folder,

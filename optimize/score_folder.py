@@ -1,4 +1,4 @@
-"""The scoring of a folder: every pair of its shards under any checkpoint, as a table for the analysis."""
+"""``dpo-opt score``: scores every pair of a shard folder under any checkpoint, as a table for analysis."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -24,11 +24,11 @@ def score_shards(
     """Score every pair of a folder under a checkpoint and write the pair log-prob table.
 
     Args:
-        shards: Folder of reference shards; their ids are scored as they are.
-        model: Any checkpoint that reads the same ids.
-        output: Parquet file, rows of phase ``score`` with token log-probs.
-        dtype: Dtype of the model, or ``auto`` for the one its checkpoint declares.
-        progress: Told of every scored pair.
+        shards: Folder of reference shards; their token ids are scored as they are.
+        model: Any checkpoint with the same tokenizer.
+        output: Parquet file to write: rows of phase ``score``, with token log-probs.
+        dtype: Dtype of the model, or ``auto`` for the one that its checkpoint declares.
+        progress: Advances with every scored pair.
 
     Returns:
         Number of pairs.
@@ -67,7 +67,7 @@ def score_shards(
 
 
 def _trained(model_folder: Path) -> tuple[int, float]:
-    """Steps and epochs of the run that a checkpoint belongs to, (0, 0.0) where it belongs to none."""
+    """Steps and epochs of the run that a checkpoint belongs to; (0, 0.0) if it belongs to none."""
     state = model_folder.parent / "trainer_state.json"
     if not state.is_file():
         return 0, 0.0

@@ -1,4 +1,4 @@
-"""One step's pairs through the policy: log-probs, losses, gradients, and their sums for the metrics."""
+"""Forward and backward of one step's pairs: log-probs, losses, gradients, and the sums for the metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from dpo_opt.schemas.pairs import ScoredPair
 
 
 class PairResults(NamedTuple):
-    """What a batch leaves behind, detached, on the device: all (pairs,) float64."""
+    """Results of each pair of a batch, on the device: all (pairs,) float64."""
 
     losses: Tensor
     chosen_logps: Tensor
@@ -31,12 +31,12 @@ class PairResults(NamedTuple):
 
 
 class Batching(NamedTuple):
-    """How a step's pairs become micro-batches; it changes speed and memory, not the step."""
+    """How a step's pairs become micro-batches. It changes speed and memory, not the update."""
 
     budget: int
     """Most rows of a micro-batch."""
     cost: ForwardCost
-    """By which packs are dealt to processes."""
+    """By which pairs are balanced over the processes."""
     world: World
 
 
@@ -50,19 +50,20 @@ def forward_pairs(
     backward: bool,
     stop: StopSignals,
 ) -> PairResults:
-    """Losses of a step's pairs, micro-batch by micro-batch; gradients add up over all of them.
+    """Compute the losses of a step's pairs in micro-batches, and add their gradients.
 
-    The loss is the weighted sum over the step's pairs divided by their number, however they are batched and
-    over however many processes. Every process gets the results of all pairs.
+    The loss is the weighted sum over the step's pairs divided by their number. Neither the micro-batches nor
+    the number of processes change it. Every process gets the results of all pairs.
 
     Args:
-        policy: Its parameters' gradients are added to.
+        policy: Gradients are added to its parameters' gradients.
         pairs: The pairs of one step, the same on every process.
-        config: Loss and its settings.
-        batching: How they are batched.
+        config: The loss and its settings.
+        batching: How pairs become micro-batches.
         weights: How much each pair counts; None: all alike.
-        backward: Whether to take gradients.
-        stop: Asked before every micro-batch where a process is alone; several would have to exchange it.
+        backward: Whether to compute gradients.
+        stop: Checked before every micro-batch of a single process. Several processes would have to
+            communicate for each check.
 
     Raises:
         StopRequested: A signal came; gradients of a part of the step may be left.
@@ -116,14 +117,14 @@ class _Part:
         return [a + b for a, b in zip(self.lengths[0::2], self.lengths[1::2], strict=True)]
 
     def value(self, logps: Tensor, pairs: slice) -> Tensor:
-        """What these pairs add to the loss; see ``Objective``."""
+        """These pairs' part of the loss; see ``Objective``."""
         return self.loss(self.results(logps, pairs))
 
     def loss(self, results: PairResults) -> Tensor:
         return results.losses.sum() / self.step_pairs
 
     def results(self, logps: Tensor, pairs: slice) -> PairResults:
-        """From the token log-probs of these pairs; not detached."""
+        """The results from these pairs' token log-probs; losses and log-probs keep their gradients."""
         lengths = self.lengths[2 * pairs.start : 2 * pairs.stop]
         owners = to_device(torch.repeat_interleave(torch.tensor(lengths)), logps.device)
         counts = to_device(torch.tensor(lengths), logps.device)
@@ -148,7 +149,7 @@ class _Part:
 
 
 class MetricsWindow:
-    """Sums over the pairs since the last line of metrics; they stay on the device until somebody asks."""
+    """Sums over the pairs since the last line of metrics. They stay on the device until they are read."""
 
     NAMES = (
         "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
@@ -188,7 +189,7 @@ class MetricsWindow:
 
     @property
     def pairs(self) -> int:
-        """How many were counted."""
+        """Number of pairs counted."""
         return int(self._sums[-3])
 
     @property

@@ -1,7 +1,7 @@
-"""A scheduler takes the machine back: asked now and then, never in the middle of an update or of a file.
+"""Handles SIGTERM and SIGUSR1 during training: a signal is noted, and the loop stops at the next safe point.
 
-A handler that raised could leave weights of one step beside the optimizer state of another. So here a signal
-is only noted, and the loop asks where everything is consistent.
+A handler that raised an exception could leave the weights of one step with the optimizer state of another. So
+the handler only notes the signal, and the loop checks for it where everything is consistent.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequested(Exception):
-    """Raised by ``StopSignals.check``; the loop saves and leaves."""
+    """Raised by ``StopSignals.check``; the loop then saves a checkpoint and ends."""
 
 
 class StopSignals:
@@ -30,10 +30,10 @@ class StopSignals:
         self.received = signal.Signals(number).name
 
     def check(self, world: World) -> None:
-        """Go on, or not: all processes of the run alike, so all of them must ask.
+        """Stop if any process of the run received a signal. Every process must call this.
 
         Raises:
-            StopRequested: A signal came to one of them.
+            StopRequested: A signal came to one of the processes.
         """
         if any_rank(self.received is not None, world):
             raise StopRequested(self.received or "another process's signal")
@@ -41,9 +41,9 @@ class StopSignals:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Note SIGTERM and SIGUSR1 while the block runs, instead of dying of them.
+    """Note SIGTERM and SIGUSR1 while the block runs; without this, they would kill the process.
 
-    Only the main thread may ask for signals; in another one nothing is noted.
+    Python lets only the main thread set signal handlers; in other threads no signal is noted.
     """
     signals = StopSignals()
     if threading.current_thread() is not threading.main_thread():

@@ -1,8 +1,8 @@
-"""Which pairs make up each optimizer step, and how their rows get into memory.
+"""The data order: which pairs make up each optimizer step, which prompts are held out, and reading the rows.
 
-The order is a pure function of (seed, epoch) and the index: shards are shuffled by row group, then
-rows within a window of row groups. So reads stay local, memory does not grow with the dataset, and the
-state of the data order is one number: how many pairs were consumed.
+The order is a pure function of (seed, epoch) and the index. Row groups are shuffled first, then rows within a
+window of row groups. So reads stay local, memory does not grow with the dataset, and the state of the data
+order is one number: how many pairs were consumed.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from dpo_opt.schemas.sidecars import COLUMNS, WEIGHT, read_column
 
 # Row groups that are shuffled together: 16 x 128 rows decorrelate a sorted file, and fit in memory.
 WINDOW_GROUPS = 16
-# Read before they are needed: the next window, because its first pairs come from all over it.
+# Row groups read ahead: the whole next window, because its first pairs come from all over it.
 _AHEAD_GROUPS = WINDOW_GROUPS
 
 Positions = npt.NDArray[np.int32]
@@ -37,13 +37,13 @@ class PairStream:
         """Read the index.
 
         Args:
-            folder: Where the shards are.
-            eval_split: Share of prompts that is held out, decided by each prompt's own hash, so that no
-                prompt stands on both sides and growing the dataset moves no prompt. 1 holds out all.
+            folder: The shards.
+            eval_split: Share of prompts that is held out, decided by each prompt's hash. So no prompt is in
+                both parts, and growing the dataset moves no prompt. 1 holds out all.
 
         Raises:
-            DataError: The index or a column beside it is damaged, a weight is no number from 0 on, all are 0,
-                or their sum is infinite.
+            DataError: The index or the weight column is damaged, a weight is negative or not a number, all
+                weights are 0, or their sum is infinite.
         """
         self._folder = folder
         index = folder.index(["row", "shard", "row_group"])
@@ -62,7 +62,7 @@ class PairStream:
         self._weights = self._normalised_weights(
             read_column(folder.path, WEIGHT, rows=self._rows, default=1.0)
         )
-        # The first to open a shard checks its hash, or fetches it; the others wait for that.
+        # The first thread to open a shard checks its hash, or fetches it; the others wait.
         self._opening = [threading.Lock() for _ in folder.manifest.shards]
 
     def epoch(self, *, seed: int, epoch: int) -> Positions:
@@ -84,13 +84,13 @@ class PairStream:
     def steps(self, *, seed: int, size: int, consumed: int = 0) -> Generator[list[ScoredPair]]:
         """The pairs of each optimizer step, epoch after epoch without end.
 
-        Row groups are read ahead by threads; close the iterator to end them (``contextlib.closing``).
+        Threads read row groups ahead; close the iterator to end them (``contextlib.closing``).
 
         Args:
             seed: Decides the order.
             size: Pairs per step; the last step of an epoch may have fewer.
-            consumed: Pairs of all the steps before: the state of the data order. What they read is not read
-                again, but for the row groups that are still in use.
+            consumed: Number of pairs that earlier steps used: the state of the data order. Their row groups
+                are not read again, except those that later pairs need too.
 
         Raises:
             DataError: A shard is damaged; at the first step that needs it.
@@ -103,8 +103,8 @@ class PairStream:
     def batches(self, positions: Positions, size: int) -> Generator[list[ScoredPair]]:
         """Consecutive batches; the last may be smaller.
 
-        Each row group is read once, ahead and by a thread, and held from its first pair to its last: at most
-        two windows of them where ``positions`` come from ``epoch`` or ascend.
+        A thread reads each row group once, ahead of its first pair, and it is held until its last pair. If
+        ``positions`` come from ``epoch`` or ascend, at most two windows of row groups are held.
 
         Raises:
             DataError: A shard is damaged; at the first batch that needs it.
@@ -140,7 +140,7 @@ class PairStream:
         return [float(weight) for weight in self._weights[places]]
 
     def _normalised_weights(self, weights: Weights | None) -> Weights | None:
-        """Weights whose scale does not change the learning rate's meaning."""
+        """Weights divided by their mean, so that their scale does not act on the learning rate."""
         if weights is None:
             return None
         with np.errstate(over="ignore"):
@@ -149,9 +149,9 @@ class PairStream:
             raise DataError(
                 "the weights of all training pairs are 0"
                 if mean == 0
-                else "the weights of the training pairs sum up to more than a number can be",
+                else "the weights of the training pairs add up to infinity",
                 where=str(self._folder.path / COLUMNS / f"{WEIGHT}.parquet"),
-                why="nothing would be learnt: each pair would count as 0",
+                why="the policy would learn nothing: each pair would count as 0",
                 fix="correct the file, or remove it to let all pairs count alike",
             )
         return weights / mean
@@ -164,8 +164,8 @@ class PairStream:
 
 
 def _below(prompt_ids: pa.ChunkedArray, share: float) -> npt.NDArray[np.bool_]:
-    """Whether the first 32 bits of each identifier, as a number from 0 to 1, are below a share."""
+    """Whether the first 32 bits of each identifier, read as a number from 0 to 1, are below a share."""
     digits = pc.utf8_slice_codeunits(prompt_ids, 0, 8).combine_chunks().cast(pa.binary()).cast(pa.binary(8))
-    # Eight characters are one int64, so that numpy sees them without an object per row.
+    # Eight characters are viewed as one int64, so that numpy needs no object per row.
     text = digits.view(pa.int64()).to_numpy().tobytes().decode("ascii")
     return np.frombuffer(bytes.fromhex(text), dtype=">u4") / 2**32 < share

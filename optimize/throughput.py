@@ -1,4 +1,4 @@
-"""How fast a run goes: pairs per second, and how much of a GPU's arithmetic the model's own makes up."""
+"""Measures the speed of training: pairs per second, and model FLOPs utilization (MFU) on known GPUs."""
 
 import time
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.optimize.run_folder import Metrics
 from dpo_opt.schemas.pairs import ScoredPair
 
-# Products of bf16 matrices without sparsity, FLOP/s, as NVIDIA's data sheets have them; the first name that
-# is part of the device's counts.
+# Peak FLOP/s of dense bf16 matrix products, from NVIDIA's data sheets. The first name that is a part of the
+# device's name applies.
 _PEAKS = {
     "A100": 312e12,
     "L40S": 362e12,
@@ -27,16 +27,16 @@ _PEAKS = {
 
 
 class Throughput:
-    """What was done since the last line of metrics, and in what time.
+    """Work and time since the last line of metrics.
 
-    ``mfu`` is Model FLOPs Utilization (Chowdhery et al. 2022, appendix B): the floating-point operations that
-    the steps need, each prompt counted once and recomputation not at all, per second, over what the GPUs
-    could do in bf16. It is left out where the device's peak is not known, such as on a CPU.
+    ``mfu`` is Model FLOPs Utilization (Chowdhery et al. 2022, appendix B): the floating-point operations per
+    second that the steps need, divided by the GPUs' bf16 peak. Each prompt counts once, and recomputation
+    does not count. Without a known peak, for example on a CPU, ``mfu`` is left out.
     """
 
     def __init__(self, policy: Policy, cost: ForwardCost, world: World) -> None:
         self._cost = cost
-        # Backward is two forwards: gradients of what was fed, and of weights, which frozen ones need not.
+        # Backward costs two forwards: gradients of the inputs, and of the weights. Frozen weights need none.
         adapted = any(not parameter.requires_grad for parameter in decoder_of(policy.model).parameters())
         self._passes = 2.0 if adapted else 3.0
         peak = _peak(policy)
@@ -50,11 +50,11 @@ class Throughput:
             self._flops += self._passes * sum(group_cost(pair_group(pair), self._cost) for pair in pairs)
 
     def leave_out(self, seconds: float) -> None:
-        """Of the time since the last line: evaluations and checkpoints are no training."""
+        """Do not count these seconds: evaluations and checkpoints are not training."""
         self._began += seconds
 
     def metrics(self) -> Metrics:
-        """``pairs_per_second`` and ``mfu``; counting begins anew."""
+        """``pairs_per_second`` and ``mfu`` since the last call. Counting starts again."""
         seconds = time.perf_counter() - self._began
         found: Metrics = {"pairs_per_second": self._pairs / seconds}
         if self._peak is not None:

@@ -1,7 +1,7 @@
-"""A frozen model through transformers: the trainer's own forward as scorer, sampler and oracle.
+"""``HfScorer``: scores and samples with transformers, by the same forward as training (``--backend hf``).
 
-It scores references where vLLM cannot run, scores any checkpoint on any shards, and is what vLLM's
-numbers are compared with.
+It scores references where vLLM cannot run, scores any checkpoint on any shards, and gives the numbers that
+vLLM's are compared with.
 """
 
 import functools
@@ -36,11 +36,11 @@ _SAMPLING_BATCH = 64
 
 
 class HfScorer:
-    """A model that scores and samples through transformers; loaded at first use.
+    """A model that scores and samples with transformers. It is loaded at first use.
 
     Args:
-        folder: The model.
-        dtype: Compute dtype, such as ``float32``; log-probs are those of training in it from fp32 parameters.
+        folder: The model folder.
+        dtype: Compute dtype, such as ``float32``. Log-probs are those of training in it with fp32 parameters.
         max_length: Most tokens of a sequence in this run; None: the model's context.
     """
 
@@ -80,7 +80,7 @@ class HfScorer:
         return self._policy
 
     def token_logps(self, sequences: Sequence[TokenSequence]) -> list[LogpArray]:
-        """See ``Scorer``: adjacent sequences of one prompt share its forward."""
+        """See ``Scorer``. Adjacent sequences with the same prompt share the prompt's forward."""
         groups = _by_prompt(sequences)
         found: list[list[LogpArray]] = [[] for _ in groups]
         for members in self.policy.bins(groups, _BATCH_ROWS):
@@ -98,12 +98,12 @@ class HfScorer:
         temperature: float,
         seed: int,
     ) -> list[list[Completion]]:
-        """See ``Sampler``. Left-padded batches through ``generate``; vLLM is faster where it runs."""
+        """See ``Sampler``. Uses transformers' ``generate`` on left-padded batches; vLLM is faster."""
         model = self.policy.model
         declared = model.generation_config
         eos = _eos_ids(declared.eos_token_id)
-        # What the checkpoint declares beyond its EOS (repetition penalty, top-k, ...) would fill every gap of
-        # a call, and the samples would not be the model's own.
+        # generate() takes every setting it is not given from the checkpoint (repetition penalty, top-k, ...),
+        # and the samples would not be the model's own.
         model.generation_config = GenerationConfig(
             do_sample=True,
             temperature=temperature,

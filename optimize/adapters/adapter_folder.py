@@ -1,4 +1,4 @@
-"""A LoRA adapter on disk, in peft's layout: what it is, and which base it is for."""
+"""Reads a LoRA adapter folder in peft's layout, and checks that it is plain LoRA for the right base model."""
 
 import json
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ BASE_WEIGHTS = "base_weights"
 """Metadata of the weights' file: digest of the base that the adapter was trained on."""
 PREFIX = "base_model.model."
 
-# What a configuration may say without changing what the two matrices mean: everything else must be off.
+# Keys of a configuration that do not change what the two matrices mean. Every other feature must be off.
 _HARMLESS = {
     *("r", "lora_alpha", "target_modules", "use_rslora", "fan_in_fan_out", "lora_dropout", "task_type"),
     *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"),
 }
-# Others change the base's weights when they are loaded (PiSSA, OLoRA, CorDA, LoftQ).
+# The other initializations (PiSSA, OLoRA, CorDA, LoftQ) change the base's weights when they are loaded.
 _HARMLESS_INITS = {"gaussian", "eva", "orthogonal"}
 
 
@@ -38,9 +38,9 @@ class Adapter(NamedTuple):
     transposed: bool
     """The base keeps its weights as (in, out), as GPT-2 does."""
     layers: tuple[str, ...]
-    """Names of the modules it is for, sorted."""
+    """Names of the modules that it adapts, sorted."""
     base_weights: str | None
-    """Digest of its base, where it was trained here."""
+    """Digest of the base's weights; None for an adapter that another program trained."""
 
     @property
     def scaling(self) -> float:
@@ -55,7 +55,7 @@ class Adapter(NamedTuple):
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read what an adapter is, not yet its matrices.
+    """Read an adapter's configuration and the names and shapes of its matrices, not their contents.
 
     Raises:
         ConfigError: There is no adapter, or it is not plain LoRA.
@@ -96,7 +96,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise DataError(
             f"the weights are not pairs of LoRA matrices of rank {rank} (see {shown or 'no pair'})",
             where=str(folder / WEIGHTS),
-            why="what is not understood would be left out of the model in silence",
+            why="the other tensors would silently be left out of the model",
             fix="save the adapter again with peft's save_pretrained",
         )
     return Adapter(
@@ -124,13 +124,13 @@ def _refuse_features(config: dict[str, Any], folder: Path) -> None:
         raise ConfigError(
             f"the adapter is not plain LoRA ({', '.join(features) or 'no peft_type'})",
             where=str(folder / CONFIG),
-            why="only the two matrices of each layer are understood here; the rest would be lost in silence",
-            fix="merge it with peft's own merge_and_unload, and go on from the merged model",
+            why="only the two matrices of each layer are read here; the rest would silently be lost",
+            fix="merge it with peft's own merge_and_unload, and continue from the merged model",
         )
 
 
 def require_base(adapter: Adapter, model_folder: Path) -> None:
-    """Refuse an adapter that was trained here on another base; one from elsewhere does not say.
+    """Refuse an adapter that dpo-opt trained on another base. Other adapters do not record their base.
 
     Raises:
         ConfigError: The base is another model.
@@ -140,9 +140,9 @@ def require_base(adapter: Adapter, model_folder: Path) -> None:
     found = weights_digest(model_folder)
     if found != adapter.base_weights:
         raise ConfigError(
-            f"the adapter was trained on a base with weights {quoted(adapter.base_weights[:16])}..., "
+            f"the adapter was trained on a base with weights {quoted(adapter.base_weights[:16])}..., but "
             f"{quoted(model_folder)} has {found[:16]}...",
             where=str(adapter.folder),
-            why="on another model its matrices mean nothing",
-            fix="pass the model that it was trained on as --model",
+            why="on another model the adapter's matrices mean nothing",
+            fix="pass the model that the adapter was trained on as --model",
         )

@@ -1,7 +1,8 @@
-"""LoRA: two small trainable matrices beside each frozen linear layer, put in by peft, in place.
+"""LoRA: plan an adapter, add it to the policy with peft, and save it.
 
-The model stays the plain transformers model, so its decoder, its head and its attention are used as ever. A
-new adapter adds exactly nothing (B = 0), so the policy is still the reference, and parity is still measured.
+LoRA adds two small trainable matrices to each frozen linear layer. peft puts them in place, so the model is
+still the plain transformers model with the same decoder, head and attention. A new adapter changes nothing
+(B = 0): the policy is still the reference, and parity is still measured.
 
     y = W x + lora_alpha / r * B A x,   A = (r, in), B = (out, r)     (Hu et al. 2021, arXiv 2106.09685)
 """
@@ -31,18 +32,18 @@ from dpo_opt.optimize.forward.architecture import model_without_weights
 from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 
 MAX_RANK = 512
-"""The largest that vLLM serves (``max_lora_rank``)."""
+"""The largest rank that vLLM serves (``max_lora_rank``)."""
 FOUR_BIT_OFFSET = (
-    "the policy's frozen weights are in 4 bits, and the reference was scored with the 16-bit ones: at step 0 "
-    "they differ by what the quantization does, which training starts from and does not remove"
+    "the policy's frozen weights are in 4 bits, but the reference was scored with the 16-bit ones: at step 0 "
+    "their log-probs differ by the error of the quantization, and training does not remove it"
 )
-"""Said instead of the parity gate with ``load_in_4bit``."""
+"""Shown with ``load_in_4bit``, in place of the parity check."""
 _NAME = "default"
 _ALL_LINEAR = ["all-linear"]
 
 
 class AdapterPlan(NamedTuple):
-    """What will be trained, known before any weight is loaded."""
+    """Which layers get an adapter and of what shape; made before any weight is loaded."""
 
     layers: tuple[str, ...]
     """Names of the modules that get an adapter, in the model's order."""
@@ -51,23 +52,23 @@ class AdapterPlan(NamedTuple):
     rslora: bool
     transposed: bool
     parameters: int
-    """Trainable ones, all fp32."""
+    """Number of trainable parameters, all fp32."""
     note: str | None
-    """What the default left out, for a person."""
+    """Which layers the default leaves out, in words; None if there is nothing to say."""
     continued: Adapter | None
-    """The adapter to go on from."""
+    """The existing adapter to train further; None for a new one."""
 
 
 def plan_adapter(config: TrainConfig, model_folder: Path) -> AdapterPlan:
-    """Decide which layers get an adapter, trying it on the model without its weights.
+    """Decide which layers get an adapter, and try it on the model without its weights.
 
     Args:
         config: With ``use_peft``.
-        model_folder: The base.
+        model_folder: The base model.
 
     Raises:
-        ConfigError: Something would fail, be ignored, or be refused by vLLM; see ``require_usable``.
-        DataError: The adapter to go on from is damaged.
+        ConfigError: An option would be ignored or cannot work, or vLLM or peft would refuse the adapter.
+        DataError: The adapter of ``config.adapter`` is damaged.
     """
     require_usable(config)
     model = model_without_weights(model_folder)
@@ -99,17 +100,17 @@ def plan_adapter(config: TrainConfig, model_folder: Path) -> AdapterPlan:
 
 
 def require_usable(config: TrainConfig) -> None:
-    """Check the options among themselves, and against this machine.
+    """Check the LoRA options against each other and against this machine.
 
     Raises:
-        ConfigError: An option would be ignored, or needs what is not here.
+        ConfigError: An option would be ignored, or needs a device or package that this machine lacks.
     """
     if not config.use_peft:
         for name in ("adapter", "load_in_4bit", "lora_target_modules"):
             if getattr(config, name):
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} is about an adapter, and none is trained",
-                    why="all weights would be trained, and the option ignored",
+                    f"--{name.replace('_', '-')} works only with an adapter, and none is trained",
+                    why="all weights would be trained, and the option would be ignored",
                     fix="add --use-peft",
                 )
         return
@@ -122,15 +123,15 @@ def require_usable(config: TrainConfig) -> None:
     if config.adapter and config.lora_target_modules:
         raise ConfigError(
             "--adapter and --lora-target-modules exclude each other",
-            why="an adapter to go on from has its layers already",
+            why="an existing adapter already has its layers",
             fix="leave --lora-target-modules out",
         )
     if config.load_in_4bit:
         if not torch.cuda.is_available():
             raise ConfigError(
                 "--load-in-4bit needs a CUDA device",
-                why="on a CPU bitsandbytes takes no gradient through weights in 4 bits, and does not say so",
-                fix="leave --load-in-4bit out: a frozen model takes 2 bytes per weight with --dtype bfloat16",
+                why="on a CPU bitsandbytes silently passes no gradient through 4-bit weights",
+                fix="leave --load-in-4bit out; with --dtype bfloat16 a frozen model takes 2 bytes per weight",
             )
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError("--load-in-4bit needs bitsandbytes", fix="pip install bitsandbytes")
@@ -139,7 +140,7 @@ def require_usable(config: TrainConfig) -> None:
 def four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for QLoRA's NF4 weights (Dettmers et al. 2023, arXiv 2305.14314).
 
-    The head stays as it is: transformers leaves it out of the quantization.
+    transformers does not quantize the head.
     """
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -151,22 +152,22 @@ def four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
 
 
 def add_adapter(model: PreTrainedModel, plan: AdapterPlan, *, seed: int) -> None:
-    """Freeze the model and give it the planned adapter, in fp32, in place.
+    """Freeze the model and add the planned adapter to it, in fp32 and in place.
 
     Args:
-        model: The base that was planned for.
+        model: The base model that ``plan`` was made for.
         plan: From ``plan_adapter``.
-        seed: Decides A; B is 0. An adapter to go on from brings both.
+        seed: Decides A of a new adapter; its B is 0. An existing adapter brings both matrices.
 
     Raises:
-        ConfigError: peft refuses.
+        ConfigError: peft refuses the plan, or adapts other layers.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _inject(model, plan)
     model.eval()  # the new modules come in training mode
     for adapted in _adapted(model).values():
-        # Autocast decides what the products are in: a copy of each input in fp32 would be kept for backward.
+        # Autocast decides the dtype of the products; a cast here would keep an fp32 copy of every input.
         adapted.cast_input_dtype_enabled = False
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -179,9 +180,9 @@ def add_adapter(model: PreTrainedModel, plan: AdapterPlan, *, seed: int) -> None
 
 
 def trainable_names(model: nn.Module) -> list[str]:
-    """Names, as in ``named_parameters``, of what a checkpoint must hold: the rest is the base's, unchanged.
+    """Names, as in ``named_parameters``, of the trained parameters: all that a checkpoint must hold.
 
-    Without an adapter that is every parameter.
+    Without an adapter these are all parameters.
     """
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
@@ -191,10 +192,10 @@ def save_adapter(model: PreTrainedModel, folder: Path, *, base: str, base_weight
 
     Args:
         model: With an adapter from ``add_adapter``.
-        folder: Where adapter_config.json and adapter_model.safetensors go.
-        base: What the adapter says its base is: a Hub name, or the path as it was given.
-        base_weights: The base's ``weights_digest``, so that it is not merged into another model; None where
-            it is not known.
+        folder: Folder for adapter_config.json and adapter_model.safetensors.
+        base: Name of the base in adapter_config.json: a Hub name, or the path as it was given.
+        base_weights: ``weights_digest`` of the base, so that the adapter is not merged into another model;
+            None if it is not known.
     """
     tensors = {
         f"{PREFIX}{layer}.{side}.weight": getattr(module, side)[_NAME].weight.detach().cpu().contiguous()
@@ -205,7 +206,7 @@ def save_adapter(model: PreTrainedModel, folder: Path, *, base: str, base_weight
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
     config = copy.copy(model.peft_config[_NAME])
     config.base_model_name_or_path = base
-    # Whole names: peft makes short ones of many, which in another version's model may name other layers too.
+    # Full names: peft shortens them, and in another version's model a short name may match other layers too.
     config.target_modules = sorted(_adapted(model))
     config.inference_mode = True
     config.save_pretrained(str(folder))
@@ -235,8 +236,8 @@ def _inject(model: PreTrainedModel, plan: AdapterPlan) -> None:
     if found != set(plan.layers):
         odd, known = sorted(found ^ set(plan.layers)), short_names(found & set(plan.layers))
         raise ConfigError(
-            f"peft adapted other layers than it was asked for, such as {odd[0]}",
-            why="what is trained would not be what was planned",
+            f"peft adapted other layers than it was asked to, such as {odd[0]}",
+            why="other layers would be trained than were planned",
             fix=f"pass --lora-target-modules with some of: {known}",
         )
 
@@ -266,7 +267,7 @@ def _require_fitting(adapter: Adapter, config: TrainConfig, model: PreTrainedMod
             f"the adapter has a layer {quoted(missing[0])}, which the model lacks or which cannot be trained "
             "here",
             where=str(adapter.folder),
-            why="it would be left out in silence",
+            why="the layer would silently be left out",
             fix="pass the model that the adapter was trained on as --model, or train a new one on the merged "
             "model",
         )

@@ -1,8 +1,8 @@
-"""Which layers may get an adapter.
+"""Decides which layers get a LoRA adapter (``--lora-target-modules``); refuses names that would do nothing.
 
-peft ignores a name that matches nothing as long as another one matches, and an adapter on a layer that is
-never called would stay untrained: the head, whose weight is read, and whatever sees or hears, since pairs are
-text.
+peft ignores a name that matches no layer as long as another name matches. An adapter on a layer that is never
+called would stay untrained. Such layers are the head, whose weight is only read, and all layers for images
+and sound, because pairs are text.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,33 +14,34 @@ from transformers.pytorch_utils import Conv1D
 from dpo_opt.optimize.forward.architecture import decoder_of
 from dpo_opt.schemas.errors import ConfigError
 
-# peft turns layers of these names into adapters of all experts, wherever in a model with experts they stand.
+# In a model with experts, peft turns any layer of these names into adapters of all experts.
 _EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "classifier"}
-# Not all subclasses of a linear layer: some routers are, and return more than one tensor.
+# Exact class names: some routers are subclasses of a linear layer, and return more than one tensor.
 _LINEAR = {"Linear", "FalconLinear"}
-# Parts of names inside a decoder that text alone does not run, or that no gradient reaches: towers (of
-# Phi-4-multimodal), experts for images (Ernie 4.5 VL), attention to an encoder, choosers of keys and patches.
+# Parts of names in a decoder of layers that text does not run, or that no gradient reaches: image and sound
+# towers (Phi-4-multimodal), image experts (Ernie 4.5 VL), attention to an encoder, key and patch selectors.
 _UNREACHED = (
     *("vision", "visual", "image", "audio", "speech", "cross", "encoder_attn", "encoder_decoder"),
     *("indexer", "patcher"),
 )
-# Model types in which peft refuses the layer of this name.
+# Model types in which peft refuses the layer called ``_REFUSED_BY_PEFT``.
 _STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _REFUSED_BY_PEFT = "out_proj"
 _READ = "dt_proj"
-"""A step size of state-space layers: its weight is read, and the layer not called."""
+"""The step size of state-space layers: the model reads the layer's weight and never calls the layer."""
 _IDLE = "not run by text alone, and nothing else is trained"
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether experts are one tensor of three dimensions, as in transformers 5: they get no adapter here."""
+    """Whether the model has experts as one 3-D tensor, as in transformers 5. They get no adapter here."""
     return any(parameter.ndim == 3 and ".experts." in name for name, parameter in model.named_parameters())
 
 
 def offered_layers(model: PreTrainedModel) -> Mapping[str, nn.Module]:
     """Linear layers that can get an adapter, by their names in the model.
 
-    They are those of the text decoder: not the head, nor what peft refuses or would take for an expert.
+    These are layers of the text decoder. The head, and layers that peft refuses or would mistake for experts,
+    are left out.
     """
     experts = has_experts(model)
     return {n: m for n, m in _run_by_text(model).items() if _obstacle(model, n, m, experts) is None}
@@ -49,10 +50,10 @@ def offered_layers(model: PreTrainedModel) -> Mapping[str, nn.Module]:
 def chosen_layers(model: PreTrainedModel, targets: Iterable[str]) -> tuple[str, ...]:
     """The layers whose names end with one of ``targets``, in the model's order.
 
-    Those that text alone does not run are passed over where the name is also one of the decoder's layers.
+    If a name matches both layers that text runs and layers that it does not run, the latter are skipped.
 
     Raises:
-        ConfigError: A target names no layer, or also something else of the decoder.
+        ConfigError: A target matches no layer, or matches one that cannot get an adapter.
     """
     offered, run, experts = offered_layers(model), _run_by_text(model), has_experts(model)
     chosen: set[str] = set()
@@ -67,7 +68,7 @@ def chosen_layers(model: PreTrainedModel, targets: Iterable[str]) -> tuple[str, 
                 what = f"{wrong} is {_obstacle(model, wrong, named[wrong], experts) or _IDLE}"
             raise ConfigError(
                 f"--lora-target-modules {target}: {what}",
-                why="it would stay untrained in silence, or the adapter would not load in vLLM",
+                why="it would silently stay untrained, or the adapter would not load in vLLM",
                 fix=f"pass some of: {short_names(offered)}",
             )
         chosen |= running
@@ -75,10 +76,10 @@ def chosen_layers(model: PreTrainedModel, targets: Iterable[str]) -> tuple[str, 
 
 
 def left_out(model: PreTrainedModel) -> str | None:
-    """Which linear layers the default passes over, for a person; None where it is the head alone."""
+    """Which linear layers the default leaves out, in words; None if it is only the head."""
     notes, run, head = [], _run_by_text(model), model.get_output_embeddings()
     if has_experts(model):
-        notes.append("the experts get no adapter, nor do their router and the layers beside them")
+        notes.append("the experts get no adapter, nor do their router and the layers next to them")
     if model.config.model_type in _STATE_SPACE:
         notes.append(f"the {_REFUSED_BY_PEFT} of state-space layers gets no adapter: peft refuses it there")
     idle = [n for n, m in model.named_modules() if _is_linear(m) and m is not head and n not in run]
@@ -88,7 +89,7 @@ def left_out(model: PreTrainedModel) -> str | None:
 
 
 def _run_by_text(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The modules of the decoder that are at work where a sequence is text alone, by name in the model."""
+    """The decoder's modules that run when a sequence is only text, by their names in the model."""
     decoder = decoder_of(model)
     inside = {id(module) for module in decoder.modules()}
     for layer in decoder.modules():
@@ -103,7 +104,7 @@ def _run_by_text(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _obstacle(model: PreTrainedModel, name: str, module: nn.Module, experts: bool) -> str | None:
-    """What a module is that it can get no adapter, in words; None where it can."""
+    """Why a module can get no adapter, as the end of "it is ..."; None if it can get one."""
     if module is model.get_output_embeddings():
         return "the head"
     if module is model.get_input_embeddings():
@@ -111,7 +112,7 @@ def _obstacle(model: PreTrainedModel, name: str, module: nn.Module, experts: boo
     if experts and _leaf(name) in _EXPERT_NAMES:
         return "in a model with experts, whose adapters are not supported"
     if not _is_linear(module):
-        return "no plain linear layer"
+        return "not a plain linear layer"
     if model.config.model_type in _STATE_SPACE and _leaf(name) == _REFUSED_BY_PEFT:
         return "in a state-space layer, where peft refuses it"
     if _leaf(name) == _READ:
@@ -124,7 +125,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def short_names(layers: Iterable[str]) -> str:
-    """The last parts of the layers' names, as a person passes them."""
+    """The last parts of the layers' names, as ``--lora-target-modules`` takes them."""
     return " ".join(sorted({_leaf(name) for name in layers}))
 
 

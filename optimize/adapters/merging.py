@@ -1,7 +1,8 @@
-"""An adapter merged into its base: the same bits on every machine.
+"""Merges a LoRA adapter into its base model (``dpo-opt merge``), with the same bits on every machine.
 
-Training on from an adapter needs a reference that was scored with it merged. Because merging is exact, the
-digest of that model follows from the two folders, and the check before training needs no third one.
+Training an existing adapter further needs a reference that was scored with the adapter merged. Because the
+merge is the same everywhere, the merged model's digest follows from base and adapter, and the check before
+training does not need the merged folder.
 
     r = rank, W = weight of a layer (out, in), A = (r, in), B = (out, r), merged = W + scaling * B A
 """
@@ -29,24 +30,26 @@ from dpo_opt.schemas.progress import Progress
 from dpo_opt.schemas.weights import OTHER_FORMAT, loaded_files, weights_digest
 
 _CODES = {torch.float32: "F32"}
-# Entries added up at a time: they stay in the cache.
+# Entries computed at a time: so many fit into the CPU's cache.
 _BLOCK = 2**18
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 
 
 class Merged(NamedTuple):
-    """A merged tensor, and sums of squares of what was to change and of what rounding made of it."""
+    """A merged tensor, and how much of the change rounding took away."""
 
     tensor: Tensor
     change: float
+    """Sum of squares of the intended change."""
     error: float
+    """Sum of squares of the rounding error."""
 
 
 def merged_digests(model_folder: Path, adapter: Adapter) -> Iterator[str]:
     """Digests of the weights that ``write_merged`` would write: in the base's dtype, then in fp32.
 
     Raises:
-        ConfigError: As ``write_merged``.
+        ConfigError: See ``write_merged``.
     """
     layers = _tensors_of_layers(model_folder, adapter)
     for dtype in (None, torch.float32):
@@ -65,7 +68,7 @@ def merged_digests(model_folder: Path, adapter: Adapter) -> Iterator[str]:
 def write_merged(
     model_folder: Path, adapter: Adapter, output: Path, *, dtype: torch.dtype | None, progress: Progress
 ) -> float:
-    """Write the merged model into an existing folder, beside everything but weights that its base has.
+    """Write the merged model into an existing folder, with the base's tokenizer, settings and licence.
 
     One file of weights is in memory at a time.
 
@@ -73,8 +76,8 @@ def write_merged(
         model_folder: The base, in the Hugging Face layout.
         adapter: What to merge into it.
         output: An empty folder.
-        dtype: Of the weights. None: each tensor keeps its own, and those without an adapter their bytes.
-        progress: Told about each file.
+        dtype: Dtype of the weights. None: tensors keep their own, and those without an adapter their bytes.
+        progress: Advances once per file.
 
     Returns:
         Share of the change that rounding to the dtype took away: norm of the error over norm of the change.
@@ -121,15 +124,15 @@ def _merged(
 def merge_tensor(weight: Tensor, a: Tensor, b: Tensor, *, adapter: Adapter, dtype: torch.dtype) -> Merged:
     """W + scaling * B A.
 
-    Products and sums one by one, each rounded once as IEEE 754 has it, in this order: the last bits of a
-    matrix product depend on the machine, and then so would the digest of the merged model.
+    Products and sums are computed one by one, in a fixed order, each rounded once as IEEE 754 prescribes. A
+    matrix product's last bits depend on the machine, and the digest of the merged model would too.
 
     Args:
-        weight: (out, in), or (in, out) where the adapter is transposed.
+        weight: (out, in), or (in, out) if the adapter is transposed.
         a: (r, in).
         b: (out, r).
-        adapter: Its scaling.
-        dtype: Of the result. What W's neighbours in bf16 are too far apart for is lost.
+        adapter: Gives the scaling and the orientation.
+        dtype: Dtype of the result. In bf16, changes smaller than W's rounding are lost.
     """
     a, b = a.float(), b.float() * adapter.scaling
     if adapter.transposed:
@@ -152,13 +155,13 @@ def merge_tensor(weight: Tensor, a: Tensor, b: Tensor, *, adapter: Adapter, dtyp
 
 
 def _tensors_of_layers(model_folder: Path, adapter: Adapter) -> dict[Path, dict[str, tuple[Tensor, Tensor]]]:
-    """By file and tensor name of the base: A and B of the adapter's layer."""
+    """The adapter's matrices (A, B), by the base's file and tensor name that they change."""
     if "quantization_config" in read_config(model_folder):
         raise ConfigError(
             "the base's weights are quantized",
             where=str(model_folder),
-            why="an adapter's small changes would be lost in rounding to so few bits",
-            fix="pass the 16-bit model that it was made from as --model",
+            why="rounding to so few bits would lose an adapter's small changes",
+            fix="pass the 16-bit model that the base was quantized from as --model",
         )
     places: dict[str, tuple[Path, list[int]]] = {}
     for file in loaded_files(model_folder):
@@ -174,20 +177,20 @@ def _tensors_of_layers(model_folder: Path, adapter: Adapter) -> dict[Path, dict[
             raise ConfigError(
                 f"the adapter has a layer {quoted(layer)} of shape {shape}; {has}",
                 where=str(model_folder),
-                why="the adapter is for another model, or transformers puts this one's tensors together "
-                "when it loads them",
-                fix="pass the model that it was trained on as --model; or merge with peft's merge_and_unload "
-                "and train with --reference-differs",
+                why="the adapter is for another model, or transformers joins this model's tensors when it "
+                "loads them",
+                fix="pass the model that the adapter was trained on as --model; or merge with peft's "
+                "merge_and_unload and train with --reference-differs",
             )
         found.setdefault(places[name][0], {})[name] = a, b
     return found
 
 
 def _saved_names(model_folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Names of a checkpoint's tensors by the parameters that transformers reads them into, one into one.
+    """From each parameter that transformers reads from one tensor to that tensor's name in the checkpoint.
 
-    They differ: GPT-2 was released as h.0.attn for transformer.h.0.attn, and most models that see are saved
-    as language_model.model.layers for model.language_model.layers.
+    The two differ: GPT-2's checkpoint has h.0.attn for transformer.h.0.attn, and most vision models are saved
+    with language_model.model.layers for model.language_model.layers.
     """
     model = model_without_weights(model_folder)
     transforms = get_model_conversion_mapping(model)

@@ -1,13 +1,13 @@
-"""Checkpoints that a run can always go on from: whole or not there, checked before they are trusted.
+"""Checkpoints of a training run: save, find the newest valid one, check every byte, remove old ones.
 
     checkpoints/step-00000100/
         model.safetensors ...    the Hugging Face layout; loads in transformers and vLLM
-        optimizer/               its state, by parameter, in safetensors files
-        training_state.json      where in the data the run stood, and what it was
+        optimizer/               the optimizer's state, by parameter, in safetensors files
+        training_state.json      how far the run had come, its settings and its data
         COMPLETE.json            hash of every other file, written last
 
-A checkpoint appears under its name only after all of its bytes are on the disk. It goes by losing
-``COMPLETE.json`` first, so that half a checkpoint is never mistaken for a damaged one.
+A checkpoint appears under its name only after all of its bytes are on the disk. Removing one deletes its
+``COMPLETE.json`` first, so that a half-removed checkpoint is never mistaken for a damaged one.
 """
 
 import shutil
@@ -27,7 +27,7 @@ from dpo_opt.schemas.storage import publish_folder, sha256_file
 
 _COMPLETE = "COMPLETE.json"
 _STATE = "training_state.json"
-# Settings that change neither what is learnt nor from what.
+# Settings that change neither the updates nor the data, so a resumed run may change them.
 _FREE = {
     "model", "shards", "output_dir", "resume", "micro_batch_tokens", "activation_checkpointing",
     "logging_steps", "eval_steps", "eval_shards", "save_steps", "save_minutes", "save_total_limit",
@@ -51,17 +51,17 @@ class Best(_Record):
 
 
 class Data(_Record):
-    """What was trained on and towards what, by content: the index fixes the pairs and their order."""
+    """The data and the reference of a run, by content. The index fixes the pairs and their order."""
 
     dataset_digest: str
     index_sha256: str
     fingerprint: Fingerprint
     reference_differs: bool
-    """Whether the reference was another model than the one the run started from."""
+    """Whether the reference is another model than the one the run started from."""
 
 
 class Counters(BaseModel):
-    """Where a run stands."""
+    """How far a run has come."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -78,7 +78,7 @@ class Counters(BaseModel):
 
 
 class TrainState(_Record):
-    """All that a run needs to go on as if it had not stopped, beside weights and optimizer state."""
+    """All that a run needs to continue as if it had not stopped, besides weights and optimizer state."""
 
     format: Literal[1] = 1
     at: Counters
@@ -90,17 +90,17 @@ class TrainState(_Record):
     """Files of pair log-probs that were written, by folder."""
     best: Best | None
     parity: dict[str, Any] | None
-    """Of the policy that the run started from; None where the reference differs."""
+    """Parity of the policy that the run started from; None with ``reference_differs``."""
     micro_batch_tokens: int
-    """The budget that was used; another one rounds differently."""
+    """The micro-batch budget in token rows; another budget rounds differently."""
     threads: int
-    """Of the CPU; another number rounds differently."""
+    """Number of CPU threads; another number rounds differently."""
     processes: int
-    """Another number rounds differently."""
+    """Number of processes; another number rounds differently."""
     device: str | None = None
-    """Type of the device, such as ``cuda``; None in checkpoints that did not say."""
+    """Type of the device, such as ``cuda``; None in older checkpoints."""
     device_bytes: int | None = None
-    """Memory of the smallest of the processes' GPUs; None on a CPU, and in checkpoints that did not say."""
+    """Memory of the smallest of the processes' GPUs; None on a CPU and in older checkpoints."""
     data: Data
     settings: dict[str, Any]
     """The run's resolved configuration."""
@@ -123,13 +123,13 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def save_checkpoint(run: Path, state: TrainState, write: Callable[[Path], None], world: World) -> Path:
-    """Write a checkpoint whole or not at all; one of this step that is whole already is left alone.
+    """Write a checkpoint whole or not at all. A valid checkpoint of the same step is left alone.
 
     Args:
         run: The run's folder.
-        state: Where the run stands.
-        write: Called by every process with one folder; puts weights and optimizer state there.
-        world: The processes.
+        state: How far the run has come.
+        write: Called by every process with the same folder; writes weights and optimizer state there.
+        world: The run's processes.
 
     Returns:
         The checkpoint.
@@ -171,7 +171,7 @@ def save_checkpoint(run: Path, state: TrainState, write: Callable[[Path], None],
 def prune_checkpoints(run: Path, *, step: int, keep: int, best: Best | None) -> None:
     """Remove all but the newest ``keep`` checkpoints up to ``step`` and the best one.
 
-    Later ones are damaged, or the run would have gone on from them.
+    Checkpoints after ``step`` are damaged, or the run would have resumed from them.
     """
     newest = [path for path in _newest_first(run) if path <= checkpoint_path(run, step)][:keep]
     kept = {*newest, *([checkpoint_path(run, best.step)] if best else [])}
@@ -188,7 +188,7 @@ class Checkpoint(NamedTuple):
 
 
 def find_checkpoint(run: Path, say: Callable[[str], None], world: World) -> Checkpoint | None:
-    """As ``newest_checkpoint``: the first process looks, and all get the same."""
+    """``newest_checkpoint`` for several processes: the first one looks, and all get the same."""
     found = newest_checkpoint(run, say) if world.first else None
     name = text_from_first(found.path.name if found else "", world)
     if found or not name:
@@ -198,13 +198,13 @@ def find_checkpoint(run: Path, say: Callable[[str], None], world: World) -> Chec
 
 
 def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose bytes are those that were written; None where there never was one.
+    """The newest checkpoint whose bytes are those that were written; None if there never was one.
 
-    What a crash left of a checkpoint that was being written or removed is cleared away.
+    Also removes what a crash left of a checkpoint that was being written.
 
     Args:
         run: The run's folder.
-        say: Told of every checkpoint that was passed over, and why.
+        say: Called with a line for every damaged checkpoint that is skipped.
 
     Raises:
         DataError: There are checkpoints, and each is damaged.
@@ -216,22 +216,22 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Checkpoint | Non
         damage = _damage(path)
         if damage is None:
             return Checkpoint(path, parse(TrainState, (path / _STATE).read_bytes(), where=path / _STATE))
-        say(f"passing over the checkpoint {quoted(path.name)}: {damage}")
+        say(f"skipping the damaged checkpoint {quoted(path.name)}: {damage}")
     if damage is None:
         return None
     raise DataError(
-        f"no checkpoint is whole; of the last one, {damage}",
+        f"every checkpoint is damaged; in the oldest one, {damage}",
         where=str(run / CHECKPOINTS),
-        why="going on from changed bytes would train another model than the one that was saved",
+        why="continuing from changed bytes would train another model than the one that was saved",
         fix=f"restore the files, or start again: rm -r {quoted(run)}",
     )
 
 
 def require_same_run(state: TrainState, *, data: Data, settings: dict[str, Any], run: Path) -> None:
-    """Refuse to go on with other data or other settings than a checkpoint was made with.
+    """Refuse to resume with other data or settings than the checkpoint was made with.
 
     Raises:
-        ConfigError: Something differs that would make it another run; the message lists each.
+        ConfigError: A difference would make it another run; the message lists every difference.
     """
     saved = {**state.settings, **_flat(state.data)}
     current = {**settings, **_flat(data)}
@@ -245,22 +245,22 @@ def require_same_run(state: TrainState, *, data: Data, settings: dict[str, Any],
         f"    {name}: {short_value(saved.get(name))} then, {short_value(current[name])} now"
         for name in differing
     ]
-    why = "its checkpoints would go on as another run: neither the old settings' result nor the new ones'"
+    why = "a run with mixed settings gives neither the old settings' result nor the new ones'"
     if set(differing) <= _LENGTHS:
         why = (
-            "learning rates would have been others from the start; a run's length is free where they do not "
-            "depend on it: with --lr-scheduler-type constant, and --warmup-steps 0, 1 or more"
+            "the learning rate of every step depends on the length of the run; the length can change only "
+            "with --lr-scheduler-type constant, and --warmup-steps 0, 1 or more"
         )
     raise ConfigError(
-        "the run was started with something else\n" + "\n".join(rows),
+        "the run was started with other settings or other shards\n" + "\n".join(rows),
         where=str(run),
         why=why,
-        fix=f"{resume_command(run)}, or start anew in another --output-dir",
+        fix=f"{resume_command(run)}, or start a new run in another --output-dir",
     )
 
 
 def _rate_is_any_lengths(settings: dict[str, Any]) -> bool:
-    """Whether the learning rate of a step is the same however many steps there are."""
+    """Whether the learning rate of each step is the same for any number of steps."""
     warmup: float = settings["warmup_steps"]
     if 0 < warmup < 1:
         return False  # a share of all steps
@@ -278,7 +278,7 @@ def _newest_first(run: Path) -> list[Path]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None where every byte is as it was written."""
+    """What is wrong with a checkpoint, in words; None if every byte is as it was written."""
     record = path / _COMPLETE
     if not record.is_file():
         return f"{_COMPLETE} is missing: it was being removed, or files were deleted"

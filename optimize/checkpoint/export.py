@@ -1,4 +1,4 @@
-"""A policy as a folder that transformers and vLLM load: weights, tokenizer, template, settings, card."""
+"""Writes a policy as a folder that transformers and vLLM load: weights, tokenizer, settings, model card."""
 
 import contextlib
 import shutil
@@ -13,25 +13,25 @@ from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.rope import PINNED
 
-# What reads images, sounds and videos for a model; the tokenizer and its template are written by themselves.
+# Settings of image, sound and video processors. The tokenizer and its template are copied separately.
 _PROCESSORS = ("*processor_config.json", "*processor.json", "audio_tokenizer*.json")
 _TEMPLATE = "chat_template.*"
 
 
 def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Path, card: str) -> None:
-    """Put a policy as it is into a folder.
+    """Write a policy into a folder, in its own dtype.
 
     Args:
-        policy: What was trained.
-        folder: An empty one.
-        source: The folder it was loaded from; its generation settings and its processor are kept.
-        tokenizer_dir: The tokenizer whose ids were trained on.
+        policy: The trained policy.
+        folder: An empty folder.
+        source: The folder it was loaded from; its generation settings and its processor are copied.
+        tokenizer_dir: The tokenizer that made the training data.
         card: Text of the model card.
     """
     model = policy.model
-    # transformers refuses to write generation settings that it was willing to read (a temperature without
-    # do_sample, a pad_token_id of -1, as in many released models), which would lose the run at its very end:
-    # they are the source's own, or none.
+    # transformers refuses to write some generation settings that it reads (a temperature without do_sample, a
+    # pad_token_id of -1, as in many released models). That would lose the run at its very end, so the file of
+    # the source is copied instead.
     model.generation_config = GenerationConfig()
     settings = source / "generation_config.json"
     with _as_it_was_loaded(policy, source):
@@ -45,8 +45,8 @@ def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Pa
 
 
 def _copy_processor(source: Path, folder: Path) -> None:
-    """A model that sees or hears loads nowhere without its processor."""
-    # Two templates side by side are refused; the tokenizer's own is the one that was trained on.
+    """Copy the processor's files: a vision or audio model does not load without them."""
+    # transformers refuses a folder with two templates; the tokenizer's own is the one that was trained on.
     templated = any(folder.glob(_TEMPLATE))
     for pattern in (*_PROCESSORS, *(() if templated else (_TEMPLATE,))):
         for path in source.glob(pattern):
@@ -56,7 +56,7 @@ def _copy_processor(source: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _as_it_was_loaded(policy: Policy, source: Path) -> Iterator[None]:
-    """What is saved asks for an attention that others have, and for the rotary embedding it came with."""
+    """Meanwhile the config names transformers' own attention and the original rotary embedding."""
     decoder = decoder_of(policy.model)
     text, original = policy.model.config.get_text_config(), load_model_config(source).get_text_config()
     own = {name: getattr(text, name) for name in PINNED if hasattr(text, name)}

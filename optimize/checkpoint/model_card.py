@@ -1,4 +1,4 @@
-"""What a trained model says of itself: the README.md beside its weights."""
+"""The model card: the README.md that is saved with a trained model."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from dpo_opt.schemas.rope import FIXED
 def model_card(
     config: TrainConfig, manifest: Manifest, parity: Parity | None, *, steps: int, text_alone: bool
 ) -> str:
-    """Markdown with the front matter of a model hub.
+    """The card as Markdown, with the front matter that the Hugging Face Hub reads.
 
     Args:
-        config: The run's.
-        manifest: Of the shards that it was trained on.
-        parity: Of the starting policy with the cached reference; None where the reference differs.
+        config: The run's configuration.
+        manifest: Manifest of the shards that it was trained on.
+        parity: Parity of the starting policy with the cached reference; None with ``reference_differs``.
         steps: Updates made.
-        text_alone: Whether the model also sees or hears, and its text model alone was trained.
+        text_alone: Whether the model also takes images or sound, so that only its text model was trained.
     """
     reference = (
         "another model than the starting policy (`--reference-differs`)"
@@ -32,7 +32,7 @@ def model_card(
     rows = "".join(
         [
             f"| rotary embedding | {rope} (fixed for the whole run) |\n" if rope != FIXED else "",
-            "| trained | the text model alone, on text: what sees or hears is the base's |\n"
+            "| trained | only the text model, on text: the image and audio parts are the base's |\n"
             if text_alone
             else "",
         ]

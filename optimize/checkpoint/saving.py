@@ -1,4 +1,4 @@
-"""What of a run's policy and optimizer goes to disk, for checkpoints and the final model, and comes back."""
+"""Writes a run's policy and optimizer to disk, for checkpoints and the final model; loads the optimizer."""
 
 import shutil
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ _OPTIMIZER = "optimizer"
 
 
 class Saver:
-    """Writes one run's policy; every process of the run calls the same methods."""
+    """Writes one run's policy and optimizer. Every process of the run must call the same methods."""
 
     def __init__(
         self,
@@ -42,30 +42,30 @@ class Saver:
         self._policy, self._optimizer, self._config, self._world = policy, optimizer, config, world
         self._folder, self._model_folder, self._parity = folder, model_folder, parity
         self._names: Mapping[Tensor, str] = {p: name for name, p in policy.model.named_parameters()}
-        # Of an adapter run, the frozen rest is the base's.
+        # With an adapter, the frozen parameters are the base's and are not saved.
         self._wanted = trainable_names(policy.model) if config.use_peft else None
 
     def write_checkpoint(self, private: Path, *, steps: int) -> None:
-        """Put policy and optimizer state into a folder, as they are."""
+        """Write policy and optimizer state into an existing folder, in their own dtypes."""
         whole = gather_policy(self._policy, self._world, names=self._wanted)
         if whole is not None:
             self._write(whole, private, steps=steps)
         save_state(private / _OPTIMIZER, optimizer_tensors(self._optimizer, self._names), self._world)
 
     def load_optimizer(self, checkpoint: Path) -> None:
-        """Give the optimizer the state that ``write_checkpoint`` left.
+        """Load the optimizer state that ``write_checkpoint`` wrote.
 
         Raises:
-            DataError: It is another optimizer's.
+            DataError: The state belongs to another optimizer or model, or cannot be read.
         """
         load_state(checkpoint / _OPTIMIZER, optimizer_tensors(self._optimizer, self._names), self._world)
 
     def write_final(self, path: Path, *, steps: int) -> None:
-        """Publish the trained model, or its adapter; the policy is not to be trained after this."""
+        """Write the trained model or its adapter to ``path``. The policy must not be trained after this."""
         dtype = self._final_dtype
         whole = gather_policy(self._policy, self._world, names=self._wanted, dtype=dtype)
         if whole is not None:
-            # There is one already where a run that had ended was made longer.
+            # A finished run that was resumed with more steps already has a final model.
             shutil.rmtree(path, ignore_errors=True)
             if dtype is not None:
                 whole.model.to(dtype=dtype)
@@ -90,7 +90,7 @@ class Saver:
 
     @property
     def _final_dtype(self) -> torch.dtype | None:
-        """What the weights are cast to; None for an adapter, which stays in fp32."""
+        """Dtype of the saved weights; None for an adapter, which stays in fp32."""
         if self._config.use_peft:
             return None
         name = self._config.save_dtype
@@ -99,7 +99,7 @@ class Saver:
 
     @property
     def _base(self) -> str | None:
-        """Digest of the frozen weights, where it is known without reading them again."""
+        """Digest of the base's weights; None if it would have to be computed again."""
         known = not self._config.reference_differs and self._config.adapter is None
         return self._folder.manifest.fingerprint.weights if known else None
 

@@ -1,7 +1,7 @@
-"""Named tensors on disk, bit for bit, whatever number of processes wrote them and whatever number reads them.
+"""Saves and loads the optimizer's tensors exactly, from any number of processes to any other number.
 
-Alone, plain safetensors files. Of several processes each writes its own parts of the tensors, through
-torch.distributed.checkpoint in its safetensors form: no process holds all, and nothing on disk is pickled.
+One process writes plain safetensors files. Several processes each write their own parts of the tensors with
+torch.distributed.checkpoint in its safetensors form. No process holds all tensors, and nothing is pickled.
 """
 
 import time
@@ -22,23 +22,23 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from dpo_opt.optimize.processes.distributed import World, any_rank, sum_over_ranks
 from dpo_opt.schemas.errors import DataError, DpoOptError, first_line, quoted
 
-# A file is put together in memory before it is written.
+# Each file is assembled in memory before it is written.
 _FILE_BYTES = 2**30
 # A network file system may show another machine's files late.
 _SEEN_WITHIN_SECONDS = 60
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
-    """Write tensors into a folder that all processes see; returns when all of them have written.
+    """Write tensors into a folder that all processes see. Returns when all processes have written.
 
     Args:
-        folder: New, the same for every process.
-        tensors: The same names on every process. DTensors are written in parts, others once.
-        world: The processes.
+        folder: A new folder, the same for every process.
+        tensors: The same names on every process. DTensors are written in parts, other tensors once.
+        world: The run's processes.
 
     Raises:
-        OSError: A process cannot write, such as on a full disk.
-        DpoOptError: The first process does not see what the others wrote.
+        OSError: A process cannot write, for example because the disk is full.
+        DpoOptError: The first process does not see the files of the others.
     """
     files = _files(tensors)
     if world.size == 1:
@@ -62,9 +62,9 @@ def load_state(folder: Path, tensors: Mapping[str, Tensor], world: World) -> Non
     """Fill tensors, in place, with what ``save_state`` wrote from any number of processes.
 
     Args:
-        folder: Where it wrote.
+        folder: The folder that ``save_state`` wrote.
         tensors: The same names, shapes and dtypes as were written; DTensors take their own parts.
-        world: The processes.
+        world: The run's processes.
 
     Raises:
         DataError: The folder holds other tensors, or cannot be read.
@@ -73,7 +73,7 @@ def load_state(folder: Path, tensors: Mapping[str, Tensor], world: World) -> Non
         reader = HuggingFaceStorageReader(str(folder))
         _require_same(reader, tensors)
         with warnings.catch_warnings():
-            # That it is one process alone is what it was told.
+            # torch warns that there is no process group; with one process that is intended.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load(dict(tensors), storage_reader=reader, no_dist=world.size == 1)
     except (CheckpointException, SafetensorError, OSError) as error:
@@ -81,13 +81,13 @@ def load_state(folder: Path, tensors: Mapping[str, Tensor], world: World) -> Non
         raise DataError(
             f"the saved state cannot be read ({first_line(cause)})",
             where=str(folder),
-            why="training would not go on from where it stopped",
-            fix="restore the folder, or remove its checkpoint to go on from the one before",
+            why="training could not continue from where it stopped",
+            fix="restore the folder, or remove its checkpoint to continue from the one before",
         ) from error
 
 
 def _first_failure(error: CheckpointException) -> BaseException:
-    """What went wrong on the first process where something did."""
+    """The error of the lowest-numbered process that failed."""
     return min(error.failures.items())[1][0]
 
 
@@ -113,7 +113,7 @@ def _require_shared(folder: Path, world: World) -> None:
         time.sleep(1)
     if any_rank(world.first and seen < written, world):
         raise DpoOptError(
-            f"the processes wrote {written} files, and process {world.rank} sees {seen}",
+            f"the processes wrote {written} files, but process {world.rank} sees {seen}",
             where=str(folder),
             why="a checkpoint that lacks another machine's parts cannot be resumed from",
             fix="pass an --output-dir that all machines share",
@@ -121,7 +121,7 @@ def _require_shared(folder: Path, world: World) -> None:
 
 
 def _require_same(reader: HuggingFaceStorageReader, tensors: Mapping[str, Tensor]) -> None:
-    """torch.distributed.checkpoint itself would cast in silence, and ignore tensors that nobody asks for."""
+    """Refuse other tensors: torch.distributed.checkpoint would silently cast them, or ignore extra ones."""
     saved = {
         name: f"{found.properties.dtype} {list(found.size)}"
         for name, found in reader.read_metadata().state_dict_metadata.items()
@@ -132,9 +132,9 @@ def _require_same(reader: HuggingFaceStorageReader, tensors: Mapping[str, Tensor
     if differing:
         name = differing[0]
         raise DataError(
-            f"the saved state is another one: {len(differing)} tensors differ, such as {quoted(name)} "
-            f"({saved.get(name, 'missing')} saved, {wanted.get(name, 'none')} wanted)",
+            f"the saved optimizer state does not fit: {len(differing)} tensors differ, such as "
+            f"{quoted(name)} ({saved.get(name, 'missing')} saved, {wanted.get(name, 'none')} wanted)",
             where=str(reader.path),
-            why="training would not go on from where it stopped",
+            why="training could not continue from where it stopped",
             fix="resume with the model and the settings that the run was started with",
         )

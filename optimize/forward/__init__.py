@@ -1,1 +1,1 @@
-"""Log-probs of packed sequences, and their gradients."""
+"""The policy's forward: packing, attention, log-probs and their gradients, loading and checking a model."""

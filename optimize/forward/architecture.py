@@ -1,7 +1,7 @@
-"""What a transformers model is made of: which class loads it, its decoder, its layers, its head.
+"""Finds the parts of a transformers model: the class that loads it, its decoder, layers and head.
 
-Text alone is scored and trained here. A wrapper around a text model (images, audio) is loaded whole, so that
-it can be saved whole, and its decoder alone is run.
+Only text is scored and trained. A model that also takes images or audio is loaded whole, so that it can be
+saved whole, but only its text decoder runs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from dpo_opt.optimize.forward.logps import Head
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.model_config import load_model_config, model_errors
 
-# What configurations call the number that logits are multiplied with, or divided by.
+# Names in configurations of the number that logits are multiplied or divided by.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, MuseGlimmer
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
 _MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
@@ -41,7 +41,7 @@ def model_without_weights(folder: Path) -> PreTrainedModel:
     """The model on the ``meta`` device, in fp32 and evaluation mode: shapes, no data.
 
     Raises:
-        ConfigError: transformers cannot make it.
+        ConfigError: transformers cannot build the model from its config.json.
     """
     config = load_model_config(folder)
     try:
@@ -57,18 +57,19 @@ def model_without_weights(folder: Path) -> PreTrainedModel:
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
-    """The module that turns token ids into the hidden states that the head reads; the model itself where it
-    hides it.
+    """The module that turns token ids into the hidden states that the head reads.
+
+    It is the model itself if the model does not expose its decoder.
     """
     wraps = model.config.get_text_config() is not model.config
-    # get_decoder takes whatever is called "decoder", which in a few text models is the head.
+    # get_decoder returns any module called "decoder", which in a few text models is the head.
     found = model.get_decoder() if wraps or model.base_model is model else model.base_model
-    # Text models cut out of a wrapper (Llama 4, Mllama) say where the wrapper had it.
+    # Text models cut out of a wrapper (Llama 4, Mllama) keep the wrapper's base_model_prefix.
     return getattr(model, "model", model) if found is model else found
 
 
 def decoder_layers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Entries of the outermost lists of modules: the decoder layers, not what they hold lists of."""
+    """The decoder layers: entries of the outermost module lists, not of lists inside a layer."""
     for child in module.children():
         if isinstance(child, torch.nn.ModuleList):
             yield from child
@@ -103,7 +104,7 @@ def _scale(config: PretrainedConfig) -> float:
 
 
 def special_ids(config: PretrainedConfig) -> set[int]:
-    """Ids that stand for something else than text, such as the place of an image."""
+    """Ids of tokens that are not text, such as the placeholder of an image."""
 
     def walk(values: Mapping[Any, Any]) -> Iterator[int]:
         for name, value in values.items():

@@ -1,9 +1,9 @@
-"""Exact attention over packed, prefix-shared rows, plugged into transformers without touching a model.
+"""Exact attention over packed rows that share prompts, registered with transformers; no model is changed.
 
-Stock backends would read the jump in position ids as a new document and cut the rejected completion
-off from its prompt, in silence. Here every segment names its prefix, so it sees [prefix, itself] and
-nothing else, and no T x T mask is ever built. Because those keys have consecutive positions, a
-sliding window counts positions, as it must.
+transformers' own backends would read the jump in position ids as a new document, and silently cut the
+rejected completion off from its prompt. Here every segment names its prefix: it sees [prefix, itself] and
+nothing else, and no T x T mask is ever built. Because those keys have consecutive positions, a sliding window
+counts positions, as it must.
 
     H = query heads, K = key-value heads, D = head dimension, T = packed rows
 """
@@ -24,13 +24,13 @@ from dpo_opt.optimize.forward.packing import Segment, VarlenIndex
 from dpo_opt.optimize.forward.varlen import takes_varlen, varlen_attention
 
 SEGMENT_ATTENTION = "dpo_opt_segments"
-"""For packed rows."""
+"""Name of the attention for packed rows."""
 PADDED_ATTENTION = "dpo_opt_padded"
-"""For padded rows: torch's own attention, which refuses what it would leave out."""
+"""Name of the attention for padded rows: torch's kernel, and a refusal of features that it lacks."""
 STOCK_ATTENTION = "eager"
-"""transformers' own, written out in each model's file: what the model means."""
-# What transformers hands to an attention beside the tensors and does not change its result: the layout of the
-# batch, what a cache or another kernel wants to know, and what is wanted back.
+"""Name of transformers' own attention, written out in each model's file: it defines the right result."""
+# Arguments that transformers passes to an attention and that do not change its result: the layout of the
+# batch, what a cache or another kernel needs, and which outputs are returned.
 _WITHOUT_EFFECT = {
     *("position_ids", "cache_position", "segments", "varlen", "layer_idx", "layer_type", "is_training"),
     *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
@@ -38,7 +38,7 @@ _WITHOUT_EFFECT = {
     *("position_embeddings", "past_key_values", "deterministic", "logits_to_keep", "output_mtp_logits"),
 }
 _KEPT_ENTRIES = 2**20
-# Queries per call on a CPU: its kernel skips keys that come later only in blocks of 512.
+# Queries per call on a CPU, where torch's kernel skips later keys only in blocks of 512.
 _CPU_ROWS = 64
 
 
@@ -57,14 +57,14 @@ def segment_attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention output (1, T, H, D) in the form transformers' ``AttentionInterface`` expects.
+    """Attention output (1, T, H, D), in the form that transformers' ``AttentionInterface`` expects.
 
-    ``varlen`` says the same as ``segments`` to the fused kernel of a CUDA device.
+    ``varlen`` describes the same segments for the fused kernel of a CUDA device.
 
     Raises:
-        NotImplementedError: The model wants what this kernel would ignore (soft-capping, sinks, a bias, a
-            mask of its own), or applies its sliding window in a mask that is never built here;
-            ``load_policy`` detects such models and falls back to padded rows.
+        NotImplementedError: The model needs something that this kernel would ignore (soft-capping, sinks, a
+            bias, its own mask), or applies its sliding window in a mask, and no mask is built here.
+            ``load_policy`` detects such models and uses padded rows.
     """
     refuse_unknown(others, dropout=dropout)
     if attention_mask is not None or not (
@@ -78,10 +78,10 @@ def segment_attention(
         return varlen_attention(query, key, value, varlen, scale=scaling, window=sliding_window), None
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.is_cuda:
-        # There the one kernel that takes grouped heads with fp32 or a mask keeps all scores for backward.
+        # On CUDA the only kernel for grouped heads with fp32 or a mask keeps all scores for backward.
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         grouped = False
-    # Split, not sliced: the gradient of T rows is then put together once, not once per segment.
+    # Split, not sliced: autograd then assembles the gradient of T rows once, not once per segment.
     sizes = [segment.stop - segment.start for segment in segments]
     queries, keys, values = (torch.split(x, sizes, dim=2) for x in (query, key, value))
     begins = {segment.start: number for number, segment in enumerate(segments)}
@@ -101,7 +101,7 @@ def segment_attention(
             windowed = sliding_window is not None and stop > sliding_window
             mask = None
             if stop > rows or windowed:
-                # The layers of one forward ask for the same masks; large ones cost less to make than to keep.
+                # All layers of one forward need the same masks; large ones cost less to make than to keep.
                 make = _kept_mask if rows * stop <= _KEPT_ENTRIES else _mask
                 mask = make(rows, stop, sliding_window if windowed else None, q.device)
             outputs.append(
@@ -119,10 +119,10 @@ def segment_attention(
 
 
 def _mask(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
-    """(rows, columns) bool, true where a query sees a key: row i stands at position columns - rows + i."""
+    """(rows, columns) bool, true if a query sees a key: row i is at position columns - rows + i."""
     offset = columns - rows
     mask = torch.ones(rows, columns, dtype=torch.bool, device=device).tril(offset)
-    # It sees its own position and the window - 1 before it.
+    # A query sees its own position and the window - 1 positions before it.
     return mask if window is None else mask.triu(offset - window + 1)
 
 
@@ -130,7 +130,7 @@ _kept_mask = functools.lru_cache(maxsize=64)(_mask)
 
 
 def _is_windowed(module: torch.nn.Module) -> bool:
-    """Whether the configuration gives this layer a window: the check at loading is too short to tell."""
+    """Whether the configuration gives this layer a window, which may be longer than the check at loading."""
     config = getattr(module, "config", None)
     layer_types = getattr(config, "layer_types", None)
     if layer_types:
@@ -151,10 +151,10 @@ def padded_attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention through torch's kernel; the mask holds padding and window.
+    """transformers' attention through torch's kernel. The mask holds padding and window.
 
     Raises:
-        NotImplementedError: The model wants what that kernel leaves out without a word, such as soft-capping.
+        NotImplementedError: The model needs something that the kernel silently ignores, such as soft-capping.
     """
     refuse_unknown(others, dropout=dropout)
     _note_call(module)
@@ -165,10 +165,10 @@ def padded_attention(
 
 
 def refuse_unknown(others: Mapping[str, Any], *, dropout: float) -> None:
-    """Look at what a model hands to its attention beside tensors, scale, window and causality.
+    """Check the arguments that a model passes besides tensors, scale, window and causality.
 
     Raises:
-        NotImplementedError: It wants what no kernel here has, such as soft-capping or sinks.
+        NotImplementedError: The model needs what no kernel here has, such as soft-capping or sinks.
     """
     unknown = sorted(n for n, value in others.items() if value is not None and n not in _WITHOUT_EFFECT)
     if dropout:
@@ -182,7 +182,7 @@ _calls: list[torch.nn.Module] | None = None
 
 @contextlib.contextmanager
 def attention_calls() -> Iterator[list[torch.nn.Module]]:
-    """The modules that ask one of this file's attentions while the block runs, in order."""
+    """The modules that call one of this file's attentions while the block runs, in order."""
     global _calls
     found: list[torch.nn.Module] = []
     _calls = found

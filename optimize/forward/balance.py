@@ -1,7 +1,7 @@
-"""Which process takes which pairs of a step: a pure function of the pairs, computed alike by all of them.
+"""Balances a step's pairs over the processes (GPUs). Every process computes the same division.
 
-FSDP's exchanges make the processes move layer by layer together, so the time of a step is the sum over its
-micro-batches of the slowest one. Pairs are therefore dealt to packs of equal cost, as many for each process.
+FSDP makes the processes move through the layers together, so each micro-batch takes as long as its slowest
+process. Pairs are therefore put into packs of equal cost, and every process gets equally many packs.
 """
 
 import heapq
@@ -18,25 +18,25 @@ from dpo_opt.optimize.forward.policy import Policy
 
 
 class ForwardCost(NamedTuple):
-    """Floating-point operations of a forward, by what they are spent on."""
+    """Floating-point operations of a forward: per row, per key and per scored token."""
 
     per_row: float
-    """Products of one row with the weights of all layers."""
+    """For the products of one row with the weights of all layers."""
     per_key: float
-    """One row's attention to one key, in all layers."""
+    """For one row's attention to one key, in all layers."""
     per_scored: float
-    """The head's product for one scored token."""
+    """For the head's product for one scored token."""
 
 
 def forward_cost(policy: Policy) -> ForwardCost:
-    """Read from the model's decoder and head, of whose experts a row visits some; vision towers do not run.
+    """The cost of a model, from the sizes of its decoder and head. Call it before sharding.
 
-    To be called before sharding.
+    Of a layer's experts only those that a row visits are counted. Vision towers are not: they do not run.
     """
     decoder, head = decoder_of(policy.model), head_of(policy.model).weight
     config = policy.model.config.get_text_config()
     embeddings = (m for m in decoder.modules() if isinstance(m, torch.nn.Embedding))
-    # Rows of embeddings are looked up, not multiplied with.
+    # Embeddings are looked up, not multiplied with.
     others = {id(head), *(id(p) for module in embeddings for p in module.parameters())}
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     visited = getattr(config, "num_experts_per_tok", None)
@@ -55,7 +55,7 @@ def _attention_width(decoder: torch.nn.Module, config: PretrainedConfig) -> int:
     widths = [getattr(output, "in_features", 0) for output in outputs]
     if any(widths):
         return sum(widths)
-    # Older models have other names for it, and heads that share out the hidden state.
+    # Older models name the projection differently; their heads divide the hidden state among them.
     return config.hidden_size * config.num_hidden_layers if hasattr(config, "num_attention_heads") else 0
 
 
@@ -73,10 +73,10 @@ def group_cost(group: Group, cost: ForwardCost) -> float:
 def balance(
     policy: Policy, groups: Sequence[Group], *, budget: int, cost: ForwardCost, ranks: int
 ) -> list[list[list[int]]]:
-    """Micro-batches of each process.
+    """Divide a step's pairs into micro-batches, and the micro-batches among the processes.
 
     Args:
-        policy: Decides the layout, and with it the rows of a micro-batch.
+        policy: Decides whether rows are packed or padded, and with it how many rows a pair takes.
         groups: All pairs of the step.
         budget: Most rows of a micro-batch; a larger group gets one of its own.
         cost: See ``forward_cost``.
@@ -93,7 +93,7 @@ def balance(
         bins = even_bins([packed_size(group) for group in groups], costs, budget=budget, ranks=ranks)
     else:
         bins = policy.bins(groups, budget)
-        # Fewer than there are processes: some would only watch.
+        # With fewer bins than processes, some processes would be idle.
         while len(bins) < min(ranks, len(groups)):
             budget = budget * 3 // 4
             bins = policy.bins(groups, budget)
@@ -103,8 +103,8 @@ def balance(
 def even_bins(sizes: Sequence[int], costs: Sequence[float], *, budget: int, ranks: int) -> list[list[int]]:
     """Indices in bins of about equal cost and at most ``budget`` rows.
 
-    The costliest goes first, each to the bin with the least so far (Graham's LPT rule). Bins are as few as
-    the rows allow, in a multiple of ``ranks``; only where there are fewer items, there are fewer bins.
+    The costliest item goes first, each to the cheapest bin so far (Graham's LPT rule). The number of bins is
+    a multiple of ``ranks``, as small as the rows allow. Empty bins are left out.
     """
     count = ranks * max(1, math.ceil(sum(sizes) / budget / ranks))
     while True:
@@ -138,13 +138,13 @@ def _longest_first(
 
 
 def _deal(bins: Sequence[list[int]], costs: Sequence[float], ranks: int) -> list[list[list[int]]]:
-    """Bins of like cost side by side, which makes the sum of the slowest ones smallest."""
+    """Give bins of similar cost to the processes at the same time, so that none waits long for another."""
     totals = [sum(costs[i] for i in found) for found in bins]
     ordered = sorted(range(len(bins)), key=lambda b: (-totals[b], b))
     dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
     for start in range(0, len(ordered), ranks):
-        # Within a round, the costliest to the process with the least so far.
+        # Within a round, the costliest bin goes to the process with the least cost so far.
         free = sorted(range(ranks), key=lambda rank: (loads[rank], rank))
         found = ordered[start : start + ranks]
         for place, rank in enumerate(free):

@@ -1,4 +1,7 @@
-"""Whether batches are packed or padded: the layout whose forward is the model's own, found at loading."""
+"""Chooses packed or padded batches for a model: the first layout whose log-probs are the model's own.
+
+Each layout is tried on probe sequences (probe.py) when the model is loaded.
+"""
 
 import contextlib
 from collections.abc import Iterable
@@ -32,7 +35,7 @@ from dpo_opt.optimize.forward.probe import (
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.pairs import TokenSequence
 
-# What configurations call limits on what a row sees that are applied in masks alone.
+# Names in configurations of limits on what a row sees that are applied only in masks.
 _OTHER_LIMITS = ("attention_chunk_size",)
 
 
@@ -44,22 +47,22 @@ def choose_layout(
     folder: Path,
     longest: int | None = None,
 ) -> tuple[bool, Probe]:
-    """Find the layout whose forward is the model's own, packed before padded.
+    """Find the layout that gives the model's own log-probs; packed is tried before padded.
 
-    Leaves the model with the attention that the layout calls for.
+    Leaves the model with the attention that the layout needs.
 
     Args:
         model: On its device.
-        device: Where it is.
-        dtype: In which it is going to compute.
-        folder: Where it was loaded from.
-        longest: Most tokens of a sequence, where that is known.
+        device: The model's device.
+        dtype: The dtype that it will compute in.
+        folder: The folder it was loaded from, for messages.
+        longest: Most tokens of a sequence, if that is known.
 
     Returns:
         Whether batches are packed, and what was compared.
 
     Raises:
-        ConfigError: No layout gives the model's own log-probs, or these are no numbers.
+        ConfigError: No layout gives the model's own log-probs, or these are not finite.
     """
     groups, changed = questions(model, longest)
     _use_attention(model, STOCK_ATTENTION)
@@ -96,15 +99,15 @@ def choose_layout(
         f"the log-probs of {type(model).__name__} cannot be reproduced from its hidden states "
         f"({reasons[-1]})",
         where=str(folder),
-        why="its decoder or head does something unknown here, so every log-prob would be wrong",
+        why="its decoder or head does something that is not supported, so every log-prob would be wrong",
         fix=f"train {SUPPORTED}",
     )
 
 
 def _what_is_unknown(model: PreTrainedModel, probe: Probe, device: torch.device) -> list[str]:
-    """Why no layout is the model's own forward, where that can be told; in words."""
+    """Why no layout gives the model's own log-probs, in words; empty if the reason is not known."""
     if not _is_causal(model, probe, device):
-        return ["later tokens change what it says of earlier ones: it is not causal"]
+        return ["later tokens change the log-probs of earlier ones: it is not causal"]
     read: list[Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
     ids = torch.from_numpy(probe.groups[0][0].prompt_ids.astype(np.int64)).to(device)[None]
@@ -116,7 +119,7 @@ def _what_is_unknown(model: PreTrainedModel, probe: Probe, device: torch.device)
     finally:
         hook.remove()
     if not read or read[0].shape != hidden.shape or (read[0] - hidden).abs().max() > EXACT_WITHIN:
-        return ["other layers stand between its decoder and its head"]
+        return ["it has other layers between its decoder and its head"]
     return ["its logits are not what its head and its configuration say"]
 
 
@@ -129,9 +132,9 @@ def _is_causal(model: PreTrainedModel, probe: Probe, device: torch.device) -> bo
 
 
 def _difference(model: PreTrainedModel, device: torch.device, probe: Probe, *, packs: bool) -> str | None:
-    """Why a layout is not the model's own forward, in words; None where it is.
+    """Why a layout does not give the model's own log-probs, in words; None if it does.
 
-    Packed rows are right only if nothing but our attention mixes them, so it must be asked by every layer.
+    Packed rows are right only if nothing except our attention mixes them, so every layer must call it.
     """
     from dpo_opt.optimize.forward.policy import Policy
 
@@ -150,7 +153,7 @@ def _difference(model: PreTrainedModel, device: torch.device, probe: Probe, *, p
         TypeError,
         ValueError,
     ) as error:
-        # The model does not take what this layout needs, or its decoder is hidden.
+        # The model does not accept this layout's arguments, or does not expose its decoder.
         return first_line(error)
     if packs and (idle := _layers_without(calls, model)):
         return f"{idle} layers do not use the attention of packed rows"
@@ -162,9 +165,9 @@ def _difference(model: PreTrainedModel, device: torch.device, probe: Probe, *, p
 
 
 def _unknown_layers(model: PreTrainedModel) -> list[str]:
-    """Kinds of layers, as the configuration names them, that packed rows do not know.
+    """Kinds of layers in the configuration that packed rows do not support.
 
-    A limit on what a row sees may be longer than what is tried here, and then no number shows it.
+    The configuration decides, because a limit longer than the probe's sequences would show in no number.
     """
     text = model.config.get_text_config()
     found = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -181,12 +184,12 @@ def _layers_without(calls: Iterable[torch.nn.Module], model: PreTrainedModel) ->
 
 
 def _use_attention(model: PreTrainedModel, name: str) -> bool:
-    """Whether the decoder can compute its attention in this way, and does from now on."""
+    """Switch the decoder to an attention. Returns whether it now uses it."""
     decoder: Any = decoder_of(model)
     try:
         decoder.set_attn_implementation(name)
     except (AttributeError, ImportError, ValueError):
-        # It does not go through transformers' interface and has but its own.
+        # The model does not use transformers' interface and has only its own attention.
         return name == STOCK_ATTENTION
     return True
 

@@ -1,4 +1,4 @@
-"""A policy from a model folder: its weights, all of them, in the layout whose forward is the model's own."""
+"""Loads a policy from a model folder: requires every weight and finds the layout that is exact for it."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -34,16 +34,16 @@ def load_policy(
     """Load a model from safetensors.
 
     Args:
-        folder: In the Hugging Face layout.
+        folder: Model folder in the Hugging Face layout.
         dtype: Compute dtype.
-        device: Where it goes.
-        trainable: Whether gradients of these weights will be taken; of a model that also sees or hears, the
-            text model's alone.
-        max_length: Most tokens of a sequence in this run, which decides about some rotary embeddings
+        device: The device to load the model on.
+        trainable: Whether these weights will be trained. Of a model that also takes images or sound, only the
+            text model's are.
+        max_length: Most tokens of a sequence in this run, which some rotary embeddings depend on
             (``schemas.rope``); None: the model's context.
-        param_dtype: What parameters are stored in. None: in as little memory as leaves every log-prob that of
-            fp32 parameters; what is quantized stays so.
-        options: More arguments of ``from_pretrained``; with a ``device_map`` they say where the model goes.
+        param_dtype: Dtype that parameters are stored in. None: in half precision where that changes no
+            log-prob, else in fp32. Quantized weights stay quantized.
+        options: More arguments of ``from_pretrained``; a ``device_map`` among them replaces ``device``.
 
     Raises:
         ConfigError: transformers cannot load the folder, weights are missing or left over, or no layout is
@@ -55,8 +55,8 @@ def load_policy(
         raise ConfigError(
             "the checkpoint's weights are quantized",
             where=str(folder),
-            why="updates are far smaller than the steps between such numbers",
-            fix="train the model that it was made from, or an adapter beside it (--use-peft)",
+            why="training updates are far smaller than the gaps between quantized numbers",
+            fix="train the model that it was quantized from, or only an adapter (--use-peft)",
         )
     longest = max_length or context_length(folder)
     _refuse_chosen_keys(config, longest, folder)
@@ -77,7 +77,7 @@ def load_policy(
         raise ConfigError(
             f"transformers cannot load the model ({first_line(error)})",
             where=str(folder),
-            why="every log-prob would come from it",
+            why="every log-prob would come from this model",
             fix="copy or download the model again, config.json and weights",
         ) from error
     _require_all_weights(report, folder)
@@ -99,7 +99,7 @@ def load_policy(
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Its bars would stand between ours, and its table of what does not fit is said in one sentence."""
+    """Hide transformers' progress bars, and its table of missing weights, which an error here replaces."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -110,10 +110,10 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _require_all_weights(report: Mapping[str, Any], folder: Path) -> None:
-    """Compare what the class has with what the checkpoint holds, but for what the class says is ignorable.
+    """Require that checkpoint and model have the same weights, except those the model class ignores.
 
     Raises:
-        ConfigError: One has what the other lacks.
+        ConfigError: One has a weight that the other lacks, or of another shape.
     """
     missing = sorted(report["missing_keys"])
     if missing:
@@ -126,7 +126,7 @@ def _require_all_weights(report: Mapping[str, Any], folder: Path) -> None:
     if report["mismatched_keys"]:
         name, stored, wanted = min(report["mismatched_keys"])
         raise ConfigError(
-            f"the checkpoint's {name} is of shape {tuple(stored)}, and config.json makes it {tuple(wanted)}",
+            f"the checkpoint's {name} has shape {tuple(stored)}, but config.json gives it {tuple(wanted)}",
             where=str(folder),
             why="transformers fills such weights with random numbers",
             fix="correct config.json (vocabulary, heads, widths) until it fits the weights, or copy it again",
@@ -135,16 +135,19 @@ def _require_all_weights(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def _refuse_chosen_keys(config: PretrainedConfig, longest: int | None, folder: Path) -> None:
-    """Attention to the best k keys alone is exact up to k tokens; beyond, rounding decides which they are.
+    """Refuse sparse attention on long sequences.
+
+    Attention to only the best k keys is exact up to k tokens. Beyond that, rounding decides which keys are
+    the best.
 
     Raises:
-        ConfigError: Longer sequences are allowed.
+        ConfigError: The shards allow sequences of more than k tokens.
     """
     most = getattr(config.get_text_config(), "index_topk", None)
     if most and longest is not None and longest > most:
         raise ConfigError(
-            f"the model attends to its {most} best keys, and sequences of {longest} tokens are allowed",
+            f"the model attends only to its {most} best keys, but sequences of {longest} tokens are allowed",
             where=str(folder),
             why="rounding decides which keys these are, so two forwards of one sequence differ by whole nats",
-            fix=f"pass --max-length {most} or less to `dpo-opt precompute`, and use its shards",
+            fix=f"score again with `dpo-opt precompute --max-length {most}` or less, and use those shards",
         )

@@ -1,9 +1,9 @@
-"""Hidden states to log-probs of the scored tokens, without ever holding the logits.
+"""Log-probs of the scored tokens from hidden states, without ever holding all logits.
 
-Only the rows that predict a completion token reach the head; they are projected a tile at a time and reduced
-to one number per token. Gradients need the tile again. Where the loss of a pair depends on that pair alone,
-it is known as soon as the pair's rows are projected, and they are taken at once; else the rows are projected
-a second time in backward, a third more work.
+Only the rows that predict a completion token reach the head. They are projected one tile at a time, and each
+row is reduced to one number. Gradients need the tile again. If the loss of a pair depends only on that pair,
+the loss is known as soon as the pair's rows are projected, and its gradients are computed at once. Otherwise
+backward projects the rows a second time, which is a third more work.
 
     S = scored tokens, d = hidden size, V = vocabulary
 """
@@ -31,24 +31,24 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What will be differentiated: a sum of terms, each a function of the log-probs of one pair.
+    """The loss that the caller will differentiate: a sum of terms, each a function of one pair's log-probs.
 
-    It lets gradients be taken before the caller has computed the loss. ``backward`` compares what it is then
-    given with what this promised, and refuses another.
+    With it, gradients are computed before the caller has computed the loss. ``backward`` compares the loss's
+    gradient with the promised one, and refuses a different loss.
     """
 
     lengths: Sequence[int]
     """Scored rows of each pair, in order; they sum to S."""
     value: Callable[[Tensor, slice], Tensor]
-    """Log-probs (rows of these pairs,) and which pairs they are, to the scalar sum of their terms."""
+    """Called with log-probs (rows of these pairs,) and the slice of pairs; returns the sum of their terms."""
     in_place: bool = False
-    """Add an fp32 weight's gradient to ``weight.grad`` at once, past autograd and its hooks (FSDP): spares a
-    buffer of the weight's size, and filling it. The caller must then call backward."""
+    """Add an fp32 weight's gradient to ``weight.grad`` at once, without autograd and its hooks (FSDP). This
+    saves a buffer of the weight's size. The caller must then call backward."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Operands:
-    """The head applied to some rows."""
+    """Some rows of hidden states, the head that projects them, and their target tokens."""
 
     hidden: Tensor
     head: Head
@@ -59,7 +59,7 @@ class _Operands:
 
 
 class _Gradients(NamedTuple):
-    """fp32 sums: hundreds of tiles are added up, and bf16 would drop the small ones."""
+    """Sums of gradients in fp32: hundreds of tiles are added, and bf16 would lose the small ones."""
 
     hidden: Tensor
     weight: Tensor | None
@@ -71,15 +71,15 @@ class _Gradients(NamedTuple):
     def add(
         self, tile: Tensor, factor: Tensor, slope: Tensor | None, operands: _Operands, columns: slice
     ) -> None:
-        """Add the gradients of one tile; ``tile`` is overwritten.
+        """Add one tile's gradients to the sums. Overwrites ``tile``.
 
         Args:
             tile: (rows, columns), proportional to d loss / d logits.
-            factor: (rows,) what each row is to be multiplied with. It goes to the narrow side of every
-                product, which spares a pass over the tile.
+            factor: (rows,) factor of each row. It multiplies the narrow side of every product, which saves a
+                pass over the tile.
             slope: (rows, columns) derivative of the soft-cap.
-            operands: The rows.
-            columns: Part of the vocabulary.
+            operands: The tile's rows.
+            columns: The tile's part of the vocabulary.
         """
         if slope is not None:
             tile.mul_(slope)
@@ -91,7 +91,7 @@ class _Gradients(NamedTuple):
             self.bias[columns] += factor @ tile
 
     def rounded(self, like: tuple[Tensor, Tensor | None, Tensor | None]) -> tuple[Tensor | None, ...]:
-        """In the dtypes of the inputs."""
+        """The gradients in the dtypes of the inputs; None for an input that needs none."""
         pairs = zip(self, like, strict=True)
         return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
 
@@ -103,19 +103,19 @@ def token_logps(hidden: Tensor, head: Head, targets: Tensor, *, objective: Objec
         hidden: (S, d) states that predict the targets.
         head: The model's head; its weight may require grad.
         targets: (S,) token ids.
-        objective: What the caller will differentiate, if it is a sum over pairs: saves a quarter of the
-            head's work. Gradients are then taken here, and handed out in backward.
+        objective: The loss that the caller will differentiate, if it is a sum over pairs. It saves a quarter
+            of the head's work: gradients are computed here and returned in backward.
 
     Returns:
         (S,) float32.
 
     Raises:
-        RuntimeError: A target has no row in the head; in backward: the loss was not the objective.
-        ValueError: The objective is about another number of tokens.
+        RuntimeError: A target has no row in the head; in backward: the loss is not the objective.
+        ValueError: The objective's lengths do not sum to the number of targets.
     """
     if objective is not None and sum(objective.lengths) != len(targets):
         raise ValueError(f"the objective is about {sum(objective.lengths)} tokens, not {len(targets)}")
-    # On a GPU without waiting for it.
+    # An asynchronous assertion: the CPU does not wait for the GPU.
     known = ((targets >= 0) & (targets < head.weight.shape[0])).all()
     torch._assert_async(known, f"a token to be scored is not among the head's {head.weight.shape[0]}")
     logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
@@ -162,7 +162,7 @@ class _TokenLogps(torch.autograd.Function):
         gradients = _zeros(ctx, operands, weight_gradient=weight.grad if in_place else None)
         logps = torch.empty(len(targets), device=hidden.device, dtype=torch.float32)
         dloss_dlogps = torch.empty_like(logps)
-        # One for all blocks: fresh memory would have to be mapped and zeroed each time.
+        # One tile for all blocks: new memory would have to be mapped and zeroed each time.
         tile = logps.new_empty(
             min(wide_rows(hidden, vocabulary=weight.shape[0]), len(targets)), weight.shape[0]
         )
@@ -174,7 +174,7 @@ class _TokenLogps(torch.autograd.Function):
                 tile,
             )
         ctx.save_for_backward(dloss_dlogps)
-        # Not saved as tensors: handed on without another owner, autograd keeps them without a copy.
+        # Not saved with save_for_backward: with no other owner, autograd takes them without a copy.
         ctx.gradients = gradients.rounded((hidden, None if in_place else weight, bias))
         return logps
 
@@ -196,7 +196,7 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _zeros(ctx: Any, operands: _Operands, *, weight_gradient: Tensor | None = None) -> _Gradients:
-    """Sums to add to; the weight's may be given."""
+    """Sums that start at zero, except the weight's if ``weight_gradient`` is given."""
     needed = ctx.needs_input_grad
     weight, bias = operands.head.weight, operands.head.bias
     if weight_gradient is None and needed[1]:
@@ -209,7 +209,7 @@ def _zeros(ctx: Any, operands: _Operands, *, weight_gradient: Tensor | None = No
 
 
 def _project(operands: _Operands) -> tuple[Tensor, Tensor]:
-    """Log-probs, and the log of the sum over the vocabulary that they were divided by."""
+    """Log-probs, and the log of each row's sum of exp(logits) over the vocabulary; both (rows,)."""
     target_logits = torch.full(
         (len(operands.targets),), torch.nan, device=operands.hidden.device, dtype=torch.float32
     )
@@ -226,7 +226,7 @@ def _project(operands: _Operands) -> tuple[Tensor, Tensor]:
 
 
 def _differentiate(operands: _Operands, log_z: Tensor, upstream: Tensor, gradients: _Gradients) -> None:
-    """Add the gradients of log-probs that ``_project`` returned, from tiles computed again."""
+    """Add the gradients of the log-probs that ``_project`` returned; computes the tiles again."""
     for rows, columns in tiles(operands.hidden, vocabulary=operands.head.weight.shape[0]):
         part = operands.rows(rows)
         tile = _logits(part, columns)
@@ -240,13 +240,13 @@ def _differentiate(operands: _Operands, log_z: Tensor, upstream: Tensor, gradien
 def _project_and_differentiate(
     operands: _Operands, value: Callable[[Tensor], Tensor], gradients: _Gradients, tile: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of whole pairs and the derivatives of their terms; the gradients are added.
+    """Log-probs of whole pairs and the derivatives of their terms, both (rows,). Adds the gradients.
 
-    ``tile`` is room for rows over the whole vocabulary.
+    ``tile`` is a buffer for rows over the whole vocabulary.
     """
     whole = slice(0, operands.head.weight.shape[0])
     if len(operands.targets) > len(tile):
-        # One pair that is too long for a tile over the whole vocabulary.
+        # A single pair with more rows than the tile.
         logps, log_z = _project(operands)
         dloss_dlogps = _dloss_dlogps(logps, value)
         _differentiate(operands, log_z, dloss_dlogps, gradients)
@@ -260,7 +260,7 @@ def _project_and_differentiate(
     largest, sums = (torch.cat(column) for column in zip(*parts, strict=True))
     logps = target_logits - largest - sums.log()
     dloss_dlogps = _dloss_dlogps(logps, value)
-    # Not divided by the sums: the rows' factor does that.
+    # Not divided by the sums here: each row's factor does that.
     tile.scatter_add_(1, columns, -sums[:, None])
     gradients.add(tile, -dloss_dlogps / sums, slope, operands, whole)
     return logps, dloss_dlogps
@@ -279,11 +279,11 @@ def _dloss_dlogps(logps: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _exponentials(tile: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's largest entry, and the sum of exp(entry - largest), which replaces the tile's contents.
+    """Each row's largest entry and sum of exp(entry - largest). Overwrites the tile with the exponentials.
 
-    In place: the tile is read several times, and should stay in the cache.
+    In place, so that the tile stays in the cache.
     """
-    # Where every logit of a part is -inf, the part adds nothing.
+    # Where every logit of a part is -inf, the part contributes nothing.
     largest = tile.amax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)
     return largest, tile.sub_(largest[:, None]).exp_().sum(dim=-1)
 

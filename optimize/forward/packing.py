@@ -1,13 +1,13 @@
-"""Pairs to batches without padding: what is computed once, where each token sits, which row predicts it.
+"""Packs pairs into batches without padding, and computes the prompt that a pair shares only once.
 
-Chosen and rejected share their prompt, and often their first words. A shared row holds that common
-prefix once, followed by what is left of each sequence:
+Chosen and rejected share their prompt, and often their first words. A packed row holds that common prefix
+once, followed by the rest of each sequence:
 
     [ prefix | rest of chosen | rest of rejected | next pair ... ]
 
-Position ids restart after the prefix, the attention (attention.py) lets each rest see the prefix and
-itself only, and the last token of a sequence is not fed at all, since it predicts nothing. Packing
-changes how much is computed, never which pairs share an optimizer step.
+For each rest, position ids continue after the prefix. The attention (attention.py) lets each rest see only
+the prefix and itself. The last token of a sequence is not fed, because it predicts nothing. Packing changes
+how much is computed, never which pairs share an optimizer step.
 
     T = rows of tokens in the batch, S = scored tokens, B = sequences per padded batch
 """
@@ -36,9 +36,9 @@ class Segment(NamedTuple):
 
 
 class VarlenIndex(NamedTuple):
-    """The same segments as a fused kernel takes them: where each one's queries and keys begin.
+    """The same segments in the form that a fused kernel takes: where each one's queries and keys begin.
 
-    A prefix is a key of several segments, so keys and values are gathered first, to N rows.
+    A prefix belongs to several segments, so keys and values are first gathered into N rows.
     """
 
     key_rows: Tensor | None  # (N,) int64 packed row of each key; None: the packed rows as they are
@@ -47,7 +47,7 @@ class VarlenIndex(NamedTuple):
     longest_query: int
     """Rows of the longest segment."""
     longest_key: int
-    """Keys of the segment with the most, its prefix included."""
+    """Most keys of a segment, its prefix included."""
 
     def to(self, device: torch.device) -> "VarlenIndex":
         """The same index on a device."""
@@ -58,7 +58,7 @@ class VarlenIndex(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Model input plus where to find the prediction of every scored token."""
+    """The model's input, and the row that predicts each scored token."""
 
     input_ids: Tensor  # (1, T) packed, or (B, T) padded
     model_kwargs: dict[str, object]
@@ -90,7 +90,7 @@ Group = tuple[TokenSequence, ...]
 
 
 def pair_group(pair: TokenizedPair) -> Group:
-    """Chosen, then rejected."""
+    """The two sequences of a pair: chosen, then rejected."""
     return (
         TokenSequence(pair.prompt_ids, pair.chosen_ids),
         TokenSequence(pair.prompt_ids, pair.rejected_ids),
@@ -116,7 +116,7 @@ def packed_size(group: Group) -> int:
 
 
 def padded_width(group: Group) -> int:
-    """Rows that the group's longest sequence is fed as, and each of them in a padded batch."""
+    """Rows that the group's longest sequence takes: in a padded batch, every sequence takes as many."""
     return max(len(s.prompt_ids) + len(s.completion_ids) - 1 for s in group)
 
 
@@ -199,7 +199,7 @@ def pack(groups: Sequence[Group]) -> Batch:
 
 
 def varlen_index(segments: Sequence[Segment]) -> VarlenIndex:
-    """Segments, which cover the packed rows in order, as a fused kernel takes them."""
+    """The index of segments that cover the packed rows in order."""
     queries = [s.stop - s.start for s in segments]
     keys = [s.stop - s.start + s.prefix_stop - s.prefix_start for s in segments]
     key_rows = None
@@ -241,7 +241,7 @@ def _joined(sequence: TokenSequence) -> IdArray:
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device, without waiting for what the device is doing."""
+    """Copy a tensor to a device without waiting for the device's earlier work."""
     if device.type == "cuda" and value.device.type == "cpu":
         # From pinned memory the copy is queued; otherwise it would wait for all earlier work on the GPU.
         return value.pin_memory().to(device, non_blocking=True)

@@ -1,7 +1,7 @@
-"""A causal language model as this toolkit uses it: batches in, token log-probs out.
+"""``Policy``: a causal language model with batches in and token log-probs out.
 
-Loading checks, by measurement (probe.py), that the packed forward is exact for this very model; where it is
-not (recurrent layers, soft-capped attention), padded rows are used instead.
+Loading measures (probe.py) whether the packed forward is exact for the model at hand. If it is not (recurrent
+layers, soft-capped attention), padded rows are used.
 """
 
 import contextlib
@@ -30,17 +30,20 @@ class Policy:
     dtype: torch.dtype
     """Compute dtype of the forward; parameters keep their own."""
     packs: bool
-    """False where only padded rows are exact for this model."""
+    """False if only padded rows are exact for this model."""
     probe: Probe | None = None
-    """What its layout was chosen by; None where somebody else chose."""
+    """The measurements that the layout was chosen by; None if the caller chose it."""
 
     @property
     def layout(self) -> Callable[[Sequence[Group]], Batch]:
-        """``pack``, or ``pad`` where packing is not exact."""
+        """``pack``, or ``pad`` if packing is not exact for this model."""
         return pack if self.packs else pad
 
     def bins(self, groups: Sequence[Group], budget: int) -> list[list[int]]:
-        """Which groups share a forward, so that none feeds more than ``budget`` rows, padding included."""
+        """Groups that share a forward, as lists of indices; each has at most ``budget`` rows with padding.
+
+        A group larger than the budget gets a forward of its own.
+        """
         if self.packs:
             return plan_bins([packed_size(group) for group in groups], budget)
         return plan_padded_bins(groups, budget)
@@ -51,14 +54,14 @@ class Policy:
         ``objective`` makes the head cheaper, see ``token_logps``.
         """
         head = head_of(self.model)
-        # Where the head has already added to .grad, adding the few rows that were fed is enough.
+        # The head has already added its gradient to .grad, so the embedding adds only the rows that were fed.
         embedding = self.model.get_input_embeddings()
         if isinstance(embedding, torch.nn.Embedding):
             embedding.sparse = (
                 objective is not None
                 and objective.in_place
                 and embedding.weight is head.weight
-                # In half precision the head adds nothing in place, and sparse rows would be summed in it.
+                # In half precision the head does not add in place, and sparse rows would be summed in bf16.
                 and head.weight.dtype == torch.float32
             )
         with full_precision_products():
@@ -78,9 +81,9 @@ class Policy:
 
 @contextlib.contextmanager
 def one_by_one(policy: Policy) -> Iterator[Callable[[TokenSequence], Tensor]]:
-    """Token log-probs, (C,), of a sequence that nothing shares the forward with.
+    """Gives a function from one sequence to its token log-probs, (C,), computed in a forward of its own.
 
-    Through transformers' attention also where the policy packs, so that none of packing's own steps is in it.
+    It uses padded attention even if the policy packs, so that the result does not depend on packing.
     """
     decoder, packed = decoder_of(policy.model), policy.packs
     if packed:
@@ -94,7 +97,7 @@ def one_by_one(policy: Policy) -> Iterator[Callable[[TokenSequence], Tensor]]:
 
 
 def default_device() -> torch.device:
-    """CUDA where there is one."""
+    """CUDA if there is a GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,4 +1,4 @@
-"""What numbers are computed in: the dtype of a forward, fp32 with all its digits, half precision widened."""
+"""Sets the precision of a forward: its dtype, fp32 products without TF32, half precision widened to fp32."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -13,8 +13,8 @@ from dpo_opt.optimize.forward.architecture import decoder_layers
 
 HALF = (torch.bfloat16, torch.float16)
 
-_backends: Any = torch.backends  # whose attributes are made at run time
-# What computes products of matrices, and convolutions: of a CUDA device, and of a CPU.
+_backends: Any = torch.backends  # its attributes are made at run time
+# The backends of matrix products and convolutions, on a CUDA device and on a CPU.
 _BACKENDS = (
     _backends.cuda.matmul,
     _backends.cudnn.conv,
@@ -31,11 +31,11 @@ def computing_in(dtype: torch.dtype, model: torch.nn.Module, device: torch.devic
 
 
 def narrow_products(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Store in ``dtype`` what autocast would round to it at every use, and everything else in fp32.
+    """Store in ``dtype`` the weights that autocast would round to it at every use, and all others in fp32.
 
-    The log-probs are then those of fp32 parameters that compute in ``dtype``, bit by bit, in about half the
-    memory: so is the choice of experts, which the last bit can turn. Experts stay in fp32, since transformers
-    computes them in what they are stored in.
+    The log-probs are bit by bit those of fp32 parameters that compute in ``dtype``, in about half the memory.
+    So is the choice of experts, which the last bit can change. Experts stay in fp32, because transformers
+    computes them in the dtype that they are stored in.
     """
     head = model.get_output_embeddings()
     for module in model.modules():
@@ -46,11 +46,11 @@ def narrow_products(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def full_precision_products() -> Iterator[None]:
-    """No TF32 and no bf16 inside of fp32 products while the block runs.
+    """Fp32 products use neither TF32 nor bf16 while the block runs.
 
     Containers and libraries switch them on for a whole process (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1``,
-    ``torch.set_float32_matmul_precision``), and torch itself does for convolutions: log-probs would be off by
-    0.01 nats, and would depend on who started the process.
+    ``torch.set_float32_matmul_precision``), and torch itself does so for convolutions. Log-probs would be off
+    by 0.01 nats, and would depend on how the process was started.
     """
     before = [backend.fp32_precision for backend in _BACKENDS]
     for backend in _BACKENDS:
@@ -66,7 +66,7 @@ def full_precision_products() -> Iterator[None]:
 def in_fp32(model: torch.nn.Module) -> Iterator[None]:
     """The model computes in fp32 while the block runs, whatever it is stored in.
 
-    Of half precision, one layer at a time is held in fp32 as well; the stored numbers are put back untouched.
+    A half-precision model is widened one layer at a time; the stored numbers are put back unchanged.
     """
     layers = list(decoder_layers(model))
     of_layers = {id(tensor) for layer in layers for tensor in _tensors(layer)}
@@ -86,7 +86,7 @@ def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
 
 
 def _widen(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The tensors hold fp32 numbers from here on; what they held before is returned with each."""
+    """Make half-precision tensors fp32 in place. Returns each with the data that it held before."""
     stored = []
     for tensor in tensors:
         if tensor.dtype in HALF:

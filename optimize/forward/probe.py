@@ -1,8 +1,8 @@
-"""Is a batch's forward that of each sequence alone? Measured when a model is loaded, on a few random tokens.
+"""Checks at loading, on a few random tokens, that a batched forward gives the model's own log-probs.
 
-The model's own forward is transformers' eager attention on one sequence at a time, in fp32. A layout is used
-only where it gives the same log-probs there; and then once more in the compute dtype, with the kernel and on
-the device that will train, where rounding allows less to be seen but another kernel may be at work.
+The model's own log-probs come from transformers' eager attention on one sequence at a time, in fp32. A layout
+is used only if it gives the same ones in fp32. They are then compared once more in the compute dtype, on the
+device and with the kernel that will train: rounding hides smaller errors there, but the kernel may differ.
 """
 
 from collections.abc import Iterable
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 # Largest difference in fp32: forwards of the same numbers in another order differ by about 1e-6 nats, a wrong
 # mask by 0.1.
 EXACT_WITHIN = 1e-3
-# Mean and largest difference between half precision and fp32, or twice what the model's own forward has where
-# it is more. SmolLM2-135M in bf16 has 0.05 and 0.3 on random tokens, with a wrong mask 0.4 to 1.9 on average.
+# Limits on the mean and largest difference between half precision and fp32, in nats; or twice the difference
+# of the model's own forward, if that is larger. SmolLM2-135M in bf16 has 0.05 and 0.3 on random tokens, and
+# 0.4 to 1.9 on average with a wrong mask.
 _HALF_MEAN, HALF_MAX = 0.2, 2.0
-# What other tokens in the batch may change in half precision, on average: nothing, where each row is
-# computed by itself; a little, where the rows of an expert are.
+# How much other tokens in the batch may change a log-prob in half precision, on average. It is 0 where each
+# row is computed by itself, and small where the rows of one expert are computed together.
 _FOREIGN_MEAN = 0.02
-# Tokens of each group's prompt, and of its two completions; the shorter ones for models with next to no
-# context.
+# Tokens of each group's prompt and of its two completions. The short ones are for models with a tiny context.
 _LENGTHS = ((9, (5, 10)), (6, (7, 4)))
 _SHORT_LENGTHS = ((2, (2, 3)), (1, (3, 2)))
 _PROBED = 19
@@ -42,22 +42,23 @@ SUPPORTED = "a supported architecture (Llama, Qwen, Mistral, Gemma, Phi, OLMo, G
 
 
 class Probe(NamedTuple):
-    """A few tokens, and what the model's own forward gives for them."""
+    """A few random sequences, and the model's own log-probs of them."""
 
     groups: tuple[Group, ...]
     changed: tuple[Group, ...]
-    """The same but for the first completion of each group."""
+    """The same groups with another first completion each."""
     expected: Tensor
     """Log-probs of all completions, in order, on the CPU; in fp32, unless the weights are in 4 bits."""
     rounding_mean: float
-    """How far the model's own forward in the compute dtype is from that, on average: no layout's fault."""
+    """Mean difference, in nats, of the model's own forward in the compute dtype from ``expected``."""
     rounding_max: float
+    """Largest such difference."""
 
 
 def require_same_in_compute_dtype(policy: "Policy", *, where: str) -> None:
-    """Compare the policy as it will be used with the forward that its layout was chosen by.
+    """Compare the policy's log-probs, in its compute dtype, with the model's own in fp32.
 
-    Every process of several must call this.
+    With several processes, every process must call this.
 
     Raises:
         ConfigError: The kernel, the device or the dtype gives other log-probs.
@@ -70,7 +71,7 @@ def require_same_in_compute_dtype(policy: "Policy", *, where: str) -> None:
             torch.cat(policy.sequence_logps(groups)).float().cpu() for groups in (probe.groups, probe.changed)
         )
     difference = (found - probe.expected).abs()
-    # A completion in whose batch another one changed.
+    # Log-probs of the completions that did not change while another one in the batch did.
     foreign = (found - changed)[_of_unchanged(probe)].abs()
     mean, largest, foreign_mean = (
         (EXACT_WITHIN,) * 3
@@ -94,26 +95,26 @@ def require_same_in_compute_dtype(policy: "Policy", *, where: str) -> None:
                 f"computed in {_name(policy.dtype)} on {policy.device.type}, log-probs differ {what}: "
                 f"{value:.3g} nats per token; {limit:.3g} is allowed",
                 where=where,
-                why="what is trained would not be the model that was scored",
+                why="the model that is trained would not be the one that was scored",
                 fix="pass --dtype float32, and report the versions with `dpo-opt env`",
             )
 
 
 def no_numbers(folder: Path) -> ConfigError:
-    """The refusal of a model whose fp32 log-probs are not finite, with the tensor that causes it."""
+    """The error for a model whose fp32 log-probs are not finite, with the tensor that causes it."""
     tensor = nonfinite_tensor(folder)
     if tensor is None:
         return not_finite_in(torch.float32, str(folder))
     return ConfigError(
-        f"weights that are no numbers: {tensor}",
+        f"weights that are NaN or infinite: {tensor}",
         where=str(folder),
-        why="every log-prob would be no number either",
-        fix="copy or download the model again, or go back to a checkpoint from before they broke",
+        why="every log-prob would be NaN too",
+        fix="copy or download the model again, or go back to an earlier checkpoint",
     )
 
 
 def not_finite_in(dtype: torch.dtype, where: str) -> ConfigError:
-    """The refusal of a model whose weights are numbers and whose log-probs are not."""
+    """The error for a model with finite weights whose log-probs are not finite."""
     fixes = {
         torch.float16: "pass --dtype bfloat16 or --dtype float32",
         torch.bfloat16: "pass --dtype float32",
@@ -121,8 +122,8 @@ def not_finite_in(dtype: torch.dtype, where: str) -> ConfigError:
     return ConfigError(
         f"the model's logits are not finite in {_name(dtype)}",
         where=where,
-        why="its activations are beyond the range of this dtype, so every log-prob would be no number",
-        fix=fixes.get(dtype, "check that the checkpoint was saved whole"),
+        why="its activations are beyond the range of this dtype, so every log-prob would be NaN",
+        fix=fixes.get(dtype, "check that the checkpoint was saved completely"),
     )
 
 
@@ -131,17 +132,17 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def questions(model: PreTrainedModel, longest: int | None) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
-    """Groups, and the same with another first completion.
+    """The probe's groups, and the same groups with another first completion each.
 
     Raises:
-        ConfigError: The model has no head to ask.
+        ConfigError: The model has no head that is one matrix.
     """
     try:
         vocabulary = min(head_of(model).weight.shape[0], model.get_input_embeddings().weight.shape[0])
     except (AttributeError, NotImplementedError) as error:
         raise ConfigError(
             f"{type(model).__name__} has no head that is one matrix ({error})",
-            why="log-probs are computed from it without holding the logits",
+            why="log-probs are computed from that matrix, without holding the logits",
             fix=f"train {SUPPORTED}",
         ) from error
     known = np.arange(vocabulary, dtype=np.int32)
@@ -157,7 +158,7 @@ def questions(model: PreTrainedModel, longest: int | None) -> tuple[tuple[Group,
     for prompt_length, lengths in _LENGTHS if (longest or _PROBED) >= _PROBED else _SHORT_LENGTHS:
         prompt, first, second = ids(prompt_length), ids(lengths[0]), ids(lengths[1])
         groups.append((TokenSequence(prompt, first), TokenSequence(prompt, second)))
-        # As long, and its first token kept, so that what is shared stays as it is.
+        # Of the same length and with the same first token, so that the shared prefix stays the same.
         other = np.concatenate([first[:1], ids(lengths[0] - 1)])
         changed.append((TokenSequence(prompt, other), TokenSequence(prompt, second)))
     return tuple(groups), tuple(changed)
@@ -169,7 +170,7 @@ def stock_answers(
     """The model's own log-probs of all completions, in order, on the CPU.
 
     Raises:
-        ConfigError: It wants more than text.
+        ConfigError: The model needs more than token ids, or does not compute in this dtype.
     """
     try:
         with computing_in(dtype, model, device):
@@ -185,14 +186,14 @@ def stock_answers(
             ) from error
         raise ConfigError(
             f"{type(model).__name__} does not run on token ids alone ({first_line(error)})",
-            why="preference pairs are text, and nothing else is stored of them",
+            why="preference pairs are text, and the shards hold nothing else",
             fix=f"train {SUPPORTED}",
         ) from error
     return torch.cat(found).cpu()
 
 
 def _of_unchanged(probe: Probe) -> Tensor:
-    """Places of the log-probs whose sequence is the same in ``changed``."""
+    """Mask of the log-probs whose sequence is the same in ``groups`` and ``changed``."""
     same = [
         np.full(len(a.completion_ids), np.array_equal(a.completion_ids, b.completion_ids))
         for before, after in zip(probe.groups, probe.changed, strict=True)
@@ -202,7 +203,7 @@ def _of_unchanged(probe: Probe) -> Tensor:
 
 
 def stock_logps(model: PreTrainedModel, sequence: TokenSequence, device: torch.device) -> Tensor:
-    """The model's own log-probs of a completion, (tokens,) float32, from logits that are held whole."""
+    """The model's own log-probs of a completion, (tokens,) float32, computed from all its logits."""
     joined = np.concatenate([sequence.prompt_ids, sequence.completion_ids]).astype(np.int64)
     ids = torch.from_numpy(joined).to(device)[None]
     logits = model(input_ids=ids, use_cache=False).logits[0, len(sequence.prompt_ids) - 1 : -1].float()

@@ -1,4 +1,4 @@
-"""How logits are cut into tiles: rows of scored tokens, columns of the vocabulary."""
+"""Cuts the logits into tiles: rows are scored tokens, columns are parts of the vocabulary."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -7,31 +7,33 @@ from torch import Tensor
 
 
 class TileSizes(NamedTuple):
-    """How much of the logits is held at a time."""
+    """How many logits are held at a time."""
 
     entries: int
-    """Of a tile of some rows and some columns."""
+    """Entries of a tile of some rows and some columns."""
     wide_entries: int
-    """Of a tile over the whole vocabulary, which lives until its gradients are taken. Fewer than about 200
-    rows make the products slow, more only take memory."""
+    """Entries of a tile over the whole vocabulary, which lives until its gradients are computed. Fewer than
+    about 200 rows make the products slow; more rows only take memory."""
     wide_rows: int
     """Rows of a wide tile that are reduced at a time."""
 
 
-# A tile, and the rows that are reduced, stay in the last-level cache.
+# On a CPU a tile, and the rows that are reduced at a time, stay in the last-level cache.
 _ON_CPU = TileSizes(entries=2**22, wide_entries=2**24, wide_rows=16)
-# A tile fills the device.
+# On a GPU a tile keeps the whole device busy.
 _ON_GPU = TileSizes(entries=2**26, wide_entries=2**27, wide_rows=2**12)
 _TILE_ROWS = 1024
 
 
 def pair_blocks(lengths: Sequence[int], hidden: Tensor, *, vocabulary: int) -> Iterator[tuple[slice, slice]]:
-    """Consecutive pairs and their rows, as many as fit in a tile over the whole vocabulary, at least one.
+    """Slices of consecutive pairs and of their rows, as many as fit a tile over the whole vocabulary.
+
+    Each slice has at least one pair.
 
     Args:
         lengths: Scored rows of each pair.
-        hidden: (S, d) the rows.
-        vocabulary: Columns.
+        hidden: (S, d) hidden states of the rows.
+        vocabulary: Size of the vocabulary.
     """
     most = wide_rows(hidden, vocabulary=vocabulary)
     first = begin = end = 0
@@ -45,12 +47,12 @@ def pair_blocks(lengths: Sequence[int], hidden: Tensor, *, vocabulary: int) -> I
 
 
 def tile_sizes(tensor: Tensor) -> TileSizes:
-    """Those of the device that a tensor is on."""
+    """The tile sizes for the device that a tensor is on."""
     return _ON_GPU if tensor.is_cuda else _ON_CPU
 
 
 def wide_rows(hidden: Tensor, *, vocabulary: int) -> int:
-    """Rows of a tile over the whole vocabulary."""
+    """Most rows of a tile over the whole vocabulary."""
     return max(1, tile_sizes(hidden).wide_entries // vocabulary)
 
 

@@ -1,9 +1,9 @@
-"""All segments of a packed batch in one call of torch's flash attention, on a CUDA device.
+"""Attention of a whole packed batch in one call of torch's flash attention, on a CUDA device.
 
-Its ``varlen_attn`` takes consecutive queries with consecutive keys, as many of these as it likes, and aligns
-the causal diagonal to the bottom right, so that the last query sees the last key. With each segment's prefix
-copied before its own keys, that is the attention of a prefix-shared batch; the gradients of a prefix add up
-over its copies.
+torch's ``varlen_attn`` takes many runs of consecutive queries, each with its run of consecutive keys, and
+aligns the causal diagonal to the bottom right, so that the last query sees the last key. With each segment's
+prefix copied before its own keys, this is the attention of a batch with shared prefixes. The gradients of a
+prefix add up over its copies.
 
     H = query heads, K = key-value heads, D = head dimension, T = packed rows, N = gathered keys
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_opt.optimize.forward.packing import VarlenIndex
 
-# What flash attention is built for; wider or uneven heads, fp32 and older devices are not.
+# What flash attention supports. Wider or uneven heads, fp32 and older devices use another kernel.
 _DTYPES = (torch.bfloat16, torch.float16)
 _WIDEST_HEAD = 256
 _HEAD_MULTIPLE = 8
@@ -26,10 +26,10 @@ _OLDEST_CAPABILITY = (8, 0)  # Ampere
 
 
 def varlen_kernel() -> Callable[..., Tensor] | None:
-    """torch's ``varlen_attn`` with grouped heads allowed; None where this torch has none that fits.
+    """torch's ``varlen_attn`` with grouped heads allowed; None if this torch has no suitable one.
 
-    torch 2.10 introduced it without window and scale. 2.11 takes fewer key-value than query heads as they
-    come, later versions only where ``enable_gqa`` says so (torch/nn/attention/varlen.py of 2.11 to 2.14).
+    torch 2.10 introduced it without window and scale. 2.11 accepts fewer key-value than query heads as they
+    are; later versions need ``enable_gqa`` for that (torch/nn/attention/varlen.py of 2.11 to 2.14).
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -45,7 +45,7 @@ def varlen_kernel() -> Callable[..., Tensor] | None:
 _KERNEL = varlen_kernel()
 
 OPERATIONS = () if _KERNEL is None else (torch.ops.torch_attn._varlen_attn.default,)
-"""What the kernel is to a dispatcher, such as the one that decides which results are kept for backward."""
+"""The kernel's name for torch's dispatcher, which decides with it which results are kept for backward."""
 
 
 def choose_kernel(
@@ -55,12 +55,12 @@ def choose_kernel(
 
     Args:
         capability: Compute capability of the CUDA device; None on any other device.
-        dtype: In which attention is computed.
+        dtype: Dtype that attention is computed in.
         head_dim: D of queries and keys.
         value_dim: D of values.
 
     Returns:
-        ``varlen`` for one fused call, ``sdpa`` for a call per segment, which works everywhere.
+        ``varlen``: one fused call. ``sdpa``: a call per segment, which works everywhere.
     """
     fused = (
         _KERNEL is not None
@@ -100,9 +100,9 @@ def varlen_attention(
         query: (1, H, T, D).
         key: (1, K, T, D).
         value: (1, K, T, D).
-        index: Of the batch, on the same device.
-        scale: Of the scores; None: 1 / sqrt(D).
-        window: How many positions a row sees, its own included; None: all before it.
+        index: The batch's segments, on the same device.
+        scale: Factor of the scores; None: 1 / sqrt(D).
+        window: How many positions a row sees, its own included; None: all up to its own.
 
     Returns:
         (1, T, H, D)
@@ -122,14 +122,14 @@ def varlen_attention(
         index.longest_query,
         index.longest_key,
         scale=scale,
-        # How many keys are seen to the left and to the right of the diagonal.
+        # Numbers of keys to the left and to the right of the diagonal that a query sees.
         window_size=(-1, 0) if window is None else (window - 1, 0),
     )
     return out[None]
 
 
 def attention_dtype(query: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, the queries' own elsewhere."""
+    """Autocast's dtype if it is on, else the queries' own."""
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         dtype: torch.dtype = torch.get_autocast_dtype(kind)
@@ -139,7 +139,7 @@ def attention_dtype(query: Tensor) -> torch.dtype:
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    """None on anything but an NVIDIA device whose torch was built with flash attention."""
+    """The device's compute capability; None without an NVIDIA GPU or if torch has no flash attention."""
     if device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
         return None
     return torch.cuda.get_device_capability(device)

@@ -1,1 +1,1 @@
-"""Preference losses, one function each."""
+"""Preference losses such as DPO's, one function each."""

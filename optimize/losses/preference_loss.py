@@ -1,4 +1,4 @@
-"""The preference losses: pure functions of what is known of each pair. A new loss is a new function here."""
+"""The preference losses: pure functions of each pair's log-probs. A new loss is a new entry of ``LOSSES``."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class LossInputs(NamedTuple):
-    """What a loss may need of a batch of pairs; log-probs are sums over a completion, in nats."""
+    """What a loss may need from a batch of pairs. Log-probs are sums over a completion, in nats."""
 
     chosen_logps: Tensor  # (pairs,) the policy's
     rejected_logps: Tensor  # (pairs,)
@@ -16,23 +16,24 @@ class LossInputs(NamedTuple):
     chosen_lengths: Tensor  # (pairs,) scored tokens
     rejected_lengths: Tensor  # (pairs,)
     beta: float
-    """Strength of the pull towards the reference."""
+    """DPO's beta: how strongly the policy is held to the reference."""
     label_smoothing: float
-    """Assumed share of pairs whose labels are the wrong way round."""
+    """Share of pairs whose chosen and rejected are assumed to be swapped."""
 
     @property
     def chosen_rewards(self) -> Tensor:
-        """(pairs,) implicit rewards, up to a term of the prompt (Rafailov et al. 2023, eq. 5)."""
+        """(pairs,) implicit rewards of the chosen completions, up to a term that depends only on the prompt
+        (Rafailov et al. 2023, eq. 5)."""
         return self.beta * (self.chosen_logps - self.ref_chosen_logps)
 
     @property
     def rejected_rewards(self) -> Tensor:
-        """(pairs,)"""
+        """(pairs,) implicit rewards of the rejected completions."""
         return self.beta * (self.rejected_logps - self.ref_rejected_logps)
 
 
 class PreferenceLoss(NamedTuple):
-    """Values per pair."""
+    """Loss and rewards of each pair."""
 
     losses: Tensor  # (pairs,)
     chosen_rewards: Tensor  # (pairs,) detached; beta x log-ratio
@@ -54,11 +55,11 @@ LOSSES = {"sigmoid": sigmoid_losses}
 
 
 def preference_loss(loss_type: str, pairs: LossInputs) -> PreferenceLoss:
-    """Loss of each pair.
+    """Loss and rewards of each pair.
 
     Args:
         loss_type: A key of ``LOSSES``.
-        pairs: A batch of them.
+        pairs: A batch of pairs.
     """
     losses = LOSSES[loss_type](pairs)
     return PreferenceLoss(losses, pairs.chosen_rewards.detach(), pairs.rejected_rewards.detach())

@@ -1,1 +1,1 @@
-"""How much memory a step takes, and how many tokens fit."""
+"""How much memory a training step takes, and how many tokens fit into a micro-batch."""

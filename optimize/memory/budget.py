@@ -1,7 +1,7 @@
-"""How many token rows a micro-batch takes where nobody said so: a matter of speed and memory alone.
+"""Chooses the micro-batch size in token rows if --micro-batch-tokens is not given (speed and memory only).
 
-On a GPU the memory decides, and is measured with the longest pair before the first step. On a CPU it does not
-matter: rows beyond a few hundred make a step no faster, only larger.
+On a GPU the free memory decides: it is measured with the longest pair before the first step. On a CPU more
+than a few hundred rows make a step no faster and only take memory.
 """
 
 from collections.abc import Callable
@@ -21,25 +21,25 @@ CPU_ROWS = 512
 """Steps of 1024 and 4096 rows take as long on a CPU, and 1.2 and 1.9 times the memory."""
 MOST_ROWS = 16384
 """Matrix products are at full speed well below this."""
-# Packs differ in how many rows are scored and attended to, and the allocator needs room to move.
+# Share of the free memory to fill: packs differ in scored rows and attention, and the allocator needs slack.
 _FILL = 0.85
-# Smaller packs measure the constant part of the memory, not what a row takes.
+# Packs with fewer rows measure the constant part of the memory, not what a row takes.
 _PROBE_ROWS = 2048
 
 
 class Room(NamedTuple):
-    """Bytes on the device."""
+    """Memory of the device, in bytes."""
 
     free: int
-    """For activations, once gradients and optimizer state are there."""
+    """Free for activations, once gradients and optimizer state are allocated."""
     total: int
 
 
 class Device(NamedTuple):
-    """On what kind of device a run goes."""
+    """The kind of device that a run uses."""
 
     type: str
-    """As torch calls it, such as ``cuda``."""
+    """torch's name for it, such as ``cuda``."""
     memory: int | None
     """Bytes of the smallest of the processes' GPUs; None on a CPU."""
 
@@ -47,10 +47,10 @@ class Device(NamedTuple):
         return self.type if self.memory is None else f"{self.type} of {self.memory / 1e9:.1f} GB"
 
     def holds_as_much(self, other: "Device") -> bool:
-        """Whether a budget that was measured on one is right for the other."""
+        """Whether a budget that was measured on one device also fits the other."""
         if self.memory is None or other.memory is None:
             return self == other
-        # Drivers differ in what they keep of one kind of card; ``_FILL`` leaves far more.
+        # Drivers reserve different amounts on the same card; ``_FILL`` leaves far more.
         return self.type == other.type and abs(self.memory - other.memory) < 0.01 * self.memory
 
 
@@ -77,7 +77,7 @@ def longest_pair(folder: ShardFolder) -> ScoredPair:
 
 
 def least_budget(longest: ScoredPair, device: torch.device) -> int:
-    """What ``choose_budget`` gives for a model that packs: on a CPU exactly, on a GPU at least."""
+    """The result of ``choose_budget`` for a model that packs; on a GPU, the least that it can be."""
     rows = packed_size(pair_group(longest))
     return rows if device.type == "cuda" else max(CPU_ROWS, rows)
 
@@ -87,17 +87,18 @@ def choose_budget(
 ) -> int:
     """Most token rows per forward and backward, for this model on these devices.
 
-    On a CPU it follows from the longest pair; on a GPU packs of it go forward and backward, so it depends on
-    what else is there: keep it with the run. Several processes measure together, and all get the least.
+    On a CPU the longest pair decides. On a GPU copies of that pair run forward and backward, so the result
+    depends on what else is in memory: keep it with the run. Several processes measure together and all get
+    the smallest result.
 
     Args:
-        policy: Ready to train, checkpointing and sharding included. Its gradients are None before and after.
+        policy: Ready to train, with checkpointing and sharding. Its gradients are None before and after.
         longest: The longest pair that will be trained on.
-        optimizer_bytes: What the optimizer is still going to allocate (``memory.optimizer_bytes``).
-        world: The processes; None: this one is alone.
+        optimizer_bytes: Bytes that the optimizer will still allocate (``estimate.optimizer_bytes``).
+        world: The run's processes; None: a single process.
 
     Raises:
-        ConfigError: Not even the longest pair alone fits, on one of the devices.
+        ConfigError: Not even the longest pair alone fits on one of the devices.
     """
     rows = _fed_rows(longest, packs=policy.packs)
     if policy.device.type != "cuda":
@@ -112,7 +113,7 @@ def choose_budget(
         return torch.cuda.max_memory_allocated(policy.device) - before
 
     try:
-        # Gradients are there from here on, as in every micro-batch of a step but the first.
+        # Gradients exist from here on, as in every micro-batch of a step except the first.
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         torch.cuda.empty_cache()
@@ -127,18 +128,18 @@ def choose_budget(
 
 
 def take_two_micro_batches(policy: Policy, groups: list[Group]) -> None:
-    """Forward and backward of one pack twice, as the first and the last micro-batch of a step.
+    """Run one pack forward and backward twice, as the first and the last micro-batch of a step.
 
-    Several processes may keep whole gradients from the first to the last, which exchanges them: one
-    micro-batch alone would take less memory than a step.
+    Several processes may keep unsharded gradients until the last micro-batch, which exchanges them. So a
+    single micro-batch would take less memory than a step.
 
     Args:
-        policy: Gradients are added to its parameters'.
-        groups: What is packed; none stands for the smallest micro-batch there is.
+        policy: Gradients are added to its parameters' gradients.
+        groups: The groups to pack; an empty list means the smallest possible micro-batch.
 
     Raises:
-        torch.OutOfMemoryError: It does not fit. Another call must follow on every process: it ends what was
-            broken off.
+        torch.OutOfMemoryError: The pack does not fit. Every process must then call this again, which ends the
+            exchange that was interrupted.
     """
     try:
         for last in (False, True):
@@ -150,31 +151,31 @@ def take_two_micro_batches(policy: Policy, groups: list[Group]) -> None:
                 join_empty(policy, backward=True)
     except torch.OutOfMemoryError:
         if isinstance(policy, ShardedPolicy):
-            # Otherwise FSDP takes the next backward for a part of this one, and its gradients are wrong.
+            # Otherwise FSDP treats the next backward as a part of this one, and its gradients are wrong.
             policy.root.reset_iter_state()
         raise
 
 
 def fit_budget(peak: Callable[[int], int], *, rows: int, room: Room, world: World) -> int:
-    """The budget that fills ``room`` on every process, from the peaks of packs of growing size.
+    """The budget that fills ``room`` on every process, from the peak memory of packs of growing size.
 
-    A pack twice as large is tried only where the peaks so far say that it fits on all devices: memory that
-    runs out on one of them, in the middle of an exchange, would leave the others waiting for it.
+    A pack twice as large is tried only if the peaks so far predict that it fits on all devices. If memory ran
+    out on one device in the middle of an exchange, the other processes would wait for it.
 
     Args:
-        peak: Bytes that a pack of so many copies of the longest pair, 0 included, takes beyond what is always
-            there; raises ``torch.OutOfMemoryError`` where it does not fit. Every process calls it equally
-            often, with the same numbers.
+        peak: Called with a number of copies of the longest pair, 0 included. Returns the bytes that their
+            pack takes beyond what is always allocated, or raises ``torch.OutOfMemoryError``. Every process
+            calls it equally often, with the same numbers.
         rows: Rows of one copy.
-        room: What there is on this process's device.
-        world: The processes.
+        room: Memory of this process's device.
+        world: The run's processes.
 
     Returns:
-        The same number on every process.
+        Token rows; the same number on every process.
 
     Raises:
-        ConfigError: One copy does not fit. A process that finds so in the middle of an exchange raises alone,
-            to end at once: the others cannot answer it any more.
+        ConfigError: One copy does not fit. A process that runs out of memory in the middle of an exchange
+            raises alone and ends at once, because the others can no longer answer it.
     """
     usable = int(_FILL * room.free)
     try:
@@ -189,14 +190,14 @@ def fit_budget(peak: Callable[[int], int], *, rows: int, room: Room, world: Worl
             break
         larger = _peak_where_all_fit(peak, 2 * copies, world)
         if larger is None:
-            # Peaks are no straight line here: no more than what was seen to fit.
+            # The peaks do not grow linearly here: use no more rows than were seen to fit.
             most = min(most, copies * rows)
             break
         small, large, copies, before = large, larger, 2 * copies, copies
     per_row = max(1, large - small) / ((copies - before) * rows)
     constant = max(0, large - per_row * copies * rows)
     budget = least_of_ranks(int((usable - constant) / per_row), world)
-    # The longest pair is all there is of its kind: it may use what is otherwise kept free.
+    # A pack of only the longest pair was measured exactly, so it may use the slack too.
     missing = -least_of_ranks(room.free - int(constant + per_row * rows), world)
     if budget < rows and missing > 0:
         raise _too_small(rows, missing=missing, total=room.total)
@@ -204,7 +205,7 @@ def fit_budget(peak: Callable[[int], int], *, rows: int, room: Room, world: Worl
 
 
 def _peak_where_all_fit(peak: Callable[[int], int], copies: int, world: World) -> int | None:
-    """This process's peak; None, on every process, where the pack did not fit on one."""
+    """This process's peak; None on every process if the pack did not fit on one of them."""
     found: int | None
     try:
         found = peak(copies)
@@ -213,13 +214,13 @@ def _peak_where_all_fit(peak: Callable[[int], int], copies: int, world: World) -
     if not any_rank(found is None, world):
         return found
     torch.cuda.empty_cache()
-    # Whole gradients that the broken step kept for its exchange would become part of the run's first.
+    # Otherwise the gradients that the interrupted step kept would become part of the run's first step.
     peak(0)
     return None
 
 
 def _fed_rows(group: Group, *, packs: bool) -> int:
-    """Rows that a group alone takes in a packed, or else in a padded batch."""
+    """Rows that a single group takes in a packed or in a padded batch."""
     return packed_size(group) if packs else len(group) * padded_width(group)
 
 
@@ -227,7 +228,7 @@ def _too_small(rows: int, *, missing: int | None, total: int) -> ConfigError:
     lacking = "" if missing is None else f": {missing / 1e9:.1f} GB are missing"
     return ConfigError(
         f"the longest pair ({rows} token rows) does not fit on the device of {total / 1e9:.1f} GB{lacking}",
-        why="every pair goes forward and backward at once",
-        fix="add --activation-checkpointing full, or make shards of shorter pairs with "
+        why="both completions of a pair run forward and backward together",
+        fix="add --activation-checkpointing full, or score shorter pairs into another folder with "
         "`dpo-opt precompute --max-length`",
     )

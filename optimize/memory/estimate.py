@@ -1,7 +1,7 @@
-"""Memory of a training run by component, known before any weight is loaded.
+"""Estimates the memory of a training run by component, before any weight is loaded (``train --dry-run``).
 
-Activations are not guessed from a formula, which another architecture would break: the decoder runs forward
-and backward on tensors that have shapes and dtypes but no data, and what is alive is counted.
+Activations are not guessed from a formula, which another architecture would break. The decoder runs forward
+and backward on tensors that have shapes and dtypes but no data, and the bytes in use are counted.
 """
 
 import logging
@@ -28,52 +28,51 @@ from dpo_opt.optimize.forward.policy import compute_dtype
 from dpo_opt.optimize.forward.varlen import attention_dtype
 
 _SHAPES_ONLY = "dpo_opt_shapes"
-# Prints a traceback for every operation that refuses shapes without data.
+# This logger prints a traceback for every operation that does not work without data.
 _log = logging.getLogger("torch._subclasses.fake_tensor")
-# Of AdamW's two moments, per trained parameter; in 8 bits they have a scale per block beside them.
+# Moments per trained parameter. In 8 bits, AdamW's two moments also have a scale per block of 256.
 _MOMENTS = {"adamw": 2, "rmsprop": 1}
 _EIGHT_BIT_STATE = 2 * (1 + 4 / 256)
 _FOUR_BIT_WEIGHT = 0.5 + 1 / 64
 
 
 class Memory(NamedTuple):
-    """Bytes at the peak of a step, on the device of the policy."""
+    """Bytes at the peak of a step, on the policy's device."""
 
     parameters: int
-    """How many weights the model has, an adapter's included."""
+    """Number of weights, including an adapter's."""
     trained: int
-    """How many of them are trained."""
+    """Number of trained weights."""
     weights: int
     gradients: int
     optimizer: int
     activations: int | None
-    """What the decoder keeps from forward to backward for one sequence of ``rows``, which in models with
-    soft-capped attention or sinks is each layer's (rows, rows) scores too; None where it cannot be known
-    without data."""
+    """What the decoder keeps from forward to backward for a sequence of ``rows``. In models with soft-capped
+    attention or sinks this includes each layer's (rows, rows) scores. None: not known without data."""
     head: int
-    """The fp32 gradient of the head, added up beside its parameter's own."""
+    """The head's fp32 gradient sum, in addition to its parameter's gradient."""
     online_reference: int
-    """What a reference in memory would add, in the compute dtype; 0 for an adapter, whose base it is."""
+    """What a reference model in memory would add, in the compute dtype; 0 for an adapter: its base is one."""
     rows: int
-    """Token rows per micro-batch that ``activations`` stands for."""
+    """Token rows per micro-batch that ``activations`` is for."""
 
     @property
     def total(self) -> int:
-        """Without what Python and its libraries take, and what the allocator wastes."""
+        """Sum of the components, without Python, its libraries and the allocator's waste."""
         return self.weights + self.gradients + self.optimizer + (self.activations or 0) + self.head
 
 
 def estimate_memory(config: TrainConfig, model_folder: Path, *, rows: int, device: torch.device) -> Memory:
-    """Memory of one process that trains alone.
+    """Memory of a run with a single process.
 
     Args:
-        config: What is trained, how it is stored, and which optimizer it gets.
+        config: Decides what is trained, how it is stored and with which optimizer.
         model_folder: The policy; its weights are not read.
         rows: Token rows per micro-batch.
-        device: Where the policy will be; it is not used.
+        device: The device that the run will use; nothing is allocated on it.
 
     Raises:
-        ConfigError: transformers cannot make the model, or the adapter does not fit it.
+        ConfigError: transformers cannot build the model, or the adapter does not fit it.
     """
     model = model_without_weights(model_folder)
     compute = compute_dtype(config.dtype, device)
@@ -91,7 +90,7 @@ def estimate_memory(config: TrainConfig, model_folder: Path, *, rows: int, devic
     if config.use_peft:
         add_adapter(model, plan_adapter(config, model_folder)._replace(continued=None), seed=config.seed)
     else:
-        # As ``load_policy`` has it: what sees or hears is held, and not trained.
+        # As in ``load_policy``: image and audio parts are loaded but not trained.
         for part in (decoder_of(model), head):
             part.requires_grad_(True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -113,7 +112,7 @@ def estimate_memory(config: TrainConfig, model_folder: Path, *, rows: int, devic
 
 
 def optimizer_bytes(parameters: Iterable[Tensor], config: TrainConfig) -> int:
-    """What the optimizer keeps for these parameters, or for this process's part of them."""
+    """Bytes of optimizer state for these parameters, or for this process's part of them."""
     local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     if config.optim == "adamw-8bit":
         return int(_EIGHT_BIT_STATE * sum(p.numel() for p in local))
@@ -126,7 +125,7 @@ def _activations(
     """Peak of a forward and backward of the decoder, in bytes, beyond parameters and their gradients."""
     scale = 1
     if has_experts(model):
-        # Products grouped by expert have shapes without data in bf16 only.
+        # Products grouped by expert run without data only in bf16.
         scale = model.dtype.itemsize // torch.bfloat16.itemsize
         model.to(torch.bfloat16)
         compute = torch.bfloat16
@@ -135,7 +134,7 @@ def _activations(
         checkpoint_activations(model, config.activation_checkpointing)
         with FakeTensorMode(allow_non_fake_inputs=True):
             decoder = decoder_of(model).to_empty(device=device)
-            # As at loading: the model's own attention, scores and all, where no kernel has it.
+            # As in loading: if no kernel supports the model's attention, use its own, which keeps the scores.
             for attention in (_SHAPES_ONLY, STOCK_ATTENTION):
                 peak = _peak(decoder, attention, compute=compute, rows=rows, device=device)
                 if peak is not None:
@@ -163,19 +162,19 @@ def _peak(
             hidden.backward(torch.empty_like(hidden))
         return live.peak
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
-        # Another attention, shapes that depend on values, or a layer that does not run without data.
+        # The model needs another attention, or something in it does not run without data.
         return None
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that operations make, from their first tensor to their last."""
+    """Counts the bytes of the storages that operations allocate, for as long as a tensor uses them."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._live = 0
         held = [*module.parameters(), *module.buffers()]
         held += [p.grad for p in module.parameters() if p.grad is not None]
-        # Views of parameters are no new memory. The storages are kept, so that no other takes their place.
+        # Views of parameters take no new memory. The storages are kept alive, so that their ids stay unique.
         self._held = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in held)}
         self._sizes: dict[int, int] = {}
 
@@ -202,7 +201,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _AttentionShapes(torch.autograd.Function):
-    """What every attention kernel worth using keeps: queries, keys, values and output, never the scores."""
+    """Replaces a fused attention kernel: it keeps queries, keys, values and output, but not the scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Training on several processes: collectives and sharded parameters."""
+"""Training on several processes (GPUs): how they meet and exchange numbers; parameters sharded by FSDP."""

@@ -1,7 +1,7 @@
 """The processes of one training run: which one this is, how they meet, and the few numbers they exchange.
 
-Alone, there is no process group and every exchange gives back what it was given. Started by torchrun or
-srun, one process drives one GPU; on a CPU they talk through gloo.
+A single process has no process group, and every exchange returns its argument. Under torchrun or srun, each
+process drives one GPU with nccl; on a CPU the processes use gloo.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from dpo_opt.schemas.errors import ConfigError, DpoOptError, first_line
 
 # The first process hashes and writes checkpoints while the others wait.
 _TIMEOUT = timedelta(minutes=30)
-# Below the ports that kernels hand out on their own.
+# Ports below those that the operating system assigns to other connections.
 _FIRST_PORT, _PORTS = 10_000, 20_000
-_GO_ON = "read what the other processes said, then run the same command with --resume"
+_GO_ON = "read the other processes' messages, then run the same command with --resume"
 
 
 class World(NamedTuple):
@@ -32,25 +32,25 @@ class World(NamedTuple):
     rank: int
     size: int
     local_rank: int
-    """Its place among the processes of its machine."""
+    """This process's number on its machine, from 0."""
     device: torch.device
     meeting_point: str | None
-    """Where torch finds the others; None when alone."""
+    """Address at which torch finds the other processes; None for a single process."""
 
     @property
     def first(self) -> bool:
-        """Whether this process writes what is written once, and speaks to the user."""
+        """Whether this is the process that writes the run's files and prints messages."""
         return self.rank == 0
 
 
 def world_from_environment(environment: Mapping[str, str]) -> World:
-    """What torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``) or srun says about this process.
+    """This process's place, as torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``) or srun gives it.
 
-    Slurm sets its variables in a batch script too; only those of a step, which srun started, count. Without
-    any, the process is alone.
+    Slurm sets variables in a batch script too; only those of a step that srun started count. Without any of
+    them, this is the only process.
 
     Raises:
-        ConfigError: A variable is missing or no number, or the machine has fewer GPUs than processes.
+        ConfigError: A variable is missing or not a number, or the machine has fewer GPUs than processes.
     """
     try:
         if "RANK" in environment and "WORLD_SIZE" in environment:
@@ -76,12 +76,12 @@ def _own_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     devices = torch.cuda.device_count()
-    # A scheduler that binds GPUs to tasks shows each process its own one only.
+    # A scheduler that binds GPUs to tasks shows each process only its own GPU.
     if devices > 1 and local_rank >= devices:
         raise ConfigError(
             f"process {local_rank} of this machine has no GPU: {devices} are visible",
             why="two processes on one GPU would take each other's memory",
-            fix=f"start {devices} processes on a machine",
+            fix=f"start only {devices} processes on each machine",
         )
     return torch.device("cuda", local_rank % devices)
 
@@ -91,28 +91,28 @@ def _slurm_meeting_point(environment: Mapping[str, str]) -> str:
     job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
     port = environment.get("MASTER_PORT", str(_FIRST_PORT + (job + 101 * step) % _PORTS))
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
-    # Where srun was called from comes last: that may be a login node.
+    # The address that srun was called from comes last: it may be a login node.
     address = environment.get("MASTER_ADDR") or first_host(nodes) or environment["SLURM_LAUNCH_NODE_IPADDR"]
     return f"tcp://{address}:{port}"
 
 
 def first_host(nodes: str) -> str:
     """First name in Slurm's short form of a list of hosts: ``gpu[003-005,9],cpu1`` is ``gpu003``."""
-    # A part in brackets may hold commas; what stands outside of them ends the first name.
+    # Brackets may hold commas; a comma outside of brackets ends the first name.
     name = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", name[0]) if name else ""
 
 
 @contextlib.contextmanager
 def process_group(world: World, *, timeout: timedelta = _TIMEOUT) -> Iterator[None]:
-    """Connect the processes while the block runs; one that is alone, or connected, is left as it is.
+    """Connect the processes while the block runs. A single or already connected process is left as it is.
 
     Args:
-        world: This process.
-        timeout: How long one process waits for the others before it gives up.
+        world: This process and its place among the others.
+        timeout: How long a process waits for the others before it gives up.
 
     Raises:
-        DpoOptError: They do not find each other, or one of them ended while others waited for it.
+        DpoOptError: The processes do not find each other, or one ended while others waited for it.
     """
     if world.size == 1 or dist.is_initialized():
         yield
@@ -136,8 +136,8 @@ def process_group(world: World, *, timeout: timedelta = _TIMEOUT) -> Iterator[No
         raise DpoOptError(
             f"the {world.size} processes of the run did not find each other ({_reason(error)})",
             where=f"process {world.rank}, {where}",
-            why="each holds a part of the model",
-            fix="set MASTER_ADDR and MASTER_PORT to an address and a free port that every machine reaches",
+            why="each process holds a part of the model",
+            fix="set MASTER_ADDR and MASTER_PORT to an address and a free port that every machine can reach",
         ) from error
     try:
         yield
@@ -147,7 +147,7 @@ def process_group(world: World, *, timeout: timedelta = _TIMEOUT) -> Iterator[No
         raise DpoOptError(
             f"another process of the run ended, or the network between them failed ({_reason(error)})",
             where=f"process {world.rank} of {world.size}",
-            why="each holds a part of the model, so none can go on alone",
+            why="each process holds a part of the model, so none can continue alone",
             fix=_GO_ON,
         ) from error
     finally:
@@ -160,12 +160,12 @@ def _lost_another(error: RuntimeError) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Without the place in a library's source, and its advice."""
+    """The error's first sentence, without the place in the library's source."""
     return re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]
 
 
 def any_rank(flag: bool, world: World) -> bool:
-    """Whether the flag is set on any process: all get the same answer, so all stop at the same step."""
+    """Whether the flag is set on any process. All get the same answer, so all stop at the same step."""
     if world.size == 1:
         return flag
     found = torch.tensor(int(flag), device=world.device)
@@ -174,9 +174,9 @@ def any_rank(flag: bool, world: World) -> bool:
 
 
 def sum_over_ranks(values: Tensor, world: World) -> Tensor:
-    """Sum of the processes' tensors, in place and on each of them.
+    """Sum of the processes' tensors, in place and on every process.
 
-    Metrics are summed so; and per-pair results, when each process fills its own pairs' rows of a zero tensor.
+    Per-pair results are collected with it: each process fills its own pairs' rows of a tensor of zeros.
     """
     if world.size > 1:
         dist.all_reduce(values)
@@ -202,7 +202,7 @@ def least_of_ranks(value: int, world: World) -> int:
 
 
 def text_from_first(text: str, world: World) -> str:
-    """The first process's text, such as a path that it made up, on every process."""
+    """The first process's text, for example a temporary path, on every process."""
     if world.size == 1:
         return text
     size = from_first(len(text.encode()), world)
@@ -223,16 +223,16 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale gradients down to a norm over all parameters and all processes.
 
     Args:
-        parameters: Those without a gradient are passed over.
+        parameters: Parameters without a gradient are skipped.
         max_norm: 0 and infinity leave the gradients as they are.
 
     Returns:
-        () norm before scaling.
+        () the norm before scaling.
     """
     parameters = list(parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
-        # A sum over the processes' parts that was not taken yet.
+        # The norm is still split over the processes; this sums it.
         norm = norm.full_tensor()
     if 0 < max_norm < math.inf:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -1,5 +1,7 @@
-"""A policy spread over the processes of a run with PyTorch's FSDP2: each keeps its part of every parameter,
-its gradient and its optimizer state, and gathers a layer only while the layer is at work.
+"""Shards a policy over the processes of a run with PyTorch's FSDP2, and gathers it again for saving.
+
+Each process keeps its part of every parameter, gradient and optimizer state. A layer is gathered only while
+it runs.
 """
 
 import copy
@@ -24,15 +26,15 @@ from dpo_opt.optimize.processes.distributed import World, any_rank
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import TokenSequence
 
-# Of a GPU's memory, for whole fp32 gradients that are added up before they are exchanged.
+# Most of a GPU's memory for unsharded fp32 gradients, which are added up over a step and then exchanged.
 _WHOLE_GRADIENTS_SHARE = 0.2
 
 
 class _Root(torch.nn.Module):
-    """Backbone and head as one module: FSDP sees its forward begin and end, and gathers the head for it.
+    """Decoder and head as one module, so that FSDP sees its forward begin and end and gathers the head.
 
-    Called from outside, ``model.base_model`` would pass the root's hooks by, and the head's weight, maybe the
-    embedding's too, would still be this process's part.
+    A direct call of ``model.base_model`` would bypass the root's hooks: the weights of the head, and maybe of
+    the embedding, would still be only this process's part.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -46,35 +48,35 @@ class _Root(torch.nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardedPolicy(Policy):
-    """A policy of which this process holds a part; every process must call the same methods equally often."""
+    """A policy of which this process holds a part. Every process must call the same methods equally often."""
 
     root: FSDPModule
     shell: PreTrainedModel
-    """The model's structure without its numbers."""
+    """The model on the ``meta`` device: its structure without numbers."""
     reduces_once: bool
-    """Whether gradients are exchanged only after a step's last micro-batch; after each takes less memory."""
+    """Whether gradients are exchanged only after a step's last micro-batch. After each takes less memory."""
 
     def batch_logps(self, batch: Batch, *, objective: Objective | None = None) -> Tensor:
         """See ``Policy``."""
         logps: Tensor = cast(torch.nn.Module, self.root)(batch, objective)
         if not torch.is_grad_enabled():
-            # Backward would have done it; whoever reads the parameters next must not find gathered ones.
+            # With gradients, backward does this. Later readers of the parameters must not find gathered ones.
             self.root.reshard()
         return logps
 
 
 def shard_policy(policy: Policy, world: World) -> Policy:
-    """Spread a policy's parameters over all processes; alone, it is returned as it is.
+    """Shard a policy's parameters over all processes. A single process gets it back as it is.
 
-    Gradients are summed over the processes in fp32, never averaged: a loss is divided by the step's pairs.
+    Gradients are summed over the processes in fp32, not averaged: the loss is divided by the step's pairs.
 
     Args:
-        policy: The same on every process, activation checkpointing set up. It may be on the CPU while the
-            world's device is a GPU: each layer is then moved and cut one by one. Its model is changed.
-        world: The processes.
+        policy: The same on every process, with activation checkpointing set up. Its model is changed. It may
+            be on the CPU while the world's device is a GPU: the layers are then moved and sharded one by one.
+        world: The run's processes.
 
     Raises:
-        ConfigError: This torch cannot do it.
+        ConfigError: This version of torch is too old.
     """
     if world.size == 1:
         return policy
@@ -86,7 +88,7 @@ def shard_policy(policy: Policy, world: World) -> Policy:
     shard = partial(
         fully_shard,
         mesh=init_device_mesh(world.device.type, (world.size,)),
-        # Batches hold ids and places, and what a layer is given has the layer's dtype already.
+        # Batches hold integers, and the inputs of a layer already have its dtype.
         mp_policy=MixedPrecisionPolicy(
             param_dtype=policy.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
@@ -98,9 +100,9 @@ def shard_policy(policy: Policy, world: World) -> Policy:
     for module in (root, *policy.model.modules()):
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            # Otherwise a product is fused into the sum, which gloo cannot do.
+            # Otherwise torch fuses a multiplication into the sum, which gloo does not support.
             module.set_force_sum_reduction_for_comms(True)
-    # An expert that no token of this process visited: others wait for its gradient.
+    # If no token of this process visited an expert, the other processes still wait for its gradient.
     root.set_reduce_scatter_unused_params(True)
     return ShardedPolicy(
         **{field.name: getattr(policy, field.name) for field in fields(policy)} | {"device": world.device},
@@ -115,21 +117,21 @@ def _room_for_gradients(model: PreTrainedModel, world: World) -> bool:
         return True
     _, memory = torch.cuda.mem_get_info(world.device)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    # All must exchange alike, on GPUs of whatever size.
+    # All processes must exchange gradients alike, also when their GPUs differ in size.
     return not any_rank(4 * trained > _WHOLE_GRADIENTS_SHARE * memory, world)
 
 
 def announce_micro_batch(policy: Policy, *, last: bool) -> None:
-    """To be called before a micro-batch's backward: whether it is the step's last one."""
+    """Tell FSDP, before a micro-batch's backward, whether it is the step's last one."""
     if isinstance(policy, ShardedPolicy):
         policy.root.set_requires_gradient_sync(last or not policy.reduces_once)
 
 
 def join_empty(policy: Policy, *, backward: bool) -> None:
-    """A micro-batch without pairs, for a process that has fewer than the others.
+    """Run a micro-batch without pairs, on a process that has fewer micro-batches than the others.
 
-    The smallest forward there is, of one row. Its upstream gradient is 0, instead of its loss being
-    multiplied by 0, so that no value of it, not even an infinite one, reaches a gradient.
+    It is a forward of one row. Its upstream gradient is 0; a loss multiplied by 0 would let an infinite value
+    reach a gradient.
     """
     token = np.zeros(1, dtype=np.int32)
     batch = policy.layout([(TokenSequence(token, token),)]).to(policy.device)
@@ -141,12 +143,12 @@ def join_empty(policy: Policy, *, backward: bool) -> None:
 def gather_tensors(
     tensors: Mapping[str, Tensor], world: World, *, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Whole tensors in the first process's main memory, one by one; other processes get none.
+    """Gather whole tensors in the first process's main memory, one by one. Other processes get none.
 
     Args:
         tensors: The same names on every process.
-        world: The processes.
-        dtype: Cast before they are sent; None: as they are.
+        world: The run's processes.
+        dtype: Dtype that tensors are cast to before they are sent; None: their own.
     """
     gathered = {}
     for name, tensor in tensors.items():
@@ -165,20 +167,20 @@ def gather_policy(
     dtype: torch.dtype | None = None,
     names: Collection[str] | None = None,
 ) -> Policy | None:
-    """The whole policy on the first process's CPU, to be saved as any other; None on other processes.
+    """The whole policy on the first process's CPU, ready to be saved; None on the other processes.
 
-    Takes the size of the weights in main memory, and one parameter at a time on every device. Alone, the
-    policy is returned as it is.
+    Takes the size of the weights in main memory, and one parameter at a time on every device. A policy that
+    is not sharded is returned as it is.
 
     Args:
-        policy: On every process.
-        world: The processes.
-        dtype: Of the weights; None: their own.
-        names: Parameters that are wanted; the others are left without numbers. None: all.
+        policy: This process's part of the policy.
+        world: The run's processes.
+        dtype: Dtype of the weights; None: their own.
+        names: Parameters to gather; the others are left without numbers. None: all.
     """
     if not isinstance(policy, ShardedPolicy):
         return policy
-    # A tied parameter has two names in the state, and is gathered under one.
+    # A tied parameter has two names in the state and is gathered under one of them.
     once = {name for name, _ in policy.model.named_parameters()}
     tied = {name for name, _ in policy.model.named_parameters(remove_duplicate=False)} - once
     wanted = {
@@ -196,7 +198,7 @@ def gather_policy(
 
 
 def _shell(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without numbers: what fully_shard changes cannot be copied any more."""
+    """A copy of the model without numbers; after fully_shard the model can no longer be copied."""
     memo: dict[int, object] = {
         id(p): torch.nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
         for p in model.parameters()

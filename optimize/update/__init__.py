@@ -1,1 +1,1 @@
-"""Optimizers, and their state."""
+"""The optimizers, the learning rate schedule, and the optimizers' state."""

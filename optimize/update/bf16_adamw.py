@@ -1,16 +1,16 @@
-"""AdamW for bfloat16 parameters whose updates survive: fp32 arithmetic, results rounded up or down at random.
+"""AdamW for bfloat16 parameters: fp32 arithmetic, and stochastic rounding so that small updates are not lost.
 
-bf16 keeps 8 significant bits and an AdamW step is about the learning rate, so at a rate of 1e-6 rounding to
-the nearest leaves every weight above 5e-4 where it was, and at a beta2 of 0.999 a second moment never falls.
-Rounded up with the probability of the part that is cut off, a number is right in the mean: stochastic
-rounding, Zamirai et al. 2020 (https://arxiv.org/abs/2010.06192), Ozkara et al. 2025
-(https://arxiv.org/abs/2502.20566).
+bf16 keeps 8 significant bits, and an AdamW step is about as large as the learning rate. At a rate of 1e-6,
+rounding to the nearest leaves every weight above 5e-4 unchanged, and at a beta2 of 0.999 a second moment
+never falls. Stochastic rounding rounds up with the probability of the part that is cut off, so a number is
+right on average (Zamirai et al. 2020, https://arxiv.org/abs/2010.06192; Ozkara et al. 2025,
+https://arxiv.org/abs/2502.20566).
 
-Bytes per parameter: 8 (parameter, gradient and both moments, 2 each), 10 with fp32 gradients, where fp32
-throughout takes 16.
+Bytes per parameter: 8 (parameter, gradient and both moments, 2 each), or 10 with fp32 gradients. All in fp32
+takes 16.
 
-The random bits are a hash of (seed, step, parameter, element). No generator has a state to save, and an
-interrupted run that goes on makes the numbers of one that was not interrupted.
+The random bits are a hash of (seed, step, parameter, element). So there is no generator whose state must be
+saved, and a resumed run computes the same numbers as one that was not interrupted.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-# Elements worked on at once, which changes no result: what stays in a CPU's cache, and what keeps a GPU busy.
+# Elements per block: so many stay in a CPU's cache, or keep a GPU busy. They change no result.
 _CPU_BLOCK = 1 << 18
 _GPU_BLOCK = 1 << 22
 
@@ -32,15 +32,15 @@ class RoundedAdamW(Optimizer):
     """AdamW (Loshchilov & Hutter 2019) with stochastic rounding of parameters and moments in bfloat16.
 
     Parameters of another dtype are updated in that dtype, without rounding. Gradients of a bfloat16 parameter
-    may be bfloat16 or float32. Of a parameter that is spread over processes, each updates its own part.
+    may be bfloat16 or float32. Each process updates its own part of a sharded parameter.
 
     Args:
         params: Parameters or groups; contiguous.
         lr: Learning rate.
-        betas: Decay of the mean of gradients, and of squared gradients.
-        eps: Added to the root of the mean of squared gradients.
-        weight_decay: Decoupled.
-        seed: Decides the rounding, together with a parameter's position, its step and the element.
+        betas: Decay of the mean of the gradients, and of the squared gradients.
+        eps: Added to the root of the mean of the squared gradients.
+        weight_decay: Decoupled weight decay.
+        seed: Decides the rounding, together with the parameter's position, its step and the element.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RoundedAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. A closure is not called: none is needed here."""
+        """Update every parameter that has a gradient. ``closure`` is ignored."""
         workspaces: dict[torch.device, _Workspace] = {}
         position = 0
         for group in self.param_groups:
@@ -95,7 +95,7 @@ class RoundedAdamW(Optimizer):
             wide_gradient.copy_(flat_gradient[block])
             _adamw(wide[0], wide_gradient, wide[1], wide[2], step=on_device, group=group)
             workspace.fill_noise(noise, keys, start=block.start)
-            # The moments share their bits: each alone is right in the mean, which is all that is asked.
+            # The two moments share random bits: each of them is still right on average.
             _round_into(parts, wide, (noise[0], noise[1], noise[1]))
 
 
@@ -109,7 +109,7 @@ class _Workspace:
         self._index = torch.arange(self._block, dtype=torch.int32, device=device)
 
     def blocks(self, count: int) -> Iterator[slice]:
-        """``count`` elements, cut into slices."""
+        """Slices that together cover ``count`` elements."""
         return (slice(start, min(start + self._block, count)) for start in range(0, count, self._block))
 
     def take(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,9 +119,9 @@ class _Workspace:
     def fill_noise(self, noise: Tensor, keys: tuple[int, int], *, start: int) -> None:
         """Two rows of independent numbers in [0, 65536) for the elements from ``start`` on.
 
-        Chris Wellons' 32-bit hash lowbias32 (https://nullprogram.com/blog/2018/07/31/) of the element's
-        index, with a key before each multiplication, so that two parameters' bits are not the same
-        sequence at another offset.
+        They are Chris Wellons' 32-bit hash lowbias32 (https://nullprogram.com/blog/2018/07/31/) of the
+        element's index. A key is added before each multiplication, so that two parameters' bits are not one
+        sequence at two offsets.
         """
         high, scratch = noise[0], noise[1]
         torch.add(self._index[: noise.shape[1]], _signed(start + keys[0]), out=high)
@@ -135,7 +135,7 @@ class _Workspace:
 
 
 def mixed(*numbers: int) -> int:
-    """64 bits that every one of the numbers changes, the same on every machine."""
+    """A 64-bit hash of the numbers, the same on every machine."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -143,12 +143,12 @@ def mixed(*numbers: int) -> int:
 def round_stochastically(values: Tensor, *, seed: int, step: int, parameter: int) -> Tensor:
     """Round to bfloat16, up or down at random, so that the mean over seeds is the value itself.
 
-    What bfloat16 can hold is returned as it is, infinities and NaN included. Values beyond its largest
-    finite number may become infinite, as with rounding to the nearest.
+    Values that bfloat16 can hold are returned unchanged, infinities and NaN included. Values beyond its
+    largest finite number may become infinite, as with rounding to the nearest.
 
     Args:
         values: Any shape, float32.
-        seed: With the next two decides the random bits.
+        seed: Decides the random bits, together with ``step`` and ``parameter``.
         step: Number of the update.
         parameter: Position of the parameter.
 
@@ -168,8 +168,8 @@ def round_stochastically(values: Tensor, *, seed: int, step: int, parameter: int
 
 
 def _round_into(targets: list[Tensor], values: Tensor, noise: tuple[Tensor, ...]) -> None:
-    """Round each row of ``values``, which is overwritten, with its own noise into its bfloat16 target."""
-    # The NaN that CUDA makes is 0x7fffffff: adding to it would make a number.
+    """Round each row of ``values`` with its own noise into its bfloat16 target. Overwrites ``values``."""
+    # CUDA's NaN is 0x7fffffff: adding noise to it would make a number.
     values.nan_to_num_(nan=float("nan"), posinf=float("inf"), neginf=float("-inf"))
     bits = values.view(torch.int32)
     for row, row_noise in zip(bits, noise, strict=True):
@@ -189,7 +189,7 @@ def _adamw(
     group: dict[str, Any],
 ) -> None:
     """One AdamW update in place, by the kernel that ``torch.optim.AdamW(fused=True)`` calls."""
-    # The function of torch.optim around it sorts its arguments by device anew for every block.
+    # torch.optim's function around this kernel would sort its arguments by device again for every block.
     torch._fused_adamw_(
         [values],
         [gradient],
@@ -208,7 +208,7 @@ def _adamw(
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this process holds, in the same memory."""
+    """This process's part of a tensor, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

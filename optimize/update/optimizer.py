@@ -1,7 +1,7 @@
-"""Parameter groups, the optimizers of the field, and the learning rate as a function of the step.
+"""Makes the optimizer of ``--optim`` with its parameter groups; the learning rate schedule and warm-up.
 
-What the parameters are stored in decides how they are updated: bfloat16 ones are rounded stochastically or
-refused, since at DPO's learning rates rounding to the nearest loses most updates without a word.
+The parameters' dtype decides how they are updated. bfloat16 parameters are rounded stochastically or refused,
+because at DPO's learning rates rounding to the nearest silently loses most updates.
 """
 
 import math
@@ -25,15 +25,17 @@ Groups = list[dict[str, Any]]
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> Optimizer:
     """AdamW, RMSprop as in the DPO paper (appendix B), or 8-bit AdamW; vectors are never decayed.
 
-    Bytes per parameter, with its gradient: AdamW 16 in float32 and 8 in bfloat16 (see ``rounding``),
-    RMSprop 12, 8-bit AdamW 10 and 6. All are torch's but AdamW of bfloat16 parameters and torchao's 8 bits.
+    Bytes per parameter, with its gradient: AdamW 16 in float32 and 8 in bfloat16 (see ``bf16_adamw``),
+    RMSprop 12, 8-bit AdamW 10 and 6. All are torch's own, except AdamW for bfloat16 parameters (ours) and
+    8-bit AdamW (torchao's).
 
     Args:
         model: Its parameters that require gradients are trained.
         config: Names the optimizer and its settings.
 
     Raises:
-        ConfigError: The optimizer cannot hold parameters of this dtype, or what it needs is not installed.
+        ConfigError: The optimizer does not support the parameters' dtype, or a package that it needs is
+            missing.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: Groups = [
@@ -46,7 +48,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> Optimizer:
     if torch.float16 in dtypes:
         raise ConfigError(
             "float16 parameters cannot be trained",
-            why="most DPO updates are smaller than its rounding, and gradients fall below its range",
+            why="most DPO updates are smaller than float16's rounding, and gradients fall below its range",
             fix="pass --param-dtype float32",
         )
     if config.optim == "adamw-8bit":
@@ -55,7 +57,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> Optimizer:
         if config.optim == "rmsprop":
             raise ConfigError(
                 "--optim rmsprop does not go with bfloat16 parameters",
-                why="without stochastic rounding most updates would be lost, and AdamW alone has it here",
+                why="without stochastic rounding most updates would be lost, and only AdamW has it here",
                 fix="pass --optim adamw, or --param-dtype float32",
             )
         return RoundedAdamW(
@@ -80,7 +82,7 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def set_group_rate(group: dict[str, Any], rate: float) -> None:
-    """As ``set_learning_rate``, of one group of parameters."""
+    """``set_learning_rate`` for one parameter group."""
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(rate)  # torchao's compiled update would be compiled again for every number
     else:
@@ -88,7 +90,7 @@ def set_group_rate(group: dict[str, Any], rate: float) -> None:
 
 
 def learning_rate(step: int, *, total_steps: int, config: TrainConfig) -> float:
-    """Rate of the update number ``step`` (from 0): linear warm-up, then the schedule down to 0."""
+    """Learning rate of update ``step`` (from 0): linear warm-up, then constant or down to 0."""
     warmup = warmup_steps(total_steps, config)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -101,28 +103,30 @@ def learning_rate(step: int, *, total_steps: int, config: TrainConfig) -> float:
 
 
 def warmup_steps(total_steps: int, config: TrainConfig) -> int:
-    """Whole steps of the warm-up: below 1, ``config.warmup_steps`` is a share of all steps, rounded up.
+    """Number of warm-up steps: below 1, ``config.warmup_steps`` is a share of all steps, rounded up.
 
-    From 1 on, what stands after the decimal point is dropped; both as in transformers.
+    From 1 on it is rounded down. Both are as in transformers.
     """
     if config.warmup_steps >= 1:
         return int(config.warmup_steps)
-    # 0.07 * 100 is 7.000000000000001, and means 7.
+    # 0.07 * 100 is 7.000000000000001 and should give 7.
     return math.ceil(round(config.warmup_steps * total_steps, 9))
 
 
 def _adamw_8bit(groups: Groups, config: TrainConfig) -> Optimizer:
-    """torchao's AdamW, made to round alike in every run with the same seed.
+    """torchao's 8-bit AdamW, changed so that every run with the same seed rounds in the same way.
 
-    Parameters of fewer than 4096 elements, or of a number that 256 does not divide, keep moments in full.
+    Parameters with fewer than 4096 elements, or a number of elements that 256 does not divide, keep their
+    moments in full precision.
 
     Raises:
-        ConfigError: torchao or the compiler is missing, or compiling is switched off.
+        ConfigError: There are several processes, torchao or a C++ compiler is missing, or torch.compile is
+            switched off.
     """
     if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
         raise ConfigError(
             "--optim adamw-8bit does not go with several processes",
-            why="its 8-bit blocks cannot be put together again from parts of parameters",
+            why="its 8-bit blocks cannot be assembled again from parts of parameters",
             fix="pass --optim adamw",
         )
     try:
@@ -146,10 +150,10 @@ def _adamw_8bit(groups: Groups, config: TrainConfig) -> Optimizer:
         )
 
     class SeededAdamW8bit(AdamW8bit):  # type: ignore[misc]
-        """Rounds by (seed, step), not by where torch's generator stands; keeps no moment in bfloat16."""
+        """Rounds by (seed, step), not by the state of torch's generator; keeps no moment in bfloat16."""
 
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
-            # Those of small parameters have their parameter's dtype, and would be rounded to the nearest.
+            # Moments of small parameters have the parameter's dtype: in bfloat16 they would lose updates.
             buffer: Tensor = super()._new_buffer(p, signed).float()
             return buffer
 

@@ -1,4 +1,4 @@
-"""An optimizer's state as plain named tensors: what a checkpoint stores without pickle, and fills again.
+"""An optimizer's state as plain named tensors, which a checkpoint stores without pickle and loads again.
 
 ``state_dict`` numbers its parameters and keeps tensor subclasses, so it fits neither safetensors nor a model
 whose parameters come in another order.
@@ -15,15 +15,15 @@ from dpo_opt.optimize.update.optimizer import set_group_rate, set_learning_rate
 
 
 def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """Everything a step changes beside the parameters, under ``{parameter}.{entry}``.
+    """The optimizer's state: everything a step changes besides the parameters, as ``{parameter}.{entry}``.
 
     Args:
-        optimizer: Any; parameters that had no gradient yet get the state they would begin with.
-        names: Every parameter of the optimizer, and its name in the model.
+        optimizer: Any optimizer. Parameters that had no gradient yet get the state they would begin with.
+        names: From every parameter of the optimizer to its name in the model.
 
     Returns:
         The optimizer's own tensors, not copies: store them before the next step, or read into them. A
-        quantized entry stands as its parts, ``{parameter}.{entry}.{part}``.
+        quantized entry is given as its parts, ``{parameter}.{entry}.{part}``.
     """
     _begin(optimizer)
     found: dict[str, Tensor] = {}
@@ -35,10 +35,10 @@ def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict
 
 
 def _begin(optimizer: Optimizer) -> None:
-    """Give parameters without state the one they would begin with, by an update of nothing.
+    """Give parameters without state their initial state, by a step with zero gradients and learning rate 0.
 
-    Only the optimizer knows how its state looks, and it makes one at its first step only (the same way is
-    taken by ``torch.distributed.checkpoint``).
+    Only the optimizer knows what its state looks like, and it creates the state in its first step
+    (``torch.distributed.checkpoint`` does the same).
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     fresh = [p for p in parameters if not optimizer.state.get(p)]
@@ -60,7 +60,7 @@ def _begin(optimizer: Optimizer) -> None:
             parameter.grad = gradient
     for parameter in fresh:
         for value in optimizer.state[parameter].values():
-            if not _is_quantized(value):  # those are zero already, in their own way
+            if not _is_quantized(value):  # quantized moments are zero already
                 value.zero_()
 
 

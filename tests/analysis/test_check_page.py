@@ -191,8 +191,8 @@ def test_every_number_of_the_record_is_shown(draw):
         "7,241,732,096 parameters",
         "0.378",
         "40% of an accelerator's peak",
-        "58.2% ranking accuracy [56.1 to 60.3%]: the chosen completion is likelier, of 1,955 pairs",
-        "61.6% per token",
+        "58.2% ranking accuracy [56.1 to 60.3%]: share of 1,955 pairs whose chosen completion is likelier",
+        "61.6% ranking accuracy per token",
         "+3.3 nats: the median ranking margin",
         "nats −1,203.4 −12.6 +3.3 +18.3 +64.9",
         "helpful 1,452 59.4% +4.4",
@@ -301,16 +301,16 @@ def test_parts_that_are_not_there_are_left_out_or_explained(draw):
             changed(unit="characters", problems=[], sources=[], truncation=[], estimate=None, reference=None)
         ),
     )
-    for heading in ("By source", "What a maximal length would do", "What scoring would take"):
+    for heading in ("By source", "Effect of --max-length", "Cost of scoring"):
         assert heading in whole.text
         assert heading not in bare.text
-    assert "None was found." in bare.text
+    assert "No problem was found." in bare.text
     assert "0 kinds of problem" in bare.text
     assert "Lengths in characters" in bare.text
-    assert "known once a tokenizer is named: --model MODEL" in bare.text
+    assert "name a tokenizer: --model MODEL" in bare.text
     assert "--model MODEL" not in whole.text
-    assert "It takes shards that dpo-opt precompute has scored." in bare.text
-    assert "None was found." not in whole.text
+    assert "Score the pairs with dpo-opt precompute" in bare.text
+    assert "No problem was found." not in whole.text
 
 
 def test_no_pair_at_all_can_be_drawn(draw):

@@ -101,7 +101,7 @@ def test_page_shows_every_part(make_run):
         "136: 120 pairs kept, 4 dropped (empty_completion), 12 dropped (too_long)",
         "cached and recomputed log-probs agree",
         "Accuracy ends at",
-        "Ranked rightly:",
+        "Ranked correctly:",
         "When both go down.",
         "2410.08847",
         "Loss ends at",
@@ -265,7 +265,7 @@ def test_relative_shards_are_found_from_the_working_folder_or_beside_the_run(mak
 def test_moved_shards_are_named_with_the_places_looked_at(make_run, tmp_path):
     run = make_run()
     (tmp_path / "shards").rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="are not there"):
+    with pytest.raises(ConfigError, match="were not found"):
         write_report(run)
 
 

@@ -103,7 +103,7 @@ def test_histogram_titles_count_pairs(pairs):
     before = (pairs["ref_chosen_logps"] > pairs["ref_rejected_logps"]).mean()
     after = (pairs["chosen_logps"] > pairs["rejected_logps"]).mean()
     title = axes(plots.margin_histogram(pairs)).get_title("left")
-    assert title == f"Ranked rightly: {before:.0%} of pairs before, {after:.0%} after"
+    assert title == f"Ranked correctly: {before:.0%} of pairs before, {after:.0%} after"
 
 
 def test_length_groups_hold_about_equal_numbers(pairs):

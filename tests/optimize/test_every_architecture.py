@@ -45,7 +45,7 @@ def test_a_window_longer_than_what_loading_tries_is_kept_to(tmp_path: Path, mode
 def test_attention_to_the_best_keys_alone_is_refused_beyond_them(tmp_path: Path, model_type: str) -> None:
     save_tiny(model_type, tmp_path)
     with pytest.raises(
-        ConfigError, match=f"attends to its {LONGEST} best keys, and sequences of 65"
+        ConfigError, match=f"attends only to its {LONGEST} best keys, but sequences of 65"
     ) as caught:
         load_policy(tmp_path, dtype=torch.float32, device=CPU, trainable=True, max_length=LONGEST + 1)
     assert caught.value.fix is not None

@@ -158,6 +158,6 @@ def test_state_of_another_optimizer_is_refused_and_changes_nothing(
     first.step(range(5))
     save_state(tmp_path / "optimizer", first.tensors(), ALONE)
     before = second.tensors()
-    with pytest.raises(DataError, match="the saved state is another one"):
+    with pytest.raises(DataError, match="the saved optimizer state does not fit"):
         load_state(tmp_path / "optimizer", optimizer_tensors(second.optimizer, second.names), ALONE)
     require_equal(second.tensors(), before)

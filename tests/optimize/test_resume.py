@@ -179,8 +179,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     damage(run / "checkpoints" / "step-00000004" / file)
     listener = Listener()
     train(TrainConfig(**settings, output_dir=run, resume=True), progress=listener)
-    assert listener.lines[0].startswith(f"passing over the checkpoint step-00000004: {said}")
-    assert listener.lines[1].startswith("going on from step-00000003, 22 pairs into the run")
+    assert listener.lines[0].startswith(f"skipping the damaged checkpoint step-00000004: {said}")
+    assert listener.lines[1].startswith("continuing from step-00000003, 22 pairs into the run")
     assert contents(run) == undisturbed
 
 
@@ -190,7 +190,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_started_over(
     run = stopped_at_step(tmp_path / "run", settings, 3)
     flip(run / "checkpoints" / "step-00000002" / "model.safetensors")
     before = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(DataError, match="no checkpoint is whole") as caught:
+    with pytest.raises(DataError, match="every checkpoint is damaged") as caught:
         train(TrainConfig(**settings, output_dir=run, resume=True))
     assert "step-00000002" in caught.value.what or "model.safetensors" in caught.value.what
     assert (run / "metrics.jsonl").read_bytes() == before
@@ -333,7 +333,7 @@ def test_other_settings_are_another_run(
     settings: dict[str, Any], tmp_path: Path, change: dict[str, Any], names: list[str]
 ) -> None:
     run = stopped_at_step(tmp_path / "run", settings, 3)
-    with pytest.raises(ConfigError, match="started with something else") as caught:
+    with pytest.raises(ConfigError, match="started with other settings or other shards") as caught:
         train(TrainConfig(**{**settings, **change}, output_dir=run, resume=True))
     assert all(name in str(caught.value) for name in names)
 
@@ -410,7 +410,7 @@ def test_a_run_that_is_to_end_before_its_checkpoint_ends_with_it(
     shorter = TrainConfig(**{**constant, "max_steps": 2}, output_dir=run, resume=True)
     progress = Bounded()
     result = train(shorter, progress=progress)
-    assert "beyond the 2 steps" in progress.lines[1]
+    assert "already past the 2 requested steps" in progress.lines[1]
     assert result.steps == 3
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [("loss" in line, "eval_loss" in line, line["step"]) for line in lines] == [
@@ -426,7 +426,7 @@ def test_a_run_that_is_to_end_before_its_checkpoint_ends_with_it(
         assert torch.equal(parameter, other)
     again = Listener()
     assert train(shorter, progress=again).steps == 3
-    assert "came to its end before" in again.lines[0]
+    assert "is already complete" in again.lines[0]
 
 
 def without_in_state(checkpoint: Path, *names: str) -> None:
@@ -522,7 +522,7 @@ def test_a_checkpoint_that_does_not_say_where_it_was_made_is_gone_on_from(
     listener = Listener()
     unsaid = {**settings, "micro_batch_tokens": None}
     train(TrainConfig(**unsaid, output_dir=run, resume=True), progress=listener)
-    assert listener.lines == ["going on from step-00000002, 16 pairs into the run"]
+    assert listener.lines == ["continuing from step-00000002, 16 pairs into the run"]
     assert contents(run) == undisturbed
 
 

@@ -104,7 +104,7 @@ def test_parts_on_other_machines_disks_are_noticed_when_they_are_saved(
 ) -> None:
     for rank in range(size):
         facts = json.loads((torchrun_folders[size] / f"facts-{rank}.json").read_text(encoding="utf-8"))
-        assert f"the processes wrote {size} files, and process {rank} sees 1" in facts["own disks"]
+        assert f"the processes wrote {size} files, but process {rank} sees 1" in facts["own disks"]
         assert "--output-dir that all machines share" in facts["own disks"]
     alone = json.loads((torchrun_folders[1] / "facts-0.json").read_text(encoding="utf-8"))
     assert alone["own disks"] == ""
