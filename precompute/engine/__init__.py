@@ -1,1 +1,1 @@
-"""vLLM as a scorer of whole sequences, and what may go wrong with it."""
+"""Scoring sequences with vLLM: the engine and its arguments, checks of its answers, and failures."""

@@ -1,9 +1,9 @@
-"""Weights that a model would leave out, found from the names in a checkpoint before an engine starts.
+"""Refuses a checkpoint with weights that the model class would leave out, before an engine starts.
 
-vLLM passes over what it has no place for: biases that config.json does not mention are skipped in silence.
-Names in a file are not those of the model (transformers renames and joins tensors as it loads them), so they
-are not compared: transformers loads the folder onto the ``meta`` device, which has shapes and no data, and
-reports.
+vLLM silently skips weights that it has no place for, such as biases that config.json does not mention. The
+names in a file are not the model's names, because transformers renames and joins tensors as it loads them. So
+transformers loads the folder onto the ``meta`` device, which has shapes but no data, and reports the names
+that are left over.
 """
 
 from pathlib import Path
@@ -16,11 +16,11 @@ from dpo_opt.schemas.weights import refuse_left_over
 def require_place_for_all_weights(folder: Path) -> None:
     """Refuse a checkpoint that holds weights which its model class does not have. Reads no weights.
 
-    Nothing is known, and nothing refused, where transformers does not know the class or cannot make it, where
-    the weights are quantized (only their own library knows their names), and without accelerate.
+    Nothing is checked if transformers does not know the class or cannot build it, if the weights are
+    quantized (only the quantization library knows their names), or without accelerate.
 
     Raises:
-        ConfigError: It does.
+        ConfigError: The checkpoint holds such weights.
     """
     refuse_left_over(_unexpected_keys(folder), folder=folder)
 
@@ -31,7 +31,7 @@ def _unexpected_keys(folder: Path) -> list[str]:
     if not is_accelerate_available() or "quantization_config" in read_config(folder):
         return []
     verbosity = logging.get_verbosity()
-    # Its report is a table; its bars would stand between ours.
+    # transformers would print its report as a table, and progress bars among ours.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -44,14 +44,14 @@ def _unexpected_keys(folder: Path) -> list[str]:
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError):
-        return []  # the engine may know better, and says what is wrong
+        return []  # the engine may know the model; if not, its error says what is wrong
     finally:
         logging.set_verbosity(verbosity)
     return list(report["unexpected_keys"])
 
 
 def _class(folder: Path) -> Any:
-    """The class that config.json names, as vLLM chooses its own by it; without a name, that for text."""
+    """The class that config.json names, by which vLLM chooses its own; without a name, the one for text."""
     import transformers
 
     named = (read_config(folder).get("architectures") or [None])[0]

@@ -1,4 +1,4 @@
-"""The arguments that vLLM's engine is started with: ours, those that a user may replace, and a user's own."""
+"""The arguments that vLLM's engine is started with: fixed ones, defaults, and the user's --engine-option."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from dpo_opt.schemas.rope import pin_rope
 
 # Logits of one engine step are (rows, V) in fp32: 2048 rows of a 150k vocabulary take 1.2 GB.
 _STEP_TOKENS = 2048
-# Prompt log-probs need room on the GPU beside weights and cache that vLLM does not count.
+# Prompt log-probs take GPU memory that vLLM does not count, in addition to weights and cache.
 _GPU_MEMORY_UTILIZATION = 0.85
 _CPU_KV_CACHE_BYTES = 2 * 2**30
 _CPU_BLOCK = 32
@@ -29,13 +29,14 @@ def engine_arguments(
     """All arguments of an engine.
 
     Args:
-        folder: The model.
-        dtype: Always passed: ``auto`` would turn an fp32 checkpoint into half precision.
-        max_length: Longest sequence that will be asked for, in tokens.
+        folder: The model folder.
+        dtype: Dtype of weights and computation; vLLM's ``auto`` would load an fp32 checkpoint in half
+            precision.
+        max_length: Longest sequence that will be scored, in tokens.
         reuse: Whether a prompt's cache serves all of its completions.
-        fixes_rope: Whether a rotary embedding depends on the sequence, and is fixed for the run
+        fixes_rope: Whether a rotary embedding depends on the sequence's length and is fixed for the run
             (``schemas.rope``).
-        options: A user's own.
+        options: The user's own arguments.
     """
     found = {**_defaults(options), **options}
     if fixes_rope:
@@ -50,7 +51,7 @@ def engine_arguments(
         "enable_prefix_caching": reuse,
         "load_format": "safetensors",
         "trust_remote_code": False,
-        # Of the model as it is: no temperature, no penalty, none of its own generation defaults.
+        # The model's own log-probs: no temperature, no penalty, no generation defaults of the checkpoint.
         "logprobs_mode": "raw_logprobs",
         "generation_config": "vllm",
         "disable_log_stats": True,
@@ -59,18 +60,18 @@ def engine_arguments(
 
 
 def accepted_arguments() -> set[str]:
-    """Names that the installed engine takes; loads vLLM."""
+    """Names of the arguments that the installed engine accepts. Imports vLLM."""
     from vllm.engine.arg_utils import EngineArgs
 
     return {field.name for field in dataclasses.fields(EngineArgs)}
 
 
 def _defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the engine that a user's options replace."""
+    """Default arguments, which the user's options replace."""
     found: dict[str, Any] = {"max_num_batched_tokens": _STEP_TOKENS}
     if not is_cpu_build():
         return {**found, "gpu_memory_utilization": _GPU_MEMORY_UTILIZATION}
-    # Compiling takes longer than it saves at the sizes a CPU can score.
+    # With the small models that a CPU can score, compiling takes longer than it saves.
     found |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
     if "gpu_memory_utilization" not in options:
         found["kv_cache_memory_bytes"] = _CPU_KV_CACHE_BYTES

@@ -1,19 +1,19 @@
-"""Sequences that break the engine, found by halving, so that one row does not stop a job for ever.
+"""Finds the sequences that break the engine by halving, and leaves them out, so that one row stops no job.
 
-A call that fails may be the fault of one of its sequences, or of the engine and its settings. To tell them
-apart, a small sequence is asked after every failure, one that was answered before where there is one:
+A failed call may be the fault of one of its sequences, or of the engine and its settings. To tell them apart,
+a small sequence is scored after every failure; it is one that was scored before, if there is one:
 
-* the small one fails too: it is the engine, and its error stops the run;
-* it is answered: the failed group is halved until single sequences that fail alone are found and left out.
+* If the small one fails too, the engine is at fault, and its error stops the run.
+* If it is scored, the failed group is halved until the sequences that fail alone are found and left out.
 
-Many that fail are no accident of single rows: past ``MOST_LEFT_OUT`` in one call of ``score_or_leave_out``,
-or ``MOST_FAILURES`` failed calls, the run stops; and so it does where a folder loses too large a share of its
-pairs over all its shards (``Losses``). What the project refuses itself (``DpoOptError`` other than
-``EngineStopped``) is never a row's fault, and passes through.
+If many sequences fail, single rows are not the cause. So the run stops after ``MOST_LEFT_OUT`` sequences in
+one call of ``score_or_leave_out``, after ``MOST_FAILURES`` failed calls, or when a folder has lost too large
+a share of its pairs over all its shards (``Losses``). An error that this project raises itself (a
+``DpoOptError`` other than ``EngineStopped``) is never a row's fault and is passed on.
 
-Values that are not finite are treated alike, unless the model's weights are not finite either, which stops
-the run: such a sequence is asked for alone. If it gives them again, and the small one does not, it is left
-out; otherwise the values are handed on, for the caller to refuse.
+Log-probs that are not finite are treated alike: the sequence is scored alone. If they are not finite again,
+and the small sequence's are, the sequence is left out. Otherwise the values are returned, and the caller
+refuses them. If the model's weights are not finite, the run stops.
 """
 
 import functools
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped, Preempted
+from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped, Preempted, first_line
 from dpo_opt.schemas.pairs import LogpArray, Scorer, TokenizedPair, TokenSequence
 from dpo_opt.schemas.safe_text import printable
 from dpo_opt.schemas.weights import nonfinite_tensor
@@ -31,30 +31,31 @@ from dpo_opt.schemas.weights import nonfinite_tensor
 ENGINE_ERROR = "engine_error"
 """Reason under which dropped rows are counted."""
 MOST_LEFT_OUT = 8
-"""Sequences; in a shard of 1024 pairs this is below one in a hundred pairs."""
+"""Most sequences left out per call; in a shard of 1024 pairs this is below one in a hundred pairs."""
 MOST_FAILURES = 64
-"""Failed calls: each may take the start of an engine."""
+"""Most failed calls: after each one an engine may have to start again."""
 LARGEST_SHARE = 1 / 200
-"""Of a folder's pairs; the first ``MOST_LEFT_OUT`` may be more, in a small folder one in four."""
+"""Largest share of a folder's pairs to leave out. ``MOST_LEFT_OUT`` pairs are always allowed, in a small
+folder one in four."""
 _MESSAGE_LENGTH = 200
 _LOOK_AT_THE_ENGINE = "look at the engine's settings and memory, then run the same command again"
 
 
 class Answers(NamedTuple):
-    """What a scorer gave for some sequences, in order."""
+    """A scorer's results for some sequences, in order."""
 
     values: list[LogpArray | None]
-    """(C,) float32 each; None for those that were left out."""
+    """(C,) float32 each; None for a sequence that was left out."""
     left_out: dict[int, str]
-    """Position to what the engine said."""
+    """From the position of a sequence that was left out to the engine's error."""
 
 
 class Losses:
-    """Pairs that a folder lost to the engine, as far as one worker knows.
+    """Counts the pairs of a folder that were left out because of engine errors, as far as one worker knows.
 
     Args:
-        rows: Of the folder's plan.
-        seen: Pairs that were scored before, by whomever.
+        rows: Source rows of the folder's plan.
+        seen: Pairs that any worker scored before.
         lost: How many of them were left out.
     """
 
@@ -69,11 +70,11 @@ class Losses:
         """Count a shard's pairs, before it is kept.
 
         Args:
-            pairs: What was asked for.
-            left_out: By row, what the engine said of those that it failed on.
+            pairs: The pairs that were scored.
+            left_out: From each row that was left out to the engine's error.
 
         Raises:
-            EngineStopped: Too large a share is lost by now.
+            EngineStopped: Too large a share of the pairs is lost by now.
         """
         self._seen += len(pairs)
         self.lost += len(left_out)
@@ -89,7 +90,8 @@ class Losses:
         raise EngineStopped(
             f"the engine failed on {self.lost} of {self._seen} pairs, the last time with: "
             f"{list(left_out.values())[-1]}",
-            why="so many are no accident of single rows, and training would miss them; the shard is not kept",
+            why="so many failures are not the fault of single rows, and training would miss these pairs; the "
+            "shard is not kept",
             fix=f"all of them are longer than what it scored: pass --max-length {self._longest_scored} and "
             "another --shards folder"
             if only_long
@@ -100,17 +102,17 @@ class Losses:
 def score_or_leave_out(
     sequences: Sequence[TokenSequence], scorer: Scorer, *, model: Path | None = None
 ) -> Answers:
-    """Score sequences; the few that break the engine are left out.
+    """Score sequences, and leave out the few that break the engine.
 
     Args:
-        sequences: What to score.
+        sequences: The sequences to score.
         scorer: The engine.
-        model: Its model's folder, to see whether the weights are to blame for values that are not finite.
+        model: The model's folder, to check whether its weights cause log-probs that are not finite.
 
     Raises:
         ConfigError: The model's weights are not finite.
-        EngineStopped: The engine fails whatever it is asked, or fails too often.
-        DpoOptError: What the scorer refuses, or an answer is missing.
+        EngineStopped: The engine fails on every sequence, or fails too often.
+        DpoOptError: The scorer refused something, or an answer is missing.
     """
     search = _Search(sequences, scorer, model)
     if sequences:
@@ -129,15 +131,14 @@ class _Search:
         self._failures: list[EngineStopped] = []
 
     def score(self, group: Sequence[int], *, holds_a_bad_one: bool = False) -> bool:
-        """Score a group, in parts where it fails as a whole.
+        """Score a group; if it fails as a whole, score its halves.
 
         Args:
-            group: Positions.
-            holds_a_bad_one: It has failed as part of a larger group whose other part is good, so the whole
-                need not fail once more.
+            group: Positions of the sequences.
+            holds_a_bad_one: The group is the bad half of a failed group, so it is not tried as a whole again.
 
         Returns:
-            Whether it was answered as a whole.
+            Whether the group was scored as a whole.
         """
         if len(group) == 1 or not holds_a_bad_one:
             try:
@@ -156,7 +157,7 @@ class _Search:
         return False
 
     def look_again_at_what_is_not_finite(self) -> None:
-        """Leave out what is not finite alone either, while others are."""
+        """Leave out sequences whose log-probs are not finite, if that is the sequence's own fault."""
         wrong = [i for i, values in self.values.items() if not np.isfinite(values).all()]
         if wrong and self._model is not None:
             _require_finite_weights(self._model)
@@ -164,13 +165,13 @@ class _Search:
             return
         for i in wrong:
             found = self.values.pop(i)
-            # Alone it may also break the engine, and is then left out for that.
+            # Alone it may also break the engine; ``score`` has then left it out.
             if not self.score([i]):
                 continue
             alone = self.values[i]
             (small,) = _ask(self._scorer, [self._small()])
             if np.isfinite(alone).all() or not np.isfinite(small).all():
-                # Which values it gives depends on its company, or nothing is finite: no fault of the row.
+                # The values depend on the batch, or no sequence's are finite: not the row's fault.
                 self.values[i] = found
                 continue
             count = int((~np.isfinite(alone)).sum())
@@ -179,10 +180,10 @@ class _Search:
             del self.values[i]
 
     def _require_a_working_engine(self, error: EngineStopped) -> None:
-        """Ask for something small.
+        """Score a small sequence, to see whether the engine works.
 
         Raises:
-            EngineStopped: It fails as well, or there were too many failures.
+            EngineStopped: The small sequence fails as well, or there were too many failures.
         """
         self._failures.append(error)
         if len(self._failures) > MOST_FAILURES:
@@ -195,7 +196,7 @@ class _Search:
             raise error from again
 
     def _small(self) -> TokenSequence:
-        """The shortest that was answered; before the first answer, one of two tokens."""
+        """The shortest sequence that was scored; before the first one, a sequence of two tokens."""
         good = [self._sequences[i] for i, values in self.values.items() if np.isfinite(values).all()]
         if good:
             return min(good, key=_length)
@@ -208,7 +209,7 @@ class _Search:
             raise EngineStopped(
                 f"{len(self.left_out)} sequences of one shard fail alone, the first with: "
                 f"{next(iter(self.left_out.values()))}",
-                why=f"more than {MOST_LEFT_OUT} are no accident of single rows; the shard was not kept",
+                why=f"more than {MOST_LEFT_OUT} are not the fault of single rows; the shard was not kept",
                 fix=_LOOK_AT_THE_ENGINE,
             ) from (self._failures[0] if self._failures else None)
 
@@ -220,7 +221,7 @@ def _ask(scorer: Scorer, sequences: Sequence[TokenSequence]) -> list[LogpArray]:
         raise
     except Exception as error:
         raise EngineStopped(
-            f"the scorer stopped ({type(error).__name__}: {_first_line(error)})",
+            f"the scorer stopped ({first_line(error, lines=1, length=_MESSAGE_LENGTH, named=True)})",
             why="finished shards are kept",
             fix=_LOOK_AT_THE_ENGINE,
         ) from error
@@ -233,14 +234,14 @@ def _require_finite_weights(folder: Path) -> None:
     tensor = _nonfinite_tensor(folder)
     if tensor is not None:
         raise ConfigError(
-            f"weights that are no numbers: {tensor}",
+            f"weights that are NaN or infinite: {tensor}",
             where=str(folder),
-            why="the log-probs of whatever they touch are no numbers either",
-            fix="copy or download the model again, or go back to a checkpoint from before they broke",
+            why="the log-probs that depend on these weights would be NaN too",
+            fix="copy or download the model again, or go back to an earlier checkpoint",
         )
 
 
-# Once a process: it reads all weights.
+# Cached, because it reads all weights.
 _nonfinite_tensor = functools.cache(nonfinite_tensor)
 
 
@@ -250,7 +251,3 @@ def _length(sequence: TokenSequence) -> int:
 
 def _message(error: EngineStopped) -> str:
     return printable(" ".join(error.what.split()))[:_MESSAGE_LENGTH]
-
-
-def _first_line(error: Exception) -> str:
-    return printable((str(error).strip() or "no message").splitlines()[0])[:_MESSAGE_LENGTH]

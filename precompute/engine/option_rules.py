@@ -1,7 +1,7 @@
-"""Which arguments of vLLM's engine may be passed through, and which would make log-probs silently wrong.
+"""Reads --engine-option, and refuses arguments of vLLM's engine that would make log-probs silently wrong.
 
-What this program sets itself, and what is known to lose, mix up or hang prompt log-probs, is refused by name,
-with the reason, before anything is started.
+Refused by name, with the reason and before anything starts: arguments that this program sets itself, and
+arguments that are known to lose or mix up prompt log-probs, or to make vLLM hang.
 """
 
 import difflib
@@ -38,7 +38,7 @@ _SET_HERE = {
         "leave it out: samples are the model's own, at temperature 1",
     ),
 }
-"""Argument to what to do instead."""
+"""From an argument that this program sets to what the user can do instead."""
 
 _RUNS_CODE = (
     "trust_remote_code",
@@ -54,7 +54,7 @@ _RUNS_CODE = (
 
 class _Danger(NamedTuple):
     names: str
-    """Pattern of whole names."""
+    """Regular expression that matches a whole name."""
     why: str
     fix: str
 
@@ -64,19 +64,19 @@ _DANGERS = [
     _Danger(
         r".*lora.*",
         # 51594
-        "an adapter of the LM head is left out of prompt log-probs without a word",
+        "vLLM silently leaves an adapter of the LM head out of prompt log-probs",
         "merge the adapter into the model, and pass the merged folder as --model",
     ),
     _Danger(
         r"speculative_config|spec_(method|model|tokens)",
         # 53488
-        "speculation overwrites prompt log-probs without a word",
-        "leave it out: nothing is generated, so it would make nothing faster",
+        "speculative decoding silently overwrites prompt log-probs",
+        "leave it out: no text is generated, so it would make nothing faster",
     ),
     _Danger(
         r"kv_sharing_fast_prefill",
-        # v1/engine/input_processor.py, whose own check prompt_logprobs=0 slips through
-        "it leaves out rows of the prompt, whose log-probs are then wrong",
+        # v1/engine/input_processor.py; its own check misses prompt_logprobs=0
+        "it leaves out rows of the prompt, and their log-probs are then wrong",
         "leave it out",
     ),
     _Danger(
@@ -88,19 +88,19 @@ _DANGERS = [
     _Danger(
         r"pipeline_parallel_size|nnodes|node_rank|master_(addr|port)",
         # 38602
-        "prompt log-probs hang where an engine spans stages or machines",
+        "vLLM hangs on prompt log-probs if an engine spans pipeline stages or machines",
         "pass --engine-option tensor_parallel_size=N with the GPUs of one machine",
     ),
     _Danger(
         r"enable_dbo",
         # config/vllm.py
-        "it puts another runner in place, which does not answer as the strategy that was chosen expects",
+        "it switches to another model runner, which answers in another form than is expected here",
         "leave it out",
     ),
     _Danger(
         r"kv_transfer_config|kv_offloading_.*",
         # 57269
-        "prompt rows that come from a cache outside the engine have no log-probs",
+        "prompt rows from a cache outside the engine have no log-probs",
         "leave it out: the engine's own prefix cache is used",
     ),
     _Danger(
@@ -110,17 +110,17 @@ _DANGERS = [
         "leave it out",
     ),
 ]
-# What switches one of these off is harmless.
+# Values that switch one of these off are harmless.
 _OFF: tuple[object, ...] = (None, False, 0, {}, [])
 
 _POSITIVE = ("tensor_parallel_size", "max_num_batched_tokens", "max_num_seqs", "block_size")
 
 
 def read_engine_options(given: Sequence[str]) -> dict[str, Any]:
-    """Arguments of the engine, from ``name=value`` with values as JSON or YAML spell them.
+    """Arguments of the engine, from ``name=value`` with values in JSON or YAML.
 
     Raises:
-        ConfigError: One is of another form, is set by this program, or would make log-probs wrong.
+        ConfigError: An option has another form, is set by this program, or would make log-probs wrong.
     """
     options: dict[str, Any] = {}
     for option in given:
@@ -129,7 +129,7 @@ def read_engine_options(given: Sequence[str]) -> dict[str, Any]:
         if not (equals and re.fullmatch(r"[a-z][a-z0-9_]*", name) and text.strip()):
             raise ConfigError(
                 f"--engine-option {option!r} is not of the form name=value",
-                why="each is one argument of vLLM's engine",
+                why="each option is one argument of vLLM's engine",
                 fix="for example --engine-option tensor_parallel_size=2",
             )
         value = _value(text, option)
@@ -139,18 +139,18 @@ def read_engine_options(given: Sequence[str]) -> dict[str, Any]:
 
 
 def canonical(options: Mapping[str, Any]) -> str:
-    """The one spelling of the options that numbers depend on, as the fingerprint records it: ``{}`` for none.
+    """The options that log-probs depend on, in the spelling that the fingerprint records; ``{}`` for none.
 
-    Settings of memory (``MEMORY_OPTIONS``) do not enter.
+    Memory settings (``MEMORY_OPTIONS``) are left out.
     """
     return json.dumps(without_memory_options(options), sort_keys=True, separators=(",", ":"))
 
 
 def refuse_unknown(options: Mapping[str, Any], *, known: Collection[str]) -> None:
-    """Compare names with those that the installed engine takes.
+    """Refuse arguments that the installed engine does not have.
 
     Raises:
-        ConfigError: There is no such argument.
+        ConfigError: There is no such argument; the fix names the closest one.
     """
     for name in options:
         if name not in known:
@@ -168,12 +168,12 @@ def _value(text: str, option: str) -> Any:
             value = json.loads(text)
         except ValueError:
             value = yaml.safe_load(text)
-        # JSON knows neither dates nor numbers that are not finite.
+        # JSON has neither dates nor NaN and infinities.
         json.dumps(value, allow_nan=False)
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(
             f"--engine-option {option!r}: the value is neither JSON nor a YAML scalar",
-            why="it is recorded in the fingerprint as JSON",
+            why="the fingerprint records the value as JSON",
             fix="put quotes around text that looks like something else: name='\"2026-01-01\"'",
         ) from error
     return value
@@ -184,8 +184,8 @@ def _refuse(name: str, value: Any, option: str) -> None:
         raise ConfigError(f"--engine-option {option!r}: {name} is set by this program", fix=_SET_HERE[name])
     if name in _RUNS_CODE:
         raise ConfigError(
-            f"--engine-option {option!r}: {name} makes the engine run code that it is told the name of",
-            why="a model or a setting shall never bring code along",
+            f"--engine-option {option!r}: {name} makes the engine run code that the option names",
+            why="no model and no setting may bring code along",
             fix="leave it out, or pass --backend hf",
         )
     harmless = value in _OFF or (name.endswith("_size") and value == 1)
@@ -195,14 +195,14 @@ def _refuse(name: str, value: Any, option: str) -> None:
     if name == "distributed_executor_backend" and value not in ("mp", "uni", None):
         raise ConfigError(
             f"--engine-option {option!r} is refused",
-            why="prompt log-probs hang with executors that span processes which vLLM did not start itself",
+            why="vLLM hangs on prompt log-probs if it did not start the executor's processes itself",
             fix="leave it out; --launcher ray runs whole workers on Ray",
         )
     if name == "hf_overrides" and not (isinstance(value, dict) and set(value) <= {"head_dtype"}):
         raise ConfigError(
             f"--engine-option {option!r} is refused",
-            why="another configuration is another reference, and only the model folder's own is compared",
-            fix="change config.json in a copy of the model folder; head_dtype alone may be given here",
+            why="another configuration is another reference, and training compares only the model folder's",
+            fix="change config.json in a copy of the model folder; only head_dtype may be given here",
         )
     if name in _POSITIVE and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         raise ConfigError(f"--engine-option {option!r}: not a whole number above 0")

@@ -1,6 +1,6 @@
-"""The death of an engine's own process, noticed: vLLM's client would wait for its answers for ever.
+"""Notices when an engine's process dies; vLLM's client would wait for its answers forever.
 
-vLLM marks such an engine as dead, but tells nobody who waits already (seen in 0.32).
+vLLM marks such an engine as dead, but does not tell a client that is already waiting (seen in 0.32).
 """
 
 import contextlib
@@ -13,9 +13,9 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 @contextlib.contextmanager
 def death_is_noticed(engine: Any) -> Iterator[None]:
-    """While the block waits for an ``LLM``, its death is among the answers, which raises there.
+    """While the block waits for an ``LLM``, put an error into its queue of answers if its process dies.
 
-    Engines in this process have no such queue of answers, and need none.
+    An engine inside this process has no such queue and needs none.
     """
     client = getattr(getattr(engine, "llm_engine", None), "engine_core", None)
     answers, state = getattr(client, "outputs_queue", None), getattr(client, "resources", None)

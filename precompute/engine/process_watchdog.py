@@ -1,9 +1,10 @@
-"""No process of an engine outlives the one that started it, however that one ends.
+"""Kills an engine's processes when the process that started them is gone, however it ended.
 
-vLLM runs an engine in child processes where it is told to (``VLLM_ENABLE_V1_MULTIPROCESSING=1``) and where it
-spans several GPUs, and such a child waits for ever for a parent that was killed, with all of its memory. The
-kernel can signal a child when its parent dies, but must be asked in the child, where nothing of this program
-runs. So a small process watches from outside: this file, run by itself, with the standard library alone.
+vLLM runs an engine in child processes if it is told to (``VLLM_ENABLE_V1_MULTIPROCESSING=1``) or if it spans
+several GPUs. If the parent is killed, such a child waits for it forever and keeps all of its memory. The
+kernel can signal a child when its parent dies, but the child must ask for it, and the child runs none of this
+program's code. So a small process watches from outside: this file, run by itself with only the standard
+library.
 """
 
 import contextlib
@@ -20,16 +21,16 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 @contextlib.contextmanager
 def children_end_with_this_process() -> Iterator[None]:
-    """What the block starts is killed when this process is no more; what was there before is not.
+    """Processes that the block starts are killed when this process is gone; earlier children are not.
 
-    Where there is no ``/proc`` to look at, it does nothing.
+    Without ``/proc`` it does nothing.
     """
     if not Path("/proc/self/task").is_dir():
         yield
         return
     others = set(_children(os.getpid()))
     begun, end = os.pipe()
-    # -I -S: nothing but the standard library, whatever the environment says.
+    # -I -S: only the standard library, regardless of the environment.
     watcher = os.posix_spawn(
         sys.executable,
         [sys.executable, "-I", "-S", __file__, str(os.getpid()), *map(str, others)],
@@ -39,7 +40,7 @@ def children_end_with_this_process() -> Iterator[None]:
             (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ],
-        # A Ctrl-C is for the others.
+        # A session of its own, so that Ctrl-C does not end the watcher.
         setsid=True,
     )
     os.close(begun)
@@ -53,10 +54,13 @@ def children_end_with_this_process() -> Iterator[None]:
 
 
 def _watch(parent: int, others: set[int]) -> None:
-    """Kill the parent's children, and theirs, when the parent is gone: new ones until a line names them."""
+    """Kill the parent's children and their descendants when the parent is gone.
+
+    These are all children except ``others``, until a line on stdin names the ones to watch.
+    """
     starting = True
     others = {*others, os.getpid()}
-    # With their start times: a number may be given again.
+    # With their start times, because a process number may be used again.
     found: dict[int, str] = {}
     while True:
         gone = os.getppid() != parent
@@ -76,7 +80,7 @@ def _watch(parent: int, others: set[int]) -> None:
         elif select.select([0], [], [], _SECONDS_BETWEEN_LOOKS)[0]:
             line = os.read(0, 65536)
             if not line:
-                # The parent died at its start, and shows it in a moment.
+                # The pipe closed because the parent died; getppid shows it a moment later.
                 time.sleep(_SECONDS_BETWEEN_LOOKS / 10)
                 continue
             found = {}
@@ -86,7 +90,7 @@ def _watch(parent: int, others: set[int]) -> None:
 
 
 def _collect(pid: int, found: dict[int, str]) -> None:
-    """A process and all that descend from it."""
+    """Add a process and all its descendants to ``found``."""
     start = start_time(pid)
     if start is None or found.get(pid, start) != start:
         return
@@ -108,9 +112,9 @@ def _children(pid: int) -> list[int]:
 
 
 def start_time(pid: int) -> str | None:
-    """In clock ticks since boot; None where there is no such process, or only its exit code."""
+    """When a process started, in clock ticks since boot; None if it does not exist or has ended."""
     try:
-        # The name, in brackets, may hold anything.
+        # The process's name, in brackets, may hold any character.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""Score the pairs of a shard: equal sequences once, every value checked before it is kept."""
+"""Scores the pairs of a shard: equal sequences once, and every value is checked before it is kept."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,27 +12,27 @@ from dpo_opt.schemas.pairs import HIGHEST_LOGP, LogpArray, ScoredPair, Scorer, T
 
 
 class ScoredPairs(NamedTuple):
-    """What became of some pairs."""
+    """The result of scoring some pairs."""
 
     pairs: list[ScoredPair]
-    """In order, without those that were left out."""
+    """The scored pairs in order, without those that were left out."""
     left_out: dict[int, str]
-    """Row to what the engine said of one of its sequences."""
+    """From each row that was left out to the engine's error."""
     unique_sequences: int
-    """Sequences that were scored."""
+    """Number of sequences that were scored."""
 
 
 def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer, *, model: Path | None = None) -> ScoredPairs:
-    """Score pairs, equal sequences once; pairs whose sequences break the engine are left out.
+    """Score pairs, equal sequences once. Pairs whose sequences break the engine are left out.
 
     Args:
-        pairs: Their rows are unique.
+        pairs: Pairs with different row numbers.
         scorer: The reference.
-        model: Its folder, where its weights may be read to explain values that are not finite.
+        model: The reference's folder; its weights are read to explain log-probs that are not finite.
 
     Raises:
         ConfigError: The model's weights are not finite.
-        EngineStopped: The engine fails whatever it is asked, or too often (``failing_sequences``).
+        EngineStopped: The engine fails on every sequence, or too often (``failing_sequences``).
         DpoOptError: An answer is missing, has the wrong length, is not finite, or is above 0.
     """
     # Completions of one prompt next to each other, so that the scorer can reuse the prompt's work.
@@ -80,11 +80,11 @@ def _require_logps(values: LogpArray, length: int, row: int, *, dtype: str) -> N
         raise DpoOptError(
             f"{not_finite} of {len(values)} log-probs are not finite in float16",
             where=f"source row {row}",
-            why="values inside the model are beyond 65504, the largest number of that dtype",
+            why="values inside the model exceed 65504, the largest float16 number",
             fix="pass --dtype bfloat16 or float32, and another --shards folder",
         )
     raise DpoOptError(
-        f"the scorer returned values that are no log-probs ({len(values)} for {length} tokens, "
+        f"the scorer returned values that are not log-probs ({len(values)} for {length} tokens, "
         f"largest {float(np.max(values, initial=-np.inf)):g}, "
         f"{not_finite} not finite)",
         where=f"source row {row}",

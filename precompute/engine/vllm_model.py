@@ -1,8 +1,9 @@
-"""A frozen model through vLLM: prompt log-probs and samples.
+"""``VllmModel``: scores and samples with vLLM (``--backend vllm``).
 
-Guards, each against something that vLLM does silently otherwise:
-* what comes from the prefix cache is scored again (``vllm_strategy``), and a sample is scored both ways;
-* every answer is checked for length and, where it has them, for the ids it belongs to.
+Guards against what vLLM would silently get wrong:
+* sequences that lost log-probs to the prefix cache are scored again (``vllm_strategy``);
+* the first sequences are scored with and without the cache, and compared;
+* every answer is checked for its length and, if it names them, for its token ids.
 """
 
 import contextlib
@@ -25,19 +26,18 @@ from dpo_opt.precompute.engine.process_death import death_is_noticed
 from dpo_opt.precompute.engine.process_watchdog import children_end_with_this_process
 from dpo_opt.precompute.engine.vllm_build import is_cpu_build, prepare_environment, vllm_version
 from dpo_opt.precompute.engine.vllm_strategy import choose_strategy, read_answer, request_settings
-from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped
+from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped, first_line
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import Completion, IdArray, LogpArray, Numerics, TokenSequence
 from dpo_opt.schemas.rope import FIXED, describe_rope
-from dpo_opt.schemas.safe_text import printable
 
-# Older ones can be made to run a model folder's code (CVE-2026-27893) or lack what is used here.
+# Older versions can be made to run a model folder's code (CVE-2026-27893), or lack features used here.
 _OLDEST = (0, 18)
-# Requests in the engine at once: enough to fill its steps, few enough that memory stays flat.
+# Requests in the engine at once: enough to fill its steps, few enough that memory does not grow.
 _REQUESTS = 512
-# Sequences that are scored both ways when a worker starts, and what may differ, in nats per token: half
-# precision rounds by batch.
+# Sequences that are scored with and without the cache when a worker starts, and the largest mean difference
+# in nats per token. Half precision rounds differently in every batch.
 _CHECKED = 16
 _REUSE_LIMIT = {"float32": 1e-4, "half": 0.05}
 
@@ -51,14 +51,14 @@ class ReuseCheck(NamedTuple):
 
 
 class VllmModel:
-    """A model in a vLLM engine, as ``Scorer`` and as ``Sampler``; the engine starts at first use.
+    """A model in a vLLM engine, as ``Scorer`` and as ``Sampler``. The engine starts at first use.
 
     Args:
-        folder: The model.
-        dtype: Dtype of weights and compute, such as ``bfloat16``.
-        max_length: Longest sequence that will be asked for, in tokens.
-        engine_options: More arguments of the engine (``engine_options.read_engine_options``).
-        reuse: Compute a prompt once for its completions where this vLLM does it right.
+        folder: The model folder.
+        dtype: Dtype of weights and computation, such as ``bfloat16``.
+        max_length: Longest sequence that will be scored, in tokens.
+        engine_options: More arguments of the engine (``option_rules.read_engine_options``).
+        reuse: Compute a prompt once for all its completions, if this vLLM does so correctly.
 
     Raises:
         ConfigError: vLLM is not installed, is too old, or has no such argument.
@@ -96,7 +96,7 @@ class VllmModel:
         best = choose_strategy(version, cpu_build=is_cpu_build(), model_config=read_config(folder))
         self._strategy = best._replace(reuse=best.reuse and reuse)
         self.reuse_check: ReuseCheck | None = None
-        """What the first sequences gave with and without the cache; None before, and without reuse."""
+        """The measured difference between scoring with and without the cache; None if not measured."""
 
     @property
     def numerics(self) -> Numerics:
@@ -121,7 +121,7 @@ class VllmModel:
         """See ``Scorer``."""
         if self._strategy.reuse and self.reuse_check is None:
             if len(sequences) == 1:
-                # Alone it shows nothing about reuse, and is not the place to begin with it.
+                # A single sequence shows nothing about reuse, so the check waits for the next call.
                 return self._score(sequences, reuse=False)
             self._check_reuse(sequences[:_CHECKED])
         found: list[LogpArray] = []
@@ -151,19 +151,19 @@ class VllmModel:
         return [answer for answer in answers if answer is not None]
 
     def _check_reuse(self, sequences: Sequence[TokenSequence]) -> None:
-        """Score the first sequences both ways, before any value is kept.
+        """Score the first sequences with and without the prefix cache, before any value is kept.
 
         Raises:
-            DpoOptError: The cache changes the values by more than the order of additions can.
+            DpoOptError: The cache changes the values by more than rounding can.
         """
         if not sequences:
             return
-        # With the cache first: whoever comes second finds all of its own work there.
+        # Run the cached pass first; a second pass would be served from the first one's cache entries.
         reused, plain = (np.concatenate(self._score(sequences, reuse=way)) for way in (True, False))
         self._started().reset_prefix_cache()
         finite = np.isfinite(plain)
         if not finite.any():
-            return  # no fault of the cache: whoever asked is given these values, and says why
+            return  # not the cache's fault: the caller scores them again, and explains them
         difference = np.abs(plain - reused)[finite]
         self.reuse_check = ReuseCheck(len(difference), float(difference.mean()), float(difference.max()))
         limit = _REUSE_LIMIT["float32" if self._dtype == "float32" else "half"]
@@ -172,7 +172,7 @@ class VllmModel:
                 f"with the prefix cache, log-probs differ by {self.reuse_check.mean:.2g} nats per token on "
                 f"average over {len(difference)} tokens; {limit:g} is allowed",
                 where=str(self._folder),
-                why="the cache must change how long it takes, and nothing else",
+                why="the cache may change only the speed, not the values",
                 fix="pass --backend hf, and report the vLLM version with `dpo-opt env`",
             )
 
@@ -188,7 +188,7 @@ class VllmModel:
         """See ``Sampler``."""
         from vllm import SamplingParams
 
-        # No seed per request: on a CPU a seeded request that is prefilled in two steps stops the engine.
+        # No seed per request: on a CPU, a seeded request that is prefilled in two steps stops the engine.
         params = SamplingParams(
             n=num_samples, max_tokens=max_new_tokens, temperature=temperature, detokenize=False
         )
@@ -206,7 +206,7 @@ class VllmModel:
         import torch
 
         engine = self._started()
-        # The engine runs in this process and draws from its generator.
+        # The engine runs in this process and draws from torch's generator.
         torch.manual_seed(seed)
         try:
             with death_is_noticed(engine):
@@ -217,18 +217,18 @@ class VllmModel:
             del engine
             self._abandon(error)
             raise EngineStopped(
-                f"vLLM stopped ({type(error).__name__}: {_first_line(error)})",
+                f"vLLM stopped ({first_line(error, lines=1, named=True)})",
                 where=str(self._folder),
-                why="what it was working on is lost; finished shards are kept",
+                why="the shard that it was working on is lost; finished shards are kept",
                 fix="see the engine's log with VLLM_LOGGING_LEVEL=INFO, or pass --backend hf",
             ) from error
 
     def _abandon(self, error: Exception) -> None:
-        """End an engine that failed: what it has queued would come back as answers to the next questions."""
+        """End an engine that failed: its queued requests would be returned as answers to the next ones."""
         engine, self._engine = self._engine, None
         with contextlib.suppress(Exception):
             engine.llm_engine.engine_core.shutdown()
-        # The frames of the failure hold the engine, and with it all of its memory.
+        # The frames of the traceback hold the engine and all of its memory.
         traceback.clear_frames(error.__traceback__)
         del engine
         gc.collect()
@@ -257,7 +257,7 @@ def _start(**settings: Any) -> Any:
     if is_cpu_build():
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        # Its imports warn about its own use of torch, which nobody here can mend.
+        # vLLM's imports warn about vLLM's own use of torch, which a user cannot change.
         warnings.simplefilter("ignore", FutureWarning)
         with children_end_with_this_process() if _has_processes(settings) else contextlib.nullcontext():
             return LLM(**settings)
@@ -265,20 +265,13 @@ def _start(**settings: Any) -> Any:
         raise
     except Exception as error:
         raise DpoOptError(
-            f"vLLM cannot run this model ({type(error).__name__}: {_first_line(error)})",
+            f"vLLM cannot run this model ({first_line(error, lines=1, named=True)})",
             where=settings["model"],
             fix="pass --backend hf, or see the engine's log with VLLM_LOGGING_LEVEL=INFO",
         ) from error
 
 
 def _has_processes(settings: Mapping[str, Any]) -> bool:
-    """Whether the engine runs in processes beside this one."""
+    """Whether the engine runs in processes of its own."""
     apart = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0"
     return apart or settings.get("tensor_parallel_size", 1) > 1
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, short enough for a line; pydantic says it in the second."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    kept = 3 if "validation error" in lines[0] else 1
-    return printable(" ".join(" ".join(lines[:kept]).split()))[:200]

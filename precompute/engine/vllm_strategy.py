@@ -1,19 +1,19 @@
-"""How log-probs are asked of vLLM and what an answer is worth: pure functions, no vllm needed to read them.
+"""How log-probs are requested from vLLM, and when an answer can be trusted. Pure functions that need no vLLM.
 
 Strategy ``token_ids`` (vLLM >= 0.32 on a GPU): ``prompt_logprob_token_ids`` with ``prompt_logprob_start``.
-The LM head runs on completion rows alone, and one float per token comes back.
+The LM head runs only on completion rows, and vLLM returns one float per token.
 
-Strategy ``prompt_logprobs`` (everywhere else): every prompt token's own log-prob is asked for
-(``prompt_logprobs=0, flat_logprobs=True``) and the completion's part is kept.
+Strategy ``prompt_logprobs`` (everywhere else): vLLM returns the log-prob of every token of the sequence
+(``prompt_logprobs=0, flat_logprobs=True``), and the completion's part is kept.
 
-Both may read the prompt's work from the prefix cache (``skip_reading_prefix_cache=False``), which vLLM does
-not do by itself for such requests: rows that come from the cache have no log-probs. An answer is good as long
-as the row that predicts the first completion token was computed. Where it was not, ``token_ids`` gives None;
-the other strategy's values are memory that nobody has written, and only ``num_cached_tokens`` tells. Such a
-sequence is asked for again without the cache.
+Both may read the prompt's work from the prefix cache (``skip_reading_prefix_cache=False``). vLLM does not do
+so by default for such requests, because rows that come from the cache have no log-probs. An answer is good if
+the row that predicts the first completion token was computed. If it was not, ``token_ids`` gives None. The
+other strategy then returns uninitialized memory, and only ``num_cached_tokens`` shows it. Such a sequence is
+scored again without the cache.
 
-Chosen by version and build, never by what an object happens to have: a runner may accept what it does not
-honour.
+The strategy is chosen by version and build, never by the attributes that an object happens to have, because a
+runner may accept an argument and ignore it.
 """
 
 from typing import Any, NamedTuple
@@ -31,33 +31,33 @@ class Strategy(NamedTuple):
     """One way to score."""
 
     token_ids: bool
-    """Ask for the completion's ids only."""
+    """Request the log-probs of only the completion's tokens."""
     reuse: bool
     """Read the prompt's work from the prefix cache."""
 
     @property
     def name(self) -> str:
-        """As the fingerprint records it."""
+        """Name of the strategy in the fingerprint."""
         return ("token_ids" if self.token_ids else "prompt_logprobs") + ("+reuse" if self.reuse else "")
 
 
 def choose_strategy(version: str, *, cpu_build: bool, model_config: dict[str, Any]) -> Strategy:
-    """The best way that this vLLM is known to do right.
+    """The fastest strategy that is known to be right in this vLLM.
 
     Args:
-        version: Of the installed vLLM.
-        cpu_build: CPU builds run the older runner at any version.
+        version: Version of the installed vLLM.
+        cpu_build: Whether it is a CPU build, which has the older runner in every version.
         model_config: The model's config.json; the cache of a recurrent layer is not reused.
     """
     modern = _version(version) >= _FIRST_WITH_TOKEN_IDS and not cpu_build
-    # Between the two, the newer runner may be on, which answers with fewer rows when some are cached.
+    # GPU builds before 0.32 may use the newer runner, which returns fewer rows when some are cached.
     reads_cache_right = cpu_build or modern
     return Strategy(token_ids=modern, reuse=reads_cache_right and not _is_recurrent(model_config))
 
 
 def request_settings(strategy: Strategy, sequence: TokenSequence, *, reuse: bool) -> dict[str, Any]:
-    """Arguments of ``SamplingParams``; given at once, because changing them later leaves others behind."""
-    # One token must be sampled for a request to run; it is thrown away.
+    """Arguments of ``SamplingParams``, which derives others from them when it is made."""
+    # A request must sample one token to run; the token is not used.
     settings: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "detokenize": False}
     settings["skip_reading_prefix_cache"] = not reuse
     if strategy.token_ids:
@@ -69,10 +69,10 @@ def request_settings(strategy: Strategy, sequence: TokenSequence, *, reuse: bool
 
 
 def read_answer(strategy: Strategy, sequence: TokenSequence, output: Any) -> LogpArray | None:
-    """The completion's log-probs, (C,) float32; None where too much came from the cache.
+    """The completion's log-probs, (C,) float32; None if too many rows came from the cache.
 
     Raises:
-        DpoOptError: The answer belongs to other ids, or lacks some.
+        DpoOptError: The answer belongs to other token ids, or lacks some.
     """
     if strategy.token_ids:
         scores = output.prompt_token_id_logprobs
@@ -89,7 +89,7 @@ def read_answer(strategy: Strategy, sequence: TokenSequence, output: Any) -> Log
         raise _wrong_answer(f"{len(flat.token_ids)} log-probs", sequence)
     if (output.num_cached_tokens or 0) > start:
         return None
-    # What comes before is the prompt's, and unwritten memory where it was cached.
+    # Entries before ``start`` are the prompt's; those from the cache are uninitialized memory.
     if not np.array_equal(np.asarray(flat.token_ids[start:], dtype=np.int32), sequence.completion_ids):
         raise _wrong_answer("log-probs of other ids", sequence)
     return np.asarray(flat.logprobs, dtype=np.float32)[start:]
