@@ -1,7 +1,7 @@
-"""The few ways a run can end badly, each with its exit code: what a person reads instead of a traceback.
+"""The errors that a user reads instead of a traceback, each with its exit code; quoting of names in messages.
 
-Every leaf also inherits the standard error it stands in for, so library users can catch either.
-A new leaf is needed only where the exit code differs, or where a caller must tell it apart.
+ConfigError, DataError and FingerprintError are also ValueErrors, so users of the library can catch either. A
+new class is needed only if its exit code differs, or if a caller must tell it apart.
 """
 
 import shlex
@@ -10,10 +10,11 @@ from dpo_opt.schemas.safe_text import printable
 
 
 def quoted(name: object) -> str:
-    """A path, a URL or another name as one word of a shell, on one line.
+    """A path, a URL or another name as one shell word, on one line.
 
-    A fix is there to be copied, whatever the folder is called, and a stranger's name must not look like
-    another line of the message. What a terminal would obey or hide is escaped as bash has it.
+    Users copy a fix into a shell, so it must work for folders of any name. A name chosen by a stranger must
+    not look like another line of the message. Characters that a terminal would obey or hide are escaped in
+    bash's way.
     """
     text = str(name)
     return shlex.quote(text) if text.isprintable() else f"$'{''.join(map(_escaped, text))}'"
@@ -24,21 +25,21 @@ def _escaped(character: str) -> str:
         return "\\" + character
     if character.isprintable():
         return character
-    # A byte of a file's name that is no UTF-8 is a lone surrogate in Python.
+    # In Python, a byte of a file name that is not UTF-8 is a lone surrogate.
     rule = "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
     return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", rule))
 
 
 def first_line(error: BaseException, *, lines: int = 2, length: int = 200, named: bool | None = None) -> str:
-    """What a library's error says first, short enough for a line of a message; never empty.
+    """The first lines of a library's error, short enough for one line of a message; never empty.
 
     Args:
-        error: Of a library.
-        lines: How many of its lines are kept, joined. Of a validation error of pydantic at least three are,
-            because the third line says what is wrong.
+        error: An error that a library raised.
+        lines: How many of its lines are kept and joined. Of pydantic's validation errors at least three are
+            kept, because the third line says what is wrong.
         length: Most characters of its text.
-        named: Whether the error's class stands before its text. None: where the text alone says too little,
-            as that of a ``KeyError``.
+        named: Whether the error's class is put before its text. None: only if the text alone says too little,
+            as for a ``KeyError``.
     """
     said = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     kept = max(lines, 3) if said and "validation error" in said[0] else lines
@@ -50,12 +51,12 @@ def first_line(error: BaseException, *, lines: int = 2, length: int = 200, named
 
 
 class DpoOptError(Exception):
-    """A failure that is explained: what is wrong, where, why it matters and the command that fixes it.
+    """An error with an explanation: what is wrong, where, why it matters, and the one command that fixes it.
 
     Args:
-        what: The fact, with both values where two disagree.
+        what: What is wrong; both values, if two disagree.
         where: File and line, or shard and row.
-        why: What would go wrong if the run went on.
+        why: What would go wrong if the run continued.
         fix: One command, or one thing to do.
     """
 
@@ -71,7 +72,7 @@ class DpoOptError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        # Where it is, is a name that others may have given: it stays on its line.
+        # `where` may hold a name that a stranger chose: it must stay on its line.
         head = f"{' '.join(self.where.splitlines())}: {self.what}" if self.where else self.what
         lines = [head]
         if self.why:
@@ -81,7 +82,7 @@ class DpoOptError(Exception):
         return printable("\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Keyword-only arguments do not survive the default pickling, and workers send errors home.
+        # Worker processes send errors back pickled, and the default pickling loses keyword-only arguments.
         others = {name: value for name, value in vars(self).items() if name != "what"}
         return (_rebuild, (type(self), self.what, others))
 
@@ -100,11 +101,11 @@ class DataError(DpoOptError, ValueError):
     """Data that cannot be used: a malformed row, a missing shard, a byte that changed on disk.
 
     Args:
-        what: As in the base, and so are the next three.
+        what: See ``DpoOptError``, also for ``where``, ``why`` and ``fix``.
         where: File and line, or shard and row.
         why: What would go wrong.
         fix: One thing to do.
-        kind: Short name under which rows with the same defect are counted.
+        kind: Short name under which rows with the same problem are counted.
     """
 
     exit_code = 3
@@ -123,22 +124,22 @@ class DataError(DpoOptError, ValueError):
 
 
 class FingerprintError(DpoOptError, ValueError):
-    """Shards that were computed for something else than what they are being used for."""
+    """Shards that were scored with another model, tokenizer or setting than they are used with now."""
 
     exit_code = 4
 
 
 class EngineStopped(DpoOptError):
-    """An engine broke at what it was asked, maybe through one row of it; asked again, it starts anew."""
+    """An engine failed on its sequences, maybe because of a single row. Its next call starts it again."""
 
 
 class Interrupted(DpoOptError):
-    """A person pressed Ctrl-C; what was finished is kept, and the same command goes on."""
+    """The user pressed Ctrl-C. Finished work is kept, and the same command continues from there."""
 
     exit_code = 130
 
 
 class Preempted(DpoOptError):
-    """The scheduler asked for the machine; what was finished is kept, and the same command goes on."""
+    """The scheduler needs the machine. Finished work is kept, and the same command continues from there."""
 
     exit_code = 75
