@@ -32,7 +32,7 @@ def preview(config: PreviewConfig) -> list[dict[str, Any]]:
         ConfigError: The model's tokenizer cannot be used.
         DataError: A file cannot be read.
     """
-    folder = find_model(config.model)
+    folder = find_model(config.model, weights=False)
     tokenizer = PairTokenizer(
         load_tokenizer(folder),
         max_length=resolve_max_length(folder, config.max_length),

@@ -52,24 +52,30 @@ _CONTEXT_KEYS: tuple[str, ...] = (
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # Hub names that this process has asked for: a branch may move between two looks at it.
-_fetched: dict[str, Path] = {}
+_fetched: dict[tuple[str, bool], Path] = {}
 
 
-def find_model(model: str) -> Path:
+def find_model(model: str, *, weights: bool = True) -> Path:
     """Folder of a model's files: a local path, or ``ORGANISATION/NAME`` on the Hub, fetched.
 
     ``ORGANISATION/NAME@REVISION`` is one commit, branch or tag. In one process a name is one commit, whatever
     happens on the Hub meanwhile.
+
+    Args:
+        model: As it was given.
+        weights: False: the configuration and the tokenizer are enough, and no weights are fetched.
 
     Raises:
         ConfigError: There is no such folder, the Hub cannot provide it, or it is not safe to load.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        known = _fetched.get(model)
-        folder = known if known is not None and known.is_dir() else _fetch(model)
-        _fetched[model] = folder
+        known = _fetched.get((model, weights))
+        folder = known if known is not None and known.is_dir() else _fetch(model, weights=weights)
+        _fetched[model, weights] = folder
     _refuse_unsafe(folder)
+    if weights:
+        _require_weights(folder)
     return folder
 
 
@@ -85,7 +91,7 @@ def pinned_name(model: str, folder: Path) -> str:
     return f"{model.partition('@')[0]}@{folder.name}"
 
 
-def _fetch(model: str) -> Path:
+def _fetch(model: str, *, weights: bool) -> Path:
     looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_local:
         raise ConfigError(
@@ -93,7 +99,7 @@ def _fetch(model: str) -> Path:
             why="the reference is loaded from a folder with config.json and *.safetensors",
             fix="pass --model with an existing folder, or a Hub name such as organisation/model@commit",
         )
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     name, _, revision = model.partition("@")
     return fetch(
         name,
@@ -134,6 +140,9 @@ def _refuse_unsafe(folder: Path) -> None:
             why="loading it would execute code from the model folder",
             fix="use a model that transformers supports without remote code",
         )
+
+
+def _require_weights(folder: Path) -> None:
     gone = next((path for path in folder.glob("*.safetensors") if not path.exists()), None)
     if gone is not None:
         raise ConfigError(

@@ -237,5 +237,15 @@ def refuse_left_over(names: Iterable[str], *, folder: Path) -> None:
 
 
 def parameter_count(folder: Path) -> int:
-    """Number of weights in a model's safetensors files, from their headers alone."""
+    """Number of weights in a model's safetensors files, from their headers alone.
+
+    Raises:
+        ConfigError: There are none, or one is damaged.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{quoted(folder)} holds no *.safetensors weights",
+            why="the model's size is read from them",
+            fix="pass a folder with them, or use `dpo-opt check`, which needs the configuration alone",
+        )
     return sum(math.prod(tensor.shape) for tensor in _loaded_tensors(folder))

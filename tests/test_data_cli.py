@@ -114,6 +114,27 @@ def test_check_with_a_model_counts_tokens_and_forecasts(data: Path, tiny_model: 
     assert "scoring at --max-length 256: 24 distinct sequences" in text
 
 
+def test_a_forecast_needs_no_weights(
+    data: Path, model: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "model.safetensors").unlink()
+    whole, without = (found("check", data, "--model", folder) for folder in (tiny_model, model))
+    assert without["estimate"] == whole["estimate"]
+    assert without["estimate"]["parameters"] > 100_000
+    assert found("preview", data, "--model", model) == found("preview", data, "--model", tiny_model)
+    # Nor are they fetched.
+    asked: list[str] = []
+
+    def fetch(name: str, *, patterns: list[str], **others: object) -> Path:
+        asked.extend(patterns)
+        return model
+
+    monkeypatch.setattr("dpo_opt.schemas.models.fetch", fetch)
+    assert found("check", data, "--model", "made/model")["estimate"] == whole["estimate"]
+    assert "*.json" in asked
+    assert "*.safetensors" not in asked
+
+
 def test_check_writes_a_page(data: Path, tmp_path: Path) -> None:
     page = tmp_path / "check.html"
     before = invoke("check", data).stdout

@@ -23,9 +23,10 @@ _SIGNS = {"error": "ERROR  ", "warning": "warning", "note": "note   "}
 @json_option
 @click.pass_context
 def command(context: click.Context, config: CheckConfig, as_json: bool) -> None:
+    from dpo_opt.model_size import count_parameters
     from dpo_opt.precompute.check.audit import audit
 
-    found = audit(config, progress=watched())
+    found = audit(config, progress=watched(), count_parameters=count_parameters)
     if config.shards is not None:
         from dpo_opt.analysis import reference_view
 

@@ -4,6 +4,7 @@ One pass over the data gathers ``Facts``; all that is said here is worked out fr
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -54,15 +55,25 @@ _BIASED = 0.6  # share of longer (or shorter) wins from which length alone is a 
 _LEAST_UNEQUAL = 50  # pairs; fewer say nothing about a share
 
 
-def audit(config: CheckConfig, *, progress: Progress | None = None) -> Audit:
+def audit(
+    config: CheckConfig,
+    *,
+    progress: Progress | None = None,
+    count_parameters: Callable[[Path], int] = parameter_count,
+) -> Audit:
     """Read all data once and say what is wrong with it.
+
+    Args:
+        config: The data, and the model whose tokens are counted.
+        progress: Told of every pair.
+        count_parameters: Of the model in a folder; by default its weights must be there.
 
     Raises:
         ConfigError: The sources cannot be what is meant, or the model's tokenizer cannot be used.
         DataError: A source does not exist.
     """
     progress = progress or Silent()
-    folder = None if config.model is None else find_model(config.model)
+    folder = None if config.model is None else find_model(config.model, weights=False)
     wanted = Wanted(folder, config.near_duplicates)
     named = find_sources(config)
     facts = collect(config, wanted, processes=config.processes, progress=progress)
@@ -101,7 +112,7 @@ def audit(config: CheckConfig, *, progress: Progress | None = None) -> Audit:
             facts,
             max_length=max_length,
             truncation=config.truncation,
-            parameters=parameter_count(folder),
+            parameters=count_parameters(folder),
             pairs_per_shard=config.pairs_per_shard,
         )
         problems += _forecast_problems(facts, at_max_length, config.truncation)
