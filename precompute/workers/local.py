@@ -3,7 +3,6 @@
 One engine per group of GPUs, each in a process of its own: what breaks one engine leaves the others at work.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.shards.commits import committed
 from dpo_opt.precompute.shards.read_plan import read_plan
+from dpo_opt.precompute.workers import worker_process
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError, Preempted
 from dpo_opt.schemas.safe_text import printable
 
@@ -28,7 +28,6 @@ _SECONDS_TO_STOP = 30.0
 # What one worker says of settings, data or folder, the others would say too.
 _REFUSALS: dict[int, type[DpoOptError]] = {2: ConfigError, 3: DataError, 4: FingerprintError}
 _PREEMPTED = 75
-_PR_SET_PDEATHSIG = 1
 
 
 class WorkerResult(NamedTuple):
@@ -128,7 +127,8 @@ def run_workers(config: PrecomputeConfig, environments: Sequence[Mapping[str, st
         try:
             for i, own in enumerate(environments):
                 # -P: the folder that a job starts in may hold modules of any name.
-                command = [sys.executable, "-P", "-m", "dpo_opt", "precompute", "--config", str(file)]
+                command = [sys.executable, "-P", worker_process.__file__, str(os.getpid())]
+                command += ["precompute", "--config", str(file)]
                 command += ["--worker-index", str(i), "--num-workers", str(len(environments)), "--json"]
                 workers.append(_Worker(i, command, {**os.environ, **own}))
             codes = _wait(workers)
@@ -151,7 +151,6 @@ class _Worker:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            preexec_fn=_end_with_parent,
         )
         self._said = ""
         self._readers = [threading.Thread(target=read, daemon=True) for read in (self._pass_on, self._keep)]
@@ -172,15 +171,6 @@ class _Worker:
     def _keep(self) -> None:
         if self.process.stdout is not None:
             self._said = self.process.stdout.read()
-
-
-_libc = ctypes.CDLL(None)
-
-
-def _end_with_parent() -> None:
-    """Have the kernel signal this process when its launcher dies, however that happens."""
-    if hasattr(_libc, "prctl"):
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(workers: Sequence[_Worker]) -> dict[int, int]:
