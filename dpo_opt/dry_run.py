@@ -11,7 +11,7 @@ _BYTES_PER_TOKEN = 6
 
 
 def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, Any]:
-    """Rows, shards, disk and engine of a precompute run; reads data and folder whole, writes nothing.
+    """Rows, shards, disk, engine and time of a precompute run; reads data and folder whole, writes nothing.
 
     Raises:
         DpoOptError: The run could not start, or the folder belongs to another one; see ``settle_plan``.
@@ -21,6 +21,7 @@ def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, A
     from dpo_opt.precompute.shards.make_plan import make_plan
     from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
     from dpo_opt.precompute.shards.write_plan import require_place
+    from dpo_opt.scoring_forecast import forecast_scoring
 
     refuse_inside(config, config.shards, option="--shards")
     reference = resolve_reference(config)
@@ -29,17 +30,19 @@ def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, A
         config, reference=reference, tokenizer=tokenizer, numerics=numerics, tokenize_all=True
     )
     _, plan = require_place(config, planned)
-    rows = plan.rows
+    rows, scored = plan.rows, len(committed(config.shards, plan))
+    forecast = forecast_scoring(config, reference, shards=len(plan.shards), shards_scored=scored)
     return {
         "rows": rows,
         "shards": len(plan.shards),
-        "shards_scored": len(committed(config.shards, plan)),
+        "shards_scored": scored,
         "disk_at_most_gb": round(rows * 2 * reference.max_length * _BYTES_PER_TOKEN / 1e9, 3),
         "max_length": reference.max_length,
         "truncation": config.truncation,
         "columns": sorted(planned.columns),
         "bad_rows_skipped": [str(bad.error.where) for bad in planned.bad_rows],
         **numerics._asdict(),
+        "forecast": forecast._asdict(),
     }
 
 

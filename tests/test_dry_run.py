@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -45,6 +46,40 @@ def test_memory_is_shown_by_component_and_adds_up(shards: Path, tiny_model: Path
     assert memory["an online reference would add"] == memory["weights"]
     assert plan["trained"] == plan["parameters"]
     assert plan["micro_batch_tokens"] >= sum(plan["longest_pair"][k] for k in ("prompt", "chosen"))
+
+
+def plan_scoring(model: Path, folder: Path, *extra: object) -> dict[str, Any]:
+    data = write_jsonl(folder / "data.jsonl", preference_rows(64))
+    command = ["precompute", "--model", model, "--data", data, "--shards", folder / "new", "--backend", "hf"]
+    arguments = [str(argument) for argument in (*command, "--dry-run", *extra)]
+    words, machine = CliRunner().invoke(main, arguments), CliRunner().invoke(main, [*arguments, "--json"])
+    assert (words.exit_code, machine.exit_code) == (0, 0), machine.output
+    return {"words": words.stdout, **json.loads(machine.stdout)["forecast"]}
+
+
+def test_what_scoring_takes_is_forecast_for_the_workers_that_share_it(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = plan_scoring(tiny_model, tmp_path, "--launcher", "slurm", "--num-workers", 8)
+    assert "8, for 8 workers with 1 each" in few["words"]
+    assert few["warnings"] == ["of 8 workers 7 would have nothing to do (shards: 1)"]
+    assert few["advised_pairs_per_shard"] == 8
+    assert few["weights_gb_per_gpu"] == 4 * few["parameters"] / 1e9
+
+    monkeypatch.setattr("dpo_opt.scoring_forecast.count_parameters", lambda folder: 10**15)
+    array = ("--launcher", "slurm", "--num-workers", 2, "--gpus-per-worker", 4)
+    large = plan_scoring(tiny_model, tmp_path, *array)
+    assert large["gpu_hours"] == pytest.approx(2 * 1e15 * large["tokens"] / (0.4 * 989e12) / 3600)
+    assert "3 would be idle without --engine-option tensor_parallel_size=4" in large["words"]
+    # One shard: the second worker waits, and the first has all of it.
+    assert large["hours"] == pytest.approx(large["gpu_hours"] / 4)
+    split = plan_scoring(tiny_model, tmp_path, *array, "--pairs-per-shard", 8)
+    assert split["hours"] == pytest.approx(large["gpu_hours"] / 8)
+    assert split["seconds_per_shard"] == pytest.approx(large["gpu_hours"] * 3600 / 4 / 8)
+    # Advised is a size with which a shard takes 2 to 10 minutes.
+    size = large["advised_pairs_per_shard"]
+    assert 120 <= large["gpu_hours"] * 3600 / 4 / 64 * size <= 600
+    assert f"--pairs-per-shard {size}" in large["words"]
 
 
 def test_the_options_that_save_memory_are_seen_to_save_it(

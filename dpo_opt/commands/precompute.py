@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dpo_opt.console import watched
+from dpo_opt.console import duration, watched
 from dpo_opt.options import configured, dry_run_option, json_option
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.results import show
@@ -33,7 +33,8 @@ def command(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         from dpo_opt.dry_run import plan_precompute
 
-        show(plan_precompute(config, scorer.numerics), as_json)
+        plan = plan_precompute(config, scorer.numerics)
+        show(plan if as_json else _planned_in_words(plan, config), as_json)
         return
     # The same command, with this run's settings; a launcher's worker has them in a file that goes with it.
     again = shlex.join(["dpo-opt", *sys.argv[1:]])
@@ -73,6 +74,33 @@ def _in_words(result: dict[str, Any]) -> dict[str, Any]:
             f"by {check['max']:.2g} at most (over {check['tokens']:,} tokens)"
         )
     return words
+
+
+def _planned_in_words(plan: dict[str, Any], config: PrecomputeConfig) -> dict[str, Any]:
+    """A dry run as a person reads it; what is not known is None."""
+    found = plan["forecast"]
+    workers, gpus, advised = found["workers"], found["gpus_per_worker"], found["advised_pairs_per_shard"]
+    skipped, options = plan["bad_rows_skipped"], plan["engine_options"]
+    return {
+        "rows": f"{plan['rows']:,}",
+        "bad rows": f"left out, the first ones: {', '.join(skipped)}" if skipped else None,
+        "columns": ", ".join(plan["columns"]) or None,
+        "shards": f"{plan['shards']:,} of up to {config.pairs_per_shard:,} rows, "
+        f"{plan['shards_scored']:,} of them scored",
+        "tokens": f"{found['tokens']:,} in {found['sequences']:,} different sequences, at --max-length "
+        f"{plan['max_length']:,} ({plan['truncation']})",
+        "disk": f"at most {max(plan['disk_at_most_gb'], 0.001):g} GB",
+        "engine": f"{plan['engine']} {plan['engine_version']} in {plan['dtype']} ({plan['strategy']})"
+        + (f", {options}" if options != "{}" else ""),
+        "GPUs": f"{workers * gpus}, for {workers} workers with {gpus} each" if config.launched else None,
+        "memory": f"{found['weights_gb_per_gpu']:.3g} GB of each GPU for the weights "
+        f"({found['parameters']:,} parameters), beside the engine's cache",
+        "time": f"{found['gpu_hours']:.3g} GPU hours, {duration(3600 * found['hours'])} in all and "
+        f"{duration(found['seconds_per_shard'])} for a shard, without loading the model",
+        "": f"(assumed: {found['assumption'].partition(';')[0]})",
+        "warning": found["warnings"] or None,
+        "advice": None if advised is None else f"--pairs-per-shard {advised}",
+    }
 
 
 def _say_merged_splits(config: PrecomputeConfig) -> None:
