@@ -41,9 +41,10 @@ def precompute(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress |
     """Score every pair once under the reference, and finalize the folder.
 
     Args:
-        config: What to score, and where to; as one of several workers only its part, then whatever is left.
+        config: What to score, and into which folder. One of several workers scores its own slice of the
+            shards first, then any that are left.
         scorer: The reference; its model must be ``config.model``.
-        progress: Told of every scored pair.
+        progress: Told of every shard that any worker has scored.
 
     Raises:
         ConfigError: The model cannot be used.
@@ -56,10 +57,9 @@ def precompute(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress |
 
 
 def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None = None) -> int:
-    """Score the shards that nobody has committed yet, and leave the folder to ``finalize``.
+    """Score the shards that have no commit yet, and leave the folder to ``finalize``.
 
-    One worker of several starts with its own share; it plans where nobody has, and follows a plan that is
-    there.
+    If the folder has no plan yet, the worker makes one.
 
     Returns:
         How many shards it scored.
@@ -72,7 +72,7 @@ def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None 
 
 
 def _score_what_is_left(config: PrecomputeConfig, scorer: Scorer, progress: Progress) -> tuple[int, Plan]:
-    """How many shards were scored here, and of which plan."""
+    """The number of shards that were scored here, and their plan."""
     reference = resolve_reference(config)
     config = pinned(config, reference)
     tokenizer = make_tokenizer(config, reference)
@@ -87,7 +87,7 @@ def _score_what_is_left(config: PrecomputeConfig, scorer: Scorer, progress: Prog
     losses = Losses(rows=plan.used, seen=lost + sum(commit.rows for commit in done.values()), lost=lost)
     reader = RowReader(config)
     scored = 0
-    # Closed whatever happens: others need not wait for the shard that this worker was at.
+    # Closed even on an error, so that other workers do not wait for the shard that this one was scoring.
     with contextlib.closing(shards_for(worker, plan, config.shards, progress=progress)) as shards:
         for shard in shards:
             commit = score_shard(
@@ -114,18 +114,18 @@ def _score_what_is_left(config: PrecomputeConfig, scorer: Scorer, progress: Prog
 
 
 class _Job:
-    """Counts the rows of the whole folder, whoever scores them: a worker's own do not tell the time left."""
+    """Counts the rows that any worker scores: one worker's own rows do not tell the time left."""
 
     def __init__(self, progress: Progress, shards_dir: AnyPath, plan: Plan, done: Collection[int]) -> None:
         self._progress = progress
         self._commits = shards_dir / COMMITS
         self._left = {p.shard: p.used for p in plan.shards if p.shard not in done}
-        # Some of these do not count, or their shards would be done.
+        # None of these counts for a shard that is left: they are commits of other plans, or damaged.
         self._before = sizes(self._commits)
         progress.start("scoring", total=plan.used, unit="pairs", done=plan.used - sum(self._left.values()))
 
     def look(self, note: str) -> None:
-        """Tell of what was committed since the last look."""
+        """Report the shards that were committed since the last call."""
         attempts = commit_names(sizes(self._commits).keys() - self._before.keys())
         shards = {attempt.shard for attempt in attempts.values()} & self._left.keys()
         if shards:
@@ -143,7 +143,7 @@ def score_shard(
     model: Path,
     losses: Losses,
 ) -> ShardCommit | None:
-    """Score one shard's rows and commit them; None where another attempt was in a manifest before.
+    """Score one shard's rows and commit them; None if a manifest already names another attempt.
 
     Args:
         config: Of the run.
@@ -153,7 +153,7 @@ def score_shard(
         tokenizer: Of the reference, on the plan's date.
         scorer: The reference.
         model: Its folder.
-        losses: What the folder lost to the engine before; this shard's losses are added.
+        losses: Pairs of the folder that the engine failed on before; this shard's are added.
 
     Raises:
         ConfigError: The model's weights are not finite.
@@ -204,10 +204,10 @@ def score_shard(
 
 
 def _left_out(row: int, error: DataError, config: PrecomputeConfig) -> DroppedRow:
-    """A row that cannot be used, as it is listed.
+    """The list entry of a row that cannot be used.
 
     Raises:
-        DataError: Bad rows are to stop the run.
+        DataError: The configuration says that bad rows stop the run.
     """
     if config.on_bad_row == "error":
         raise error

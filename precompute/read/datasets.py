@@ -1,7 +1,7 @@
 """Preference data as one stream of pairs, numbered over all sources: what every command reads.
 
-``sources`` says which files, ``files`` what their rows are, ``rows`` what a row must be; here they become
-one sequence whose numbers never change while the data does not.
+``sources`` finds the files, ``files`` divides them into rows, and ``rows`` makes pairs of a row. This module
+joins the rows into one sequence, whose numbers stay the same while the data does.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ _OPTIONAL_CONTENT = ("tools", "chat_template_kwargs")
 
 
 class BadRow(NamedTuple):
-    """A row that is no pair; it has a number all the same, so that the others keep theirs."""
+    """A row that is no pair. It has a number too, so that the other rows keep theirs."""
 
     row: int
     error: DataError
     content: bytes
-    """What stands there: the bytes of its text, or what of a table's row can be read."""
+    """The bytes of its text, or those values of a table's row that can be read."""
 
 
 class NotInShare(NamedTuple):
-    """A pair that ``--data-share`` leaves out; it has a number, so that the others keep the source's."""
+    """A pair that ``--data-share`` leaves out. It has a number, so that the others keep the source's."""
 
     row: int
     pair_digest: bytes
@@ -86,7 +86,7 @@ def read_pairs(config: DataConfig, *, start: int = 0, stop: int | None = None) -
 def scan_pairs(
     config: DataConfig, *, start: int = 0, stop: int | None = None
 ) -> Iterator[PreferencePair | BadRow]:
-    """Like ``read_pairs``, but a bad row is yielded with its error and reading goes on.
+    """Like ``read_pairs``, but a bad row is yielded with its error, and reading continues.
 
     Raises:
         ConfigError: The sources cannot be what is meant.
@@ -111,7 +111,7 @@ def scan_pairs(
 
 
 def scan_blocks(config: DataConfig) -> Iterator[tuple[Block, Reading] | BadFile]:
-    """All data as raw blocks, each with how to read it; reading goes on after a file that cannot be read.
+    """All data as raw blocks, each with how to read it. Reading continues after a file that cannot be read.
 
     Raises:
         ConfigError: The sources cannot be what is meant.
@@ -161,10 +161,10 @@ def read_prompts(config: DataConfig) -> Iterator[tuple[Text, str]]:
 
 
 def row_digest(item: Row) -> bytes:
-    """SHA-256 of what a row says, for the digest of a dataset; its place does not enter.
+    """SHA-256 of a row's content, for the digest of a dataset; its place does not count.
 
-    Of a bad row it is the kind of its defect and what stands there. The message about it would not do: it may
-    name a file, and it is worded by Python. Of a pair that is not in the share it is another than in it.
+    The digest of a bad row is that of its defect's kind and its bytes. The error's message does not count: it
+    may name a file, and Python may word it. A pair that is not in the share has another digest than one that is.
     """
     if isinstance(item, BadRow):
         content = f"{item.error.kind}\n".encode() + item.content
@@ -176,16 +176,16 @@ def row_digest(item: Row) -> bytes:
 
 
 def message_digest(item: Row) -> bytes:
-    """As ``row_digest`` was before: that of the message for a bad row."""
+    """``row_digest`` as early versions took it: a bad row's is that of its error's message."""
     if not isinstance(item, BadRow):
         return row_digest(item)
     return hashlib.sha256(json.dumps({"bad_row": item.error.what}).encode()).digest()
 
 
 def row_content(item: PreferencePair) -> bytes:
-    """What a pair says, in one canonical spelling.
+    """A pair's content, in one canonical spelling.
 
-    What may change without scoring again (weight, margin, id) does not enter.
+    Weight, margin and id are left out, because they may change without scoring again.
     """
     content = {"prompt": item.prompt, "chosen": item.chosen, "rejected": item.rejected, "source": item.source}
     content |= {name: value for name in _OPTIONAL_CONTENT if (value := getattr(item, name)) is not None}

@@ -1,7 +1,6 @@
 """A file's rows, read strictly and in blocks: JSON Lines and JSON arrays here, Parquet in ``tables``.
 
-Memory stays flat whatever the file's size. A block is raw, so that another process can parse it; ``rows``
-says what a row must be, this module says where rows come from.
+A block is small whatever the file's size, and raw, so that another process can parse it.
 """
 
 import codecs
@@ -90,7 +89,7 @@ def _begins_array(chunk: bytes) -> bool:
 
 
 def _lines(file: str, chunk: bytes, stream: BinaryIO) -> Iterator[TextBlock]:
-    """Lines with something on them; numbers are those of an editor, from 1."""
+    """Lines that are not blank, numbered from 1, as an editor numbers them."""
     number, rest = 1, b""
     while chunk:
         *lines, tail = chunk.split(b"\n")

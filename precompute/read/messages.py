@@ -1,4 +1,4 @@
-"""Chat messages, checked before a template sees them: a template ignores in silence what it does not know."""
+"""Checks chat messages before a template renders them: a template silently ignores keys it does not know."""
 
 import json
 from typing import NoReturn

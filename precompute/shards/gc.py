@@ -1,4 +1,4 @@
-"""What killed and repeated attempts left behind: removed on request only, and only what nobody may want."""
+"""``dpo-opt gc``: removes what killed and repeated attempts left, and nothing that a reader may need."""
 
 import re
 import secrets
@@ -24,7 +24,7 @@ from dpo_opt.schemas.manifest import (
 )
 from dpo_opt.schemas.sidecars import COLUMNS
 
-# Names that this program gives; anything else in the folder is somebody's, and stays.
+# Names that this program gives. Files with other names belong to somebody else, and stay.
 _INDEX = re.compile(r"index(-\d+)?(-[0-9a-f]{8})?\.parquet")
 _CLAIM = re.compile(r"(?P<plan>plan(-\d+)?\.json)\.claim")
 # A name may hold a newline.
@@ -33,17 +33,17 @@ _FOLDERS = (DATA, DROPPED, COMMITS, COLUMNS, TOKENIZER, SLURM)
 
 
 class Garbage(NamedTuple):
-    """What no reader will ever need."""
+    """Files that no reader will ever need."""
 
     files: list[AnyPath]
     size: int
     """In bytes."""
     folders: list[Path]
-    """Private ones, whose files are among these."""
+    """Private folders, whose files are listed too."""
 
 
 def is_private(name: str) -> bool:
-    """Whether a file is one that was being written, or in a folder that was.
+    """Whether a file is one that was being written, or is in a folder that was.
 
     Args:
         name: Relative to the folder of shards.
@@ -64,7 +64,7 @@ def is_claim(name: str) -> bool:
 
 
 def is_spent_claim(name: str, there: Collection[str]) -> bool:
-    """Whether a claim's plan stands: only a kill leaves it, and nobody looks at it any more.
+    """Whether a claim's plan is written. Only a killed run leaves such a claim, and nothing reads it.
 
     Args:
         name: Relative to the folder of shards.
@@ -75,15 +75,16 @@ def is_spent_claim(name: str, there: Collection[str]) -> bool:
 
 
 def find_garbage(shards_dir: AnyPath, *, older_than_hours: float, look_only: bool = False) -> Garbage:
-    """Private files, attempts that lost and spent claims, which nobody has written to for some hours.
+    """Private files, lost attempts and spent claims that were last written some hours ago.
 
-    Before ``finalize`` every committed attempt stays; an attempt without a commit may be a slow worker's, so
-    young files stay too. A claim whose plan does not stand is that of a run that is planning or goes on.
+    Before ``finalize`` every committed attempt stays. An attempt without a commit may be a slow worker's, so
+    young files stay too. A claim without its plan stays, because the run that planned may continue.
 
     Args:
         shards_dir: Folder of reference shards.
-        older_than_hours: Age of what is found, by the clock of the file system.
-        look_only: By this machine's clock instead: to learn the other one, a file is written and removed.
+        older_than_hours: Least age of what is found, by the file system's clock. To read that clock, the
+            program writes a file and removes it.
+        look_only: Write nothing, and use this machine's clock.
 
     Raises:
         DataError: The folder has no plan, or its manifest is damaged.
@@ -91,7 +92,7 @@ def find_garbage(shards_dir: AnyPath, *, older_than_hours: float, look_only: boo
     kept = _wanted(shards_dir)
     with explained(shards_dir):
         now = time.time() if look_only else _filesystem_time(shards_dir)
-        # Until then readers followed the one before, and its index.
+        # Until then readers followed the manifest before, and its index.
         manifest_time = _time_of(shards_dir / MANIFEST)
     found: list[AnyPath] = []
     total = 0
@@ -108,7 +109,7 @@ def find_garbage(shards_dir: AnyPath, *, older_than_hours: float, look_only: boo
         with explained(shards_dir):
             written = _time_of(shards_dir / name)
         if written is None:
-            continue  # its writer has given it its final name
+            continue  # its writer has just renamed it
         if old_index and manifest_time is not None:
             written = max(written, manifest_time)
         if now - written >= older_than_hours * 3600:
@@ -121,7 +122,7 @@ def find_garbage(shards_dir: AnyPath, *, older_than_hours: float, look_only: boo
 
 
 def remove_garbage(garbage: Garbage) -> None:
-    """Delete it: records before data, so that no commit is ever left without its file.
+    """Delete it: commits before data, so that no commit is ever left without its file.
 
     Raises:
         DpoOptError: The store does not answer, or refuses.
@@ -133,7 +134,7 @@ def remove_garbage(garbage: Garbage) -> None:
 
 
 def _private_folders(shards_dir: AnyPath) -> list[Path]:
-    """A store has none: there every file is sent when it is whole."""
+    """None in a store, where every file is sent whole."""
     if not isinstance(shards_dir, Path):
         return []
     return sorted(p for p in shards_dir.iterdir() if _PRIVATE.fullmatch(p.name) and p.is_dir())
@@ -145,8 +146,8 @@ def _is_older(folder: Path, now: float, hours: float) -> bool:
 
 
 def _wanted(shards_dir: AnyPath) -> set[str]:
-    """Files that a manifest names, and every attempt at a shard that none names yet."""
-    read_plan(shards_dir)  # else it is no folder of shards
+    """Files that the manifest names, and every attempt at a shard that it does not name yet."""
+    read_plan(shards_dir)  # refuses what is no folder of shards
     kept: list[ShardCommit] = []
     index: set[str] = set()
     if is_file(shards_dir / MANIFEST):
@@ -180,7 +181,7 @@ def _time_of(path: AnyPath) -> float | None:
 
 
 def _filesystem_time(folder: AnyPath) -> float:
-    """Now, as the file system that dates the files says it: this machine's clock may be wrong."""
+    """Now, by the clock of the file system, which dates the files; this machine's clock may be wrong."""
     probe = folder / f".clock.{secrets.token_hex(4)}.tmp"
     try:
         probe.touch(exist_ok=False)

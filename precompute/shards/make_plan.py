@@ -1,13 +1,12 @@
-"""What a folder is going to hold, fixed before anything is scored.
+"""Makes the plan of a folder: what it will hold, fixed before anything is scored.
 
-Planning reads every row once, so a malformed row is found before any GPU time is spent, and nothing is
-written until at least one pair is known to survive tokenization.
+Planning reads every row once, so a malformed row is found before any GPU time is spent. Nothing is written
+until at least one pair is known to survive tokenization.
 
-Rows that tokenizing refuses are looked for too. Making every row's ids takes many times as long as reading
-it, so by default that is done only where it may matter: nowhere if the tokenizer has no id beyond the model's
-vocabulary. Of messages one row of each shape is rendered (who speaks in which order, with what beside the
-words), because a chat template asks for that before it asks for words. To render every row takes two to three
-times as long as to read it. A dry run makes the ids of every row.
+Planning also looks for rows that the tokenizer refuses. To make every row's ids takes many times as long as
+to read it. So that is done only if the tokenizer has ids beyond the model's vocabulary, and in a dry run. To
+render every row of messages takes two to three times as long as to read it. So one row of each shape is
+rendered, because a chat template refuses a row for its shape: who speaks in which order, with which keys.
 """
 
 import os
@@ -40,19 +39,19 @@ from dpo_opt.schemas.sidecars import Column, new_column
 
 
 class Planned(NamedTuple):
-    """A plan, and what the data says about its rows beside their texts."""
+    """A plan, and what the data says about its rows apart from their texts."""
 
     plan: Plan
     known_digest: str | None
-    """Digest of the rows that the folder's own plan counts; None where the data has no more than these."""
+    """Digest of the rows that the folder's own plan counts; None if the data has no more rows."""
     columns: dict[str, Column]
-    """``weight`` and ``margin``, where some row has one."""
+    """``weight`` and ``margin``, if some row has one."""
     bad_rows: list[BadRow]
     """Rows that are left out; empty unless ``on_bad_row`` is ``skip``. At most ``_BAD_ROWS_SHOWN``."""
     earlier: Sequence[Plan] = ()
     """The folder's plans when this one was made."""
     model: Path | None = None
-    """Folder of the reference, whose configuration is kept beside the plan."""
+    """Folder of the reference, whose configuration is stored next to the plan."""
 
 
 _BAD_ROWS_SHOWN = 5
@@ -142,7 +141,7 @@ class _Division:
         self.rows = 0
         self.digest = RowsDigest()
         self.known: RowsDigest | None = None
-        """Of the rows that the folder's last plan counts; None where the data has no more than these."""
+        """Digest of the rows that the folder's last plan counts; None if the data has no more rows."""
         self._size = size
         self._last = earlier[-1] if earlier else None
         self._starts = {plan.rows for plan in earlier}
@@ -163,7 +162,7 @@ class _Division:
         self.rows += 1
 
     def counts_bad_rows_by_message(self) -> bool:
-        """Whether the folder was planned when a bad row's digest was that of its message; it stays so."""
+        """Whether the folder was planned by a version that took the digest of a bad row's message."""
         if self._last is None:
             return False
         of_known, digest = self.known or self.digest, self._last.dataset_digest
@@ -194,9 +193,10 @@ class _Part:
 
 
 def _given_ends(plan: Plan, size: int) -> list[int]:
-    """Where shards of a known plan end whatever follows; a full one of another size ends where it is cut now.
+    """Where shards of a known plan end, however the rows are divided now.
 
-    One that is not full was the last one of a plan, which may be lost: a manifest covers one plan.
+    A shard that is not full was the last one of a plan. That plan may be lost, because a manifest covers only
+    one plan. A full shard of another size does not count: it ends where the rows are cut now.
     """
     full = plan.pairs_per_shard or max(shard.used for shard in plan.shards)
     return [shard.stop for shard in plan.shards if full == size or shard.used < full]

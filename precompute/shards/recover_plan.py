@@ -35,15 +35,15 @@ class RecoveredPlans(NamedTuple):
     known: list[Plan]
     """In order; the last one counts."""
     files: dict[str, str]
-    """Files that must be written for them."""
+    """Files to write for them: name to text."""
     unwanted: list[str]
-    """Files that stand for none of them."""
+    """Names of plan files to remove: damaged ones."""
     lost_growth: bool
-    """The folder was to grow, and nothing says to what."""
+    """The plan by which the folder was to grow is lost."""
 
 
 def in_one_line(error: DataError) -> str:
-    """What is damaged, on one line whatever the folder is called."""
+    """Where the damage is and what it is, on one line whatever the folder is called."""
     return f"{quoted(error.where)}: {error.what}"
 
 
@@ -56,7 +56,7 @@ def recover_plans(shards_dir: AnyPath, manifest: Manifest | None, damaged: list[
     numbers = {name: int(m["number"] or 0) for name in sizes(shards_dir) if (m := _PLAN.fullmatch(name))}
     texts = read_all(shards_dir, sorted(numbers, key=lambda name: numbers[name]))
     known: list[Plan] = []
-    spelled: list[str] = []  # of another version they say less or more, and stay as they are
+    spelled: list[str] = []  # as they are: a plan of another version may have fewer or more keys
     last_is_lost = False
     for name, text in texts.items():
         try:
@@ -100,7 +100,7 @@ def _plan_from_data(shards_dir: AnyPath) -> Plan:
     scored = commits[0].fingerprint
     settings = latest_settings(shards_dir, lost=PLAN)
     with tempfile.TemporaryDirectory(prefix="dpo-opt-") as elsewhere:
-        # A folder without a plan: the one that is damaged would be asked first.
+        # An empty folder, because a plan in it would be read first, and that one is damaged.
         config = PrecomputeConfig.model_validate(settings | {"shards": elsewhere})
         reference = resolve_reference(config)
         tokenizer = make_tokenizer(config, reference).on(scored.template_date)
@@ -125,10 +125,10 @@ def _plan_from_data(shards_dir: AnyPath) -> Plan:
 
 
 def latest_settings(shards_dir: AnyPath, *, lost: str) -> dict[str, Any]:
-    """What the folder's latest run was told.
+    """The settings of the folder's latest run.
 
     Raises:
-        DataError: Nothing says it.
+        DataError: They are lost too.
     """
     try:
         settings = yaml.safe_load(read_all(shards_dir, [COMMAND]).get(COMMAND, b""))

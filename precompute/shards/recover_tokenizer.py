@@ -24,7 +24,10 @@ from dpo_opt.schemas.storage import file_names
 
 
 def tokenizer_problem(shards_dir: AnyPath, plan: Plan, manifest: Manifest | None) -> str | None:
-    """By the manifest's hash; else by loading it, because ``finalize`` takes the hash of what it finds."""
+    """What is wrong with the tokenizer's files; None if nothing is.
+
+    They are compared with the manifest's hash. Without a manifest the tokenizer is loaded and compared.
+    """
     folder = shards_dir / TOKENIZER
     try:
         if manifest is not None:
@@ -47,7 +50,7 @@ def tokenizer_of_model(shards_dir: AnyPath, plan: Plan) -> Any:
 
     Raises:
         ConfigError, DataError: It is not there.
-        FingerprintError: It is another one.
+        FingerprintError: The model has another tokenizer now.
     """
     model = find_model(latest_settings(shards_dir, lost=f"{TOKENIZER}/")["model"])
     tokenizer = load_tokenizer(model)
@@ -62,7 +65,7 @@ def tokenizer_of_model(shards_dir: AnyPath, plan: Plan) -> Any:
 
 
 def replace_tokenizer(shards_dir: AnyPath, tokenizer: Any) -> None:
-    """What is there stays until the new files are whole: a folder keeps one or the other."""
+    """Write a new copy; the old files stay until the new ones are whole."""
     folder = shards_dir / TOKENIZER
     if not isinstance(folder, Path):
         for name in file_names(folder):

@@ -1,4 +1,4 @@
-"""The model that scores: where it is, what was left to it, and what its numbers depend on."""
+"""The model that scores: where it is, the settings that depend on it, and its fingerprint."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from dpo_opt.schemas.shards import SCHEMA_VERSION
 
 
 class Reference(NamedTuple):
-    """The model that scores, with what was left to it resolved."""
+    """The model that scores, with the settings that depend on it filled in."""
 
     folder: Path
     dtype: str
@@ -45,7 +45,7 @@ def resolve_reference(config: PrecomputeConfig) -> Reference:
 
 
 def pinned(config: PrecomputeConfig, reference: Reference) -> PrecomputeConfig:
-    """The settings for whoever goes on with the same files: workers, and a later run."""
+    """The settings for workers and later runs, which must find the same files of the model."""
     return config.model_copy(update={"model": reference.name})
 
 
@@ -66,7 +66,7 @@ def make_tokenizer(config: PrecomputeConfig, reference: Reference) -> PairTokeni
 def fingerprint_of(
     config: PrecomputeConfig, reference: Reference, tokenizer: PairTokenizer, numerics: Numerics
 ) -> Fingerprint:
-    """What the numbers of this run depend on.
+    """All that this run's numbers depend on.
 
     Raises:
         ConfigError: The model's weights or settings cannot be read.

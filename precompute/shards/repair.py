@@ -1,9 +1,8 @@
-"""Damaged and lost files of a folder, healed: what cannot be trusted is scored again, and nothing else is.
+"""``dpo-opt repair``: heals the damaged and lost files of a folder. Only damaged shards are scored again.
 
-A shard whose files are not those that its record states loses the record, and is then one that nobody has
-scored yet. What follows from other records is made again from them: a manifest and an index from the commits,
-commits and a plan from the manifest, a plan from the data, the tokenizer from the model. A repair that is
-killed is finished by the next.
+If a shard's files are not those that its commit states, the commit is removed, and the shard counts as not
+scored. Other files are made again: a manifest and an index from the commits, commits and a plan from the
+manifest, a plan from the data, the tokenizer from the model. If a repair is killed, the next one finishes it.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -43,11 +42,11 @@ class Repair(BaseModel):
     """What a folder needs, or what was done for it."""
 
     damaged: list[str]
-    """What is not as it was written, each with its place."""
+    """Files that are not as they were written, each with what is wrong."""
     rebuilt: list[str]
     """Records that are made again from others, relative to the folder."""
     shards_to_score: list[int]
-    """Shards without a commit: those that lost theirs here, and those that nobody has scored yet."""
+    """Shards without a commit: those that lost it here, and those that were not scored yet."""
     finalized: bool
     """Whether readers may use the folder now."""
     next: str | None
@@ -55,18 +54,18 @@ class Repair(BaseModel):
 
 
 def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | None = None) -> Repair:
-    """Take out of the way what is damaged, and make again what follows from the rest.
+    """Remove what is damaged, and make again what follows from the rest.
 
     Reads every file that a record names. A folder that is whole is left as it is.
 
     Args:
-        shards_dir: Folder of reference shards, finalized or not; workers may be at it.
+        shards_dir: Folder of reference shards, finalized or not; workers may be running.
         dry_run: Only say what would be done.
         progress: Told of every shard that was looked at.
 
     Raises:
         ConfigError: The model of the settings is needed, and is not there.
-        DataError: The folder holds no shards, a name leaves it, or nothing says any more what it held.
+        DataError: The folder holds no shards, a file's name leads out of it, or nothing says what it held.
         FingerprintError: Plan and manifest, or the data or model and what was scored, do not belong together.
         DpoOptError: The store does not answer, or refuses.
     """
@@ -98,7 +97,7 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
     if problem := tokenizer_problem(shards_dir, plan, manifest):
         damaged.append(problem)
         tokenizer = tokenizer_of_model(shards_dir, plan)
-        # Saved by another version it may be other files of the same tokenizer.
+        # Another version of transformers may save the same tokenizer as other files.
         replaced = manifest is not None or replaced
     if replaced:
         unwanted += _losers(final, good, names.values())
@@ -108,7 +107,7 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
     if not dry_run:
         if tokenizer is not None:
             replace_tokenizer(shards_dir, tokenizer)
-        # First what is taken from the manifest, which goes last.
+        # Commits that only the manifest holds are written first, and the manifest is removed last.
         for name, text in texts.items():
             write_text(inside(shards_dir, name), text)
         for name in [*unwanted, *([MANIFEST] if replaced else [])]:
@@ -130,7 +129,7 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
 
 
 def _manifest(shards_dir: AnyPath, damaged: list[str]) -> Manifest | None:
-    """None where there is none that can be trusted.
+    """The manifest; None if there is none, or if it is damaged.
 
     Raises:
         DataError: It is of a later version, or no file of the folder could be meant by it.
@@ -155,7 +154,7 @@ def _whole_shards(
     unwanted: list[str],
     progress: Progress,
 ) -> dict[int, ShardCommit]:
-    """One commit for each shard whose files are as it states: the manifest's own, else the smallest id."""
+    """One commit for each shard that is whole: the manifest's own, else that with the smallest id."""
     by_shard = {
         shard: [(AttemptName(shard, commit.attempt).commit_file, commit)] for shard, commit in final.items()
     }
@@ -186,7 +185,7 @@ def _problems(shards_dir: AnyPath, commit: ShardCommit) -> Iterator[str]:
 
 
 def _problem(shards_dir: AnyPath, name: str, sha256: str) -> str | None:
-    """What is wrong with a file; None where its bytes are as recorded.
+    """What is wrong with a file; None if its bytes are as recorded.
 
     Raises:
         DataError: The name leaves the folder, or the file is a link that does.
@@ -203,7 +202,7 @@ def _problem(shards_dir: AnyPath, name: str, sha256: str) -> str | None:
 def _require_other_records(
     shards_dir: AnyPath, left: Sequence[int], attempts: Collection[AttemptName]
 ) -> None:
-    """Whether a damaged manifest may go: every shard that was scored has a commit of its own, whole or not.
+    """Check that a damaged manifest may be removed: every shard that was scored also has a commit.
 
     Raises:
         DataError: Some have none.
@@ -223,7 +222,7 @@ def _require_other_records(
 def _losers(
     final: Mapping[int, ShardCommit], good: Mapping[int, ShardCommit], attempts: Collection[AttemptName]
 ) -> Iterator[str]:
-    """Records that would win over what a manifest named, were it gone."""
+    """Commits that would count instead of the manifest's, if the manifest were gone."""
     for attempt in attempts:
         commit = final.get(attempt.shard)
         if commit is not None and good.get(commit.shard) == commit and attempt.id < commit.attempt:
@@ -237,7 +236,7 @@ def _lost_commits(
     *,
     replaced: bool,
 ) -> dict[str, str]:
-    """Records that only the manifest holds: all of them where it goes, else those that cannot be read."""
+    """Commits that only the manifest holds: all of them if it is replaced, else those that are unreadable."""
     found = {}
     for shard, commit in final.items():
         attempt = AttemptName(commit.shard, commit.attempt)

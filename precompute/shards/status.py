@@ -23,11 +23,11 @@ class Status(BaseModel):
     pairs_dropped: int
     dropped: dict[str, int]
     share_done: float
-    """Of the source rows."""
+    """Share of the source rows that is scored."""
     pairs_per_second: float | None
-    """Source rows, of all workers, of late. Here and below: None where no commit says when it was made."""
+    """Source rows, of all workers, lately. Here and below: None if no commit states its time."""
     seconds_left: float | None
-    """None also where nothing is left, and where nobody has committed for long."""
+    """None also if nothing is left, or if the last commit is long ago."""
     seconds_since_commit: float | None
     workers: list[WorkerThroughput]
     finalized: bool

@@ -1,4 +1,4 @@
-"""How fast a folder fills, from what its commits say of their time and place."""
+"""How fast a folder fills, from the times and machines that its commits state."""
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
@@ -9,11 +9,11 @@ from pydantic import BaseModel
 from dpo_opt.schemas.manifest import ShardCommit
 
 _WINDOW = 15 * 60.0
-"""A rate of longer ago is that of other workers; three shards where they take longer than this."""
+"""Seconds before the last commit that the rate is taken of; longer where three shards take longer."""
 
 
 class WorkerThroughput(BaseModel):
-    """What one worker has done; a host's name and a number may be those of several processes in turn."""
+    """What one worker has done. Several processes may have been this worker, one after another."""
 
     host: str
     worker: int | None
@@ -22,7 +22,7 @@ class WorkerThroughput(BaseModel):
     pairs: int
     """Source rows."""
     pairs_per_second: float
-    """While it was at work on those shards."""
+    """While it scored those shards."""
     seconds_since_commit: float
 
 
@@ -30,23 +30,23 @@ class Throughput(NamedTuple):
     """How fast all workers together are."""
 
     pairs_per_second: float | None
-    """Source rows, of late; None where no commit says when it was made."""
+    """Source rows, lately; None if no commit states its time."""
     seconds_left: float | None
-    """At that rate; None where nothing is left, or the last commit is older than what the rate is made of."""
+    """At that rate; None if nothing is left, or if the last commit is too long ago."""
     seconds_since_commit: float | None
     workers: list[WorkerThroughput]
     """By host and number."""
 
 
 def throughput(commits: Collection[ShardCommit], *, rows_left: int, now: datetime) -> Throughput:
-    """Rates from the times that commits state; those of older folders state none, and do not count.
+    """Rates from the times that commits state; commits of older folders state none, and do not count.
 
     Args:
         commits: One for each finished shard.
         rows_left: Source rows that are not scored yet.
         now: By this machine's clock; the commits' times are by those of their machines.
     """
-    # As numbers: a damaged record may say a time for which there is no date.
+    # As numbers, because a damaged record may state a time for which there is no date.
     times: dict[int, tuple[float, float]] = {
         c.shard: (c.finished.timestamp() - c.seconds, c.finished.timestamp())
         for c in commits

@@ -1,7 +1,7 @@
-"""The digest of a model's weights, remembered beside the shards: hashing a large model takes minutes.
+"""The digest of a model's weights, stored next to the shards, because hashing a large model takes minutes.
 
-It holds as long as path, size, modification time and inode of every weights file are those that the planner
-saw; a node that sees other files, or the same under another path, reads them itself.
+It is used while the path, size, modification time and inode of every weights file are those that the planning
+run saw. A node that sees other files, or the same files under another path, hashes them itself.
 """
 
 import json
@@ -58,7 +58,7 @@ def remember_weights(shards_dir: AnyPath, *, digest: str, files: list[dict[str, 
 
 
 def _read(shards_dir: AnyPath) -> dict[str, Any] | None:
-    """What is remembered; a memo that cannot be read is as good as none, because the files can."""
+    """The stored digest; None if it cannot be read, because the weights files can be hashed again."""
     unreadable: tuple[type[Exception], ...] = (*store_errors(), ValueError)
     try:
         memo = json.loads((shards_dir / WEIGHTS).read_text(encoding="utf-8"))

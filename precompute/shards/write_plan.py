@@ -1,4 +1,4 @@
-"""One plan for a folder, whoever comes first: written once, followed by all, extended for data that grew."""
+"""Writes a folder's plan once, whichever run is first; all runs follow it, and data that grew extends it."""
 
 import contextlib
 from collections.abc import Iterable, Sequence
@@ -27,17 +27,17 @@ from dpo_opt.schemas.storage import settle_folder, write_text
 _OTHER_FOLDER = "pass another --shards folder, or remove this one to score it again"
 _ONCE_FINALIZED = "another run planned it meanwhile: run the same command again once that one is finalized"
 _WHOLE_TOKENIZER = "tokenizer.json"
-"""The file that every fast tokenizer has: a store gets it last."""
+"""The file that every fast tokenizer has. A store gets it last, so where it is, the tokenizer is whole."""
 
 
 class _Claim(BaseModel):
-    """What a run is about to plan, written before anything that belongs to it; of several runs one has it."""
+    """What a run is about to plan. One run writes it, before the files that belong to the plan."""
 
     model_config = ConfigDict(frozen=True)
 
     plan: Plan
     columns: str
-    """What the data says of the new rows beside their texts."""
+    """Digest of the weights and margins of the new rows."""
 
 
 def settle_plan(
@@ -45,11 +45,11 @@ def settle_plan(
 ) -> Plan:
     """The folder's plan, made here or by another run for the same thing.
 
-    One of several workers that finds a plan does not read all data again: it compares the rows of each shard
-    with the plan when it reads them.
+    A worker that finds a plan does not read all data again. It compares each shard's rows with the plan when
+    it scores them.
 
     Raises:
-        ConfigError: The folder stands inside the data.
+        ConfigError: The folder is inside the data.
         DataError: A row is malformed, no pair survives tokenization, or the plan is gone.
         FingerprintError: The folder was planned for something else.
     """
@@ -68,17 +68,19 @@ def settle_plan(
 
 
 def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Plan:
-    """Write the plan and what stands beside it, or check that the folder already follows it.
+    """Write the plan and the files that belong to it, or check that the folder already follows it.
 
-    Whatever belongs to a plan is written before it, by runs that all mean this plan: the first of them claims
-    it. So no other run's tokenizer, weights or settings stand beside a plan, and where a plan is, they are.
-    A kill in between leaves the claim, and the same command goes on with it.
+    The tokenizer, the weights of pairs and the settings are written before their plan. The first run to plan
+    the folder claims the plan, and only runs that make the same plan write these files. So a folder with a
+    plan has the files that belong to it, and no others. A run that is killed in between leaves its claim, and
+    the same command continues with it.
 
     Returns:
-        The folder's plan: the same, but for the date that a chat template is told; the first plan fixes it.
+        The folder's plan. It may differ from ``planned`` in the date that a chat template is told, which the
+        folder's first plan fixes.
 
     Raises:
-        DataError: The folder holds what a plan comes before, but no plan that says what it is of.
+        DataError: The folder holds a tokenizer or commits, but no plan.
         FingerprintError: The folder was planned for something else, or for the first of these rows only.
     """
     shards_dir, model = config.shards, planned.model
@@ -90,7 +92,7 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
             remove(_claim_of(shards_dir, plan_name(len(plans) - 1)))
         else:
             _write_plan(config, planned, new, tokenizer)
-    # Another planner may have been first.
+    # Another run may have written its plan first.
     plans = known_plans(shards_dir)
     new = _as_spelled_by(plans, _on_the_day_of(plans, new), shards_dir, model)
     existing = plans[-1] if plans else new
@@ -102,23 +104,23 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
         _require_columns(
             columns_digest(columns_of_data(shards_dir), from_row=_known_rows(planned)), planned, shards_dir
         )
-    # One that is there may be somebody's own by now; one that was removed is taken from the data again.
+    # A column that is there stays, because a person may have edited it; one that was removed is made again.
     _write_columns(shards_dir, planned, keep=sizes(shards_dir / COLUMNS))
     _keep_command(config)
     return existing
 
 
 def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan], Plan]:
-    """Whether a folder takes a plan, as far as that shows without writing anything.
+    """Check that a folder can take a plan, without writing anything.
 
     Returns:
-        The folder's plans, and the new one as they spell it.
+        The folder's plans, and the new one in their spelling.
 
     Raises:
         DataError, FingerprintError: As ``adopt_plan``.
     """
     shards_dir, model = config.shards, planned.model
-    # Asked in this order: whoever writes these has a claim, and gives it up when its plan stands.
+    # Looked at in this order: a run that writes these has a claim until its plan is written.
     begun = [folder for folder in (COMMITS, TOKENIZER) if any(map(_is_json, sizes(shards_dir / folder)))]
     claimed = is_file(_claim_of(shards_dir, PLAN))
     plans = known_plans(shards_dir)
@@ -134,7 +136,7 @@ def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan
             if COMMITS in begun
             else f"restore {PLAN}, or pass another --shards folder",
         )
-    # Where another planner was first meanwhile, what it planned is compared once this one has given up.
+    # If another run has planned meanwhile, `adopt_plan` compares the two plans later.
     if plans and plans[-1] != new and len(plans) == len(planned.earlier):
         if new.rows <= plans[-1].rows or planned.known_digest != plans[-1].dataset_digest:
             raise _other_plan(plans[-1], new, shards_dir, fix=_OTHER_FOLDER)
@@ -152,7 +154,7 @@ def _is_json(name: str) -> bool:
 
 
 def _on_the_day_of(plans: Sequence[Plan], new: Plan) -> Plan:
-    """A new plan with the folder's date: another run may have planned it before midnight."""
+    """A new plan with the date of the folder's plans: they may have been made before midnight."""
     date = plans[-1].fingerprint.template_date if plans else None
     if date is None or new.fingerprint.template_date is None:
         return new
@@ -161,7 +163,7 @@ def _on_the_day_of(plans: Sequence[Plan], new: Plan) -> Plan:
 
 
 def _as_spelled_by(plans: Sequence[Plan], new: Plan, shards_dir: AnyPath, model: Path | None) -> Plan:
-    """A new plan with the folder's fingerprint and size of shards, where the two mean the same."""
+    """A new plan with the folder's fingerprint and shard size, if these mean the same as its own."""
     if not plans:
         return new
     if new.shards == plans[-1].shards:
@@ -181,14 +183,14 @@ def _differing_keys(
 
 
 def _restore_plan(shards_dir: AnyPath, plan: Plan) -> None:
-    """A copy for readers, which came without its plan, goes on as the folder that it was copied from does."""
+    """Write the plan of a folder that was copied without it, so that it continues as the original does."""
     if not is_file(shards_dir / PLAN):
         with contextlib.suppress(FileExistsError):
             write_text(shards_dir / PLAN, to_json(plan), replace=False)
 
 
 def _keep_command(config: PrecomputeConfig) -> None:
-    """The settings of the latest run, for whoever goes on: data may have moved, or bad rows be skipped."""
+    """Keep the settings of the latest run, for the next one: data may have moved, or bad rows be skipped."""
     text = config.for_workers()
     if read_all(config.shards, [COMMAND]).get(COMMAND) != text.encode():
         write_text(config.shards / COMMAND, text)
@@ -205,10 +207,10 @@ def _known_rows(planned: Planned) -> int:
 
 
 def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer: Any) -> None:
-    """Write a plan after what belongs to it; nothing where another run has written one of that name.
+    """Write a plan after the files that belong to it. A plan of that name that is already there stays.
 
     Raises:
-        FingerprintError: Another run is about to write another plan.
+        FingerprintError: Another run has claimed a different plan.
     """
     name = plan_name(len(planned.earlier))
     shards_dir, claim = config.shards, _claim_of(config.shards, name)
@@ -230,7 +232,7 @@ def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer
 
 
 def write_tokenizer(shards_dir: AnyPath, tokenizer: Any) -> None:
-    """Put a tokenizer's own files into a folder that has none, or no whole one."""
+    """Put a tokenizer's files into a folder that has none, or only some of them."""
     with settle_folder(shards_dir / TOKENIZER, last=_WHOLE_TOKENIZER) as private:
         tokenizer.save_pretrained(private)
 
@@ -240,24 +242,24 @@ def _claim_of(shards_dir: AnyPath, name: str) -> AnyPath:
 
 
 def _read_claim(shards_dir: AnyPath, name: str) -> _Claim | None:
-    """Who is about to write a plan; None where it stands, or nobody is.
+    """The claim of the run that is writing a plan; None if the plan is written, or no run is writing it.
 
     Raises:
         DataError: The claim is damaged.
     """
     path = _claim_of(shards_dir, name)
     text = read_all(shards_dir, [path.name]).get(path.name)
-    # A claim is given up after its plan stands: where there is no plan now, nobody can write another one.
+    # A run removes its claim after it wrote the plan. So if there is no plan yet, the claim still holds.
     if text is None or is_file(shards_dir / name):
         return None
     return parse(_Claim, text, where=path, fix=f"rm {quoted(path)}, then run the same command again")
 
 
 def _require_claim(claim: _Claim, own: Plan, planned: Planned, shards_dir: AnyPath, name: str) -> Plan:
-    """The plan that a claim is for, if it is this run's.
+    """The plan that a claim is for, if it is the same as this run's.
 
     Raises:
-        FingerprintError: It is another one.
+        FingerprintError: It is a different plan.
     """
     there = "remove the folder, which holds no log-prob yet"
     if name != PLAN:
@@ -272,10 +274,10 @@ def _require_claim(claim: _Claim, own: Plan, planned: Planned, shards_dir: AnyPa
 
 
 def _require_growth(config: PrecomputeConfig, last: Plan, new: Plan) -> None:
-    """Whether the next plan's first shards are those of the last one, and somebody asked for it.
+    """Check that a plan begins with the shards of the last one, and that ``--append`` was passed.
 
     Raises:
-        FingerprintError: One of the two is not so.
+        FingerprintError: It does not, or it was not.
     """
     if new.shards[: len(last.shards)] != last.shards:
         raise _other_plan(last, new, config.shards, fix=_OTHER_FOLDER)
@@ -291,10 +293,10 @@ def _require_growth(config: PrecomputeConfig, last: Plan, new: Plan) -> None:
 def _require_columns(
     digest: str, planned: Planned, shards_dir: AnyPath, *, fix: str = _ONCE_FINALIZED
 ) -> None:
-    """Whether another run that has just planned the same texts gives them the same weights and margins.
+    """Check that a run that planned the same texts meanwhile gives them the same weights and margins.
 
     Raises:
-        FingerprintError: It does not.
+        FingerprintError: It gives others.
     """
     if digest != columns_digest(planned.columns, from_row=_known_rows(planned)):
         raise FingerprintError(
@@ -308,11 +310,11 @@ def _require_columns(
 def _other_plan(existing: Plan, plan: Plan, shards_dir: AnyPath, *, fix: str) -> FingerprintError:
     pairs = list(zip(existing.shards, plan.shards, strict=False))
     theirs, ours = next((pair for pair in pairs if pair[0].used != pair[1].used), pairs[0])
-    # A last shard is as short as its data is.
+    # A last shard may be short because the data ends there.
     last, longer = (existing.shards[-1], plan.shards[-1]), theirs.used < ours.used
     by_size = theirs.used != ours.used and (theirs if longer else ours) not in last
     if existing.used == existing.rows == plan.used < plan.rows:
-        # So did versions before `not_in_share`.
+        # Versions before `not_in_share` numbered rows so.
         different = "its rows are numbered within --data-share, and not as the source has them"
     elif not by_size:
         different = (

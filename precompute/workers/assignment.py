@@ -1,8 +1,8 @@
-"""Which shards a worker takes, and in what order: no coordinator, any number of workers, any of them may die.
+"""Decides which shards a worker scores, and in what order. There is no coordinator, and any worker may die.
 
-Each begins with a share of its own and then helps with whatever is left. A worker marks the shard that it is
-at, so a helper takes one that nobody is at, and waits for the last ones. Two that are at the same shard all
-the same waste time, never data: of two commits readers take one.
+Each worker first scores its own slice of the shards, and then helps with the rest. A worker marks the shard
+that it is scoring, so a helper takes a shard without a mark, and waits for the last ones. If two workers
+score the same shard all the same, they waste time but no data, because readers take one of the two commits.
 """
 
 import json
@@ -23,14 +23,14 @@ from dpo_opt.schemas.manifest import COMMITS, Plan, ShardCommit, ShardRange
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.storage import write_text
 
-# Named as a private file: readers pass over it, and gc removes what a kill left.
+# Named like a private file: readers ignore it, and gc removes those of killed workers.
 _MARK = re.compile(r"\.\d{5,}\.00000000\.tmp")
 _SECONDS_BETWEEN_LOOKS = 1.0
 _LEAST_PATIENCE = 10.0
 _PATIENCE_WITHOUT_EXPERIENCE = 600.0
-"""Seconds that a mark is believed as long as nothing says how long a shard takes."""
+"""Seconds that a mark is believed while no finished shard shows how long one takes."""
 _LONGER = 3
-"""A shard may take so many times as long as any before; whoever is at it longer is taken for dead."""
+"""A worker that needs this many times as long as the slowest shard so far is taken for dead."""
 
 
 class Worker(NamedTuple):
@@ -41,7 +41,7 @@ class Worker(NamedTuple):
 
 
 def worker_from_environment(environment: Mapping[str, str]) -> Worker | None:
-    """The worker that a scheduler says this process is; None where it is the only one.
+    """The worker that this process is, by the scheduler's variables; None if it is the only one.
 
     Read from a Slurm array (``SLURM_ARRAY_TASK_ID``, ``_MIN``, ``_COUNT``, ``_STEP``), from what torchrun and
     others set (``RANK``, ``WORLD_SIZE``), or from a step of several tasks (``srun -n``: ``SLURM_PROCID``,
@@ -52,14 +52,14 @@ def worker_from_environment(environment: Mapping[str, str]) -> Worker | None:
     """
     try:
         found = Worker(0, 1)
-        # Not SLURM_NTASKS: a batch script has it too, and runs once.
+        # Not SLURM_NTASKS: a batch script, which runs once, has it too.
         if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
             found = Worker(int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]))
         if "SLURM_ARRAY_TASK_ID" in environment:
             first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
             step = int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
             index = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
-            # An array of a few tasks of an earlier one may name any of them.
+            # If some tasks of an array are submitted again, their numbers are those of the first array.
             tasks = max(int(environment.get("SLURM_ARRAY_TASK_COUNT", "1")), index + 1)
             found = Worker(index * found.of + found.number, tasks * found.of)
         elif "RANK" in environment and "WORLD_SIZE" in environment:
@@ -75,12 +75,12 @@ def worker_from_environment(environment: Mapping[str, str]) -> Worker | None:
 def shards_for(
     worker: Worker, plan: Plan, shards_dir: AnyPath, *, progress: Progress | None = None
 ) -> Generator[ShardRange, None, None]:
-    """Shards without a commit, the worker's own share first; looked up again before each one.
+    """Shards without a commit, the worker's own slice first; commits are looked up again before each one.
 
-    A shard that another is at comes last: it is given out when its worker is dead, or seems to be.
+    A shard that another worker has marked comes last: it is yielded when that worker is dead, or seems to be.
 
     Args:
-        worker: Who asks.
+        worker: Which of the workers this is.
         plan: Of the folder.
         shards_dir: The folder.
         progress: Told of waiting.
@@ -88,7 +88,7 @@ def shards_for(
     total = len(plan.shards)
     begin, end = (total * i // worker.of for i in (worker.number, worker.number + 1))
     others = [*plan.shards[end:], *plan.shards[:begin]]
-    # Workers that have finished their share spread over what is left, instead of queueing at one shard.
+    # Shuffled, so that workers which have finished their slices do not all wait for the same shard.
     random.shuffle(others)
     done = committed(shards_dir, plan)
     left = [shard for shard in [*plan.shards[begin:end], *others] if shard.shard not in done]
@@ -104,7 +104,7 @@ def shards_for(
                 left.remove(shard)
                 before = time.monotonic()
                 try:
-                    # Its worker may have committed it since.
+                    # Another worker may have committed it meanwhile.
                     if not is_committed(shards_dir, shard, plan):
                         yield shard
                         marks.learn(time.monotonic() - before)
@@ -121,25 +121,25 @@ def shards_for(
 
 
 _set_here: set[str] = set()
-"""Marks of this process."""
+"""Tokens of the marks that this process has set."""
 
 
 class _Marks:
-    """What other workers are at, and how long that is believed."""
+    """The marks of shards that workers are scoring, and how long each mark is believed."""
 
     def __init__(self, shards_dir: AnyPath, done: Mapping[int, ShardCommit]) -> None:
         self._commits = shards_dir / COMMITS
         self._longest = max((commit.seconds or 0.0 for commit in done.values()), default=0.0)
-        # By this process's clock: those of machines and file systems differ.
+        # By this process's clock, because the clocks of machines and file systems differ.
         self._first_seen: dict[tuple[int, bytes], float] = {}
         self._stale: set[int] = set()
 
     def learn(self, seconds: float) -> None:
-        """How long a shard took."""
+        """Take note of how long a shard took."""
         self._longest = max(self._longest, seconds)
 
     def shards_in_work(self) -> set[int]:
-        """Shards that others are at."""
+        """Shards with a mark that is believed."""
         names = [name for name in sizes(self._commits, prefix=".") if _MARK.fullmatch(name)]
         marks = {
             (int(name[1:].partition(".")[0]), text) for name, text in read_all(self._commits, names).items()
@@ -151,7 +151,7 @@ class _Marks:
         return busy
 
     def set(self, shard: int) -> bool:
-        """Whether this process is the one at a shard now."""
+        """Mark a shard; False if another worker has marked it."""
         token = secrets.token_hex(4)
         _set_here.add(token)
         text = json.dumps([socket.gethostname(), os.getpid(), token, start_time(os.getpid())])
@@ -162,14 +162,14 @@ class _Marks:
         return True
 
     def clear(self, shard: int) -> None:
-        """This process is no longer at it."""
+        """Remove this process's mark."""
         remove(self._path(shard))
 
     def _path(self, shard: int) -> AnyPath:
         return self._commits / f".{shard:05d}.00000000.tmp"
 
     def _patience(self, text: bytes) -> float:
-        """Seconds that a mark is believed from when it was first seen."""
+        """Seconds that a mark is believed after it was first seen."""
         if _is_gone(text):
             return 0.0
         return (
@@ -178,10 +178,10 @@ class _Marks:
 
 
 def _is_gone(text: bytes) -> bool:
-    """Whether a process of this machine has ended; of another machine nothing is known.
+    """Whether the process that set a mark has ended; False if it runs on another machine.
 
-    A container that is started again has the process number of the one that was killed, and any other process
-    may be given it. One that waits for its parent to take its exit code has ended, too.
+    The system may give the number of a killed process to a new one, and does so when a container is started
+    again. So the start times are compared too. A process whose parent has not read its exit code has ended.
     """
     try:
         # Earlier versions wrote no start time.
@@ -197,13 +197,13 @@ def _is_gone(text: bytes) -> bool:
         return False
     begins = start_time(int(process))
     if begins is None:
-        # Another user's may be hidden.
+        # The system may hide the processes of other users.
         return is_own and start_time(os.getpid()) is not None
     return begun not in ([], [None], [begins])
 
 
 def _may_signal(process: int) -> bool:
-    """Whether a process is this user's.
+    """Whether this user may signal a process.
 
     Raises:
         ProcessLookupError: There is none.

@@ -1,6 +1,6 @@
-"""Workers as processes of this machine: each has its own GPUs, or its share of the cores.
+"""Workers as processes of this machine, each with its own GPUs, or its share of the cores.
 
-One engine per group of GPUs, each in a process of its own: what breaks one engine leaves the others at work.
+Each worker has an engine in a process of its own, so an engine that breaks does not stop the others.
 """
 
 import json
@@ -23,15 +23,15 @@ from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, Fingerpr
 from dpo_opt.schemas.safe_text import printable
 
 _SECONDS_BETWEEN_LOOKS = 0.1
-# A forward that has begun ends before Python hears of a signal.
+# Python handles a signal only after the running forward pass has ended.
 _SECONDS_TO_STOP = 30.0
-# What one worker says of settings, data or folder, the others would say too.
+# If one worker refuses the settings, the data or the folder, the others would refuse them too.
 _REFUSALS: dict[int, type[DpoOptError]] = {2: ConfigError, 3: DataError, 4: FingerprintError}
 _PREEMPTED = 75
 
 
 class WorkerResult(NamedTuple):
-    """What one worker said at its end."""
+    """What one worker printed at its end."""
 
     scored_shards: int
     reuse_check: dict[str, Any] | None
@@ -42,14 +42,14 @@ def visible_devices(environment: Mapping[str, str]) -> list[str]:
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
-    # CUDA numbers from 0 whatever it finds, also where a container shows only some.
+    # CUDA numbers the GPUs that it finds from 0, also in a container that shows only some.
     return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def worker_environments(
     config: PrecomputeConfig, environment: Mapping[str, str], *, cores: int
 ) -> list[dict[str, str]]:
-    """What each worker's environment has of its own: its GPUs, or its share of the cores.
+    """The variables that differ between workers: each one's GPUs, or its share of the cores.
 
     Args:
         config: How many workers there are, and how many GPUs each gets.
@@ -81,12 +81,12 @@ def worker_environments(
 
 
 def own_devices(config: PrecomputeConfig, environment: Mapping[str, str]) -> str | None:
-    """``CUDA_VISIBLE_DEVICES`` of a worker that a scheduler started beside others on this machine.
+    """``CUDA_VISIBLE_DEVICES`` of a worker, where a scheduler started several on this machine.
 
     Its place among them is ``LOCAL_RANK`` (torchrun) or ``SLURM_LOCALID`` (srun).
 
     Returns:
-        None where nothing is to be changed: ``gpus_per_worker`` is not given, or no more are visible.
+        None if nothing is to be changed: ``gpus_per_worker`` is not given, or no more GPUs are visible.
 
     Raises:
         ConfigError: There are too few GPUs for a worker of this place.
@@ -113,7 +113,7 @@ def run_workers(config: PrecomputeConfig, environments: Sequence[Mapping[str, st
         environments: As ``worker_environments`` gives them, one for each worker.
 
     Returns:
-        What those workers said that came to their end; the others left their shards to them.
+        The results of the workers that ended well. They also scored the shards of those that failed.
 
     Raises:
         ConfigError, DataError, FingerprintError: A worker was refused; the others are stopped.
@@ -126,7 +126,7 @@ def run_workers(config: PrecomputeConfig, environments: Sequence[Mapping[str, st
         workers: list[_Worker] = []
         try:
             for i, own in enumerate(environments):
-                # -P: the folder that a job starts in may hold modules of any name.
+                # -P: never import modules from the folder that a job starts in.
                 command = [sys.executable, "-P", worker_process.__file__, str(os.getpid())]
                 command += ["precompute", "--config", str(file)]
                 command += ["--worker-index", str(i), "--num-workers", str(len(environments)), "--json"]
@@ -139,7 +139,7 @@ def run_workers(config: PrecomputeConfig, environments: Sequence[Mapping[str, st
 
 
 class _Worker:
-    """A process whose lines on stderr are passed on with its number, and whose stdout is kept."""
+    """A worker's process. Its stderr is printed line by line with its number, and its stdout is kept."""
 
     def __init__(self, number: int, command: list[str], environment: dict[str, str]) -> None:
         self.number = number
@@ -174,7 +174,7 @@ class _Worker:
 
 
 def _wait(workers: Sequence[_Worker]) -> dict[int, int]:
-    """Exit codes, when all have ended.
+    """Wait until all workers have ended, and return their exit codes.
 
     Raises:
         ConfigError, DataError, FingerprintError: A worker was refused.
@@ -196,7 +196,7 @@ def _wait(workers: Sequence[_Worker]) -> dict[int, int]:
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
-    """End workers that are still at it; what they have not committed was not finished."""
+    """End the workers that still run. Shards that they have not committed are left for the next run."""
     running = [worker.process for worker in workers if worker.process.poll() is None]
     for process in running:
         process.terminate()
@@ -210,7 +210,7 @@ def _stop(workers: Sequence[_Worker]) -> None:
 
 
 def _require_done(config: PrecomputeConfig, codes: Mapping[int, int]) -> None:
-    """A worker that failed matters only if the others did not do its work.
+    """Check that every shard is scored: a worker may fail, if the others did its work.
 
     Raises:
         Preempted, DpoOptError: Shards are left.

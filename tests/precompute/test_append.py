@@ -513,7 +513,7 @@ def dated(
 
     def config(day: str, rows: int = 10, **settings: Any) -> PrecomputeConfig:
         for module in ("templates", "tokenize"):
-            monkeypatch.setattr(f"dpo_opt.precompute.{module}.today", lambda: day)
+            monkeypatch.setattr(f"dpo_opt.precompute.tokens.{module}.today", lambda: day)
         messages = [
             {
                 "prompt": [{"role": "user", "content": row["prompt"]}],

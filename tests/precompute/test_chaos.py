@@ -163,7 +163,7 @@ def test_a_worker_killed_between_data_and_commit_leaves_nothing_to_read(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("dpo_opt.precompute.run.write_text", die)
+        patch.setattr("dpo_opt.precompute.shards.commits.write_text", die)
         with pytest.raises(Killed):
             precompute(config, scorer=ScriptedScorer())
     (left,) = (config.shards / DATA).iterdir()
