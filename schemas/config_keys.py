@@ -18,7 +18,7 @@ from dpo_opt.schemas.models import VOLATILE_CONFIG_KEYS, digest_of_config
 from dpo_opt.schemas.storage import write_text
 
 MODEL_CONFIG = "model_config.json"
-"""The reference's config.json, beside the plan; it counts while its digest is that of the fingerprint."""
+"""The reference's config.json, next to the plan. It counts only if its digest is that of the fingerprint."""
 
 # What no frozen model computes with, beside names and versions: how it was initialised and trained.
 _HARMLESS = frozenset({"initializer_range", "problem_type", "chunk_size_feed_forward", "return_dict"})
@@ -28,7 +28,7 @@ _HARMLESS_PATTERN = re.compile(
 
 
 def keep_model_config(shards_dir: AnyPath, config: Mapping[str, Any]) -> None:
-    """Write the reference's config.json beside a folder's plan."""
+    """Write the reference's config.json next to a folder's plan."""
     write_text(shards_dir / MODEL_CONFIG, json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
@@ -50,7 +50,7 @@ def kept_model_config(shards_dir: AnyPath, *, digest: str) -> dict[str, Any] | N
 def differing_keys(
     shards_dir: AnyPath, *, cached_digest: str, current: Mapping[str, Any] | None
 ) -> dict[str, tuple[object, object]] | None:
-    """What a model's configuration says otherwise than the one that a folder was scored with.
+    """The keys in which a model's configuration differs from the one that a folder was scored with.
 
     Args:
         shards_dir: The folder.

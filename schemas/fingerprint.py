@@ -16,7 +16,7 @@ from dpo_opt.schemas.rope import FIXED
 
 
 class Fingerprint(BaseModel):
-    """Identity of a shard's numbers; two shards with equal fingerprints may stand in one folder."""
+    """Identity of a shard's numbers: only shards with equal fingerprints may be in one folder."""
 
     # Keys of a later version are kept: records that differ in one are not equal, and are copied whole.
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -56,7 +56,7 @@ class Fingerprint(BaseModel):
 
     @property
     def unknown(self) -> list[str]:
-        """Keys of a later version that say something; one that is null says what an absent one does."""
+        """Keys of a later version that are not null; a null key means the same as an absent one."""
         return sorted(name for name, value in (self.model_extra or {}).items() if value is not None)
 
 
@@ -107,7 +107,7 @@ def refuse_differences(
     """Compare two fingerprints field by field.
 
     Args:
-        cached: What the folder says.
+        cached: The folder's fingerprint.
         current: What this run would need.
         fields: The fields that matter to this command.
         where: The folder, for the message.

@@ -30,7 +30,7 @@ from dpo_opt.schemas.storage import file_names, write_text
 
 PLAN = "plan.json"
 COMMAND = "precompute.yaml"
-"""Settings of the latest run; read by people and ``--config``, compared by nobody."""
+"""Settings of the latest run, for people and for ``--config``. Nothing is compared with them."""
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 COMMITS = "commits"
@@ -50,7 +50,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Record(BaseModel):
-    # A later version may say more; what it must not do without is a new `schema_version`.
+    # A later version may add keys. If readers must not ignore one, it raises `schema_version`.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
@@ -63,7 +63,7 @@ class ShardRange(_Record):
     not_in_share: int = 0
     """How many of them ``--data-share`` leaves out."""
     rows_digest: Sha256
-    """SHA-256 of these rows' content, in order: whoever scores them reads the same rows, or stops."""
+    """SHA-256 of these rows' content, in order. A worker that reads other rows stops."""
 
     @property
     def used(self) -> int:
@@ -138,13 +138,13 @@ class Manifest(_Record):
 
 
 class _TokenizerFiles(_Record):
-    """What is fetched of a tokenizer, whatever else a store lists: a key of the manifest's body."""
+    """The key of the manifest that names the tokenizer's files: only these are fetched from a store."""
 
     tokenizer_files: list[str] | None = None
 
 
 def repair_command(shards_dir: AnyPath) -> str:
-    """What heals a folder with damaged or lost files."""
+    """The command that heals a folder with damaged or lost files."""
     return f"dpo-opt repair --shards {quoted(shards_dir)}"
 
 
@@ -176,15 +176,15 @@ def no_shards(missing: str, shards_dir: AnyPath) -> DataError:
 
 
 def resume_command(shards_dir: AnyPath) -> str:
-    """What goes on with a folder where it stands now: its settings name the place where it was planned."""
+    """The command that continues a folder where it is now; its settings name where it was planned."""
     settings = shards_dir / COMMAND
     how = f"--config {quoted(settings)}" if is_file(settings) else "--model M --data DATA"
     return f"dpo-opt precompute {how} --shards {quoted(shards_dir)}"
 
 
 def to_json(record: BaseModel) -> str:
-    """The one spelling of a record on disk: sorted keys, so equal records are equal bytes."""
-    # Of pydantic's own JSON an infinity would come back as null.
+    """A record as it is written: keys are sorted, so equal records are equal bytes."""
+    # Pydantic's own JSON would turn an infinity into null.
     values = record.model_dump()
     text = json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False, default=datetime.isoformat)
     return text + "\n"
@@ -231,7 +231,7 @@ def load_manifest(shards_dir: AnyPath) -> Manifest:
 
 
 def _require_known_version(body: Mapping[str, object], shards_dir: AnyPath) -> None:
-    """Before anything else is read: what a later version means by its keys is not known here."""
+    """Refuse a later version before anything else is read, because its keys may mean something else."""
     fingerprint = body.get("fingerprint")
     version = fingerprint.get("schema_version") if isinstance(fingerprint, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -254,7 +254,7 @@ def tokenizer_names(shards_dir: AnyPath) -> list[str] | None:
 
 
 def _body(shards_dir: AnyPath) -> dict[str, object]:
-    """What the manifest says, without its hash, which is that of all of it: of keys that are unknown too."""
+    """The manifest without its hash, after the hash was checked. It covers all keys, also unknown ones."""
     path = shards_dir / MANIFEST
     text = read_all(shards_dir, [MANIFEST]).get(MANIFEST)
     if text is None:

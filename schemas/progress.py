@@ -1,4 +1,4 @@
-"""What a long job tells whoever watches it; the front door draws bars or lines from this."""
+"""How a long job reports its progress; the command line draws bars or prints lines from it."""
 
 from typing import Protocol
 
@@ -18,7 +18,7 @@ class Progress(Protocol):
         ...
 
     def advance(self, count: int, note: str = "") -> None:
-        """``count`` more units are done; ``note`` is shown beside the rate."""
+        """Report that ``count`` more units are done; ``note`` is shown next to the rate."""
         ...
 
     def finish(self) -> None: ...
@@ -29,7 +29,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Progress that nobody watches: the default of the Python API."""
+    """Shows nothing: the default of the Python API."""
 
     def start(self, what: str, *, total: int | None, unit: str, done: int = 0) -> None:
         pass

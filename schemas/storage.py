@@ -2,7 +2,7 @@
 
 Every file that another process may read is written under a private name, synced, and then given its
 final name in one step. A crash leaves at most a private file, which no reader looks at. A store shows an
-object whole or not at all, so there a finished file is sent.
+object whole or not at all, so a finished file is sent there.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ def publish(path: AnyPath, *, replace: bool = True) -> Iterator[Path]:
 
     Args:
         path: Path or URL.
-        replace: Otherwise what is there stays, and of several that come at once one is kept.
+        replace: If false, a file that is there stays, and of several processes that publish at once one wins.
 
     Raises:
         FileExistsError: Something is there, and must not be replaced.
@@ -60,7 +60,7 @@ def _name_if_free(private: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError:
-        # A file system without links: of two that come at once the later one may still win.
+        # A file system without links. Of two processes that publish at once, the later one may win.
         if path.exists():
             raise FileExistsError(str(path)) from None
         private.replace(path)
@@ -90,7 +90,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def settle_folder(path: AnyPath, *, last: str) -> Iterator[Path]:
-    """Yield a private folder to fill; its files then stand in ``path``, where a whole folder is left alone.
+    """Yield a private folder to fill, whose files are then put into ``path``; a whole folder there stays.
 
     Several processes may do so at once with equal files.
 
@@ -159,7 +159,7 @@ def sha256_folder(folder: AnyPath, *, names: Sequence[str] | None = None) -> str
 def file_names(folder: AnyPath) -> list[str]:
     """Names of all files below a folder, relative to it, in order; none where there is no such folder.
 
-    A link to a folder counts as a file: what lies behind it is hashed by nobody, so it is never followed.
+    A link to a folder counts as a file and is never followed, because no hash covers the files behind it.
 
     Raises:
         DataError: A store lists a name that leaves the folder.

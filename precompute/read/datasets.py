@@ -163,8 +163,9 @@ def read_prompts(config: DataConfig) -> Iterator[tuple[Text, str]]:
 def row_digest(item: Row) -> bytes:
     """SHA-256 of a row's content, for the digest of a dataset; its place does not count.
 
-    The digest of a bad row is that of its defect's kind and its bytes. The error's message does not count: it
-    may name a file, and Python may word it. A pair that is not in the share has another digest than one that is.
+    The digest of a bad row is that of its defect's kind and its bytes. The error's message does not count,
+    because it may name a file, or be worded by Python. A pair that is not in the share has another digest
+    than one that is.
     """
     if isinstance(item, BadRow):
         content = f"{item.error.kind}\n".encode() + item.content
