@@ -173,7 +173,7 @@ def test_every_number_of_the_record_is_shown(draw):
         "27 bad rows",
         "4 kinds of problem: 1 error, 2 warnings, 1 note",
         "65.4% of 1,951 pairs of unequal length",
-        "55 equally long",
+        "55 are equally long",
         "62 · 43 · 36 tokens in the median prompt, chosen, rejected",
         "a.jsonl prompt, chosen, rejected 1 1,101 3",
         "b/ HH-RLHF transcripts 17 905 24",

@@ -193,7 +193,7 @@ def test_a_run_that_has_only_begun_is_shown(make_run):
     summary, page = write_report(run)
     assert summary.runs[0].steps is None
     assert "Nothing was logged yet" in page
-    assert "There are no pair log-probs" in page
+    assert "There are no log-probs of single pairs" in page
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out_and_repeated_steps_count_once(make_run):
