@@ -98,7 +98,7 @@ def test_something_else_is_refused_by_name(tmp_path, folder):
         scan_pair_logps(tmp_path / "text.parquet")
     with pytest.raises(DataError, match="not a table of pair log-probs: it lacks the columns step"):
         scan_pair_logps(folder / "data" / "00000-a.parquet")
-    with pytest.raises(DataError, match="no table of on-policy samples"):
+    with pytest.raises(DataError, match="not a table of on-policy samples"):
         scan_kl_samples(folder / "data" / "00000-a.parquet")
     with pytest.raises(DataError, match="no Parquet file"):
         scan_pair_logps(tmp_path / "nowhere")
