@@ -80,6 +80,17 @@ def test_links_lead_to_files(page: Path) -> None:
         assert "://" in link or (page.parent / link).exists(), link
 
 
+def test_files_that_pages_name_are_there() -> None:
+    stages = "|".join(("tests", "bench", "findings", "dpo_opt", *STAGES))
+    named = {
+        (page.name, path)
+        for page in PAGES
+        for path in re.findall(rf"\b(?:{stages})/[\w/]+\.(?:py|sh|md)\b", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 30
+    assert [(page, path) for page, path in sorted(named) if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=name_of)
 def test_commands_are_there_with_their_options(page: Path) -> None:
     for line in commands_of(page):
