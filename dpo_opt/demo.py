@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from dpo_opt.demo_model import smollm2_folder
 from dpo_opt.precompute.engine.vllm_build import prepare_environment, vllm_version
 from dpo_opt.precompute.tokens.tokenize import load_tokenizer, prompt_ids
+from dpo_opt.results import say, table
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.pairs import Completion, Sampler
 from dpo_opt.schemas.storage import write_text
@@ -194,11 +195,12 @@ def _print_examples(before: list[list[_Written]], after: list[list[_Written]]) -
 
 
 def _print_table(comparison: dict[str, dict[str, float | None]]) -> None:
-    width = max(map(len, comparison))
-    print()
+    rows = []
     for name, found in comparison.items():
-        interval = f"   95% interval {found['low']:.3f} to {found['high']:.3f}" if "low" in found else ""
-        print(f"  {name:<{width}}  {found['value']:+.3f}{interval}")
+        interval = f"95% interval {found['low']:.3f} to {found['high']:.3f}" if "low" in found else ""
+        rows.append([name, f"{found['value']:+.3f}", interval])
+    print()
+    say(f"  {line}" for line in table(["", "measured", ""], rows))
 
 
 def _one_line(text: str) -> str:
