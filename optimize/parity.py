@@ -1,12 +1,12 @@
-"""Are the cached log-probs those of this very model? Asked before the first step and by ``verify``.
+"""Parity: the limits within which cached log-probs count as this model's own (``train`` and ``verify``).
 
 At step 0 the policy is the reference, so its own log-probs of a sample must equal the cached ones up to
-rounding. Two forwards are compared with the cache: that of training, many pairs together, and that of each
-sequence alone through transformers' own attention. Their difference, the floor, is compared with limits too:
-where it is large, the model's log-probs depend on what shares the batch, and no cache can be right for them.
+rounding. Two forwards are compared with the cache: training's, with many pairs together, and a forward of
+each sequence alone. The difference of the two is called the floor, and it has limits too. If the floor is
+large, the model's log-probs depend on the rest of the batch, and no cache can be right.
 
-No limit grows with what is measured: a wrong mask makes noise as well, and would excuse itself. Margins
-alone would hide an error that both sides share.
+No limit grows with the measured noise: a wrong mask makes noise too, and would excuse itself. Token log-probs
+are compared, because margins would hide an error that chosen and rejected share.
 """
 
 from typing import NamedTuple
@@ -17,53 +17,53 @@ from dpo_opt.schemas.errors import FingerprintError, quoted
 
 
 class Limits(NamedTuple):
-    """In nats per token."""
+    """Limits of the differences, in nats per token."""
 
     mean: float
-    """Three standard errors may come on top of it: a mean over few tokens is off by chance."""
+    """Three standard errors are added to it, because a mean over few tokens is off by chance."""
     sd: float
     p99: float
     max: float
     loss: float | None
-    """Of the distance from ln 2, where it says more than the others."""
+    """Limit of the loss's distance from ln 2; None if the other limits are tighter."""
 
 
 # bf16 engines differ by 0.03 to 0.05 (sd) on the same weights, single tokens by up to 0.7; another model or a
 # shifted token by more than 0.5 on average, and by many nats at its worst token.
 _HALF = Limits(mean=0.01, sd=0.1, p99=0.3, max=3.0, loss=None)
-# With fp32 on both sides only the order of additions differs: at most 5e-5 measured on a CPU, an sd of up to
-# 2.2e-3 reported between engines on GPUs.
+# With fp32 on both sides only the order of additions differs: at most 5e-5 was measured on a CPU, and an sd
+# of up to 2.2e-3 was reported between engines on GPUs.
 _FP32 = Limits(mean=1e-3, sd=2.5e-3, p99=5e-3, max=5e-3, loss=1e-3)
-# Of the floor: one engine with itself. 1e-6 in fp32 on a CPU.
+# Limits of the floor, which compares one engine with itself: 1e-6 was measured in fp32 on a CPU.
 _FP32_FLOOR = Limits(mean=1e-4, sd=1e-4, p99=1e-3, max=5e-3, loss=None)
 
 _USUAL_CAUSES = {
     "mean": "every token is shifted: other weights, another dtype, or a temperature",
-    "sd": "noise beyond rounding: a lower precision or a quantization that the fingerprint does not say, or "
-    "other weights",
-    "p99": "one token in a hundred is far off: some rows were scored with other tokens in view (cut, padded "
-    "or packed wrongly)",
+    "sd": "noise beyond rounding: a lower precision or a quantization that the fingerprint does not record, "
+    "or other weights",
+    "p99": "one token in a hundred is far off: some rows were scored next to other tokens (cut, padded or "
+    "packed wrongly)",
     "max": "a single token is far off: one damaged or wrongly scored row",
-    "loss": "margins differ although single tokens hardly do: small differences that add up in one direction",
+    "loss": "margins differ although single tokens hardly do: small differences add up in one direction",
 }
-_ALONE_CAUSE = "the same for each sequence alone: the cache itself is another model's, or was scored wrongly"
-_FLOOR_CAUSE = "this model's log-probs depend on what shares the batch, or a kernel mixes sequences"
+_ALONE_CAUSE = "also with each sequence alone: the cache is from another model, or was scored wrongly"
+_FLOOR_CAUSE = "this model's log-probs depend on the rest of the batch, or a kernel mixes sequences"
 _EXPERTS_CAUSE = "; or rounding picks another expert where two are almost equally good, as in half precision"
 
 
 class Check(NamedTuple):
-    """One threshold."""
+    """One measured value and its limit."""
 
     name: str
     value: float
     limit: float
     ok: bool
     usual_cause: str
-    """What it usually means if this one fails."""
+    """The usual cause if this check fails."""
 
 
 class Parity(NamedTuple):
-    """Cached minus own token log-probs, in nats per token, next to the floor."""
+    """Cached minus own token log-probs, in nats per token, and the floor."""
 
     pairs: int
     tokens: int
@@ -101,16 +101,16 @@ class Parity(NamedTuple):
     alone_tokens: int = 0
     """Tokens of the sequences that were also scored alone; 0: all, in older records."""
     alone_mean: float = 0.0
-    """Cached minus each sequence alone; so are the others of its kind."""
+    """Mean of the cached minus the own log-probs of each sequence alone; likewise the next three."""
     alone_sd: float = 0.0
     alone_p99: float = 0.0
     alone_max: float = 0.0
     experts: bool = False
-    """Whether each token chooses some of the model's experts."""
+    """Whether the model has experts, of which each token uses some."""
 
     @property
     def checks(self) -> list[Check]:
-        """Every threshold that was applied."""
+        """Every limit that applies, with its measured value."""
         fp32 = self.dtype == "float32"
         limits = _FP32 if fp32 and self.cached_dtype == "float32" else _HALF
         found = [
@@ -153,10 +153,10 @@ def _check(name: str, value: float, limit: float, cause: str) -> Check:
 
 
 def require_parity(parity: Parity, *, shards: str, model: str) -> None:
-    """Stop where the cached log-probs are not this model's.
+    """Refuse to train if the cached log-probs are not this model's.
 
     Raises:
-        FingerprintError: The parity is out of bounds; the message names each threshold that failed.
+        FingerprintError: The parity is out of bounds; the message names each limit that failed.
     """
     if parity.ok:
         return
@@ -169,15 +169,15 @@ def require_parity(parity: Parity, *, shards: str, model: str) -> None:
     )
     if any(check.name.startswith("floor") for check in failed):
         raise FingerprintError(
-            f"the log-probs of {quoted(model)} depend on what shares the batch: {figures}",
+            f"the log-probs of {quoted(model)} depend on the rest of the batch: {figures}",
             where=shards,
-            why="no cache can hold them, and every step would be trained on other numbers than were scored",
-            fix="pass --dtype float32; if it fails as well, report the versions with `dpo-opt env`",
+            why="no cache can hold them: every training step would see other numbers than were scored",
+            fix="pass --dtype float32; if that fails too, report the versions with `dpo-opt env`",
         )
     if parity.experts and not (parity.dtype == parity.cached_dtype == "float32"):
         fix = (
             f"dpo-opt precompute --model {quoted(model)} --data DATA --shards OTHER_FOLDER --dtype float32; "
-            "then dpo-opt train --dtype float32: rounding picks no other expert there"
+            "then dpo-opt train --dtype float32, where rounding picks no other expert"
         )
     else:
         fix = (
@@ -193,7 +193,7 @@ def require_parity(parity: Parity, *, shards: str, model: str) -> None:
 
 
 def worst_token(parity: Parity) -> str:
-    """Where the largest difference is."""
+    """Where the largest difference is, in words."""
     return (
         f"largest difference: row {parity.worst_row}, {parity.worst_side}, token {parity.worst_token}: "
         f"cached {parity.worst_cached:.4f}, own {parity.worst_own:.4f}"

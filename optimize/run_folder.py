@@ -1,7 +1,7 @@
-"""What a training run leaves on disk while it goes, in the names that existing notebooks read.
+"""Writes a run's folder: metrics, per-pair log-probs and state, under TRL's and transformers' names.
 
-A run that was stopped goes on from a checkpoint, so what was written after that checkpoint is taken back:
-no step stands twice in the metrics, no pair twice in a step's log-probs.
+A stopped run continues from a checkpoint, so everything that was written after that checkpoint is removed: no
+step is twice in the metrics, and no pair is twice in a step's log-probs.
 """
 
 import json
@@ -34,16 +34,16 @@ Metrics = dict[str, float | int]
 
 
 class Written(NamedTuple):
-    """How much of a run is on disk: what a checkpoint covers."""
+    """How much of a run is on disk; a checkpoint records it."""
 
     lines: int
-    """Of the metrics."""
+    """Lines of metrics.jsonl."""
     segments: dict[str, int]
-    """Files of pair log-probs, by the folder they stand in, relative to the run."""
+    """Number of files of pair log-probs in each folder, relative to the run."""
 
 
 class HeldLogps(NamedTuple):
-    """Log-probs of a batch of pairs, still on the device, and of the pairs only what the table needs."""
+    """Log-probs of a batch of pairs, still on the device, with the columns that the table of pairs needs."""
 
     pairs: list[tuple[int, str, int, int]]  # row, pair_id, length of chosen, length of rejected
     chosen_logps: Tensor
@@ -62,14 +62,14 @@ def hold_logps(
     epoch: float,
     phase: Phase,
 ) -> HeldLogps:
-    """Take from a batch what its rows of the table will be made of.
+    """Keep what a batch's rows of the table of pairs need, without its token ids.
 
     Args:
         pairs: B pairs.
         chosen_logps: (B,) nats, on any device.
-        rejected_logps: (B,)
-        step: Updates made before.
-        epoch: Passes over the training pairs made before.
+        rejected_logps: (B,) nats.
+        step: Number of updates before this batch.
+        epoch: Passes over the training pairs before this batch.
         phase: ``train`` or ``eval``.
     """
     names = [(p.row, p.pair_id, len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
@@ -77,7 +77,7 @@ def hold_logps(
 
 
 def resume_command(run: Path) -> str:
-    """What goes on with a run."""
+    """The command that continues a run."""
     return f"dpo-opt train --config {quoted(run / CONFIG)} --resume"
 
 
@@ -86,7 +86,7 @@ class RunFolder:
 
     Args:
         path: The run's folder.
-        writes: False in all processes of a run but the first: all go the same way, and one writes.
+        writes: False in all processes of a run except the first: all call the same methods, and one writes.
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
@@ -98,47 +98,47 @@ class RunFolder:
 
     @staticmethod
     def require_unused(path: Path) -> None:
-        """Refuse to mix two runs.
+        """Refuse a folder that is in use, so that two runs are never mixed.
 
         Raises:
-            ConfigError: The folder holds something already.
+            ConfigError: The folder is not empty.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             resumable = (path / CONFIG).is_file()
             raise ConfigError(
                 f"the output folder {quoted(path)} is already in use",
                 why="two runs in one folder could not be told apart",
-                fix=f"to go on with it: {resume_command(path)}"
+                fix=f"to continue that run: {resume_command(path)}"
                 if resumable
                 else "pass another --output-dir, or remove the folder",
             )
 
     def create(self, config_yaml: str) -> None:
-        """Make the folder with its resolved configuration."""
+        """Create the folder and write its resolved configuration."""
         if not self._writes:
             return
         write_text(self.path / CONFIG, config_yaml)
 
     def write_parity(self, parity: Mapping[str, object]) -> None:
-        """Keep the measured parity of policy and cached reference."""
+        """Write parity.json: the measured parity of policy and cached reference."""
         if not self._writes:
             return
         write_text(self.path / _PARITY, json.dumps(parity, indent=1) + "\n")
 
     def write_preempted(self, record: Mapping[str, object]) -> None:
-        """Say that the run was stopped from outside, for those who cannot see its exit code."""
+        """Write preempted.json: a signal stopped the run. It is for scripts that do not see the exit code."""
         if not self._writes:
             return
         write_text(self.path / PREEMPTED, json.dumps(record, indent=1) + "\n")
 
     def write_best(self, record: Mapping[str, object]) -> None:
-        """Say which checkpoint is the best so far."""
+        """Write best.json: which checkpoint is the best so far."""
         if not self._writes:
             return
         write_text(self.path / BEST, json.dumps(record, indent=1) + "\n")
 
     def rewind(self, written: Written) -> None:
-        """Take back what was written after a checkpoint."""
+        """Remove everything that was written after a checkpoint."""
         if not self._writes:
             return
         for name in (PREEMPTED, BEST, _STATE):
@@ -154,7 +154,7 @@ class RunFolder:
                 file.unlink()
 
     def written(self) -> Written:
-        """What is on disk now, after everything held was written."""
+        """Write everything that is still held, and say how much is on disk."""
         self.flush_pair_logps()
         return Written(self._lines, dict(self._segments))
 
@@ -167,12 +167,12 @@ class RunFolder:
             handle.write(json.dumps(metrics) + "\n")
 
     def add_pair_logps(self, batch: HeldLogps, *, evaluation: str | None = None) -> None:
-        """Keep a batch's log-probs where they are, and write a segment when enough are held.
+        """Hold a batch's log-probs on their device, and write a segment when enough are held.
 
         Args:
             batch: From ``hold_logps``.
-            evaluation: Name of another folder of shards that the pairs come from: their row numbers mean
-                something else, so they get a folder of their own.
+            evaluation: Name of the ``eval_shards`` folder that the pairs come from. Its row numbers are those
+                of other shards, so its pairs get a folder of their own.
         """
         if not self._writes:
             return
@@ -194,7 +194,7 @@ class RunFolder:
         self._segments[folder] = number + 1
 
     def finish(self, *, step: int, epoch: float, total_steps: int, num_train_epochs: int) -> None:
-        """Write what is held, and the state in the form of transformers' ``trainer_state.json``."""
+        """Write everything that is held, and ``trainer_state.json`` in transformers' form."""
         if not self._writes:
             return
         self.flush_pair_logps()
@@ -210,13 +210,13 @@ class RunFolder:
         write_text(self.path / _STATE, json.dumps(state, indent=1) + "\n")
 
     def finished_step(self) -> int | None:
-        """Updates of a run that came to its end; None where it did not."""
+        """Number of updates of a finished run; None if the run is not finished."""
         if not ((self.path / FINAL).is_dir() and (self.path / _STATE).is_file()):
             return None
         return int(json.loads((self.path / _STATE).read_text(encoding="utf-8"))["global_step"])
 
     def last_metrics(self) -> Metrics:
-        """The newest line of metrics that tells of training."""
+        """The newest line of training metrics; empty if there is none."""
         metrics = self.path / _METRICS
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
         found = (json.loads(line) for line in reversed(lines))
@@ -225,15 +225,15 @@ class RunFolder:
     def dump_pairs(
         self, pairs: Sequence[ScoredPair], numbers: Mapping[str, Sequence[float]], *, step: int
     ) -> Path:
-        """Write a step's pairs with what was computed for each, for whoever looks for what went wrong.
+        """Write a step's pairs with the values computed for each, so that a user can find what went wrong.
 
         Args:
             pairs: B pairs.
             numbers: Named (B,) values; those that are not finite are written as words.
-            step: Updates made before.
+            step: Number of updates before this step.
 
         Returns:
-            The file, one JSON object per pair.
+            The file's path. It has one JSON object per pair.
         """
         path = self.path / f"not-finite-step-{step + 1:08d}.jsonl"
         if not self._writes:

@@ -1,7 +1,7 @@
-"""Activation checkpointing: what of the forward is computed again in backward instead of kept.
+"""Activation checkpointing: saves memory by computing parts of the forward again in backward.
 
-transformers' own switch works in training mode only, and training mode would bring dropout back; so each
-layer's forward is wrapped here instead. Log-probs and gradients are those of the plain forward.
+transformers' own switch works only in training mode, and training mode would switch dropout on. So each
+layer's forward is wrapped here. Log-probs and gradients are exactly those of the plain forward.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from dpo_opt.optimize.forward.varlen import OPERATIONS
 from dpo_opt.schemas.errors import ConfigError
 
 _aten = torch.ops.aten
-# What costs most to compute again, and little to keep: products with weights, and attention without the
-# scores. A plain batched product is left out, since in eager attention it makes the (T, T) scores.
+# Results that are costly to recompute and small to keep: products with weights, and fused attention. A plain
+# batched product is not kept, because in eager attention it makes the (T, T) scores.
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -33,12 +33,13 @@ _KEPT = {
 
 
 def checkpoint_activations(model: PreTrainedModel, mode: Literal["none", "selective", "full"]) -> None:
-    """Let the decoder layers recompute in backward; log-probs and gradients stay the same, exactly.
+    """Let the decoder layers recompute in backward. Log-probs and gradients stay exactly the same.
 
     Args:
-        model: Changed in place; to be called once.
-        mode: ``full`` keeps each layer's input alone. ``selective`` keeps the outputs of matrix products and
-            attention too, and computes only norms, rotary embeddings and activation functions again.
+        model: Changed in place. Call this only once per model.
+        mode: ``full`` keeps only each layer's input. ``selective`` also keeps the outputs of matrix products
+            and attention, and recomputes only norms, rotary embeddings and activation functions. ``none``
+            changes nothing.
 
     Raises:
         ConfigError: transformers does not say which modules of this model are its layers.
@@ -59,7 +60,7 @@ def _recomputed(forward: Callable[..., Any], mode: str, *args: Any, **kwargs: An
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     contexts: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}
-    # There is no dropout, so no random state to restore.
+    # There is no dropout, so there is no random state to restore.
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts, **kwargs)
 
 

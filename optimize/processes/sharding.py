@@ -26,7 +26,7 @@ from dpo_opt.optimize.processes.distributed import World, any_rank
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import TokenSequence
 
-# Most of a GPU's memory for unsharded fp32 gradients, which are added up over a step and then exchanged.
+# Largest share of a GPU's memory for the unsharded fp32 gradients that a step adds up before the exchange.
 _WHOLE_GRADIENTS_SHARE = 0.2
 
 

@@ -210,7 +210,7 @@ def test_each_threshold_fails_alone(name: str, forward: str) -> None:
 
 def test_a_floor_beyond_rounding_is_said_to_be_the_models_own() -> None:
     error = refused(GOOD._replace(floor_sd=0.2))
-    assert "the log-probs of MODEL depend on what shares the batch" in str(error)
+    assert "the log-probs of MODEL depend on the rest of the batch" in str(error)
     assert error.fix is not None
     assert "--dtype float32" in error.fix
     # In fp32 nothing but the order of additions may differ.
@@ -313,7 +313,7 @@ def test_a_forward_that_disagrees_with_itself_is_refused(
     monkeypatch.setattr(Policy, "sequence_logps", noisy)
     parity = measure_parity(policy, pairs_of(shards), cached_dtype="bfloat16")
     assert {"sd", "floor sd", "alone sd"} <= {check.name for check in parity.checks if not check.ok}
-    assert "depend on what shares the batch" in str(refused(parity))
+    assert "depend on the rest of the batch" in str(refused(parity))
 
 
 def test_pairs_longer_than_a_batch_have_a_floor_too(
