@@ -1,6 +1,6 @@
 """Numbers of a pair that may change without scoring again: one Parquet file per column, by row.
 
-They stand beside the shards, not in them, and no hash names them: replacing a weight is not another dataset.
+They are stored next to the shards, not in them, and no hash covers them, so a person may replace a weight.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def write_column(shards_dir: AnyPath, name: str, column: Column, *, keep_rows: i
         shards_dir: Folder of reference shards.
         name: Such as ``weight``.
         column: Its values.
-        keep_rows: What a column that is there says of rows below this one is kept: it may be somebody's own.
+        keep_rows: A column that is there keeps its values below this row: a person may have edited them.
 
     Raises:
         DataError: The column that is there is damaged or is another table.
@@ -59,7 +59,7 @@ def write_column(shards_dir: AnyPath, name: str, column: Column, *, keep_rows: i
 
 
 def columns_digest(columns: Mapping[str, Column], *, from_row: int = 0) -> str:
-    """SHA-256 of what columns say of rows from ``from_row`` on; one without such a row is as good as none."""
+    """SHA-256 of the columns' values from ``from_row`` on. A column without such a row does not count."""
     digest = hashlib.sha256()
     for name, column in sorted(columns.items()):
         rows, values = np.asarray(column.rows, np.int64), np.asarray(column.values, np.float64)
@@ -70,7 +70,7 @@ def columns_digest(columns: Mapping[str, Column], *, from_row: int = 0) -> str:
 
 
 def columns_of_data(shards_dir: AnyPath) -> dict[str, Column]:
-    """Those columns that data may give and the folder has.
+    """The folder's columns among those that data may give.
 
     Raises:
         DataError: A file is damaged or is another table.
@@ -88,7 +88,7 @@ def columns_of_data(shards_dir: AnyPath) -> dict[str, Column]:
 def read_column(
     shards_dir: AnyPath, name: str, *, rows: npt.NDArray[np.int64], default: float
 ) -> npt.NDArray[np.float64] | None:
-    """The column's value at each of ``rows``, or None where the folder has no such column.
+    """The column's value at each of ``rows``; None if the folder has no such column.
 
     Args:
         shards_dir: Folder of reference shards.

@@ -1,7 +1,7 @@
-"""Workers as Ray tasks: Ray finds them places, and starts again those that were killed or lost with a node.
+"""Workers as Ray tasks: Ray places them, and restarts those that were killed or lost with a node.
 
-Only settings travel through Ray. Pairs and log-probs go to the folder of shards, which every node must see;
-what a worker has committed there is not lost with it.
+Only settings travel through Ray. Workers write log-probs to the folder of shards, which every node must see.
+So a worker that is lost does not take its commits along.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, Preempted, first_line
 from dpo_opt.schemas.manifest import PLAN
 
-# A worker that has died this often is on a bad node or dies by itself; the others take its shards.
+# A worker that has died this often is on a bad node, or is itself the cause. The others take its shards.
 _RESTARTS = 5
-# Nothing but settings and errors goes through it; by default Ray would reserve 30 % of the memory.
+# Only settings and errors go through the store, for which Ray would reserve 30 % of the memory.
 _OBJECT_STORE_BYTES = 100 * 2**20
 _SECONDS_TO_STOP = 10.0
 _SECONDS_TO_ANSWER = 10.0
@@ -36,22 +36,23 @@ Work = Callable[[PrecomputeConfig], int]
 def run_workers(config: PrecomputeConfig, work: Work) -> None:
     """Run ``config.num_workers`` workers on Ray until every shard is scored.
 
-    A process that is connected to a cluster already uses that connection and keeps it. Otherwise the cluster
-    is the one at ``ray_address`` or in ``RAY_ADDRESS``, which goes on running, or one of this machine, which
-    ends with this call.
+    A process that is already connected to a cluster uses that connection and keeps it. Otherwise the cluster
+    is the one at ``ray_address`` or in ``RAY_ADDRESS``, which continues to run. If neither is set, a cluster
+    is started on this machine, and ends with this call.
 
     Args:
-        config: What to score; its folder is planned.
-        work: What one worker does; each calls it in a process of its own, with its ``worker_index``.
+        config: What to score. The folder has its plan already.
+        work: What one worker does. It is called in a process of its own, with the worker's ``worker_index``.
 
     Raises:
         ConfigError: Ray is not installed or not reached, has no room for the workers, or its nodes do not see
             the folder.
-        DpoOptError: The first that a worker raised, unchanged; or a worker was lost for good and shards are
-            left. Any other exception that a worker raised at every attempt is raised if shards are left.
+        DpoOptError: The first error that a worker raised, unchanged; or a worker was lost for good, and
+            shards are left. Any other exception that a worker raised at every attempt is raised if shards
+            are left.
     """
     ray = _import_ray()
-    # Ray's reports of lost workers go to stdout, whatever its settings, and stdout is for results.
+    # Ray always reports lost workers on stdout, which is for results.
     with contextlib.redirect_stdout(sys.stderr), _HeldSignals() as held, _connected(ray, config, held):
         _require_room(ray, config)
         failures = _run_all(ray, config, work, held)
@@ -70,9 +71,10 @@ def _import_ray() -> Any:
 
 
 class _HeldSignals:
-    """SIGTERM and SIGUSR1 wait for ``deliver``: what their handlers raise in Ray's code Ray prints and drops.
+    """Holds SIGTERM and SIGUSR1 back until ``deliver``.
 
-    Only handlers that the caller set are held back, and only in the main thread, which alone runs them.
+    If a handler raised while Ray's code runs, Ray would print the exception and drop it. Only handlers that
+    the caller set are held back, and only in the main thread, because no other thread runs handlers.
     """
 
     def __init__(self) -> None:
@@ -89,7 +91,7 @@ class _HeldSignals:
         return self
 
     def hold(self) -> None:
-        """Take the signals back from whoever else took them."""
+        """Take the signals back, if Ray has set handlers of its own."""
         for number in self._handlers:
             signal.signal(number, lambda number, frame: self._came.append(number))
 
@@ -112,12 +114,12 @@ def _connected(ray: Any, config: PrecomputeConfig, held: _HeldSignals) -> Iterat
     if ray.is_initialized():
         yield
         return
-    # Ray itself would look for any cluster of this machine before it starts one.
+    # "local", because Ray would otherwise join any cluster that runs on this machine.
     address = config.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # As many workers as were asked for, however many cores there are: the cluster is theirs alone.
+        # One CPU per worker, however many cores there are, because only these workers use the cluster.
         settings |= {
             "num_cpus": config.num_workers,
             "object_store_memory": _OBJECT_STORE_BYTES,
@@ -137,23 +139,23 @@ def _connected(ray: Any, config: PrecomputeConfig, held: _HeldSignals) -> Iterat
                 fix="check with `ray status --address ADDRESS`, then pass --ray-address or set RAY_ADDRESS",
             ) from error
         except SystemExit:
-            # Raised by the handler that Ray puts in place of any other as soon as it starts.
+            # Ray replaces all handlers as soon as it starts, and its handler raised this.
             held.deliver(signal.SIGTERM)
             raise
-        # Without a handler of the caller's, Ray's is better than none, because it lets this block end.
+        # If the caller has no handler, Ray's stays, because it lets this block end.
         held.hold()
         held.deliver()
         yield
     finally:
-        # Ends a cluster that init started, and only disconnects from any other.
+        # This ends a cluster that `init` started, and only disconnects from any other.
         ray.shutdown()
 
 
 def _require_answer(address: str) -> None:
-    """Ray itself would try for 5 minutes to reach a wrong address.
+    """Check that an address answers, because Ray would try for 5 minutes to reach a wrong one.
 
     Raises:
-        OSError: Nobody listens there.
+        OSError: Nothing listens there.
         ValueError: It is no ``HOST:PORT``.
     """
     if address in ("local", "auto") or "://" in address:
@@ -163,18 +165,18 @@ def _require_answer(address: str) -> None:
 
 
 def _require_room(ray: Any, config: PrecomputeConfig) -> None:
-    """Refuse what Ray would wait for without an end.
+    """Refuse workers for which the cluster has no room, because Ray would wait for ever.
 
     Raises:
         ConfigError: Not all workers can have their GPUs at once, or none of them has a place.
     """
     workers, each = config.num_workers or 1, config.gpus_per_worker
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    # By node: the GPUs of one worker cannot be on two.
+    # Counted per node, because one worker's GPUs cannot be on two nodes.
     gpus = [int(node.get("GPU", 0)) for node in nodes]
     cpus = [int(node.get("CPU", 0)) for node in nodes]
     places = sum(min(c, g // each) if each else c for c, g in zip(cpus, gpus, strict=True))
-    # Workers that only compute on cores may wait for one another: none of them waits for ever.
+    # Workers without GPUs may run one after another, so one place is enough.
     if places >= workers or (places and not each):
         return
     total = ray.cluster_resources()
@@ -199,24 +201,24 @@ def _run_all(ray: Any, config: PrecomputeConfig, work: Work, held: _HeldSignals)
     """Run all workers to their ends.
 
     Returns:
-        Worker to what it failed with at every attempt.
+        Number of a worker that failed at every attempt, to its last error.
 
     Raises:
-        DpoOptError: What a worker says that the others would say too; they are stopped.
+        DpoOptError: A worker was refused. The others would be too, so they are stopped.
     """
-    # A task and not an actor: a worker is one call, which Ray repeats whole after a crash. An actor keeps
-    # state between calls, and there is none: what counts is in the folder.
+    # A task and not an actor: a worker is one call, which Ray repeats after a crash. An actor keeps state
+    # between calls, and a worker has none, because its commits are in the folder.
     as_a_task = ray.remote(
         num_cpus=1,
         num_gpus=config.gpus_per_worker,
-        # The process ends with the worker: nothing of an engine stays behind on a GPU.
+        # The process ends with the worker, so that no engine keeps its GPU memory.
         max_calls=1,
         max_retries=_RESTARTS,
-        # An engine's errors may be of any kind, and may pass; those we explain are returned, not raised.
+        # An engine may raise any error, and the next attempt may succeed. Our own errors are returned.
         retry_exceptions=True,
     )
     task = as_a_task(_work_in_a_process)
-    # Seen from wherever a node's processes stand.
+    # Absolute, because a node's processes may run in another folder.
     shared = {"launcher": "local", "shards": config.shards.absolute()}
     numbers: dict[Any, int] = {}
     failures: dict[int, Exception] = {}
@@ -242,20 +244,20 @@ def _run_all(ray: Any, config: PrecomputeConfig, work: Work, held: _HeldSignals)
 
 
 def _work_in_a_process(work: Work, config: PrecomputeConfig, folder: Path) -> DpoOptError | None:
-    """One worker, where Ray put it.
+    """Run one worker on the node where Ray placed it.
 
     Returns:
-        What stops the whole run: as a value it is neither retried nor wrapped by Ray.
+        An error that stops the whole run. It is not raised, because Ray would retry the worker and wrap it.
     """
-    # Data and model may be named by relative paths. A node without that folder needs none, or says so.
+    # Data and model may be relative paths. Without the folder they are absolute, or reported as missing.
     with contextlib.suppress(OSError):
         os.chdir(folder)
     if config.gpus_per_worker == 0:
-        # Ray hides GPUs from tasks with some, not from those with none, which would all take the first.
+        # Ray does not hide GPUs from a task that asked for none: all such tasks would use the first GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         if not (config.shards / PLAN).is_file():
-            # A worker would plan in a folder of its own node, whose shards nobody finds.
+            # The worker would plan again, in a folder of its own node that no other node sees.
             raise ConfigError(
                 f"the node {socket.gethostname()} does not see the folder",
                 where=str(config.shards),
@@ -271,11 +273,11 @@ def _work_in_a_process(work: Work, config: PrecomputeConfig, folder: Path) -> Dp
 
 
 def _stop(ray: Any, tasks: list[Any]) -> None:
-    """Kill workers that are still at it; what they have not committed was not finished."""
+    """Kill the workers that still run. Shards that they have not committed are left for the next run."""
     for task in tasks:
         ray.cancel(task, force=True)
     if tasks:
-        # Whoever gets the error or the prompt back may use the GPUs at once.
+        # The user may use the GPUs as soon as this command ends.
         ray.wait(tasks, num_returns=len(tasks), timeout=_SECONDS_TO_STOP)
 
 

@@ -1,7 +1,7 @@
-"""Workers as a Slurm array: Slurm queues, places, restarts and accounts for them; here are only the scripts.
+"""Workers as a Slurm array: writes the scripts. Slurm queues, places, restarts and accounts for the workers.
 
-Any worker may be killed at any moment, so a script has little to do: pass Slurm's warning on to its worker,
-and ask to be run again when the worker stopped because of it.
+Any worker may be killed at any moment, so a script does little. It passes Slurm's warning on to its worker,
+and asks to be run again if the worker stopped because of the warning.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from dpo_opt.schemas.manifest import COMMITS, SLURM
 from dpo_opt.schemas.storage import write_text
 
 _JOB = "job"
-"""The array that was submitted last, by its id."""
+"""The file that holds the id of the array that was submitted last."""
 _NOTICE = 120
-"""Seconds between the warning and the time limit: until a running kernel has ended and Python has too."""
+"""Seconds between the warning and the time limit: time for a running kernel and then for Python to end."""
 
 _OURS = {
     "array": "pass --num-workers",
@@ -78,13 +78,13 @@ exit 75
 def launch_array(config: PrecomputeConfig) -> dict[str, Any]:
     """Write the scripts of a planned folder: an array of workers with their settings, and ``finalize``.
 
-    With ``config.submit`` they are submitted too.
+    With ``config.submit``, submit them too.
 
     Returns:
         ``submitted``, and the job ids ``array_job`` and ``finalize_job``, or the ``commands`` to run.
 
     Raises:
-        ConfigError: The folder is in a store, a setting cannot stand in a script, there is no sbatch, or
+        ConfigError: The folder is in a store, a setting cannot be written in a script, there is no sbatch, or
             sbatch refuses.
     """
     shards_dir = config.shards.absolute()
@@ -105,7 +105,7 @@ def launch_array(config: PrecomputeConfig) -> dict[str, Any]:
     if config.submit:
         _require_no_job(shards_dir)
     score, finalize = shards_dir / SLURM / "score.sbatch", shards_dir / SLURM / "finalize.sbatch"
-    # Named by what they say: tasks of an earlier launch go on with theirs.
+    # The name holds their hash, so that tasks of an earlier launch keep their own settings.
     settings_text = config.for_workers()
     digest = hashlib.sha256(settings_text.encode()).hexdigest()
     settings = shards_dir / SLURM / f"settings-{digest[:8]}.yaml"
@@ -148,7 +148,7 @@ def _require_no_job(shards_dir: Path) -> None:
     if squeue is None or not jobs:
         return
     job = jobs[_JOB].decode().strip()
-    # One that has ended is unknown to squeue after a while, which is an error and says nothing.
+    # squeue forgets an ended job after a while, and then fails; so an error means nothing here.
     asked = [squeue, "--noheader", f"--jobs={job}", "--format=%T"]
     states = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
     if states:
@@ -168,10 +168,10 @@ def _score_script(config: PrecomputeConfig, shards_dir: Path, settings: Path) ->
         "job-name": "dpo-opt-score",
         "array": f"0-{(config.num_workers or 1) - 1}",
         "time": config.time_limit,
-        # B: the signal goes to the script alone, which knows that it was told.
+        # B: the signal goes to the script only, which then knows that the warning came.
         "signal": f"B:USR1@{notice}",
     }
-    # Whoever says which GPUs, says how many too.
+    # A job option that names the kind of GPU also gives their number.
     if config.gpus_per_worker and not any(_is_about_gpus(name) for name in options):
         own["gres"] = f"gpu:{config.gpus_per_worker}"
     return "\n".join(
@@ -179,7 +179,7 @@ def _score_script(config: PrecomputeConfig, shards_dir: Path, settings: Path) ->
             *_head(own, options, shards_dir, log="score-%A_%a.log"),
             f"command=({_python('precompute', '--config', str(settings))})",
             f"commits={shlex.quote(str(shards_dir / COMMITS))}",
-            # Slurm warns up to a minute early, and counts from before the script began.
+            # Slurm may warn a minute early, and its clock starts before the script does.
             f"limit={shlex.quote(config.time_limit)} enough={max(0, seconds - notice - 120)}",
             _BODY,
         ]
@@ -187,7 +187,7 @@ def _score_script(config: PrecomputeConfig, shards_dir: Path, settings: Path) ->
 
 
 def _finalize_script(config: PrecomputeConfig, shards_dir: Path) -> str:
-    # Accounts, partitions and memory hold for it too; it computes nothing, so it needs no GPU.
+    # Account, partition and memory are those of the workers. It scores nothing, so it needs no GPU.
     options = {n: v for n, v in _job_options(config.job_option).items() if not _is_about_gpus(n)}
     return "\n".join(
         [
@@ -209,13 +209,13 @@ def _head(own: dict[str, str], options: dict[str, str], shards_dir: Path, *, log
         ConfigError: The folder's name cannot stand in one of them.
     """
     folder = str(shards_dir / SLURM / "logs")
-    # A backslash switches the placeholders off that give every task a log of its own.
+    # A backslash would switch off the placeholders that give every task its own log.
     if not folder.isprintable() or "\\" in folder:
         raise ConfigError(
             f"the folder {str(shards_dir)!r} cannot be named in a Slurm script",
             fix="pass --shards with a path of letters, digits and punctuation other than a backslash",
         )
-    # append: a task that is run again goes on in its log.
+    # append: a task that is run again continues its log.
     log = f"{folder.replace('%', '%%')}/{log}"
     settings = {**own, "ntasks": "1", "open-mode": "append", "output": log, **options}
     lines = [f"#SBATCH --{name}={_quoted(value)}" for name, value in settings.items()]
@@ -223,7 +223,7 @@ def _head(own: dict[str, str], options: dict[str, str], shards_dir: Path, *, log
 
 
 def _python(*arguments: str) -> str:
-    # -P: the folder that a job starts in may hold modules of any name.
+    # -P: never import modules from the folder that a job starts in.
     return shlex.join([sys.executable, "-P", "-m", "dpo_opt", *arguments])
 
 
