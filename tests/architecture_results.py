@@ -140,8 +140,8 @@ def reason(error: ConfigError) -> str:
         return "no Auto class of transformers loads it"
     if "not causal" in what:
         return "is not causal"
-    if "other layers stand" in what:
-        return "other layers stand between its decoder and its head"
+    if "other layers between" in what:
+        return "other layers between its decoder and its head"
     if "its logits are not" in what:
         return "its logits are not what its head and configuration say"
     return "its decoder is hidden"
