@@ -51,7 +51,9 @@ _FLAG_KINDS = {
     "empty_turn": Flag.EMPTY_TURN,
     "control_character": Flag.CONTROL_CHARACTER,
 }
-_BIASED = 0.6  # share of longer (or shorter) wins from which length alone is a fair classifier
+_BIASED = (
+    0.6  # if the longer (or shorter) completion wins this share, length alone predicts the preference well
+)
 _LEAST_UNEQUAL = 50  # pairs; fewer say nothing about a share
 
 
@@ -215,7 +217,7 @@ def _shared_with_eval(facts: Facts, config: CheckConfig, progress: Progress) -> 
 
 
 def _biased(everything: LengthBias, sources: list[SourceCount]) -> list[Problem]:
-    """Of all data and of each source: two opposite biases may cancel out."""
+    """Length bias of all data and of each source, because opposite biases of two sources may cancel out."""
     groups = {"all data": everything}
     groups |= {f"source {s.source}": s.length_bias for s in sources if s.source is not None}
     biased = {name: bias for name, bias in groups.items() if _is_biased(bias)}

@@ -1,4 +1,4 @@
-"""``dpo-opt convert``: any readable dataset as a clean one, split by prompt, with a record of what went.
+"""``dpo-opt convert``: writes a dataset as a clean one, split by prompt, with a record of what was removed.
 
 The data is read twice, so that the decision about a pair may depend on every other one, and memory does not
 grow with the texts.
@@ -144,7 +144,7 @@ def _write(
 
 
 def _in_step(config: ConvertConfig, facts: Facts) -> Iterator[PreferencePair | BadRow]:
-    """The data's second reading, which must be the same data as the first."""
+    """Reads the data a second time, and refuses data that changed since the first."""
     pairs = 0
     for item in scan_pairs(config):
         if isinstance(item, PreferencePair):

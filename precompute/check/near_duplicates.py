@@ -60,7 +60,7 @@ def _compare(
 
 
 def _shingles(pair: PreferencePair) -> list[str]:
-    """Runs of words of prompt, chosen and rejected, each marked with the part it stands in."""
+    """Runs of words of prompt, chosen and rejected, each marked with its part."""
     shingles = []
     for mark, text in zip("pcr", (pair.prompt, pair.chosen, pair.rejected), strict=True):
         words = _flat(text).lower().split()

@@ -1,4 +1,4 @@
-"""What an audit keeps of every pair: hashes, lengths and flags, about 70 bytes, never its text.
+"""What an audit keeps of every pair: hashes, lengths and flags, about 70 bytes, but never its text.
 
 Blocks are read on several processes; their facts come back as arrays and are joined in order.
 """
@@ -39,7 +39,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Flag:
-    """What may be wrong with one pair by itself; bits of ``Facts.flags``."""
+    """What may be wrong with a pair, whatever the other pairs are; bits of ``Facts.flags``."""
 
     MERGED = 1
     SPECIAL_TOKEN = 2
@@ -74,13 +74,13 @@ class Facts(NamedTuple):
     """(P, 4): of prompt, chosen, rejected, and how many both completions begin with; (P, 0) without model."""
     flags: npt.NDArray[np.uint8]
     signatures: npt.NDArray[np.uint32]
-    """(P, permutations) MinHash signatures; (P, 0) where near duplicates are not asked for."""
+    """(P, permutations) MinHash signatures; (P, 0) if near duplicates are not searched."""
     labels: list[str | None]
     """Values of ``source``."""
     bad_rows: dict[tuple[int, str], BadRows]
     """By --data argument and kind."""
     forms: dict[int, str]
-    """--data argument to what its rows were recognised as."""
+    """From the index of a --data argument to the form of its rows."""
     places: "Places"
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class Places:
 
 
 class Wanted(NamedTuple):
-    """What is worked out for each pair, beside hashes and lengths in characters."""
+    """What is computed for each pair, in addition to hashes and lengths in characters."""
 
     model_folder: Path | None = None
     near_duplicates: bool = False
@@ -147,7 +147,7 @@ def collect(config: DataConfig, wanted: Wanted, *, processes: int, progress: Pro
 
 
 def text_hash(text: Text) -> int:
-    """64 bits that name a text, or messages."""
+    """A 64-bit hash of a text, or of messages."""
     data = text if isinstance(text, str) else json.dumps(text, sort_keys=True, ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(data.encode("utf-8"), digest_size=8).digest(), "little")
 

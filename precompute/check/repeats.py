@@ -10,12 +10,12 @@ from dpo_opt.precompute.check.pair_statistics import Facts, mixed_hash
 
 
 class Repeats(NamedTuple):
-    """Pairs that stand in the data more than once."""
+    """Pairs that are in the data more than once."""
 
     earlier: npt.NDArray[np.int64]
-    """(P,) index of the first pair that is the same; the pair's own where it is the first."""
+    """(P,) index of the first pair that is the same; the pair's own index if it is the first."""
     opposite: npt.NDArray[np.int64]
-    """(P,) index of a pair that prefers the other way round; -1 where there is none."""
+    """(P,) index of a pair with the opposite preference; -1 if there is none."""
 
 
 def find_repeats(facts: Facts) -> Repeats:

@@ -14,8 +14,8 @@ from dpo_opt.schemas.errors import DpoOptError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# Starting processes takes a second or more; so much is done before they are thought of, and as much again
-# while they get ready.
+# To start processes takes a second or more. This process works for so long before it starts them, and as long
+# again while they start.
 _INLINE_TASKS = 3
 _TASKS_AHEAD = 3  # per process: enough that none waits, few enough that memory stays flat
 
@@ -50,7 +50,7 @@ def map_in_order(
     # Not forked from this process, whose threads may hold locks that no fork would ever release.
     context = get_context("forkserver")
     context.set_forkserver_preload([function.__module__, *preload])
-    # It imports what it needs while this process goes on by itself.
+    # It imports what it needs while this process continues alone.
     forkserver.ensure_running()
     yield from map(function, ahead)
     ahead = list(islice(tasks, 1))
@@ -76,5 +76,5 @@ def map_in_order(
 
 
 def _begin() -> None:
-    # Every core has its process already; a tokenizer's own threads would only be in each other's way.
+    # Every core has a process already, so a tokenizer's own threads would only slow each other down.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,4 +1,4 @@
-"""What a file is read as: blocks of rows that are still raw, so that another process can parse them."""
+"""Blocks of rows, as a file is read: still raw, so that another process can parse them."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ LONGEST_ROW = 64 * 2**20
 """Bytes; a longer row is refused before it is in memory whole."""
 
 Row = tuple[str, Callable[[], dict[str, object]]]
-"""A row's name for messages, and what reads it, so that skipped rows cost nothing."""
+"""A row's name for messages, and a function that reads it, so that skipped rows cost nothing."""
 
 
 class TextBlock(NamedTuple):
@@ -22,7 +22,7 @@ class TextBlock(NamedTuple):
 
     file: str
     prefix: str
-    """What stands before a row's number in its name."""
+    """The part of a row's name before its number."""
     numbers: Sequence[int]
     texts: list[bytes]
 
@@ -93,7 +93,7 @@ def _values(batch: pa.RecordBatch, i: int, where: str) -> dict[str, object]:
 
 
 def _without_nulls(value: object) -> object:
-    """A table holds every key in every object; one that is null there was not in the object."""
+    """Remove the keys whose value is null: a table gives every object the keys of all others."""
     if isinstance(value, dict):
         return {key: _without_nulls(member) for key, member in value.items() if member is not None}
     return [_without_nulls(member) for member in value] if isinstance(value, list) else value

@@ -7,7 +7,7 @@ from dpo_opt.precompute.read.datasets import BadFile, Row, parse_block, scan_blo
 
 
 class RowReader:
-    """Reads ranges of rows; going backwards begins again."""
+    """Reads ranges of rows. A range before the last one starts a new pass over the files."""
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
@@ -34,7 +34,7 @@ class RowReader:
             items = next(self._blocks, None)
             if items is None:
                 return found
-            # A block that ends before the range is counted where that needs no parsing.
+            # A block before the range is only counted, if that needs no parsing.
             ahead, count = items
             if count is not None and end + count <= start:
                 self._first = end + count

@@ -28,7 +28,7 @@ _ASSISTANT = "\n\nAssistant:"
 
 
 class Form(NamedTuple):
-    """What a row was recognised as; all rows of a source are of one form."""
+    """The form of a row; all rows of a source have the same form."""
 
     name: str
     """For people."""
@@ -87,7 +87,7 @@ def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:
     rejected = _text(values["rejected"], "rejected", where)
     given = values.get("prompt") if "prompt" in values else None
     if isinstance(given, str) and isinstance(chosen, list):
-        # UltraFeedback says the prompt twice: as text, and as the messages both sides begin with.
+        # UltraFeedback has the prompt twice: as text, and as the messages that both sides begin with.
         prompt: Text | None = None
         form = Form("UltraFeedback (text prompt, message lists)", 'messages without "prompt"')
     elif "prompt" in values:
@@ -169,7 +169,7 @@ def _source(value: object, where: str) -> str | None:
 
 
 def _id(value: object, where: str) -> str | None:
-    """Text or a whole number; other things that a source calls ``id`` name no row."""
+    """A text or a whole number; other values that a source calls ``id`` are ignored."""
     if isinstance(value, str):
         refuse_surrogates(value, "id", where)
         return value

@@ -29,7 +29,7 @@ from dpo_opt.schemas.errors import DataError
 Values = dict[str, object]
 
 PROMPT_KEYS = ("prompt", "instruction", "question", "context", "input", "query")
-"""Keys that publishers use for the prompt; only ``prompt`` is read as one beside ``chosen``."""
+"""Keys that publishers use for the prompt. In a row with ``chosen`` only ``prompt`` is one."""
 
 _SCORE_KEYS = ("score", "overall_score", "rating", "reward")
 _TEXT_KEYS = ("completion", "response", "text", "content")
@@ -52,7 +52,7 @@ class Shape(NamedTuple):
 
 
 def find_shape(values: Values) -> Shape | None:
-    """The published shape whose keys the row has; None where it has none of them."""
+    """The published shape whose keys the row has; None if there is no such shape."""
     return next((shape for shape in SHAPES if shape.keys <= values.keys()), None)
 
 
@@ -116,7 +116,7 @@ def _ranked(values: Values, where: str) -> list[Values]:
 
 
 def _goodness(values: Values, completions: list[object], key: str, where: str) -> list[float]:
-    """One number per completion, larger is better, from a list beside them or a key inside each."""
+    """One number per completion, larger is better, from a list of the row or a key of each completion."""
     for name in ("ranks", "scores", "rewards", "rank", "score"):
         beside = values.get(name)
         if isinstance(beside, list):
@@ -151,7 +151,7 @@ def _completion_text(completion: object, name: str, where: str) -> object:
 
 
 def _kept(values: Values) -> Values:
-    """What any row may carry beside its texts."""
+    """Those values of a row that are carried along with its texts."""
     return {key: values[key] for key in CARRIED_KEYS if key in values}
 
 
@@ -225,7 +225,7 @@ def _refuse(what: str, where: str) -> NoReturn:
 
 
 CARRIED_KEYS = ("source", "id", "weight", "margin", "tools", "chat_template_kwargs")
-"""What a row may say beside prompt and completions."""
+"""What a row may have in addition to prompt and completions."""
 
 SHAPES = (
     _Comparison(

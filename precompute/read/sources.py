@@ -23,12 +23,12 @@ from dpo_opt.schemas.locations import EXTRA_OF_PROTOCOL, AnyPath
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 """How the name of a file that holds pairs ends."""
 
-# What stands beside data in a published dataset and holds none.
+# Files of published datasets that hold no data.
 _NOT_DATA_SUFFIXES = (".md", ".txt", ".yaml", ".yml", ".py", ".toml", ".lock", ".crc")
 _NOT_DATA_NAMES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "LICENSE"}
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<files>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# A part of a file's name that says which split it belongs to, and what the split is usually called.
+# From a word in a file's name to the usual name of the split that it belongs to.
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -91,14 +91,14 @@ def _name_of(source: Source, files: Sequence[str]) -> str:
         # By character, as a pattern is.
         shared = os.path.commonprefix(files)  # noqa: RUF071
         pattern = f"{shared.removesuffix(suffix)}*{suffix}"
-    # Of a Hub dataset the files stand in a cache.
+    # The files of a Hub dataset are in a cache.
     repository, at, revision = source.name.removeprefix("hf://datasets/").partition("@")
     _, in_cache, inside = pattern.partition(f"/snapshots/{revision}/")
     return f"{repository}@{revision}/{inside}" if at and in_cache else pattern
 
 
 def refuse_inside(config: DataConfig, folder: AnyPath, *, option: str) -> None:
-    """Refuse to write a folder into one that is read: what is written there would be taken for data.
+    """Refuse to write a folder inside one that is read: its files would be read as data.
 
     Args:
         config: What is read.
@@ -106,7 +106,7 @@ def refuse_inside(config: DataConfig, folder: AnyPath, *, option: str) -> None:
         option: That names it, for the message.
 
     Raises:
-        ConfigError: It stands inside the data.
+        ConfigError: It is inside the data.
     """
     for name in config.data:
         if isinstance(folder, Path):
@@ -132,7 +132,7 @@ def open_file(name: str) -> BinaryIO:
         OSError: It cannot be opened, or is a folder, a pipe or a device.
     """
     if "://" not in name:
-        # Opening a pipe waits for somebody to write; and all data is read more than once.
+        # To open a pipe blocks until another process writes. All data is read more than once, too.
         if not stat.S_ISREG(Path(name).stat().st_mode):
             raise OSError(errno.EINVAL, "not a regular file", name)
         return Path(name).open("rb")
@@ -141,14 +141,14 @@ def open_file(name: str) -> BinaryIO:
 
 
 def reading_errors() -> tuple[type[BaseException], ...]:
-    """What reading may raise; a store's client has errors of its own, with no common base."""
+    """The errors that reading may raise. A store's client has its own, without a common base."""
     botocore = sys.modules.get("botocore.exceptions")
     # Names of a table's columns are decoded as they are asked for.
     return (OSError, UnicodeDecodeError, pa.ArrowException, *([botocore.BotoCoreError] if botocore else []))
 
 
 def reason_of(error: BaseException) -> str:
-    """What went wrong, in a line."""
+    """An error of reading, in a line."""
     strerror = error.strerror if isinstance(error, OSError) else None
     return quote(strerror or first_line(error, named=False))
 
@@ -195,12 +195,12 @@ def _local_files(path: Path) -> list[str]:
         return []
     pattern = str(path.relative_to(path.anchor))
     found = [p for p in Path(path.anchor).glob(pattern) if not p.is_dir()]
-    # As a shell does: a hidden file is meant only by a pattern that begins with a dot.
+    # As in a shell, only a pattern that begins with a dot matches hidden files.
     return [str(p) for p in found if not p.name.startswith(".") or path.name.startswith(".")]
 
 
 def _inside(folder: Path) -> list[str]:
-    """All that is no folder. A link to a folder is listed too: following it might never end."""
+    """All files. A link to a folder is listed too, and not followed, because that might never end."""
 
     def refuse(error: OSError) -> NoReturn:
         raise error
@@ -294,7 +294,7 @@ def _matches(name: str, found: Sequence[str]) -> list[str]:
 
 
 def _data_files(name: str, found: Sequence[str], *, base: str) -> list[str]:
-    """The data files of a folder, by name; anything that might be data in a form not read is refused."""
+    """The data files of a folder, by name. A file that might be data in another format is refused."""
     visible = [
         file
         for file in sorted(found)

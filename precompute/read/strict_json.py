@@ -1,4 +1,4 @@
-"""One JSON object, read so that nothing is repaired in silence.
+"""One JSON object, read so that nothing is silently repaired.
 
 ``json`` alone accepts NaN, keeps the last of two equal keys, and decodes what an editor saved in another
 encoding into other text; each of these reaches the loss as an ordinary number.
@@ -22,7 +22,7 @@ _UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # the first begins like UTF
 
 
 class _RefusedJson(ValueError):
-    """Something json would accept and no other reader should see."""
+    """Something that the json module accepts and this one refuses."""
 
     def __init__(self, what: str, kind: str) -> None:
         super().__init__(what)

@@ -42,7 +42,7 @@ def table_blocks(file: str, columns: frozenset[str]) -> Iterator[TableBlock]:
                 for block in _group_blocks(file, raw, table, group, names):
                     rows += len(block)
                     yield block
-            # A damaged count makes Arrow stop early and say nothing.
+            # If the count is damaged, Arrow silently stops early.
             if rows != table.metadata.num_rows:
                 raise _not_parquet(file, f"{rows} of its {table.metadata.num_rows} rows can be read")
     except reading_errors() as error:

@@ -1,4 +1,4 @@
-"""The most tokens of a sequence, where it was left to the model."""
+"""The longest sequence, in tokens: as set, or as the model allows."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ _DEFAULT_MAX_LENGTH = 1024
 
 
 def resolve_max_length(folder: Path, max_length: int | None) -> int:
-    """The most tokens of prompt plus completion, where it was left to the model too.
+    """The most tokens of prompt plus completion: as set, or else as the model allows.
 
     Raises:
         ConfigError: It is beyond the model's context.

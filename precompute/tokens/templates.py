@@ -30,7 +30,7 @@ _MENTIONS_CHANCE = re.compile(r"\b(random|lipsum)\b")
 
 
 def chat_template(tokenizer: "PreTrainedTokenizerFast", tools: list[object] | None = None) -> str | None:
-    """The template that the tokenizer chooses for messages, with a row's tools; None where it has none."""
+    """The template that the tokenizer chooses for messages, with a row's tools; None if it has none."""
     try:
         return str(tokenizer.get_chat_template(tools=cast(list[dict[str, object]] | None, tools)))
     except ValueError:
@@ -92,7 +92,7 @@ def rendered_texts(
 
 
 def _template_settings(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast") -> dict[str, object]:
-    """The row's settings of the template; those of the call that renders it are not a row's to set."""
+    """The row's settings of the template. A row may not set those that the call itself passes."""
     settings = pair.chat_template_kwargs or {}
     if settings:
         arguments = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}

@@ -160,7 +160,7 @@ class PairTokenizer:
         """Date that the chat template is told; None where it does not ask for the time."""
 
     def on(self, template_date: str | None) -> "PairTokenizer":
-        """The same on another day; None keeps its own."""
+        """This tokenizer, with another date for the chat template; None keeps its own date."""
         if template_date in (None, self.template_date):
             return self
         return PairTokenizer(
@@ -172,7 +172,7 @@ class PairTokenizer:
         )
 
     def knows_every_id(self) -> bool:
-        """Whether no text at all can give an id outside the model's vocabulary."""
+        """Whether every id that a text can give is in the model's vocabulary."""
         added = self._backend.encode("", add_special_tokens=True).ids
         ids = [*self._backend.get_vocab(with_added_tokens=True).values(), *added]
         return max(ids, default=0) < self._vocab_size
