@@ -51,9 +51,7 @@ _FLAG_KINDS = {
     "empty_turn": Flag.EMPTY_TURN,
     "control_character": Flag.CONTROL_CHARACTER,
 }
-_BIASED = (
-    0.6  # if the longer (or shorter) completion wins this share, length alone predicts the preference well
-)
+_BIASED = 0.6  # a length that wins this share of pairs predicts the preference well on its own
 _LEAST_UNEQUAL = 50  # pairs; fewer say nothing about a share
 
 
