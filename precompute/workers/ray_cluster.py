@@ -130,7 +130,7 @@ def _connected(ray: Any, config: PrecomputeConfig, held: _HeldSignals) -> Iterat
             _require_answer(address)
             ray.init(address=address, **settings)
         except (OSError, ImportError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            reason = first_line(error, named=False)
+            reason = first_line(error, lines=1, named=False)
             if address == "local":
                 raise ConfigError(f"Ray does not start on this machine: {reason}") from error
             raise ConfigError(
@@ -286,7 +286,7 @@ def _raise_first(failures: dict[int, Exception]) -> None:
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):
         raise cause from error
-    reason = first_line(error, named=False)
+    reason = first_line(error, lines=1, named=False)
     raise DpoOptError(
         f"worker {number} was lost {_RESTARTS + 1} times: {reason}",
         why="shards are left, and no worker is",
