@@ -71,7 +71,7 @@ class PrecomputeConfig(WholeDataConfig):
     max_length: PositiveInt | None = None
     """Most tokens of prompt plus completion. Default: 1024, or the model's context if that is shorter."""
     truncation: Truncation = "keep_start"
-    """Longer pairs. keep_start: cut the completions' ends. keep_end: cut the prompt's start. drop: skip."""
+    """Longer pairs. keep_start: cut completion ends. keep_end: cut the prompt's start. drop: leave out."""
     pairs_per_shard: PositiveInt = 1024
     """Source rows per shard file. A killed job loses at most the shard it was scoring."""
     worker_index: NonNegativeInt | None = None
