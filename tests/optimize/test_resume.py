@@ -494,7 +494,7 @@ def test_a_measured_budget_is_kept_where_it_was_measured(
     said = json.loads((run / "checkpoints" / "step-00000006" / "training_state.json").read_text())
     assert said["micro_batch_tokens"] == budget
     assert (said["device"], said["device_bytes"]) == (now.type, now.memory)
-    assert ("is chosen again: 1 x cuda of 80.0 GB" in listener.lines[0]) == (budget == 100)
+    assert ("is chosen again: the run used 1 x cuda of 80.0 GB" in listener.lines[0]) == (budget == 100)
 
 
 def test_a_budget_that_several_processes_measured_is_not_one_processs(
