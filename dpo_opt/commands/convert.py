@@ -1,4 +1,7 @@
-"""Write DATA as a cleaned, deduplicated dataset, with a record of what was removed and why."""
+"""Write DATA as a cleaned, deduplicated dataset.
+
+A record says what was removed, and why.
+"""
 
 import click
 

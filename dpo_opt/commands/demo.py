@@ -1,4 +1,7 @@
-"""Teach a small real model to write kinder film reviews, in a few minutes on a CPU."""
+"""Teach a small real model to write kinder film reviews.
+
+It takes a few minutes on a CPU.
+"""
 
 from pathlib import Path
 

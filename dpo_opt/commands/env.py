@@ -1,4 +1,7 @@
-"""Versions of everything that matters, for bug reports."""
+"""Show the versions of everything that matters.
+
+A bug report needs them.
+"""
 
 import importlib.metadata
 import os

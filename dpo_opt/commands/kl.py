@@ -1,4 +1,7 @@
-"""KL divergence of a policy from a reference, on completions sampled from the policy."""
+"""Measure the KL divergence of a policy from a reference.
+
+It is measured on completions sampled from the policy.
+"""
 
 from pathlib import Path
 from typing import Literal

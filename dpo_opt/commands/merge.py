@@ -1,4 +1,7 @@
-"""Merge a LoRA adapter into its base: a model to score, serve or train like any other."""
+"""Merge a LoRA adapter into its base.
+
+The result is a model to score, serve or train like any other.
+"""
 
 from pathlib import Path
 from typing import Literal

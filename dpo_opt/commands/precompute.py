@@ -1,4 +1,7 @@
-"""Score every pair once under the reference and write Parquet shards."""
+"""Score every pair once under the reference.
+
+The log-probs of every completion token are written to Parquet shards.
+"""
 
 import shlex
 import sys

@@ -1,4 +1,7 @@
-"""Show pairs of DATA as the model will see them: prompt, scored tokens, cut tokens."""
+"""Show pairs of DATA as the model will see them.
+
+Prompt, scored tokens and cut tokens are marked.
+"""
 
 import click
 

@@ -1,4 +1,7 @@
-"""Heal damaged or lost files: exactly those shards are scored again that need it."""
+"""Heal damaged or lost files of a folder.
+
+Exactly those shards are scored again that need it.
+"""
 
 import click
 

@@ -1,4 +1,7 @@
-"""Write one self-contained HTML page about one or more training runs."""
+"""Write one HTML page about training runs.
+
+The page is self-contained.
+"""
 
 from pathlib import Path
 

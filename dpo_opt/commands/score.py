@@ -1,4 +1,7 @@
-"""Log-probs of every pair under any checkpoint, as a table for the analysis."""
+"""Score every pair under any checkpoint.
+
+The log-probs are written as a table for the analysis.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Show how far a folder is, how fast it fills, and who last committed to it."""
+"""Show how far a folder is, and how fast it fills.
+
+It also says who last committed to it.
+"""
 
 from typing import TYPE_CHECKING, Any
 

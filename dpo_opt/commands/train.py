@@ -1,4 +1,7 @@
-"""Train a policy on cached reference log-probs; no reference model in memory."""
+"""Train a policy on cached reference log-probs.
+
+No reference model is in memory.
+"""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""Check every byte and row of a folder; with --model also that the numbers are that model's.
+"""Check every byte and row of a folder of shards.
+
+With --model, also check that the log-probs are that model's.
 
 The verdict is kept in the folder as verify.json.
 """
