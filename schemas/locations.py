@@ -269,6 +269,16 @@ def read_all(folder: AnyPath, names: Sequence[str]) -> dict[str, bytes]:
     return found
 
 
+def stored_files(folder: UPath) -> list[str]:
+    """Names of a store's files below a folder, relative to it, in order.
+
+    Objects that only mark a folder, as a console makes them, are no files: their keys end with a slash.
+    """
+    base = folder.path.rstrip("/") + "/"
+    with explained(folder):
+        return sorted(name.removeprefix(base) for name in folder.fs.find(folder.path) if name[-1:] != "/")
+
+
 def fetch(path: UPath, file: Path, *, names: Sequence[str] | None = None) -> None:
     """A store's file, or a folder's files, as ``file`` on this machine.
 
@@ -289,9 +299,9 @@ def fetch(path: UPath, file: Path, *, names: Sequence[str] | None = None) -> Non
                 path.fs.get_file(path.path, str(file))
         if not file.is_file():
             base = path.path.rstrip("/") + "/"
-            listed = path.fs.find(path.path) if names is None else [base + name for name in names]
             # All are looked at before the first is fetched.
-            parts = {name: inside(file, name.removeprefix(base)) for name in listed}
+            listed = stored_files(path) if names is None else names
+            parts = {base + name: inside(file, name) for name in listed}
             for name, part in parts.items():
                 part.parent.mkdir(parents=True, exist_ok=True)
                 # Whoever reads the folder compares the hash of all that is there.

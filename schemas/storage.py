@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dpo_opt.schemas.full_disk import room_on_disk
-from dpo_opt.schemas.locations import AnyPath, explained, inside, on_this_machine, put_file
+from dpo_opt.schemas.locations import AnyPath, inside, on_this_machine, put_file, stored_files
 
 
 @contextlib.contextmanager
@@ -168,9 +168,7 @@ def file_names(folder: AnyPath) -> list[str]:
     if isinstance(folder, Path):
         found = (p for p in folder.rglob("*") if p.is_symlink() or p.is_file())
         return sorted(p.relative_to(folder).as_posix() for p in found)
-    base = folder.path.rstrip("/") + "/"
-    with explained(folder):
-        names = sorted(name.removeprefix(base) for name in folder.fs.find(folder.path))
+    names = stored_files(folder)
     for name in names:
         inside(folder, name)
     return names

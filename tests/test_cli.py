@@ -601,6 +601,12 @@ def test_the_list_of_commands_imports_none_of_them() -> None:
     assert [name for name in (*HEAVY, "pydantic", "numpy", "pyarrow", "rich", "yaml") if name in loaded] == []
 
 
+def test_the_summary_of_each_command_fits_its_line() -> None:
+    shown = invoke("--help").output
+    assert "verify" in shown
+    assert "..." not in shown.partition("Commands:")[2]
+
+
 def test_a_new_command_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "greet_all.py").write_text(
         '"""Greet whoever reads this."""\n\nimport click\n\n\n@click.command(help=__doc__)\n'

@@ -39,7 +39,7 @@ from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.locations import is_file, location, on_this_machine, read_all, remove, sizes
 from dpo_opt.schemas.manifest import TOKENIZER, load_manifest
 from dpo_opt.schemas.shard_folder import ShardFolder, check_file
-from dpo_opt.schemas.storage import sha256_file, sha256_folder
+from dpo_opt.schemas.storage import file_names, sha256_file, sha256_folder
 
 s3fs = pytest.importorskip("s3fs")
 
@@ -208,6 +208,18 @@ def test_status_and_readers_work_from_the_command_line(
     assert (found["shards_committed"], found["pairs_kept"], found["finalized"]) == (4, 11, True)
     assert main_exit("verify", "--shards", store, "--json") == 0
     assert json.loads(capsys.readouterr().out)["integrity"] == {"ok": True, "problems": []}
+
+
+def test_objects_that_only_mark_a_folder_are_no_files(config_of: Configs, server: str, store: str) -> None:
+    """A store's console makes them where somebody creates a folder there."""
+    config = config_of()
+    precompute(config, scorer=ScriptedScorer())
+    bucket, _, inside = store.removeprefix("s3://").partition("/")
+    expected = file_names(config.shards), sha256_folder(config.shards / "tokenizer")
+    for key in (f"{inside}/", f"{inside}/data/", f"{inside}/tokenizer/", f"{inside}/tokenizer/more/"):
+        s3_client(server).put_object(Bucket=bucket, Key=key, Body=b"")
+    assert (file_names(config.shards), sha256_folder(config.shards / "tokenizer")) == expected
+    assert main_exit("verify", "--shards", store) == 0
 
 
 LEAVING = ["../../{}/OWNED", "../OWNED", "sub/../../OWNED", "//OWNED", "C:\\OWNED", "..\\OWNED"]
