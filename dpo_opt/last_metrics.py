@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 
@@ -48,8 +49,7 @@ def _count(folder: Path, *, phase: str, first: int, end: int) -> int:
     pairs = 0
     for path in folder.glob("*.parquet"):
         with pq.ParquetFile(path) as file:
-            rows = file.read(columns=["step", "phase"]).to_pydict()
-        pairs += sum(
-            p == phase and first <= s < end for s, p in zip(rows["step"], rows["phase"], strict=True)
-        )
+            rows = file.read(columns=["step", "phase"])
+        inside = (pc.field("step") >= first) & (pc.field("step") < end) & (pc.field("phase") == phase)
+        pairs += rows.filter(inside).num_rows
     return pairs

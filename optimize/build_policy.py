@@ -17,7 +17,7 @@ from dpo_opt.optimize.forward.probe import require_same_in_compute_dtype
 from dpo_opt.optimize.measure_parity import ALONE_PAIRS, PARITY_PAIRS, measure_parity, spread_pairs
 from dpo_opt.optimize.parity import Parity, require_parity
 from dpo_opt.optimize.processes.distributed import World
-from dpo_opt.optimize.processes.sharding import shard_policy
+from dpo_opt.optimize.processes.fsdp import shard_policy
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.shard_folder import ShardFolder
 

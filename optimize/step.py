@@ -14,7 +14,7 @@ from dpo_opt.optimize.forward.packing import pair_group, to_device
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.losses.preference_loss import LossInputs, preference_loss
 from dpo_opt.optimize.processes.distributed import World, sum_over_ranks
-from dpo_opt.optimize.processes.sharding import announce_micro_batch, join_empty
+from dpo_opt.optimize.processes.fsdp import announce_micro_batch, join_empty
 from dpo_opt.optimize.run_folder import Metrics
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.schemas.pairs import ScoredPair

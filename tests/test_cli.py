@@ -514,8 +514,11 @@ def test_a_person_reads_tables_with_units(shards: Path, tiny_model: Path, tmp_pa
     assert said["loss"] == [f"{loss:.4f}" for loss in losses]
     assert said["log-prob of chosen, nats"][0] == f"{measured['eval_logps/chosen']:.2f}"
     assert "nothing was held out" not in shown
-    again = invoke(*train_arguments(shards, tiny_model, tmp_path / "all")).stdout
+    assert "rounding" not in shown
+    rounded = [*train_arguments(shards, tiny_model, tmp_path / "all"), "--save-dtype", "bfloat16"]
+    again = invoke(*rounded).stdout
     assert "nothing was held out: --eval-split" in again
+    assert "saved in bfloat16, trained in float32: rounding loses the smallest updates" in again
 
     scored = tmp_path / "scores.parquet"
     shown = invoke("score", "--shards", shards, "--model", tiny_model, "--output", scored).stdout

@@ -27,7 +27,7 @@ from dpo_opt.optimize.processes.distributed import (
     process_group,
     world_from_environment,
 )
-from dpo_opt.optimize.processes.sharding import ShardedPolicy, shard_policy
+from dpo_opt.optimize.processes.fsdp import ShardedPolicy, shard_policy
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 
 MB = 10**6

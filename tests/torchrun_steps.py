@@ -36,7 +36,7 @@ from dpo_opt.optimize.processes.distributed import (
     wait_for_all,
     world_from_environment,
 )
-from dpo_opt.optimize.processes.sharding import (
+from dpo_opt.optimize.processes.fsdp import (
     ShardedPolicy,
     announce_micro_batch,
     gather_policy,

@@ -44,6 +44,6 @@ class KLConfig(Settings):
 @configured(KLConfig)
 @json_option
 def command(config: KLConfig, as_json: bool) -> None:
-    from dpo_opt.kl import measure_kl
+    from dpo_opt.measure_kl import measure_kl
 
     show(measure_kl(config, progress=watched()), as_json)

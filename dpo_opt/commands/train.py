@@ -5,7 +5,6 @@ No reference model is in memory.
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +14,7 @@ from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import configured, dry_run_option, json_option
 from dpo_opt.results import say, show, table
 from dpo_opt.schemas.errors import Interrupted
+from dpo_opt.schemas.models import checkpoint_dtype
 
 if TYPE_CHECKING:
     from dpo_opt.optimize.loop import TrainResult
@@ -65,15 +65,21 @@ def command(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
         found = {"final": str(result.final), "steps": result.steps, "parity": parity}
         show(found | result.last_metrics, as_json)
     else:
-        say(_ended_lines(config.output_dir, result))
+        say(_ended_lines(config, result))
 
 
-def _ended_lines(run: Path, result: "TrainResult") -> Iterator[str]:
+def _ended_lines(config: TrainConfig, result: "TrainResult") -> Iterator[str]:
     """Where the model is, whether the cache was its own, and how it does on what it was not trained on."""
     from dpo_opt.last_metrics import last_metrics
 
     last = result.last_metrics
     yield f"model   {result.final}"
+    saved = None if config.use_peft else checkpoint_dtype(result.final)
+    if saved not in (None, config.param_dtype):
+        yield (
+            f"        saved in {saved}, trained in {config.param_dtype}: rounding loses the smallest updates;"
+        )
+        yield "        --save-dtype float32 keeps them, and dpo-opt score says what the saved model does"
     yield f"run     {result.steps:,} steps, to epoch {last['epoch']:.4g}, {last['num_tokens']:,} tokens"
     parity = result.parity
     if parity is not None:
@@ -83,7 +89,7 @@ def _ended_lines(run: Path, result: "TrainResult") -> Iterator[str]:
         )
         yield f"        (over {parity.tokens:,} tokens of {parity.pairs:,} pairs, before the first step)"
     yield ""
-    groups = last_metrics(run)
+    groups = last_metrics(config.output_dir)
     yield from table(
         ["mean over pairs", *(group.name for group in groups)],
         [

@@ -16,7 +16,7 @@ from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.processes.distributed import World, wait_for_all
-from dpo_opt.optimize.processes.sharding import gather_policy
+from dpo_opt.optimize.processes.fsdp import gather_policy
 from dpo_opt.optimize.update.optimizer_state import optimizer_tensors
 from dpo_opt.schemas.models import checkpoint_dtype
 from dpo_opt.schemas.shard_folder import ShardFolder

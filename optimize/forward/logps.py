@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpo_opt.optimize.forward.tiles import pair_blocks, tile_sizes, tiles, wide_rows
+from dpo_opt.optimize.forward.logit_tiles import pair_blocks, tile_sizes, tiles, wide_rows
 
 
 class Head(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from dpo_opt.optimize.forward.packing import Group, packed_size, padded_width, pair_group
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.processes.distributed import World, any_rank, least_of_ranks
-from dpo_opt.optimize.processes.sharding import ShardedPolicy, announce_micro_batch, join_empty
+from dpo_opt.optimize.processes.fsdp import ShardedPolicy, announce_micro_batch, join_empty
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder

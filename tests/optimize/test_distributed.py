@@ -28,7 +28,7 @@ from dpo_opt.optimize.processes.distributed import (
     text_from_first,
     world_from_environment,
 )
-from dpo_opt.optimize.processes.sharding import gather_policy, shard_policy
+from dpo_opt.optimize.processes.fsdp import gather_policy, shard_policy
 from dpo_opt.schemas.errors import ConfigError
 
 MEETING = Path(torchrun_meeting.__file__)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_opt.optimize.forward import logit_tiles as tiles_module
 from dpo_opt.optimize.forward import logps as logps_module
-from dpo_opt.optimize.forward import tiles as tiles_module
 from dpo_opt.optimize.forward.logps import Head, Objective, token_logps
 
 SCORED, WIDTH, VOCABULARY = 37, 24, 101
