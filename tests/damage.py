@@ -72,6 +72,10 @@ def _chat(i: int) -> Row:
     }
 
 
+def _conversation(i: int, answer: str) -> list[Row]:
+    return [_said("user", f"q {i}"), _said("assistant", answer)]
+
+
 GOOD: dict[str, Callable[[int], Row]] = {
     "text": _text,
     "chat": _chat,
@@ -81,11 +85,43 @@ GOOD: dict[str, Callable[[int], Row]] = {
     "safety": lambda i: {"prompt": f"q {i}", "response_0": "x", "response_1": "y", "better_response_id": 1},
     "graded": lambda i: {"prompt": f"q {i}", "response1": "x", "response2": "y", "overall_preference": -2},
     "arena": lambda i: {
-        "conversation_a": [_said("user", f"q {i}"), _said("assistant", "x")],
-        "conversation_b": [_said("user", f"q {i}"), _said("assistant", "y")],
+        "conversation_a": _conversation(i, "x"),
+        "conversation_b": _conversation(i, "y"),
         "winner": "model_a",
     },
     "ranked": lambda i: {"prompt": f"q {i}", "completions": ["x", "y"], "scores": [2, 1]},
+    "battle": lambda i: {
+        **{"prompt": f'["q {i}"]', "response_a": '["x"]', "response_b": '["y"]'},
+        **{"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0},
+    },
+    "vertex": lambda i: {
+        "system_instruction": {"parts": [{"text": "s"}]},
+        "contents": [{"role": "user", "parts": [{"text": f"q {i}"}]}],
+        "completions": [
+            {"score": score, "completion": {"role": "model", "parts": [{"text": text}]}}
+            for score, text in ((1, "x"), (0, "y"))
+        ],
+    },
+    "openai": lambda i: {
+        "input": {"messages": [_said("user", f"q {i}")], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [_said("assistant", "x")],
+        "non_preferred_output": [_said("assistant", "y")],
+    },
+    "sharegpt": lambda i: {
+        "conversations": [{"from": "human", "value": f"q {i}"}],
+        "chosen": {"from": "gpt", "value": "x"},
+        "rejected": {"from": "gpt", "value": "y"},
+        "system": "s",
+        "images": [],
+    },
+    "swift": lambda i: {"messages": _conversation(i, "x"), "rejected_response": "y", "images": []},
+    "swift messages": lambda i: {
+        "messages": _conversation(i, "x"),
+        "rejected_messages": _conversation(i, "y"),
+    },
+    "orca": lambda i: {"system": "s", "question": f"q {i}", "chosen": "x", "rejected": "y"},
+    "image": lambda i: {"question": f"q {i}", "chosen": "x", "rejected": "y", "image": None},
+    "text beside messages": lambda i: {**_chat(i), "prompt": f"question {i}"},
 }
 """A good row of every form, by its number; each makes one pair."""
 

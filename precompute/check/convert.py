@@ -18,7 +18,7 @@ from dpo_opt.precompute.check.pair_statistics import Facts, Wanted, collect, pai
 from dpo_opt.precompute.check.repeats import find_repeats, near_repeats
 from dpo_opt.precompute.config import ConvertConfig
 from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
-from dpo_opt.precompute.read.shapes import CARRIED_KEYS
+from dpo_opt.precompute.read.shape_parts import CARRIED_KEYS
 from dpo_opt.precompute.read.sources import refuse_inside
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import PreferencePair

@@ -15,7 +15,7 @@ from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.files import read_blocks
 from dpo_opt.precompute.read.row_blocks import Block, TextBlock
 from dpo_opt.precompute.read.rows import Form, to_pairs, to_prompt
-from dpo_opt.precompute.read.shapes import Values
+from dpo_opt.precompute.read.shape_parts import Values
 from dpo_opt.precompute.read.sources import Source, find_sources
 from dpo_opt.precompute.read.strict_json import escape
 from dpo_opt.schemas.errors import DataError

@@ -18,7 +18,8 @@ import math
 from typing import NamedTuple, NoReturn, cast
 
 from dpo_opt.precompute.read.messages import read_messages, refuse_roles, refuse_surrogates, refuse_unwritable
-from dpo_opt.precompute.read.shapes import CARRIED_KEYS, PROMPT_KEYS, Values, find_shape
+from dpo_opt.precompute.read.shape_parts import CARRIED_KEYS, PROMPT_KEYS, Values, said
+from dpo_opt.precompute.read.shapes import find_shape
 from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, parse_json, quote
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message, PreferencePair, Text
@@ -51,10 +52,10 @@ def to_pairs(values: Values, *, where: str) -> tuple[list[PreferencePair], Form]
     Raises:
         DataError: A key is missing, a value is of the wrong kind or empty, or there is no common prompt.
     """
-    if "chosen" in values and "rejected" in values:
+    shape = find_shape(values)
+    if shape is None and "chosen" in values and "rejected" in values:
         pair, form = _to_pair(values, where)
         return [pair], form
-    shape = find_shape(values)
     if shape is None:
         missing = "rejected" if "chosen" in values else "chosen"
         found = quote(", ".join(map(escape, values))) or "none"
@@ -86,9 +87,13 @@ def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:
     chosen = _text(values["chosen"], "chosen", where)
     rejected = _text(values["rejected"], "rejected", where)
     given = values.get("prompt") if "prompt" in values else None
-    if isinstance(given, str) and isinstance(chosen, list):
+    prompt: Text | None
+    if isinstance(given, str) and _are_answers(chosen, rejected):
+        prompt = _text([said("user", given)], "prompt", where)
+        form = _TEXT_BESIDE_MESSAGES
+    elif isinstance(given, str) and isinstance(chosen, list):
         # UltraFeedback has the prompt twice: as text, and as the messages that both sides begin with.
-        prompt: Text | None = None
+        prompt = None
         form = Form("UltraFeedback (text prompt, message lists)", 'messages without "prompt"')
     elif "prompt" in values:
         prompt = _text(given, "prompt", where)
@@ -146,6 +151,7 @@ _FORMS = {
     for given, how in ((False, "without"), (True, "with"))
     for name in [f'{kind} {how} "prompt"']
 }
+_TEXT_BESIDE_MESSAGES = Form("messages with a text prompt", 'messages with "prompt"')
 _TRANSCRIPTS = Form('HH-RLHF transcripts (text without "prompt")', 'text without "prompt"')
 
 
@@ -155,6 +161,8 @@ def _text(value: object, key: str, where: str) -> Text:
         return value
     if isinstance(value, list):
         return read_messages(value, key, where)
+    if isinstance(value, dict) and "role" in value:
+        return read_messages([value], key, where)
     _refuse(key, f"is {kind_of(value)}", where, why="it must be text or a list of messages", kind="type")
 
 
@@ -278,6 +286,13 @@ def _split_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text,
             kind="no_common_prompt",
         )
     return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _are_answers(chosen: Text, rejected: Text) -> bool:
+    """Whether both sides are an assistant's messages alone, so that a text beside them is what was asked."""
+    if isinstance(chosen, str) or isinstance(rejected, str) or not chosen or not rejected:
+        return False
+    return chosen[0] != rejected[0] and chosen[0]["role"] == rejected[0]["role"] == "assistant"
 
 
 def _is_transcript(text: str) -> bool:

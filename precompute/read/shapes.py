@@ -1,59 +1,73 @@
 """Published shapes of preference data, rewritten as prompt, chosen and rejected.
 
-Recognised by their keys alone, so that a row is never taken for something else because of what it says:
+Recognised by their keys, so that a row is never taken for something else because of what it says:
 
-====================  ========================================================================  ==============
-form                  keys                                                                      found in
-====================  ========================================================================  ==============
-pairs                 chosen, rejected, optionally prompt                                       most
-SHP                   history, human_ref_A, human_ref_B, labels (1: A is preferred)             SHP, SHP-2
-labelled responses    prompt, response_a, response_b, preference or winner (a, b or tie)        judge outputs
-safety-labelled       prompt, response_0, response_1, better_response_id                        PKU-SafeRLHF
-graded responses      context or prompt, response1, response2, overall_preference (-3 to 3)     HelpSteer3
-conversations         conversation_a, conversation_b, winner (model_a, model_b, tie)            arena votes
-ranked completions    prompt, completions or responses, with ranks (1 is best) or scores        UltraFeedback
-====================  ========================================================================  ==============
+======================  ======================================================================  =============
+form                    keys                                                                    found in
+======================  ======================================================================  =============
+pairs                   chosen, rejected, optionally prompt                                     most
+SHP                     history, human_ref_A, human_ref_B, labels (1: A is preferred)           SHP, SHP-2
+labelled responses      prompt, response_a, response_b, preference or winner (a, b or tie)      judge outputs
+safety-labelled         prompt, response_0, response_1, better_response_id                      SafeRLHF
+graded responses        context or prompt, response1, response2, overall_preference (-3 to 3)   HelpSteer3
+graded responses        prompt, response_1, response_2, preference_strength (-3 to 3)           HelpSteer2
+conversations           conversation_a, conversation_b, winner (model_a, model_b, tie)          arena votes
+arena battles           prompt, response_a, response_b, winner_model_a, ..._b, winner_tie       LMSYS 55k
+ranked completions      prompt, completions, responses or answers, with ranks (1 is best, or    UltraFeed-
+                        0) or scores                                                            back, NeMo-RL
+Vertex AI preferences   contents, completions with score                                        Vertex AI
+OpenAI preferences      input.messages, preferred_output, non_preferred_output                  OpenAI
+ShareGPT ranking        conversations or messages; chosen and rejected, one message each        LLaMA-Factory
+ms-swift                messages, rejected_response or rejected_messages                        ms-swift
+system and question     system, question, chosen, rejected                                      Orca pairs
+question with image     question, chosen, rejected, image (empty)                               RLAIF-V
+======================  ======================================================================  =============
 
-A row of K ranked completions is every pair of them that differs in rank (Rafailov et al. 2023, appendix C.1,
-makes 6 pairs of 4); a tie prefers nothing and is refused as such, so that leaving it out is a decision.
+A row that is a pair already, with ``chosen`` and ``rejected``, is only of a form that has both keys too.
 """
 
-import itertools
-import math
-from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from collections.abc import Callable, Set
+from typing import NamedTuple
 
-from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.precompute.read.framework_shapes import FRAMEWORK_SHAPES
+from dpo_opt.precompute.read.ranked_shapes import RANKED_SHAPES
+from dpo_opt.precompute.read.shape_parts import (
+    CARRIED_KEYS,
+    PROMPT_KEYS,
+    Shape,
+    Values,
+    kept,
+    prompt_of,
+    refuse,
+    refuse_label,
+    refuse_tie,
+    said,
+)
+from dpo_opt.precompute.read.strict_json import parse_json
 
-Values = dict[str, object]
-
-PROMPT_KEYS = ("prompt", "instruction", "question", "context", "input", "query")
-"""Keys that publishers use for the prompt. In a row with ``chosen`` only ``prompt`` is one."""
-
-_SCORE_KEYS = ("score", "overall_score", "rating", "reward")
-_TEXT_KEYS = ("completion", "response", "text", "content")
 _FIRST = {"a", "model_a", "response_a"}
 _SECOND = {"b", "model_b", "response_b"}
 _TIES = {"tie", "tie (bothbad)", "both", "neither"}
 _GRADES = range(-3, 4)
-_MOST_COMPLETIONS = 256  # of one prompt; they are up to 32,640 pairs
-
-
-class Shape(NamedTuple):
-    """A recognised form of row."""
-
-    name: str
-    keys: frozenset[str]
-    """A row of this form has all of them."""
-    convert: Callable[[Values, str], list[Values]]
-    ranked: bool = False
-    """One row may be any number of pairs."""
+_VOTES = ("winner_model_a", "winner_model_b", "winner_tie")
+_BOTH = frozenset({"chosen", "rejected"})
 
 
 def find_shape(values: Values) -> Shape | None:
-    """The published shape whose keys the row has; None if there is no such shape."""
-    return next((shape for shape in SHAPES if shape.keys <= values.keys()), None)
+    """The published shape that a row has; None if there is no such shape."""
+    shapes = _PAIR_SHAPES if values.keys() >= _BOTH else SHAPES
+    return next((shape for shape in shapes if shape.is_form_of(values)), None)
+
+
+def keys_to_read(names: Set[str], objects: Set[str]) -> frozenset[str]:
+    """Which columns of a table some form reads; the others are never loaded.
+
+    Args:
+        names: Its columns, without those that ``--column`` names.
+        objects: Those of them that hold objects.
+    """
+    found = [s for s in SHAPES if s.keys <= names and s.absent.isdisjoint(names) and s.objects <= objects]
+    return _ALWAYS_READ.union(*(shape.keys | shape.also for shape in found))
 
 
 class _Comparison(NamedTuple):
@@ -75,16 +89,16 @@ class _Comparison(NamedTuple):
     def convert(self, values: Values, where: str) -> list[Values]:
         """The row's pair."""
         prefers_first = self.prefers_first(self.label, values[self.label], where)
-        prompt = _as_user(values[self.user_text]) if self.user_text else _prompt_of(values, where)
+        prompt = [said("user", values[self.user_text])] if self.user_text else prompt_of(values, where)
         sides = [values[self.first], values[self.second]]
         if self.assistant_texts and isinstance(prompt, list):
-            sides = [_as_assistant(side) for side in sides]
+            sides = [[said("assistant", side)] for side in sides]
         chosen, rejected = sides if prefers_first else reversed(sides)
-        pair = {**_kept(values), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+        pair = {**kept(values), "prompt": prompt, "chosen": chosen, "rejected": rejected}
         source = values.get(self.source) if self.source and "source" not in values else None
         return [pair if source is None else {**pair, "source": source}]
 
-    def shape(self, name: str) -> "Shape":
+    def shape(self, name: str) -> Shape:
         """The form of the rows that have these keys."""
         keys = (self.first, self.second, self.label, self.user_text)
         return Shape(name, frozenset(key for key in keys if key is not None), self.convert)
@@ -94,140 +108,76 @@ def _conversations(values: Values, where: str) -> list[Values]:
     first = _by_letter("winner", values["winner"], where)
     sides = (values["conversation_a"], values["conversation_b"])
     chosen, rejected = sides if first else reversed(sides)
-    return [{**_kept(values), "chosen": chosen, "rejected": rejected}]
+    return [{**kept(values), "chosen": chosen, "rejected": rejected}]
 
 
-def _ranked(values: Values, where: str) -> list[Values]:
-    key = "completions" if "completions" in values else "responses"
-    completions = values[key]
-    if not isinstance(completions, list) or len(completions) < 2:
-        _refuse(f'"{key}" is not a list of at least two completions', where)
-    if len(completions) > _MOST_COMPLETIONS:
-        _refuse(f'"{key}" has {len(completions)} completions, and {_MOST_COMPLETIONS} is the most', where)
-    goodness = _goodness(values, completions, key, where)
-    texts = [_completion_text(c, f'completion {i} of "{key}"', where) for i, c in enumerate(completions, 1)]
-    prompt = _prompt_of(values, where)
-    order = sorted(range(len(texts)), key=lambda i: -goodness[i])
-    pairs = [(i, j) for i, j in itertools.combinations(order, 2) if goodness[i] > goodness[j]]
-    if not pairs:
-        _refuse_tie(where)
-    common = {**_kept(values), "prompt": prompt}
-    return [{**common, "chosen": texts[i], "rejected": texts[j]} for i, j in pairs]
+def _arena(values: Values, where: str) -> list[Values]:
+    """A battle whose cells hold one text per turn."""
+    votes = [values[key] for key in _VOTES]
+    for key, vote in zip(_VOTES, votes, strict=True):
+        if type(vote) is not int or vote not in (0, 1):
+            refuse_label(key, vote, where, expected="0 or 1")
+    if votes == [0, 0, 1]:
+        refuse_tie(where)
+    if votes not in ([1, 0, 0], [0, 1, 0]):
+        refuse_label("winner_model_a", votes[0], where, expected="one vote among its three columns")
+    prompts, *answers = (_cell(values[key], key, where) for key in ("prompt", "response_a", "response_b"))
+    if not len(prompts) == len(answers[0]) == len(answers[1]) > 0:
+        refuse('"prompt", "response_a" and "response_b" have different numbers of turns, or none', where)
+    sides = [
+        [
+            m
+            for ask, text in zip(prompts, side, strict=True)
+            for m in (said("user", ask), said("assistant", text))
+        ]
+        for side in answers
+    ]
+    chosen, rejected = sides if votes[0] else reversed(sides)
+    return [{**kept(values), "chosen": chosen, "rejected": rejected}]
 
 
-def _goodness(values: Values, completions: list[object], key: str, where: str) -> list[float]:
-    """One number per completion, larger is better, from a list of the row or a key of each completion."""
-    for name in ("ranks", "scores", "rewards", "rank", "score"):
-        beside = values.get(name)
-        if isinstance(beside, list):
-            return _numbers(beside, len(completions), name, where)
-    for name in ("rank", *_SCORE_KEYS):
-        inside = [c.get(name) for c in completions if isinstance(c, dict)]
-        if len(inside) == len(completions) and None not in inside:
-            return _numbers(inside, len(completions), name, where)
-    _refuse(f'"{key}" has neither ranks nor scores', where)
-
-
-def _numbers(found: list[object], count: int, name: str, where: str) -> list[float]:
-    if len(found) != count:
-        _refuse(f'"{name}" has {len(found)} values for {count} completions', where)
-    numbers = []
-    for value in found:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            _refuse(f'"{name}" holds {kind_of(value)} where a number is expected', where)
-        if not -math.inf < value < math.inf:
-            _refuse(f'"{name}" holds {value:g}, which ranks nothing', where)
-        numbers.append(-value if name.startswith("rank") else value)
-    return numbers
-
-
-def _completion_text(completion: object, name: str, where: str) -> object:
-    if not isinstance(completion, dict):
-        return completion
-    for key in _TEXT_KEYS:
-        if key in completion:
-            return completion[key]
-    _refuse(f"{name} has none of the keys {', '.join(_TEXT_KEYS)}", where)
-
-
-def _kept(values: Values) -> Values:
-    """Those values of a row that are carried along with its texts."""
-    return {key: values[key] for key in CARRIED_KEYS if key in values}
-
-
-def _prompt_of(values: Values, where: str) -> object:
-    for key in PROMPT_KEYS:
-        if key in values:
-            return values[key]
-    _refuse('there is no "prompt"', where)
+def _cell(value: object, key: str, where: str) -> list[object]:
+    """The list that a cell holds, as a list or as its JSON text."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, list):
+        refuse(f'"{key}" is no list of turns, nor the JSON text of one', where)
+    return value
 
 
 def _by_letter(key: str, label: object, where: str) -> bool:
     text = label.strip().lower() if isinstance(label, str) else None
     if text in _TIES:
-        _refuse_tie(where)
+        refuse_tie(where)
     if text not in _FIRST | _SECOND:
-        _refuse_label(key, label, where, expected='"a", "b" or "tie"')
+        refuse_label(key, label, where, expected='"a", "b" or "tie"')
     return text in _FIRST
 
 
 def _first_is_1(key: str, label: object, where: str) -> bool:
     if type(label) is not int or label not in (0, 1):
-        _refuse_label(key, label, where, expected="1 (A is preferred) or 0 (B is)")
+        refuse_label(key, label, where, expected="1 (A is preferred) or 0 (B is)")
     return label == 1
 
 
 def _first_is_0(key: str, label: object, where: str) -> bool:
     if type(label) is not int or label not in (0, 1):
-        _refuse_label(key, label, where, expected="0 or 1")
+        refuse_label(key, label, where, expected="0 or 1")
     return label == 0
 
 
 def _by_grade(key: str, label: object, where: str) -> bool:
     if type(label) is not int or label not in _GRADES:
-        _refuse_label(key, label, where, expected="a whole number from -3 to 3")
+        refuse_label(key, label, where, expected="a whole number from -3 to 3")
     if label == 0:
-        _refuse_tie(where)
+        refuse_tie(where)
     return label < 0
 
 
-def _as_user(text: object) -> object:
-    return [{"role": "user", "content": text}]
-
-
-def _as_assistant(text: object) -> object:
-    return [{"role": "assistant", "content": text}]
-
-
-def _refuse_label(key: str, label: object, where: str, *, expected: str) -> NoReturn:
-    found = f'"{escape(label)}"' if isinstance(label, str | int | float) else kind_of(label)
-    raise DataError(
-        f'"{key}" is {found}, not {expected}',
-        where=where,
-        why="nothing else says which completion is preferred",
-        fix=FIX_ROW,
-        kind="label",
-    )
-
-
-def _refuse_tie(where: str) -> NoReturn:
-    raise DataError(
-        "no completion is preferred over another",
-        where=where,
-        why="DPO learns from preferences; a tie has none",
-        fix="remove the row, or pass --on-bad-row skip",
-        kind="tie",
-    )
-
-
-def _refuse(what: str, where: str) -> NoReturn:
-    raise DataError(what, where=where, why="the pair cannot be made of this row", fix=FIX_ROW, kind="shape")
-
-
-CARRIED_KEYS = ("source", "id", "weight", "margin", "tools", "chat_template_kwargs")
-"""What a row may have in addition to prompt and completions."""
-
-SHAPES = (
+_LABELLED_SHAPES = (
     _Comparison(
         "human_ref_A",
         "human_ref_B",
@@ -246,25 +196,29 @@ SHAPES = (
         "graded responses"
     ),
     Shape("conversations", frozenset({"conversation_a", "conversation_b", "winner"}), _conversations),
-    Shape("ranked completions", frozenset({"completions"}), _ranked, ranked=True),
-    Shape("ranked completions", frozenset({"responses"}), _ranked, ranked=True),
 )
 
-READ_KEYS = frozenset(
-    {
-        "chosen",
-        "rejected",
-        "score_chosen",
-        "score_rejected",
-        "domain",
-        "ranks",
-        "scores",
-        "rewards",
-        "rank",
-        "score",
-    }
-    | set(PROMPT_KEYS)
-    | set(CARRIED_KEYS)
-    | {key for shape in SHAPES for key in shape.keys}
+SHAPES = (
+    *_LABELLED_SHAPES,
+    *RANKED_SHAPES,
+    _Comparison("response_1", "response_2", "preference_strength", _by_grade, assistant_texts=True).shape(
+        "graded responses"
+    ),
+    Shape("arena battles", frozenset({"prompt", "response_a", "response_b", *_VOTES}), _arena),
+    *FRAMEWORK_SHAPES,
 )
-"""Every key that some form reads; columns of other names are never loaded."""
+"""A row is of the first of these forms that it has the keys of."""
+
+_PAIR_SHAPES = tuple(shape for shape in SHAPES if shape.keys >= _BOTH)
+
+# A bad row's digest is that of the columns that are loaded, and stays what it was. The keys of other forms
+# are loaded where a table has all keys of the form: an image takes more memory than all texts of its row.
+_ALWAYS_READ = frozenset(
+    {
+        *("chosen", "rejected", "score_chosen", "score_rejected", "domain"),
+        *("ranks", "scores", "rewards", "rank", "score", "completions", "responses"),
+        *PROMPT_KEYS,
+        *CARRIED_KEYS,
+        *(key for shape in _LABELLED_SHAPES for key in shape.keys),
+    }
+)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_opt.precompute.read.row_blocks import LONGEST_ROW, TableBlock, too_long
-from dpo_opt.precompute.read.shapes import READ_KEYS
+from dpo_opt.precompute.read.shapes import keys_to_read
 from dpo_opt.precompute.read.sources import open_file, reading_errors, reason_of
 from dpo_opt.precompute.read.strict_json import quote
 from dpo_opt.schemas.errors import DataError
@@ -109,7 +109,9 @@ def _zigzag_varint(data: bytes) -> int:
 
 
 def _columns(schema: pa.Schema, file: str, columns: frozenset[str]) -> list[str]:
-    names = [name for name in schema.names if name in READ_KEYS or name in columns]
+    objects = {field.name for field in schema if pa.types.is_struct(field.type)}
+    wanted = columns | keys_to_read(set(schema.names) - columns, objects)
+    names = [name for name in schema.names if name in wanted]
     if not names:
         raise DataError(
             f"no column of the table is one of a preference pair (found: {quote(', '.join(schema.names))})",

@@ -22,7 +22,8 @@ from dpo_opt.precompute.config import CheckConfig, DataConfig
 from dpo_opt.precompute.read import files
 from dpo_opt.precompute.read.datasets import BadRow, row_content, scan_blocks, scan_pairs
 from dpo_opt.precompute.read.parallel import map_in_order
-from dpo_opt.precompute.read.shapes import READ_KEYS
+from dpo_opt.precompute.read.rows import to_pairs
+from dpo_opt.precompute.read.shapes import SHAPES, keys_to_read
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 
@@ -42,7 +43,7 @@ def examples(count: int) -> settings:
     )
 
 
-KEYS = sorted(READ_KEYS)
+KEYS = sorted(keys_to_read(set(), set()).union(*(shape.keys | shape.also for shape in SHAPES)))
 ANY_TEXT = st.text(max_size=12)  # lone surrogates among them
 GOOD_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 NUMBERS = st.integers() | st.floats() | st.just(10**400)
@@ -130,6 +131,43 @@ def test_any_objects_are_pairs_or_bad_rows(rows: list[Row], array: bool) -> None
         report.model_dump_json()
         assert report.pairs == sum(isinstance(item, PreferencePair) for item in found)
         assert report.data[0].bad_rows == len(found) - report.pairs
+
+
+def places(value: Any) -> Iterator[tuple[Any, ...]]:
+    """The paths to all values within a row."""
+    members = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for key, member in members:
+        yield (key,)
+        yield from ((key, *rest) for rest in places(member))
+
+
+def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copy = value.copy()
+    copy[path[0]] = changed(value[path[0]], path[1:], new)
+    return copy
+
+
+INSIDE = [(form, path) for form in sorted(GOOD) for path in places(GOOD[form](0))]
+
+
+@examples(1500)
+@given(st.sampled_from(INSIDE), VALUES)
+def test_any_value_within_a_row_of_any_form_is_pairs_or_refused(
+    place: tuple[str, tuple[Any, ...]], value: Any
+) -> None:
+    form, path = place
+    try:
+        pairs, _ = to_pairs(changed(GOOD[form](0), path, value), where="data.jsonl:1")
+    except DataError as error:
+        assert_explained(error, Path("data.jsonl"))
+    else:
+        assert pairs
+        for pair in pairs:
+            row_content(pair)
 
 
 JSON_PARTS = st.sampled_from(

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_opt.precompute.config import DataConfig
-from dpo_opt.precompute.read.datasets import BadRow, read_pairs, scan_pairs
+from dpo_opt.precompute.read.datasets import BadRow, read_pairs, row_content, scan_pairs
 from dpo_opt.precompute.read.rows import to_pairs
-from dpo_opt.precompute.read.shapes import READ_KEYS, SHAPES, find_shape
+from dpo_opt.precompute.read.shapes import SHAPES, find_shape, keys_to_read
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 
@@ -49,13 +49,65 @@ SAFETY = {"prompt": "How?", "response_0": "So.", "response_1": "No.", "safer_res
 GRADED = {"prompt": "How?", "response1": "So.", "response2": "No.", "domain": "code"}
 ARENA = {"conversation_a": A, "conversation_b": B, "language": "English"}
 SO_NO, NO_SO = ("How?", "So.", "No."), ("How?", "No.", "So.")
-SHP_SO_NO = ([user("How?")], [assistant("So.")], [assistant("No.")])
-SHP_NO_SO = ([user("How?")], [assistant("No.")], [assistant("So.")])
+CHAT_SO_NO = ([user("How?")], [assistant("So.")], [assistant("No.")])
+CHAT_NO_SO = ([user("How?")], [assistant("No.")], [assistant("So.")])
+WITH_SYSTEM = ([{"role": "system", "content": "Be kind."}, user("How?")], *CHAT_SO_NO[1:])
+HELPSTEER2 = {"prompt": "How?", "response_1": "So.", "response_2": "No."}
+A_WINS = {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}
+B_WINS = {"winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}
+BATTLE = {"prompt": '["How?"]', "response_a": '["So."]', "response_b": '["No."]', "model_a": "m"}
+OPENAI: dict[str, Any] = {
+    "input": {"messages": [user("How?")], "tools": [], "parallel_tool_calls": True},
+    "preferred_output": [assistant("So.")],
+    "non_preferred_output": [assistant("No.")],
+}
+HUMAN = {"from": "human", "value": "How?"}
+RANKING: dict[str, Any] = {
+    "conversations": [HUMAN],
+    "chosen": {"from": "gpt", "value": "So."},
+    "rejected": {"from": "gpt", "value": "No."},
+}
+OBJECTS = {"messages": [user("How?")], "chosen": assistant("So."), "rejected": assistant("No.")}
+SWIFT: dict[str, Any] = {"messages": [user("How?"), assistant("So.")], "rejected_response": "No."}
+SWIFT_MESSAGES: dict[str, Any] = {
+    "messages": [user("How?"), assistant("So.")],
+    "rejected_messages": [user("How?"), assistant("No.")],
+}
+ORCA = {"system": "Be kind.", "question": "How?", "chosen": "So.", "rejected": "No."}
+IMAGE = {"question": "How?", "chosen": "So.", "rejected": "No.", "image": None, "idx": "7"}
+
+
+def turn(role: str, *texts: str) -> dict[str, Any]:
+    return {"role": role, "parts": [{"text": text} for text in texts]}
+
+
+def vertex(*scores: float, **others: Any) -> dict[str, Any]:
+    completions = [
+        {"score": score, "completion": turn("model", text)}
+        for score, text in zip(scores, ("So.", "No.", "Never."), strict=False)
+    ]
+    return {"contents": [turn("user", "Ho", "w?")], "completions": completions, **others}
+
+
+def nemo(*ranks: int) -> dict[str, Any]:
+    completions = [
+        {"rank": rank, "completion": [assistant(text)]}
+        for rank, text in zip(ranks, ("So.", "No."), strict=True)
+    ]
+    return {"context": [user("How?")], "completions": completions}
+
+
+def nectar(*ranks: float) -> dict[str, Any]:
+    answers = [
+        {"answer": text, "model": "m", "rank": rank} for rank, text in zip(ranks, ("So.", "No."), strict=True)
+    ]
+    return {"prompt": "How?", "answers": answers, "turns": 1}
+
 
 # Form, row, and the only pair that the row means.
 ONE_PAIR: list[tuple[str, dict[str, Any], tuple[Any, Any, Any]]] = [
-    ("SHP", {**SHP, "labels": 1}, SHP_SO_NO),
-    ("SHP", {**SHP, "labels": 0}, SHP_NO_SO),
+    ("SHP", {**SHP, "labels": 1}, CHAT_SO_NO),
+    ("SHP", {**SHP, "labels": 0}, CHAT_NO_SO),
     ("labelled responses", {**LABELLED, "preference": "a"}, SO_NO),
     ("labelled responses", {**LABELLED, "preference": " B "}, NO_SO),
     ("labelled responses", {**LABELLED, "winner": "response_b"}, NO_SO),
@@ -78,6 +130,37 @@ ONE_PAIR: list[tuple[str, dict[str, Any], tuple[Any, Any, Any]]] = [
     ),
     ("ranked completions", {"prompt": "How?", "completions": ["No.", "So."], "ranks": [2, 1]}, SO_NO),
     ("ranked completions", {"question": "How?", "responses": ["So.", "No."], "scores": [0.5, -1]}, SO_NO),
+    ("ranked completions", nemo(0, 1), CHAT_SO_NO),
+    ("ranked completions", nemo(1, 0), CHAT_NO_SO),
+    ("ranked completions", nectar(1.0, 7.0), SO_NO),
+    ("ranked completions", nectar(2.0, 1.0), NO_SO),
+    *(("graded responses", {**HELPSTEER2, "preference_strength": g}, SO_NO) for g in (-3, -2, -1)),
+    *(("graded responses", {**HELPSTEER2, "preference_strength": g}, NO_SO) for g in (1, 2, 3)),
+    ("arena battles", {**BATTLE, **A_WINS}, CHAT_SO_NO),
+    ("arena battles", {**BATTLE, **B_WINS}, CHAT_NO_SO),
+    (
+        "arena battles",
+        {"prompt": ["Hi", "How?"], "response_a": ["Yo", "So."], "response_b": ["Yo", "No."], **A_WINS},
+        ([user("Hi"), assistant("Yo"), user("How?")], [assistant("So.")], [assistant("No.")]),
+    ),
+    ("Vertex AI preferences", vertex(1, 0), CHAT_SO_NO),
+    ("Vertex AI preferences", vertex(0, 1), CHAT_NO_SO),
+    ("Vertex AI preferences", vertex(1, 0, system_instruction=turn("system", "Be kind.")), WITH_SYSTEM),
+    ("OpenAI preferences", OPENAI, CHAT_SO_NO),
+    ("ShareGPT ranking", RANKING, CHAT_SO_NO),
+    ("ShareGPT ranking", {**RANKING, "system": "", "tools": "", "images": []}, CHAT_SO_NO),
+    ("ShareGPT ranking", {**RANKING, "system": "Be kind."}, WITH_SYSTEM),
+    (
+        "ShareGPT ranking",
+        {**RANKING, "system": "?", "conversations": [{"from": "system", "value": "Be kind."}, HUMAN]},
+        WITH_SYSTEM,
+    ),
+    ("ShareGPT ranking", OBJECTS, CHAT_SO_NO),
+    ("ms-swift", SWIFT, CHAT_SO_NO),
+    ("ms-swift", SWIFT_MESSAGES, CHAT_SO_NO),
+    ("system and question", ORCA, WITH_SYSTEM),
+    ("system and question", {**ORCA, "system": ""}, CHAT_SO_NO),
+    ("question with image", IMAGE, SO_NO),
 ]
 
 
@@ -103,11 +186,39 @@ def test_a_table_of_a_published_form_is_read_like_its_lines(
         assert (found.prompt, found.chosen, found.rejected) == pair
 
 
+@pytest.mark.parametrize(("name", "row", "pair"), ONE_PAIR)
+def test_a_published_row_becomes_tokens_as_the_plain_pair_of_its_texts(
+    name: str, row: dict[str, Any], pair: tuple[Any, Any, Any]
+) -> None:
+    plain = dict(zip(("prompt", "chosen", "rejected"), pair, strict=True))
+    (found,), (expected,) = pairs_of({**row, "source": "s"}), pairs_of({**plain, "source": "s"})
+    assert row_content(found) == row_content(expected)
+
+
 def test_every_form_has_a_row_above_and_every_key_of_it_is_loaded_from_tables() -> None:
     assert {shape.name for shape in SHAPES} == {name for name, _, _ in ONE_PAIR}
     for shape in SHAPES:
-        assert shape.keys <= READ_KEYS
-    assert {"context", "instruction", "weight", "tools", "score_chosen"} <= READ_KEYS
+        assert shape.keys | shape.also <= keys_to_read(shape.keys, shape.objects)
+    always = keys_to_read(set(), set())
+    assert {"context", "instruction", "weight", "tools", "score_chosen"} <= always
+    assert always.isdisjoint({"messages", "conversations", "image", "images", "system"})
+
+
+def test_a_table_of_pairs_is_read_without_the_columns_of_other_forms() -> None:
+    # As UltraFeedback and RLAIF-V have them: pairs already, or pairs by --column prompt=question.
+    ultra = {"prompt", "chosen", "rejected", "messages", "images"}
+    assert keys_to_read(ultra, set()) == keys_to_read(set(), set())
+    lists = {"chosen", "rejected", "conversations", "messages"}
+    assert keys_to_read(lists, set()) == keys_to_read(set(), set())
+    assert keys_to_read({"chosen", "rejected", "image"}, set()) == keys_to_read(set(), set())
+
+
+def test_no_row_is_of_two_forms_by_the_keys_of_one() -> None:
+    for one, other in itertools.permutations(SHAPES, 2):
+        if one.keys <= other.keys:
+            # The smaller form asks for a prompt, which the larger one does not allow.
+            assert (one.name, other.name) == ("ranked completions", "Vertex AI preferences")
+            assert "prompt" in other.absent
 
 
 def test_a_row_with_both_completions_is_never_taken_for_another_form() -> None:
@@ -120,6 +231,14 @@ def test_the_domain_of_shp_is_its_source_unless_a_source_is_given() -> None:
     assert pairs_of({**SHP, "labels": 1})[0].source == "askbaking"
     assert pairs_of({**SHP, "labels": 1, "source": "reddit"})[0].source == "reddit"
     assert pairs_of({**GRADED, "overall_preference": 1})[0].source is None
+
+
+def test_the_sources_of_nectar_are_one_source() -> None:
+    assert (
+        pairs_of({**nectar(1.0, 2.0), "source": ["lmsys-chat-1m", "flan"]})[0].source == "lmsys-chat-1m, flan"
+    )
+    assert pairs_of({**nectar(1.0, 2.0), "source": []})[0].source is None
+    assert refusal({**nectar(1.0, 2.0), "source": [1]}).kind == "type"
 
 
 def test_what_any_row_may_carry_is_kept_by_every_form() -> None:
@@ -151,6 +270,12 @@ def test_a_prompt_is_found_under_every_name_that_publishers_use(key: str) -> Non
         ({**GRADED, "overall_preference": 4}, '"overall_preference" is "4"'),
         ({**GRADED, "overall_preference": 1.0}, '"overall_preference" is "1.0"'),
         ({**ARENA, "winner": "model_c"}, '"winner" is "model_c"'),
+        ({**HELPSTEER2, "preference_strength": -4}, '"preference_strength" is "-4"'),
+        ({**HELPSTEER2, "preference_strength": "1"}, '"preference_strength" is "1"'),
+        ({**BATTLE, **A_WINS, "winner_model_a": 0.5}, '"winner_model_a" is "0.5", not 0 or 1'),
+        ({**BATTLE, **A_WINS, "winner_tie": True}, '"winner_tie" is "True", not 0 or 1'),
+        ({**BATTLE, **A_WINS, "winner_model_b": 1}, '"winner_model_a" is "1", not one vote'),
+        ({**BATTLE, **A_WINS, "winner_model_a": 0}, '"winner_model_a" is "0", not one vote'),
     ],
 )
 def test_a_label_that_names_no_side_is_refused(row: dict[str, Any], what: str) -> None:
@@ -166,6 +291,11 @@ def test_a_label_that_names_no_side_is_refused(row: dict[str, Any], what: str) -
         {**LABELLED, "winner": "Neither"},
         {**GRADED, "overall_preference": 0},
         {**ARENA, "winner": "tie (bothbad)"},
+        {**HELPSTEER2, "preference_strength": 0},
+        {**BATTLE, "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1},
+        nemo(1, 1),
+        nectar(1.0, 1.0),
+        vertex(1, 1),
         {"prompt": "p", "completions": ["a", "b"], "scores": [3, 3.0]},
     ],
 )
@@ -224,7 +354,7 @@ def test_scores_may_stand_inside_each_completion() -> None:
 
 def test_ranked_completions_may_be_messages() -> None:
     row = {"prompt": [user("How?")], "completions": [[assistant("So.")], [assistant("No.")]], "ranks": [1, 2]}
-    assert texts_of(row) == [SHP_SO_NO]
+    assert texts_of(row) == [CHAT_SO_NO]
 
 
 @pytest.mark.parametrize(
@@ -254,6 +384,127 @@ def test_a_published_row_without_a_prompt_is_refused() -> None:
 def test_an_empty_completion_of_a_published_row_is_refused() -> None:
     assert refusal({**SHP, "labels": 1, "human_ref_B": ""}).kind == "empty"
     assert refusal({"prompt": "p", "completions": ["a", "", "c"], "ranks": [1, 2, 3]}).kind == "empty"
+
+
+TOOL = {"name": "weather", "description": "d", "parameters": {"type": "object", "properties": {}}}
+
+
+def test_tools_and_calls_of_sharegpt_are_those_of_a_chat_template() -> None:
+    call = {"name": "weather", "arguments": {"city": "Rome"}}
+    row = {
+        **RANKING,
+        "conversations": [
+            HUMAN,
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": "sunny"},
+        ],
+        "chosen": {"from": "function_call", "value": json.dumps([call, call])},
+        "tools": json.dumps([TOOL]),
+    }
+    (pair,) = pairs_of(row)
+    said = {"type": "function", "function": call}
+    assert pair.prompt == [
+        user("How?"),
+        {**assistant(""), "tool_calls": [said]},
+        {"role": "tool", "content": "sunny"},
+    ]
+    assert pair.chosen == [{**assistant(""), "tool_calls": [said, said]}]
+    assert pair.tools == [{"type": "function", "function": TOOL}]
+    assert pairs_of({**row, "tools": pair.tools})[0].tools == pair.tools
+
+
+def test_tools_of_an_openai_row_are_the_pairs() -> None:
+    tool = {"type": "function", "function": TOOL}
+    (pair,) = pairs_of({**OPENAI, "input": {**OPENAI["input"], "tools": [tool]}})
+    assert pair.tools == [tool]
+
+
+def test_tools_of_both_sides_of_an_ms_swift_row_are_the_same() -> None:
+    row = {**SWIFT_MESSAGES, "tools": [TOOL], "rejected_tools": [TOOL]}
+    assert pairs_of(row)[0].tools == [TOOL]
+    assert refusal({**row, "rejected_tools": [{**TOOL, "name": "x"}]}).kind == "shape"
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({**BATTLE, **A_WINS, "prompt": "How?"}, '"prompt" is no list of turns'),
+        ({**BATTLE, **A_WINS, "response_b": '["No.", "a"]'}, '"prompt", "response_a" and "response_b" have'),
+        (
+            {**BATTLE, **A_WINS, "prompt": "[]", "response_a": "[]", "response_b": "[]"},
+            '"prompt", "response_a"',
+        ),
+        ({**vertex(1, 0), "contents": "How?"}, '"contents" and "completions" are not two lists'),
+        (vertex(2, 1, 0), '"completions" has 3 completions where two'),
+        ({**vertex(1, 0), "contents": [turn("human", "a")]}, 'turn 1 of "contents" has neither the role'),
+        ({**vertex(1, 0), "contents": [{"role": [], "parts": []}]}, 'turn 1 of "contents" has neither'),
+        (
+            {**vertex(1, 0), "contents": [{"role": "user", "parts": [{"fileData": {}}]}]},
+            'turn 1 of "contents" h',
+        ),
+        (vertex(1, 0, system_instruction="Be kind."), 'the instruction has no "parts"'),
+        ({**vertex(1, 0), "completions": ["a", "b"]}, 'completion 1 of "completions" has no "completion"'),
+        ({**OPENAI, "input": "How?"}, '"input" is no object with "messages"'),
+        ({**OPENAI, "input": {"messages": A[:1], "functions": []}}, '"input" has the key "functions"'),
+        ({**RANKING, "conversations": "How?"}, '"conversations" is a string'),
+        (
+            {**RANKING, "conversations": [{"from": "me", "value": "a"}]},
+            '"from" of message 1 of "conversations"',
+        ),
+        (
+            {**RANKING, "chosen": {"from": "function_call", "value": "f()"}},
+            'the function call in "chosen" is no',
+        ),
+        ({**RANKING, "tools": "weather"}, '"tools" is no list of JSON schemas'),
+        ({**RANKING, "images": ["a.png"]}, '"images" is not empty'),
+        ({**SWIFT, "rejected_response": None}, '"rejected_response" is null'),
+        ({**SWIFT, "messages": [user("How?")]}, '"messages" is no conversation that ends with an answer'),
+        ({**SWIFT, "messages": "How?"}, '"messages" is no conversation that ends with an answer'),
+        ({**SWIFT, "images": ["a.png"]}, '"images" is not empty'),
+        ({**SWIFT_MESSAGES, "videos": ["a.mp4"]}, '"videos" is not empty'),
+        ({**IMAGE, "image": {"bytes": "b", "path": "p"}}, '"image" is not empty'),
+        ({**ORCA, "image": "a.png"}, '"image" is not empty'),
+    ],
+)
+def test_a_row_that_its_form_does_not_allow_is_refused(row: dict[str, Any], what: str) -> None:
+    error = refusal(row)
+    assert error.kind == "shape"
+    assert error.what.startswith(what)
+
+
+def test_the_text_of_a_question_with_an_image_is_read_when_the_user_says_so(tmp_path: Path) -> None:
+    row = {**IMAGE, "image": {"bytes": "b", "path": "p"}}
+    assert refusal(row).fix == "pass --column prompt=question to train on the text alone"
+    lines, table = tmp_path / "data.jsonl", tmp_path / "data.parquet"
+    lines.write_text(json.dumps(row) + "\n")
+    pq.write_table(pa.Table.from_pylist([row]), table)
+    for path in (lines, table):
+        (found,) = read_pairs(DataConfig(data=[str(path)], column={"prompt": "question"}))
+        assert (found.prompt, found.chosen, found.rejected) == SO_NO
+        (bad,) = scan_pairs(DataConfig(data=[str(path)]))
+        assert isinstance(bad, BadRow)
+        assert bad.error.what == '"image" is not empty'
+
+
+def test_a_text_prompt_beside_answers_is_what_the_user_said() -> None:
+    sides = {"chosen": [assistant("So.")], "rejected": [assistant("No.")]}
+    pairs, form = to_pairs({"prompt": "How?", **sides}, where="data.jsonl:1")
+    assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == [CHAT_SO_NO]
+    assert form.rules == to_pairs({"prompt": [user("How?")], **sides}, where="")[1].rules
+
+
+@pytest.mark.parametrize("prompt", ["How?", user("How?"), [user("How?")]])
+def test_one_message_may_stand_where_a_list_of_them_does(prompt: Any) -> None:
+    row = {"prompt": prompt, "chosen": assistant("So."), "rejected": assistant("No.")}
+    assert texts_of(row) == [CHAT_SO_NO]
+    assert texts_of({**row, "conversations": [HUMAN], "messages": A}) == [CHAT_SO_NO]
+
+
+def test_messages_beside_a_pair_are_not_its_prompt() -> None:
+    row = {"chosen": A, "rejected": B, "conversations": [HUMAN], "messages": [user("How?")], "image": "a.png"}
+    assert texts_of(row) == [(A[:1], A[1:], B[1:])]
+    row = {"chosen": "Hi there", "rejected": "Hi you", "conversations": [HUMAN], "messages": A}
+    assert texts_of(row) == [("Hi", " there", " you")]
 
 
 def test_pairs_of_ranked_rows_are_numbered_through(tmp_path: Path) -> None:

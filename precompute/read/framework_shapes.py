@@ -1,0 +1,174 @@
+"""Rows as training libraries and platforms document them, rewritten as prompt, chosen and rejected."""
+
+from typing import NoReturn
+
+from dpo_opt.precompute.read.shape_parts import Shape, Values, kept, refuse, said
+from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, parse_json
+from dpo_opt.schemas.errors import DataError
+
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_INPUT_KEYS = {"messages", "tools", "parallel_tool_calls"}  # the last only says how completions are sampled
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}
+
+
+def _openai(values: Values, where: str) -> list[Values]:
+    given = values["input"]
+    if not isinstance(given, dict) or "messages" not in given:
+        refuse('"input" is no object with "messages"', where)
+    other = next((key for key in given if key not in _INPUT_KEYS), None)
+    if other is not None:
+        refuse(f'"input" has the key "{escape(other)}", which no chat template is given', where)
+    tools = {"tools": given["tools"]} if "tools" in given else {}
+    chosen, rejected = values["preferred_output"], values["non_preferred_output"]
+    return [{**kept(values), **tools, "prompt": given["messages"], "chosen": chosen, "rejected": rejected}]
+
+
+def _swift_response(values: Values, where: str) -> list[Values]:
+    _refuse_media(values, where)
+    messages, response = values["messages"], values["rejected_response"]
+    if not isinstance(response, str):
+        refuse(f'"rejected_response" is {kind_of(response)} where a text is expected', where)
+    last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
+    if not isinstance(messages, list) or not isinstance(last, dict) or last.get("role") != "assistant":
+        refuse('"messages" is no conversation that ends with an answer of the assistant', where)
+    pair = {"prompt": messages[:-1], "chosen": [last], "rejected": [said("assistant", response)]}
+    return [{**kept(values), **pair}]
+
+
+def _swift_messages(values: Values, where: str) -> list[Values]:
+    _refuse_media(values, where)
+    if values.get("rejected_tools") and values["rejected_tools"] != values.get("tools"):
+        refuse('"rejected_tools" is not "tools", so that the sides have different prompts', where)
+    return [{**kept(values), "chosen": values["messages"], "rejected": values["rejected_messages"]}]
+
+
+def _ranking(values: Values, where: str) -> list[Values]:
+    """LLaMA-Factory's ShareGPT format: the conversation, and one message for each side."""
+    _refuse_media(values, where)
+    key = "conversations" if "conversations" in values else "messages"
+    conversation, system = values[key], values.get("system")
+    if not isinstance(conversation, list):
+        refuse(f'"{key}" is {kind_of(conversation)} where a list of messages is expected', where)
+    prompt = [_sharegpt(turn, f'message {i} of "{key}"', where) for i, turn in enumerate(conversation, 1)]
+    first = prompt[0] if prompt else None
+    # A system message in the conversation overrides the column.
+    if system and not (isinstance(first, dict) and first.get("role") == "system"):
+        prompt.insert(0, said("system", system))
+    sides = {side: [_sharegpt(values[side], f'"{side}"', where)] for side in ("chosen", "rejected")}
+    return [{**kept(values), **_sharegpt_tools(values, where), "prompt": prompt, **sides}]
+
+
+def _sharegpt(turn: object, name: str, where: str) -> object:
+    """A message of ``role`` and ``content``, of one of ``from`` and ``value``."""
+    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+        return turn
+    role, value = turn["from"], turn["value"]
+    others = {key: member for key, member in turn.items() if key not in ("from", "value")}
+    if role == "function_call":
+        return {**others, **said("assistant", ""), "tool_calls": _calls(value, name, where)}
+    if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
+        known = ", ".join([*_SHAREGPT_ROLES, "function_call"])
+        found = f'"{escape(role)}"' if isinstance(role, str) else kind_of(role)
+        refuse(f'"from" of {name} is {found}, none of {known}', where)
+    return {**others, **said(_SHAREGPT_ROLES[role], value)}
+
+
+def _calls(value: object, name: str, where: str) -> list[Values]:
+    """The tool calls that a ``function_call`` writes as JSON: an object, or a list of them."""
+    found = _parsed(value)
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(c, dict) and c.keys() == {"name", "arguments"} for c in calls):
+        refuse(f'the function call in {name} is no JSON object of "name" and "arguments"', where)
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _sharegpt_tools(values: Values, where: str) -> Values:
+    """The tools as chat templates expect them: LLaMA-Factory's column may leave ``type`` out."""
+    if not values.get("tools"):
+        return {"tools": None}
+    tools = _parsed(values["tools"])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        refuse('"tools" is no list of JSON schemas, nor the JSON text of one', where)
+    return {"tools": [t if "function" in t else {"type": "function", "function": t} for t in tools]}
+
+
+def _parsed(value: object) -> object:
+    """What a text says as JSON, None where it is not JSON; another value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _question(values: Values, where: str) -> list[Values]:
+    """One question, with the system prompt that it was asked under."""
+    _refuse_image_of_question(values, where)
+    system, question = values["system"], values["question"]
+    prompt = [said("system", system)] if system else []
+    sides = {side: values[side] for side in ("chosen", "rejected")}
+    answers = {k: [said("assistant", v)] if isinstance(v, str) else v for k, v in sides.items()}
+    return [{**kept(values), "prompt": [*prompt, said("user", question)], **answers}]
+
+
+def _question_with_image(values: Values, where: str) -> list[Values]:
+    _refuse_image_of_question(values, where)
+    pair = {"prompt": values["question"], "chosen": values["chosen"], "rejected": values["rejected"]}
+    return [{**kept(values), **pair}]
+
+
+def _refuse_media(values: Values, where: str) -> None:
+    key = next((key for key in _MEDIA if values.get(key)), None)
+    if key is not None:
+        _refuse_key_of_media(key, where, fix=f'{FIX_ROW}; remove "{key}" where the text alone is meant')
+
+
+def _refuse_image_of_question(values: Values, where: str) -> None:
+    if values.get("image"):
+        fix = "pass --column prompt=question to train on the text alone"
+        _refuse_key_of_media("image", where, fix=fix)
+
+
+def _refuse_key_of_media(key: str, where: str, *, fix: str) -> NoReturn:
+    raise DataError(
+        f'"{key}" is not empty',
+        where=where,
+        why="only text is trained on, and the answers speak of what is left out",
+        fix=fix,
+        kind="shape",
+    )
+
+
+_PAIR = frozenset({"chosen", "rejected"})
+_WITHOUT_PROMPT = frozenset({"prompt"})  # a row that has it is read by it
+
+FRAMEWORK_SHAPES = (
+    Shape("OpenAI preferences", frozenset({"input", "preferred_output", "non_preferred_output"}), _openai),
+    *(
+        Shape(
+            "ShareGPT ranking",
+            _PAIR | {key},
+            _ranking,
+            absent=_WITHOUT_PROMPT,
+            objects=_PAIR,
+            also=frozenset({*_MEDIA, "system"}),
+        )
+        for key in ("conversations", "messages")
+    ),
+    Shape("ms-swift", frozenset({"messages", "rejected_response"}), _swift_response, also=frozenset(_MEDIA)),
+    Shape(
+        "ms-swift",
+        frozenset({"messages", "rejected_messages"}),
+        _swift_messages,
+        also=frozenset({*_MEDIA, "rejected_tools"}),
+    ),
+    Shape(
+        "system and question",
+        _PAIR | {"system", "question"},
+        _question,
+        absent=_WITHOUT_PROMPT,
+        also=frozenset({"image"}),
+    ),
+    Shape("question with image", _PAIR | {"question", "image"}, _question_with_image, absent=_WITHOUT_PROMPT),
+)

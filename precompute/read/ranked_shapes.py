@@ -1,0 +1,138 @@
+"""Rows of several completions with ranks or scores, rewritten as prompt, chosen and rejected.
+
+A row of K ranked completions is every pair of them that differs in rank (Rafailov et al. 2023, appendix C.1,
+makes 6 pairs of 4); a tie prefers nothing and is refused as such, so that leaving it out is a decision.
+"""
+
+import itertools
+import math
+
+from dpo_opt.precompute.read.shape_parts import (
+    PROMPT_KEYS,
+    Shape,
+    Values,
+    kept,
+    prompt_of,
+    refuse,
+    refuse_tie,
+    said,
+)
+from dpo_opt.precompute.read.strict_json import kind_of
+
+_LISTS = ("completions", "responses", "answers")
+_SCORE_KEYS = ("score", "overall_score", "rating", "reward")
+_TEXT_KEYS = ("completion", "response", "text", "content", "answer")
+_MOST_COMPLETIONS = 256  # of one prompt; they are up to 32,640 pairs
+_INSTRUCTIONS = ("system_instruction", "systemInstruction")  # Vertex documents the first; its API takes both
+
+
+def _ranked(values: Values, where: str) -> list[Values]:
+    key = next(key for key in _LISTS if key in values)
+    completions = values[key]
+    if not isinstance(completions, list) or len(completions) < 2:
+        refuse(f'"{key}" is not a list of at least two completions', where)
+    if len(completions) > _MOST_COMPLETIONS:
+        refuse(f'"{key}" has {len(completions)} completions, and {_MOST_COMPLETIONS} is the most', where)
+    goodness = _goodness(values, completions, key, where)
+    texts = [_completion_text(c, f'completion {i} of "{key}"', where) for i, c in enumerate(completions, 1)]
+    prompt = prompt_of(values, where)
+    order = sorted(range(len(texts)), key=lambda i: -goodness[i])
+    pairs = [(i, j) for i, j in itertools.combinations(order, 2) if goodness[i] > goodness[j]]
+    if not pairs:
+        refuse_tie(where)
+    common = {**kept(values), "prompt": prompt}
+    return [{**common, "chosen": texts[i], "rejected": texts[j]} for i, j in pairs]
+
+
+def _goodness(values: Values, completions: list[object], key: str, where: str) -> list[float]:
+    """One number per completion, larger is better, from a list of the row or a key of each completion."""
+    for name in ("ranks", "scores", "rewards", "rank", "score"):
+        beside = values.get(name)
+        if isinstance(beside, list):
+            return _numbers(beside, len(completions), name, where)
+    for name in ("rank", *_SCORE_KEYS):
+        inside = [c.get(name) for c in completions if isinstance(c, dict)]
+        if len(inside) == len(completions) and None not in inside:
+            return _numbers(inside, len(completions), name, where)
+    refuse(f'"{key}" has neither ranks nor scores', where)
+
+
+def _numbers(found: list[object], count: int, name: str, where: str) -> list[float]:
+    if len(found) != count:
+        refuse(f'"{name}" has {len(found)} values for {count} completions', where)
+    numbers = []
+    for value in found:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            refuse(f'"{name}" holds {kind_of(value)} where a number is expected', where)
+        if not -math.inf < value < math.inf:
+            refuse(f'"{name}" holds {value:g}, which ranks nothing', where)
+        numbers.append(-value if name.startswith("rank") else value)
+    return numbers
+
+
+def _completion_text(completion: object, name: str, where: str) -> object:
+    if not isinstance(completion, dict):
+        return completion
+    for key in _TEXT_KEYS:
+        if key in completion:
+            return completion[key]
+    refuse(f"{name} has none of the keys {', '.join(_TEXT_KEYS)}", where)
+
+
+def _nectar(values: Values, where: str) -> list[Values]:
+    """Ranked answers, with one source for each part that the prompt was taken from."""
+    source = values.get("source")
+    if isinstance(source, list) and all(isinstance(part, str) for part in source):
+        values = {**values, "source": ", ".join(source) or None}
+    return _ranked(values, where)
+
+
+def _vertex(values: Values, where: str) -> list[Values]:
+    """The pair of a row of Vertex AI: turns in parts, and two completions with scores."""
+    contents, completions = values["contents"], values["completions"]
+    if not isinstance(contents, list) or not isinstance(completions, list):
+        refuse('"contents" and "completions" are not two lists', where)
+    if len(completions) != 2:
+        refuse(f'"completions" has {len(completions)} completions where two are expected', where)
+    system = next((values[key] for key in _INSTRUCTIONS if values.get(key)), None)
+    prompt = [] if system is None else [said("system", _joined_parts(system, "the instruction", where))]
+    prompt += [_turn(turn, f'turn {i} of "contents"', where) for i, turn in enumerate(contents, 1)]
+    sides = []
+    for i, completion in enumerate(completions, 1):
+        name = f'completion {i} of "completions"'
+        if not isinstance(completion, dict) or "completion" not in completion:
+            refuse(f'{name} has no "completion"', where)
+        sides.append({**completion, "completion": [_turn(completion["completion"], name, where)]})
+    return _ranked({**kept(values), "prompt": prompt, "completions": sides}, where)
+
+
+def _turn(turn: object, name: str, where: str) -> Values:
+    roles = {"user": "user", "model": "assistant"}
+    role = turn.get("role") if isinstance(turn, dict) else None
+    if not isinstance(role, str) or role not in roles:
+        refuse(f'{name} has neither the role "user" nor "model"', where)
+    return said(roles[role], _joined_parts(turn, name, where))
+
+
+def _joined_parts(turn: object, name: str, where: str) -> str:
+    parts = turn.get("parts") if isinstance(turn, dict) else None
+    if not isinstance(parts, list) or not parts:
+        refuse(f'{name} has no "parts"', where)
+    texts = [part["text"] for part in parts if isinstance(part, dict) and part.keys() == {"text"}]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        refuse(f"{name} has a part that is not text", where)
+    return "".join(texts)
+
+
+RANKED_SHAPES = (
+    Shape(
+        "Vertex AI preferences",
+        frozenset({"contents", "completions"}),
+        _vertex,
+        absent=frozenset(PROMPT_KEYS),
+        also=frozenset(_INSTRUCTIONS),
+    ),
+    Shape("ranked completions", frozenset({"completions"}), _ranked, ranked=True),
+    Shape("ranked completions", frozenset({"responses"}), _ranked, ranked=True),
+    Shape("ranked completions", frozenset({"answers"}), _nectar, ranked=True),
+)

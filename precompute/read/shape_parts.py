@@ -1,0 +1,88 @@
+"""What every published form of row has: its keys, how it becomes pairs, and how it is refused."""
+
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
+
+from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of
+from dpo_opt.schemas.errors import DataError
+
+Values = dict[str, object]
+
+PROMPT_KEYS = ("prompt", "instruction", "question", "context", "input", "query")
+"""Keys that publishers use for the prompt. In a row with ``chosen`` only ``prompt`` is one."""
+
+CARRIED_KEYS = ("source", "id", "weight", "margin", "tools", "chat_template_kwargs")
+"""What a row may have in addition to prompt and completions."""
+
+
+class Shape(NamedTuple):
+    """A recognised form of row."""
+
+    name: str
+    keys: frozenset[str]
+    """A row of this form has all of them."""
+    convert: Callable[[Values, str], list[Values]]
+    ranked: bool = False
+    """One row may be any number of pairs."""
+    absent: frozenset[str] = frozenset()
+    """A row of this form has none of them: with them it is another form."""
+    objects: frozenset[str] = frozenset()
+    """Those of ``keys`` whose values are objects; other forms have text or lists there."""
+    also: frozenset[str] = frozenset()
+    """Further keys that the form reads where a row has them."""
+
+    def is_form_of(self, values: Values) -> bool:
+        """Whether a row is of this form."""
+        if not (self.keys <= values.keys() and self.absent.isdisjoint(values)):
+            return False
+        return all(isinstance(values[key], dict) for key in self.objects)
+
+
+def kept(values: Values) -> Values:
+    """Those values of a row that are carried along with its texts."""
+    return {key: values[key] for key in CARRIED_KEYS if key in values}
+
+
+def prompt_of(values: Values, where: str) -> object:
+    """The prompt, under whichever key it stands.
+
+    Raises:
+        DataError: There is none.
+    """
+    for key in PROMPT_KEYS:
+        if key in values:
+            return values[key]
+    refuse('there is no "prompt"', where)
+
+
+def said(role: str, content: object) -> Values:
+    """A message."""
+    return {"role": role, "content": content}
+
+
+def refuse_label(key: str, label: object, where: str, *, expected: str) -> NoReturn:
+    """Refuse a label that names no side."""
+    found = f'"{escape(label)}"' if isinstance(label, str | int | float) else kind_of(label)
+    raise DataError(
+        f'"{key}" is {found}, not {expected}',
+        where=where,
+        why="nothing else says which completion is preferred",
+        fix=FIX_ROW,
+        kind="label",
+    )
+
+
+def refuse_tie(where: str) -> NoReturn:
+    """Refuse a row that prefers nothing."""
+    raise DataError(
+        "no completion is preferred over another",
+        where=where,
+        why="DPO learns from preferences; a tie has none",
+        fix="remove the row, or pass --on-bad-row skip",
+        kind="tie",
+    )
+
+
+def refuse(what: str, where: str) -> NoReturn:
+    """Refuse a row that its form does not allow."""
+    raise DataError(what, where=where, why="the pair cannot be made of this row", fix=FIX_ROW, kind="shape")
