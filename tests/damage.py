@@ -352,6 +352,18 @@ def _objects() -> Iterator[tuple[str, str, Row, str, str]]:
     yield "tie", "arena", {**GOOD["arena"](2), "winner": "tie (bothbad)"}, "no completion is", "tie"
     yield "tie", "graded", {**GOOD["graded"](2), "overall_preference": 0}, "no completion is", "tie"
     yield "tie", "ranked", {**ranked, "scores": [1, 1]}, "no completion is preferred", "tie"
+    battle, vertex = GOOD["battle"](2), GOOD["vertex"](2)
+    row = {**battle, "winner_model_a": 0, "winner_tie": 1}
+    yield "tie", "battle", row, "no completion is preferred", "tie"
+    row = {**vertex, "completions": [{**c, "score": 1} for c in vertex["completions"]]}
+    yield "tie", "vertex", row, "no completion is preferred", "tie"
+    for vote in (2, "1", None, 0):
+        yield "bad vote", "battle", {**battle, "winner_model_a": vote}, '"winner_model_a" is ', "label"
+    for form in ("sharegpt", "swift"):
+        row = {**GOOD[form](2), "images": ["a.png"]}
+        yield "images beside text", form, row, '"images" is not empty', "shape"
+    row = {**GOOD["image"](2), "image": "a.png"}
+    yield "images beside text", "image", row, '"image" is not empty', "shape"
     for grade in (4, -9, 1.5, "3", None):
         row = {**GOOD["graded"](2), "overall_preference": grade}
         yield "bad grade", "graded", row, '"overall_preference" is ', "label"

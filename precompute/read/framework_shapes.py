@@ -3,7 +3,7 @@
 from typing import NoReturn
 
 from dpo_opt.precompute.read.shape_parts import Shape, Values, kept, refuse, said
-from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, parse_json
+from dpo_opt.precompute.read.strict_json import escape, kind_of, parse_json
 from dpo_opt.schemas.errors import DataError
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -121,7 +121,7 @@ def _question_with_image(values: Values, where: str) -> list[Values]:
 def _refuse_media(values: Values, where: str) -> None:
     key = next((key for key in _MEDIA if values.get(key)), None)
     if key is not None:
-        _refuse_key_of_media(key, where, fix=f'{FIX_ROW}; remove "{key}" where the text alone is meant')
+        _refuse_key_of_media(key, where, fix=f'remove "{key}" where the text alone is meant, or else the row')
 
 
 def _refuse_image_of_question(values: Values, where: str) -> None:

@@ -87,19 +87,18 @@ def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:
     chosen = _text(values["chosen"], "chosen", where)
     rejected = _text(values["rejected"], "rejected", where)
     given = values.get("prompt") if "prompt" in values else None
-    prompt: Text | None
-    if isinstance(given, str) and _are_answers(chosen, rejected):
-        prompt = _text([said("user", given)], "prompt", where)
-        form = _TEXT_BESIDE_MESSAGES
-    elif isinstance(given, str) and isinstance(chosen, list):
-        # UltraFeedback has the prompt twice: as text, and as the messages that both sides begin with.
-        prompt = None
-        form = Form("UltraFeedback (text prompt, message lists)", 'messages without "prompt"')
+    prompt: Text | None = None
+    if isinstance(given, str) and isinstance(chosen, list):
+        if _are_answers(chosen, rejected):
+            prompt = _text([said("user", given)], "prompt", where)
+            form = _TEXT_BESIDE_MESSAGES
+        else:
+            # UltraFeedback has the prompt twice: as text, and as the messages that both sides begin with.
+            form = Form("UltraFeedback (text prompt, message lists)", 'messages without "prompt"')
     elif "prompt" in values:
         prompt = _text(given, "prompt", where)
         form = _FORMS[isinstance(chosen, list), True]
     else:
-        prompt = None
         form = _FORMS[isinstance(chosen, list), False]
     _refuse_mixture(
         {"chosen": chosen, "rejected": rejected} | ({} if prompt is None else {"prompt": prompt}), where
@@ -288,9 +287,9 @@ def _split_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text,
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _are_answers(chosen: Text, rejected: Text) -> bool:
-    """Whether both sides are an assistant's messages alone, so that a text beside them is what was asked."""
-    if isinstance(chosen, str) or isinstance(rejected, str) or not chosen or not rejected:
+def _are_answers(chosen: list[Message], rejected: Text) -> bool:
+    """Whether the sides begin with different answers, so that a text beside them is what was asked."""
+    if isinstance(rejected, str) or not chosen or not rejected:
         return False
     return chosen[0] != rejected[0] and chosen[0]["role"] == rejected[0]["role"] == "assistant"
 

@@ -55,7 +55,10 @@ _BOTH = frozenset({"chosen", "rejected"})
 
 def find_shape(values: Values) -> Shape | None:
     """The published shape that a row has; None if there is no such shape."""
-    shapes = _PAIR_SHAPES if values.keys() >= _BOTH else SHAPES
+    shapes = SHAPES
+    if "chosen" in values and "rejected" in values:
+        # A pair with its prompt is of no other form; most rows are that, and are not compared with each.
+        shapes = () if "prompt" in values else _PAIR_SHAPES
     return next((shape for shape in shapes if shape.is_form_of(values)), None)
 
 
