@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import GOOD
 from fakes import write_jsonl
 
 from dpo_opt.precompute.check.audit import audit
@@ -104,6 +105,13 @@ def test_every_published_form_becomes_plain_pairs(tmp_path: Path) -> None:
     ]
     run(hh, tmp_path / "h")
     assert lines(tmp_path / "h" / "train.jsonl") == [row("\n\nHuman: A\n\nAssistant:", " B", " C")]
+
+
+@pytest.mark.parametrize("form", sorted(GOOD))
+def test_rows_of_any_form_are_the_same_pairs_after_conversion(tmp_path: Path, form: str) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [GOOD[form](i) for i in range(3)])
+    assert run(path, tmp_path / "clean") == Converted(3, 0, {})
+    assert read(tmp_path / "clean" / "train.jsonl") == read(path)
 
 
 def test_the_first_of_equal_pairs_is_kept_and_both_of_a_contradiction_go(tmp_path: Path) -> None:
