@@ -284,7 +284,7 @@ SPOILED: dict[str, Callable[[list[LogpArray]], list[LogpArray]]] = {
 @pytest.mark.parametrize("spoil", SPOILED)
 def test_values_that_are_no_log_probs_are_not_committed(config_of: Configs, spoil: str) -> None:
     config = config_of()
-    with pytest.raises(DpoOptError, match="no log-probs") as caught:
+    with pytest.raises(DpoOptError, match="not log-probs") as caught:
         precompute(config, scorer=ScriptedScorer(spoil=SPOILED[spoil]))
     assert caught.value.exit_code == 1
     assert "source row" in str(caught.value.where)
