@@ -311,7 +311,18 @@ def _objects() -> Iterator[tuple[str, str, Row, str, str]]:
     sharegpt = {"chosen": [{"from": "gpt", "value": "a"}]}
     yield chats("ShareGPT messages", sharegpt, '(it has "from" and "value")')
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "https://a/b"}}]
-    yield chats("content parts", {"prompt": [_said("user", parts)]}, '"content" in message 1 of "prompt" is')
+    says = 'part 2 of "content" in message 1 of "prompt" is of the type "image_url"'
+    yield chats("content parts", {"prompt": [_said("user", parts)]}, says)
+    for part, says in (
+        ("a", "is a string"),
+        ({"text": "a"}, 'is without a "type"'),
+        ({"type": "text", "text": None}, "is null"),
+        ({"type": "text", "text": 3}, "is a number"),
+        ({"type": "text", "text": "a", "cache_control": {}}, 'the key "cache_control"'),
+    ):
+        yield chats("content parts", {"chosen": [_said("assistant", [part])]}, says)
+    half = [{"type": "text", "text": "a \ud83d"}]
+    yield chats("half a character", {"prompt": [_said("user", half)]}, "half a character", "surrogate")
     for role in ("user", "system", "human", "developer"):
         says = f'"chosen" begins with a message of the role "{role}"'
         yield chats("roles out of order", {"chosen": [_said(role, "a"), answer]}, says, "role_order")

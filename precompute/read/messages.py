@@ -92,6 +92,9 @@ def _message(value: object, name: str, where: str) -> Message:
             where,
             why="ignoring it would train on another conversation than the one in the data",
         )
+    content = message.get("content")
+    if isinstance(content, list):
+        message["content"] = _joined_parts(content, name, where)
     if message.get("tool_calls"):
         calls = message["tool_calls"]
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
@@ -107,11 +110,37 @@ def _message(value: object, name: str, where: str) -> Message:
             _refuse(
                 f'"{key}" in {name} is {kind_of(member)}',
                 where,
-                why="only text is read, no images and no parts",
+                why="it must be text",
             )
         refuse_surrogates(member, key, where)
     return message
 
 
-def _refuse(what: str, where: str, *, why: str) -> NoReturn:
-    raise DataError(what, where=where, why=why, fix=FIX_ROW, kind="message")
+def _joined_parts(parts: list[object], name: str, where: str) -> str:
+    """The text of a content in parts, with nothing between them, as the templates that take parts join it."""
+    texts = []
+    for i, part in enumerate(parts, start=1):
+        place = f'part {i} of "content" in {name}'
+        if not isinstance(part, dict):
+            _refuse(f"{place} is {kind_of(part)}", where, why='a part is an object with "type" and "text"')
+        # A table gives every part the keys of all others.
+        present = {key: member for key, member in part.items() if member is not None}
+        kind = present.pop("type", None)
+        if kind != "text":
+            found = f'of the type "{escape(kind)}"' if isinstance(kind, str) else 'without a "type"'
+            fix = 'give only parts of the type "text", or leave such rows out: dpo-opt convert lists them'
+            _refuse(
+                f"{place} is {found}", where, why="only text is trained on; the part would be lost", fix=fix
+            )
+        text = present.pop("text", None)
+        if not isinstance(text, str):
+            _refuse(f'"text" in {place} is {kind_of(text)}', where, why="it must be text")
+        if present:
+            why = "ignoring it would train on another conversation than the one in the data"
+            _refuse(f'{place} has the key "{escape(next(iter(present)))}" beside its text', where, why=why)
+        texts.append(text)
+    return "".join(texts)
+
+
+def _refuse(what: str, where: str, *, why: str, fix: str = FIX_ROW) -> NoReturn:
+    raise DataError(what, where=where, why=why, fix=fix, kind="message")

@@ -207,7 +207,10 @@ def test_a_bad_line_is_refused_with_its_place_and_what_was_found(
         ({"chosen": ["Hello!"]}, 'message 1 of "chosen" is a string'),
         ({"chosen": [GOOD, {"role": "user"}]}, 'message 2 of "chosen" lacks "content"'),
         ({"chosen": [{"content": "Hello!"}]}, 'message 1 of "chosen" lacks "role"'),
-        ({"prompt": [{"role": "user", "content": [LONG]}]}, '"content" in message 1 of "prompt" is a list'),
+        (
+            {"prompt": [{"role": "user", "content": [LONG]}]},
+            'part 1 of "content" in message 1 of "prompt" is a string',
+        ),
         ({"chosen": [{**GOOD, "content": None}]}, '"content" in message 1 of "chosen" is null'),
         (
             {"chosen": [{**GOOD, "images": [LONG]}]},

@@ -63,6 +63,46 @@ def test_a_message_that_no_template_could_show_is_refused(message: dict[str, Any
     assert (error.kind, error.what) == ("message", what)
 
 
+def in_parts(*texts: str, **others: object) -> list[dict[str, object]]:
+    return [{"type": "text", "text": text, **others} for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        (in_parts("31 degrees."), "31 degrees."),
+        (in_parts("31 ", "degrees", "."), "31 degrees."),
+        (in_parts(" 31\n", "degrees "), " 31\ndegrees "),
+        (in_parts("31", image_url=None, image=None), "31"),
+    ],
+)
+def test_content_in_parts_is_their_text_with_nothing_between(parts: list[object], text: str) -> None:
+    plain = {"role": "user", "content": text}, {"role": "assistant", "content": text}
+    for message in plain:
+        row = {**ROW, "prompt": [USER, BAD, message], "chosen": [GOOD, message]}
+        other = {**message, "content": parts}
+        assert pair_of({**row, "prompt": [USER, BAD, other], "chosen": [GOOD, other]}) == pair_of(row)
+
+
+def test_parts_of_a_table_are_those_of_its_lines(tmp_path: Path) -> None:
+    image = {"type": "text", "text": "31", "image": None}
+    rows = [
+        {**ROW, "chosen": [{**GOOD, "content": [part]}]} for part in (image, *in_parts("32")) for _ in "ab"
+    ]
+    lines, table = tmp_path / "data.jsonl", tmp_path / "data.parquet"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    said = [[p.chosen for p in read_pairs(DataConfig(data=[str(path)]))] for path in (lines, table)]
+    assert said[0] == said[1] == [[{**GOOD, "content": text}] for text in ("31", "31", "32", "32")]
+
+
+def test_a_part_that_is_no_text_is_refused_with_the_way_out() -> None:
+    parts = [*in_parts("What is this?"), {"type": "image_url", "image_url": {"url": "a.png"}}]
+    error = refusal({**ROW, "prompt": [{**USER, "content": parts}]})
+    assert error.what == 'part 2 of "content" in message 1 of "prompt" is of the type "image_url"'
+    assert "dpo-opt convert" in str(error.fix)
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
 def test_a_thought_is_part_of_its_message(key: str) -> None:
     message = {**GOOD, key: "Rome in July."}
