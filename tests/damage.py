@@ -150,6 +150,7 @@ def damages() -> list[Damage]:
         *_bad_encodings(),
         *_bad_arrays(),
         *_bad_compression(),
+        *_bad_csv(),
         *_bad_tables(),
         *_bad_table_rows(),
         *_bad_table_columns(),
@@ -576,6 +577,57 @@ def _zip(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
+# --- CSV ---------------------------------------------------------------------------------------------------
+
+
+def _bad_csv() -> Iterator[Damage]:
+    def line(cells: Iterable[object], delimiter: str = ",") -> bytes:
+        quoted = ('"' + str(cell).replace('"', '""') + '"' for cell in cells)
+        return (delimiter.join(quoted) + "\n").encode()
+
+    def table(bad: bytes, delimiter: str = ",") -> bytes:
+        rows = [line(_text(i).values(), delimiter) for i in range(4)]
+        return b"".join([line(_text(0), delimiter), *rows[:2], bad, *rows[3:]])
+
+    text = _text(2)
+    for key in ("chosen", "rejected"):
+        for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
+            content = table(line({**text, key: ""}.values(), delimiter), delimiter)
+            says, file = f'"{key}" is empty', f"data.{suffix}"
+            yield Damage("empty cell", f"{key} in {suffix}", file, content, says, "empty", place=":row 3")
+    for weight in ("one", "1,5", "nan", "-1", "1e999"):
+        rows = [line([*_text(i).values(), weight if i == 2 else 1]) for i in range(4)]
+        content = b"".join([line([*text, "weight"]), *rows])
+        name = f"cell {weight}"
+        yield Damage("weight in CSV", name, "data.csv", content, "", "number", place=":row 3")
+    good = line(text.values())
+    unreadable = "not readable as CSV ("
+    for kind, bad, says in (
+        ("ragged row", line([*text.values(), "more"]), "the row has 5 cells, but the header has 4"),
+        ("ragged row", good + b"half a row\n", "the row has 1 cells, but the header has 4"),
+        ("quote in CSV", good[:-2] + b"\n", unreadable),
+        ("quote in CSV", b'"a" b,c,d,e\n', unreadable),
+        ("quote in CSV", rb'"a \"b\"",c,d,e' + b"\n", unreadable),
+        ("encoding of CSV", b"d\xfcrfen,b,c,d\n", "a cell that is not valid UTF-8"),
+        ("hole in CSV", b"a,b," + b"\0" * 4096 + b"d\n", "a null byte in a cell"),
+    ):
+        name = f"{kind}: {bad[-30:]!r}"
+        yield Damage(kind, name, "data.csv", table(bad), says, "unreadable_file", scope="file")
+    whole = gzip.compress(table(good))
+    says = "cannot be read after this ("
+    yield Damage("CSV cut off", "gzip", "data.csv.gz", whole[:-9], says, "unreadable_file", scope="file")
+    content = table(good).decode().encode("utf-16")
+    says = "a null byte in a cell"
+    yield Damage("encoding of CSV", "UTF-16", "data.csv", content, says, "unreadable_file", scope="file")
+    content = line([*text, "chosen"]) + line([*text.values(), "a"])
+    says = '"chosen" appears twice'
+    yield Damage("column twice", "CSV column twice", "data.csv", content, says, "duplicate_key", scope="file")
+    says = "no column of the table"
+    yield Damage(
+        "table without columns", "CSV without columns", "data.csv", good, says, "missing_key", scope="file"
+    )
+
+
 # --- tables ------------------------------------------------------------------------------------------------
 
 
@@ -751,7 +803,7 @@ def _bad_files() -> Iterator[Damage]:
     for name in ("data.jsonl", "data.json"):
         yield file("empty file", name, b"", "the file has no rows")
         yield file("blank file", f"blank.{name}", b"\xef\xbb\xbf\n \t\r\n", "the file has no rows")
-    for name in ("data.csv", "data.txt", "data.arrow", "data.pkl", "data.JSONL", "data.jsonl.bz2", "data"):
+    for name in ("data.xlsx", "data.txt", "data.arrow", "data.pkl", "data.JSONL", "data.jsonl.bz2", "data"):
         yield file("unknown suffix", name, lines(), "the file name does not say what the file holds")
     for name in ("pipe.jsonl", "pipe.json", "pipe.jsonl.gz", "pipe.parquet"):
         yield file("pipe", name, os.mkfifo, "not a regular file")
@@ -779,7 +831,7 @@ def _bad_files() -> Iterator[Damage]:
     yield folder("folder without data", "README", says, "no_such_file", README__md=b"# Pairs")
     yield folder("folder without data", "data.jsonl.d", says, "no_such_file", info__txt=b"a")
     says = "the file's name does not say what it holds"
-    for part in ("more__csv", "more__arrow", "more__bin", "more", "more__jsonl__part"):
+    for part in ("more__xlsx", "more__arrow", "more__bin", "more", "more__jsonl__part"):
         name = f"folder with {part}"
         yield folder("folder with other files", name, says, "no_such_file", a__jsonl=good, **{part: good})
     name = "folder with a linked folder"

@@ -210,7 +210,7 @@ def _content(block: Block, number: int) -> bytes:
 def _source_blocks(source: Source, config: DataConfig) -> Iterator[Block | DataError]:
     for file in source.files:
         try:
-            yield from read_blocks(file, columns=frozenset(config.column.values()))
+            yield from read_blocks(file, column=config.column)
         except DataError as error:
             yield error
 

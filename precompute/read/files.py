@@ -1,4 +1,4 @@
-"""A file's rows, read strictly and in blocks: JSON Lines and JSON arrays here, Parquet in ``tables``.
+"""A file's rows, read strictly and in blocks: JSON here, other formats in ``csv_rows`` and ``tables``.
 
 A block is small whatever the file's size, and raw, so that another process can parse it.
 """
@@ -6,11 +6,12 @@ A block is small whatever the file's size, and raw, so that another process can 
 import codecs
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import BinaryIO, cast
 
 import pyarrow as pa
 
+from dpo_opt.precompute.read.csv_rows import csv_blocks
 from dpo_opt.precompute.read.row_blocks import LONGEST_ROW, Block, TextBlock, too_long
 from dpo_opt.precompute.read.sources import SUFFIXES, open_file, reading_errors, reason_of
 from dpo_opt.precompute.read.strict_json import quote
@@ -18,15 +19,17 @@ from dpo_opt.precompute.read.tables import table_blocks
 from dpo_opt.schemas.errors import DataError
 
 _BLOCK_BYTES = 2**21
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 
-def read_blocks(file: str, *, columns: frozenset[str] = frozenset()) -> Iterator[Block]:
+def read_blocks(file: str, *, column: Mapping[str, str]) -> Iterator[Block]:
     """The rows of one file, in order.
 
     Args:
         file: A path or URL whose name ends in one of ``SUFFIXES``.
-        columns: Parquet columns to load beside those that some form of row reads.
+        column: From a part of a row to the column that it is read from; tables load no others but those that
+            some form of row reads.
 
     Raises:
         DataError: The file cannot be read, or not to its end, or has no rows.
@@ -40,7 +43,10 @@ def read_blocks(file: str, *, columns: frozenset[str] = frozenset()) -> Iterator
             fix="rename the file, or convert it to JSON Lines: one JSON object per line",
             kind="unreadable_file",
         )
-    blocks = table_blocks(file, columns) if suffix == ".parquet" else _text_blocks(file, suffix)
+    if suffix == ".parquet":
+        blocks: Iterator[Block] = table_blocks(file, frozenset(column.values()))
+    else:
+        blocks = _text_blocks(file, suffix, column)
     empty = True
     for block in blocks:
         empty = False
@@ -55,14 +61,12 @@ def read_blocks(file: str, *, columns: frozenset[str] = frozenset()) -> Iterator
         )
 
 
-def _text_blocks(file: str, suffix: str) -> Iterator[TextBlock]:
+def _text_blocks(file: str, suffix: str, column: Mapping[str, str]) -> Iterator[TextBlock]:
     compression = next((name for end, name in _COMPRESSION.items() if suffix.endswith(end)), None)
     place = file
     try:
         with open_file(file) as raw, _decompressed(raw, compression) as stream:
-            chunk = stream.read(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
-            is_array = suffix.startswith(".json") and not suffix.startswith(".jsonl") and _begins_array(chunk)
-            for block in (_elements if is_array else _lines)(file, chunk, stream):
+            for block in _divided(file, suffix, stream, column):
                 place = f"{block.prefix}{block.numbers[-1]}" if block.texts else place
                 if block.texts:
                     yield block
@@ -74,6 +78,14 @@ def _text_blocks(file: str, suffix: str) -> Iterator[TextBlock]:
             fix="copy or download the file again",
             kind="unreadable_file",
         ) from error
+
+
+def _divided(file: str, suffix: str, stream: BinaryIO, column: Mapping[str, str]) -> Iterator[TextBlock]:
+    if suffix[:4] in _DELIMITERS:
+        return csv_blocks(file, stream, _DELIMITERS[suffix[:4]], column)
+    chunk = stream.read(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
+    is_array = not suffix.startswith(".jsonl") and _begins_array(chunk)
+    return (_elements if is_array else _lines)(file, chunk, stream)
 
 
 def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:

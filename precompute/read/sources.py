@@ -20,7 +20,10 @@ from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
 from dpo_opt.schemas.hub import current_commit, fetch
 from dpo_opt.schemas.locations import EXTRA_OF_PROTOCOL, AnyPath
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
+SUFFIXES = (
+    *(f".{kind}{end}" for kind in ("jsonl", "json", "csv", "tsv") for end in ("", ".gz", ".zst")),
+    ".parquet",
+)
 """How the name of a file that holds pairs ends."""
 
 # Files of published datasets that hold no data.

@@ -1,6 +1,6 @@
 """Parquet, read with caps: its footer bounds neither the memory a row takes nor the number of rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -36,7 +36,8 @@ def table_blocks(file: str, columns: frozenset[str]) -> Iterator[TableBlock]:
                 raw, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
             ) as table,
         ):
-            names = _columns(table.schema_arrow, file, columns)
+            schema = table.schema_arrow
+            names = columns_to_read(schema.names, object_columns(schema), file, columns)
             rows = 0
             for group in range(table.num_row_groups):
                 for block in _group_blocks(file, raw, table, group, names):
@@ -108,13 +109,28 @@ def _zigzag_varint(data: bytes) -> int:
     return (value >> 1) ^ -(value & 1)
 
 
-def _columns(schema: pa.Schema, file: str, columns: frozenset[str]) -> list[str]:
-    objects = {field.name for field in schema if pa.types.is_struct(field.type)}
-    wanted = columns | keys_to_read(set(schema.names) - columns, objects)
-    names = [name for name in schema.names if name in wanted]
+def object_columns(schema: pa.Schema) -> frozenset[str]:
+    """The columns that hold objects."""
+    return frozenset(field.name for field in schema if pa.types.is_struct(field.type))
+
+
+def columns_to_read(given: Sequence[str], objects: Set[str], file: str, columns: frozenset[str]) -> list[str]:
+    """Which columns of a table are read, in its order.
+
+    Args:
+        given: Its columns.
+        objects: Those of them that hold objects.
+        file: Its name, for messages.
+        columns: Columns to read beside those that some form of row reads.
+
+    Raises:
+        DataError: None is one of a pair, or one that is read is there twice.
+    """
+    wanted = columns | keys_to_read(set(given) - columns, objects)
+    names = [name for name in given if name in wanted]
     if not names:
         raise DataError(
-            f"no column of the table is one of a preference pair (found: {quote(', '.join(schema.names))})",
+            f"no column of the table is one of a preference pair (found: {quote(', '.join(given))})",
             where=file,
             why='a pair needs both completions, in the columns "chosen" and "rejected"',
             fix="name the columns: --column chosen=NAME --column rejected=NAME",

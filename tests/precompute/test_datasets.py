@@ -321,7 +321,7 @@ def test_a_parquet_column_that_appears_twice_is_refused(tmp_path: Path) -> None:
         ("plain.jsonl.zst", to_lines(TEXT_ROWS), "cannot be read after this ("),
         ("text.parquet", to_lines(TEXT_ROWS), "not readable as Parquet ("),
         ("empty.parquet", b"", "not readable as Parquet ("),
-        ("data.csv", b"chosen,rejected\n", "the file name does not say what the file holds"),
+        ("data.xlsx", b"chosen,rejected\n", "the file name does not say what the file holds"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_by_name(
@@ -366,7 +366,7 @@ def test_a_parquet_file_without_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_accepted_file_names_are_listed(tmp_path: Path) -> None:
-    path = tmp_path / "data.csv"
+    path = tmp_path / "data.xlsx"
     path.write_bytes(to_lines(TEXT_ROWS))
     assert refusal(path).why == f"it must end in one of {', '.join(SUFFIXES)}"
 

@@ -36,7 +36,11 @@ def lines(*names: str) -> bytes:
 def write(path: Path, *names: str) -> Path:
     """A file of rows, in the form that its name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
+    if path.suffix == ".csv":
+        path.write_text(
+            "\n".join(["prompt,chosen,rejected", *(",".join(map(str, row(name).values())) for name in names)])
+        )
+    elif path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist([row(name) for name in names]), path, row_group_size=2)
     elif path.suffix == ".json":
         path.write_text(json.dumps([row(name) for name in names], indent=1))
@@ -77,6 +81,7 @@ def folder(tmp_path: Path) -> Path:
     write(base / "z.json", "z1", "z2")
     write(base / "b" / "1.parquet", "b1", "b1'", "b1''")
     write(base / "a.jsonl", "a")
+    write(base / "d.csv", "d1", "d2")
     for other in NO_DATA:
         (base / other).write_text("{no data")
     write(base / ".cache" / "old.jsonl", "hidden")
@@ -84,19 +89,21 @@ def folder(tmp_path: Path) -> Path:
     return base
 
 
-IN_ORDER = ["a", "b1", "b1'", "b1''", "b2", "z1", "z2"]
+IN_ORDER = ["a", "b1", "b1'", "b1''", "b2", "d1", "d2", "z1", "z2"]
 
 
 def test_a_folder_is_its_data_files_by_name_at_every_depth(folder: Path) -> None:
     pairs = pairs_of(folder)
     assert names_of(folder) == IN_ORDER
-    assert [p.row for p in pairs] == list(range(7))
+    assert [p.row for p in pairs] == list(range(9))
     assert [p.where for p in pairs] == [
         f"{folder}/a.jsonl:1",
         f"{folder}/b/1.parquet:row group 0, row 0",
         f"{folder}/b/1.parquet:row group 0, row 1",
         f"{folder}/b/1.parquet:row group 1, row 0",
         f"{folder}/b/2.jsonl.gz:1",
+        f"{folder}/d.csv:row 1",
+        f"{folder}/d.csv:row 2",
         f"{folder}/z.json:element 1",
         f"{folder}/z.json:element 2",
     ]
@@ -109,11 +116,11 @@ def test_a_hidden_folder_may_be_named_itself(folder: Path) -> None:
 
 
 def test_a_file_that_might_be_data_is_refused_rather_than_left_out(folder: Path) -> None:
-    (folder / "b" / "more.csv").write_text("chosen,rejected\n")
+    (folder / "b" / "more.xlsx").write_text("chosen,rejected\n")
     error = refusal(folder)
     assert isinstance(error, DataError)
     assert error.what == "the file's name does not say what it holds"
-    assert error.where == f"{folder}/b/more.csv"
+    assert error.where == f"{folder}/b/more.xlsx"
     assert f"{folder}/*.jsonl" in str(error.fix)
     # Named one by one, the others can be read.
     assert names_of(folder / "b" / "*.parquet") == ["b1", "b1'", "b1''"]
@@ -172,7 +179,7 @@ def test_what_a_folder_lists_does_not_depend_on_when_files_were_made(tmp_path: P
 def test_rows_are_numbered_over_all_sources_in_the_order_given(folder: Path, tmp_path: Path) -> None:
     first, last = write(tmp_path / "y.jsonl", "y1", "y2"), write(tmp_path / "x.json", "x")
     assert names_of(first, folder, last) == ["y1", "y2", *IN_ORDER, "x"]
-    assert [p.row for p in pairs_of(first, folder, last)] == list(range(10))
+    assert [p.row for p in pairs_of(first, folder, last)] == list(range(12))
     assert names_of(last, first, last) == ["x", "y1", "y2", "x"]
 
 
