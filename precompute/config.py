@@ -29,7 +29,7 @@ class DataConfig(Settings):
     """Settings of every command that reads preference data: which data, and how."""
 
     data: Annotated[Sources, Field(min_length=1)]
-    """Preference pairs: files (JSON, CSV, Parquet), folders, globs, URLs, or a Hub ORG/NAME@REVISION."""
+    """Preference pairs: files (JSON, CSV, Parquet, Arrow), folders, globs, URLs, a Hub ORG/NAME@REVISION."""
     data_share: list[Share] = []
     """Share of the pairs used from each --data, one per --data. The pair's text decides which are used."""
     column: dict[str, str] = {}

@@ -152,6 +152,7 @@ def damages() -> list[Damage]:
         *_bad_compression(),
         *_bad_csv(),
         *_bad_tables(),
+        *_bad_arrow(),
         *_bad_table_rows(),
         *_bad_table_columns(),
         *_bad_files(),
@@ -689,11 +690,43 @@ def _bad_tables() -> Iterator[Damage]:
     yield _table("column twice", "chosen", parquet(twice), '"chosen" appears twice', "duplicate_key")
 
 
-def _arrow(table: pa.Table) -> bytes:
+def _arrow(table: pa.Table, new: Callable[..., Any] = pa.ipc.new_file) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
+    with new(sink, table.schema) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
+
+
+def _bad_arrow() -> Iterator[Damage]:
+    rows = pa.Table.from_pylist([_text(0), _text(1), {**_text(2), "chosen": None}, _text(3)])
+    good = pa.Table.from_pylist([_text(i) for i in range(4)])
+    other = pa.table({"text": ["a"]})
+    says = "not readable as Arrow ("
+    for kind, new in (("stream", pa.ipc.new_stream), ("file", pa.ipc.new_file)):
+        name, place = f"null in an Arrow {kind}", ":record batch 0, row 2"
+        yield Damage(
+            "null in a table", name, "data.arrow", _arrow(rows, new), '"chosen" is null', "type", place=place
+        )
+        whole = _arrow(good, new)
+        half = len(whole) // 2
+        for what, data, message, problem in (
+            ("cut off", whole[:half], says, "unreadable_file"),
+            ("cut at its end", whole[:-8], says, "unreadable_file"),
+            ("with a hole", whole[: half - 200] + b"\0" * 400 + whole[half + 200 :], says, "unreadable_file"),
+            ("with more", whole + b"more", says, "unreadable_file"),
+            ("without rows", _arrow(good.slice(0, 0), new), "the file has no rows", "unreadable_file"),
+            ("without columns", _arrow(other, new), "no column of the table", "missing_key"),
+        ):
+            name = f"Arrow {kind} {what}"
+            yield Damage(f"Arrow {what}", name, "data.arrow", data, message, problem, scope="file")
+    for name, data in (
+        ("text", lines()),
+        ("nothing", b""),
+        ("Parquet", parquet(good)),
+        ("magic", b"ARROW1\0\0"),
+    ):
+        kind = "another format as Arrow"
+        yield Damage(kind, f"{kind}: {name}", "data.arrow", data, says, "unreadable_file", scope="file")
 
 
 def _bad_table_rows() -> Iterator[Damage]:
@@ -803,7 +836,7 @@ def _bad_files() -> Iterator[Damage]:
     for name in ("data.jsonl", "data.json"):
         yield file("empty file", name, b"", "the file has no rows")
         yield file("blank file", f"blank.{name}", b"\xef\xbb\xbf\n \t\r\n", "the file has no rows")
-    for name in ("data.xlsx", "data.txt", "data.arrow", "data.pkl", "data.JSONL", "data.jsonl.bz2", "data"):
+    for name in ("data.xlsx", "data.txt", "data.feather", "data.pkl", "data.JSONL", "data.jsonl.bz2", "data"):
         yield file("unknown suffix", name, lines(), "the file name does not say what the file holds")
     for name in ("pipe.jsonl", "pipe.json", "pipe.jsonl.gz", "pipe.parquet"):
         yield file("pipe", name, os.mkfifo, "not a regular file")
@@ -831,7 +864,7 @@ def _bad_files() -> Iterator[Damage]:
     yield folder("folder without data", "README", says, "no_such_file", README__md=b"# Pairs")
     yield folder("folder without data", "data.jsonl.d", says, "no_such_file", info__txt=b"a")
     says = "the file's name does not say what it holds"
-    for part in ("more__xlsx", "more__arrow", "more__bin", "more", "more__jsonl__part"):
+    for part in ("more__xlsx", "more__feather", "more__bin", "more", "more__jsonl__part"):
         name = f"folder with {part}"
         yield folder("folder with other files", name, says, "no_such_file", a__jsonl=good, **{part: good})
     name = "folder with a linked folder"

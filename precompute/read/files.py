@@ -1,4 +1,4 @@
-"""A file's rows, read strictly and in blocks: JSON here, other formats in ``csv_rows`` and ``tables``.
+"""A file's rows, read strictly and in blocks: JSON here, others in ``csv_rows``, ``tables``, ``arrow_files``.
 
 A block is small whatever the file's size, and raw, so that another process can parse it.
 """
@@ -11,6 +11,7 @@ from typing import BinaryIO, cast
 
 import pyarrow as pa
 
+from dpo_opt.precompute.read.arrow_files import arrow_blocks
 from dpo_opt.precompute.read.csv_rows import csv_blocks
 from dpo_opt.precompute.read.row_blocks import LONGEST_ROW, Block, TextBlock, too_long
 from dpo_opt.precompute.read.sources import SUFFIXES, open_file, reading_errors, reason_of
@@ -19,6 +20,7 @@ from dpo_opt.precompute.read.tables import table_blocks
 from dpo_opt.schemas.errors import DataError
 
 _BLOCK_BYTES = 2**21
+_TABLES = {".parquet": table_blocks, ".arrow": arrow_blocks}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
@@ -43,8 +45,9 @@ def read_blocks(file: str, *, column: Mapping[str, str]) -> Iterator[Block]:
             fix="rename the file, or convert it to JSON Lines: one JSON object per line",
             kind="unreadable_file",
         )
-    if suffix == ".parquet":
-        blocks: Iterator[Block] = table_blocks(file, frozenset(column.values()))
+    blocks: Iterator[Block]
+    if suffix in _TABLES:
+        blocks = _TABLES[suffix](file, frozenset(column.values()))
     else:
         blocks = _text_blocks(file, suffix, column)
     empty = True

@@ -36,7 +36,7 @@ class TextBlock(NamedTuple):
 
 
 class TableBlock(NamedTuple):
-    """Consecutive rows of a Parquet row group."""
+    """Consecutive rows of a table."""
 
     file: str
     prefix: str

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 import pyarrow as pa
 
 from dpo_opt.precompute.config import DataConfig
+from dpo_opt.precompute.read.saved_datasets import only_saved
 from dpo_opt.precompute.read.strict_json import quote
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
 from dpo_opt.schemas.hub import current_commit, fetch
@@ -23,6 +24,7 @@ from dpo_opt.schemas.locations import EXTRA_OF_PROTOCOL, AnyPath
 SUFFIXES = (
     *(f".{kind}{end}" for kind in ("jsonl", "json", "csv", "tsv") for end in ("", ".gz", ".zst")),
     ".parquet",
+    ".arrow",
 )
 """How the name of a file that holds pairs ends."""
 
@@ -316,6 +318,7 @@ def _data_files(name: str, found: Sequence[str], *, base: str) -> list[str]:
                 fix=f"name the files that are meant, such as {name}/*.jsonl, or move this one away",
                 kind="no_such_file",
             )
+    files = only_saved(files, visible, open_file)
     if not files:
         raise DataError(
             f"the folder holds no file that ends in {', '.join(SUFFIXES)}",

@@ -13,8 +13,10 @@ from dpo_opt.precompute.read.strict_json import quote
 from dpo_opt.schemas.errors import DataError
 
 # Few rows at a time, and none too large.
-_ROWS = 256
-_BYTES = 2**27
+ROWS = 256
+"""In a block."""
+BYTES = 2**27
+"""In a block of rows none of which is beyond ``LONGEST_ROW``."""
 _BUFFER = 2**21
 
 
@@ -45,14 +47,17 @@ def table_blocks(file: str, columns: frozenset[str]) -> Iterator[TableBlock]:
                     yield block
             # If the count is damaged, Arrow silently stops early.
             if rows != table.metadata.num_rows:
-                raise _not_parquet(file, f"{rows} of its {table.metadata.num_rows} rows can be read")
+                raise not_readable(
+                    file, "Parquet", f"{rows} of its {table.metadata.num_rows} rows can be read"
+                )
     except reading_errors() as error:
-        raise _not_parquet(file, reason_of(error)) from error
+        raise not_readable(file, "Parquet", reason_of(error)) from error
 
 
-def _not_parquet(file: str, reason: str) -> DataError:
+def not_readable(file: str, form: str, reason: str) -> DataError:
+    """The refusal of a table's file that cannot be read to its end."""
     return DataError(
-        f"not readable as Parquet ({reason})",
+        f"not readable as {form} ({reason})",
         where=file,
         why="the file is cut off, damaged or of another format",
         fix="copy or download the file again",
@@ -70,7 +75,7 @@ def _group_blocks(
     rows = _rows_at_once(raw, table, group, names)
     first = 0
     for batch in table.iter_batches(rows, row_groups=[group], columns=names):
-        if batch.nbytes > max(_BYTES, LONGEST_ROW * batch.num_rows):
+        if batch.nbytes > max(BYTES, LONGEST_ROW * batch.num_rows):
             raise too_long(f"{prefix}{first}", "row", "check the command that wrote the file")
         if batch.num_rows:
             yield TableBlock(file, prefix, first, batch)
@@ -97,7 +102,7 @@ def _rows_at_once(raw: BinaryIO, table: pq.ParquetFile, group: int, names: list[
                 per_row = -(-column.num_values // max(1, table.metadata.row_group(group).num_rows))
                 largest = max(largest, _zigzag_varint(header[3:]) * per_row)
     raw.seek(position)
-    return max(1, min(_ROWS, _BYTES // largest))
+    return max(1, min(ROWS, BYTES // largest))
 
 
 def _zigzag_varint(data: bytes) -> int:
