@@ -672,7 +672,7 @@ def _bad_tables() -> Iterator[Damage]:
         ("pickle", pickle.dumps(pair)),
         ("zip", _zip(lines())),
         ("gzip", gzip.compress(whole)),
-        ("arrow", _arrow(pa.table(pair))),
+        ("arrow", arrow(pa.table(pair))),
         ("magic", b"PAR1PAR1"),
     ):
         yield _table("another format as table", name, data, unreadable)
@@ -690,7 +690,8 @@ def _bad_tables() -> Iterator[Damage]:
     yield _table("column twice", "chosen", parquet(twice), '"chosen" appears twice', "duplicate_key")
 
 
-def _arrow(table: pa.Table, new: Callable[..., Any] = pa.ipc.new_file) -> bytes:
+def arrow(table: pa.Table, new: Callable[..., Any] = pa.ipc.new_file) -> bytes:
+    """A table's file, or its stream."""
     sink = pa.BufferOutputStream()
     with new(sink, table.schema) as writer:
         writer.write_table(table)
@@ -705,17 +706,17 @@ def _bad_arrow() -> Iterator[Damage]:
     for kind, new in (("stream", pa.ipc.new_stream), ("file", pa.ipc.new_file)):
         name, place = f"null in an Arrow {kind}", ":record batch 0, row 2"
         yield Damage(
-            "null in a table", name, "data.arrow", _arrow(rows, new), '"chosen" is null', "type", place=place
+            "null in a table", name, "data.arrow", arrow(rows, new), '"chosen" is null', "type", place=place
         )
-        whole = _arrow(good, new)
+        whole = arrow(good, new)
         half = len(whole) // 2
         for what, data, message, problem in (
             ("cut off", whole[:half], says, "unreadable_file"),
             ("cut at its end", whole[:-8], says, "unreadable_file"),
             ("with a hole", whole[: half - 200] + b"\0" * 400 + whole[half + 200 :], says, "unreadable_file"),
             ("with more", whole + b"more", says, "unreadable_file"),
-            ("without rows", _arrow(good.slice(0, 0), new), "the file has no rows", "unreadable_file"),
-            ("without columns", _arrow(other, new), "no column of the table", "missing_key"),
+            ("without rows", arrow(good.slice(0, 0), new), "the file has no rows", "unreadable_file"),
+            ("without columns", arrow(other, new), "no column of the table", "missing_key"),
         ):
             name = f"Arrow {kind} {what}"
             yield Damage(f"Arrow {what}", name, "data.arrow", data, message, problem, scope="file")

@@ -33,6 +33,8 @@ def arrow_blocks(file: str, columns: frozenset[str]) -> Iterator[TableBlock]:
                 yield from _batch_blocks(f"{file}:record batch {number}, row ", file, batch)
     except reading_errors() as error:
         raise not_readable(file, "Arrow", reason_of(error)) from error
+    except MemoryError as error:
+        raise not_readable(file, "Arrow", "a record batch is larger than the memory") from error
 
 
 def _batches(file: str, raw: BinaryIO, columns: frozenset[str]) -> Iterator[pa.RecordBatch]:

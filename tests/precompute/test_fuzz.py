@@ -1,6 +1,8 @@
 """Whatever is read, it is read as it stands, or refused with its place: no other exception, nothing lost."""
 
+import csv
 import gzip
+import io
 import itertools
 import json
 import tempfile
@@ -12,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import zstandard
-from damage import GOOD, lines, parquet, parsed
+from damage import GOOD, arrow, lines, parquet, parsed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -179,7 +181,7 @@ JSON_PARTS = st.sampled_from(
     ]
 )
 RAW = st.binary(max_size=200) | st.lists(JSON_PARTS, max_size=20).map(b"".join)
-SUFFIXES = [".jsonl", ".json", ".jsonl.gz", ".json.zst", ".parquet"]
+SUFFIXES = [".jsonl", ".json", ".jsonl.gz", ".json.zst", ".parquet", ".arrow", ".csv", ".tsv.gz"]
 
 
 @examples(800)
@@ -190,6 +192,14 @@ def test_any_bytes_are_rows_or_refused(data: bytes, suffix: str, packed: bool) -
         data = {".gz": gzip.compress, "zst": zstandard.compress}.get(suffix[-3:], bytes)(data)
     with written(data, suffix) as path:
         scan(path)
+
+
+def to_csv(rows: list[Row], delimiter: str = ",") -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 ROWS = [{**GOOD["text"](i), "weight": i / 4} for i in range(12)]
@@ -204,6 +214,10 @@ VALID: list[tuple[str, bytes]] = [
     (".parquet", parquet(ROWS, compression="snappy", row_group_size=5)),
     (".parquet", parquet(CHATS, compression="zstd", use_dictionary=False, data_page_version="2.0")),
     (".parquet", parquet(CHATS, compression="gzip", store_schema=False)),
+    (".arrow", arrow(pa.Table.from_pylist(ROWS), pa.ipc.new_stream)),
+    (".arrow", arrow(pa.Table.from_pylist(CHATS))),
+    (".csv", to_csv(ROWS)),
+    (".tsv.gz", gzip.compress(to_csv(ROWS, "\t"), mtime=0)),
 ]
 EDITS = st.lists(
     st.tuples(
@@ -247,7 +261,11 @@ def test_a_valid_file_that_was_damaged_is_rows_or_refused(
 
 
 @examples(1000)
-@given(st.sampled_from(VALID[5:]), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+@given(
+    st.sampled_from([(end, data) for end, data in VALID if end == ".parquet"]),
+    st.floats(0, 1, exclude_max=True),
+    st.integers(1, 255),
+)
 def test_a_table_whose_description_was_damaged_loses_no_row_in_silence(
     valid: tuple[str, bytes], share: float, byte: int
 ) -> None:
@@ -304,6 +322,8 @@ WRITERS: list[tuple[str, Callable[[list[Row]], bytes]]] = [
     (".json.zst", lambda rows: zstandard.compress(json.dumps(rows).encode())),
     (".parquet", lambda rows: parquet(rows, row_group_size=2)),
     (".parquet", lambda rows: parquet(rows, use_dictionary=False, compression="none")),
+    (".arrow", lambda rows: arrow(pa.Table.from_pylist(rows))),
+    (".arrow", lambda rows: arrow(pa.Table.from_pylist(rows), pa.ipc.new_stream)),
 ]
 
 
@@ -313,6 +333,20 @@ def test_what_is_written_in_any_format_is_what_is_read(rows: list[Row]) -> None:
     expected = [(row["prompt"], row["chosen"], row["rejected"], row["source"]) for row in rows]
     for suffix, write in WRITERS:
         with written(write(rows), suffix) as path:
+            assert good(scan(path)) == expected
+
+
+@examples(300)
+@given(TEXT_ROWS.filter(lambda rows: b"\0" not in to_csv(rows)))
+def test_what_is_written_as_csv_is_what_is_read(rows: list[Row]) -> None:
+    # An empty cell is no source.
+    expected = [(row["prompt"], row["chosen"], row["rejected"], row["source"] or None) for row in rows]
+    for suffix, content in (
+        (".csv", to_csv(rows)),
+        (".tsv", to_csv(rows, "\t")),
+        (".csv.gz", gzip.compress(to_csv(rows))),
+    ):
+        with written(content, suffix) as path:
             assert good(scan(path)) == expected
 
 
