@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA
 from dpo_opt.schemas.locations import AnyPath, location
@@ -202,7 +203,8 @@ def _check_once(shards_dir: AnyPath, name: str, sha256: str, state: tuple[int, i
 def _scan(files: Sequence[Path], schema: pa.Schema, *, what: str) -> pl.LazyFrame:
     for file in files:
         try:
-            names = pq.read_schema(file).names
+            with arrow_file(file) as raw:
+                names = pq.read_schema(raw).names
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(
                 f"not readable as Parquet ({first_line(error)})",
@@ -234,5 +236,6 @@ def _lazy_shards(files: Sequence[Path]) -> pl.LazyFrame:
 def _lazy(files: Sequence[Path], schema: pa.Schema) -> pl.LazyFrame:
     if not files:
         return pl.LazyFrame(pl.from_arrow(schema.empty_table()))
-    # Not as a pattern: folder names may hold [ or *.
-    return pl.scan_parquet(list(files), glob=False, hive_partitioning=False).select(schema.names)
+    # Not as a pattern: folder names may hold [ or *. A relative name such as file:1 would be a URL.
+    whole = [file.absolute() for file in files]
+    return pl.scan_parquet(whole, glob=False, hive_partitioning=False).select(schema.names)

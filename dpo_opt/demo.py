@@ -152,9 +152,13 @@ def _read_samples(path: Path, model: Path, analyser: Any) -> list[list[_Written]
     """What the trained model wrote: the very samples its KL was measured on."""
     import pyarrow.parquet as pq
 
+    from dpo_opt.schemas.arrow_file import arrow_file
+
     tokenizer = load_tokenizer(model)
     written: dict[str, list[_Written]] = {}
-    for row in pq.read_table(path, columns=["prompt_ids", "completion_ids"]).to_pylist():
+    with arrow_file(path) as raw:
+        samples = pq.read_table(raw, columns=["prompt_ids", "completion_ids"]).to_pylist()
+    for row in samples:
         opening = tokenizer.decode(row["prompt_ids"])
         text = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
         sentiment = analyser.polarity_scores(text)["compound"]

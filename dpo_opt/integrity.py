@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from dpo_opt.folder_notes import planned_rows
+from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath, inside, on_this_machine, sizes
@@ -45,8 +46,11 @@ def _problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     index = None
     index_path = shards / manifest.index_file
     try:
-        with verified_file(shards, manifest.index_file, manifest.index_sha256) as file:
-            index = pq.read_table(file, partitioning=None)
+        with (
+            verified_file(shards, manifest.index_file, manifest.index_sha256) as file,
+            arrow_file(file) as raw,
+        ):
+            index = pq.read_table(raw)
     except DataError as error:
         yield f"{error.where}: {error.what}"
     except (pa.ArrowException, OSError) as error:
@@ -176,7 +180,8 @@ def _row_problems(file: Path, commit: ShardCommit, kept: set[int]) -> Iterator[s
 
 
 def _metadata_problems(file: Path, commit: ShardCommit) -> Iterator[str]:
-    metadata = pq.read_schema(file).metadata or {}
+    with arrow_file(file) as raw:
+        metadata = pq.read_schema(raw).metadata or {}
     if metadata.get(b"dpo_opt.shard", b"").decode() != str(commit.shard):
         yield f"it says it is shard {metadata.get(b'dpo_opt.shard', b'none').decode()}, not {commit.shard}"
     try:
@@ -211,7 +216,7 @@ def _side_problems(side: str, ids: int, logps: LogpArray) -> Iterator[str]:
 def _index_difference(file: Path, shard: int, index: pa.Table) -> str | None:
     """The first row of which the index says something else than the shard."""
     names = [name for name in INDEX_SCHEMA.names if name not in ("shard", "row_group")]
-    with pq.ParquetFile(file) as opened:
+    with arrow_file(file) as raw, pq.ParquetFile(raw) as opened:
         parts = [opened.read_row_group(group, columns=names) for group in range(opened.num_row_groups)]
     groups = [number for number, part in enumerate(parts) for _ in range(len(part))]
     if len(groups) != len(index):
@@ -230,7 +235,8 @@ def _index_difference(file: Path, shard: int, index: pa.Table) -> str | None:
 
 def _dropped_problems(file: Path, commit: ShardCommit, dropped: set[int]) -> Iterator[str]:
     """``dropped`` collects the rows."""
-    table = pq.read_table(file, partitioning=None, page_checksum_verification=True)
+    with arrow_file(file) as raw:
+        table = pq.read_table(raw, page_checksum_verification=True)
     if missing := [name for name in DROPPED_SCHEMA.names if name not in table.schema.names]:
         yield f"it lacks the columns {', '.join(missing)}"
         return
@@ -279,7 +285,8 @@ def _column_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
 
 def _values_problems(file: Path, name: str, known: int) -> Iterator[str]:
     try:
-        table = pq.read_table(file, columns=["row", name], partitioning=None)
+        with arrow_file(file) as raw:
+            table = pq.read_table(raw, columns=["row", name])
         if table.schema.field("row").type != pa.int64():
             raise TypeError("row is not int64")
         rows = table["row"].to_numpy()

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dpo_opt.schemas.arrow_file import arrow_file
+
 
 class LastMetrics(NamedTuple):
     """Means over pairs, in the names of ``metrics.jsonl`` without their prefix."""
@@ -48,7 +50,7 @@ def _count(folder: Path, *, phase: str, first: int, end: int) -> int:
     """Pairs of a phase in the steps from ``first`` on and before ``end``."""
     pairs = 0
     for path in folder.glob("*.parquet"):
-        with pq.ParquetFile(path) as file:
+        with arrow_file(path) as raw, pq.ParquetFile(raw) as file:
             rows = file.read(columns=["step", "phase"])
         inside = (pc.field("step") >= first) & (pc.field("step") < end) & (pc.field("phase") == phase)
         pairs += rows.filter(inside).num_rows

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import MANIFEST
@@ -100,7 +101,7 @@ def _write(folder: ShardFolder, path: Path) -> None:
     pairs = folder.pairs()
     with (
         publish(path) as private,
-        pa.OSFile(str(private), "wb") as sink,
+        arrow_file(private, "wb") as sink,
         pa.ipc.new_stream(sink, SCHEMA) as out,
     ):
         while some := list(itertools.islice(pairs, _ROWS_AT_ONCE)):

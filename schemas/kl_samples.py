@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.pairs import IdArray, LogpArray
 from dpo_opt.schemas.storage import publish
 
@@ -46,5 +47,5 @@ class KLSample:
 def write_kl_samples(path: Path, samples: Sequence[KLSample]) -> None:
     """Publish the table."""
     columns = {name: [getattr(s, name) for s in samples] for name in KL_SAMPLES_SCHEMA.names}
-    with publish(path) as private:
-        pq.write_table(pa.Table.from_pydict(columns, schema=KL_SAMPLES_SCHEMA), private, compression="zstd")
+    with publish(path) as private, arrow_file(private, "wb") as sink:
+        pq.write_table(pa.Table.from_pydict(columns, schema=KL_SAMPLES_SCHEMA), sink, compression="zstd")

@@ -12,6 +12,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.pairs import LogpArray
 from dpo_opt.schemas.storage import publish
 
@@ -57,7 +58,11 @@ class PairLogps:
 
 def write_pair_logps(path: Path, batches: Iterable[Sequence[PairLogps]]) -> None:
     """Publish one segment of the table; each batch is a row group, and only one is in memory."""
-    with publish(path) as private, pq.ParquetWriter(private, PAIR_LOGPS_SCHEMA, compression="zstd") as writer:
+    with (
+        publish(path) as private,
+        arrow_file(private, "wb") as sink,
+        pq.ParquetWriter(sink, PAIR_LOGPS_SCHEMA, compression="zstd") as writer,
+    ):
         for rows in batches:
             columns = {name: [getattr(row, name) for row in rows] for name in PAIR_LOGPS_SCHEMA.names}
             writer.write_table(pa.Table.from_pydict(columns, schema=PAIR_LOGPS_SCHEMA))

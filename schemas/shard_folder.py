@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
+from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, DpoOptError, quoted
 from dpo_opt.schemas.locations import AnyPath, fetch, inside, on_this_machine
 from dpo_opt.schemas.manifest import TOKENIZER, Manifest, damaged, load_manifest, tokenizer_names
@@ -43,7 +44,8 @@ class ShardFolder:
             columns: Only these: of a million pairs the identifiers alone are 72 MB.
         """
         # Not `pq.read_table`, which takes several times the time and memory for the same columns.
-        with pq.ParquetFile(self._file(self.manifest.index_file, self.manifest.index_sha256)) as file:
+        path = self._file(self.manifest.index_file, self.manifest.index_sha256)
+        with arrow_file(path) as raw, pq.ParquetFile(raw) as file:
             return file.read(columns=None if columns is None else list(columns))
 
     def row_groups(
@@ -134,7 +136,8 @@ def verified_file(shards_dir: AnyPath, name: str, sha256: str) -> Iterator[Path]
         if not path.is_file():
             raise _missing(path, shards_dir)
         _require_sha256(path, sha256, where=path, shards_dir=shards_dir)
-        yield path
+        # Its readers may be libraries that take a relative name with a colon for a URL.
+        yield path.absolute()
         return
     with tempfile.TemporaryDirectory(prefix="dpo-opt-") as own:
         file = Path(own) / path.name

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath
@@ -138,8 +139,9 @@ def write_table(path: AnyPath, table: pa.Table, *, row_group_rows: int = ROW_GRO
     logps = {_leaf(field) for field in table.schema if pa.types.is_floating(_value_type(field))}
     with (
         publish(path) as private,
+        arrow_file(private, "wb") as sink,
         pq.ParquetWriter(
-            private,
+            sink,
             table.schema,
             compression="zstd",
             use_dictionary=[leaf for leaf in map(_leaf, table.schema) if leaf not in logps],
@@ -171,7 +173,7 @@ def read_row_groups(path: Path, *, row_groups: Sequence[int] | None = None) -> I
         DataError: The file cannot be read as a shard of this version.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with arrow_file(path) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
             _check_schema(file, path)
             groups = range(file.num_row_groups) if row_groups is None else row_groups
             for group in groups:
@@ -192,7 +194,8 @@ def inconsistent_columns(path: Path) -> Iterator[tuple[int, str]]:
         DataError: The file cannot be read as a shard of this version.
     """
     position = 0
-    stored = pq.read_table(path, columns=["row", *_DERIVED])
+    with arrow_file(path) as raw:
+        stored = pq.read_table(raw, columns=["row", *_DERIVED])
     for pairs in read_row_groups(path):
         part = stored.slice(position, len(pairs))
         position += len(pairs)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, first_line
 from dpo_opt.schemas.locations import AnyPath, is_file, on_this_machine
 from dpo_opt.schemas.storage import publish
@@ -54,8 +55,8 @@ def write_column(shards_dir: AnyPath, name: str, column: Column, *, keep_rows: i
         there = _read_table(path, name)
         there = there.filter(pc.less(there["row"], keep_rows))
         table = pa.concat_tables([there, table.filter(pc.greater_equal(table["row"], keep_rows))])
-    with publish(path) as private:
-        pq.write_table(table, private)
+    with publish(path) as private, arrow_file(private, "wb") as sink:
+        pq.write_table(table, sink)
 
 
 def columns_digest(columns: Mapping[str, Column], *, from_row: int = 0) -> str:

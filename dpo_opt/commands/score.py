@@ -40,8 +40,10 @@ def _lines(output: Path, *, model: str) -> Iterator[str]:
     """Means over the pairs of a table of log-probs."""
     import pyarrow.parquet as pq
 
+    from dpo_opt.schemas.arrow_file import arrow_file
+
     names = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("logps", "length")]
-    with pq.ParquetFile(output) as file:
+    with arrow_file(output) as raw, pq.ParquetFile(raw) as file:
         columns = [column.to_numpy() for column in file.read(columns=names).columns]
     chosen, chosen_length, rejected, rejected_length = columns
     yield f"output  {output}"
