@@ -13,11 +13,12 @@ import secrets
 import socket
 import time
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from dpo_opt.precompute.engine.process_watchdog import start_time
 from dpo_opt.precompute.shards.commits import committed, is_committed
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, DpoOptError, quoted
 from dpo_opt.schemas.locations import AnyPath, read_all, remove, sizes
 from dpo_opt.schemas.manifest import COMMITS, Plan, ShardCommit, ShardRange
 from dpo_opt.schemas.progress import Progress, Silent
@@ -151,14 +152,25 @@ class _Marks:
         return busy
 
     def set(self, shard: int) -> bool:
-        """Mark a shard; False if another worker has marked it."""
-        token = secrets.token_hex(4)
+        """Mark a shard; False if another worker has marked it.
+
+        Raises:
+            DpoOptError: A folder has the mark's name.
+        """
+        path, token = self._path(shard), secrets.token_hex(4)
         _set_here.add(token)
         text = json.dumps([socket.gethostname(), os.getpid(), token, start_time(os.getpid())])
         try:
-            write_text(self._path(shard), text, replace=shard in self._stale)
+            write_text(path, text, replace=shard in self._stale or _is_no_mark(path))
         except FileExistsError:
             return False
+        except IsADirectoryError as error:
+            raise DpoOptError(
+                f"a folder has the name by which a worker marks shard {shard}",
+                where=str(path),
+                why="without a mark, several workers would score the shard at once",
+                fix=f"rm -r {quoted(path)}, then run the same command again",
+            ) from error
         return True
 
     def clear(self, shard: int) -> None:
@@ -177,6 +189,11 @@ class _Marks:
         )
 
 
+def _is_no_mark(path: AnyPath) -> bool:
+    """Whether something is there that no worker sets: a folder, a pipe, or a link to no file."""
+    return isinstance(path, Path) and os.path.lexists(path) and not path.is_file()
+
+
 def _is_gone(text: bytes) -> bool:
     """Whether the process that set a mark has ended; False if it runs on another machine.
 
@@ -193,7 +210,7 @@ def _is_gone(text: bytes) -> bool:
         is_own = _may_signal(int(process))
     except ProcessLookupError:
         return True
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return False
     begins = start_time(int(process))
     if begins is None:

@@ -23,7 +23,7 @@ from dpo_opt.precompute.run import precompute, work
 from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.workers import assignment
 from dpo_opt.precompute.workers.assignment import Worker, worker_from_environment
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.progress import Silent
 
 Configs = Callable[..., PrecomputeConfig]
@@ -182,6 +182,43 @@ def test_the_shard_of_a_dead_worker_is_scored_by_the_others(
     before = time.monotonic()
     assert precompute(other, scorer=ScriptedScorer()).kept == 12
     assert 1 <= time.monotonic() - before < 5
+
+
+def deep(path: Path) -> None:
+    path.write_text("[" * 200_000)
+
+
+NO_MARKS: dict[str, Callable[[Path], object]] = {
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to a folder": lambda path: path.symlink_to("."),
+    "a pipe": os.mkfifo,
+    "deep JSON": deep,
+    "a folder": Path.mkdir,
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("looking_often")
+@pytest.mark.parametrize("name", NO_MARKS)
+def test_what_no_worker_sets_stops_no_worker(
+    config_of: Configs, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of()
+    monkeypatch.setattr(assignment, "_PATIENCE_WITHOUT_EXPERIENCE", 0.1)
+    monkeypatch.setattr(assignment, "_LEAST_PATIENCE", 0.1)
+    path = Path(str(config.shards)) / "commits" / ".00001.00000000.tmp"
+    path.parent.mkdir(parents=True)
+    NO_MARKS[name](path)
+    if name == "a folder":
+        with pytest.raises(
+            DpoOptError, match="a folder has the name by which a worker marks shard 1"
+        ) as caught:
+            precompute(config, scorer=ScriptedScorer())
+        assert caught.value.where == str(path)
+        assert caught.value.fix == f"rm -r {path}, then run the same command again"
+        path.rmdir()
+    assert precompute(config, scorer=ScriptedScorer()).kept == 12
+    assert not os.path.lexists(path)
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "ray", "local"])
