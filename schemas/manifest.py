@@ -41,6 +41,7 @@ SLURM = "slurm"
 """Scripts, settings and logs of jobs."""
 DAMAGED = "damaged"
 """Kind of the errors that ``dpo-opt repair`` mends."""
+_ONLY_RECORD = "nothing else says which files belong to the folder"
 R = TypeVar("R", bound=BaseModel)
 _SAFE_FILE = re.compile(rf"(({DATA}|{DROPPED})/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -222,7 +223,7 @@ def load_manifest(shards_dir: AnyPath) -> Manifest:
     path = shards_dir / MANIFEST
     body = _body(shards_dir)
     _require_known_version(body, shards_dir)
-    manifest = parse(Manifest, json.dumps(body), where=path)
+    manifest = _parse_body(Manifest, body, shards_dir)
     named = [name for shard in manifest.shards for name in (shard.file, shard.dropped_file)]
     for name in [*named, manifest.index_file]:
         if not _SAFE_FILE.fullmatch(name):
@@ -249,8 +250,20 @@ def tokenizer_names(shards_dir: AnyPath) -> list[str] | None:
     Raises:
         DataError: As ``load_manifest``, or the names are no list of text.
     """
-    body = _body(shards_dir)
-    return parse(_TokenizerFiles, json.dumps(body), where=shards_dir / MANIFEST).tokenizer_files
+    return _parse_body(_TokenizerFiles, _body(shards_dir), shards_dir).tokenizer_files
+
+
+def _parse_body(kind: type[R], body: dict[str, object], shards_dir: AnyPath) -> R:
+    """Read a manifest whose hash is right.
+
+    Raises:
+        DataError: It holds something else all the same, as another program may write it.
+    """
+    path = shards_dir / MANIFEST
+    try:
+        return parse(kind, json.dumps(body), where=path)
+    except DataError as error:
+        raise damaged(error.what, path, shards_dir, why=_ONLY_RECORD) from error
 
 
 def _body(shards_dir: AnyPath) -> dict[str, object]:
@@ -268,11 +281,10 @@ def _body(shards_dir: AnyPath) -> dict[str, object]:
         )
     try:
         body: dict[str, object] = json.loads(text.decode("utf-8"))
-        stated = body.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        why = "nothing else says which files belong to the folder"
-        raise damaged("not readable as a manifest", path, shards_dir, why=why) from error
-    if stated != _body_hash(body):
+        stated, right = body.pop("sha256"), _body_hash(body)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise damaged("not readable as a manifest", path, shards_dir, why=_ONLY_RECORD) from error
+    if stated != right:
         why = "it was edited or damaged after it was written"
         raise damaged("the manifest does not match its own hash", path, shards_dir, why=why)
     return body

@@ -177,7 +177,13 @@ def test_every_change_of_the_manifest_by_hand_is_noticed(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"null", b"3", b'"text"', b"[]", b'["sha256"]', b"{}", b'{"sha256": 1}', b"\xff\xfe"],
+    [
+        *(b"", b"{", b"null", b"3", b'"text"', b"[]", b'["sha256"]', b"{}", b'{"sha256": 1}', b"\xff\xfe"),
+        b'{"\\ud800": 1, "sha256": "a"}',
+        b"[" * 200_000,
+        b'{"a":' * 200_000,
+    ],
+    ids=lambda content: str(content[:30]),
 )
 def test_a_manifest_that_is_none_is_refused(folder: Path, content: bytes) -> None:
     (folder / MANIFEST).write_bytes(content)
@@ -225,8 +231,14 @@ def rewrite_manifest(folder: Path, **changes: Any) -> Path:
 
 
 def test_a_value_of_another_kind_is_refused_by_its_field(folder: Path) -> None:
-    rewrite_manifest(folder, rows="many")
-    assert refusal(lambda: load_manifest(folder)).what.startswith("rows: ")
+    for key, value in (("rows", "many"), ("kept", float("nan")), ("tokenizer_files", [[1]])):
+        before = (folder / MANIFEST).read_bytes()
+        rewrite_manifest(folder, **{key: value})
+        error = refusal(lambda: (load_manifest(folder), tokenizer_names(folder)))
+        assert error.what.startswith(key)
+        assert error.why == "nothing else says which files belong to the folder"
+        assert error.fix == f"dpo-opt repair --shards {folder}"
+        (folder / MANIFEST).write_bytes(before)
 
 
 def test_keys_of_a_later_version_are_ignored_and_hashed_all_the_same(folder: Path) -> None:
