@@ -25,6 +25,7 @@ def publish(path: AnyPath, *, replace: bool = True) -> Iterator[Path]:
     Args:
         path: Path or URL.
         replace: If false, a file that is there stays, and of several processes that publish at once one wins.
+            A link to nothing is no file.
 
     Raises:
         FileExistsError: Something is there, and must not be replaced.
@@ -58,7 +59,10 @@ def _name_if_free(private: Path, path: Path) -> None:
     try:
         path.hardlink_to(private)
     except FileExistsError:
-        raise
+        # Readers take a link to nothing for no file.
+        if not path.is_symlink() or path.exists():
+            raise
+        private.replace(path)
     except OSError:
         # A file system without links. Of two processes that publish at once, the later one may win.
         if path.exists():

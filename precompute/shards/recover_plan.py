@@ -5,6 +5,7 @@ import tempfile
 from typing import Any, NamedTuple
 
 import yaml
+from pydantic import ValidationError
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.shards.commits import is_of, read_commit
@@ -101,7 +102,12 @@ def _plan_from_data(shards_dir: AnyPath) -> Plan:
     settings = latest_settings(shards_dir, lost=PLAN)
     with tempfile.TemporaryDirectory(prefix="dpo-opt-") as elsewhere:
         # An empty folder, because a plan in it would be read first, and that one is damaged.
-        config = PrecomputeConfig.model_validate(settings | {"shards": elsewhere})
+        try:
+            config = PrecomputeConfig.model_validate(settings | {"shards": elsewhere})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name, reason = quoted(".".join(map(str, first["loc"]))), first["msg"]
+            raise _no_settings(PLAN, f"{COMMAND} does not fit ({name}: {reason})", shards_dir) from error
         reference = resolve_reference(config)
         tokenizer = make_tokenizer(config, reference).on(scored.template_date)
         numerics = Numerics(**{name: getattr(scored, name) for name in Numerics._fields})
@@ -125,20 +131,27 @@ def _plan_from_data(shards_dir: AnyPath) -> Plan:
 
 
 def latest_settings(shards_dir: AnyPath, *, lost: str) -> dict[str, Any]:
-    """The settings of the folder's latest run.
+    """The settings of the folder's latest run; they name a model, and nothing else is known of them.
 
     Raises:
-        DataError: They are lost too.
+        DataError: They are lost or damaged too.
     """
     try:
         settings = yaml.safe_load(read_all(shards_dir, [COMMAND]).get(COMMAND, b""))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        # PyYAML raises the last ones for a value that is not of the kind that its tag or its form says.
         settings = None
     if not isinstance(settings, dict):
-        raise DataError(
-            f"{lost} is lost or damaged, and there is no {COMMAND} to make it again by",
-            where=str(shards_dir),
-            why="nothing else says which data and which model were scored",
-            fix=f"restore {lost} from where the folder was copied, or pass another --shards folder",
-        )
+        raise _no_settings(lost, f"there is no {COMMAND} to make it again by", shards_dir)
+    if not isinstance(settings.get("model"), str):
+        raise _no_settings(lost, f"{COMMAND} names no model", shards_dir)
     return settings
+
+
+def _no_settings(lost: str, reason: str, shards_dir: AnyPath) -> DataError:
+    return DataError(
+        f"{lost} is lost or damaged, and {reason}",
+        where=str(shards_dir),
+        why="nothing else says which data and which model were scored",
+        fix=f"restore {lost} from where the folder was copied, or pass another --shards folder",
+    )

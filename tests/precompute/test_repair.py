@@ -1,6 +1,7 @@
 """What is damaged on disk is scored again, nothing else is, and the result is that of an undisturbed run."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from dpo_opt.precompute.run import precompute
 from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.repair import Repair, repair
 from dpo_opt.precompute.shards.status import status
-from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError
+from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import (
     COMMAND,
@@ -163,6 +164,14 @@ def test_a_folder_that_is_whole_is_left_as_it_is(finished: Path, is_final: bool)
     assert (found.next is None) == is_final
 
 
+def count_nothing(manifest: Path) -> None:
+    """Give the manifest a number that is none, and the hash that is right for it."""
+    body = {**json.loads(manifest.read_text()), "kept": float("nan")}
+    del body["sha256"]
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    manifest.write_text(json.dumps({**body, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
+
+
 REBUILT: dict[str, tuple[Break, list[str]]] = {
     "an index that was damaged": (lambda folder: flip(folder / INDEX), [MANIFEST]),
     "an index that was lost": (lambda folder: (folder / INDEX).unlink(), [MANIFEST]),
@@ -176,6 +185,12 @@ REBUILT: dict[str, tuple[Break, list[str]]] = {
     "a manifest that was lost": (lambda folder: (folder / MANIFEST).unlink(), [MANIFEST]),
     "a plan that was lost": (lambda folder: (folder / PLAN).unlink(), [PLAN]),
     "a plan that was cut": (lambda folder: (folder / PLAN).write_bytes(b""), [PLAN]),
+    "a deep manifest": (lambda folder: (folder / MANIFEST).write_text("[" * 200_000), [MANIFEST]),
+    "a manifest with half a character": (
+        lambda folder: (folder / MANIFEST).write_text('{"\\ud800": 1, "sha256": "a"}'),
+        [MANIFEST],
+    ),
+    "a manifest of another program": (lambda folder: count_nothing(folder / MANIFEST), [MANIFEST]),
     "plan and index": (
         lambda folder: (flip(folder / INDEX), (folder / PLAN).write_text("[]")),
         [PLAN, MANIFEST],
@@ -390,6 +405,48 @@ def test_a_plan_is_made_again_from_the_data_it_was_of_only(
     (scored / COMMAND).write_text(settings)
     assert files(scored) == before
     assert repair(scored).finalized
+
+
+SETTINGS = {
+    "{}": "names no model",
+    "a: 1": "names no model",
+    "model: 3": "names no model",
+    "model: [3]": "names no model",
+    "model: a\ndata: b\nworker_indexx: 3": r"does not fit \(worker_indexx: ",
+    "model: a": r"does not fit \(data: ",
+    "1: 2\nmodel: a": "does not fit",
+    "[" * 20_000: "there is no",
+    "a: 2020-99-99": "there is no",
+    "a: !!timestamp x": "there is no",
+    "a: !!bool x": "there is no",
+}
+
+
+@pytest.mark.parametrize("content", SETTINGS, ids=lambda content: repr(content[:30]))
+def test_settings_that_are_none_make_nothing_again(scored: Path, tiny_model: Path, content: str) -> None:
+    (scored / COMMAND).write_text(content)
+    plan = (scored / PLAN).read_bytes()
+    for lost in (PLAN, f"{TOKENIZER}/"):
+        if lost == PLAN:
+            (scored / PLAN).unlink()
+        else:
+            shutil.rmtree(scored / TOKENIZER)
+        reason = SETTINGS[content]
+        if lost == PLAN or "does not fit" not in reason:
+            with pytest.raises(DataError, match=f"{lost} is lost or damaged, and .*{reason}") as caught:
+                repair(scored)
+        else:  # which needs the model alone
+            with pytest.raises(ConfigError, match="there is no model folder 'a'") as caught:
+                repair(scored)
+        assert caught.value.fix
+        (scored / PLAN).write_bytes(plan)
+
+
+def test_an_index_that_is_a_link_to_nothing_is_written(made: Path, scored: Path) -> None:
+    (scored / INDEX).symlink_to("nowhere")
+    finalize(scored)
+    assert not (scored / INDEX).is_symlink()
+    assert contents(scored) == contents(made / "shards")
 
 
 def test_a_folder_that_holds_nothing_is_no_folder_of_shards(tmp_path: Path) -> None:

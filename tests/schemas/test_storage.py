@@ -180,3 +180,16 @@ def test_a_folders_hash_covers_names_bytes_and_subfolders(tmp_path: Path) -> Non
         make("g", {"x": "1", "y": "2", "templates/t.jinja": "4"}),
     ]
     assert len({same, *others}) == 6
+
+
+def test_a_file_that_must_stay_stays_and_a_link_to_nothing_is_none(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "first")
+    (tmp_path / "b").symlink_to("a")
+    for name in ("a", "b"):
+        with pytest.raises(FileExistsError):
+            write_text(tmp_path / name, "second", replace=False)
+    (tmp_path / "c").symlink_to("nowhere")
+    write_text(tmp_path / "c", "third", replace=False)
+    assert (tmp_path / "c").read_text() == "third"
+    assert names(tmp_path) == {"a", "b", "c"}
+    assert (tmp_path / "a").read_text() == "first"
