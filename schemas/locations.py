@@ -30,13 +30,15 @@ _ON_THIS_MACHINE = ("file", "local")
 _ONE_SLASH = re.compile(r"[a-z][a-z0-9+]+:/(?!/)")
 # A separator or a drive of another system, and what ends a name for the system's own calls.
 _NOT_IN_A_NAME = re.compile(r"[\\:\x00]")
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")
+"""Python's sign for a byte of a file's name that is not UTF-8."""
 
 
 def location(name: str | Path | UPath) -> AnyPath:
     """The path or URL that a name means; ``~`` and ``file://`` are paths.
 
     Raises:
-        ConfigError: It is no usable URL, or nothing here reads such URLs.
+        ConfigError: It is no usable URL, or nothing here reads such URLs; or the path is not UTF-8.
     """
     if not isinstance(name, str | Path | UPath):
         raise ValueError("not a path")
@@ -50,6 +52,13 @@ def location(name: str | Path | UPath) -> AnyPath:
     if not isinstance(name, Path) and "://" in str(name):
         return _store_path(name)
     path = Path(str(name))
+    if _NOT_UTF8.search(str(path)):
+        raise ConfigError(
+            "the name is not UTF-8",
+            where=quoted(path),
+            why="the libraries that read and write tokenizers and tables refuse such names",
+            fix="pass a path whose name is UTF-8",
+        )
     # Only one's own: a folder may really be called ~somebody.
     return path.expanduser() if path.parts[:1] == ("~",) else path
 

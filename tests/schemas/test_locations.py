@@ -1,6 +1,7 @@
 """Paths and URLs: what a name means, and what a store's answers mean."""
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from fsspec.implementations.memory import MemoryFileSystem
 from upath import UPath
 
+from dpo_opt.cli import main
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError
 from dpo_opt.schemas.locations import (
     AnyPath,
@@ -75,6 +78,17 @@ def test_what_is_no_usable_url_is_refused(name: str | Path, match: str) -> None:
     with pytest.raises(ConfigError, match=match) as caught:
         location(name)
     assert caught.value.where == str(name)
+
+
+def test_a_path_that_is_not_utf8_is_refused_as_a_shell_writes_it(tmp_path: Path) -> None:
+    name = os.fsdecode(b"/tmp/caf\xe9")
+    with pytest.raises(ConfigError, match="not UTF-8") as caught:
+        location(name)
+    assert caught.value.where == r"$'/tmp/caf\xe9'"
+    assert (caught.value.why is None, caught.value.fix is None) == (False, False)
+    ran = CliRunner().invoke(main, ["status", "--shards", str(tmp_path / os.fsdecode(b"\xff"))])
+    assert ran.exit_code == 2
+    assert "the name is not UTF-8" in ran.stderr
 
 
 def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
