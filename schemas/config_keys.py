@@ -40,7 +40,7 @@ def kept_model_config(shards_dir: AnyPath, *, digest: str) -> dict[str, Any] | N
         digest: ``model_config_digest`` of its fingerprint.
     """
     text = read_all(shards_dir, [MODEL_CONFIG]).get(MODEL_CONFIG)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(text or "")
         if isinstance(found, dict) and digest_of_config(found) == digest:
             return found

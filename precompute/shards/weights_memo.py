@@ -59,7 +59,7 @@ def remember_weights(shards_dir: AnyPath, *, digest: str, files: list[dict[str, 
 
 def _read(shards_dir: AnyPath) -> dict[str, Any] | None:
     """The stored digest; None if it cannot be read, because the weights files can be hashed again."""
-    unreadable: tuple[type[Exception], ...] = (*store_errors(), ValueError)
+    unreadable: tuple[type[Exception], ...] = (*store_errors(), ValueError, RecursionError)
     try:
         memo = json.loads((shards_dir / WEIGHTS).read_text(encoding="utf-8"))
     except unreadable:

@@ -23,6 +23,10 @@ from dpo_opt.schemas.weights import weights_digest
 Hashed = list[Path]
 
 
+def repr_of(text: str) -> str:
+    return repr(text[:20])
+
+
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> Hashed:
     """Folders whose weights were read."""
@@ -127,7 +131,9 @@ def test_other_files_are_read(model: Path, tmp_path: Path, hashed: Hashed, chang
     assert hashed == [model]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weights": "d"}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"weights": "d"}', "\x00", "[" * 200_000], ids=repr_of
+)
 def test_a_memo_that_says_nothing_is_as_good_as_none(
     model: Path, tmp_path: Path, hashed: Hashed, text: str
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from fakes import FINGERPRINT
 from pydantic import BaseModel
 
+from dpo_opt.schemas.config_keys import MODEL_CONFIG, kept_model_config
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import (
     INDEX,
@@ -460,3 +461,11 @@ def test_a_record_that_is_none_is_refused_with_its_field(text: str | bytes, name
     error = refusal(lambda: parse(Plan, text, where=Path("plan.json")))
     assert error.where == "plan.json"
     assert error.what.startswith(f"{named}: ")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"\\ud800": 1}', b"\xff\xfe", b"[" * 200_000], ids=len
+)
+def test_a_models_settings_that_are_none_are_as_good_as_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / MODEL_CONFIG).write_bytes(content)
+    assert kept_model_config(tmp_path, digest="d" * 64) is None
