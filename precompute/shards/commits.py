@@ -196,11 +196,18 @@ def is_of(commit: ShardCommit, planned: ShardRange, plan: Plan) -> bool:
     """Whether a commit says that it holds a planned shard, whole; its files may be gone or damaged."""
     attempt = AttemptName.parse(commit.file.removeprefix(f"{DATA}/"))
     return (
-        all(getattr(commit, name) == value for name, value in planned)
+        is_at(commit, planned, plan.fingerprint)
         and commit.rows + sum(commit.dropped.values()) == planned.used
-        and commit.fingerprint == plan.fingerprint
-        # `load_manifest` would refuse a manifest that names a file outside the folder.
-        and attempt is not None
+        and min(commit.rows, commit.truncated, commit.tokens, *commit.dropped.values()) >= 0
+        # `load_manifest` would refuse a manifest that names a file outside the folder. And of a commit that
+        # names another attempt's files, `finalize` would remove the files of its own attempt.
+        and attempt == AttemptName(planned.shard, commit.attempt)
         and commit.file == attempt.data_file
         and commit.dropped_file in attempt.dropped_files
     )
+
+
+def is_at(commit: ShardCommit, planned: ShardRange, fingerprint: Fingerprint) -> bool:
+    """Whether a commit is of these rows and this model, whatever it says of its files."""
+    same_rows = all(getattr(commit, name) == getattr(planned, name) for name in ShardRange.model_fields)
+    return same_rows and commit.fingerprint == fingerprint

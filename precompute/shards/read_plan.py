@@ -63,9 +63,44 @@ def read_plans(shards_dir: AnyPath) -> list[Plan]:
     names = sizes(shards_dir)
     found = list(itertools.takewhile(names.__contains__, map(plan_name, itertools.count())))
     texts = read_all(shards_dir, found).items()
-    return [
-        parse(Plan, text, where=shards_dir / name, fix=repair_command(shards_dir)) for name, text in texts
-    ]
+    return [parse_plan(text, where=shards_dir / name, fix=repair_command(shards_dir)) for name, text in texts]
+
+
+def parse_plan(text: bytes, *, where: AnyPath, fix: str | None = None) -> Plan:
+    """Read a plan whose shards are the rows from 0 to its last, each once.
+
+    Raises:
+        DataError: The text is no plan, or its shards do not add up to its rows.
+    """
+    plan = parse(Plan, text, where=where, fix=fix)
+    require_whole(plan, where=where, fix=fix)
+    return plan
+
+
+def require_whole(plan: Plan, *, where: AnyPath, fix: str | None) -> None:
+    """Check that a plan's shards are numbered from 0, and follow each other from row 0 to the last row.
+
+    Raises:
+        DataError: They do not.
+    """
+    end = 0
+    problem = None if plan.shards else "it has no shards"
+    for number, planned in enumerate(plan.shards):
+        rows = f"rows {planned.start} to {planned.stop}"
+        if planned.shard != number:
+            problem = f"its entry {number} is shard {planned.shard}"
+        elif planned.start != end:
+            problem = f"shard {number} has {rows}, the shard before ends at {end}"
+        elif not 0 <= planned.not_in_share <= planned.stop - planned.start or planned.stop == end:
+            problem = f"shard {number} has {rows}, {planned.not_in_share} of them not in the share"
+        end = planned.stop
+        if problem:
+            break
+    if problem is None and end != plan.rows:
+        problem = f"its shards end at row {end} of {plan.rows}"
+    if problem:
+        why = "rows would be missing from training, or be there twice"
+        raise DataError(f"the shards do not add up: {problem}", where=str(where), why=why, fix=fix)
 
 
 def read_plan(shards_dir: AnyPath) -> Plan:

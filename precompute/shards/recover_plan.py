@@ -8,9 +8,9 @@ import yaml
 from pydantic import ValidationError
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.shards.commits import is_of, read_commit
+from dpo_opt.precompute.shards.commits import is_at, read_commit
 from dpo_opt.precompute.shards.make_plan import make_plan
-from dpo_opt.precompute.shards.read_plan import plan_name, plan_of, read_plan
+from dpo_opt.precompute.shards.read_plan import parse_plan, plan_name, plan_of, read_plan, require_whole
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
 from dpo_opt.schemas.attempts import commit_names
 from dpo_opt.schemas.errors import DataError, quoted
@@ -19,10 +19,11 @@ from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
 from dpo_opt.schemas.manifest import (
     COMMAND,
     COMMITS,
+    MANIFEST,
     PLAN,
     Manifest,
     Plan,
-    parse,
+    repair_command,
     to_json,
 )
 from dpo_opt.schemas.pairs import Numerics
@@ -61,7 +62,7 @@ def recover_plans(shards_dir: AnyPath, manifest: Manifest | None, damaged: list[
     last_is_lost = False
     for name, text in texts.items():
         try:
-            known.append(parse(Plan, text, where=shards_dir / name))
+            known.append(parse_plan(text, where=shards_dir / name))
             spelled.append(text.decode("utf-8"))
             last_is_lost = False
         except DataError as error:
@@ -69,6 +70,8 @@ def recover_plans(shards_dir: AnyPath, manifest: Manifest | None, damaged: list[
             last_is_lost = True
     if manifest is not None and (not known or known[-1].rows < manifest.rows):
         known.append(plan_of(manifest))
+        place = shards_dir / MANIFEST
+        require_whole(known[-1], where=place, fix=f"rm {quoted(place)}, then {repair_command(shards_dir)}")
         spelled.append(to_json(known[-1]))
     lost_growth = last_is_lost and bool(known) and max(numbers.values()) >= len(known)
     if not known:
@@ -119,7 +122,7 @@ def _plan_from_data(shards_dir: AnyPath) -> Plan:
         )
     plan = plan.model_copy(update={"fingerprint": scored})
     by_shard = {planned.shard: planned for planned in plan.shards}
-    foreign = [c for c in commits if c.shard not in by_shard or not is_of(c, by_shard[c.shard], plan)]
+    foreign = [c for c in commits if c.shard not in by_shard or not is_at(c, by_shard[c.shard], scored)]
     if foreign:
         raise DataError(
             f"the plan is lost, and shard {foreign[0].shard} is not one of the data that is there now",

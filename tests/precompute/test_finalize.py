@@ -14,9 +14,20 @@ from dpo_opt.precompute.shards.commits import committed, is_committed
 from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.gc import find_garbage
 from dpo_opt.precompute.shards.read_plan import read_plan
+from dpo_opt.precompute.shards.repair import repair
 from dpo_opt.precompute.shards.status import status
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.manifest import INDEX, MANIFEST, PLAN, ShardCommit, load_manifest, parse, to_json
+from dpo_opt.schemas.manifest import (
+    INDEX,
+    MANIFEST,
+    PLAN,
+    ShardCommit,
+    ShardRange,
+    load_manifest,
+    parse,
+    to_json,
+    write_manifest,
+)
 from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import INDEX_SCHEMA
 
@@ -236,6 +247,62 @@ def test_a_commit_that_names_a_file_outside_the_folder_does_not_count(folder: Pa
     (folder.parent / "x.parquet").touch()
     first.write_text(to_json(read_commit(first).model_copy(update={"dropped_file": "../x.parquet"})))
     assert status(folder).shards_committed == len(commit_files(folder)) - 1
+
+
+def test_a_commit_that_names_the_files_of_another_shard_does_not_count(folder: Path) -> None:
+    first, second = (read_commit(path) for path in commit_files(folder)[:2])
+    files = {"file", "dropped_file", "bytes", "sha256", "dropped_sha256"}
+    changed = first.model_copy(update=second.model_dump(include=files))
+    commit_files(folder)[0].write_text(to_json(changed))
+    assert "1 of 5 shards are not scored yet (0)" in refusal(lambda: finalize(folder)).what
+    assert (folder / first.file).exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rows": 5, "dropped": {"x": -2}}, {"tokens": -1}, {"truncated": -1}], ids=str
+)
+def test_a_commit_with_a_count_below_zero_does_not_count(folder: Path, changes: dict[str, object]) -> None:
+    path = commit_files(folder)[0]
+    path.write_text(to_json(read_commit(path).model_copy(update=changes)))
+    assert "1 of 5 shards are not scored yet (0)" in refusal(lambda: finalize(folder)).what
+
+
+PLANS: dict[str, Callable[[list[ShardRange]], list[ShardRange]]] = {
+    "without its last": lambda shards: shards[:-1],
+    "without its first": lambda shards: shards[1:],
+    "the last twice": lambda shards: [*shards, shards[-1]],
+    "one without rows": lambda shards: [
+        *shards,
+        shards[-1].model_copy(update={"shard": 5, "start": 14, "stop": 14}),
+    ],
+    "without any": lambda shards: [],
+}
+
+
+@pytest.mark.parametrize("how", PLANS)
+def test_a_plan_whose_shards_do_not_add_up_is_damaged(folder: Path, how: str) -> None:
+    expected = (folder / PLAN).read_bytes()
+    plan = read_plan(folder)
+    (folder / PLAN).write_text(to_json(plan.model_copy(update={"shards": PLANS[how](plan.shards)})))
+    for command in (finalize, status):
+        error = refusal(functools.partial(command, folder))
+        assert "the shards do not add up" in error.what
+        assert error.where == str(folder / PLAN)
+        assert error.fix == f"dpo-opt repair --shards {folder}"
+    assert not (folder / MANIFEST).exists()
+    assert repair(folder).finalized
+    assert (folder / PLAN).read_bytes() == expected
+
+
+def test_a_manifest_whose_shards_do_not_add_up_makes_no_plan(folder: Path) -> None:
+    manifest = finalize(folder)
+    (folder / PLAN).unlink()
+    write_manifest(folder, manifest.model_copy(update={"shards": manifest.shards[:-1]}))
+    error = refusal(lambda: repair(folder))
+    assert "its shards end at row 12 of 14" in error.what
+    assert error.fix == f"rm {folder / MANIFEST}, then dpo-opt repair --shards {folder}"
+    (folder / MANIFEST).unlink()
+    assert repair(folder).finalized
 
 
 def test_a_file_that_is_no_commit_is_left_alone(folder: Path) -> None:
