@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dpo_opt import __version__
 from dpo_opt.folder_notes import VERDICT, folder_notes
 from dpo_opt.integrity import integrity_problems
-from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError
+from dpo_opt.precompute.shards.scored_tokenizer import other_tokenizer
+from dpo_opt.schemas.errors import DataError, DpoOptError
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS
-from dpo_opt.schemas.locations import AnyPath, on_this_machine
+from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import MANIFEST, TOKENIZER, Manifest, load_manifest, repair_command
-from dpo_opt.schemas.models import find_model, read_config, tokenizer_digest
+from dpo_opt.schemas.models import find_model, read_config
 from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.storage import write_text
 
@@ -107,8 +108,8 @@ def verify(shards: AnyPath, *, model: str | None, num_pairs: int, dtype: str) ->
         model_folder = find_model(model)
         _require_model(ShardFolder(shards, manifest), model_folder)
     problems = integrity_problems(shards, manifest)
-    if model is not None and not problems:
-        problems = _tokenizer_problems(shards, manifest)
+    if model is not None and not problems and (problem := other_tokenizer(shards, manifest.fingerprint)):
+        problems = [f"{shards / TOKENIZER}: {problem}"]
     notes = folder_notes(shards, manifest)
     verdict = Verdict(shards, manifest, body["sha256"], problems, notes, model, {}, None)
     if model_folder is not None and not problems:
@@ -133,21 +134,6 @@ def _require_model(folder: ShardFolder, model_folder: Path) -> None:
     require_same_model(
         folder, model_folder, fields=MODEL_FIELDS, fix="pass the model that was scored as --model"
     )
-
-
-def _tokenizer_problems(shards: AnyPath, manifest: Manifest) -> list[str]:
-    """The copied tokenizer's hash is taken by ``finalize``: what changed before would be pinned with it."""
-    from dpo_opt.precompute.tokens.tokenize import load_tokenizer
-
-    folder = shards / TOKENIZER
-    try:
-        with on_this_machine(folder) as local:
-            found = tokenizer_digest(load_tokenizer(local))
-    except ConfigError as error:
-        return [f"{folder}: {error.what}"]
-    if found == manifest.fingerprint.tokenizer:
-        return []
-    return [f"{folder}: it is not the tokenizer whose ids were scored (fingerprint)"]
 
 
 def _parity(

@@ -532,9 +532,19 @@ def test_a_tokenizer_that_changed_before_it_was_hashed_is_noticed(shards: Path, 
     path = shards / TOKENIZER / "tokenizer.json"
     path.write_text(path.read_text().replace('"<s>"', '"<q>"'))
     forge(shards, lambda m: m.model_copy(update={"tokenizer_sha256": sha256_folder(shards / TOKENIZER)}))
-    assert check(shards).ok, "only the model's tokenizer says what it should be"
+    for model in (None, tiny_model):
+        (problem,) = check(shards, model).problems
+        assert problem == f"{shards / TOKENIZER}: it is not the tokenizer whose ids were scored"
+
+
+def test_what_transformers_makes_of_the_tokenizers_files_is_compared_with_a_model(
+    shards: Path, tiny_model: Path
+) -> None:
+    path = shards / TOKENIZER / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "additional_special_tokens": ["<extra>"]}))
+    forge(shards, lambda m: m.model_copy(update={"tokenizer_sha256": sha256_folder(shards / TOKENIZER)}))
     (problem,) = check(shards, tiny_model).problems
-    assert problem.startswith(f"{shards / TOKENIZER}: ")
+    assert problem == f"{shards / TOKENIZER}: it is not the tokenizer whose ids were scored"
 
 
 # The record -----------------------------------------------------------------------------------------------

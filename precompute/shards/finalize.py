@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from dpo_opt.precompute.shards.commits import committed, is_valid, manifest_commits, remove_if_allowed
 from dpo_opt.precompute.shards.read_plan import ranges_of, read_plan
+from dpo_opt.precompute.shards.scored_tokenizer import scored_tokenizer_sha256
 from dpo_opt.schemas.attempts import AttemptName, commit_names
 from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, refuse_differences
@@ -25,7 +26,6 @@ from dpo_opt.schemas.manifest import (
     INDEX,
     MANIFEST,
     PLAN,
-    TOKENIZER,
     Manifest,
     Plan,
     ShardCommit,
@@ -38,7 +38,7 @@ from dpo_opt.schemas.manifest import (
 )
 from dpo_opt.schemas.shard_folder import verified_file
 from dpo_opt.schemas.shards import INDEX_GROUP_ROWS, INDEX_SCHEMA, write_table
-from dpo_opt.schemas.storage import publish, sha256_file, sha256_folder, write_text
+from dpo_opt.schemas.storage import publish, sha256_file, write_text
 
 
 def is_finalized(shards_dir: AnyPath, plan: Plan) -> bool:
@@ -92,7 +92,8 @@ def finalize(shards_dir: AnyPath, *, own: Plan | None = None) -> Manifest:
             other workers have not scored the new rows yet.
 
     Raises:
-        DataError: Shards are missing, a file changed after its commit, or no pair was kept.
+        DataError: Shards are missing, a file changed after its commit, no pair was kept, or the tokenizer is
+            not the one whose ids were scored.
         FingerprintError: The manifest that is there is not of the plan's first shards.
     """
     plan = read_plan(shards_dir)
@@ -102,6 +103,8 @@ def finalize(shards_dir: AnyPath, *, own: Plan | None = None) -> Manifest:
     if grown and (manifest := _manifest_of_plan(shards_dir, plan)) is not None:
         return manifest
     commits = _require_all_committed(shards_dir, plan)
+    # Before the shards, whose hashes take hours where they are many.
+    tokenizer_sha256 = scored_tokenizer_sha256(shards_dir, plan.fingerprint)
     index = _verified_index(shards_dir, commits)
     if not len(index):
         dropped = json.dumps(_dropped(commits))
@@ -122,7 +125,7 @@ def finalize(shards_dir: AnyPath, *, own: Plan | None = None) -> Manifest:
         shards=commits,
         index_file=index_file,
         index_sha256=index_sha256,
-        tokenizer_sha256=sha256_folder(shards_dir / TOKENIZER),
+        tokenizer_sha256=tokenizer_sha256,
     )
     manifest = _publish_one_choice(shards_dir, manifest, plan)
     there = _attempt_files(shards_dir)

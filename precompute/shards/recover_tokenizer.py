@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo_opt.precompute.shards.recover_plan import in_one_line, latest_settings
+from dpo_opt.precompute.shards.scored_tokenizer import other_tokenizer
 from dpo_opt.precompute.shards.write_plan import write_tokenizer
 from dpo_opt.precompute.tokens.tokenize import load_tokenizer
-from dpo_opt.schemas.errors import ConfigError, DataError, FingerprintError, quoted
-from dpo_opt.schemas.locations import AnyPath, on_this_machine, remove
+from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
+from dpo_opt.schemas.locations import AnyPath, remove
 from dpo_opt.schemas.manifest import (
     COMMAND,
     DAMAGED,
@@ -26,23 +27,21 @@ from dpo_opt.schemas.storage import file_names
 def tokenizer_problem(shards_dir: AnyPath, plan: Plan, manifest: Manifest | None) -> str | None:
     """What is wrong with the tokenizer's files; None if nothing is.
 
-    They are compared with the manifest's hash. Without a manifest the tokenizer is loaded and compared.
+    They are compared with the manifest's hash, if there is one, and then by what they do.
     """
     folder = shards_dir / TOKENIZER
     try:
         if manifest is not None:
             with ShardFolder(shards_dir, manifest).tokenizer():
-                return None
-        with on_this_machine(folder) as local:
-            if tokenizer_digest(load_tokenizer(local)) == plan.fingerprint.tokenizer:
-                return None
-        return f"{quoted(folder)}: it is not the tokenizer whose ids were scored"
+                pass
+        problem = other_tokenizer(shards_dir, plan.fingerprint)
     except DataError as error:
         if error.kind != DAMAGED:
             raise
         return in_one_line(error)
-    except (ConfigError, FileNotFoundError):
-        return f"{quoted(folder)}: no tokenizer can be read from it"
+    except FileNotFoundError:
+        problem = "no tokenizer can be read from it"
+    return problem and f"{quoted(folder)}: {problem}"
 
 
 def tokenizer_of_model(shards_dir: AnyPath, plan: Plan) -> Any:

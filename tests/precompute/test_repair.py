@@ -37,8 +37,10 @@ from dpo_opt.schemas.manifest import (
     TOKENIZER,
     load_manifest,
     to_json,
+    write_manifest,
 )
 from dpo_opt.schemas.shard_folder import ShardFolder
+from dpo_opt.schemas.storage import sha256_folder
 from dpo_opt.verify import verify
 
 # Row 4 prefers nothing and is dropped: 5 shards of 3 rows, the last of 2.
@@ -252,6 +254,30 @@ def test_the_tokenizers_files_are_taken_from_the_model_again(
     assert len(done.damaged) == 1
     assert done.rebuilt == ["tokenizer/", MANIFEST]
     assert done.finalized
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_finalize_pins_no_other_tokenizer(finished: Path, name: str) -> None:
+    before = files(finished)
+    (finished / MANIFEST).unlink()
+    TOKENIZERS[name](finished)
+    with pytest.raises(DataError) as caught:
+        finalize(finished)
+    assert caught.value.where == str(finished / TOKENIZER)
+    assert caught.value.fix == f"dpo-opt repair --shards {finished}"
+    assert not (finished / MANIFEST).exists()
+    assert repair(finished).finalized
+    assert files(finished) == before
+
+
+def test_another_tokenizer_that_a_manifest_names_is_replaced(finished: Path) -> None:
+    before = files(finished)
+    TOKENIZERS["another one"](finished)
+    changed = {"tokenizer_sha256": sha256_folder(finished / TOKENIZER)}
+    write_manifest(finished, load_manifest(finished).model_copy(update=changed))
+    done = repair(finished)
+    assert done.damaged == [f"{finished / TOKENIZER}: it is not the tokenizer whose ids were scored"]
     assert files(finished) == before
 
 

@@ -1,0 +1,83 @@
+"""Whether the tokenizer in a folder is the one whose ids were scored."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_opt.precompute.tokens.tokenize import load_tokenizer
+from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.fingerprint import Fingerprint
+from dpo_opt.schemas.locations import AnyPath, on_this_machine
+from dpo_opt.schemas.manifest import TOKENIZER, repair_command
+from dpo_opt.schemas.models import tokenizer_digest
+from dpo_opt.schemas.storage import sha256_folder
+
+
+def other_tokenizer(shards_dir: AnyPath, fingerprint: Fingerprint) -> str | None:
+    """What is wrong with the folder's tokenizer, by what it does; None if it is that of the fingerprint.
+
+    The manifest's hash is of the files that ``finalize`` found, so it says nothing of what changed before.
+    Without transformers nothing can be compared, and nothing is wrong: what trains or scores has it.
+    """
+    try:
+        with on_this_machine(shards_dir / TOKENIZER) as local:
+            if tokenizer_digest(load_tokenizer(local)) == fingerprint.tokenizer:
+                return None
+    except ModuleNotFoundError:
+        return None
+    except (ConfigError, FileNotFoundError):
+        return "no tokenizer can be read from it"
+    return "it is not the tokenizer whose ids were scored"
+
+
+@dataclass
+class _Saved:
+    """A tokenizer as its files state it; transformers may make something else of them."""
+
+    backend_tokenizer: Any
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    split_special_tokens: bool
+
+
+def files_state_tokenizer(shards_dir: AnyPath, fingerprint: Fingerprint) -> bool:
+    """Whether the files alone show that it is the tokenizer of the fingerprint.
+
+    If they do not, ``other_tokenizer`` decides. That one loads transformers, which takes seconds and PyTorch.
+    """
+    try:
+        with on_this_machine(shards_dir / TOKENIZER) as local:
+            return tokenizer_digest(_saved(local)) == fingerprint.tokenizer
+    except (ModuleNotFoundError, OSError, ValueError, TypeError, AttributeError, KeyError):
+        return False
+
+
+def _saved(folder: Path) -> _Saved:
+    from tokenizers import Tokenizer
+
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    json.loads(text)  # whose errors are known; those of the library are bare Exceptions
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokens = [settings.get(name) for name in ("bos_token", "eos_token", "unk_token")]
+    bos, eos, unk = [token["content"] if isinstance(token, dict) else token for token in tokens]
+    return _Saved(Tokenizer.from_str(text), bos, eos, unk, bool(settings.get("split_special_tokens")))
+
+
+def scored_tokenizer_sha256(shards_dir: AnyPath, fingerprint: Fingerprint) -> str:
+    """Hash of the tokenizer's files, for the manifest.
+
+    Raises:
+        DataError: They are not those of the tokenizer whose ids were scored.
+    """
+    # Taken first: what changes after the comparison has another hash.
+    sha256 = sha256_folder(shards_dir / TOKENIZER)
+    if problem := other_tokenizer(shards_dir, fingerprint):
+        raise DataError(
+            problem,
+            where=str(shards_dir / TOKENIZER),
+            why="it turns the folder's ids back into text, and becomes that of the trained model",
+            fix=repair_command(shards_dir),
+        )
+    return sha256
