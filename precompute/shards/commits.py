@@ -71,7 +71,7 @@ def write_commit(
         dropped_sha256 = sha256_file(shards_dir / left_out)
     except (DataError, FileNotFoundError):
         # `finalize` removes the files of attempts that its manifest does not name.
-        if withdraw_if_lost(shards_dir, attempt):
+        if withdraw_if_lost(shards_dir, attempt, planned, fingerprint):
             return None
         raise
     if on_disk != [p.pair_id for p in scored.pairs]:
@@ -96,16 +96,21 @@ def write_commit(
         seconds=time.monotonic() - begun,
     )
     write_text(shards_dir / attempt.commit_file, to_json(commit))
-    return None if withdraw_if_lost(shards_dir, attempt) else commit
+    return None if withdraw_if_lost(shards_dir, attempt, planned, fingerprint) else commit
 
 
-def withdraw_if_lost(shards_dir: AnyPath, attempt: AttemptName) -> bool:
+def withdraw_if_lost(
+    shards_dir: AnyPath, attempt: AttemptName, planned: ShardRange, fingerprint: Fingerprint
+) -> bool:
     """Remove an attempt's own files where the manifest names another attempt, whose data file is there.
+
+    The manifest of other data or another model, of a folder that took this one's place, does not count.
 
     Raises:
         DataError: The manifest is damaged.
     """
-    winner = next((c for c in manifest_commits(shards_dir) if c.shard == attempt.shard), None)
+    final = manifest_commits(shards_dir)
+    winner = next((commit for commit in final if is_at(commit, planned, fingerprint)), None)
     if winner is None or winner.attempt == attempt.id:
         return False
     data = sizes(shards_dir / DATA, prefix=prefix_of(attempt.shard))

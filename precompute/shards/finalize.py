@@ -81,6 +81,22 @@ def require_beginning(manifest: Manifest, plan: Plan, shards_dir: AnyPath) -> No
         )
 
 
+def require_grown_from(own: Plan, plan: Plan, shards_dir: AnyPath) -> None:
+    """Refuse to go on in a folder that is not the one that was scored, or that it has grown to.
+
+    Raises:
+        FingerprintError: Its plan does not begin with the own one.
+    """
+    if plan.fingerprint != own.fingerprint or plan.shards[: len(own.shards)] != own.shards:
+        raise FingerprintError(
+            f"{PLAN} is of {plan.rows} rows with digest {plan.dataset_digest[:16]}..., this run began with "
+            f"{own.rows} rows of digest {own.dataset_digest[:16]}...",
+            where=str(shards_dir),
+            why="the folder was replaced meanwhile, and other data or another model would be called finished",
+            fix="move the folder that this run began with back there, then run the same command again",
+        )
+
+
 def finalize(shards_dir: AnyPath, *, own: Plan | None = None) -> Manifest:
     """Check that the committed shards cover the plan exactly, and write index and manifest.
 
@@ -94,9 +110,11 @@ def finalize(shards_dir: AnyPath, *, own: Plan | None = None) -> Manifest:
     Raises:
         DataError: Shards are missing, a file changed after its commit, no pair was kept, or the tokenizer is
             not the one whose ids were scored.
-        FingerprintError: The manifest that is there is not of the plan's first shards.
+        FingerprintError: The manifest is not of the plan's first shards, or the plan not of ``own``.
     """
     plan = read_plan(shards_dir)
+    if own is not None:
+        require_grown_from(own, plan, shards_dir)
     if own is not None and own.rows < plan.rows and len(committed(shards_dir, plan)) < len(plan.shards):
         plan = own
     grown = is_file(shards_dir / MANIFEST)

@@ -18,6 +18,7 @@ from dpo_opt.precompute.shards.gc import find_garbage
 from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.workers import assignment
 from dpo_opt.schemas.attempts import AttemptName
+from dpo_opt.schemas.errors import FingerprintError
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, INDEX, MANIFEST, load_manifest, to_json
 from dpo_opt.schemas.shard_folder import ShardFolder
@@ -213,10 +214,57 @@ def test_a_worker_whose_shard_is_damaged_in_the_folder_does_not_withdraw(
 ) -> None:
     config = config_of(tiny_model, tmp_path)
     manifest = precompute(config, scorer=ScriptedScorer())
-    assert commits.withdraw_if_lost(config.shards, AttemptName(1, "12345678"))
-    assert not commits.withdraw_if_lost(config.shards, AttemptName(1, manifest.shards[1].attempt))
+    planned = read_plan(config.shards).shards[1]
+
+    def withdraws(attempt: str) -> bool:
+        name = AttemptName(1, attempt)
+        return commits.withdraw_if_lost(config.shards, name, planned, manifest.fingerprint)
+
+    assert withdraws("12345678")
+    assert not withdraws(manifest.shards[1].attempt)
     (config.shards / manifest.shards[1].file).unlink()
-    assert not commits.withdraw_if_lost(config.shards, AttemptName(1, "12345678"))
+    assert not withdraws("12345678")
+
+
+@pytest.mark.parametrize("other", ["rows", "model"])
+def test_a_worker_does_not_withdraw_for_the_manifest_of_something_else(
+    tiny_model: Path, tmp_path: Path, other: str
+) -> None:
+    config = config_of(tiny_model, tmp_path)
+    fingerprint = precompute(config, scorer=ScriptedScorer()).fingerprint
+    planned = read_plan(config.shards).shards[1]
+    if other == "rows":
+        planned = planned.model_copy(update={"rows_digest": "0" * 64})
+    else:
+        fingerprint = fingerprint.model_copy(update={"weights": "0" * 64})
+    assert not commits.withdraw_if_lost(config.shards, AttemptName(1, "12345678"), planned, fingerprint)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_run_whose_folder_is_replaced_by_another_does_not_call_it_finished(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    config = config_of(tiny_model, tmp_path)
+    rows = [{**row, "chosen": f"{row['chosen']} Or so."} for row in ROWS]
+    data = write_jsonl(tmp_path / "other.jsonl", rows)
+    other = config.model_copy(update={"data": [str(data)], "shards": tmp_path / "other"})
+    precompute(other, scorer=ScriptedScorer())
+    before = {p.relative_to(other.shards) for p in other.shards.rglob("*")}
+    written: list[object] = []
+    original = commits.write_text
+
+    def replaced(*arguments: object, **settings: object) -> None:
+        original(*arguments, **settings)  # type: ignore[arg-type]
+        written.append(arguments)
+        if len(written) == (3 if last else 2):
+            shutil.move(config.shards, tmp_path / "away")
+            shutil.move(other.shards, config.shards)
+
+    monkeypatch.setattr(commits, "write_text", replaced)
+    with pytest.raises(FingerprintError, match="this run began with 12 rows") as caught:
+        precompute(config, scorer=ScriptedScorer())
+    assert caught.value.exit_code == 4
+    assert before <= {p.relative_to(config.shards) for p in config.shards.rglob("*")}
 
 
 def test_whoever_may_not_delete_finalizes_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
