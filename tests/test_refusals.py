@@ -467,7 +467,7 @@ def test_a_command_that_changes_a_folder_that_cannot_be_written_says_what_lets_i
     def fail(folder: Path, *_: object) -> None:
         raise OSError(number, os.strerror(number), str(folder / ".index.parquet.0123abcd.tmp"))
 
-    monkeypatch.setattr("dpo_opt.precompute.shards.finalize._write_index", fail)
+    monkeypatch.setattr("dpo_opt.precompute.shards.finalize.write_index", fail)
     result = CliRunner().invoke(main, ["finalize", "--shards", str(odd)])
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     _, why, fix = result.stderr.splitlines()

@@ -150,7 +150,7 @@ def committed(shards_dir: AnyPath, plan: Plan) -> dict[int, ShardCommit]:
     wanted = sorted(name for name, attempt in names.items() if attempt.shard in left)
     # `read_all` leaves out a commit that `gc` has removed since the listing.
     for name, text in read_all(shards_dir / COMMITS, wanted).items():
-        commit = read_commit(text)
+        commit = record_of(names[name], text)
         planned = left[names[name].shard]
         if commit and planned.shard not in found and is_valid(commit, planned, plan, data):
             found[planned.shard] = commit
@@ -160,11 +160,12 @@ def committed(shards_dir: AnyPath, plan: Plan) -> dict[int, ShardCommit]:
 def is_committed(shards_dir: AnyPath, planned: ShardRange, plan: Plan) -> bool:
     """Whether a shard is finished now; looks at this shard's commits only."""
     prefix = prefix_of(planned.shard)
-    names = list(commit_names(sizes(shards_dir / COMMITS, prefix=prefix)))
+    names = commit_names(sizes(shards_dir / COMMITS, prefix=prefix))
     if not names:
         return False
     data = sizes(shards_dir / DATA, prefix=prefix)
-    commits = map(read_commit, read_all(shards_dir / COMMITS, names).values())
+    texts = read_all(shards_dir / COMMITS, list(names)).items()
+    commits = [record_of(names[name], text) for name, text in texts]
     return any(commit and is_valid(commit, planned, plan, data) for commit in commits)
 
 
@@ -174,6 +175,12 @@ def read_commit(text: bytes) -> ShardCommit | None:
         return ShardCommit.model_validate_json(text)
     except ValidationError:
         return None
+
+
+def record_of(attempt: AttemptName, text: bytes) -> ShardCommit | None:
+    """The record in an attempt's commit; None if it cannot be read, or names another attempt."""
+    commit = read_commit(text)
+    return commit if commit and (commit.shard, commit.attempt) == attempt else None
 
 
 def manifest_commits(shards_dir: AnyPath) -> list[ShardCommit]:

@@ -3,20 +3,22 @@
 import contextlib
 import hashlib
 import json
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from dpo_opt.precompute.shards.commits import committed, is_valid, manifest_commits, remove_if_allowed
+from dpo_opt.precompute.shards.commits import (
+    committed,
+    is_at,
+    is_valid,
+    manifest_commits,
+    read_commit,
+    remove_if_allowed,
+)
 from dpo_opt.precompute.shards.read_plan import ranges_of, read_plan
 from dpo_opt.precompute.shards.scored_tokenizer import scored_tokenizer_sha256
+from dpo_opt.precompute.shards.write_index import verified_index, write_index
 from dpo_opt.schemas.attempts import AttemptName, commit_names
-from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
+from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
 from dpo_opt.schemas.manifest import (
@@ -36,9 +38,7 @@ from dpo_opt.schemas.manifest import (
     to_json,
     write_manifest,
 )
-from dpo_opt.schemas.shard_folder import verified_file
-from dpo_opt.schemas.shards import INDEX_GROUP_ROWS, INDEX_SCHEMA, write_table
-from dpo_opt.schemas.storage import publish, sha256_file, write_text
+from dpo_opt.schemas.storage import write_text
 
 
 def is_finalized(shards_dir: AnyPath, plan: Plan) -> bool:
@@ -123,12 +123,14 @@ def finalize(shards_dir: AnyPath, *, own: Plan | None = None) -> Manifest:
     commits = _require_all_committed(shards_dir, plan)
     # Before the shards, whose hashes take hours where they are many.
     tokenizer_sha256 = scored_tokenizer_sha256(shards_dir, plan.fingerprint)
-    index = _verified_index(shards_dir, commits)
+    index = verified_index(shards_dir, commits)
     if not len(index):
         dropped = json.dumps(_dropped(commits))
         raise DataError(f"no pair is left of {plan.rows} ({dropped})", where=str(shards_dir))
+    # Hashing takes hours where the shards are many: the folder may be another's now.
+    require_grown_from(plan, read_plan(shards_dir), shards_dir)
     # Readers follow the manifest that is there, and its index, until the next manifest is published.
-    index_file, index_sha256 = _write_index(
+    index_file, index_sha256 = write_index(
         shards_dir, f"index-{plan.rows}.parquet" if grown else INDEX, index
     )
     manifest = Manifest(
@@ -145,10 +147,13 @@ def finalize(shards_dir: AnyPath, *, own: Plan | None = None) -> Manifest:
         index_sha256=index_sha256,
         tokenizer_sha256=tokenizer_sha256,
     )
-    manifest = _publish_one_choice(shards_dir, manifest, plan)
+    published = _publish_one_choice(shards_dir, manifest, plan)
+    if published is None:
+        # What is there now is enough, or the error says what is missing.
+        return finalize(shards_dir, own=plan)
     there = _attempt_files(shards_dir)
     _remove_lost_attempts(shards_dir, load_manifest(shards_dir), there)
-    return manifest
+    return published
 
 
 def _manifest_of_plan(shards_dir: AnyPath, plan: Plan) -> Manifest | None:
@@ -190,21 +195,6 @@ def _require_all_committed(shards_dir: AnyPath, plan: Plan) -> list[ShardCommit]
     return [done[planned.shard] for planned in plan.shards]
 
 
-def _verified_index(shards_dir: AnyPath, commits: Sequence[ShardCommit]) -> pa.Table:
-    """One row per kept pair (``shards.INDEX_SCHEMA``), after every byte of the commits' files was hashed.
-
-    Raises:
-        DataError: A file is missing, or changed after its commit.
-    """
-    tables = []
-    for commit in commits:
-        with verified_file(shards_dir, commit.dropped_file, commit.dropped_sha256):
-            pass
-        with verified_file(shards_dir, commit.file, commit.sha256) as file:
-            tables.append(_index_rows(file, commit.shard))
-    return pa.concat_tables(tables)
-
-
 def _dropped(commits: Sequence[ShardCommit]) -> dict[str, int]:
     """Reason to number of rows."""
     dropped: Counter[str] = Counter()
@@ -213,29 +203,42 @@ def _dropped(commits: Sequence[ShardCommit]) -> dict[str, int]:
     return dict(dropped)
 
 
-def _publish_one_choice(shards_dir: AnyPath, manifest: Manifest, plan: Plan) -> Manifest:
+def _publish_one_choice(shards_dir: AnyPath, manifest: Manifest, plan: Plan) -> Manifest | None:
     """Publish a manifest, or the one that another ``finalize`` of the same plan chose first.
 
     Two processes that finalize at once may have seen different attempts at a shard, and each would remove the
     files that its own manifest does not name. So each first tries to create a private file with its choice.
     The file can be created once, and all processes publish the choice that is in it.
+
+    Returns:
+        The manifest that is there now; None if somebody removed files that the given one names.
+
+    Raises:
+        DataError: The folder is gone.
+        FingerprintError: It holds something else now.
     """
     choice = _choice_name(plan)
-    while True:
+    while _is_whole(shards_dir, manifest, plan):
         with contextlib.suppress(FileExistsError):
             write_manifest(shards_dir, manifest, name=choice, replace=False)
         text = read_all(shards_dir, [choice]).get(choice)
         # Looked at last: a second choice can be created only after the first was published and removed.
-        if is_finalized(shards_dir, plan):
+        try:
+            there = _overtaken(shards_dir, plan)
+        except DpoOptError:
+            remove_if_allowed(shards_dir / choice)
+            raise
+        if there is not None:
             remove(shards_dir / choice)
-            return load_manifest(shards_dir)
-        chosen = None if text is None else _usable(shards_dir, text, plan, own=manifest)
+            return there
+        chosen = None if text is None else _usable(shards_dir, text, plan)
         if text is not None and chosen is not None:
             write_text(shards_dir / MANIFEST, text.decode("utf-8"))
         if text is not None:
             remove(shards_dir / choice)
         if chosen is not None:
             return chosen
+    return None
 
 
 def _choice_name(plan: Plan) -> str:
@@ -243,23 +246,41 @@ def _choice_name(plan: Plan) -> str:
     return f".{MANIFEST}.{hashlib.sha256(to_json(plan).encode()).hexdigest()[:8]}.tmp"
 
 
-def _usable(shards_dir: AnyPath, text: bytes, plan: Plan, *, own: Manifest) -> Manifest | None:
+def _overtaken(shards_dir: AnyPath, plan: Plan) -> Manifest | None:
+    """The manifest that another ``finalize`` published meanwhile for the plan's rows, and perhaps for more.
+
+    Raises:
+        DataError: The folder is gone.
+        FingerprintError: Its plan or its manifest is of something else now.
+    """
+    require_grown_from(plan, read_plan(shards_dir), shards_dir)
+    if not is_file(shards_dir / MANIFEST):
+        return None
+    manifest = load_manifest(shards_dir)
+    if manifest.fingerprint == plan.fingerprint and ranges_of(manifest)[: len(plan.shards)] == plan.shards:
+        return manifest
+    require_beginning(manifest, plan, shards_dir)
+    return None
+
+
+def _usable(shards_dir: AnyPath, text: bytes, plan: Plan) -> Manifest | None:
     """A choice, if all its files are there; the files of one that a killed process left may be gone."""
     try:
         chosen = parse(Manifest, text, where=shards_dir)
     except DataError:
         return None
-    if chosen == own:
-        return own
+    return chosen if _is_whole(shards_dir, chosen, plan) else None
+
+
+def _is_whole(shards_dir: AnyPath, manifest: Manifest, plan: Plan) -> bool:
+    """Whether the attempts of a manifest that is not published yet still count."""
     data = sizes(shards_dir / DATA)
-    ranges = zip(chosen.shards, plan.shards, strict=False)
     records = commit_names(sizes(shards_dir / COMMITS)).values()
     final = manifest_commits(shards_dir)
-    whole = _covers(chosen, plan) and all(
+    return _covers(manifest, plan) and all(
         is_valid(c, planned, plan, data) and (c in final or AttemptName(c.shard, c.attempt) in records)
-        for c, planned in ranges
+        for c, planned in zip(manifest.shards, plan.shards, strict=True)
     )
-    return chosen if whole else None
 
 
 def _attempt_files(shards_dir: AnyPath) -> dict[str, dict[str, int]]:
@@ -272,7 +293,8 @@ def _remove_lost_attempts(
 ) -> None:
     """Remove the files of other attempts at the manifest's shards, so that ``data/`` holds each pair once.
 
-    Commits go first, so that no commit is left without its files.
+    Commits go first, so that no commit is left without its files. An attempt stays whose commit is of other
+    rows or another model: somebody else's, who took this folder for another.
 
     Args:
         shards_dir: Folder of reference shards.
@@ -280,7 +302,7 @@ def _remove_lost_attempts(
         there: ``_attempt_files`` from before the manifest was read. So it lists no file that only a later
             manifest names.
     """
-    in_manifest = {commit.shard for commit in manifest.shards}
+    final = {commit.shard: commit for commit in manifest.shards}
     named = {
         name
         for commit in manifest.shards
@@ -290,38 +312,25 @@ def _remove_lost_attempts(
             commit.dropped_file,
         )
     }
-    for folder, name in ((folder, name) for folder, names in there.items() for name in names):
-        attempt = AttemptName.parse(name)
-        if attempt is None or not attempt.is_generated or attempt.shard not in in_manifest:
-            continue
-        if f"{folder}/{name}" not in named:
-            remove_if_allowed(shards_dir / folder / name)
-
-
-def _write_index(shards_dir: AnyPath, name: str, table: pa.Table) -> tuple[str, str]:
-    """Publish the index; returns its name and hash.
-
-    Another ``finalize`` may have published an index of other attempts under this name. That one stays, and
-    this one gets a name with its hash.
-    """
-    with tempfile.TemporaryDirectory(prefix="dpo-opt-") as own:
-        file = Path(own) / name
-        write_table(file, table, row_group_rows=INDEX_GROUP_ROWS)
-        sha256 = sha256_file(file)
-        for place in (shards_dir / name, shards_dir / f"{Path(name).stem}-{sha256[:8]}.parquet"):
-            try:
-                with publish(place, replace=False) as private:
-                    shutil.copyfile(file, private)
-            except FileExistsError:
-                if sha256_file(place) != sha256:
-                    continue
-            return place.name, sha256
-    raise DataError(
-        "the index was damaged after it was written",
-        where=str(place),
-        why="the manifest would name it",
-        fix=f"rm {quoted(place)}, then dpo-opt finalize --shards {quoted(shards_dir)}",
-    )
+    lost = {
+        f"{folder}/{name}": attempt
+        for folder, names in there.items()
+        for name in names
+        if (attempt := AttemptName.parse(name)) is not None
+        and attempt.is_generated
+        and attempt.shard in final
+        and f"{folder}/{name}" not in named
+    }
+    records = commit_names(name for name in there[COMMITS] if f"{COMMITS}/{name}" in lost)
+    foreign = {
+        records[name]
+        for name, text in read_all(shards_dir / COMMITS, list(records)).items()
+        if (commit := read_commit(text)) is not None
+        and not is_at(commit, final[records[name].shard], manifest.fingerprint)
+    }
+    for file, attempt in lost.items():
+        if attempt not in foreign:
+            remove_if_allowed(shards_dir / file)
 
 
 def _require_present(shards_dir: AnyPath, commit: ShardCommit, data: Mapping[str, int]) -> None:
@@ -334,16 +343,3 @@ def _require_present(shards_dir: AnyPath, commit: ShardCommit, data: Mapping[str
             shards_dir,
             why="the manifest names it, so pairs would be missing from training",
         )
-
-
-def _index_rows(path: Path, shard: int) -> pa.Table:
-    names = [n for n in INDEX_SCHEMA.names if n not in ("shard", "row_group")]
-    with pq.ParquetFile(path) as file:
-        parts = []
-        for group in range(file.num_row_groups):
-            part = file.read_row_group(group, columns=names)
-            part = part.append_column("shard", pa.array([shard] * len(part), pa.int32()))
-            parts.append(part.append_column("row_group", pa.array([group] * len(part), pa.int32())))
-    if not parts:
-        return INDEX_SCHEMA.empty_table()
-    return pa.concat_tables(parts).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)

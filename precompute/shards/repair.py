@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from dpo_opt.precompute.shards.commits import is_of, read_commit
+from dpo_opt.precompute.shards.commits import is_of, record_of
 from dpo_opt.precompute.shards.finalize import finalize, require_beginning
 from dpo_opt.precompute.shards.recover_plan import in_one_line, recover_plans
 from dpo_opt.precompute.shards.recover_tokenizer import (
@@ -77,7 +77,7 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
         require_beginning(manifest, plan, shards_dir)
     names = commit_names(sizes(shards_dir / COMMITS))
     records = read_all(shards_dir / COMMITS, list(names))
-    commits = {names[name]: _own_record(names[name], text) for name, text in records.items()}
+    commits = {names[name]: record_of(names[name], text) for name, text in records.items()}
     unreadable = [attempt.commit_file for attempt, commit in commits.items() if commit is None]
     damaged += [f"{quoted(shards_dir / name)}: not readable as a commit" for name in unreadable]
     final = {} if manifest is None else {commit.shard: commit for commit in manifest.shards}
@@ -143,12 +143,6 @@ def _manifest(shards_dir: AnyPath, damaged: list[str]) -> Manifest | None:
             raise
         damaged.append(in_one_line(error))
         return None
-
-
-def _own_record(attempt: AttemptName, text: bytes) -> ShardCommit | None:
-    """The record in an attempt's commit; None if it is not readable, or names another attempt."""
-    commit = read_commit(text)
-    return commit if commit and (commit.shard, commit.attempt) == attempt else None
 
 
 def _whole_shards(

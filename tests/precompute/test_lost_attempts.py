@@ -16,9 +16,10 @@ from dpo_opt.precompute.shards.commits import committed
 from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.gc import find_garbage
 from dpo_opt.precompute.shards.read_plan import read_plan
+from dpo_opt.precompute.shards.repair import repair
 from dpo_opt.precompute.workers import assignment
 from dpo_opt.schemas.attempts import AttemptName
-from dpo_opt.schemas.errors import FingerprintError
+from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, INDEX, MANIFEST, load_manifest, to_json
 from dpo_opt.schemas.shard_folder import ShardFolder
@@ -146,7 +147,7 @@ def finalized_copy(folder: Path, place: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("step", ["write_manifest", "is_finalized", "_usable", "_remove_lost_attempts"])
+@pytest.mark.parametrize("step", ["write_manifest", "_overtaken", "_usable", "_remove_lost_attempts"])
 def test_two_that_finalize_with_other_attempts_in_view_publish_one_choice(
     folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -171,7 +172,7 @@ def test_a_choice_of_files_that_are_gone_is_made_anew(folder: Path, monkeypatch:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(finalize_module, "is_finalized", dies)
+        patch.setattr(finalize_module, "_overtaken", dies)
         with pytest.raises(Killed):
             finalize(folder)
     (choice,) = folder.glob(f".{MANIFEST}.*.tmp")
@@ -182,6 +183,89 @@ def test_a_choice_of_files_that_are_gone_is_made_anew(folder: Path, monkeypatch:
     assert finalize(folder).shards[1] != chosen
     assert not choice.exists()
     require_settled(folder)
+
+
+STEPS = ("verified_index", "write_index", "write_manifest")
+"""What ``finalize`` has done when something else happens to the folder."""
+
+
+def after(monkeypatch: pytest.MonkeyPatch, step: str, happens: Callable[[], object]) -> None:
+    original = getattr(finalize_module, step)
+
+    def then(*arguments: object, **settings: object) -> object:
+        monkeypatch.setattr(finalize_module, step, original)
+        done = original(*arguments, **settings)
+        happens()
+        return done
+
+    monkeypatch.setattr(finalize_module, step, then)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_manifest_of_more_rows_is_not_replaced(
+    made: Path, folder: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    data = write_jsonl(tmp_path / "more.jsonl", [*ROWS, *preference_rows(20)[12:]])
+    changes = {"data": [str(data)], "shards": folder, "append": True}
+    config = config_of(tiny_model, made).model_copy(update=changes)
+    grown: list[object] = []
+    after(monkeypatch, step, lambda: grown.append(precompute(config, scorer=ScriptedScorer())))
+    assert [finalize(folder)] == grown == [load_manifest(folder)]
+    assert load_manifest(folder).rows == 20
+    assert list(folder.glob(f".{MANIFEST}.*")) == []
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_commit_that_repair_removed_meanwhile_is_not_published(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def damage_and_repair() -> None:
+        file = folder / committed(folder, read_plan(folder))[2].file
+        file.write_bytes(bytes(file.stat().st_size))
+        assert repair(folder).shards_to_score == [2]
+
+    after(monkeypatch, step, damage_and_repair)
+    with pytest.raises(DataError, match=r"1 of 3 shards are not scored yet \(2\)"):
+        finalize(folder)
+    assert not (folder / MANIFEST).exists()
+    assert list(folder.glob(f".{MANIFEST}.*")) == []
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_folder_that_was_planned_anew_meanwhile_is_left_as_it_is(
+    folder: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    rows = [{**row, "chosen": f"{row['chosen']} Or so."} for row in ROWS]
+    data = write_jsonl(tmp_path / "other.jsonl", rows)
+    other = config_of(tiny_model, tmp_path).model_copy(update={"data": [str(data)], "shards": folder})
+    found: list[dict[Path, bytes]] = []
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def plan_anew() -> None:
+        shutil.rmtree(folder)
+        work(other, scorer=ScriptedScorer())
+        found.append(files())
+
+    after(monkeypatch, step, plan_anew)
+    with pytest.raises((FingerprintError, DataError)):
+        finalize(folder)
+    assert [files()] == found
+
+
+def test_an_attempt_whose_commit_is_of_something_else_is_not_removed(folder: Path) -> None:
+    own = committed(folder, read_plan(folder))[1]
+    add_attempt(folder, 1, "0badc0de")
+    record = folder / COMMITS / "00001-0badc0de.json"
+    fingerprint = own.fingerprint.model_copy(update={"dtype": "float16"})
+    foreign = commits.read_commit(record.read_bytes())
+    assert foreign is not None
+    record.write_text(to_json(foreign.model_copy(update={"fingerprint": fingerprint})))
+    manifest = finalize(folder)
+    assert manifest.shards[1] == own
+    assert all((folder / name).exists() for name in (foreign.file, foreign.dropped_file))
+    assert record.exists()
 
 
 MOMENTS = ("score_pairs", "write_dropped", "sha256_file", "write_text", "withdraw_if_lost")
