@@ -119,8 +119,11 @@ def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     assert held == expected
 
 
-def test_two_checkouts_in_one_environment_are_never_mixed(tmp_path: Path) -> None:
+def test_two_checkouts_in_one_environment_are_never_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require_setuptools()
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     installed, other = (copied_source(tmp_path / name) for name in ("installed", "other"))
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
