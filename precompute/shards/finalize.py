@@ -218,7 +218,7 @@ def _publish_one_choice(shards_dir: AnyPath, manifest: Manifest, plan: Plan) -> 
         FingerprintError: It holds something else now.
     """
     choice = _choice_name(plan)
-    while _is_whole(shards_dir, manifest, plan):
+    while True:
         with contextlib.suppress(FileExistsError):
             write_manifest(shards_dir, manifest, name=choice, replace=False)
         text = read_all(shards_dir, [choice]).get(choice)
@@ -236,9 +236,8 @@ def _publish_one_choice(shards_dir: AnyPath, manifest: Manifest, plan: Plan) -> 
             write_text(shards_dir / MANIFEST, text.decode("utf-8"))
         if text is not None:
             remove(shards_dir / choice)
-        if chosen is not None:
+        if chosen is not None or not _is_whole(shards_dir, manifest, plan):
             return chosen
-    return None
 
 
 def _choice_name(plan: Plan) -> str:

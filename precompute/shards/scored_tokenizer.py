@@ -13,6 +13,8 @@ from dpo_opt.schemas.manifest import TOKENIZER, repair_command
 from dpo_opt.schemas.models import tokenizer_digest
 from dpo_opt.schemas.storage import sha256_folder
 
+_UNREADABLE = "no tokenizer can be read from it"
+
 
 def other_tokenizer(shards_dir: AnyPath, fingerprint: Fingerprint) -> str | None:
     """What is wrong with the folder's tokenizer, by what it does; None if it is that of the fingerprint.
@@ -22,12 +24,19 @@ def other_tokenizer(shards_dir: AnyPath, fingerprint: Fingerprint) -> str | None
     """
     try:
         with on_this_machine(shards_dir / TOKENIZER) as local:
-            if tokenizer_digest(load_tokenizer(local)) == fingerprint.tokenizer:
-                return None
+            return _difference(local, fingerprint)
+    except FileNotFoundError:
+        return _UNREADABLE
+
+
+def _difference(folder: Path, fingerprint: Fingerprint) -> str | None:
+    try:
+        if tokenizer_digest(load_tokenizer(folder)) == fingerprint.tokenizer:
+            return None
     except ModuleNotFoundError:
         return None
-    except (ConfigError, FileNotFoundError):
-        return "no tokenizer can be read from it"
+    except ConfigError:
+        return _UNREADABLE
     return "it is not the tokenizer whose ids were scored"
 
 
@@ -71,9 +80,14 @@ def scored_tokenizer_sha256(shards_dir: AnyPath, fingerprint: Fingerprint) -> st
     Raises:
         DataError: They are not those of the tokenizer whose ids were scored.
     """
-    # Taken first: what changes after the comparison has another hash.
-    sha256 = sha256_folder(shards_dir / TOKENIZER)
-    if problem := other_tokenizer(shards_dir, fingerprint):
+    sha256, problem = "", None
+    try:
+        with on_this_machine(shards_dir / TOKENIZER) as local:
+            # Taken first: what changes after the comparison has another hash.
+            sha256, problem = sha256_folder(local), _difference(local, fingerprint)
+    except FileNotFoundError:
+        problem = _UNREADABLE
+    if problem:
         raise DataError(
             problem,
             where=str(shards_dir / TOKENIZER),
