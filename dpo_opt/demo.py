@@ -132,7 +132,7 @@ def _write(
     )
 
     def judged(opening: str, completion: Completion) -> _Written:
-        text = tokenizer.decode(completion.completion_ids, skip_special_tokens=True)
+        text = str(tokenizer.decode(completion.completion_ids, skip_special_tokens=True))
         return _Written(opening, text, analyser.polarity_scores(text)["compound"])
 
     return [[judged(o, c) for c in cs] for o, cs in zip(openings, completions, strict=True)]
@@ -159,8 +159,8 @@ def _read_samples(path: Path, model: Path, analyser: Any) -> list[list[_Written]
     with arrow_file(path) as raw:
         samples = pq.read_table(raw, columns=["prompt_ids", "completion_ids"]).to_pylist()
     for row in samples:
-        opening = tokenizer.decode(row["prompt_ids"])
-        text = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+        opening = str(tokenizer.decode(row["prompt_ids"]))
+        text = str(tokenizer.decode(row["completion_ids"], skip_special_tokens=True))
         sentiment = analyser.polarity_scores(text)["compound"]
         written.setdefault(opening, []).append(_Written(opening, text, sentiment))
     return list(written.values())
