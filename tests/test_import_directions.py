@@ -30,6 +30,7 @@ LAZY: dict[str, set[str]] = {
     "precompute/check/near_duplicates.py": {"rensa"},
     "precompute/workers/ray_cluster.py": {"ray"},
     "precompute/tokens/templates.py": {"transformers", "jinja2"},
+    "precompute/shards/scored_tokenizer.py": {"tokenizers"},
     "precompute/tokens/tokenize.py": {"transformers"},
     "precompute/engine/engine_arguments.py": {"vllm"},
     "precompute/engine/vllm_model.py": {"vllm", "torch"},

@@ -35,7 +35,7 @@ _TAKES_A_FILE = {
     *(f"pq.{name}" for name in ("ParquetFile", "ParquetWriter", "read_table", "read_schema", "write_table")),
     *(f"pa.{name}" for name in ("OSFile", "memory_map")),
 }
-_ABSOLUTE = {("precompute/shards/finalize.py", "path")}
+_ABSOLUTE = {("precompute/shards/write_index.py", "path")}
 """What ``verified_file`` gives."""
 
 
