@@ -50,6 +50,7 @@ test-gpu:  ## Tests that need a CUDA device, in the environment at hand: make te
 prove: setup  ## Full-size proofs and their figures: make prove DATA=PAIRS.jsonl MODEL=FOLDER.
 	DPO_OPT_CHAOS_ROUNDS=100 $(BIN)/pytest tests/precompute/test_chaos.py -m "not gpu" --timeout 1800 -rfEP
 	DPO_OPT_EVERY_PAIR=1 $(BIN)/pytest tests/peers/test_trl_token_ids.py -m slow --timeout 1800 -rfEP
+	DPO_OPT_QUICKSTART=1 $(BIN)/pytest -m slow tests/test_docs.py --timeout 1800 -rfEP
 	$(BIN)/python bench/check.py --like $(DATA) --model $(MODEL)
 
 check: setup  ## Lint and formatting.
