@@ -126,8 +126,9 @@ class _Part:
     def results(self, logps: Tensor, pairs: slice) -> PairResults:
         """The results from these pairs' token log-probs; losses and log-probs keep their gradients."""
         lengths = self.lengths[2 * pairs.start : 2 * pairs.stop]
-        owners = to_device(torch.repeat_interleave(torch.tensor(lengths)), logps.device)
         counts = to_device(torch.tensor(lengths), logps.device)
+        # Their sum is known here, so a GPU is not waited for.
+        owners = torch.repeat_interleave(counts, output_size=sum(lengths))
         # float64: a margin is a small difference of sums over hundreds of tokens.
         sums = logps.new_zeros(len(lengths), dtype=torch.float64).index_add(0, owners, logps.double())
         chosen_logps, rejected_logps = sums.view(-1, 2).unbind(1)
