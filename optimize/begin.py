@@ -67,6 +67,10 @@ class Run(NamedTuple):
     def total_steps(self) -> int:
         return self.prepared.total_steps
 
+    def epochs(self, at: Counters) -> float:
+        """Passes over the training pairs that are made."""
+        return at.consumed / self.prepared.stream.train_size
+
 
 @dataclass
 class RunState:

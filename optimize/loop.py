@@ -99,7 +99,7 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
     last_metrics = files.last_metrics()
     files.finish(
         step=state.at.step,
-        epoch=state.at.consumed / prepared.stream.train_size,
+        epoch=run.epochs(state.at),
         total_steps=total_steps,
         num_train_epochs=config.num_train_epochs,
     )
@@ -131,7 +131,7 @@ def train_step(run: Run, state: RunState, pairs: Sequence[ScoredPair]) -> None:
         chosen_logps=results.chosen_logps,
         rejected_logps=results.rejected_logps,
         step=at.step,
-        epoch=at.consumed / stream.train_size,
+        epoch=run.epochs(at),
         phase="train",
     )
     run.files.add_pair_logps(batch)
@@ -180,7 +180,7 @@ def stopped(run: Run, state: RunState, request: StopRequested) -> Preempted:
 def _evaluate(run: Run, state: RunState) -> bool:
     """Evaluate on all held-out pairs and log the means. Returns whether this beats the best so far."""
     at, evals = state.at, run.prepared.evaluations
-    epoch = at.consumed / run.prepared.stream.train_size
+    epoch = run.epochs(at)
     means: Metrics = {}
     for evaluation in evals:
         means |= evaluate(
@@ -209,7 +209,7 @@ def _log_training(run: Run, state: RunState, speed: Metrics) -> float:
     run.files.log(
         {
             "step": at.step,
-            "epoch": round(at.consumed / run.prepared.stream.train_size, 6),
+            "epoch": round(run.epochs(at), 6),
             **means,
             "learning_rate": rate,
             "num_tokens": at.num_tokens,
