@@ -29,6 +29,21 @@ dry_run_option = click.option(
 )
 
 
+def dtype_option(text: str) -> Callable[[Command], Command]:
+    """The option ``--dtype``, for a command that computes with a model.
+
+    Args:
+        text: Its help.
+    """
+    return click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help=text,
+    )
+
+
 def configured(
     kind: type[C], *, argument: str | None = None, short: Mapping[str, str] = MappingProxyType({})
 ) -> Callable[[Command], Command]:

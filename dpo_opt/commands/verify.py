@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dpo_opt.options import json_option, shards_option
+from dpo_opt.options import dtype_option, json_option, shards_option
 from dpo_opt.results import say, show, table
 from dpo_opt.schemas.locations import AnyPath
 
@@ -30,13 +30,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Pairs to compare, spread over all shards.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="Compute dtype of the comparison. auto: as training would take.",
-)
+@dtype_option("Compute dtype of the comparison. auto: as training would take.")
 @json_option
 def command(shards: AnyPath, model: str | None, num_pairs: int, dtype: str, as_json: bool) -> None:
     from dpo_opt.verify import verify
