@@ -1,10 +1,10 @@
 """Who may import whom, read from the syntax trees: nothing is run, so lazy imports are seen too."""
 
-import ast
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+
+from import_statements import Import, imports_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("precompute", "optimize", "analysis")
@@ -41,39 +41,6 @@ LAZY: dict[str, set[str]] = {
     "dpo_opt/demo.py": {"torch", "transformers", "safetensors", "vaderSentiment"},
 }
 """Inside functions only, so that importing the module does not load them."""
-
-
-class Import(NamedTuple):
-    file: str
-    line: int
-    folder: str
-    module: str
-    lazy: bool
-    """Inside a function, or for type checkers only."""
-
-    @property
-    def top(self) -> str:
-        return self.module.partition(".")[0]
-
-
-def imports_of(text: str, *, file: str, folder: str) -> Iterator[Import]:
-    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
-        for child in ast.iter_child_nodes(node):
-            inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
-                inside = True
-            if isinstance(child, ast.Import):
-                modules = [alias.name for alias in child.names]
-            elif isinstance(child, ast.ImportFrom):
-                assert child.level == 0, f"{file}:{child.lineno}: a relative import"
-                modules = [f"{child.module}.{alias.name}" for alias in child.names]
-            else:
-                modules = []
-            for module in modules:
-                yield Import(file, child.lineno, folder, module, lazy)
-            yield from visit(child, inside)
-
-    yield from visit(ast.parse(text), lazy=False)
 
 
 IMPORTS = [

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from import_statements import imports_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("precompute", "optimize", "analysis", "schemas")
@@ -23,23 +24,10 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in (SOURCES | COM
 
 
 def imported(text: str) -> Iterator[str]:
-    """Modules, or names in them, that a file imports from ``dpo_opt``, below that name.
-
-    Imports for type checkers alone do not count: nothing is loaded for them.
-    """
-
-    def visit(node: ast.AST) -> Iterator[str]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
-                continue
-            if isinstance(child, ast.ImportFrom) and child.module:
-                names = [f"{child.module}.{alias.name}" for alias in child.names]
-            else:
-                names = [alias.name for alias in child.names] if isinstance(child, ast.Import) else []
-            yield from (n.removeprefix("dpo_opt.") for n in names if n.startswith("dpo_opt."))
-            yield from visit(child)
-
-    yield from visit(ast.parse(text))
+    """Modules, or names in them, that a file imports from ``dpo_opt``, below that name."""
+    for found in imports_of(text, file="", folder=""):
+        if found.top == "dpo_opt" and found.module != "dpo_opt" and not found.for_types:
+            yield found.module.removeprefix("dpo_opt.")
 
 
 def edges(texts: Mapping[str, str]) -> dict[str, set[str]]:
