@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterator
 
-from dpo_opt.precompute.shards.gc import is_claim, is_index, is_private, is_spent_claim
+from dpo_opt.precompute.shards.gc import columns_in_use, is_claim, is_index, is_private, is_spent_claim
 from dpo_opt.precompute.shards.read_plan import plan_of, read_plans
 from dpo_opt.precompute.shards.weights_memo import WEIGHTS
 from dpo_opt.schemas.attempts import AttemptName
 from dpo_opt.schemas.errors import DataError, quoted
-from dpo_opt.schemas.locations import AnyPath, explained
+from dpo_opt.schemas.locations import AnyPath, explained, sizes
 from dpo_opt.schemas.manifest import (
     COMMAND,
     COMMITS,
@@ -18,9 +18,10 @@ from dpo_opt.schemas.manifest import (
     PLAN,
     TOKENIZER,
     Manifest,
+    Plan,
     resume_command,
 )
-from dpo_opt.schemas.sidecars import COLUMNS
+from dpo_opt.schemas.sidecars import COLUMNS, is_planned_file
 
 VERDICT = "verify.json"
 """What the last verification found; read by people, compared by nobody."""
@@ -35,16 +36,23 @@ _EXPECTED = re.compile(
 
 def folder_notes(shards: AnyPath, manifest: Manifest) -> list[str]:
     """Everything that is there and should not be, or is not and could; none of it reaches a reader."""
-    return [*_plan_notes(shards, manifest), *_extra_files(shards, manifest)]
+    return [
+        *_plan_notes(shards, manifest),
+        *_column_notes(shards, manifest),
+        *_extra_files(shards, manifest),
+    ]
 
 
 def planned_rows(shards: AnyPath, manifest: Manifest) -> int:
     """Source rows that the folder knows of: more than the manifest's while it grows."""
+    return max(manifest.rows, *(plan.rows for plan in _readable_plans(shards)), 0)
+
+
+def _readable_plans(shards: AnyPath) -> list[Plan]:
     try:
-        plans = read_plans(shards)
+        return read_plans(shards)
     except DataError:
-        plans = []  # readers do not need them
-    return max(manifest.rows, *(plan.rows for plan in plans), 0)
+        return []  # readers do not need them
 
 
 def _plan_notes(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
@@ -66,12 +74,27 @@ def _plan_notes(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
         yield f"{shards / PLAN} is that of another run: `dpo-opt precompute` would not go on with this folder"
 
 
+def _column_notes(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
+    there = sizes(shards / COLUMNS)
+    for name, file in (manifest.columns or {}).items():
+        if file.removeprefix(f"{COLUMNS}/") not in there:
+            yield (
+                f"{shards / file} is missing, so no pair has a {name}: the precompute command makes it from "
+                "the data again"
+            )
+
+
 def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     named = {name for commit in manifest.shards for name in (commit.file, commit.dropped_file)}
     named.add(manifest.index_file)
+    columns = columns_in_use(_readable_plans(shards), manifest)
     with explained(shards):
         there = {str(path)[len(str(shards)) + 1 :] for path in shards.rglob("*") if path.is_file()}
-    others = sorted(n for n in there - named if is_private(n) or not _EXPECTED.fullmatch(n))
+    unread = {f"{COLUMNS}/{name}.parquet" for name in manifest.columns or {}}
+    unread |= {n for n in there if is_planned_file(n)}
+    others = sorted(
+        n for n in there - named - columns if is_private(n) or n in unread or not _EXPECTED.fullmatch(n)
+    )
     growing = planned_rows(shards, manifest) > manifest.rows
     gc = f"`dpo-opt gc --shards {quoted(shards)}`"
     left = f"left by other attempts ({gc})"
@@ -87,7 +110,7 @@ def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
         generated = attempt is not None and attempt.is_generated
         if attempt is not None and generated and growing and attempt.shard >= len(manifest.shards):
             continue  # of the part that is not finalized yet
-        if generated or is_private(name) or is_spent_claim(name, there):
+        if generated or is_private(name) or is_planned_file(name) or is_spent_claim(name, there):
             kind = left
         elif is_index(name):
             kind = indexes

@@ -4,6 +4,7 @@ A hash says that bytes are those that were written; it says nothing of a program
 hashed them. So the rows are checked too: whether they hold together, belong here, and are all there.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from dpo_opt.schemas.manifest import MANIFEST, TOKENIZER, Manifest, ShardCommit,
 from dpo_opt.schemas.pairs import HIGHEST_LOGP, LogpArray, ScoredPair
 from dpo_opt.schemas.shard_folder import verified_file
 from dpo_opt.schemas.shards import DROPPED_SCHEMA, INDEX_SCHEMA, inconsistent_columns, read_row_groups
-from dpo_opt.schemas.sidecars import COLUMNS, WEIGHT
+from dpo_opt.schemas.sidecars import COLUMNS, WEIGHT, is_planned_file
 from dpo_opt.schemas.storage import file_names, sha256_folder
 
 _MOST_PER_FILE = 5
@@ -274,18 +275,23 @@ def _tokenizer_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
 
 def _column_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     """No hash names the columns, because they may be replaced; their rows must still be this folder's."""
-    folder = shards / COLUMNS
     rows = planned_rows(shards, manifest)
-    for name in sorted(sizes(folder)):
-        if name.endswith(".parquet") and not name.startswith("."):
-            path = folder / name
-            try:
-                inside(shards, f"{COLUMNS}/{name}")
-            except DataError as error:
-                yield f"{error.where}: {error.what}"
-                continue
-            with on_this_machine(path) as file:
-                yield from _few(f"{path}: {problem}" for problem in _values_problems(file, path.stem, rows))
+    planned = manifest.columns or {}
+    read_as = {file: name for name, file in planned.items()}
+    for file_name in sorted(sizes(shards / COLUMNS)):
+        name = f"{COLUMNS}/{file_name}"
+        stem = file_name.removesuffix(".parquet")
+        is_own = stem != file_name and not file_name.startswith(".") and stem not in planned
+        if name not in read_as and (is_planned_file(name) or not is_own):
+            continue
+        try:
+            path = inside(shards, name)
+        except DataError as error:
+            yield f"{error.where}: {error.what}"
+            continue
+        with contextlib.suppress(FileNotFoundError), on_this_machine(path) as file:
+            problems = _values_problems(file, read_as.get(name, stem), rows)
+            yield from _few(f"{path}: {problem}" for problem in problems)
 
 
 def _values_problems(file: Path, name: str, known: int) -> Iterator[str]:

@@ -19,7 +19,7 @@ from dpo_opt.optimize.read_ahead import read_ahead
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
-from dpo_opt.schemas.sidecars import COLUMNS, WEIGHT, read_column
+from dpo_opt.schemas.sidecars import WEIGHT, column_path, read_column
 
 # Row groups that are shuffled together: 16 x 128 rows decorrelate a sorted file, and fit in memory.
 WINDOW_GROUPS = 16
@@ -60,7 +60,7 @@ class PairStream:
         self.train_size = len(index) - len(self.eval_positions)
         self._rows = index["row"].to_numpy()
         self._weights = self._normalised_weights(
-            read_column(folder.path, WEIGHT, rows=self._rows, default=1.0)
+            read_column(folder.path, WEIGHT, files=folder.manifest.columns, rows=self._rows, default=1.0)
         )
         # The first thread to open a shard checks its hash, or fetches it; the others wait.
         self._opening = [threading.Lock() for _ in folder.manifest.shards]
@@ -150,7 +150,7 @@ class PairStream:
                 "the weights of all training pairs are 0"
                 if mean == 0
                 else "the weights of the training pairs add up to infinity",
-                where=str(self._folder.path / COLUMNS / f"{WEIGHT}.parquet"),
+                where=str(column_path(self._folder.path, WEIGHT, self._folder.manifest.columns)),
                 why="the policy would learn nothing: each pair would count as 0",
                 fix="correct the file, or remove it to let all pairs count alike",
             )

@@ -26,6 +26,7 @@ from dpo_opt.schemas.locations import (
     read_all,
 )
 from dpo_opt.schemas.shards import SCHEMA_VERSION
+from dpo_opt.schemas.sidecars import ColumnFile
 from dpo_opt.schemas.storage import file_names, write_text
 
 PLAN = "plan.json"
@@ -82,6 +83,8 @@ class Plan(_Record):
     """Source rows."""
     pairs_per_shard: PositiveInt | None = None
     """What a full shard holds; one that holds less was the last when it was planned. Null in older plans."""
+    columns: dict[str, ColumnFile] | None = None
+    """The files of the numbers that the data gives its rows. Null in older plans."""
     shards: list[ShardRange]
 
     @property
@@ -131,7 +134,8 @@ class Manifest(_Record):
     truncated: int
     tokens: int
     pairs_per_shard: PositiveInt | None = None
-    """As the plan states it."""
+    columns: dict[str, ColumnFile] | None = None
+    """This and the one before as the plan states them."""
     shards: list[ShardCommit]
     index_file: str
     index_sha256: Sha256

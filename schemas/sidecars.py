@@ -1,28 +1,38 @@
 """Numbers of a pair that may change without scoring again: one Parquet file per column, by row.
 
 They are stored next to the shards, not in them, and no hash covers them, so a person may replace a weight.
+A plan names its columns' files, and a file's name holds the hash of the values that the data gave. So what a
+killed run left for another plan is never taken for this one's. Where a plan names no file for a column, as in
+folders of early versions, the column is ``columns/<name>.parquet``, if there is such a file.
 """
 
 import hashlib
+import re
 from array import array
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, first_line
-from dpo_opt.schemas.locations import AnyPath, is_file, on_this_machine
+from dpo_opt.schemas.locations import AnyPath, inside, is_file, on_this_machine
 from dpo_opt.schemas.storage import publish
 
 COLUMNS = "columns"
 """Folder of the sidecars, inside a folder of shards."""
 WEIGHT = "weight"
 MARGIN = "margin"
+_PLANNED = rf"{COLUMNS}/[a-z]+-[0-9a-f]{{32}}\.parquet"
+ColumnFile = Annotated[str, Field(pattern=f"^{_PLANNED}$")]
+"""Name of a column's file as a plan states it, relative to the folder."""
+ColumnFiles = Mapping[str, ColumnFile] | None
+"""A plan's columns, by name; None in a plan from before it named them."""
 
 
 class Column(NamedTuple):
@@ -37,63 +47,98 @@ def new_column() -> Column:
     return Column(array("q"), array("d"))
 
 
-def write_column(shards_dir: AnyPath, name: str, column: Column, *, keep_rows: int = 0) -> None:
-    """Publish ``columns/<name>.parquet``.
+def planned_file(name: str, column: Column) -> ColumnFile:
+    """The file that a plan names for a column: its name holds 32 hex digits of the SHA-256 of the values.
+
+    Args:
+        name: Such as ``weight``.
+        column: Its values, in any order of the rows.
+    """
+    rows, values = np.asarray(column.rows, np.int64), np.asarray(column.values, np.float64)
+    order = np.argsort(rows, kind="stable")
+    digest = hashlib.sha256(name.encode() + rows[order].tobytes() + values[order].tobytes())
+    return f"{COLUMNS}/{name}-{digest.hexdigest()[:32]}.parquet"
+
+
+def is_planned_file(name: str) -> bool:
+    """Whether a plan may name the file as a column's; a person's own files have other names.
+
+    Args:
+        name: Relative to the folder of shards.
+    """
+    return re.fullmatch(_PLANNED, name) is not None
+
+
+def column_path(shards_dir: AnyPath, name: str, files: ColumnFiles) -> AnyPath:
+    """Where a column is, whether there is such a file or not.
+
+    Args:
+        shards_dir: Folder of reference shards.
+        name: Such as ``weight``.
+        files: As the plan or the manifest names them.
+
+    Raises:
+        DataError: The file is a link that leads out of the folder.
+    """
+    return inside(shards_dir, (files or {}).get(name, f"{COLUMNS}/{name}.parquet"))
+
+
+def write_column(
+    shards_dir: AnyPath,
+    name: str,
+    column: Column,
+    *,
+    files: ColumnFiles = None,
+    before: ColumnFiles = None,
+    keep_rows: int = 0,
+) -> None:
+    """Publish a column.
 
     Args:
         shards_dir: Folder of reference shards.
         name: Such as ``weight``.
         column: Its values.
-        keep_rows: A column that is there keeps its values below this row: a person may have edited them.
+        files: Of the plan that the column belongs to.
+        before: Of the plan before.
+        keep_rows: Below this row, the values are those of the plan before: a person may have edited them.
 
     Raises:
-        DataError: The column that is there is damaged or is another table.
+        DataError: The column of the plan before is damaged or is another table.
     """
-    path = shards_dir / COLUMNS / f"{name}.parquet"
+    path, earlier = (column_path(shards_dir, name, some) for some in (files, before))
     table = pa.table({"row": pa.array(column.rows, pa.int64()), name: pa.array(column.values, pa.float64())})
-    if keep_rows and is_file(path):
-        there = _read_table(path, name)
+    if keep_rows and is_file(earlier):
+        there = _read_table(earlier, name)
         there = there.filter(pc.less(there["row"], keep_rows))
         table = pa.concat_tables([there, table.filter(pc.greater_equal(table["row"], keep_rows))])
     with publish(path) as private, arrow_file(private, "wb") as sink:
         pq.write_table(table, sink)
 
 
-def columns_digest(columns: Mapping[str, Column], *, from_row: int = 0) -> str:
-    """SHA-256 of the columns' values from ``from_row`` on. A column without such a row does not count."""
-    digest = hashlib.sha256()
-    for name, column in sorted(columns.items()):
-        rows, values = np.asarray(column.rows, np.int64), np.asarray(column.values, np.float64)
-        if (wanted := rows >= from_row).any():
-            digest.update(f"{name} {int(wanted.sum())}\n".encode())
-            digest.update(rows[wanted].tobytes() + values[wanted].tobytes())
-    return digest.hexdigest()
-
-
-def columns_of_data(shards_dir: AnyPath) -> dict[str, Column]:
-    """The folder's columns among those that data may give.
+def whole_column(path: AnyPath, name: str) -> Column:
+    """All values of a column's file.
 
     Raises:
-        DataError: A file is damaged or is another table.
+        DataError: It is damaged or is another table.
     """
-    found = {}
-    for name in (WEIGHT, MARGIN):
-        if is_file(path := shards_dir / COLUMNS / f"{name}.parquet"):
-            table = _read_table(path, name)
-            found[name] = Column(
-                array("q", table["row"].to_numpy().tobytes()), array("d", table[name].to_numpy().tobytes())
-            )
-    return found
+    table = _read_table(path, name)
+    return Column(array("q", table["row"].to_numpy().tobytes()), array("d", table[name].to_numpy().tobytes()))
 
 
 def read_column(
-    shards_dir: AnyPath, name: str, *, rows: npt.NDArray[np.int64], default: float
+    shards_dir: AnyPath,
+    name: str,
+    *,
+    files: ColumnFiles,
+    rows: npt.NDArray[np.int64],
+    default: float,
 ) -> npt.NDArray[np.float64] | None:
     """The column's value at each of ``rows``; None if the folder has no such column.
 
     Args:
         shards_dir: Folder of reference shards.
         name: Such as ``weight``.
+        files: As the manifest names them.
         rows: (n,) row numbers.
         default: For rows that have no value.
 
@@ -101,7 +146,7 @@ def read_column(
         DataError: The file is damaged or is another table, or a row has a value that is no number, or below 0
             where it is a weight.
     """
-    path = shards_dir / COLUMNS / f"{name}.parquet"
+    path = column_path(shards_dir, name, files)
     if not is_file(path):
         return None
     table = _read_table(path, name)

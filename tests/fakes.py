@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.schemas.fingerprint import Fingerprint
+from dpo_opt.schemas.manifest import MANIFEST, load_manifest
 from dpo_opt.schemas.pairs import IdArray, LogpArray, Numerics, TokenSequence
+from dpo_opt.schemas.sidecars import COLUMNS, read_column
 
 NUMERICS = Numerics(engine="scripted", engine_version="1", strategy="hash", dtype="float32")
 
@@ -78,6 +81,20 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> Path:
     """Write a dataset."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def column_of(shards: Path, name: str, *, rows: IdArray, default: float) -> LogpArray:
+    """A column of a finished folder, or of one that is planned and not finished."""
+    record = load_manifest(shards) if (shards / MANIFEST).is_file() else read_plan(shards)
+    found = read_column(shards, name, files=record.columns, rows=rows, default=default)
+    assert found is not None
+    return found
+
+
+def weight_file(shards: Path) -> Path:
+    """The one column of a folder."""
+    (file,) = (shards / COLUMNS).glob("weight-*.parquet")
+    return file
 
 
 def preference_rows(count: int) -> list[dict[str, object]]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from fakes import ScriptedScorer, preference_rows, write_jsonl
+from fakes import ScriptedScorer, preference_rows, weight_file, write_jsonl
 
 from dpo_opt.analysis import scan_shards
 from dpo_opt.cli import main
@@ -305,7 +305,7 @@ def tokenizer_gone(shards: Path) -> Path:
 
 def column(rows: list[Any], values: list[Any], name: str = "weight") -> Callable[[Path], Path]:
     def damage(shards: Path) -> Path:
-        path = shards / "columns" / "weight.parquet"
+        path = weight_file(shards)
         pq.write_table(pa.table({"row": rows, name: values}), path)
         return path
 
@@ -313,7 +313,7 @@ def column(rows: list[Any], values: list[Any], name: str = "weight") -> Callable
 
 
 def column_emptied(shards: Path) -> Path:
-    path = shards / "columns" / "weight.parquet"
+    path = weight_file(shards)
     path.write_bytes(b"")
     return path
 

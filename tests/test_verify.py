@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from fakes import ScriptedScorer, preference_rows, write_jsonl
+from fakes import ScriptedScorer, preference_rows, weight_file, write_jsonl
 from object_store import serve_s3, using_store
 
 from dpo_opt.cli import main
@@ -312,7 +312,7 @@ def test_an_index_without_some_rows_is_named(shards: Path, length: int) -> None:
 
 
 def test_columns_are_checked_by_row(shards: Path) -> None:
-    path = shards / "columns" / "weight.parquet"
+    path = weight_file(shards)
     # Row 4 is dropped, and has a weight all the same.
     assert pq.read_table(path)["row"].to_pylist() == [2, 4]
     for rows, values, message in (
@@ -330,6 +330,8 @@ def test_columns_are_checked_by_row(shards: Path) -> None:
     path.write_bytes(b"")
     assert check(shards).problems[0].startswith(f'{path}: not a column "weight" by row')
     path.unlink()
+    (note,) = check(shards).notes
+    assert note.startswith(f"{path} is missing, so no pair has a weight")
     # Another column may hold negative numbers.
     pq.write_table(pa.table({"row": [2], "margin": [-1.0]}), path.with_name("margin.parquet"))
     assert check(shards).problems == []
@@ -435,7 +437,7 @@ def test_notes_name_commands_that_a_shell_takes_as_they_are(shards: Path) -> Non
 
 
 def test_a_column_that_is_a_link_out_of_the_folder_is_named(shards: Path) -> None:
-    file = shards / "columns" / "weight.parquet"
+    file = weight_file(shards)
     file.symlink_to(shutil.move(file, shards.parent / "elsewhere.parquet"))
     (problem,) = check(shards).problems
     assert problem == f"{file}: the file is a link that leads out of the folder"

@@ -142,6 +142,7 @@ def finalize(shards_dir: AnyPath, *, own: Plan | None = None) -> Manifest:
         truncated=sum(commit.truncated for commit in commits),
         tokens=sum(commit.tokens for commit in commits),
         pairs_per_shard=plan.pairs_per_shard,
+        columns=plan.columns,
         shards=commits,
         index_file=index_file,
         index_sha256=index_sha256,

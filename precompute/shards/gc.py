@@ -4,12 +4,12 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from dpo_opt.precompute.shards.commits import read_commit
-from dpo_opt.precompute.shards.read_plan import read_plan
+from dpo_opt.precompute.shards.read_plan import read_plan, read_plans
 from dpo_opt.schemas.attempts import AttemptName, commit_names
 from dpo_opt.schemas.locations import AnyPath, explained, is_file, read_all, remove, sizes
 from dpo_opt.schemas.manifest import (
@@ -19,10 +19,11 @@ from dpo_opt.schemas.manifest import (
     MANIFEST,
     SLURM,
     TOKENIZER,
-    ShardCommit,
+    Manifest,
+    Plan,
     load_manifest,
 )
-from dpo_opt.schemas.sidecars import COLUMNS
+from dpo_opt.schemas.sidecars import COLUMNS, is_planned_file
 
 # Names that this program gives. Files with other names belong to somebody else, and stay.
 _INDEX = re.compile(r"index(-\d+)?(-[0-9a-f]{8})?\.parquet")
@@ -74,11 +75,18 @@ def is_spent_claim(name: str, there: Collection[str]) -> bool:
     return claim is not None and claim["plan"] in there
 
 
+def columns_in_use(plans: Iterable[Plan], manifest: Manifest | None) -> set[str]:
+    """The files of columns that a plan or the manifest names, relative to the folder of shards."""
+    named = [plan.columns for plan in plans] + ([] if manifest is None else [manifest.columns])
+    return {file for columns in named for file in (columns or {}).values()}
+
+
 def find_garbage(shards_dir: AnyPath, *, older_than_hours: float, look_only: bool = False) -> Garbage:
-    """Private files, lost attempts and spent claims that were last written some hours ago.
+    """Private files, lost attempts, spent claims and columns of no plan that were written some hours ago.
 
     Before ``finalize`` every committed attempt stays. An attempt without a commit may be a slow worker's, so
-    young files stay too. A claim without its plan stays, because the run that planned may continue.
+    young files stay too. A claim without its plan stays, because the run that planned may continue; it writes
+    the columns of that plan again.
 
     Args:
         shards_dir: Folder of reference shards.
@@ -104,7 +112,8 @@ def find_garbage(shards_dir: AnyPath, *, older_than_hours: float, look_only: boo
         folder, _, file = name.rpartition("/")
         attempt = AttemptName.parse(file) if folder in (DATA, DROPPED, COMMITS) else None
         of_attempt = attempt is not None and attempt.is_generated
-        if not (old_index or of_attempt or is_private(name) or is_spent_claim(name, own)) or name in kept:
+        of_plan = is_planned_file(name) or is_spent_claim(name, own)
+        if not (old_index or of_attempt or of_plan or is_private(name)) or name in kept:
             continue
         with explained(shards_dir):
             written = _time_of(shards_dir / name)
@@ -146,13 +155,11 @@ def _is_older(folder: Path, now: float, hours: float) -> bool:
 
 
 def _wanted(shards_dir: AnyPath) -> set[str]:
-    """Files that the manifest names, and every attempt at a shard that it does not name yet."""
-    read_plan(shards_dir)  # refuses what is no folder of shards
-    kept: list[ShardCommit] = []
-    index: set[str] = set()
-    if is_file(shards_dir / MANIFEST):
-        manifest = load_manifest(shards_dir)
-        kept, index = manifest.shards, {manifest.index_file}
+    """Files that manifest or plans name, and every attempt at a shard that is in no manifest yet."""
+    plans = read_plans(shards_dir) or [read_plan(shards_dir)]  # refuses what is no folder of shards
+    manifest = load_manifest(shards_dir) if is_file(shards_dir / MANIFEST) else None
+    kept = [] if manifest is None else manifest.shards
+    index = set() if manifest is None else {manifest.index_file}
     in_manifest = {commit.shard for commit in kept}
     names = [
         name
@@ -161,15 +168,19 @@ def _wanted(shards_dir: AnyPath) -> set[str]:
     ]
     records = map(read_commit, read_all(shards_dir / COMMITS, names).values())
     commits = [*kept, *filter(None, records)]
-    return index | {
-        name
-        for commit in commits
-        for name in (
-            commit.file,
-            commit.dropped_file,
-            AttemptName(commit.shard, commit.attempt).commit_file,
-        )
-    }
+    return (
+        columns_in_use(plans, manifest)
+        | index
+        | {
+            name
+            for commit in commits
+            for name in (
+                commit.file,
+                commit.dropped_file,
+                AttemptName(commit.shard, commit.attempt).commit_file,
+            )
+        }
+    )
 
 
 def _time_of(path: AnyPath) -> float | None:

@@ -35,7 +35,7 @@ from dpo_opt.schemas.manifest import (
     ShardRange,
 )
 from dpo_opt.schemas.pairs import Numerics, TokenizedPair
-from dpo_opt.schemas.sidecars import Column, new_column
+from dpo_opt.schemas.sidecars import Column, new_column, planned_file
 
 
 class Planned(NamedTuple):
@@ -45,7 +45,7 @@ class Planned(NamedTuple):
     known_digest: str | None
     """Digest of the rows that the folder's own plan counts; None if the data has no more rows."""
     columns: dict[str, Column]
-    """``weight`` and ``margin``, if some row has one."""
+    """``weight`` and ``margin``, if some row has one or the folder's own plan names such a column."""
     bad_rows: list[BadRow]
     """Rows that are left out; empty unless ``on_bad_row`` is ``skip``. At most ``_BAD_ROWS_SHOWN``."""
     earlier: Sequence[Plan] = ()
@@ -86,7 +86,7 @@ def make_plan(
         tokenizer = tokenizer.on(earlier[-1].fingerprint.template_date)
     _require_a_usable_pair(config, reference, tokenizer)
     division = _Division(config.pairs_per_shard, earlier)
-    columns: dict[str, Column] = {}
+    columns = {name: new_column() for name in (earlier and earlier[-1].columns) or ()}
     bad_rows: list[BadRow] = []
     shapes: set[Shape] = set()
     for row in _facts_of_rows(config, reference, tokenizer, tokenize_all=tokenize_all):
@@ -111,6 +111,7 @@ def make_plan(
         dataset_digest=division.digest.hexdigest(by_message=by_message),
         rows=division.rows,
         pairs_per_shard=config.pairs_per_shard,
+        columns={name: planned_file(name, column) for name, column in columns.items()},
         shards=division.shards(by_message=by_message),
     )
     known = division.known

@@ -42,6 +42,7 @@ def plan_of(manifest: Manifest) -> Plan:
         dataset_digest=manifest.dataset_digest,
         rows=manifest.rows,
         pairs_per_shard=manifest.pairs_per_shard,
+        columns=manifest.columns,
         shards=ranges_of(manifest),
     )
 

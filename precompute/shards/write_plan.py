@@ -1,7 +1,7 @@
 """Writes a folder's plan once, whichever run is first; all runs follow it, and data that grew extends it."""
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,12 @@ from pydantic import BaseModel, ConfigDict
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.read.sources import refuse_inside
 from dpo_opt.precompute.shards.make_plan import Planned, make_plan
+from dpo_opt.precompute.shards.planned_columns import (
+    differing_columns,
+    other_columns,
+    write_columns,
+    write_lost_columns,
+)
 from dpo_opt.precompute.shards.read_plan import known_plans, plan_name, read_plan
 from dpo_opt.precompute.shards.reference import Reference, fingerprint_of
 from dpo_opt.precompute.shards.weights_memo import remember_weights, weight_files
@@ -21,7 +27,6 @@ from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
 from dpo_opt.schemas.manifest import COMMAND, COMMITS, PLAN, TOKENIZER, Plan, parse, repair_command, to_json
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import Numerics
-from dpo_opt.schemas.sidecars import COLUMNS, columns_digest, columns_of_data, write_column
 from dpo_opt.schemas.storage import settle_folder, write_text
 
 _OTHER_FOLDER = "pass another --shards folder, or remove this one to score it again"
@@ -36,8 +41,6 @@ class _Claim(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     plan: Plan
-    columns: str
-    """Digest of the weights and margins of the new rows."""
 
 
 def settle_plan(
@@ -94,18 +97,13 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
             _write_plan(config, planned, new, tokenizer)
     # Another run may have written its plan first.
     plans = known_plans(shards_dir)
-    new = _as_spelled_by(plans, _on_the_day_of(plans, new), shards_dir, model)
+    new = _as_the_folder_has_it(plans, new, shards_dir, model)
     existing = plans[-1] if plans else new
     _refuse_other_fingerprint(existing, new.fingerprint, shards_dir, model=model)
-    meanwhile = len(plans) > len(planned.earlier)
     if existing != new:
+        meanwhile = len(plans) > len(planned.earlier)
         raise _other_plan(existing, new, shards_dir, fix=_ONCE_FINALIZED if meanwhile else _OTHER_FOLDER)
-    if meanwhile:
-        _require_columns(
-            columns_digest(columns_of_data(shards_dir), from_row=_known_rows(planned)), planned, shards_dir
-        )
-    # A column that is there stays, because a person may have edited it; one that was removed is made again.
-    _write_columns(shards_dir, planned, keep=sizes(shards_dir / COLUMNS))
+    write_lost_columns(shards_dir, planned.columns, existing)
     _keep_command(config)
     return existing
 
@@ -124,7 +122,7 @@ def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan
     begun = [folder for folder in (COMMITS, TOKENIZER) if any(map(_is_json, sizes(shards_dir / folder)))]
     claimed = is_file(_claim_of(shards_dir, PLAN))
     plans = known_plans(shards_dir)
-    new = _as_spelled_by(plans, _on_the_day_of(plans, planned.plan), shards_dir, model)
+    new = _as_the_folder_has_it(plans, planned.plan, shards_dir, model)
     if plans:
         _refuse_other_fingerprint(plans[-1], new.fingerprint, shards_dir, model=model)
     elif begun and not claimed:
@@ -145,12 +143,20 @@ def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan
         name = plan_name(len(plans))
         claim = _read_claim(shards_dir, name)
         if claim is not None:
-            _require_claim(claim, new, planned, shards_dir, name)
+            _require_claim(claim, new, planned.model, shards_dir, name)
     return plans, new
 
 
 def _is_json(name: str) -> bool:
     return name.endswith(".json")
+
+
+def _as_the_folder_has_it(plans: Sequence[Plan], new: Plan, shards_dir: AnyPath, model: Path | None) -> Plan:
+    """A new plan in the spelling of the folder's, with its columns if those of the data are the same."""
+    new = _as_spelled_by(plans, _on_the_day_of(plans, new), shards_dir, model)
+    if plans and new.shards == plans[-1].shards and not differing_columns(shards_dir, plans[-1], new):
+        return new.model_copy(update={"columns": plans[-1].columns})
+    return new
 
 
 def _on_the_day_of(plans: Sequence[Plan], new: Plan) -> Plan:
@@ -196,16 +202,6 @@ def _keep_command(config: PrecomputeConfig) -> None:
         write_text(config.shards / COMMAND, text)
 
 
-def _write_columns(shards_dir: AnyPath, planned: Planned, *, keep: Iterable[str] = ()) -> None:
-    for name, column in planned.columns.items():
-        if f"{name}.parquet" not in keep:
-            write_column(shards_dir, name, column, keep_rows=_known_rows(planned))
-
-
-def _known_rows(planned: Planned) -> int:
-    return planned.earlier[-1].rows if planned.earlier else 0
-
-
 def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer: Any) -> None:
     """Write a plan after the files that belong to it. A plan of that name that is already there stays.
 
@@ -214,18 +210,18 @@ def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer
     """
     name = plan_name(len(planned.earlier))
     shards_dir, claim = config.shards, _claim_of(config.shards, name)
-    own = _Claim(plan=new, columns=columns_digest(planned.columns, from_row=_known_rows(planned)))
     with contextlib.suppress(FileExistsError):
-        write_text(claim, to_json(own), replace=False)
+        write_text(claim, to_json(_Claim(plan=new)), replace=False)
     said = _read_claim(shards_dir, name)
     if said is not None:
-        plan = _require_claim(said, new, planned, shards_dir, name)
+        plan = _require_claim(said, new, planned.model, shards_dir, name)
         if name == PLAN:
             if not is_file(shards_dir / TOKENIZER / _WHOLE_TOKENIZER):
                 write_tokenizer(shards_dir, tokenizer)
             if planned.model is not None:
                 keep_model_config(shards_dir, read_config(planned.model))
-        _write_columns(shards_dir, planned)
+        before = planned.earlier[-1] if planned.earlier else None
+        write_columns(shards_dir, planned.columns, plan, before=before)
         with contextlib.suppress(FileExistsError):
             write_text(shards_dir / name, to_json(plan), replace=False)
     remove(claim)
@@ -255,7 +251,7 @@ def _read_claim(shards_dir: AnyPath, name: str) -> _Claim | None:
     return parse(_Claim, text, where=path, fix=f"rm {quoted(path)}, then run the same command again")
 
 
-def _require_claim(claim: _Claim, own: Plan, planned: Planned, shards_dir: AnyPath, name: str) -> Plan:
+def _require_claim(claim: _Claim, own: Plan, model: Path | None, shards_dir: AnyPath, name: str) -> Plan:
     """The plan that a claim is for, if it is the same as this run's.
 
     Raises:
@@ -265,11 +261,10 @@ def _require_claim(claim: _Claim, own: Plan, planned: Planned, shards_dir: AnyPa
     if name != PLAN:
         there = f"rm {quoted(_claim_of(shards_dir, name))}"
     fix = f"{_ONCE_FINALIZED}; or, if it was killed, {there}"
-    new = _as_spelled_by([claim.plan], _on_the_day_of([claim.plan], own), shards_dir, planned.model)
-    _refuse_other_fingerprint(claim.plan, new.fingerprint, shards_dir, model=planned.model, fix=fix)
+    new = _as_spelled_by([claim.plan], _on_the_day_of([claim.plan], own), shards_dir, model)
+    _refuse_other_fingerprint(claim.plan, new.fingerprint, shards_dir, model=model, fix=fix)
     if claim.plan != new:
         raise _other_plan(claim.plan, new, shards_dir, fix=fix)
-    _require_columns(claim.columns, planned, shards_dir, fix=fix)
     return claim.plan
 
 
@@ -290,24 +285,9 @@ def _require_growth(config: PrecomputeConfig, last: Plan, new: Plan) -> None:
         )
 
 
-def _require_columns(
-    digest: str, planned: Planned, shards_dir: AnyPath, *, fix: str = _ONCE_FINALIZED
-) -> None:
-    """Check that a run that planned the same texts meanwhile gives them the same weights and margins.
-
-    Raises:
-        FingerprintError: It gives others.
-    """
-    if digest != columns_digest(planned.columns, from_row=_known_rows(planned)):
-        raise FingerprintError(
-            "another run planned the folder meanwhile, and its data gives other weights or margins",
-            where=str(shards_dir),
-            why="some of its rows would count as one data set says, and some as the other does",
-            fix=fix,
-        )
-
-
 def _other_plan(existing: Plan, plan: Plan, shards_dir: AnyPath, *, fix: str) -> FingerprintError:
+    if existing.model_copy(update={"columns": plan.columns}) == plan:
+        return other_columns(shards_dir, existing, plan, fix=None if fix == _OTHER_FOLDER else fix)
     pairs = list(zip(existing.shards, plan.shards, strict=False))
     theirs, ours = next((pair for pair in pairs if pair[0].used != pair[1].used), pairs[0])
     # A last shard may be short because the data ends there.

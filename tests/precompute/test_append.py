@@ -1,5 +1,7 @@
 """A folder grows with its data: only new pairs are scored, and readers never see a folder half grown."""
 
+import hashlib
+import json
 import os
 import shutil
 import time
@@ -9,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
+from fakes import NUMERICS, ScriptedScorer, column_of, preference_rows, write_jsonl
 
 from dpo_opt.launch import launch
 from dpo_opt.precompute.config import PrecomputeConfig
@@ -265,8 +268,7 @@ def test_columns_of_the_data_grow_too(config_of: Configs, monkeypatch: pytest.Mo
     monkeypatch.setitem(globals(), "ROWS", weighted)
     precompute(config_of(10), scorer=ScriptedScorer())
     precompute(config_of(20, append=True), scorer=ScriptedScorer())
-    found = read_column(config_of(20).shards, WEIGHT, rows=np.arange(20), default=0.0)
-    assert found is not None
+    found = column_of(config_of(20).shards, WEIGHT, rows=np.arange(20), default=0.0)
     assert found.tolist() == [i + 1.0 for i in range(20)]
 
 
@@ -319,19 +321,76 @@ def test_a_column_is_kept_as_it_is_and_taken_from_the_data_again_once_it_is_remo
     config_of: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def weights() -> list[float]:
-        found = read_column(config_of(4).shards, WEIGHT, rows=np.arange(4), default=0.0)
-        assert found is not None
+        found = column_of(config_of(4).shards, WEIGHT, rows=np.arange(4), default=0.0)
         return found.tolist()
 
-    for factor, expected in ((1.0, 1.0), (2.0, 1.0)):
+    def weigh(factor: float) -> None:
         monkeypatch.setitem(globals(), "ROWS", [row | {"weight": factor} for row in preference_rows(4)])
-        precompute(config_of(4), scorer=ScriptedScorer())
-        assert weights() == [expected] * 4
-    (config_of(4).shards / "columns" / "weight.parquet").unlink()
+
+    weigh(1.0)
+    precompute(config_of(4), scorer=ScriptedScorer())
+    (file,) = (config_of(4).shards / "columns").iterdir()
+    edited = pa.table({"row": [3, 0], "weight": [5.0, 4.0]})
+    pq.write_table(edited, file)
     again = ScriptedScorer()
     precompute(config_of(4), scorer=again)
-    assert weights() == [2.0] * 4
+    assert weights() == [4.0, 0.0, 0.0, 5.0]
+    weigh(2.0)
+    with pytest.raises(FingerprintError, match="planned with another weight of its rows") as refused:
+        precompute(config_of(4), scorer=again)
+    assert weights() == [4.0, 0.0, 0.0, 5.0]
+    assert str(refused.value.fix).startswith(f"rm {file}, then run the same command again")
+    file.unlink()
+    for _ in range(2):
+        precompute(config_of(4), scorer=again)
+        assert weights() == [2.0] * 4
     assert again.calls == []
+
+
+def test_a_column_that_the_plan_does_not_have_is_taken_from_a_file_of_ones_own(
+    config_of: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precompute(config_of(4), scorer=ScriptedScorer())
+    monkeypatch.setitem(globals(), "ROWS", [row | {"weight": i} for i, row in enumerate(ROWS)])
+    again = ScriptedScorer()
+    with pytest.raises(FingerprintError, match="another weight") as refused:
+        precompute(config_of(4), scorer=again)
+    file = config_of(4).shards / "columns" / "weight.parquet"
+    assert str(refused.value.fix).startswith(f"write them to {file} (columns row and weight), then run")
+    file.parent.mkdir()
+    pq.write_table(pa.table({"row": [3, 2, 1, 0], "weight": [3, 2, 1, 0]}), file)
+    precompute(config_of(4), scorer=again)
+    assert again.calls == []
+    precompute(config_of(6, append=True), scorer=again)
+    found = column_of(config_of(6).shards, WEIGHT, rows=np.arange(6), default=-1.0)
+    assert found.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_folder_from_before_plans_named_columns_keeps_them_and_grows(
+    config_of: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "ROWS", [row | {"weight": i} for i, row in enumerate(ROWS)])
+    precompute(config_of(4), scorer=ScriptedScorer())
+    shards = config_of(4).shards
+    (file,) = (shards / "columns").iterdir()
+    # An early version left in it what a killed run would have added.
+    values = [*map(float, range(4)), 9.0, 9.0]
+    pq.write_table(pa.table({"row": list(range(6)), "weight": values}), shards / "columns" / "weight.parquet")
+    file.unlink()
+    for name in (PLAN, MANIFEST):
+        record = json.loads((shards / name).read_text())
+        del record["columns"]
+        if name == MANIFEST:
+            del record["sha256"]
+            body = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+            record["sha256"] = hashlib.sha256(body.encode()).hexdigest()
+        (shards / name).write_text(json.dumps(record))
+    again = ScriptedScorer()
+    precompute(config_of(4), scorer=again)
+    assert (again.calls, [p.name for p in (shards / "columns").iterdir()]) == ([], ["weight.parquet"])
+    assert column_of(shards, WEIGHT, rows=np.arange(4), default=-1.0).tolist() == [0, 1, 2, 3]
+    precompute(config_of(8, append=True), scorer=again)
+    assert column_of(shards, WEIGHT, rows=np.arange(8), default=-1.0).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("first", [0, 10])
@@ -369,8 +428,10 @@ def test_of_different_plans_made_at_once_one_stands(
         winner = made[outcomes.index("adopted")][1]
         assert read_plan(folder) == winner.plan
         # Whoever loses before the plan stands leaves nothing of its own beside it.
-        weights = read_column(folder, WEIGHT, rows=np.arange(first, winner.plan.rows), default=0.0)
+        rows = np.arange(first, winner.plan.rows)
+        weights = read_column(folder, WEIGHT, files=winner.plan.columns, rows=rows, default=0.0)
         assert weights is not None
+        assert set(weights.tolist()) == {outcomes.index("adopted") + 2.0}
 
 
 def test_a_plan_is_never_replaced_by_one_that_was_made_from_other_data(
@@ -442,10 +503,10 @@ def test_a_column_that_was_changed_stays_so_when_the_folder_grows(
     own = new_column()
     own.rows.extend([3, 7])
     own.values.extend([0.25, 0.5])
-    write_column(config_of(10).shards, WEIGHT, own)
+    shards = config_of(10).shards
+    write_column(shards, WEIGHT, own, files=load_manifest(shards).columns)
     precompute(config_of(14, append=True), scorer=ScriptedScorer())
-    found = read_column(config_of(14).shards, WEIGHT, rows=np.arange(14), default=-1.0)
-    assert found is not None
+    found = column_of(config_of(14).shards, WEIGHT, rows=np.arange(14), default=-1.0)
     assert found.tolist() == [-1, -1, -1, 0.25, -1, -1, -1, 0.5, -1, -1, 1, 1, 1, 1]
 
 

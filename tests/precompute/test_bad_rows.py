@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import ScriptedScorer, preference_rows, write_jsonl
+from fakes import ScriptedScorer, column_of, preference_rows, write_jsonl
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.read import datasets, files
@@ -18,9 +18,9 @@ from dpo_opt.precompute.shards import planned_rows
 from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.schemas.errors import DataError, FingerprintError
-from dpo_opt.schemas.manifest import COMMITS, MANIFEST, Manifest
+from dpo_opt.schemas.manifest import COMMITS, MANIFEST, Manifest, load_manifest
 from dpo_opt.schemas.shard_folder import ShardFolder
-from dpo_opt.schemas.sidecars import COLUMNS, read_column
+from dpo_opt.schemas.sidecars import COLUMNS
 
 Configs = Callable[..., PrecomputeConfig]
 
@@ -288,29 +288,21 @@ def test_weights_and_margins_stand_beside_the_shards(config_of: Configs, tmp_pat
         file.write("{\n")
     config = config_of(data=data)
     run(config)
-    weight, margin = (pq.read_table(config.shards / COLUMNS / f"{n}.parquet") for n in ("weight", "margin"))
+    columns = read_plan(config.shards).columns
+    assert columns is not None
+    assert columns == load_manifest(config.shards).columns
+    weight, margin = (pq.read_table(config.shards / columns[n]) for n in ("weight", "margin"))
     assert dict(zip(weight["row"].to_pylist(), weight["weight"].to_pylist(), strict=True)) == weights
     margins = {i: 5.0 - i for i in range(1, 14, 2)}
     assert dict(zip(margin["row"].to_pylist(), margin["margin"].to_pylist(), strict=True)) == margins
     kept = np.array([p["row"] for p in content(config)])
-    found = read_column(config.shards, "weight", rows=kept, default=1.0)
-    assert found is not None
+    found = column_of(config.shards, "weight", rows=kept, default=1.0)
     assert found.tolist() == [weights.get(row, 1.0) for row in kept.tolist()]
 
 
 def test_data_without_weights_has_no_columns(config_of: Configs) -> None:
     run(config_of())
     assert not (config_of().shards / COLUMNS).exists()
-
-
-def test_a_changed_weight_is_the_same_data(config_of: Configs, tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "w.jsonl", [{**row, "weight": 1} for row in ROWS])
-    config = config_of(data=data)
-    manifest = run(config)
-    write_jsonl(data, [{**row, "weight": 2, "margin": 1} for row in ROWS])
-    scorer = ScriptedScorer()
-    assert precompute(config, scorer=scorer) == manifest
-    assert scorer.calls == []
 
 
 def test_several_processes_plan_what_one_does(

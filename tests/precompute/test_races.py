@@ -8,18 +8,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
+import numpy as np
 import pytest
 import yaml
-from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
+from fakes import NUMERICS, ScriptedScorer, column_of, preference_rows, write_jsonl
 from planning import Run, race_in_folders, run_of
 
 from dpo_opt.dry_run import plan_precompute
+from dpo_opt.folder_notes import folder_notes
+from dpo_opt.integrity import integrity_problems
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute
+from dpo_opt.precompute.shards.gc import find_garbage, remove_garbage
+from dpo_opt.precompute.shards.planned_columns import write_columns
 from dpo_opt.schemas.config_keys import MODEL_CONFIG
 from dpo_opt.schemas.errors import DataError, FingerprintError
-from dpo_opt.schemas.manifest import COMMAND, PLAN, TOKENIZER
-from dpo_opt.schemas.sidecars import columns_digest, columns_of_data
+from dpo_opt.schemas.manifest import COMMAND, PLAN, TOKENIZER, load_manifest
+from dpo_opt.schemas.sidecars import COLUMNS, WEIGHT
 from dpo_opt.schemas.storage import sha256_folder
 
 ROWS = preference_rows(12)
@@ -35,6 +40,9 @@ RACES = {
     "data and weights": (weighted(ROWS, 1.0), weighted(OTHER_TEXT, 9.0), False),
     "weights alone": (weighted(ROWS, 1.0), weighted(ROWS, 9.0), False),
     "columns": (weighted(ROWS, 1.0), [row | {"margin": 9.0} for row in ROWS], False),
+    "more columns": (weighted(ROWS, 1.0), weighted(ROWS, 1.0, margin=9.0), False),
+    "no columns": (weighted(ROWS, 1.0), ROWS, False),
+    "columns of none": (ROWS, weighted(ROWS, 9.0), False),
     "model": (weighted(ROWS, 1.0), weighted(ROWS, 1.0), True),
     "nothing": (weighted(ROWS, 1.0), weighted(ROWS, 1.0), False),
 }
@@ -44,7 +52,8 @@ def content(shards: Path) -> tuple[object, ...]:
     """All that belongs to a plan."""
     data = yaml.safe_load((shards / COMMAND).read_text())["data"]
     files = [(shards / name).read_bytes() for name in (PLAN, MODEL_CONFIG)]
-    return *files, sha256_folder(shards / TOKENIZER), columns_digest(columns_of_data(shards)), data
+    columns = {path.name: path.read_bytes() for path in (shards / COLUMNS).glob("*")}
+    return *files, sha256_folder(shards / TOKENIZER), columns, data
 
 
 Configs = Callable[[str], list[PrecomputeConfig]]
@@ -133,11 +142,31 @@ def test_fifty_rounds_of_processes(configs_of: Configs, tmp_path: Path, race: st
     assert mixed == []
 
 
+@pytest.mark.parametrize("race", RACES)
+def test_a_run_that_comes_when_the_plan_stands_leaves_nothing_of_its_own(
+    configs_of: Configs, tmp_path: Path, race: str
+) -> None:
+    mine, other = (run_of(config) for config in configs_of(race))
+    expected, _ = alone([mine, other])
+    folder = tmp_path / "shards"
+    for run in (mine, other, mine):
+        assert run.settle(folder) == (run is mine or race == "nothing")
+        assert content(folder) == expected
+
+
 class Killed(BaseException):
     """As kill -9 would: nothing is cleaned up that a handler could."""
 
 
-@pytest.mark.parametrize("writer", ["settle_folder", "keep_model_config", "write_column", "_keep_command"])
+def killed_after(done: Callable[..., None]) -> Callable[..., None]:
+    def kill(*values: object, **named: object) -> None:
+        done(*values, **named)
+        raise Killed
+
+    return kill
+
+
+@pytest.mark.parametrize("writer", ["settle_folder", "keep_model_config", "write_columns", "_keep_command"])
 def test_a_kill_while_planning_is_healed_by_the_same_command_and_refused_to_another(
     configs_of: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
 ) -> None:
@@ -167,17 +196,14 @@ def test_a_kill_while_planning_what_was_appended_keeps_the_new_weights(
     precompute(config, scorer=ScriptedScorer())
     write_jsonl(Path(config.data[0]), weighted(ROWS, 1.0))
     grown = config.model_copy(update={"append": True})
-
-    def killed(*_: object, **__: object) -> None:
-        raise Killed
-
     with monkeypatch.context() as patch:
-        patch.setattr("dpo_opt.precompute.shards.write_plan.write_column", killed)
+        patch.setattr("dpo_opt.precompute.shards.write_plan.write_columns", killed_after(write_columns))
         with pytest.raises(Killed):
             precompute(grown, scorer=ScriptedScorer())
     assert precompute(grown, scorer=ScriptedScorer()).kept == 12
-    (column,) = columns_of_data(config.shards).values()
-    assert (list(column.rows), set(column.values)) == (list(range(12)), {1.0})
+    assert len(list((config.shards / COLUMNS).iterdir())) == 2
+    column = column_of(config.shards, WEIGHT, rows=np.arange(12), default=0.0)
+    assert column.tolist() == [1.0] * 12
     assert not list(config.shards.glob("*.claim"))
 
 
@@ -202,7 +228,7 @@ def test_a_dry_run_compares_what_another_run_has_claimed(
 
     with monkeypatch.context() as patch:
         # After the claim, before the plan.
-        patch.setattr("dpo_opt.precompute.shards.write_plan._write_columns", killed)
+        patch.setattr("dpo_opt.precompute.shards.write_plan.write_columns", killed)
         with pytest.raises(Killed):
             precompute(configs[0], scorer=ScriptedScorer())
     folder = tmp_path / "shards"
@@ -218,6 +244,39 @@ def test_a_dry_run_compares_what_another_run_has_claimed(
     with pytest.raises(FingerprintError) as refused:
         precompute(configs[1], scorer=ScriptedScorer())
     assert str(said.value) == str(refused.value)
+
+
+def test_what_a_killed_run_leaves_is_never_the_weights_of_other_rows(
+    configs_of: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies after it wrote its columns. Then other rows are added, of which some have no weight."""
+    config, _ = configs_of("weights alone")
+    first = weighted(ROWS[:4], 1.0)
+    write_jsonl(Path(config.data[0]), first)
+    precompute(config, scorer=ScriptedScorer())
+    grown = config.model_copy(update={"append": True})
+    write_jsonl(Path(config.data[0]), [*first, *weighted(ROWS[4:], 9.0)])
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo_opt.precompute.shards.write_plan.write_columns", killed_after(write_columns))
+        with pytest.raises(Killed):
+            precompute(grown, scorer=ScriptedScorer())
+    assert integrity_problems(config.shards, load_manifest(config.shards)) == []
+    write_jsonl(Path(config.data[0]), [*first, *OTHER_TEXT[4:8], *weighted(OTHER_TEXT[8:], 2.0)])
+    with pytest.raises(FingerprintError) as refused:
+        precompute(grown, scorer=ScriptedScorer())
+    claim = config.shards / "plan-1.json.claim"
+    assert f"rm {claim}" in str(refused.value.fix)
+    claim.unlink()
+    precompute(grown, scorer=ScriptedScorer())
+    weights = column_of(config.shards, WEIGHT, rows=np.arange(12), default=0.0)
+    assert weights.tolist() == [1.0] * 4 + [0.0] * 4 + [2.0] * 4
+    # What the dead one left is named, and gc removes it; what the plans name stays.
+    garbage = find_garbage(config.shards, older_than_hours=0)
+    (left,) = (path for path in garbage.files if path.parent.name == COLUMNS)
+    (note,) = (n for n in folder_notes(config.shards, load_manifest(config.shards)) if left.name in n)
+    assert "left by other attempts" in note
+    remove_garbage(garbage)
+    assert column_of(config.shards, WEIGHT, rows=np.arange(12), default=0.0).tolist() == weights.tolist()
 
 
 def test_a_claim_that_cannot_be_read_says_how_to_go_on(configs_of: Configs, tmp_path: Path) -> None:

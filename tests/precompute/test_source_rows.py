@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import ScriptedScorer, preference_rows, write_jsonl
+from fakes import ScriptedScorer, column_of, preference_rows, write_jsonl
 
 from dpo_opt.integrity import integrity_problems
 from dpo_opt.precompute.config import DataConfig, PrecomputeConfig
@@ -25,7 +25,7 @@ from dpo_opt.schemas.manifest import PLAN, Manifest, Plan, load_manifest, to_jso
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import write_shard
-from dpo_opt.schemas.sidecars import WEIGHT, read_column
+from dpo_opt.schemas.sidecars import WEIGHT
 
 Configs = Callable[..., PrecomputeConfig]
 
@@ -59,8 +59,7 @@ def require_rows_of_the_source(manifest: Manifest, shards: Path, *, rows: int) -
     for pair in pairs_of(shards):
         assert pair.id == ROWS[pair.row]["id"]
         assert pair.source == ROWS[pair.row].get("source")
-    weights = read_column(shards, WEIGHT, rows=np.array([p.row for p in pairs_of(shards)]), default=-1.0)
-    assert weights is not None
+    weights = column_of(shards, WEIGHT, rows=np.array([p.row for p in pairs_of(shards)]), default=-1.0)
     assert weights.tolist() == [p.row + 1.0 for p in pairs_of(shards)]
     assert manifest.rows == manifest.shards[-1].stop == rows
     assert manifest.kept + sum(manifest.dropped.values()) == sum(c.used for c in manifest.shards)

@@ -55,7 +55,7 @@ def test_a_folder_of_shards_is_written_and_read(tiny_model: Path, tmp_path: Path
     opened = ShardFolder.open(folder)
     assert len(list(opened.pairs())) == len(opened.index(["row"])) == 4
     assert len(scan_shards(folder).collect()) == 4
-    weights = read_column(folder, "weight", rows=np.arange(4), default=1.0)
+    weights = read_column(folder, "weight", files=opened.manifest.columns, rows=np.arange(4), default=1.0)
     assert weights is not None
     assert weights.tolist() == [2.0] * 4
     for command in ("status", "verify", "repair"):

@@ -20,7 +20,7 @@ def write(folder: Path, name: str, values: dict[int, float]) -> Path:
 
 
 def read(folder: Path, name: str, rows: list[int], default: float = 1.0) -> list[float] | None:
-    found = read_column(folder, name, rows=np.array(rows, dtype=np.int64), default=default)
+    found = read_column(folder, name, files=None, rows=np.array(rows, dtype=np.int64), default=default)
     return None if found is None else found.tolist()
 
 
