@@ -8,7 +8,8 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.engine.failing_sequences import ENGINE_ERROR
 from dpo_opt.precompute.run import work
 from dpo_opt.precompute.shards.commits import committed
-from dpo_opt.precompute.shards.finalize import finalize, is_finalized
+from dpo_opt.precompute.shards.finalize import finalize
+from dpo_opt.precompute.shards.finished import is_finalized
 from dpo_opt.precompute.shards.reference import make_tokenizer, pinned, resolve_reference
 from dpo_opt.precompute.shards.write_plan import settle_plan
 from dpo_opt.precompute.workers.assignment import worker_from_environment

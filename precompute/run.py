@@ -15,7 +15,8 @@ from dpo_opt.precompute.engine.score_pairs import score_pairs
 from dpo_opt.precompute.read.datasets import BadRow, Row
 from dpo_opt.precompute.read.row_reader import RowReader
 from dpo_opt.precompute.shards.commits import committed, write_commit
-from dpo_opt.precompute.shards.finalize import finalize, is_finalized
+from dpo_opt.precompute.shards.finalize import finalize
+from dpo_opt.precompute.shards.finished import is_finalized
 from dpo_opt.precompute.shards.planned_rows import RowsDigest
 from dpo_opt.precompute.shards.reference import make_tokenizer, pinned, resolve_reference
 from dpo_opt.precompute.shards.write_plan import settle_plan

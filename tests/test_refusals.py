@@ -99,7 +99,7 @@ def read_to_verify(shards: Path) -> None:
 
 
 def finish_again(shards: Path) -> None:
-    """A finished folder keeps its manifest; looked at are only the sizes of its shards."""
+    """A finished folder keeps its manifest; looked at are only names and sizes of its files."""
     finalize(shards)
 
 
@@ -364,11 +364,11 @@ TABLE = [
     # What analysis asks of a folder does not need the index, and finalize makes it.
     Damage("index of another order", index_of_another_order, {"train", "verify"}),
     Damage("index: a bit", index_flipped, {"train", "verify"}),
-    Damage("index: gone", index_gone, {"train", "verify"}),
+    Damage("index: gone", index_gone, {"train", "verify", "finalize again"}),
     # Training reads ids; finalize takes the hash of what is there.
     Damage("tokenizer: a file changed", tokenizer_changed, {"train", "verify"}),
     Damage("tokenizer: a file added", tokenizer_file_added, {"train", "verify"}),
-    Damage("tokenizer: gone", tokenizer_gone, {"train", "verify", "finalize"}),
+    Damage("tokenizer: gone", tokenizer_gone, {"train", "verify", "finalize", "finalize again"}),
     # No hash names a column.
     Damage("column: rows of another folder", column([100, 101], [1.0, 2.0]), {"train", "verify"}),
     Damage("column: a row twice", column([2, 2], [1.0, 2.0]), {"train", "verify"}),
@@ -377,7 +377,7 @@ TABLE = [
     Damage("column: empty", column_emptied, {"train", "verify"}),
     # Only finalize and verify ask why a row is missing.
     Damage("dropped rows: a bit", dropped_changed, {"verify", "finalize"}),
-    Damage("dropped rows: gone", dropped_gone, {"verify", "finalize"}),
+    Damage("dropped rows: gone", dropped_gone, {"verify", "finalize", "finalize again"}),
 ]
 
 

@@ -16,6 +16,8 @@ from dpo_opt.schemas.locations import AnyPath
 if TYPE_CHECKING:
     from dpo_opt.precompute.shards.status import Status
 
+_MOST_SHOWN = 5
+
 
 @click.command(help=__doc__)
 @shards_option
@@ -29,6 +31,7 @@ def command(shards: AnyPath, as_json: bool) -> None:
 
 def _in_words(found: "Status") -> dict[str, Any]:
     """A folder's state as a person reads it; what is not known is None."""
+    more = len(found.lost) - _MOST_SHOWN
     return {
         **found.model_dump(include={"shards_total", "shards_committed", "pairs_total", "pairs_kept"}),
         **found.model_dump(include={"pairs_dropped", "dropped"}),
@@ -42,6 +45,9 @@ def _in_words(found: "Status") -> dict[str, Any]:
             for w in found.workers
         ],
         "finalized": found.finalized,
+        # A person wants to know of the first ones; --json has them all.
+        "lost": [*found.lost[:_MOST_SHOWN], *([f"and {more} more"] if more > 0 else [])] or None,
+        "next": found.next,
     }
 
 

@@ -14,6 +14,7 @@ from dpo_opt.precompute.shards.commits import (
     read_commit,
     remove_if_allowed,
 )
+from dpo_opt.precompute.shards.finished import covers, require_all_there
 from dpo_opt.precompute.shards.read_plan import ranges_of, read_plan
 from dpo_opt.precompute.shards.scored_tokenizer import scored_tokenizer_sha256
 from dpo_opt.precompute.shards.write_index import verified_index, write_index
@@ -31,7 +32,6 @@ from dpo_opt.schemas.manifest import (
     Manifest,
     Plan,
     ShardCommit,
-    damaged,
     load_manifest,
     parse,
     resume_command,
@@ -39,22 +39,6 @@ from dpo_opt.schemas.manifest import (
     write_manifest,
 )
 from dpo_opt.schemas.storage import write_text
-
-
-def is_finalized(shards_dir: AnyPath, plan: Plan) -> bool:
-    """Whether a manifest covers the plan: this fingerprint, this data, these shards.
-
-    While a folder grows, readers follow its earlier manifest, which covers fewer rows than the plan.
-
-    Raises:
-        DataError: The manifest is damaged.
-    """
-    return is_file(shards_dir / MANIFEST) and _covers(load_manifest(shards_dir), plan)
-
-
-def _covers(manifest: Manifest, plan: Plan) -> bool:
-    of_manifest = (manifest.fingerprint, manifest.dataset_digest, ranges_of(manifest))
-    return of_manifest == (plan.fingerprint, plan.dataset_digest, plan.shards)
 
 
 def require_beginning(manifest: Manifest, plan: Plan, shards_dir: AnyPath) -> None:
@@ -166,9 +150,8 @@ def _manifest_of_plan(shards_dir: AnyPath, plan: Plan) -> Manifest | None:
     """
     there = _attempt_files(shards_dir)
     manifest = load_manifest(shards_dir)
-    for commit in manifest.shards:
-        _require_present(shards_dir, commit, there[DATA])
-    if not _covers(manifest, plan):
+    require_all_there(shards_dir, manifest)
+    if not covers(manifest, plan):
         require_beginning(manifest, plan, shards_dir)
         return None
     # A `finalize` that was killed after it had published the manifest left these.
@@ -277,7 +260,7 @@ def _is_whole(shards_dir: AnyPath, manifest: Manifest, plan: Plan) -> bool:
     data = sizes(shards_dir / DATA)
     records = commit_names(sizes(shards_dir / COMMITS)).values()
     final = manifest_commits(shards_dir)
-    return _covers(manifest, plan) and all(
+    return covers(manifest, plan) and all(
         is_valid(c, planned, plan, data) and (c in final or AttemptName(c.shard, c.attempt) in records)
         for c, planned in zip(manifest.shards, plan.shards, strict=True)
     )
@@ -331,15 +314,3 @@ def _remove_lost_attempts(
     for file, attempt in lost.items():
         if attempt not in foreign:
             remove_if_allowed(shards_dir / file)
-
-
-def _require_present(shards_dir: AnyPath, commit: ShardCommit, data: Mapping[str, int]) -> None:
-    """Notice a lost or cut file by its size, without reading it; readers compare its hash."""
-    size = data.get(commit.file.removeprefix(f"{DATA}/"))
-    if size != commit.bytes:
-        raise damaged(
-            "the file is missing" if size is None else f"the file has {size} bytes of {commit.bytes}",
-            shards_dir / commit.file,
-            shards_dir,
-            why="the manifest names it, so pairs would be missing from training",
-        )

@@ -6,10 +6,12 @@ from datetime import UTC, datetime
 from pydantic import BaseModel
 
 from dpo_opt.precompute.shards.commits import committed
-from dpo_opt.precompute.shards.finalize import is_finalized
+from dpo_opt.precompute.shards.finished import covers, lost_files
 from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.shards.throughput import WorkerThroughput, throughput
-from dpo_opt.schemas.locations import AnyPath
+from dpo_opt.schemas.errors import quoted
+from dpo_opt.schemas.locations import AnyPath, is_file
+from dpo_opt.schemas.manifest import MANIFEST, load_manifest, repair_command
 
 
 class Status(BaseModel):
@@ -31,13 +33,18 @@ class Status(BaseModel):
     seconds_since_commit: float | None
     workers: list[WorkerThroughput]
     finalized: bool
+    """Whether readers may use the folder: its manifest covers the plan, and no file of it is lost or cut."""
+    lost: list[str]
+    """Files of the manifest that are lost or cut, each with what is wrong."""
+    next: str | None
+    """The command that heals the folder; None if nothing is lost."""
 
 
 def status(shards_dir: AnyPath) -> Status:
     """Progress of a folder, from its commits.
 
     Raises:
-        DataError: The folder has no plan.
+        DataError: The folder has no plan, or its manifest is damaged.
     """
     plan = read_plan(shards_dir)
     done = committed(shards_dir, plan)
@@ -45,6 +52,8 @@ def status(shards_dir: AnyPath) -> Status:
     for commit in done.values():
         dropped.update(commit.dropped)
     scored = sum(commit.used for commit in done.values())
+    manifest = load_manifest(shards_dir) if is_file(shards_dir / MANIFEST) else None
+    lost = [] if manifest is None else list(lost_files(shards_dir, manifest))
     rates = throughput(done.values(), rows_left=plan.used - scored, now=datetime.now(UTC))
     return Status(
         shards_total=len(plan.shards),
@@ -55,5 +64,7 @@ def status(shards_dir: AnyPath) -> Status:
         dropped=dict(sorted(dropped.items())),
         share_done=scored / plan.used,
         **rates._asdict(),
-        finalized=is_finalized(shards_dir, plan),
+        finalized=manifest is not None and covers(manifest, plan) and not lost,
+        lost=[f"{quoted(shards_dir / name)}: {problem}" for name, problem in lost],
+        next=repair_command(shards_dir) if lost else None,
     )

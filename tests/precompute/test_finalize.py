@@ -101,6 +101,8 @@ def test_status_counts_what_is_committed(folder: Path) -> None:
         "dropped": {"identical_completions": 1},
         "share_done": 1.0,
         "finalized": False,
+        "lost": [],
+        "next": None,
     }
     commit_files(folder)[1].unlink()
     partial = status(folder)
