@@ -34,6 +34,8 @@ class DataConfig(Settings):
     """Share of the pairs used from each --data, one per --data. The pair's text decides which are used."""
     column: dict[str, str] = {}
     """Name of the column that holds a part, such as prompt=question. Repeat it for each renamed column."""
+    ignore_column: list[str] = []
+    """A column to read as if it were not there, such as images. Repeat it for each such column."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Malformed rows. error: stop before any work. skip: leave the rows out, count and list them."""
 

@@ -121,6 +121,10 @@ GOOD: dict[str, Callable[[int], Row]] = {
     },
     "orca": lambda i: {"system": "s", "question": f"q {i}", "chosen": "x", "rejected": "y"},
     "image": lambda i: {"question": f"q {i}", "chosen": "x", "rejected": "y", "image": None},
+    "alpaca": lambda i: {
+        **{"instruction": f"q {i}", "input": "w", "system": "s", "history": [["q", "a"]]},
+        **{"chosen": "x", "rejected": "y"},
+    },
     "text beside messages": lambda i: {**_chat(i), "prompt": f"question {i}"},
 }
 """A good row of every form, by its number; each makes one pair."""
@@ -342,7 +346,7 @@ def _objects() -> Iterator[tuple[str, str, Row, str, str]]:
     for sides in (("Yes", "No"), (" Yes", " No"), ("a", "a")):
         row = {"chosen": sides[0], "rejected": sides[1]}
         yield "nothing in common", "implicit", row, "begin differently", "no_common_prompt"
-    for key in ("question", "instruction", "input", "query", "context"):
+    for key in ("question", "input", "query", "context"):
         says = f'there is no "prompt", but the key "{key}"'
         yield "prompt under another key", "implicit", {**implicit, key: "Why?"}, says, "missing_key"
 
@@ -374,9 +378,12 @@ def _objects() -> Iterator[tuple[str, str, Row, str, str]]:
         yield "bad vote", "battle", {**battle, "winner_model_a": vote}, '"winner_model_a" is ', "label"
     for form in ("sharegpt", "swift"):
         row = {**GOOD[form](2), "images": ["a.png"]}
-        yield "images beside text", form, row, '"images" is not empty', "shape"
+        yield "images beside text", form, row, '"images" is not empty', "prompt_column"
     row = {**GOOD["image"](2), "image": "a.png"}
-    yield "images beside text", "image", row, '"image" is not empty', "shape"
+    yield "images beside text", "image", row, '"image" is not empty', "prompt_column"
+    for key in ("system", "history", "input", "question", "videos"):
+        row = {**GOOD["text"](2), key: "a text that the prompt lacks"}
+        yield "column of the prompt", "text", row, f'"{key}" is not empty', "prompt_column"
     for grade in (4, -9, 1.5, "3", None):
         row = {**GOOD["graded"](2), "overall_preference": grade}
         yield "bad grade", "graded", row, '"overall_preference" is ', "label"

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_opt.precompute.check.forecast import estimate, forecast, forecast_lengths, kept_pairs
+from dpo_opt.precompute.check.length_bias import biased, length_bias
 from dpo_opt.precompute.check.pair_statistics import (
     EXAMPLES,
     BadRows,
@@ -27,7 +28,6 @@ from dpo_opt.schemas.audit_record import (
     Audit,
     DataSource,
     Example,
-    LengthBias,
     Lengths,
     Part,
     Problem,
@@ -50,9 +50,10 @@ _FLAG_KINDS = {
     "short_prompt": Flag.SHORT_PROMPT,
     "empty_turn": Flag.EMPTY_TURN,
     "control_character": Flag.CONTROL_CHARACTER,
+    "negative_margin": Flag.NEGATIVE_MARGIN,
+    "zero_margin": Flag.ZERO_MARGIN,
 }
-_BIASED = 0.6  # a length that wins this share of pairs predicts the preference well on its own
-_LEAST_UNEQUAL = 50  # pairs; fewer say nothing about a share
+_LEAST_WITH_ONE_PROMPT = 4  # pairs; three ranked completions make three of them
 
 
 def audit(
@@ -81,13 +82,14 @@ def audit(
     problems += _merged(named)
     problems += _flagged(facts)
     problems += _repeated(facts)
+    problems += _one_prompt(facts)
     if config.near_duplicates:
         problems += _nearly_repeated(facts, similarity=config.similarity)
     if config.eval_data:
         problems += _shared_with_eval(facts, config, progress)
     bias = length_bias(_lengths(facts))
     sources = _sources(facts)
-    problems += _biased(bias, sources)
+    problems += biased(bias, sources)
     if not len(facts):
         problems.append(problem("no_pairs", 0, []))
     report = Audit(
@@ -118,18 +120,6 @@ def audit(
         problems += _forecast_problems(facts, at_max_length, config.truncation)
     report.problems = by_harm(problems)
     return report
-
-
-def length_bias(lengths: npt.NDArray[np.int32]) -> LengthBias:
-    """How often the longer completion is chosen; ``lengths`` is (P, 3)."""
-    longer = int((lengths[:, 1] > lengths[:, 2]).sum())
-    shorter = int((lengths[:, 1] < lengths[:, 2]).sum())
-    unequal = longer + shorter
-    return LengthBias(
-        longer_chosen=longer / unequal if unequal else None,
-        unequal_pairs=unequal,
-        equal_pairs=len(lengths) - unequal,
-    )
 
 
 def _lengths(facts: Facts) -> npt.NDArray[np.int32]:
@@ -185,6 +175,16 @@ def _repeated(facts: Facts) -> list[Problem]:
     ]
 
 
+def _one_prompt(facts: Facts) -> list[Problem]:
+    """The prompt of more than half of the pairs."""
+    _, first, counts = np.unique(facts.prompt, return_index=True, return_counts=True)
+    most = int(counts.argmax()) if len(counts) else 0
+    if len(facts) < _LEAST_WITH_ONE_PROMPT or 2 * counts[most] <= len(facts):
+        return []
+    pairs = np.flatnonzero(facts.prompt == facts.prompt[first[most]])
+    return [problem("shared_prompt", len(pairs), _examples(facts, pairs, lambda i: _shape_of(facts, i)))]
+
+
 def _nearly_repeated(facts: Facts, *, similarity: float) -> list[Problem]:
     earlier = near_repeats(facts, similarity=similarity)
     if not earlier:
@@ -196,7 +196,7 @@ def _nearly_repeated(facts: Facts, *, similarity: float) -> list[Problem]:
 
 def _shared_with_eval(facts: Facts, config: CheckConfig, progress: Progress) -> list[Problem]:
     held_out = collect(
-        DataConfig(data=config.eval_data, column=config.column),
+        DataConfig(data=config.eval_data, column=config.column, ignore_column=config.ignore_column),
         Wanted(),
         processes=config.processes,
         progress=progress,
@@ -212,29 +212,6 @@ def _shared_with_eval(facts: Facts, config: CheckConfig, progress: Progress) -> 
         )
         problems.append(problem("shared_with_eval", len(pairs), examples))
     return problems
-
-
-def _biased(everything: LengthBias, sources: list[SourceCount]) -> list[Problem]:
-    """Length bias of all data and of each source, because opposite biases of two sources may cancel out."""
-    groups = {"all data": everything}
-    groups |= {f"source {s.source}": s.length_bias for s in sources if s.source is not None}
-    biased = {name: bias for name, bias in groups.items() if _is_biased(bias)}
-    if not biased:
-        return []
-    counted = [biased["all data"]] if "all data" in biased else biased.values()
-    examples = [Example(where=name, detail=_bias_in_words(bias)) for name, bias in biased.items()]
-    return [problem("length_bias", sum(bias.unequal_pairs for bias in counted), examples[:EXAMPLES])]
-
-
-def _is_biased(bias: LengthBias) -> bool:
-    share = bias.longer_chosen
-    return share is not None and bias.unequal_pairs >= _LEAST_UNEQUAL and max(share, 1 - share) >= _BIASED
-
-
-def _bias_in_words(bias: LengthBias) -> str:
-    share = bias.longer_chosen or 0.0
-    wins, who = (share, "longer") if share > 0.5 else (1 - share, "shorter")
-    return f"the {who} completion wins {wins:.1%} of {bias.unequal_pairs:,} pairs of unequal length"
 
 
 def _merged(named: Sequence[Source]) -> list[Problem]:

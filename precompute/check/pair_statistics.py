@@ -35,6 +35,7 @@ EXAMPLES = 5
 """Places kept for every kind of bad row, and shown for every problem."""
 
 _SHORT_PROMPT = 8  # characters; what two texts share by chance ("The ", "I am ") is not a question
+_OWN_FIX = {"prompt_column"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -48,6 +49,8 @@ class Flag:
     SHORT_PROMPT = 16
     EMPTY_TURN = 32
     CONTROL_CHARACTER = 64
+    NEGATIVE_MARGIN = 128
+    ZERO_MARGIN = 256
 
 
 class BadRows(NamedTuple):
@@ -72,7 +75,7 @@ class Facts(NamedTuple):
     """(P, 3): of prompt, chosen, rejected."""
     tokens: Int32s
     """(P, 4): of prompt, chosen, rejected, and how many both completions begin with; (P, 0) without model."""
-    flags: npt.NDArray[np.uint8]
+    flags: npt.NDArray[np.uint16]
     signatures: npt.NDArray[np.uint32]
     """(P, permutations) MinHash signatures; (P, 0) if near duplicates are not searched."""
     labels: list[str | None]
@@ -213,7 +216,7 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
             [[_characters(t) for t in (p.prompt, p.chosen, p.rejected)] for p in pairs], 3, height=len(pairs)
         ),
         tokens=_table([[*map(len, e[:3]), e.shared] for e in ids], 4 if ids else 0, height=len(pairs)),
-        flags=np.array(flags, dtype=np.uint8),
+        flags=np.array(flags, dtype=np.uint16),
         signatures=signatures(pairs if wanted.near_duplicates else [], rows=len(pairs)),
         labels=list(labels),
         bad_rows=bad_rows,
@@ -244,7 +247,9 @@ def _encoded(
 
 
 def _count(bad_rows: dict[tuple[int, str], BadRows], source: int, error: DataError) -> None:
-    _add(bad_rows, (source, str(error.kind)), BadRows(1, [(str(error.where), error.what)]))
+    # Which of several settings reads a row is known to its own error alone.
+    what = f"{error.what} ({error.fix})" if error.kind in _OWN_FIX else error.what
+    _add(bad_rows, (source, str(error.kind)), BadRows(1, [(str(error.where), what)]))
 
 
 def _add(bad_rows: dict[tuple[int, str], BadRows], key: tuple[int, str], more: BadRows) -> None:
@@ -266,6 +271,8 @@ def _contents(text: Text) -> list[str]:
 
 def _flags(pair: PreferencePair, special: re.Pattern[str] | None, *, implicit: bool) -> int:
     flags = 0
+    if pair.margin is not None and pair.margin <= 0:
+        flags |= Flag.NEGATIVE_MARGIN if pair.margin else Flag.ZERO_MARGIN
     prompt, chosen, rejected = (_contents(text) for text in (pair.prompt, pair.chosen, pair.rejected))
     everything = [*prompt, *chosen, *rejected]
     if any(_CONTROL.search(text) for text in everything):
@@ -319,7 +326,7 @@ def _joined(blocks: Sequence[_BlockFacts], unreadable: dict[tuple[int, str], Bad
         rejected=column("rejected", np.uint64),
         characters=column("characters", np.int32, (3,)),
         tokens=column("tokens", np.int32, (0,)),
-        flags=column("flags", np.uint8),
+        flags=column("flags", np.uint16),
         signatures=column("signatures", np.uint32, (0,)),
         labels=list(labels),
         bad_rows=bad_rows,

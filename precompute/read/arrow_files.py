@@ -16,19 +16,22 @@ _FILE_MAGIC = b"ARROW1"
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def arrow_blocks(file: str, columns: frozenset[str]) -> Iterator[TableBlock]:
+def arrow_blocks(
+    file: str, columns: frozenset[str], ignored: frozenset[str] = frozenset()
+) -> Iterator[TableBlock]:
     """The rows of an Arrow file, in order; one record batch is in memory at a time.
 
     Args:
         file: A path or URL.
         columns: Columns to load beside those that some form of row reads.
+        ignored: Columns not to load.
 
     Raises:
         DataError: The file cannot be read, or not to its end, or has no column of a pair.
     """
     try:
         with open_file(file) as raw:
-            for number, batch in enumerate(_batches(file, raw, columns)):
+            for number, batch in enumerate(_batches(file, raw, columns, ignored)):
                 batch.validate(full=True)
                 yield from _batch_blocks(f"{file}:record batch {number}, row ", file, batch)
     except reading_errors() as error:
@@ -37,12 +40,15 @@ def arrow_blocks(file: str, columns: frozenset[str]) -> Iterator[TableBlock]:
         raise not_readable(file, "Arrow", "a record batch is larger than the memory") from error
 
 
-def _batches(file: str, raw: BinaryIO, columns: frozenset[str]) -> Iterator[pa.RecordBatch]:
+def _batches(
+    file: str, raw: BinaryIO, columns: frozenset[str], ignored: frozenset[str]
+) -> Iterator[pa.RecordBatch]:
     is_file = raw.read(len(_FILE_MAGIC)) == _FILE_MAGIC
     open_batches = pa.ipc.open_file if is_file else pa.ipc.open_stream
     raw.seek(0)
     schema = open_batches(raw).schema
-    names = columns_to_read(schema.names, object_columns(schema), file, columns)
+    given = [name for name in schema.names if name not in ignored]
+    names = columns_to_read(given, object_columns(schema), file, columns)
     options = pa.ipc.IpcReadOptions(included_fields=[schema.names.index(name) for name in names])
     raw.seek(0)
     reader = open_batches(raw, options=options)

@@ -13,9 +13,10 @@ import pyarrow as pa
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.files import read_blocks
+from dpo_opt.precompute.read.prompt_columns import is_empty
 from dpo_opt.precompute.read.row_blocks import Block, TextBlock
 from dpo_opt.precompute.read.rows import Form, to_pairs, to_prompt
-from dpo_opt.precompute.read.shape_parts import Values
+from dpo_opt.precompute.read.shape_parts import ADDED_COLUMNS, Values
 from dpo_opt.precompute.read.sources import Source, find_sources
 from dpo_opt.precompute.read.strict_json import escape
 from dpo_opt.schemas.errors import DataError
@@ -59,6 +60,8 @@ class Reading(NamedTuple):
     share: float
     first: tuple[Form, str] | None
     """Form and name of the source's first good row."""
+    ignored: frozenset[str] = frozenset()
+    """Columns that are read as if they were not there."""
 
     @property
     def counts_ahead(self) -> bool:
@@ -118,7 +121,7 @@ def scan_blocks(config: DataConfig) -> Iterator[tuple[Block, Reading] | BadFile]
         DataError: A source does not exist.
     """
     for number, source in enumerate(find_sources(config)):
-        reading = Reading(number, config.column, source.share, None)
+        reading = Reading(number, config.column, source.share, None, frozenset(config.ignore_column))
         for item in _source_blocks(source, config):
             if isinstance(item, DataError):
                 yield BadFile(number, item)
@@ -132,7 +135,7 @@ def parse_block(block: Block, reading: Reading) -> Iterator[Row]:
     """The pairs of a block, in the share or not, and its bad rows; all of them numbered 0."""
     for number, (where, load) in enumerate(block.rows()):
         try:
-            pairs, form = to_pairs(_renamed(load(), reading.column, where), where=where)
+            pairs, form = to_pairs(_renamed(load(), reading, where), where=where, column=reading.column)
             if reading.first is not None and form.rules != reading.first[0].rules:
                 raise _other_form(form, where, reading.first)
         except DataError as error:
@@ -157,7 +160,7 @@ def read_prompts(config: DataConfig) -> Iterator[tuple[Text, str]]:
             raise item.error
         block, reading = item
         for where, load in block.rows():
-            yield to_prompt(_renamed(load(), reading.column, where), where=where), where
+            yield to_prompt(_renamed(load(), reading, where), where=where), where
 
 
 def row_digest(item: Row) -> bytes:
@@ -201,16 +204,19 @@ def _content(block: Block, number: int) -> bytes:
         if name == "id":
             continue  # as of a good row
         try:
-            found[name] = column[number].as_py()
+            value = column[number].as_py()
         except (ValueError, OverflowError, pa.ArrowException):
-            found[name] = {"unreadable": str(column.type)}
+            value = {"unreadable": str(column.type)}
+        # Early versions did not load them.
+        if name not in ADDED_COLUMNS or not is_empty(value):
+            found[name] = value
     return json.dumps(found, sort_keys=True, default=str).encode()
 
 
 def _source_blocks(source: Source, config: DataConfig) -> Iterator[Block | DataError]:
     for file in source.files:
         try:
-            yield from read_blocks(file, column=config.column)
+            yield from read_blocks(file, column=config.column, ignored=frozenset(config.ignore_column))
         except DataError as error:
             yield error
 
@@ -218,13 +224,17 @@ def _source_blocks(source: Source, config: DataConfig) -> Iterator[Block | DataE
 def _first_form(block: Block, reading: Reading) -> tuple[Form, str] | None:
     for where, load in block.rows():
         try:
-            return to_pairs(_renamed(load(), reading.column, where), where=where)[1], where
+            values = _renamed(load(), reading, where)
+            return to_pairs(values, where=where, column=reading.column)[1], where
         except DataError:
             continue  # it is reported when the block is parsed
     return None
 
 
-def _renamed(values: Values, column: dict[str, str], where: str) -> Values:
+def _renamed(values: Values, reading: Reading, where: str) -> Values:
+    column = reading.column
+    if reading.ignored:
+        values = {key: value for key, value in values.items() if key not in reading.ignored}
     if not column:
         return values
     for part, key in column.items():

@@ -25,13 +25,16 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 
-def read_blocks(file: str, *, column: Mapping[str, str]) -> Iterator[Block]:
+def read_blocks(
+    file: str, *, column: Mapping[str, str], ignored: frozenset[str] = frozenset()
+) -> Iterator[Block]:
     """The rows of one file, in order.
 
     Args:
         file: A path or URL whose name ends in one of ``SUFFIXES``.
         column: From a part of a row to the column that it is read from; tables load no others but those that
             some form of row reads.
+        ignored: Columns that are not read.
 
     Raises:
         DataError: The file cannot be read, or not to its end, or has no rows.
@@ -47,7 +50,7 @@ def read_blocks(file: str, *, column: Mapping[str, str]) -> Iterator[Block]:
         )
     blocks: Iterator[Block]
     if suffix in _TABLES:
-        blocks = _TABLES[suffix](file, frozenset(column.values()))
+        blocks = _TABLES[suffix](file, frozenset(column.values()), ignored)
     else:
         blocks = _text_blocks(file, suffix, column)
     empty = True

@@ -1,12 +1,9 @@
 """Rows as training libraries and platforms document them, rewritten as prompt, chosen and rejected."""
 
-from typing import NoReturn
-
-from dpo_opt.precompute.read.shape_parts import Shape, Values, kept, refuse, said
+from dpo_opt.precompute.read.prompt_columns import refuse_media
+from dpo_opt.precompute.read.shape_parts import MEDIA, Shape, Values, kept, refuse, said
 from dpo_opt.precompute.read.strict_json import escape, kind_of, parse_json
-from dpo_opt.schemas.errors import DataError
 
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _INPUT_KEYS = {"messages", "tools", "parallel_tool_calls"}  # the last only says how completions are sampled
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}
 
@@ -24,7 +21,7 @@ def _openai(values: Values, where: str) -> list[Values]:
 
 
 def _swift_response(values: Values, where: str) -> list[Values]:
-    _refuse_media(values, where)
+    refuse_media(values, where)
     messages, response = values["messages"], values["rejected_response"]
     if not isinstance(response, str):
         refuse(f'"rejected_response" is {kind_of(response)} where a text is expected', where)
@@ -36,7 +33,7 @@ def _swift_response(values: Values, where: str) -> list[Values]:
 
 
 def _swift_messages(values: Values, where: str) -> list[Values]:
-    _refuse_media(values, where)
+    refuse_media(values, where)
     if values.get("rejected_tools") and values["rejected_tools"] != values.get("tools"):
         refuse('"rejected_tools" is not "tools", so that the sides have different prompts', where)
     return [{**kept(values), "chosen": values["messages"], "rejected": values["rejected_messages"]}]
@@ -44,7 +41,7 @@ def _swift_messages(values: Values, where: str) -> list[Values]:
 
 def _ranking(values: Values, where: str) -> list[Values]:
     """LLaMA-Factory's ShareGPT format: the conversation, and one message for each side."""
-    _refuse_media(values, where)
+    refuse_media(values, where)
     key = "conversations" if "conversations" in values else "messages"
     conversation, system = values[key], values.get("system")
     if not isinstance(conversation, list):
@@ -104,7 +101,7 @@ def _parsed(value: object) -> object:
 
 def _question(values: Values, where: str) -> list[Values]:
     """One question, with the system prompt that it was asked under."""
-    _refuse_image_of_question(values, where)
+    refuse_media(values, where)
     system, question = values["system"], values["question"]
     prompt = [said("system", system)] if system else []
     sides = {side: values[side] for side in ("chosen", "rejected")}
@@ -112,32 +109,33 @@ def _question(values: Values, where: str) -> list[Values]:
     return [{**kept(values), "prompt": [*prompt, said("user", question)], **answers}]
 
 
+def _alpaca(values: Values, where: str) -> list[Values]:
+    """An instruction with its input, a system prompt and earlier turns, each of which may be empty."""
+    refuse_media(values, where)
+    request, more, system = values["instruction"], values.get("input"), values.get("system")
+    if not isinstance(request, str):
+        refuse(f'"instruction" is {kind_of(request)} where a text is expected', where)
+    if more and not isinstance(more, str):
+        refuse(f'"input" is {kind_of(more)} where a text is expected', where)
+    request = f"{request}\n{more}" if more else request
+    turns = values.get("history") or []
+    if not isinstance(turns, list) or not all(isinstance(t, list) and len(t) == 2 for t in turns):
+        refuse('"history" is no list of pairs, each what the user said and what was answered', where)
+    prompt = [said("system", system)] if system else []
+    for asked, answered in turns:
+        prompt += [said("user", asked), said("assistant", answered)]
+    sides = {side: values[side] for side in ("chosen", "rejected")}
+    if all(isinstance(text, str) for text in sides.values()):
+        sides = {side: [said("assistant", text)] for side, text in sides.items()}
+    elif not prompt:
+        return [{**kept(values), "prompt": request, **sides}]  # which may stand in both sides
+    return [{**kept(values), "prompt": [*prompt, said("user", request)], **sides}]
+
+
 def _question_with_image(values: Values, where: str) -> list[Values]:
-    _refuse_image_of_question(values, where)
+    refuse_media(values, where)
     pair = {"prompt": values["question"], "chosen": values["chosen"], "rejected": values["rejected"]}
     return [{**kept(values), **pair}]
-
-
-def _refuse_media(values: Values, where: str) -> None:
-    key = next((key for key in _MEDIA if values.get(key)), None)
-    if key is not None:
-        _refuse_key_of_media(key, where, fix=f'remove "{key}" where the text alone is meant, or else the row')
-
-
-def _refuse_image_of_question(values: Values, where: str) -> None:
-    if values.get("image"):
-        fix = "pass --column prompt=question to train on the text alone"
-        _refuse_key_of_media("image", where, fix=fix)
-
-
-def _refuse_key_of_media(key: str, where: str, *, fix: str) -> NoReturn:
-    raise DataError(
-        f'"{key}" is not empty',
-        where=where,
-        why="only text is trained on, and the answers speak of what is left out",
-        fix=fix,
-        kind="shape",
-    )
 
 
 _PAIR = frozenset({"chosen", "rejected"})
@@ -152,16 +150,16 @@ FRAMEWORK_SHAPES = (
             _ranking,
             absent=_WITHOUT_PROMPT,
             objects=_PAIR,
-            also=frozenset({*_MEDIA, "system"}),
+            also=frozenset({*MEDIA, "system"}),
         )
         for key in ("conversations", "messages")
     ),
-    Shape("ms-swift", frozenset({"messages", "rejected_response"}), _swift_response, also=frozenset(_MEDIA)),
+    Shape("ms-swift", frozenset({"messages", "rejected_response"}), _swift_response, also=frozenset(MEDIA)),
     Shape(
         "ms-swift",
         frozenset({"messages", "rejected_messages"}),
         _swift_messages,
-        also=frozenset({*_MEDIA, "rejected_tools"}),
+        also=frozenset({*MEDIA, "rejected_tools"}),
     ),
     Shape(
         "system and question",
@@ -169,6 +167,13 @@ FRAMEWORK_SHAPES = (
         _question,
         absent=_WITHOUT_PROMPT,
         also=frozenset({"image"}),
+    ),
+    Shape(
+        "Alpaca preferences",
+        _PAIR | {"instruction"},
+        _alpaca,
+        absent=_WITHOUT_PROMPT,
+        also=frozenset({*MEDIA, "input", "system", "history"}),
     ),
     Shape("question with image", _PAIR | {"question", "image"}, _question_with_image, absent=_WITHOUT_PROMPT),
 )

@@ -2,30 +2,28 @@
 
 Common loaders fill a missing key with null and accept a file that is text in one row and messages in the
 next; each of these reaches the loss as an ordinary number. Here every row is what it says, or it is refused
-with its line.
-
-A row without ``prompt`` holds the prompt inside both completions. It is found by one of three rules:
-
-* Human/Assistant transcripts (both begin with ``\\n\\nHuman:`` and contain ``\\n\\nAssistant:``): everything
-  up to and including the last ``\\n\\nAssistant:`` before the transcripts differ.
-* Other text: the longest common prefix in characters, less a space at its end, so that the completions
-  begin with that space; where one side is the beginning of the other, all but its last character. This is
-  TRL's rule, which also splits transcripts and so gives words that two answers happen to share to the prompt.
-* Messages: the longest common prefix in messages, always leaving at least one to either side (TRL's rule).
+with its line. ``shared_prompt`` finds the prompt of a row that has no key of it.
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple, NoReturn, cast
 
 from dpo_opt.precompute.read.messages import read_messages, refuse_roles, refuse_surrogates, refuse_unwritable
-from dpo_opt.precompute.read.shape_parts import CARRIED_KEYS, PROMPT_KEYS, Values, said
+from dpo_opt.precompute.read.prompt_columns import is_empty, joined
+from dpo_opt.precompute.read.shape_parts import (
+    AROUND_KEYS,
+    CARRIED_KEYS,
+    PROMPT_KEYS,
+    SYSTEM_KEYS,
+    Values,
+    said,
+)
 from dpo_opt.precompute.read.shapes import find_shape
+from dpo_opt.precompute.read.shared_prompt import is_transcript, split_prompt
 from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, parse_json, quote
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message, PreferencePair, Text
-
-_HUMAN = "\n\nHuman:"
-_ASSISTANT = "\n\nAssistant:"
 
 
 class Form(NamedTuple):
@@ -39,12 +37,15 @@ class Form(NamedTuple):
     """A row may be any number of pairs."""
 
 
-def to_pairs(values: Values, *, where: str) -> tuple[list[PreferencePair], Form]:
+def to_pairs(
+    values: Values, *, where: str, column: Mapping[str, str] | None = None
+) -> tuple[list[PreferencePair], Form]:
     """Check a row's values and find its pairs: one, or several of a row of ranked completions.
 
     Args:
         values: Key to value, as JSON or Parquet gives it.
         where: Names the row in messages.
+        column: From a part of the row to the column that the user said it is in.
 
     Returns:
         The pairs, all numbered 0, and the row's form.
@@ -53,7 +54,10 @@ def to_pairs(values: Values, *, where: str) -> tuple[list[PreferencePair], Form]
         DataError: A key is missing, a value is of the wrong kind or empty, or there is no common prompt.
     """
     shape = find_shape(values)
+    is_alone = values.keys().isdisjoint(AROUND_KEYS)
     if shape is None and "chosen" in values and "rejected" in values:
+        if not is_alone:
+            values = joined(values, values, column=column or {}, is_form=False, where=where)
         pair, form = _to_pair(values, where)
         return [pair], form
     if shape is None:
@@ -66,7 +70,11 @@ def to_pairs(values: Values, *, where: str) -> tuple[list[PreferencePair], Form]
             fix=f"{FIX_ROW}; --column chosen=NAME reads it from another key",
             kind="missing_key",
         )
-    made = [_to_pair(row, where) for row in shape.convert(values, where)]
+    rows = shape.convert(values, where)
+    if not is_alone:
+        unread = {key: values[key] for key in values.keys() - shape.keys - shape.also}
+        rows = [joined(row, unread, column=column or {}, is_form=True, where=where) for row in rows]
+    made = [_to_pair(row, where) for row in rows]
     name = f"{shape.name}: {made[0][1].name}"
     return [pair for pair, _ in made], Form(name, f"{shape.name}: {made[0][1].rules}", shape.ranked)
 
@@ -107,9 +115,9 @@ def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:
     _refuse_empty(rejected, "rejected", where)
     if prompt is None:
         _refuse_other_prompt_key(values, where)
-        if isinstance(chosen, str) and _is_transcript(chosen) and _is_transcript(cast(str, rejected)):
+        if isinstance(chosen, str) and is_transcript(chosen) and is_transcript(cast(str, rejected)):
             form = _TRANSCRIPTS
-        prompt, chosen, rejected = _split_prompt(chosen, rejected, where)
+        prompt, chosen, rejected = split_prompt(chosen, rejected, where)
         _refuse_empty(chosen, "chosen", where, after="after the prompt that both sides share")
         _refuse_empty(rejected, "rejected", where, after="after the prompt that both sides share")
         if isinstance(given, str):
@@ -249,9 +257,18 @@ def _refuse_other_prompt_key(values: Values, where: str) -> None:
             f'there is no "prompt", but the key "{key}"',
             where=where,
             why="what both completions begin with would be taken for the prompt, and this key ignored",
-            fix=f"pass --column prompt={key}, or remove the key",
+            fix=f"pass {_as_prompt(values, key)}, or --ignore-column {key}",
             kind="missing_key",
         )
+
+
+def _as_prompt(values: Values, key: str) -> str:
+    """The setting that reads the prompt from a key, and the system prompt with it where there is one."""
+    system = next((name for name in SYSTEM_KEYS if not is_empty(values.get(name))), None)
+    if system is None:
+        return f"--column prompt={key}"
+    parts = {"question": key, "system": system}
+    return " ".join(f"--column {part}={name}" for part, name in parts.items() if part != name)
 
 
 def _refuse_other_prompt(given: str, prompt: list[Message], where: str) -> None:
@@ -265,49 +282,11 @@ def _refuse_other_prompt(given: str, prompt: list[Message], where: str) -> None:
         )
 
 
-def _split_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
-    """(prompt, chosen, rejected) of a row whose completions contain the prompt."""
-    shared = common_prefix_length(chosen, rejected)
-    shortest = min(len(chosen), len(rejected))
-    if isinstance(chosen, str) and _is_transcript(chosen) and _is_transcript(cast(str, rejected)):
-        turn = chosen.rfind(_ASSISTANT, 0, shared)
-        cut = turn + len(_ASSISTANT) if turn >= 0 else 0
-    elif shared == shortest:
-        cut = shortest - 1
-    else:
-        cut = shared - 1 if shared and chosen[shared - 1] == " " else shared
-    if cut == 0:
-        raise DataError(
-            'there is no "prompt", and "chosen" and "rejected" begin differently',
-            where=where,
-            why="without a common beginning nothing says what the completions answer",
-            fix='add the key "prompt", or remove the row',
-            kind="no_common_prompt",
-        )
-    return chosen[:cut], chosen[cut:], rejected[cut:]
-
-
 def _are_answers(chosen: list[Message], rejected: Text) -> bool:
     """Whether the sides begin with different answers, so that a text beside them is what was asked."""
     if isinstance(rejected, str) or not chosen or not rejected:
         return False
     return chosen[0] != rejected[0] and chosen[0]["role"] == rejected[0]["role"] == "assistant"
-
-
-def _is_transcript(text: str) -> bool:
-    return text.startswith(_HUMAN) and _ASSISTANT in text
-
-
-def common_prefix_length(a: Text, b: Text) -> int:
-    """How many characters, or messages, two texts begin with in common."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    # By halves: comparing slices is far quicker than comparing characters one by one.
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
-    return low
 
 
 def _refuse_mixture(texts: dict[str, Text], where: str) -> None:

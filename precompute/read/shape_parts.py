@@ -11,6 +11,15 @@ Values = dict[str, object]
 PROMPT_KEYS = ("prompt", "instruction", "question", "context", "input", "query")
 """Keys that publishers use for the prompt. In a row with ``chosen`` only ``prompt`` is one."""
 
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+SYSTEM_KEYS = ("system", "system_prompt")
+
+ADDED_COLUMNS = frozenset({*MEDIA, *SYSTEM_KEYS})
+"""Columns of tables that early versions loaded for some forms only."""
+
+AROUND_KEYS = ADDED_COLUMNS | {*PROMPT_KEYS, "history"} - {"prompt"}
+"""Keys beside a pair that may belong to its prompt."""
+
 CARRIED_KEYS = ("source", "id", "weight", "margin", "tools", "chat_template_kwargs")
 """What a row may have in addition to prompt and completions."""
 

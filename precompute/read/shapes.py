@@ -20,6 +20,7 @@ OpenAI preferences      input.messages, preferred_output, non_preferred_output  
 ShareGPT ranking        conversations or messages; chosen and rejected, one message each        LLaMA-Factory
 ms-swift                messages, rejected_response or rejected_messages                        ms-swift
 system and question     system, question, chosen, rejected                                      Orca pairs
+Alpaca preferences      instruction, input, system, history, chosen, rejected                   LLaMA-Factory
 question with image     question, chosen, rejected, image (empty)                               RLAIF-V
 ======================  ======================================================================  =============
 
@@ -32,6 +33,7 @@ from typing import NamedTuple
 from dpo_opt.precompute.read.framework_shapes import FRAMEWORK_SHAPES
 from dpo_opt.precompute.read.ranked_shapes import RANKED_SHAPES
 from dpo_opt.precompute.read.shape_parts import (
+    AROUND_KEYS,
     CARRIED_KEYS,
     PROMPT_KEYS,
     Shape,
@@ -214,14 +216,14 @@ SHAPES = (
 
 _PAIR_SHAPES = tuple(shape for shape in SHAPES if shape.keys >= _BOTH)
 
-# A bad row's digest is that of the columns that are loaded, and stays what it was. The keys of other forms
-# are loaded where a table has all keys of the form: an image takes more memory than all texts of its row.
+# The keys of other forms are loaded where a table has all keys of the form.
 _ALWAYS_READ = frozenset(
     {
         *("chosen", "rejected", "score_chosen", "score_rejected", "domain"),
         *("ranks", "scores", "rewards", "rank", "score", "completions", "responses"),
         *PROMPT_KEYS,
         *CARRIED_KEYS,
+        *AROUND_KEYS,
         *(key for shape in _LABELLED_SHAPES for key in shape.keys),
     }
 )

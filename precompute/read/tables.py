@@ -20,12 +20,15 @@ BYTES = 2**27
 _BUFFER = 2**21
 
 
-def table_blocks(file: str, columns: frozenset[str]) -> Iterator[TableBlock]:
+def table_blocks(
+    file: str, columns: frozenset[str], ignored: frozenset[str] = frozenset()
+) -> Iterator[TableBlock]:
     """The rows of a Parquet file, in order.
 
     Args:
         file: A path or URL.
         columns: Columns to load beside those that some form of row reads.
+        ignored: Columns not to load.
 
     Raises:
         DataError: The file cannot be read, or not to its end, or has no column of a pair.
@@ -39,7 +42,8 @@ def table_blocks(file: str, columns: frozenset[str]) -> Iterator[TableBlock]:
             ) as table,
         ):
             schema = table.schema_arrow
-            names = columns_to_read(schema.names, object_columns(schema), file, columns)
+            given = [name for name in schema.names if name not in ignored]
+            names = columns_to_read(given, object_columns(schema), file, columns)
             rows = 0
             for group in range(table.num_row_groups):
                 for block in _group_blocks(file, raw, table, group, names):

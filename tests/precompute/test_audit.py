@@ -362,9 +362,10 @@ def test_the_same_texts_with_other_tools_are_another_pair(tmp_path: Path) -> Non
         }
 
     rows = [row("f", "a", "b"), row("g", "a", "b"), row(None, "a", "b"), row("h", "b", "a")]
-    assert by_kind(check(write_jsonl(tmp_path / "a.jsonl", rows))) == {}
+    assert by_kind(check(write_jsonl(tmp_path / "a.jsonl", rows))).keys() == {"shared_prompt"}
     found = by_kind(check(write_jsonl(tmp_path / "b.jsonl", [*rows, row("g", "a", "b"), row("f", "b", "a")])))
-    assert {kind: problem.count for kind, problem in found.items()} == {"duplicate": 1, "contradictory": 2}
+    counts = {kind: problem.count for kind, problem in found.items()}
+    assert counts == {"duplicate": 1, "contradictory": 2, "shared_prompt": 6}
     (source,) = check(tmp_path / "b.jsonl").sources
     assert source.prompts == 1
 
@@ -793,3 +794,26 @@ def test_forecasts_and_estimates_of_real_pairs_come_true(
     }
     assert (said.sequences, said.shards) == (len(distinct), 4)
     assert said.tokens == sum(map(len, distinct))
+
+
+def test_a_prompt_that_most_pairs_have_is_said(tmp_path: Path) -> None:
+    def found(prompts: list[str]) -> dict[str, Problem]:
+        rows = [{"prompt": p, "chosen": f" a{i}", "rejected": f" b{i}"} for i, p in enumerate(prompts)]
+        return by_kind(check(write_jsonl(tmp_path / "a.jsonl", rows)))
+
+    problem = found(["q", "p", "p", "p"])["shared_prompt"]
+    assert (problem.severity, problem.count) == ("warning", 3)
+    assert problem.examples[0].where == f"{tmp_path}/a.jsonl:2"
+    assert "shared_prompt" not in found(["p", "p", "q", "r"])  # half of them
+    assert "shared_prompt" not in found(["p", "p", "p"])
+
+
+def test_margins_that_prefer_the_other_side_or_neither_are_said(tmp_path: Path) -> None:
+    margins = [1.0, -0.5, 0, None, -0.0, -3, 0.1]
+    rows = [{"prompt": f"p{i}", "chosen": " a", "rejected": " b", "margin": m} for i, m in enumerate(margins)]
+    rows.append({"prompt": "q", "chosen": " a", "rejected": " b", "score_chosen": 2, "score_rejected": 5})
+    found = by_kind(check(write_jsonl(tmp_path / "a.jsonl", rows)))
+    assert {kind: (p.severity, p.count) for kind, p in found.items()} == {
+        "negative_margin": ("warning", 3),
+        "zero_margin": ("warning", 2),
+    }

@@ -75,6 +75,8 @@ SWIFT_MESSAGES: dict[str, Any] = {
 }
 ORCA = {"system": "Be kind.", "question": "How?", "chosen": "So.", "rejected": "No."}
 IMAGE = {"question": "How?", "chosen": "So.", "rejected": "No.", "image": None, "idx": "7"}
+SIDES = ("chosen", "rejected")
+ALPACA = {"instruction": "How?", "input": "", "chosen": "So.", "rejected": "No."}
 
 
 def turn(role: str, *texts: str) -> dict[str, Any]:
@@ -161,6 +163,20 @@ ONE_PAIR: list[tuple[str, dict[str, Any], tuple[Any, Any, Any]]] = [
     ("system and question", ORCA, WITH_SYSTEM),
     ("system and question", {**ORCA, "system": ""}, CHAT_SO_NO),
     ("question with image", IMAGE, SO_NO),
+    ("Alpaca preferences", ALPACA, CHAT_SO_NO),
+    (
+        "Alpaca preferences",
+        {**ALPACA, "instruction": "Ho", "input": "w?"},
+        ([user("Ho\nw?")], *CHAT_SO_NO[1:]),
+    ),
+    ("Alpaca preferences", {**ALPACA, "system": "Be kind."}, WITH_SYSTEM),
+    ("Alpaca preferences", {**ALPACA, "history": [["Hi", "Hello!"]]}, ([*A, user("How?")], *CHAT_SO_NO[1:])),
+    (
+        "Alpaca preferences",
+        {**ALPACA, "chosen": [assistant("So.")], "rejected": [assistant("No.")]},
+        CHAT_SO_NO,
+    ),
+    ("Alpaca preferences", {"instruction": "Hi", "chosen": A, "rejected": B}, (A[:1], A[1:], B[1:])),
 ]
 
 
@@ -201,7 +217,8 @@ def test_every_form_has_a_row_above_and_every_key_of_it_is_loaded_from_tables() 
         assert shape.keys | shape.also <= keys_to_read(shape.keys, shape.objects)
     always = keys_to_read(set(), set())
     assert {"context", "instruction", "weight", "tools", "score_chosen"} <= always
-    assert always.isdisjoint({"messages", "conversations", "image", "images", "system"})
+    assert {"images", "system"} <= always  # that nothing of the prompt is left out
+    assert always.isdisjoint({"messages", "conversations"})
 
 
 def test_a_table_of_pairs_is_read_without_the_columns_of_other_forms() -> None:
@@ -223,7 +240,8 @@ def test_no_row_is_of_two_forms_by_the_keys_of_one() -> None:
 
 def test_a_row_with_both_completions_is_never_taken_for_another_form() -> None:
     row = {"prompt": "p", "chosen": " a", "rejected": " b"}
-    others = {**SHP, "labels": 0, **LABELLED, "winner": "b", "completions": ["x", "y"], "ranks": [1, 2]}
+    shp = {key: value for key, value in SHP.items() if key != "history"}
+    others = {**shp, "labels": 0, **LABELLED, "winner": "b", "completions": ["x", "y"], "ranks": [1, 2]}
     assert texts_of({**others, **row}) == [("p", " a", " b")]
 
 
@@ -456,34 +474,19 @@ def test_tools_of_both_sides_of_an_ms_swift_row_are_the_same() -> None:
             'the function call in "chosen" is no',
         ),
         ({**RANKING, "tools": "weather"}, '"tools" is no list of JSON schemas'),
-        ({**RANKING, "images": ["a.png"]}, '"images" is not empty'),
         ({**SWIFT, "rejected_response": None}, '"rejected_response" is null'),
         ({**SWIFT, "messages": [user("How?")]}, '"messages" is no conversation that ends with an answer'),
         ({**SWIFT, "messages": "How?"}, '"messages" is no conversation that ends with an answer'),
-        ({**SWIFT, "images": ["a.png"]}, '"images" is not empty'),
-        ({**SWIFT_MESSAGES, "videos": ["a.mp4"]}, '"videos" is not empty'),
-        ({**IMAGE, "image": {"bytes": "b", "path": "p"}}, '"image" is not empty'),
-        ({**ORCA, "image": "a.png"}, '"image" is not empty'),
+        ({**ALPACA, "instruction": [user("How?")]}, '"instruction" is a list'),
+        ({**ALPACA, "input": {"a": "b"}}, '"input" is an object'),
+        ({**ALPACA, "history": [["Hi"]]}, '"history" is no list of pairs'),
+        ({**ALPACA, "history": "Hi"}, '"history" is no list of pairs'),
     ],
 )
 def test_a_row_that_its_form_does_not_allow_is_refused(row: dict[str, Any], what: str) -> None:
     error = refusal(row)
     assert error.kind == "shape"
     assert error.what.startswith(what)
-
-
-def test_the_text_of_a_question_with_an_image_is_read_when_the_user_says_so(tmp_path: Path) -> None:
-    row = {**IMAGE, "image": {"bytes": "b", "path": "p"}}
-    assert refusal(row).fix == "pass --column prompt=question to train on the text alone"
-    lines, table = tmp_path / "data.jsonl", tmp_path / "data.parquet"
-    lines.write_text(json.dumps(row) + "\n")
-    pq.write_table(pa.Table.from_pylist([row]), table)
-    for path in (lines, table):
-        (found,) = read_pairs(DataConfig(data=[str(path)], column={"prompt": "question"}))
-        assert (found.prompt, found.chosen, found.rejected) == SO_NO
-        (bad,) = scan_pairs(DataConfig(data=[str(path)]))
-        assert isinstance(bad, BadRow)
-        assert bad.error.what == '"image" is not empty'
 
 
 def test_a_text_prompt_beside_answers_is_what_the_user_said() -> None:
@@ -501,7 +504,7 @@ def test_one_message_may_stand_where_a_list_of_them_does(prompt: Any) -> None:
 
 
 def test_messages_beside_a_pair_are_not_its_prompt() -> None:
-    row = {"chosen": A, "rejected": B, "conversations": [HUMAN], "messages": [user("How?")], "image": "a.png"}
+    row = {"chosen": A, "rejected": B, "conversations": [HUMAN], "messages": [user("How?")]}
     assert texts_of(row) == [(A[:1], A[1:], B[1:])]
     row = {"chosen": "Hi there", "rejected": "Hi you", "conversations": [HUMAN], "messages": A}
     assert texts_of(row) == [("Hi", " there", " you")]

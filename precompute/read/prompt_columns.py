@@ -1,0 +1,165 @@
+"""Columns around a pair that belong to its prompt: joined by a stated rule, or refused while not empty.
+
+A column that is left out changes the question that the answers were given to, and nothing in a loss shows it.
+The rules:
+
+* ``input`` beside a text from ``instruction`` is put under it, after a line end (Alpaca).
+* ``system`` or ``system_prompt`` becomes the first message of a conversation. Plain text has no place for it.
+* Another name of the prompt (``question``, ``context``, ...) counts only where it says what the prompt lacks.
+* Earlier turns (``history``) belong to a conversation; only the Alpaca form says where they stand.
+* Images, videos and sounds are never read.
+"""
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+from dpo_opt.precompute.read.shape_parts import AROUND_KEYS, MEDIA, PROMPT_KEYS, SYSTEM_KEYS, Values, said
+from dpo_opt.precompute.read.strict_json import kind_of
+from dpo_opt.schemas.errors import DataError, quoted
+
+_SPEAKS_FIRST = ("system", "developer")
+
+
+def is_empty(value: object) -> bool:
+    """Whether a column says nothing: null, or no text, list or object but such as hold nothing."""
+    if isinstance(value, dict):
+        return all(map(is_empty, value.values()))
+    return all(map(is_empty, value)) if isinstance(value, list) else value is None or value == ""
+
+
+def joined(row: Values, beside: Values, *, column: Mapping[str, str], is_form: bool, where: str) -> Values:
+    """A row with what stands beside its pair.
+
+    Args:
+        row: ``chosen``, ``rejected`` and, as a rule, ``prompt``.
+        beside: The other columns of the row.
+        column: From a part of the row to the column that the user said it is in.
+        is_form: The row was rewritten from a published form, and ``beside`` is what that did not read.
+        where: Names the row in messages.
+
+    Returns:
+        The row; its prompt, or both sides where they contain it, as the module's rules make them.
+
+    Raises:
+        DataError: A column is not empty, and no rule says how it is part of the prompt.
+    """
+    filled = {key: beside[key] for key in beside.keys() & AROUND_KEYS if not is_empty(beside[key])}
+    if not filled:
+        return row
+    refuse_media(filled, where)
+    prompt = row.get("prompt")
+    same = (key for key in PROMPT_KEYS if key in beside and beside[key] == prompt)
+    named = column.get("prompt") or next(same, "")
+    if not is_form and "prompt" not in row and not beside.keys().isdisjoint(PROMPT_KEYS):
+        return row  # which is refused, with the setting that reads its prompt
+    for key in (key for key in PROMPT_KEYS if key in filled and key != named):
+        more = filled[key]
+        if (named, key) == ("instruction", "input") and isinstance(prompt, str) and isinstance(more, str):
+            row = {**row, "prompt": f"{prompt}\n{more}"}
+        elif not _is_said(more, row):
+            _refuse(key, where, why="it may belong to the prompt, and nothing says where in it")
+    if "history" in filled:
+        fix = _read_otherwise(row, named, "history", column, is_form) if named == "instruction" else None
+        _refuse("history", where, why="nothing says where these turns stand in the prompt", fix=fix)
+    system = next((key for key in SYSTEM_KEYS if key in filled), None)
+    return row if system is None else _with_system(row, filled[system], system, named, column, is_form, where)
+
+
+def refuse_media(values: Mapping[str, object], where: str) -> None:
+    """Refuse a row with an image, a video or a sound.
+
+    Raises:
+        DataError: It has one.
+    """
+    key = next((key for key in MEDIA if key in values and not is_empty(values[key])), None)
+    if key is not None:
+        raise DataError(
+            f'"{key}" is not empty',
+            where=where,
+            why="only text is trained on, and the answers speak of what is left out",
+            fix=f"remove the row, or pass --ignore-column {key} to train on the text alone",
+            kind="prompt_column",
+        )
+
+
+def _is_said(more: object, row: Values) -> bool:
+    """Whether a text stands in the prompt already, or in both sides where they contain it."""
+    if not isinstance(more, str):
+        return more == row.get("prompt")
+    parts = [row["prompt"]] if "prompt" in row else [row["chosen"], row["rejected"]]
+    return all(any(more.strip() in text for text in _texts(part)) for part in parts)
+
+
+def _texts(part: object) -> list[str]:
+    messages = part if isinstance(part, list) else [part]
+    contents = [m.get("content") if isinstance(m, dict) else m for m in messages]
+    parts = [p for content in contents for p in (content if isinstance(content, list) else [content])]
+    texts = [p.get("text") if isinstance(p, dict) else p for p in parts]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _with_system(
+    row: Values,
+    system: object,
+    key: str,
+    named: str,
+    column: Mapping[str, str],
+    is_form: bool,
+    where: str,
+) -> Values:
+    if not isinstance(system, str):
+        _refuse(key, where, why=f"a system prompt is text, and this is {kind_of(system)}")
+    sides = {side: _messages(row[side]) for side in ("chosen", "rejected")}
+    prompt = row.get("prompt")
+    if isinstance(prompt, list | dict):
+        return {**row, "prompt": _begun(_messages(prompt) or [], system, key, where)}
+    if all(sides.values()):
+        first = [messages[0] for messages in sides.values() if messages]
+        answers = all(isinstance(m, dict) and m.get("role") == "assistant" for m in first)
+        if isinstance(prompt, str) and answers:
+            return {**row, "prompt": [said("system", system), said("user", prompt)]}
+        begun = {side: _begun(messages or [], system, key, where) for side, messages in sides.items()}
+        return {**row, **begun}
+    if isinstance(prompt, str) and system.strip() in prompt:
+        return row
+    fix = _read_otherwise(row, named, key, column, is_form)
+    _refuse(key, where, why="plain text has no place for it, and the answers were given under it", fix=fix)
+
+
+def _messages(part: object) -> list[object] | None:
+    return part if isinstance(part, list) else [part] if isinstance(part, dict) else None
+
+
+def _begun(conversation: list[object], system: str, key: str, where: str) -> list[object]:
+    """The conversation under a system prompt, which it may begin with already."""
+    first = conversation[0] if conversation else None
+    if not isinstance(first, dict) or first.get("role") not in _SPEAKS_FIRST:
+        return [said("system", system), *conversation]
+    if system.strip() not in "".join(_texts(first)):
+        _refuse(key, where, why="the conversation begins with another system prompt")
+    return conversation
+
+
+def _read_otherwise(
+    row: Values, named: str, key: str, column: Mapping[str, str], is_form: bool
+) -> str | None:
+    """The setting with which a row of text is read as a conversation; None where there is none."""
+    if is_form or not isinstance(row.get("prompt"), str):
+        return None
+    system = f" --column system={key}" if key in SYSTEM_KEYS and key != "system" else ""
+    if "prompt" in column and named in ("question", "instruction"):
+        leave_out = f"leave --column prompt={named} out"
+        return f"{leave_out}{f', and pass{system}' if system else ''}, to read a conversation"
+    instead = f" instead of --column prompt={quoted(named)}" if "prompt" in column else ""
+    return f"pass --column question={quoted(named)}{system}{instead}, to read a conversation"
+
+
+def _refuse(key: str, where: str, *, why: str, fix: str | None = None) -> NoReturn:
+    ignore = f"--ignore-column {key}"
+    raise DataError(
+        f'"{key}" is not empty',
+        where=where,
+        why=why,
+        fix=f"{fix}; {ignore} leaves it out" if fix else f"pass {ignore} to train without it",
+        kind="prompt_column",
+    )
