@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from dpo_opt.precompute.shards.gc import columns_in_use, is_claim, is_index, is_private, is_spent_claim
 from dpo_opt.precompute.shards.read_plan import plan_of, read_plans
 from dpo_opt.precompute.shards.weights_memo import WEIGHTS
 from dpo_opt.schemas.attempts import AttemptName
 from dpo_opt.schemas.errors import DataError, quoted
-from dpo_opt.schemas.locations import AnyPath, explained, sizes
+from dpo_opt.schemas.locations import AnyPath, sizes, stored_files
 from dpo_opt.schemas.manifest import (
     COMMAND,
     COMMITS,
@@ -22,6 +23,7 @@ from dpo_opt.schemas.manifest import (
     resume_command,
 )
 from dpo_opt.schemas.sidecars import COLUMNS, is_planned_file
+from dpo_opt.schemas.storage import files_below
 
 VERDICT = "verify.json"
 """What the last verification found; read by people, compared by nobody."""
@@ -88,8 +90,7 @@ def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     named = {name for commit in manifest.shards for name in (commit.file, commit.dropped_file)}
     named.add(manifest.index_file)
     columns = columns_in_use(_readable_plans(shards), manifest)
-    with explained(shards):
-        there = {str(path)[len(str(shards)) + 1 :] for path in shards.rglob("*") if path.is_file()}
+    there = _files(shards)
     unread = {f"{COLUMNS}/{name}.parquet" for name in manifest.columns or {}}
     unread |= {n for n in there if is_planned_file(n)}
     others = sorted(
@@ -120,6 +121,12 @@ def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     for kind, names in found.items():
         if names:
             yield f"{kind}: {listed(names)}"
+
+
+def _files(shards: AnyPath) -> set[str]:
+    if not isinstance(shards, Path):
+        return set(stored_files(shards))
+    return {path.relative_to(shards).as_posix() for path in files_below(shards) if path.is_file()}
 
 
 def listed(names: list[str]) -> str:

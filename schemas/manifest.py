@@ -85,7 +85,7 @@ class Plan(_Record):
     """What a full shard holds; one that holds less was the last when it was planned. Null in older plans."""
     columns: dict[str, ColumnFile] | None = None
     """The files of the numbers that the data gives its rows. Null in older plans."""
-    shards: list[ShardRange]
+    shards: Annotated[list[ShardRange], Field(min_length=1)]
 
     @property
     def used(self) -> int:
@@ -136,7 +136,7 @@ class Manifest(_Record):
     pairs_per_shard: PositiveInt | None = None
     columns: dict[str, ColumnFile] | None = None
     """This and the one before as the plan states them."""
-    shards: list[ShardCommit]
+    shards: Annotated[list[ShardCommit], Field(min_length=1)]
     index_file: str
     index_sha256: Sha256
     tokenizer_sha256: Sha256

@@ -17,7 +17,7 @@ from dpo_opt.schemas.locations import AnyPath, fetch, inside, on_this_machine
 from dpo_opt.schemas.manifest import TOKENIZER, Manifest, damaged, load_manifest, tokenizer_names
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shards import read_row_groups
-from dpo_opt.schemas.storage import publish, sha256_file, sha256_folder
+from dpo_opt.schemas.storage import file_names, publish, sha256_file, sha256_folder
 
 
 class ShardFolder:
@@ -69,7 +69,7 @@ class ShardFolder:
         path = self.path / TOKENIZER
         with on_this_machine(path, names=tokenizer_names(self.path)) as here:
             if sha256_folder(here) != self.manifest.tokenizer_sha256:
-                files = sorted(quoted(p.name) for p in here.rglob("*") if p.is_file())
+                files = map(quoted, file_names(here))
                 raise damaged(
                     f"the tokenizer's files changed ({', '.join(files) or 'none is left'})",
                     path,
@@ -135,7 +135,10 @@ def verified_file(shards_dir: AnyPath, name: str, sha256: str) -> Iterator[Path]
     if isinstance(path, Path):
         if not path.is_file():
             raise _missing(path, shards_dir)
-        _require_sha256(path, sha256, where=path, shards_dir=shards_dir)
+        try:
+            _require_sha256(path, sha256, where=path, shards_dir=shards_dir)
+        except FileNotFoundError as error:
+            raise _missing(path, shards_dir) from error
         # Its readers may be libraries that take a relative name with a colon for a URL.
         yield path.absolute()
         return

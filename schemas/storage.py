@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.full_disk import room_on_disk
 from dpo_opt.schemas.locations import AnyPath, inside, on_this_machine, put_file, stored_files
 
@@ -44,15 +45,28 @@ def publish(path: AnyPath, *, replace: bool = True) -> Iterator[Path]:
     try:
         with room_on_disk(path.parent):
             yield private
-            with private.open("rb+") as handle:
-                os.fsync(handle.fileno())
-            if replace:
-                private.replace(path)
-            else:
-                _name_if_free(private, path)
-            _sync_folder(path.parent)
+            try:
+                with private.open("rb+") as handle:
+                    os.fsync(handle.fileno())
+                if replace:
+                    private.replace(path)
+                else:
+                    _name_if_free(private, path)
+                _sync_folder(path.parent)
+            except FileNotFoundError as error:
+                raise removed_meanwhile(path) from error
     finally:
         private.unlink(missing_ok=True)
+
+
+def removed_meanwhile(path: AnyPath) -> DpoOptError:
+    """The error of a process whose file is gone before it has any use."""
+    return DpoOptError(
+        "the file was removed while it was being written",
+        where=str(path),
+        why="nothing is lost but the work at it; `dpo-opt gc --older-than 0` takes what others are writing",
+        fix="run the same command again, and let gc keep young files",
+    )
 
 
 def _name_if_free(private: Path, path: Path) -> None:
@@ -156,8 +170,21 @@ def sha256_folder(folder: AnyPath, *, names: Sequence[str] | None = None) -> str
     digest = hashlib.sha256()
     with on_this_machine(folder, names=names) as here:
         for name in file_names(here):
-            digest.update(f"{sha256_file(inside(here, name))}  {name}\n".encode())
+            # One that another process has removed since makes it another hash.
+            with contextlib.suppress(FileNotFoundError):
+                digest.update(f"{sha256_file(inside(here, name))}  {name}\n".encode())
     return digest.hexdigest()
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder of this machine, without what another process removes meanwhile.
+
+    A link to a folder counts as a file, and is not followed.
+    """
+    # Not `rglob`, which fails at a folder that goes while it looks.
+    for parent, folders, files in os.walk(folder):
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        yield from (Path(parent, name) for name in [*files, *links])
 
 
 def file_names(folder: AnyPath) -> list[str]:
@@ -170,7 +197,7 @@ def file_names(folder: AnyPath) -> list[str]:
         DpoOptError: The store does not answer, or refuses.
     """
     if isinstance(folder, Path):
-        found = (p for p in folder.rglob("*") if p.is_symlink() or p.is_file())
+        found = (p for p in files_below(folder) if p.is_symlink() or p.is_file())
         return sorted(p.relative_to(folder).as_posix() for p in found)
     names = stored_files(folder)
     for name in names:

@@ -1,9 +1,12 @@
+import contextlib
 import json
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from fakes import ScriptedScorer, preference_rows, weight_file, write_jsonl
 from object_store import serve_s3, using_store
 
 from dpo_opt.cli import main
-from dpo_opt.folder_notes import VERDICT
+from dpo_opt.folder_notes import VERDICT, folder_notes
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.precompute.shards.finalize import finalize
@@ -34,7 +37,7 @@ from dpo_opt.schemas.manifest import (
     write_manifest,
 )
 from dpo_opt.schemas.shards import write_table
-from dpo_opt.schemas.storage import sha256_file, sha256_folder
+from dpo_opt.schemas.storage import file_names, sha256_file, sha256_folder
 from dpo_opt.schemas.weights import weights_digest
 from dpo_opt.verify import Verdict, verify
 
@@ -404,6 +407,38 @@ def test_gc_removes_what_verify_says_it_does_and_nothing_else(shards: Path) -> N
     assert there - own == {shards / name for name in strangers} | {
         shards / folder for folder in ("mine", "data/more", "slurm")
     }
+
+
+def test_files_that_others_write_and_remove_meanwhile_are_no_error(shards: Path) -> None:
+    """A process that writes, and another gc, for as long as this one looks."""
+    manifest, done = load_manifest(shards), threading.Event()
+
+    def write_and_remove() -> None:
+        private = [shards / f".{i}.0123abcd.tmp" / "more" / "deep" for i in range(20)]
+        while not done.is_set():
+            for folder in private:
+                with contextlib.suppress(FileNotFoundError, FileExistsError):
+                    folder.mkdir(parents=True)
+                    (folder / "x").touch()
+            for folder in private:
+                shutil.rmtree(folder.parents[1], ignore_errors=True)
+
+    def collect() -> None:
+        while not done.is_set():
+            remove_garbage(find_garbage(shards, older_than_hours=0))
+
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(write_and_remove), pool.submit(collect)]
+        try:
+            for _ in range(40):
+                find_garbage(shards, older_than_hours=0)
+                find_garbage(shards, older_than_hours=0, look_only=True)
+                folder_notes(shards, manifest)
+                file_names(shards)
+        finally:
+            done.set()
+    assert [other.result(5) for other in others] == [None, None]
+    assert check(shards).ok
 
 
 @pytest.mark.parametrize("plan", [PLAN, "plan-1.json"])

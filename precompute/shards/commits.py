@@ -29,7 +29,7 @@ from dpo_opt.schemas.manifest import (
     to_json,
 )
 from dpo_opt.schemas.shards import DroppedRow, read_row_groups, write_dropped, write_shard
-from dpo_opt.schemas.storage import sha256_file, write_text
+from dpo_opt.schemas.storage import removed_meanwhile, sha256_file, write_text
 
 
 def write_commit(
@@ -69,10 +69,12 @@ def write_commit(
             on_disk = [pair.pair_id for group in read_row_groups(file) for pair in group]
             size, sha256 = file.stat().st_size, sha256_file(file)
         dropped_sha256 = sha256_file(shards_dir / left_out)
-    except (DataError, FileNotFoundError):
+    except (DataError, FileNotFoundError) as error:
         # `finalize` removes the files of attempts that its manifest does not name.
         if withdraw_if_lost(shards_dir, attempt, planned, fingerprint):
             return None
+        if isinstance(error, FileNotFoundError):
+            raise removed_meanwhile(shards_dir / data) from error
         raise
     if on_disk != [p.pair_id for p in scored.pairs]:
         raise DpoOptError("the shard read back from disk is not what was written", where=data)

@@ -1,5 +1,7 @@
 """``dpo-opt gc``: removes what killed and repeated attempts left, and nothing that a reader may need."""
 
+import contextlib
+import os
 import re
 import secrets
 import shutil
@@ -24,6 +26,7 @@ from dpo_opt.schemas.manifest import (
     load_manifest,
 )
 from dpo_opt.schemas.sidecars import COLUMNS, is_planned_file
+from dpo_opt.schemas.storage import files_below
 
 # Names that this program gives. Files with other names belong to somebody else, and stay.
 _INDEX = re.compile(r"index(-\d+)?(-[0-9a-f]{8})?\.parquet")
@@ -125,8 +128,10 @@ def find_garbage(shards_dir: AnyPath, *, older_than_hours: float, look_only: boo
             found.append(shards_dir / name)
             total += size
     folders = [folder for folder in _private_folders(shards_dir) if _is_older(folder, now, older_than_hours)]
-    inside = [path for folder in folders for path in sorted(folder.rglob("*")) if not path.is_dir()]
-    total += sum(path.lstat().st_size for path in inside)
+    inside = [path for folder in folders for path in sorted(files_below(folder))]
+    for path in inside:
+        with contextlib.suppress(FileNotFoundError):
+            total += path.lstat().st_size
     return Garbage([*found, *inside], total, folders)
 
 
@@ -150,7 +155,8 @@ def _private_folders(shards_dir: AnyPath) -> list[Path]:
 
 
 def _is_older(folder: Path, now: float, hours: float) -> bool:
-    times = (_time_of(path) for path in (folder, *folder.rglob("*")))
+    files = list(files_below(folder))
+    times = map(_time_of, {folder, *files, *(path.parent for path in files)})
     return all(now - written >= hours * 3600 for written in times if written is not None)
 
 
@@ -195,7 +201,11 @@ def _filesystem_time(folder: AnyPath) -> float:
     """Now, by the clock of the file system, which dates the files; this machine's clock may be wrong."""
     probe = folder / f".clock.{secrets.token_hex(4)}.tmp"
     try:
+        if isinstance(probe, Path):
+            # Asked before it is closed: a `gc` beside this one may remove it.
+            with probe.open("xb") as file:
+                return os.fstat(file.fileno()).st_mtime
         probe.touch(exist_ok=False)
-        return probe.stat().st_mtime
+        return _time_of(probe) or _filesystem_time(folder)
     finally:
         remove(probe)

@@ -2,7 +2,7 @@
 
 import itertools
 
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
 from dpo_opt.schemas.manifest import (
     COMMITS,
@@ -24,15 +24,28 @@ def plan_name(number: int) -> str:
 
 
 def known_plans(shards_dir: AnyPath) -> list[Plan]:
-    """The folder's plans; what its manifest covers where there is none, as in a copy for readers.
+    """The folder's plans, and that of its manifest where it is lost, as in a copy for readers.
 
     Raises:
         DataError: A plan or the manifest is damaged.
     """
     plans = read_plans(shards_dir)
-    if plans or not is_file(shards_dir / MANIFEST):
+    if not is_file(shards_dir / MANIFEST):
         return plans
-    return [plan_of(load_manifest(shards_dir))]
+    return with_covered_plan(plans, load_manifest(shards_dir), shards_dir)
+
+
+def with_covered_plan(plans: list[Plan], manifest: Manifest, shards_dir: AnyPath) -> list[Plan]:
+    """Plans, and that of the manifest where it has more rows than they.
+
+    Raises:
+        DataError: The shards of the manifest do not add up.
+    """
+    if plans and plans[-1].rows >= manifest.rows:
+        return plans
+    covered, place = plan_of(manifest), shards_dir / MANIFEST
+    require_whole(covered, where=place, fix=f"rm {quoted(place)}, then {repair_command(shards_dir)}")
+    return [*plans, covered]
 
 
 def plan_of(manifest: Manifest) -> Plan:
@@ -85,7 +98,7 @@ def require_whole(plan: Plan, *, where: AnyPath, fix: str | None) -> None:
         DataError: They do not.
     """
     end = 0
-    problem = None if plan.shards else "it has no shards"
+    problem = None
     for number, planned in enumerate(plan.shards):
         rows = f"rows {planned.start} to {planned.stop}"
         if planned.shard != number:

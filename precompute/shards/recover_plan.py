@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.shards.commits import is_at, read_commit
 from dpo_opt.precompute.shards.make_plan import make_plan
-from dpo_opt.precompute.shards.read_plan import parse_plan, plan_name, plan_of, read_plan, require_whole
+from dpo_opt.precompute.shards.read_plan import parse_plan, plan_name, read_plan, with_covered_plan
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
 from dpo_opt.schemas.attempts import commit_names
 from dpo_opt.schemas.errors import DataError, quoted
@@ -19,11 +19,9 @@ from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
 from dpo_opt.schemas.manifest import (
     COMMAND,
     COMMITS,
-    MANIFEST,
     PLAN,
     Manifest,
     Plan,
-    repair_command,
     to_json,
 )
 from dpo_opt.schemas.pairs import Numerics
@@ -68,11 +66,9 @@ def recover_plans(shards_dir: AnyPath, manifest: Manifest | None, damaged: list[
         except DataError as error:
             damaged.append(in_one_line(error))
             last_is_lost = True
-    if manifest is not None and (not known or known[-1].rows < manifest.rows):
-        known.append(plan_of(manifest))
-        place = shards_dir / MANIFEST
-        require_whole(known[-1], where=place, fix=f"rm {quoted(place)}, then {repair_command(shards_dir)}")
-        spelled.append(to_json(known[-1]))
+    if manifest is not None:
+        known = with_covered_plan(known, manifest, shards_dir)
+        spelled += map(to_json, known[len(spelled) :])
     lost_growth = last_is_lost and bool(known) and max(numbers.values()) >= len(known)
     if not known:
         known.append(_plan_from_data(shards_dir))

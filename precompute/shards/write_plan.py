@@ -1,6 +1,7 @@
 """Writes a folder's plan once, whichever run is first; all runs follow it, and data that grew extends it."""
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.read.sources import refuse_inside
+from dpo_opt.precompute.shards.finalize import require_beginning
 from dpo_opt.precompute.shards.make_plan import Planned, make_plan
 from dpo_opt.precompute.shards.planned_columns import (
     differing_columns,
@@ -16,7 +18,7 @@ from dpo_opt.precompute.shards.planned_columns import (
     write_columns,
     write_lost_columns,
 )
-from dpo_opt.precompute.shards.read_plan import known_plans, plan_name, read_plan
+from dpo_opt.precompute.shards.read_plan import known_plans, plan_name, read_plan, require_whole
 from dpo_opt.precompute.shards.reference import Reference, fingerprint_of
 from dpo_opt.precompute.shards.weights_memo import remember_weights, weight_files
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
@@ -24,7 +26,18 @@ from dpo_opt.schemas.config_keys import differing_keys, keep_model_config
 from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, follows, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
-from dpo_opt.schemas.manifest import COMMAND, COMMITS, PLAN, TOKENIZER, Plan, parse, repair_command, to_json
+from dpo_opt.schemas.manifest import (
+    COMMAND,
+    COMMITS,
+    MANIFEST,
+    PLAN,
+    TOKENIZER,
+    Plan,
+    load_manifest,
+    parse,
+    repair_command,
+    to_json,
+)
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import Numerics
 from dpo_opt.schemas.storage import settle_folder, write_text
@@ -89,8 +102,7 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
     shards_dir, model = config.shards, planned.model
     plans, new = require_place(config, planned)
     if len(plans) == len(planned.earlier):
-        if plans:
-            _restore_plan(shards_dir, plans[0])
+        _restore_plans(shards_dir, plans)
         if plans and plans[-1] == new:
             remove(_claim_of(shards_dir, plan_name(len(plans) - 1)))
         else:
@@ -139,6 +151,8 @@ def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan
         if new.rows <= plans[-1].rows or planned.known_digest != plans[-1].dataset_digest:
             raise _other_plan(plans[-1], new, shards_dir, fix=_OTHER_FOLDER)
         _require_growth(config, plans[-1], new)
+    if len(plans) == len(planned.earlier) and plans and is_file(shards_dir / MANIFEST):
+        require_beginning(load_manifest(shards_dir), new, shards_dir)
     if len(plans) == len(planned.earlier) and new not in plans:
         name = plan_name(len(plans))
         claim = _read_claim(shards_dir, name)
@@ -188,11 +202,13 @@ def _differing_keys(
     return differing_keys(shards_dir, cached_digest=cached.model_config_digest, current=read_config(model))
 
 
-def _restore_plan(shards_dir: AnyPath, plan: Plan) -> None:
-    """Write the plan of a folder that was copied without it, so that it continues as the original does."""
-    if not is_file(shards_dir / PLAN):
-        with contextlib.suppress(FileExistsError):
-            write_text(shards_dir / PLAN, to_json(plan), replace=False)
+def _restore_plans(shards_dir: AnyPath, plans: Sequence[Plan]) -> None:
+    """Write plans that were lost, or that a folder was copied without, so that it continues as it was."""
+    there = sizes(shards_dir)
+    for name, plan in zip(map(plan_name, itertools.count()), plans, strict=False):
+        if name not in there:
+            with contextlib.suppress(FileExistsError):
+                write_text(shards_dir / name, to_json(plan), replace=False)
 
 
 def _keep_command(config: PrecomputeConfig) -> None:
@@ -248,7 +264,10 @@ def _read_claim(shards_dir: AnyPath, name: str) -> _Claim | None:
     # A run removes its claim after it wrote the plan. So if there is no plan yet, the claim still holds.
     if text is None or is_file(shards_dir / name):
         return None
-    return parse(_Claim, text, where=path, fix=f"rm {quoted(path)}, then run the same command again")
+    fix = f"rm {quoted(path)}, then run the same command again"
+    claim = parse(_Claim, text, where=path, fix=fix)
+    require_whole(claim.plan, where=path, fix=fix)
+    return claim
 
 
 def _require_claim(claim: _Claim, own: Plan, model: Path | None, shards_dir: AnyPath, name: str) -> Plan:

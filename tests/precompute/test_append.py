@@ -127,6 +127,41 @@ def test_a_folder_that_lost_its_plans_grows_on(
     assert before.shards[-1].stop == manifest.shards[len(before.shards)].start == 12
 
 
+@pytest.mark.parametrize("size", [100, 2])
+def test_a_folder_that_lost_its_newest_plan_grows_on(config_of: Configs, size: int) -> None:
+    shards = config_of(4).shards
+    for rows in (4, 7):
+        before = precompute(config_of(rows, append=True, pairs_per_shard=size), scorer=ScriptedScorer())
+    lost = (shards / "plan-1.json").read_bytes()
+    for rows in (7, 12):
+        (shards / "plan-1.json").unlink()
+        scorer = ScriptedScorer()
+        manifest = precompute(config_of(rows, append=True, pairs_per_shard=size), scorer=scorer)
+        assert manifest.shards[: len(before.shards)] == before.shards
+        assert (len(scorer.scored), manifest.rows) == (2 * (rows - 7), rows)
+        assert (shards / "plan-1.json").read_bytes() == lost
+
+
+def test_a_plan_that_contradicts_the_manifest_is_refused_before_anything_is_written(
+    config_of: Configs,
+) -> None:
+    shards = config_of(4).shards
+    for rows in (4, 7):
+        precompute(config_of(rows, append=True, pairs_per_shard=100), scorer=ScriptedScorer())
+    plan, whole = read_plan(shards), config_of(7, shards=shards.with_name("whole"), pairs_per_shard=100)
+    precompute(whole, scorer=ScriptedScorer())
+    other = read_plan(whole.shards).shards
+    (shards / "plan-1.json").unlink()
+    (shards / PLAN).write_text(to_json(plan.model_copy(update={"shards": other})))
+    before = {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()}
+    scorer = ScriptedScorer()
+    for rows in (7, 12):
+        with pytest.raises(FingerprintError, match=r"manifest\.json is of 7 rows"):
+            precompute(config_of(rows, append=True, pairs_per_shard=100), scorer=scorer)
+    assert scorer.calls == []
+    assert {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()} == before
+
+
 def without_plans(shards: Path, copy: Path) -> Path:
     """A folder as a reader needs it."""
     shutil.copytree(shards, copy, ignore=shutil.ignore_patterns("plan*", "commits", "*.yaml"))

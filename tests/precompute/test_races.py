@@ -1,5 +1,6 @@
 """Runs that begin at once on one folder: one of them is refused, or all mean the same; never a mixture."""
 
+import json
 import multiprocessing
 import shutil
 import sys
@@ -277,6 +278,26 @@ def test_what_a_killed_run_leaves_is_never_the_weights_of_other_rows(
     assert "left by other attempts" in note
     remove_garbage(garbage)
     assert column_of(config.shards, WEIGHT, rows=np.arange(12), default=0.0).tolist() == weights.tolist()
+
+
+@pytest.mark.parametrize("shards", ["none", "from another row", "twice"])
+def test_a_claim_whose_shards_do_not_add_up_says_how_to_go_on(
+    configs_of: Configs, tmp_path: Path, shards: str
+) -> None:
+    config, _ = configs_of("data and weights")
+    run = run_of(config)
+    assert run.settle(config.shards)
+    plan = json.loads((config.shards / PLAN).read_text())
+    ranges = plan["shards"]
+    plan["shards"] = {"none": [], "from another row": ranges[1:], "twice": [*ranges, ranges[-1]]}[shards]
+    claim = tmp_path / "shards" / "plan.json.claim"
+    claim.parent.mkdir()
+    claim.write_text(json.dumps({"plan": plan}))
+    with pytest.raises(DataError) as caught:
+        run.settle(claim.parent)
+    assert caught.value.fix == f"rm {claim}, then run the same command again"
+    claim.unlink()
+    assert run.settle(claim.parent)
 
 
 def test_a_claim_that_cannot_be_read_says_how_to_go_on(configs_of: Configs, tmp_path: Path) -> None:

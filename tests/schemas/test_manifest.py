@@ -35,6 +35,12 @@ from dpo_opt.schemas.shards import INDEX_SCHEMA, write_dropped, write_shard, wri
 from dpo_opt.schemas.storage import sha256_file, sha256_folder
 
 SHARDS, ROWS = 3, 140
+FIRST_PLAN = Plan(
+    fingerprint=FINGERPRINT,
+    dataset_digest="d" * 64,
+    rows=2,
+    shards=[ShardRange(shard=0, start=0, stop=2, rows_digest="e" * 64)],
+)
 
 
 def pair(row: int) -> ScoredPair:
@@ -253,12 +259,17 @@ def test_keys_of_a_later_version_are_ignored_and_hashed_all_the_same(folder: Pat
     assert "does not match its own hash" in refusal(lambda: load_manifest(folder)).what
 
 
+def test_a_record_without_shards_is_refused(folder: Path) -> None:
+    plan = {**FIRST_PLAN.model_dump(), "shards": []}
+    assert refusal(lambda: parse(Plan, json.dumps(plan), where=folder)).what.startswith("shards: ")
+    rewrite_manifest(folder, shards=[])
+    assert refusal(lambda: load_manifest(folder)).what.startswith("shards: ")
+
+
 @pytest.mark.parametrize("kind", [Plan, ShardCommit])
 def test_other_records_ignore_keys_of_a_later_version(folder: Path, kind: type[BaseModel]) -> None:
     commit = load_manifest(folder).shards[0]
-    planned = ShardRange(shard=0, start=0, stop=2, rows_digest="e" * 64)
-    plan = Plan(fingerprint=FINGERPRINT, dataset_digest="d" * 64, rows=2, shards=[planned])
-    record = plan if kind is Plan else commit
+    record = FIRST_PLAN if kind is Plan else commit
     later = {**record.model_dump(), "joules": 3.5}
     read = parse(kind, json.dumps(later), where=folder)
     assert read == record
@@ -441,16 +452,10 @@ def test_a_file_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_records_have_one_spelling() -> None:
-    plan = Plan(
-        fingerprint=FINGERPRINT,
-        dataset_digest="d" * 64,
-        rows=2,
-        shards=[ShardRange(shard=0, start=0, stop=2, rows_digest="e" * 64)],
-    )
-    text = to_json(plan)
+    text = to_json(FIRST_PLAN)
     assert text.endswith("}\n")
     assert list(json.loads(text)) == sorted(json.loads(text))
-    assert parse(Plan, text, where=Path("plan.json")) == plan
+    assert parse(Plan, text, where=Path("plan.json")) == FIRST_PLAN
     assert to_json(parse(Plan, json.dumps(json.loads(text)), where=Path("plan.json"))) == text
 
 

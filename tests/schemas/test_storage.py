@@ -50,6 +50,36 @@ def test_a_published_file_has_its_content_and_leaves_nothing_else(tmp_path: Path
     assert names(path.parent) == {"note.txt"}
 
 
+def test_a_file_that_another_process_removed_before_it_has_its_name_is_said_so(tmp_path: Path) -> None:
+    path = tmp_path / "note.txt"
+    path.write_text("old")
+
+    def write() -> None:
+        with publish(path) as private:
+            private.write_text("new")
+            private.unlink()
+
+    with pytest.raises(DpoOptError, match="removed while it was being written") as caught:
+        write()
+    assert (caught.value.where, path.read_text()) == (str(path), "old")
+
+
+def test_a_folder_that_loses_a_file_while_it_is_read_is_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    whole = sha256_folder(tmp_path)
+
+    def lose(path: Path) -> str:
+        if path.name == "a":
+            (tmp_path / "b").unlink()
+        return sha256_file(path)
+
+    monkeypatch.setattr("dpo_opt.schemas.storage.sha256_file", lose)
+    assert sha256_folder(tmp_path) != whole
+
+
 def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "note.txt"
     path.write_text("old")
