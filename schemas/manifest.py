@@ -85,7 +85,7 @@ class Plan(_Record):
     """What a full shard holds; one that holds less was the last when it was planned. Null in older plans."""
     columns: dict[str, ColumnFile] | None = None
     """The files of the numbers that the data gives its rows. Null in older plans."""
-    shards: Annotated[list[ShardRange], Field(min_length=1)]
+    shards: list[ShardRange]
 
     @property
     def used(self) -> int:

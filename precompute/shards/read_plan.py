@@ -98,7 +98,7 @@ def require_whole(plan: Plan, *, where: AnyPath, fix: str | None) -> None:
         DataError: They do not.
     """
     end = 0
-    problem = None
+    problem = None if plan.shards else "it has no shards"
     for number, planned in enumerate(plan.shards):
         rows = f"rows {planned.start} to {planned.stop}"
         if planned.shard != number:
