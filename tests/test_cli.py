@@ -283,6 +283,8 @@ def test_status_counts(shards: Path) -> None:
         "share_done": 1.0,
         "seconds_left": None,
         "finalized": True,
+        "lost": [],
+        "next": None,
     }
     lines = invoke("status", "--shards", shards).stdout.splitlines()
     said = {line.partition("  ")[0]: line for line in lines}
