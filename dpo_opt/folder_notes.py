@@ -4,7 +4,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpo_opt.precompute.shards.gc import columns_in_use, is_claim, is_index, is_private, is_spent_claim
+from dpo_opt.precompute.shards.gc import (
+    columns_in_use,
+    is_claim,
+    is_index,
+    is_private,
+    is_spent_claim,
+    wanted,
+)
 from dpo_opt.precompute.shards.read_plan import plan_of, read_plans
 from dpo_opt.precompute.shards.weights_memo import WEIGHTS
 from dpo_opt.schemas.attempts import AttemptName
@@ -89,7 +96,8 @@ def _column_notes(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
 def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     named = {name for commit in manifest.shards for name in (commit.file, commit.dropped_file)}
     named.add(manifest.index_file)
-    columns = columns_in_use(_readable_plans(shards), manifest)
+    plans = _readable_plans(shards)
+    columns, kept = columns_in_use(plans, manifest), _kept_by_gc(shards, plans, manifest)
     there = _files(shards)
     unread = {f"{COLUMNS}/{name}.parquet" for name in manifest.columns or {}}
     unread |= {n for n in there if is_planned_file(n)}
@@ -100,9 +108,15 @@ def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     gc = f"`dpo-opt gc --shards {quoted(shards)}`"
     left = f"left by other attempts ({gc})"
     indexes = f"indexes of earlier manifests, for readers that opened the folder then ({gc})"
+    awaited = "indexes that `dpo-opt finalize` may use"
+    unplanned = (
+        "scored for rows that no plan and no manifest here has (`dpo-opt gc` keeps them, because their plan "
+        "may be lost: restore it, or remove them)"
+    )
     claims = "claim of a run that is planning, or that was killed at it and goes on by the same command"
     unknown = "named by nothing here, and read by nobody"
-    found: dict[str, list[str]] = {left: [], indexes: [], claims: [], unknown: []}
+    kinds = (left, unplanned, indexes, awaited, claims, unknown)
+    found: dict[str, list[str]] = {kind: [] for kind in kinds}
     for name in others:
         folder, _, file = name.rpartition("/")
         attempt = AttemptName.parse(file) if folder in (COMMITS, DATA, DROPPED) else None
@@ -111,7 +125,9 @@ def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
         generated = attempt is not None and attempt.is_generated
         if attempt is not None and generated and growing and attempt.shard >= len(manifest.shards):
             continue  # of the part that is not finalized yet
-        if generated or is_private(name) or is_planned_file(name) or is_spent_claim(name, there):
+        if name in kept:
+            kind = unplanned if generated else awaited
+        elif generated or is_private(name) or is_planned_file(name) or is_spent_claim(name, there):
             kind = left
         elif is_index(name):
             kind = indexes
@@ -127,6 +143,13 @@ def _files(shards: AnyPath) -> set[str]:
     if not isinstance(shards, Path):
         return set(stored_files(shards))
     return {path.relative_to(shards).as_posix() for path in files_below(shards) if path.is_file()}
+
+
+def _kept_by_gc(shards: AnyPath, plans: list[Plan], manifest: Manifest) -> set[str]:
+    try:
+        return wanted(shards, plans, manifest)
+    except DataError:
+        return set()  # a commit that nobody reads is a link out of the folder
 
 
 def listed(names: list[str]) -> str:

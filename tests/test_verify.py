@@ -34,6 +34,7 @@ from dpo_opt.schemas.manifest import (
     Manifest,
     ShardCommit,
     load_manifest,
+    to_json,
     write_manifest,
 )
 from dpo_opt.schemas.shards import write_table
@@ -439,6 +440,28 @@ def test_files_that_others_write_and_remove_meanwhile_are_no_error(shards: Path)
             done.set()
     assert [other.result(5) for other in others] == [None, None]
     assert check(shards).ok
+
+
+def test_what_gc_keeps_is_not_said_to_be_removed_by_it(shards: Path) -> None:
+    """A commit beyond the manifest may be of a plan that is lost."""
+    manifest = load_manifest(shards)
+    last = manifest.shards[-1]
+    names = {"file": "data/00009-0123abcd.parquet", "dropped_file": "dropped/00009-0123abcd.parquet"}
+    beyond = last.model_copy(update={**names, "shard": 9, "attempt": "0123abcd"})
+    for name, own in ((names["file"], last.file), (names["dropped_file"], last.dropped_file)):
+        shutil.copyfile(shards / own, shards / name)
+    (shards / "commits" / "00009-0123abcd.json").write_text(to_json(beyond))
+    (note,) = check(shards).notes
+    assert note.startswith("scored for rows that no plan and no manifest here has (`dpo-opt gc` keeps them")
+    assert note.endswith(f": {names['file']}, {names['dropped_file']}")
+    assert find_garbage(shards, older_than_hours=0).files == []
+    # A data file without a commit is of a killed attempt.
+    (shards / "commits" / "00009-0123abcd.json").unlink()
+    (note,) = check(shards).notes
+    assert note.startswith("left by other attempts (`dpo-opt gc")
+    assert {str(p.relative_to(shards)) for p in find_garbage(shards, older_than_hours=0).files} == {
+        *names.values()
+    }
 
 
 @pytest.mark.parametrize("plan", [PLAN, "plan-1.json"])

@@ -256,11 +256,15 @@ def _usable(shards_dir: AnyPath, text: bytes, plan: Plan) -> Manifest | None:
 
 
 def _is_whole(shards_dir: AnyPath, manifest: Manifest, plan: Plan) -> bool:
-    """Whether the attempts of a manifest that is not published yet still count."""
+    """Whether the attempts of a manifest that is not published yet still count, and its index is there.
+
+    A choice that a killed process left may be older than an index that somebody removed.
+    """
     data = sizes(shards_dir / DATA)
     records = commit_names(sizes(shards_dir / COMMITS)).values()
     final = manifest_commits(shards_dir)
-    return covers(manifest, plan) and all(
+    whole = covers(manifest, plan) and manifest.index_file in sizes(shards_dir)
+    return whole and all(
         is_valid(c, planned, plan, data) and (c in final or AttemptName(c.shard, c.attempt) in records)
         for c, planned in zip(manifest.shards, plan.shards, strict=True)
     )

@@ -6,11 +6,12 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dpo_opt.precompute.shards.commits import read_commit
+from dpo_opt.precompute.shards.finished import covers
 from dpo_opt.precompute.shards.read_plan import read_plan, read_plans
 from dpo_opt.schemas.attempts import AttemptName, commit_names
 from dpo_opt.schemas.locations import AnyPath, explained, is_file, read_all, remove, sizes
@@ -87,9 +88,9 @@ def columns_in_use(plans: Iterable[Plan], manifest: Manifest | None) -> set[str]
 def find_garbage(shards_dir: AnyPath, *, older_than_hours: float, look_only: bool = False) -> Garbage:
     """Private files, lost attempts, spent claims and columns of no plan that were written some hours ago.
 
-    Before ``finalize`` every committed attempt stays. An attempt without a commit may be a slow worker's, so
-    young files stay too. A claim without its plan stays, because the run that planned may continue; it writes
-    the columns of that plan again.
+    Before ``finalize`` every committed attempt stays, and every index. An attempt without a commit may be a
+    slow worker's, so young files stay too. A claim without its plan stays, because the run that planned may
+    continue; it writes the columns of that plan again.
 
     Args:
         shards_dir: Folder of reference shards.
@@ -161,11 +162,26 @@ def _is_older(folder: Path, now: float, hours: float) -> bool:
 
 
 def _wanted(shards_dir: AnyPath) -> set[str]:
-    """Files that manifest or plans name, and every attempt at a shard that is in no manifest yet."""
     plans = read_plans(shards_dir) or [read_plan(shards_dir)]  # refuses what is no folder of shards
     manifest = load_manifest(shards_dir) if is_file(shards_dir / MANIFEST) else None
+    return wanted(shards_dir, plans, manifest)
+
+
+def wanted(shards_dir: AnyPath, plans: Sequence[Plan], manifest: Manifest | None) -> set[str]:
+    """Files that manifest or plans name, and every committed attempt at a shard that is in no manifest.
+
+    A commit beyond the manifest stays even if no plan has its shard, because that plan may be lost. An index
+    stays until a manifest covers the last plan: a ``finalize`` may be about to use one that is there.
+
+    Args:
+        shards_dir: Folder of reference shards.
+        plans: Its plans.
+        manifest: Its manifest, if there is one.
+    """
     kept = [] if manifest is None else manifest.shards
     index = set() if manifest is None else {manifest.index_file}
+    if manifest is None or (plans and not covers(manifest, plans[-1])):
+        index |= set(filter(is_index, sizes(shards_dir)))
     in_manifest = {commit.shard for commit in kept}
     names = [
         name

@@ -14,7 +14,7 @@ from dpo_opt.precompute.shards import commits
 from dpo_opt.precompute.shards import finalize as finalize_module
 from dpo_opt.precompute.shards.commits import committed
 from dpo_opt.precompute.shards.finalize import finalize
-from dpo_opt.precompute.shards.gc import find_garbage
+from dpo_opt.precompute.shards.gc import find_garbage, remove_garbage
 from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.shards.repair import repair
 from dpo_opt.precompute.workers import assignment
@@ -86,6 +86,7 @@ def require_settled(folder: Path, *, rows: int = 11) -> None:
     there = {(name, path.name) for name in (COMMITS, DATA, DROPPED) for path in (folder / name).iterdir()}
     assert there == wanted
     assert len({pair.row for pair in ShardFolder.open(folder).pairs()}) == rows
+    assert len(ShardFolder.open(folder).index()) == rows
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -366,3 +367,40 @@ def test_a_private_file_whose_name_holds_a_newline_is_garbage(folder: Path) -> N
     private = folder / DATA / ".00001-ab\ncd.parquet.1234abcd.tmp"
     private.write_text("half")
     assert find_garbage(folder, older_than_hours=0, look_only=True).files == [private]
+
+
+def test_gc_leaves_the_index_that_a_finalize_may_be_about_to_take(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed finalize left it long ago. The next one finds it whole, and takes it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(finalize_module, "write_manifest", stop)
+        with pytest.raises(Killed):
+            finalize(folder)
+    assert (folder / INDEX).exists()
+    write = finalize_module.write_index
+
+    def beside_gc(*args: object) -> tuple[str, str]:
+        found = write(*args)  # type: ignore[arg-type]
+        remove_garbage(find_garbage(folder, older_than_hours=0))
+        return found
+
+    monkeypatch.setattr(finalize_module, "write_index", beside_gc)
+    finalize(folder)
+    require_settled(folder)
+
+
+def test_a_choice_whose_index_is_gone_is_not_published(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(finalize_module, "_overtaken", stop)
+        with pytest.raises(Killed):
+            finalize(folder)
+    (choice,) = folder.glob(".manifest.json.*.tmp")
+    # As one that a finalize of the folder before a repair left: it named its index otherwise.
+    choice.write_text(choice.read_text().replace(f'"{INDEX}"', '"index-12.parquet"'))
+    finalize(folder)
+    require_settled(folder)
+
+
+def stop(*_: object, **__: object) -> None:
+    raise Killed
