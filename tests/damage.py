@@ -262,6 +262,10 @@ def _objects() -> Iterator[tuple[str, str, Row, str, str]]:
         yield "empty completion", "text", {**text, key: ""}, f'"{key}" is empty', "empty"
         yield "missing key", "text", _without(text, key), f'the key "{key}" is missing', "missing_key"
     yield "missing key", "text", {}, "(found: none)", "missing_key"
+    row = {"prompt": "q", "completion": "a", "label": True}
+    yield "unpaired feedback", "text", row, "this is unpaired feedback", "unpaired"
+    row = {"prompt": "q", "a": "x", "b": "y", "best.responses": ["a"]}
+    yield "annotations", "text", row, "these are records that Argilla exported", "annotations"
     yield "misspelt key", "text", {**_without(text, "chosen"), "choosen": "a"}, "(found: ", "missing_key"
     yield "misspelt key", "text", {k.title(): v for k, v in text.items()}, "(found: Prompt", "missing_key"
     for value in (7, ["s"], {"name": "s"}, False):

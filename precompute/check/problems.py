@@ -5,6 +5,7 @@ pair_statistics.py and audit.py count the problems; the sentences are only here.
 
 from typing import NamedTuple
 
+from dpo_opt.precompute.read.foreign_forms import PAIR_UP
 from dpo_opt.schemas.audit_record import Example, Problem, Severity
 
 
@@ -51,6 +52,18 @@ BAD_ROWS: dict[str, Kind] = {
         "columns that may belong to the prompt, and that nothing would read",
         "the answers were given to a prompt that includes them",
         "read them as each row below says, or leave them out with `--ignore-column NAME`",
+    ),
+    "unpaired": Kind(
+        "error",
+        "unpaired feedback (one completion and a label)",
+        "DPO compares two completions of one prompt; which two belong together is yours to say",
+        f"pair each good completion with each bad one of its prompt: {PAIR_UP}",
+    ),
+    "annotations": Kind(
+        "error",
+        "records that Argilla exported",
+        "whose answers count, and what a ranking without ranks prefers, is yours to say",
+        "write each record's prompt, chosen and rejected from its answers, as docs/data.md shows",
     ),
     "type": Kind("error", "values of the wrong kind", "they must be text or lists of messages", _ROW),
     "mixed_row": Kind("error", "rows that mix text and messages", "the two are tokenized differently", _ROW),

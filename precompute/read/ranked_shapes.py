@@ -133,6 +133,12 @@ RANKED_SHAPES = (
         also=frozenset(_INSTRUCTIONS),
     ),
     Shape("ranked completions", frozenset({"completions"}), _ranked, ranked=True),
-    Shape("ranked completions", frozenset({"responses"}), _ranked, ranked=True),
+    Shape(
+        "ranked completions",
+        frozenset({"responses"}),
+        _ranked,
+        ranked=True,
+        absent=frozenset({"suggestions"}),  # Argilla's records have both
+    ),
     Shape("ranked completions", frozenset({"answers"}), _nectar, ranked=True),
 )

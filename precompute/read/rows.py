@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple, NoReturn, cast
 
+from dpo_opt.precompute.read.foreign_forms import refuse_foreign
 from dpo_opt.precompute.read.messages import read_messages, refuse_roles, refuse_surrogates, refuse_unwritable
 from dpo_opt.precompute.read.prompt_columns import is_empty, joined
 from dpo_opt.precompute.read.shape_parts import (
@@ -61,6 +62,7 @@ def to_pairs(
         pair, form = _to_pair(values, where)
         return [pair], form
     if shape is None:
+        refuse_foreign(values.keys(), where)
         missing = "rejected" if "chosen" in values else "chosen"
         found = quote(", ".join(map(escape, values))) or "none"
         raise DataError(

@@ -75,6 +75,11 @@ def keys_to_read(names: Set[str], objects: Set[str]) -> frozenset[str]:
     return _ALWAYS_READ.union(*(shape.keys | shape.also for shape in found))
 
 
+def has_form(names: Set[str]) -> bool:
+    """Whether a table with these columns may hold pairs, or rows of a published form."""
+    return names >= _BOTH or any(s.keys <= names and s.absent.isdisjoint(names) for s in SHAPES)
+
+
 class _Comparison(NamedTuple):
     """Where a row has two completions, and the label that prefers one of them."""
 

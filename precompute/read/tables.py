@@ -6,8 +6,9 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_opt.precompute.read.foreign_forms import refuse_foreign
 from dpo_opt.precompute.read.row_blocks import LONGEST_ROW, TableBlock, too_long
-from dpo_opt.precompute.read.shapes import keys_to_read
+from dpo_opt.precompute.read.shapes import has_form, keys_to_read
 from dpo_opt.precompute.read.sources import open_file, reading_errors, reason_of
 from dpo_opt.precompute.read.strict_json import quote
 from dpo_opt.schemas.errors import DataError
@@ -133,8 +134,11 @@ def columns_to_read(given: Sequence[str], objects: Set[str], file: str, columns:
         columns: Columns to read beside those that some form of row reads.
 
     Raises:
-        DataError: None is one of a pair, or one that is read is there twice.
+        DataError: None is one of a pair, they are those of a form that is no pairs, or one that is read is
+            there twice.
     """
+    if not columns and not has_form(set(given)):
+        refuse_foreign(set(given), file)
     wanted = columns | keys_to_read(set(given) - columns, objects)
     names = [name for name in given if name in wanted]
     if not names:
