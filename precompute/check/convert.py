@@ -16,9 +16,9 @@ import numpy as np
 
 from dpo_opt.precompute.check.pair_statistics import Facts, Wanted, collect, pair_hashes, text_hash
 from dpo_opt.precompute.check.repeats import find_repeats, near_repeats
+from dpo_opt.precompute.check.written_forms import written_row
 from dpo_opt.precompute.config import ConvertConfig
 from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
-from dpo_opt.precompute.read.shape_parts import CARRIED_KEYS
 from dpo_opt.precompute.read.sources import refuse_inside
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import PreferencePair
@@ -39,8 +39,8 @@ def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Conve
     """Write ``train.jsonl``, ``eval.jsonl``, ``_removed.jsonl`` and ``_convert.json`` into a new folder.
 
     Of exact (and, on request, near) duplicates the first is kept; of contradictory pairs none, because
-    nothing says which label is right; pairs with equal completions are removed. Pairs with the same prompt go
-    to the same side.
+    nothing says which label is right; pairs with equal completions are removed, and so are those that the
+    format to be written cannot hold. Pairs with the same prompt go to the same side.
 
     Raises:
         ConfigError: The folder exists or stands inside the data, or the sources cannot be what is meant.
@@ -96,6 +96,7 @@ def _write(
 ) -> Converted:
     counts: Counter[str] = Counter()
     removed: Counter[str] = Counter()
+    unwritable: DataError | None = None
     progress.start("writing", total=len(facts), unit="pairs")
     with (
         (folder / "train.jsonl").open("w", encoding="utf-8") as train,
@@ -127,10 +128,21 @@ def _write(
                 detail = {"same_as": other} if other else {}
                 _line(record, {"where": item.where, "reason": reason, **detail})
                 continue
+            try:
+                row = written_row(item, config.to)
+            except DataError as error:
+                if config.on_bad_row == "error":
+                    raise
+                unwritable = unwritable or error
+                removed[str(error.kind)] += 1
+                _line(record, {"where": item.where, "reason": error.kind, "detail": error.why})
+                continue
             to_eval = text_hash(item.prompt) / 2**64 < config.eval_split
             counts["eval" if to_eval else "train"] += 1
-            _line(held_out if to_eval else train, _row(item))
+            _line(held_out if to_eval else train, row)
     progress.finish()
+    if unwritable is not None and not counts:
+        raise unwritable
     converted = Converted(counts["train"], counts["eval"], dict(sorted(removed.items())))
     about = {
         "dpo_opt": version("dpo-opt"),
@@ -163,11 +175,6 @@ def _changed(config: ConvertConfig) -> DataError:
         why="what is removed was decided about other pairs",
         fix="run the same command again when nobody writes to it",
     )
-
-
-def _row(pair: PreferencePair) -> dict[str, Any]:
-    row: dict[str, Any] = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-    return row | {name: value for name in CARRIED_KEYS if (value := getattr(pair, name)) is not None}
 
 
 def _line(file: TextIO, row: dict[str, Any]) -> None:
