@@ -90,7 +90,8 @@ def _ours(arguments: argparse.Namespace, *, ours: str, reuse: bool = True) -> fl
     from dpo_opt.precompute.engine.vllm_build import prepare_environment
     from dpo_opt.precompute.engine.vllm_model import VllmModel
     from dpo_opt.precompute.read.datasets import read_pairs
-    from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
+    from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer, model_vocab_size
+    from dpo_opt.precompute.tokens.tokenize import PairTokenizer
     from dpo_opt.schemas.pairs import TokenizedPair
 
     prepare_environment()

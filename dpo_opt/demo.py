@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from dpo_opt.demo_model import smollm2_folder
 from dpo_opt.precompute.engine.vllm_build import prepare_environment, vllm_version
-from dpo_opt.precompute.tokens.tokenize import load_tokenizer, prompt_ids
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
+from dpo_opt.precompute.tokens.tokenize import prompt_ids
 from dpo_opt.results import say, table
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.pairs import Completion, Sampler

@@ -13,7 +13,8 @@ import numpy as np
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.datasets import read_prompts
-from dpo_opt.precompute.tokens.tokenize import load_tokenizer, prompt_ids
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
+from dpo_opt.precompute.tokens.tokenize import prompt_ids
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.kl_samples import KLSample, write_kl_samples
 from dpo_opt.schemas.models import checkpoint_dtype, context_length, find_model

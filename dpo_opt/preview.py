@@ -10,8 +10,9 @@ from rich.text import Text
 from dpo_opt.precompute.config import PreviewConfig
 from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
 from dpo_opt.precompute.read.shared_prompt import common_prefix_length
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer, model_vocab_size
 from dpo_opt.precompute.tokens.max_length import resolve_max_length
-from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.tokens.truncation import PairIds
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.models import find_model

@@ -12,7 +12,7 @@ from fakes import ScriptedScorer, preference_rows, write_jsonl
 from dpo_opt.cli import main
 from dpo_opt.precompute.config import PrecomputeConfig, PreviewConfig
 from dpo_opt.precompute.run import precompute
-from dpo_opt.precompute.tokens.tokenize import load_tokenizer
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.preview import preview
 from dpo_opt.schemas.manifest import load_manifest
 

@@ -31,6 +31,7 @@ LAZY: dict[str, set[str]] = {
     "precompute/workers/ray_cluster.py": {"ray"},
     "precompute/tokens/templates.py": {"transformers", "jinja2"},
     "precompute/shards/scored_tokenizer.py": {"tokenizers"},
+    "precompute/tokens/load_tokenizer.py": {"transformers"},
     "precompute/tokens/tokenize.py": {"transformers"},
     "precompute/engine/engine_arguments.py": {"vllm"},
     "precompute/engine/vllm_model.py": {"vllm", "torch"},
@@ -63,7 +64,7 @@ def test_the_imports_are_seen() -> None:
     seen = {(i.file, i.top, i.lazy) for i in IMPORTS}
     assert ("precompute/engine/vllm_model.py", "vllm", True) in seen
     assert ("optimize/loop.py", "torch", False) in seen
-    assert ("precompute/tokens/tokenize.py", "transformers", True) in seen
+    assert ("precompute/tokens/load_tokenizer.py", "transformers", True) in seen
     assert ("schemas/hub.py", "huggingface_hub", True) in seen
     assert {i.folder for i in IMPORTS} == set(FOLDERS)
     edges = {(i.folder, stage_of(i.module)) for i in IMPORTS if i.top == "dpo_opt"}

@@ -9,7 +9,7 @@ from typing import Any
 from dpo_opt.precompute.shards.recover_plan import in_one_line, latest_settings
 from dpo_opt.precompute.shards.scored_tokenizer import other_tokenizer
 from dpo_opt.precompute.shards.write_plan import write_tokenizer
-from dpo_opt.precompute.tokens.tokenize import load_tokenizer
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
 from dpo_opt.schemas.locations import AnyPath, remove
 from dpo_opt.schemas.manifest import (

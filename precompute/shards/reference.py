@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.shards.weights_memo import known_weights_digest
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer, model_vocab_size
 from dpo_opt.precompute.tokens.max_length import resolve_max_length
 from dpo_opt.precompute.tokens.templates import chat_templates
-from dpo_opt.precompute.tokens.tokenize import TEXT_TO_IDS, PairTokenizer, load_tokenizer, model_vocab_size
+from dpo_opt.precompute.tokens.tokenize import TEXT_TO_IDS, PairTokenizer
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.models import (
     checkpoint_dtype,

@@ -39,12 +39,11 @@ import numpy as np
 
 from dpo_opt.precompute.config import Truncation
 from dpo_opt.precompute.read.strict_json import SKIP_ROW
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer, model_vocab_size
 from dpo_opt.precompute.tokens.long_texts import LONGEST_PIECE, long_text_ids
 from dpo_opt.precompute.tokens.templates import asks_for_the_date, render, rendered_texts, today
 from dpo_opt.precompute.tokens.truncation import PairIds, fit_ids, split_ids
-from dpo_opt.schemas.errors import ConfigError, DataError, first_line
-from dpo_opt.schemas.model_config import load_model_config
-from dpo_opt.schemas.models import read_config
+from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import IdArray, PreferencePair, Text, TokenizedPair
 from dpo_opt.schemas.shards import DroppedRow
 
@@ -57,65 +56,6 @@ TEXT_TO_IDS = "1"
 # The engine needs 100 to 300 bytes for a character that takes at most 4 here. These texts are enough for its
 # threads; a text that is longer by itself is encoded in windows.
 _CHARACTERS_AT_ONCE = 2**20
-
-
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """The fast tokenizer in a model folder, without running code from it.
-
-    Raises:
-        ConfigError: There is none, it cannot be read, it is a slow one, or it has no EOS token.
-    """
-    from transformers import AutoTokenizer
-
-    fix = "put the model's own tokenizer there: AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)"
-    if not (folder / "tokenizer.json").is_file():
-        raise ConfigError(
-            "there is no tokenizer.json",
-            where=str(folder),
-            why="without it transformers builds a tokenizer with an empty vocabulary and says nothing",
-            fix=fix,
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # of the tokenizers library often that very class
-        if (folder / "config.json").is_file():
-            load_model_config(folder)  # which it reads too, and whose fault it may be
-        raise ConfigError(
-            f"the tokenizer cannot be loaded ({first_line(error)})", where=str(folder), fix=fix
-        ) from error
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer",
-            where=str(folder),
-            why="a slow one has no serialization to fingerprint",
-            fix="use a model whose tokenizer has a tokenizer.json that transformers loads as it is",
-        )
-    if tokenizer.eos_token is None:
-        raise ConfigError(
-            "the tokenizer has no EOS token",
-            where=str(folder),
-            why="a completion must end with it, or the model never learns to stop",
-            fix='set "eos_token" in tokenizer_config.json',
-        )
-    return tokenizer
-
-
-def model_vocab_size(folder: Path) -> int:
-    """How many ids the model knows.
-
-    Raises:
-        ConfigError: Its config.json does not say.
-    """
-    config = read_config(folder)
-    try:
-        return int((config.get("text_config") or config)["vocab_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            "config.json does not say how large the vocabulary is (vocab_size)",
-            where=str(folder),
-            why="ids beyond it would be scored as something else",
-            fix="save the model again with save_pretrained",
-        ) from error
 
 
 def prompt_ids(prompt: Text, tokenizer: "PreTrainedTokenizerFast", *, where: str) -> IdArray:

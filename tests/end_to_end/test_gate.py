@@ -44,7 +44,7 @@ QUESTIONS = [
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def scored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Scored:
     from dpo_opt.demo_model import smollm2_folder
-    from dpo_opt.precompute.tokens.tokenize import load_tokenizer
+    from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 
     try:
         folder = smollm2_folder(tmp_path_factory.mktemp("smollm2") / "model")

@@ -27,7 +27,8 @@ from peers.real_tokenizers import (
 )
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message, PreferencePair, Text, TokenizedPair
 

@@ -27,7 +27,7 @@ from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_referenc
 from dpo_opt.precompute.shards.repair import repair
 from dpo_opt.precompute.shards.status import status
 from dpo_opt.precompute.shards.write_plan import adopt_plan
-from dpo_opt.precompute.tokens.tokenize import load_tokenizer
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.manifest import INDEX, MANIFEST, PLAN, load_manifest, to_json
 from dpo_opt.schemas.shard_folder import ShardFolder

@@ -23,7 +23,8 @@ from dpo_opt.precompute.check.problems import BAD_ROWS, FOUND
 from dpo_opt.precompute.config import CheckConfig, DataConfig, Truncation
 from dpo_opt.precompute.read import files
 from dpo_opt.precompute.read.datasets import read_pairs
-from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer, model_vocab_size
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer, model_vocab_size
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.tokens.truncation import PairIds
 from dpo_opt.schemas.audit_record import Audit, LengthBias, Problem
 from dpo_opt.schemas.errors import ConfigError

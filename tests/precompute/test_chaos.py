@@ -37,7 +37,7 @@ from pathlib import Path
 from fakes import ScriptedScorer
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import work
-from dpo_opt.precompute.tokens.tokenize import load_tokenizer
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 
 model, data, shards, rounds, workers, size = sys.argv[1:]
 load_tokenizer(Path(model))

@@ -202,7 +202,7 @@ def test_pairs_with_a_bad_sequence_are_dropped_listed_and_counted(tiny_model: Pa
     config = PrecomputeConfig(model=str(tiny_model), data=[str(data)], shards=shards, pairs_per_shard=6)
 
     def breaks(asked: Sequence[TokenSequence]) -> Exception | None:
-        from dpo_opt.precompute.tokens.tokenize import load_tokenizer
+        from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 
         texts = [load_tokenizer(tiny_model).decode(s.completion_ids) for s in asked]
         return ValueError("bad\x1b[31m row") if any(" The bad one." in text for text in texts) else None

@@ -14,7 +14,7 @@ from dpo_opt.precompute.shards.make_plan import Planned, make_plan
 from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.shards.write_plan import adopt_plan
-from dpo_opt.precompute.tokens.tokenize import load_tokenizer
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.schemas.config_keys import MODEL_CONFIG
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.manifest import COMMAND, PLAN, TOKENIZER, Plan

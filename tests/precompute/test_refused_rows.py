@@ -17,7 +17,8 @@ from dpo_opt.precompute.run import precompute
 from dpo_opt.precompute.shards import make_plan as planning
 from dpo_opt.precompute.shards.make_plan import Planned, make_plan
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
-from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 

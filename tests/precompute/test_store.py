@@ -32,7 +32,7 @@ from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.shards.status import status
 from dpo_opt.precompute.shards.write_plan import adopt_plan, settle_plan
-from dpo_opt.precompute.tokens.tokenize import load_tokenizer
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.precompute.workers.assignment import Worker, shards_for
 from dpo_opt.schemas import storage
 from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError

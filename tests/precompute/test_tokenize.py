@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_opt.precompute.config import DataConfig, Truncation
 from dpo_opt.precompute.read.datasets import read_pairs
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.precompute.tokens.templates import render, rendered_texts
-from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.tokens.truncation import DROP_REASONS, DropReason, PairIds
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import PreferencePair, Text, TokenizedPair
@@ -462,7 +463,8 @@ def test_every_real_row_is_accounted_for(
 
 MEASURE = """
 import resource, sys
-from dpo_opt.precompute.tokens.tokenize import PairTokenizer, load_tokenizer
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.schemas.pairs import PreferencePair
 from pathlib import Path
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_opt.precompute.tokens.tokenize import load_tokenizer
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.locations import location
 from dpo_opt.schemas.shards import write_table
