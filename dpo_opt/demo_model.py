@@ -35,7 +35,8 @@ def smollm2_folder(path: Path) -> Path:
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(quantized.state_dict())
     private = path.with_name(f".{path.name}.tmp")
-    model.to(torch.bfloat16).save_pretrained(private)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(private)
     AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(private)
     private.rename(path)
     return path

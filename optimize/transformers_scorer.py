@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -129,7 +130,7 @@ class HfScorer:
                     ids[row, width - len(prompt) :] = prompt
                     mask[row, width - len(prompt) :] = 1
                 with computing_in(self.policy.dtype, model, self.policy.device):
-                    out = model.generate(
+                    out = cast(Any, model).generate(
                         input_ids=torch.from_numpy(ids).to(self.policy.device),
                         attention_mask=torch.from_numpy(mask).to(self.policy.device),
                     )

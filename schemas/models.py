@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 from dpo_opt.schemas.hub import fetch
@@ -268,22 +268,8 @@ def stated_architecture(folder: Path) -> str | None:
     return ",".join(map(str, stated)) or None if isinstance(stated, list) else None
 
 
-class _Backend(Protocol):
-    def to_str(self) -> str: ...
-
-
-class FastTokenizer(Protocol):
-    """The part of a transformers tokenizer that decides how text becomes ids."""
-
-    backend_tokenizer: _Backend
-    bos_token: str | None
-    eos_token: str | None
-    unk_token: str | None
-    split_special_tokens: bool
-
-
-def tokenizer_digest(tokenizer: FastTokenizer) -> str:
-    """SHA-256 of a tokenizer's behaviour, independent of how its files are written."""
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of the behaviour of transformers' fast tokenizer, independent of how its files are written."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Left over from the last call that padded or truncated; no part of how text becomes ids here.
     backend.pop("padding", None)

@@ -10,7 +10,7 @@ still the plain transformers model with the same decoder, head and attention. A 
 import copy
 import importlib.util
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import save_file
@@ -204,7 +204,7 @@ def save_adapter(model: PreTrainedModel, folder: Path, *, base: str, base_weight
     }
     metadata = {"format": "pt"} | ({BASE_WEIGHTS: base_weights} if base_weights else {})
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
-    config = copy.copy(model.peft_config[_NAME])
+    config = copy.copy(cast(Any, model.peft_config[_NAME]))
     config.base_model_name_or_path = base
     # Full names: peft shortens them, and in another version's model a short name may match other layers too.
     config.target_modules = sorted(_adapted(model))
@@ -218,7 +218,7 @@ def _inject(model: PreTrainedModel, plan: AdapterPlan) -> None:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=plan.rank,
-        lora_alpha=plan.alpha,
+        lora_alpha=plan.alpha,  # pyright: ignore[reportArgumentType]
         use_rslora=plan.rslora,
         fan_in_fan_out=plan.transposed,
         target_modules=list(plan.layers),

@@ -68,7 +68,7 @@ class Saver:
             # A finished run that was resumed with more steps already has a final model.
             shutil.rmtree(path, ignore_errors=True)
             if dtype is not None:
-                whole.model.to(dtype=dtype)
+                torch.nn.Module.to(whole.model, dtype=dtype)
             with publish_folder(path) as private:
                 self._write(whole, private, steps=steps)
         wait_for_all(self._world)

@@ -31,7 +31,8 @@ def auto_class(config: PretrainedConfig) -> Any:
     """The ``Auto`` class that loads this model with everything that its checkpoint holds."""
     declared = set(getattr(config, "architectures", None) or ())
     kind = type(config)
-    wrappers, plain = AutoModelForImageTextToText._model_mapping, AutoModelForCausalLM._model_mapping
+    wrappers: Any = AutoModelForImageTextToText._model_mapping
+    plain = AutoModelForCausalLM._model_mapping
     if kind in wrappers and (kind not in plain or wrappers[kind].__name__ in declared):
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
@@ -77,13 +78,18 @@ def decoder_layers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield from decoder_layers(child)
 
 
+def projection_of(model: PreTrainedModel) -> Any:
+    """The module that makes logits of hidden states; None where the model has none."""
+    return model.get_output_embeddings()
+
+
 def head_of(model: PreTrainedModel) -> Head:
     """The head's parameters and the scalars that some architectures apply to its logits.
 
     Raises:
         AttributeError: The model has no head of the usual kind.
     """
-    projection = model.get_output_embeddings()
+    projection = projection_of(model)
     config = model.config.get_text_config()
     return Head(
         weight=projection.weight,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_opt.optimize.forward.architecture import decoder_layers, decoder_of
+from dpo_opt.optimize.forward.architecture import decoder_layers, decoder_of, projection_of
 from dpo_opt.optimize.forward.attention import (
     PADDED_ATTENTION,
     SEGMENT_ATTENTION,
@@ -109,7 +109,7 @@ def _what_is_unknown(model: PreTrainedModel, probe: Probe, device: torch.device)
     if not _is_causal(model, probe, device):
         return ["later tokens change the log-probs of earlier ones: it is not causal"]
     read: list[Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    hook = projection_of(model).register_forward_pre_hook(lambda _, args: read.append(args[0]))
     ids = torch.from_numpy(probe.groups[0][0].prompt_ids.astype(np.int64)).to(device)[None]
     try:
         model(input_ids=ids, use_cache=False)
@@ -195,7 +195,7 @@ def _use_attention(model: PreTrainedModel, name: str) -> bool:
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:
-    dtype: torch.dtype = model.get_output_embeddings().weight.dtype
+    dtype: torch.dtype = projection_of(model).weight.dtype
     return dtype
 
 

@@ -180,7 +180,9 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         if ctx.has_gradients:
             (dloss_dlogps,) = ctx.saved_tensors
             kept = torch.isclose(grad, dloss_dlogps, rtol=1e-4, atol=1e-12, equal_nan=True).all()

@@ -7,7 +7,7 @@ device and with the kernel that will train: rounding hides smaller errors there,
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -138,7 +138,8 @@ def questions(model: PreTrainedModel, longest: int | None) -> tuple[tuple[Group,
         ConfigError: The model has no head that is one matrix.
     """
     try:
-        vocabulary = min(head_of(model).weight.shape[0], model.get_input_embeddings().weight.shape[0])
+        embedding = cast(torch.nn.Embedding, model.get_input_embeddings())
+        vocabulary = min(head_of(model).weight.shape[0], embedding.weight.shape[0])
     except (AttributeError, NotImplementedError) as error:
         raise ConfigError(
             f"{type(model).__name__} has no head that is one matrix ({error})",

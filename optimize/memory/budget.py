@@ -7,6 +7,7 @@ than a few hundred rows make a step no faster and only take memory.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from dpo_opt.optimize.forward.packing import Group, packed_size, padded_width, pair_group
@@ -69,8 +70,8 @@ def longest_pair(folder: ShardFolder) -> ScoredPair:
     """
     columns = ["prompt_length", "chosen_length", "rejected_length", "shard", "row_group", "row"]
     index = folder.index(columns)
-    lengths = sum(index[name].to_numpy().astype("int64") for name in columns[:3])
-    place = int(lengths.argmax())
+    lengths = [index[name].to_numpy().astype("int64") for name in columns[:3]]
+    place = int(np.sum(lengths, axis=0).argmax())
     shard, row_group, row = (index[name][place].as_py() for name in columns[3:])
     (pairs,) = folder.row_groups(shard, row_groups=[row_group])
     return next(pair for pair in pairs if pair.row == row)

@@ -22,7 +22,7 @@ from dpo_opt.optimize.adapters.lora import add_adapter, plan_adapter
 from dpo_opt.optimize.adapters.lora_targets import has_experts
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.forward.activations import checkpoint_activations
-from dpo_opt.optimize.forward.architecture import decoder_of, model_without_weights
+from dpo_opt.optimize.forward.architecture import decoder_of, model_without_weights, projection_of
 from dpo_opt.optimize.forward.attention import STOCK_ATTENTION, refuse_unknown
 from dpo_opt.optimize.forward.policy import compute_dtype
 from dpo_opt.optimize.forward.varlen import attention_dtype
@@ -78,9 +78,9 @@ def estimate_memory(config: TrainConfig, model_folder: Path, *, rows: int, devic
     compute = compute_dtype(config.dtype, device)
     stored: torch.dtype = compute if config.use_peft else getattr(torch, config.param_dtype)
     whole = sum(parameter.numel() for parameter in model.parameters())
-    model.to(stored)
+    torch.nn.Module.to(model, stored)
     weights = whole * stored.itemsize
-    head = model.get_output_embeddings()
+    head = projection_of(model)
     if config.load_in_4bit:
         linear = sum(
             m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head
@@ -127,7 +127,7 @@ def _activations(
     if has_experts(model):
         # Products grouped by expert run without data only in bf16.
         scale = model.dtype.itemsize // torch.bfloat16.itemsize
-        model.to(torch.bfloat16)
+        torch.nn.Module.to(model, torch.bfloat16)
         compute = torch.bfloat16
     _log.disabled = True
     try:

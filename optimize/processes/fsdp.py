@@ -96,7 +96,8 @@ def shard_policy(policy: Policy, world: World) -> Policy:
     shell = _shell(policy.model)
     for layer in decoder_layers(policy.model):
         shard(layer)
-    root = shard(_Root(replace(policy, device=world.device)))
+    on_device = replace(policy, device=world.device)
+    root = shard(_Root(on_device))
     for module in (root, *policy.model.modules()):
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -105,7 +106,7 @@ def shard_policy(policy: Policy, world: World) -> Policy:
     # If no token of this process visited an expert, the other processes still wait for its gradient.
     root.set_reduce_scatter_unused_params(True)
     return ShardedPolicy(
-        **{field.name: getattr(policy, field.name) for field in fields(policy)} | {"device": world.device},
+        **{field.name: getattr(on_device, field.name) for field in fields(on_device)},
         root=root,
         shell=shell,
         reduces_once=_room_for_gradients(policy.model, world),

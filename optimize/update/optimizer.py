@@ -130,7 +130,7 @@ def _adamw_8bit(groups: Groups, config: TrainConfig) -> Optimizer:
             fix="pass --optim adamw",
         )
     try:
-        from torchao.optim import AdamW8bit
+        from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             "--optim adamw-8bit needs torchao, which is not installed", fix="pip install 'dpo-opt[torchao]'"

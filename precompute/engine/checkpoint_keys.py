@@ -26,7 +26,8 @@ def require_place_for_all_weights(folder: Path) -> None:
 
 
 def _unexpected_keys(folder: Path) -> list[str]:
-    from transformers.utils import is_accelerate_available, logging
+    from transformers.utils import logging
+    from transformers.utils.import_utils import is_accelerate_available
 
     if not is_accelerate_available() or "quantization_config" in read_config(folder):
         return []

@@ -6,6 +6,7 @@ makes 6 pairs of 4); a tie prefers nothing and is refused as such, so that leavi
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from dpo_opt.precompute.read.shape_parts import (
     PROMPT_KEYS,
@@ -57,7 +58,7 @@ def _goodness(values: Values, completions: list[object], key: str, where: str) -
     refuse(f'"{key}" has neither ranks nor scores', where)
 
 
-def _numbers(found: list[object], count: int, name: str, where: str) -> list[float]:
+def _numbers(found: Sequence[object], count: int, name: str, where: str) -> list[float]:
     if len(found) != count:
         refuse(f'"{name}" has {len(found)} values for {count} completions', where)
     numbers = []

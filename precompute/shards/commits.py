@@ -215,6 +215,7 @@ def is_of(commit: ShardCommit, planned: ShardRange, plan: Plan) -> bool:
         and min(commit.rows, commit.truncated, commit.tokens, *commit.dropped.values()) >= 0
         # `load_manifest` would refuse a manifest that names a file outside the folder. And of a commit that
         # names another attempt's files, `finalize` would remove the files of its own attempt.
+        and attempt is not None
         and attempt == AttemptName(planned.shard, commit.attempt)
         and commit.file == attempt.data_file
         and commit.dropped_file in attempt.dropped_files

@@ -41,7 +41,8 @@ def write_index(shards_dir: AnyPath, name: str, table: pa.Table) -> tuple[str, s
         file = Path(own) / name
         write_table(file, table, row_group_rows=INDEX_GROUP_ROWS)
         sha256 = sha256_file(file)
-        for place in (shards_dir / name, shards_dir / f"{Path(name).stem}-{sha256[:8]}.parquet"):
+        own_name = shards_dir / f"{Path(name).stem}-{sha256[:8]}.parquet"
+        for place in (shards_dir / name, own_name):
             try:
                 with publish(place, replace=False) as private:
                     shutil.copyfile(file, private)
@@ -51,9 +52,9 @@ def write_index(shards_dir: AnyPath, name: str, table: pa.Table) -> tuple[str, s
             return place.name, sha256
     raise DataError(
         "the index was damaged after it was written",
-        where=str(place),
+        where=str(own_name),
         why="the manifest would name it",
-        fix=f"rm {quoted(place)}, then dpo-opt finalize --shards {quoted(shards_dir)}",
+        fix=f"rm {quoted(own_name)}, then dpo-opt finalize --shards {quoted(shards_dir)}",
     )
 
 
