@@ -4,6 +4,7 @@ The policy writes, then both models score what it wrote through the same forward
 needs two models, and it holds one at a time.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,12 +14,18 @@ import numpy as np
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.datasets import read_prompts
-from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
-from dpo_opt.precompute.tokens.tokenize import prompt_ids
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer, encoder, prompt_ids
+from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.kl_samples import KLSample, write_kl_samples
 from dpo_opt.schemas.models import checkpoint_dtype, context_length, find_model
-from dpo_opt.schemas.pairs import Completion, IdArray, Sampler, TokenSequence, content_hash
+from dpo_opt.schemas.pairs import (
+    Completion,
+    IdArray,
+    PreferencePair,
+    Sampler,
+    TokenSequence,
+    content_hash,
+)
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.scorers import make_engine
@@ -105,13 +112,34 @@ def _sample(
 
 def _prompts(config: "KLConfig", policy_folder: Path) -> list[IdArray]:
     """Distinct prompts, in order."""
+    found: Iterator[IdArray]
     if config.prompts.is_dir():
         found = (pair.prompt_ids for pair in ShardFolder.open(config.prompts).pairs())
     else:
-        tokenizer = load_tokenizer(policy_folder)
-        data = DataConfig(data=[str(config.prompts)])
-        found = (prompt_ids(text, tokenizer, where=where) for text, where in read_prompts(data))
+        data = DataConfig(
+            data=[str(config.prompts)], column=config.column, ignore_column=config.ignore_column
+        )
+        found = _ids_of_prompts(data, encoder(policy_folder))
     return list({ids.tobytes(): ids for ids in found}.values())
+
+
+def _ids_of_prompts(data: DataConfig, tokenizer: PairTokenizer) -> Iterator[IdArray]:
+    """Ids of each row's prompt: those that ``precompute`` gives it where the row is a pair."""
+    for row in read_prompts(data):
+        if isinstance(row, PreferencePair):
+            (whole,) = tokenizer.encode([row])
+            if isinstance(whole, DataError):
+                raise whole
+            yield whole.prompt
+        else:
+            yield prompt_ids(
+                row.prompt,
+                tokenizer.tokenizer,
+                where=row.where,
+                date=tokenizer.template_date,
+                tools=row.tools,
+                row_settings=row.chat_template_kwargs,
+            )
 
 
 def _spread(prompts: list[IdArray], count: int) -> list[IdArray]:

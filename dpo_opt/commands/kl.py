@@ -23,7 +23,11 @@ class KLConfig(Settings):
     reference: str
     """Reference: the other model that scores them."""
     prompts: Path
-    """A folder of shards, or a .jsonl file with a "prompt" in each row."""
+    """A folder of shards, or a file of pairs, or of rows with a "prompt" and no completions."""
+    column: dict[str, str] = Field(default={})
+    """Of a file: name of the column that holds a part, such as prompt=question. Repeat it for each one."""
+    ignore_column: list[str] = Field(default=[])
+    """Of a file: a column to read as if it were not there, such as images. Repeat it for each such column."""
     output: Path
     """Parquet file of the samples, with both models' log-probs."""
     num_prompts: PositiveInt = 64

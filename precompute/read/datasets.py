@@ -15,12 +15,12 @@ from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.files import read_blocks
 from dpo_opt.precompute.read.prompt_columns import is_empty
 from dpo_opt.precompute.read.row_blocks import Block, TextBlock
-from dpo_opt.precompute.read.rows import Form, to_pairs, to_prompt
+from dpo_opt.precompute.read.rows import Form, PromptRow, to_pairs, to_prompts
 from dpo_opt.precompute.read.shape_parts import ADDED_COLUMNS, Values
 from dpo_opt.precompute.read.sources import Source, find_sources
 from dpo_opt.precompute.read.strict_json import escape
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.pairs import PreferencePair, Text
+from dpo_opt.schemas.pairs import PreferencePair
 
 _OPTIONAL_CONTENT = ("tools", "chat_template_kwargs")
 
@@ -149,8 +149,8 @@ def parse_block(block: Block, reading: Reading) -> Iterator[Row]:
             yield pair if _unit_interval(digest) < reading.share else NotInShare(0, digest)
 
 
-def read_prompts(config: DataConfig) -> Iterator[tuple[Text, str]]:
-    """The ``prompt`` of each row, with the row's name; other keys are ignored.
+def read_prompts(config: DataConfig) -> Iterator[PreferencePair | PromptRow]:
+    """The pairs, or the prompts of rows without completions, in order.
 
     Raises:
         DataError: A row has no usable prompt, or a file cannot be read.
@@ -160,7 +160,7 @@ def read_prompts(config: DataConfig) -> Iterator[tuple[Text, str]]:
             raise item.error
         block, reading = item
         for where, load in block.rows():
-            yield to_prompt(_renamed(load(), reading, where), where=where), where
+            yield from to_prompts(_renamed(load(), reading, where), where=where, column=reading.column)
 
 
 def row_digest(item: Row) -> bytes:

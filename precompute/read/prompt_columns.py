@@ -31,7 +31,7 @@ def joined(row: Values, beside: Values, *, column: Mapping[str, str], is_form: b
     """A row with what stands beside its pair.
 
     Args:
-        row: ``chosen``, ``rejected`` and, as a rule, ``prompt``.
+        row: ``chosen``, ``rejected`` and, as a rule, ``prompt``; or ``prompt`` alone.
         beside: The other columns of the row.
         column: From a part of the row to the column that the user said it is in.
         is_form: The row was rewritten from a published form, and ``beside`` is what that did not read.
@@ -109,7 +109,7 @@ def _with_system(
 ) -> Values:
     if not isinstance(system, str):
         _refuse(key, where, why=f"a system prompt is text, and this is {kind_of(system)}")
-    sides = {side: _messages(row[side]) for side in ("chosen", "rejected")}
+    sides = {side: _messages(row.get(side)) for side in ("chosen", "rejected")}
     prompt = row.get("prompt")
     if isinstance(prompt, list | dict):
         return {**row, "prompt": _begun(_messages(prompt) or [], system, key, where)}

@@ -38,6 +38,15 @@ class Form(NamedTuple):
     """A row may be any number of pairs."""
 
 
+class PromptRow(NamedTuple):
+    """A prompt alone, with what a chat template is shown beside it."""
+
+    prompt: Text
+    where: str
+    tools: list[object] | None
+    chat_template_kwargs: dict[str, object] | None
+
+
 def to_pairs(
     values: Values, *, where: str, column: Mapping[str, str] | None = None
 ) -> tuple[list[PreferencePair], Form]:
@@ -81,16 +90,23 @@ def to_pairs(
     return [pair for pair, _ in made], Form(name, f"{shape.name}: {made[0][1].rules}", shape.ranked)
 
 
-def to_prompt(values: Values, *, where: str) -> Text:
-    """A row's prompt alone; its other keys are ignored.
+def to_prompts(
+    values: Values, *, where: str, column: Mapping[str, str] | None = None
+) -> list[PreferencePair | PromptRow]:
+    """What a row asks: its pairs, or the prompt of a row without completions, read by the same rules.
 
     Raises:
-        DataError: There is no prompt, or it is empty or of the wrong kind.
+        DataError: As ``to_pairs``; or there is no prompt, or it is empty or of the wrong kind.
     """
+    if find_shape(values) is not None or ("chosen" in values and "rejected" in values):
+        return list(to_pairs(values, where=where, column=column)[0])
+    if not values.keys().isdisjoint(AROUND_KEYS) and "prompt" in values:
+        values = joined(values, values, column=column or {}, is_form=False, where=where)
     prompt = _text(values.get("prompt"), "prompt", where)
     if not prompt:
         _refuse("prompt", "is empty", where, why="there is nothing to complete", kind="empty")
-    return prompt
+    tools, settings = values.get("tools"), values.get("chat_template_kwargs")
+    return [PromptRow(prompt, where, _tools(tools, where), _template_kwargs(settings, where))]
 
 
 def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:

@@ -58,8 +58,16 @@ TEXT_TO_IDS = "1"
 _CHARACTERS_AT_ONCE = 2**20
 
 
-def prompt_ids(prompt: Text, tokenizer: "PreTrainedTokenizerFast", *, where: str) -> IdArray:
-    """Ids of a prompt alone, as a completion is sampled from it.
+def prompt_ids(
+    prompt: Text,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    where: str,
+    date: str | None = None,
+    tools: list[object] | None = None,
+    row_settings: dict[str, object] | None = None,
+) -> IdArray:
+    """Ids of a prompt alone, as a completion is sampled from it; the rest is as for ``render``.
 
     Raises:
         ConfigError: The prompt holds messages and the tokenizer has no chat template.
@@ -67,7 +75,7 @@ def prompt_ids(prompt: Text, tokenizer: "PreTrainedTokenizerFast", *, where: str
     """
     if isinstance(prompt, str):
         return np.array(tokenizer(prompt)["input_ids"], dtype=np.int32)
-    rendered = render([prompt], tokenizer, where=where)
+    rendered = render([prompt], tokenizer, where=where, date=date, tools=tools, row_settings=row_settings)
     return np.array(tokenizer(rendered, add_special_tokens=False)["input_ids"][0], dtype=np.int32)
 
 

@@ -1,6 +1,7 @@
 """Whatever is read, it is read as it stands, or refused with its place: no other exception, nothing lost."""
 
 import csv
+import functools
 import gzip
 import io
 import itertools
@@ -9,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pytest
@@ -20,11 +21,13 @@ from hypothesis import strategies as st
 
 from dpo_opt.precompute.check.audit import audit
 from dpo_opt.precompute.check.problems import BAD_ROWS
-from dpo_opt.precompute.config import CheckConfig, DataConfig
+from dpo_opt.precompute.check.written_forms import written_row
+from dpo_opt.precompute.config import CheckConfig, DataConfig, WrittenForm
 from dpo_opt.precompute.read import files
 from dpo_opt.precompute.read.datasets import BadRow, row_content, scan_blocks, scan_pairs
 from dpo_opt.precompute.read.parallel import map_in_order
 from dpo_opt.precompute.read.rows import to_pairs
+from dpo_opt.precompute.read.shape_parts import AROUND_KEYS
 from dpo_opt.precompute.read.shapes import SHAPES, keys_to_read
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
@@ -170,6 +173,60 @@ def test_any_value_within_a_row_of_any_form_is_pairs_or_refused(
         assert pairs
         for pair in pairs:
             row_content(pair)
+
+
+TEXTS_INSIDE = [
+    (form, path)
+    for form, path in INSIDE
+    if isinstance(functools.reduce(lambda value, key: value[key], path, GOOD[form](0)), str)
+]
+
+
+@examples(300)
+@given(st.sampled_from(TEXTS_INSIDE), st.text("xyz", min_size=5, max_size=9))
+def test_a_text_of_any_form_is_part_of_its_pair_or_refused(
+    place: tuple[str, tuple[Any, ...]], text: str
+) -> None:
+    form, path = place
+    try:
+        (pair,), _ = to_pairs(changed(GOOD[form](0), path, text), where="data.jsonl:1")
+    except DataError as error:
+        assert_explained(error, Path("data.jsonl"))
+    else:
+        assert text in json.dumps(row_content(pair).decode()), (form, path)
+
+
+@pytest.mark.parametrize("form", sorted(GOOD))
+def test_what_stands_around_a_pair_is_part_of_its_prompt_or_refused(form: str) -> None:
+    values: list[Any] = ["What else?", ["What else?"], {"text": "What else?"}, [["What else?", "Nothing."]]]
+    for key, value in itertools.product(sorted(AROUND_KEYS), values):
+        row = {**GOOD[form](0), key: value}
+        try:
+            (pair,), _ = to_pairs(row, where="data.jsonl:1")
+        except DataError as error:
+            assert_explained(error, Path("data.jsonl"))
+        else:
+            assert "What else?" in json.dumps(pair.prompt)
+
+
+WITH_TOOLS = st.fixed_dictionaries(
+    {"role": ROLES, "content": GOOD_TEXT},
+    optional={"tool_calls": MESSAGES, "name": ANY_TEXT, "reasoning_content": GOOD_TEXT},
+)
+CONVERSATIONS = st.lists(WITH_TOOLS, min_size=1, max_size=4)
+
+
+@examples(300)
+@given(CONVERSATIONS, CONVERSATIONS, CONVERSATIONS, st.sampled_from(get_args(WrittenForm)))
+def test_what_is_written_in_a_format_is_read_as_the_same_pair(
+    prompt: Any, chosen: Any, rejected: Any, form: WrittenForm
+) -> None:
+    try:
+        ((pair,), _) = to_pairs({"prompt": prompt, "chosen": chosen, "rejected": rejected}, where="")
+        row = written_row(pair, form)
+    except DataError:
+        return
+    assert to_pairs(json.loads(json.dumps(row)), where="")[0] == [pair]
 
 
 JSON_PARTS = st.sampled_from(
