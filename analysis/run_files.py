@@ -3,17 +3,16 @@
 Runs may be unfinished, resumed, or still being written. This file handles that.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-import yaml
 
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import MANIFEST
+from dpo_opt.schemas.plain_data import json_of, yaml_of
 
 CONFIG = "config.resolved.yaml"
 METRICS = "metrics.jsonl"
@@ -103,8 +102,8 @@ def _read_config(path: Path) -> Mapping[str, object]:
             fix="pass the folder that `dpo-opt train` had as its --output-dir",
         )
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = yaml_of(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise DataError("not readable as YAML", where=str(file)) from error
     if not isinstance(config, dict) or not isinstance(config.get("shards"), str):
         raise ConfigError("the run's configuration names no shards", where=str(file))
@@ -134,7 +133,7 @@ def _read_metrics(file: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = json_of(line)
         except ValueError as error:
             # A last line without a newline is still being written, or a crash cut it off.
             if number == len(lines):
@@ -161,7 +160,7 @@ def _read_parity(file: Path) -> Mapping[str, float] | None:
     if not file.is_file():
         return None
     try:
-        parity = json.loads(file.read_text(encoding="utf-8"))
+        parity = json_of(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError("not readable as JSON", where=str(file)) from error
     if not isinstance(parity, dict):

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.locations import AnyPath, is_file, location
+from dpo_opt.schemas.plain_data import yaml_of
 from dpo_opt.schemas.settings import Settings
 
 C = TypeVar("C", bound=Settings)
@@ -207,11 +208,9 @@ def _resolve(kind: type[C], config_file: AnyPath | None, flags: dict[str, Any], 
 
 
 def _read(kind: type[C], path: AnyPath) -> dict[str, Any]:
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml_of(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(
             f"not readable as YAML ({first_line(error, named=False)})", where=str(path)
         ) from error

@@ -1,6 +1,5 @@
 """``dpo-opt score``: scores every pair of a shard folder under any checkpoint, as a table for analysis."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,11 +8,13 @@ import numpy as np
 from dpo_opt.optimize.forward.packing import pair_group
 from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.transformers_scorer import HfScorer
+from dpo_opt.schemas.errors import DataError, first_line
 from dpo_opt.schemas.fingerprint import TOKENIZER_FIELDS
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.models import checkpoint_dtype, find_model
 from dpo_opt.schemas.pair_logps import PairLogps, write_pair_logps
 from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.shard_folder import ShardFolder
 
@@ -71,8 +72,16 @@ def _trained(model_folder: Path) -> tuple[int, float]:
     state = model_folder.parent / "trainer_state.json"
     if not state.is_file():
         return 0, 0.0
-    values = json.loads(state.read_text(encoding="utf-8"))
-    return int(values["global_step"]), float(values["epoch"])
+    try:
+        values = json_of(state.read_text(encoding="utf-8"))
+        return int(values["global_step"]), float(values["epoch"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"not readable as the state of a run ({first_line(error)})",
+            where=str(state),
+            why="it says after how many steps the model was saved",
+            fix="copy it from the run again, or remove it to score without a step",
+        ) from error
 
 
 def _score_pairs(

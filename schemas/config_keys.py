@@ -15,6 +15,7 @@ from typing import Any
 from dpo_opt.schemas.locations import AnyPath, read_all
 from dpo_opt.schemas.model_config import model_errors
 from dpo_opt.schemas.models import VOLATILE_CONFIG_KEYS, digest_of_config
+from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.storage import write_text
 
 MODEL_CONFIG = "model_config.json"
@@ -40,8 +41,8 @@ def kept_model_config(shards_dir: AnyPath, *, digest: str) -> dict[str, Any] | N
         digest: ``model_config_digest`` of its fingerprint.
     """
     text = read_all(shards_dir, [MODEL_CONFIG]).get(MODEL_CONFIG)
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(text or "")
+    with contextlib.suppress(ValueError):
+        found = json_of(text or "")
         if isinstance(found, dict) and digest_of_config(found) == digest:
             return found
     return None

@@ -5,13 +5,13 @@ the content digests of everything its numbers depend on, and each command compar
 matter to it, by name.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from dpo_opt.schemas.errors import FingerprintError, quoted
+from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.rope import FIXED
 
 
@@ -175,7 +175,7 @@ def _agree(name: str, cached: object, current: object) -> bool:
 
 def _identity_of_options(text: object) -> object:
     try:
-        options = json.loads(str(text))
+        options = json_of(str(text))
     except ValueError:
         return text
     return without_memory_options(options) if isinstance(options, dict) else options

@@ -9,18 +9,18 @@ import contextlib
 import errno
 import os
 import re
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import PlainSerializer, PlainValidator
 from upath import UPath
 
-from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, first_line, quoted
-from dpo_opt.schemas.full_disk import DISK_FULL, room_on_disk
+from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
+from dpo_opt.schemas.full_disk import room_on_disk
+from dpo_opt.schemas.store_errors import explained, nothing_there, store_errors
 
 AnyPath = Path | UPath
 EXTRA_OF_PROTOCOL = {"s3": "s3", "s3a": "s3"}
@@ -133,37 +133,6 @@ def _is_below(path: str, folder: str) -> bool:
     return path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def store_errors() -> tuple[type[Exception], ...]:
-    """What a store may raise: clients have errors of their own, with no common base."""
-    botocore = sys.modules.get("botocore.exceptions")
-    aiohttp = sys.modules.get("aiohttp")
-    return (
-        OSError,
-        *([botocore.BotoCoreError, botocore.ClientError] if botocore else []),
-        *([aiohttp.ClientError] if aiohttp else []),
-    )
-
-
-@contextlib.contextmanager
-def explained(path: AnyPath) -> Iterator[None]:
-    """Say a store's refusal by its URL; errors of this machine's paths are left as they are.
-
-    Raises:
-        DpoOptError: The store does not answer, or refuses.
-    """
-    try:
-        yield
-    except store_errors() as error:
-        if isinstance(path, Path) or getattr(error, "errno", None) in DISK_FULL:
-            raise
-        raise DpoOptError(
-            f"the store refuses or does not answer ({first_line(error)})",
-            where=str(path),
-            why="what was committed there is not touched",
-            fix="check the URL and the credentials in the environment, then run the same command again",
-        ) from error
-
-
 def put_file(file: Path, path: UPath, *, replace: bool = True) -> None:
     """Send a finished file; a small one takes one request, a large one shows when its last part is there.
 
@@ -192,10 +161,9 @@ def is_file(path: AnyPath) -> bool:
     if isinstance(path, Path):
         return path.is_file()
     with explained(path):
-        try:
+        with nothing_there():
             return bool(path.fs.info(path.path)["type"] == "file")
-        except FileNotFoundError:
-            return False
+        return False
 
 
 def remove(path: AnyPath) -> None:
@@ -207,7 +175,7 @@ def remove(path: AnyPath) -> None:
     if isinstance(path, Path):
         path.unlink(missing_ok=True)
         return
-    with explained(path), contextlib.suppress(FileNotFoundError):
+    with explained(path), nothing_there():
         # Not `rm`, which takes [ and * in a folder's name for a pattern.
         path.fs.rm_file(path.path)
 
@@ -230,14 +198,12 @@ def sizes(folder: AnyPath, *, prefix: str = "") -> dict[str, int]:
                     if entry.name.startswith(prefix) and entry.is_file():
                         found[entry.name] = entry.stat().st_size
         return found
-    with explained(folder):
-        try:
-            if prefix:
-                listed = folder.fs.find(folder.path, maxdepth=1, detail=True, prefix=prefix).values()
-            else:
-                listed = folder.fs.ls(folder.path, detail=True)
-        except FileNotFoundError:
-            return {}
+    listed: Iterable[Any] = ()
+    with explained(folder), nothing_there():
+        if prefix:
+            listed = folder.fs.find(folder.path, maxdepth=1, detail=True, prefix=prefix).values()
+        else:
+            listed = folder.fs.ls(folder.path, detail=True)
     named = {item["name"].rpartition("/")[2]: item["size"] for item in listed if item["type"] == "file"}
     return {
         name: size
@@ -271,9 +237,10 @@ def read_all(folder: AnyPath, names: Sequence[str]) -> dict[str, bytes]:
             if isinstance(answer, OSError) and answer.errno == errno.EINVAL:
                 # An empty file has no byte 0.
                 found[name] = folder.fs.cat_file(path)
-            elif isinstance(answer, Exception) and not isinstance(answer, FileNotFoundError):
-                raise answer
-            elif isinstance(answer, bytes):
+            elif isinstance(answer, Exception):
+                with nothing_there():
+                    raise answer
+            else:
                 found[name] = answer
     return found
 
@@ -304,7 +271,7 @@ def fetch(path: UPath, file: Path, *, names: Sequence[str] | None = None) -> Non
     """
     with room_on_disk(file.parent), explained(path):
         if names is None:
-            with contextlib.suppress(FileNotFoundError):
+            with nothing_there():
                 path.fs.get_file(path.path, str(file))
         if not file.is_file():
             base = path.path.rstrip("/") + "/"
@@ -314,7 +281,7 @@ def fetch(path: UPath, file: Path, *, names: Sequence[str] | None = None) -> Non
             for name, part in parts.items():
                 part.parent.mkdir(parents=True, exist_ok=True)
                 # Whoever reads the folder compares the hash of all that is there.
-                with contextlib.suppress(FileNotFoundError):
+                with nothing_there():
                     path.fs.get_file(name, str(part))
     if not file.exists():
         raise FileNotFoundError(str(path))

@@ -25,6 +25,7 @@ from dpo_opt.schemas.locations import (
     is_file,
     read_all,
 )
+from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.shards import SCHEMA_VERSION
 from dpo_opt.schemas.sidecars import ColumnFile
 from dpo_opt.schemas.storage import file_names, write_text
@@ -284,9 +285,9 @@ def _body(shards_dir: AnyPath) -> dict[str, object]:
             fix=f"dpo-opt finalize --shards {quoted(shards_dir)}",
         )
     try:
-        body: dict[str, object] = json.loads(text.decode("utf-8"))
+        body: dict[str, object] = json_of(text.decode("utf-8"))
         stated, right = body.pop("sha256"), _body_hash(body)
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise damaged("not readable as a manifest", path, shards_dir, why=_ONLY_RECORD) from error
     if stated != right:
         why = "it was edited or damaged after it was written"

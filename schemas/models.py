@@ -14,6 +14,7 @@ from typing import Any
 
 from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 from dpo_opt.schemas.hub import fetch
+from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.weights import OTHER_FORMAT, WEIGHTS, loaded_files
 
 VOLATILE_CONFIG_KEYS = frozenset(
@@ -174,7 +175,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json_of(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ConfigError(f"not readable as JSON ({first_line(error)})", where=str(path)) from error
     if not isinstance(config, dict):

@@ -4,7 +4,6 @@ They are read as bytes, from their headers on, without a deep-learning library.
 """
 
 import hashlib
-import json
 import math
 import mmap
 import os
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_opt.schemas.errors import ConfigError, first_line, quoted
+from dpo_opt.schemas.plain_data import json_of
 
 WEIGHTS = "model.safetensors"
 """The file of a model that is not split."""
@@ -90,7 +90,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor to the file that holds it, as the index says."""
     path = folder / _INDEX
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        found = json_of(path.read_text(encoding="utf-8"))["weight_map"]
         return {str(tensor): str(file) for tensor, file in found.items()}
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
@@ -165,7 +165,7 @@ def _tensors(path: Path) -> list[_Tensor]:
     start = 8 + header_size
     found = []
     try:
-        for name, entry in json.loads(header_bytes).items():
+        for name, entry in json_of(header_bytes).items():
             if name != "__metadata__":
                 begin, end = map(int, entry["data_offsets"])
                 shape = tuple(map(int, entry["shape"]))

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
 LAZY: dict[str, set[str]] = {
     "schemas/config_keys.py": {"transformers"},
     "schemas/hub.py": {"huggingface_hub"},
+    "schemas/plain_data.py": {"yaml"},
     "schemas/model_config.py": {"transformers", "huggingface_hub", "safetensors"},
     "optimize/adapters/lora.py": {"peft"},
     "optimize/update/optimizer.py": {"torchao"},

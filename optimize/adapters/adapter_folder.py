@@ -1,6 +1,5 @@
 """Reads a LoRA adapter folder in peft's layout, and checks that it is plain LoRA for the right base model."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
+from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.weights import weights_digest
 
 CONFIG = "adapter_config.json"
@@ -70,7 +70,7 @@ def read_adapter(folder: Path) -> Adapter:
                 "wrote",
             )
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json_of((folder / CONFIG).read_text(encoding="utf-8"))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(

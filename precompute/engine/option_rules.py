@@ -10,10 +10,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import yaml
-
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.fingerprint import without_memory_options
+from dpo_opt.schemas.plain_data import json_of, yaml_of
 
 _SET_HERE = {
     "model": "pass --model",
@@ -165,12 +164,12 @@ def refuse_unknown(options: Mapping[str, Any], *, known: Collection[str]) -> Non
 def _value(text: str, option: str) -> Any:
     try:
         try:
-            value = json.loads(text)
+            value = json_of(text)
         except ValueError:
-            value = yaml.safe_load(text)
+            value = yaml_of(text)
         # JSON has neither dates nor NaN and infinities.
         json.dumps(value, allow_nan=False)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(
             f"--engine-option {option!r}: the value is neither JSON nor a YAML scalar",
             why="the fingerprint records the value as JSON",

@@ -10,12 +10,12 @@ from collections import Counter
 from typing import NoReturn
 
 from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.plain_data import MOST_LEVELS, levels
 
 FIX_ROW = "correct or remove the row; `dpo-opt check` lists every such row at once"
 SKIP_ROW = "pass --on-bad-row skip: such rows are left out and listed, and shards that are finished stay"
 """For rows that are pairs, but not for this model: to change them would make other data of the folder's."""
 
-_DEEPEST = 100  # levels; what json alone takes depends on how deep its caller is
 _LONGEST_QUOTE = 60  # a message may quote a key of the user's file, never a whole text
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # the first begins like UTF-16
@@ -78,8 +78,8 @@ def parse_json(text: str) -> object:
         RecursionError: Nested too deeply.
     """
     value: object = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    if text.count("[") + text.count("{") > _DEEPEST and _depth(value) > _DEEPEST:
-        raise RecursionError(f"more than {_DEEPEST} levels")
+    if text.count("[") + text.count("{") > MOST_LEVELS and levels(value) > MOST_LEVELS:
+        raise RecursionError(f"more than {MOST_LEVELS} levels")
     return value
 
 
@@ -98,14 +98,6 @@ def kind_of(value: object) -> str:
     kinds = {bool: "a boolean", str: "a string", list: "a list", dict: "an object", int: "a number"}
     kinds |= {float: "a number", bytes: "binary data"}
     return "null" if value is None else kinds.get(type(value), f"a value of type {type(value).__name__}")
-
-
-def _depth(value: object) -> int:
-    level, depth = [value], 0
-    while level := [v for v in level if isinstance(v, dict | list)]:
-        depth += 1
-        level = [member for v in level for member in (v.values() if isinstance(v, dict) else v)]
-    return depth
 
 
 def _unique(members: list[tuple[str, object]]) -> dict[str, object]:

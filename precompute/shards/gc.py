@@ -14,7 +14,7 @@ from dpo_opt.precompute.shards.commits import read_commit
 from dpo_opt.precompute.shards.finished import covers
 from dpo_opt.precompute.shards.read_plan import read_plan, read_plans
 from dpo_opt.schemas.attempts import AttemptName, commit_names
-from dpo_opt.schemas.locations import AnyPath, explained, is_file, read_all, remove, sizes
+from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
 from dpo_opt.schemas.manifest import (
     COMMITS,
     DATA,
@@ -28,6 +28,7 @@ from dpo_opt.schemas.manifest import (
 )
 from dpo_opt.schemas.sidecars import COLUMNS, is_planned_file
 from dpo_opt.schemas.storage import files_below
+from dpo_opt.schemas.store_errors import explained
 
 # Names that this program gives. Files with other names belong to somebody else, and stay.
 _INDEX = re.compile(r"index(-\d+)?(-[0-9a-f]{8})?\.parquet")

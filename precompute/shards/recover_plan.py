@@ -4,7 +4,6 @@ import re
 import tempfile
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import ValidationError
 
 from dpo_opt.precompute.config import PrecomputeConfig
@@ -25,6 +24,7 @@ from dpo_opt.schemas.manifest import (
     to_json,
 )
 from dpo_opt.schemas.pairs import Numerics
+from dpo_opt.schemas.plain_data import yaml_of
 
 _PLAN = re.compile(r"plan(-(?P<number>\d+))?\.json")
 
@@ -136,9 +136,8 @@ def latest_settings(shards_dir: AnyPath, *, lost: str) -> dict[str, Any]:
         DataError: They are lost or damaged too.
     """
     try:
-        settings = yaml.safe_load(read_all(shards_dir, [COMMAND]).get(COMMAND, b""))
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        # PyYAML raises the last ones for a value that is not of the kind that its tag or its form says.
+        settings = yaml_of(read_all(shards_dir, [COMMAND]).get(COMMAND, b""))
+    except ValueError:
         settings = None
     if not isinstance(settings, dict):
         raise _no_settings(lost, f"there is no {COMMAND} to make it again by", shards_dir)

@@ -1,6 +1,5 @@
 """Whether the tokenizer in a folder is the one whose ids were scored."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath, on_this_machine
 from dpo_opt.schemas.manifest import TOKENIZER, repair_command
 from dpo_opt.schemas.models import tokenizer_digest
+from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.storage import sha256_folder
 
 _UNREADABLE = "no tokenizer can be read from it"
@@ -67,8 +67,8 @@ def _saved(folder: Path) -> _Saved:
     from tokenizers import Tokenizer
 
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    json.loads(text)  # whose errors are known; those of the library are bare Exceptions
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    json_of(text)  # whose errors are known; those of the library are bare Exceptions
+    settings = json_of((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokens = [settings.get(name) for name in ("bos_token", "eos_token", "unk_token")]
     bos, eos, unk = [token["content"] if isinstance(token, dict) else token for token in tokens]
     return _Saved(Tokenizer.from_str(text), bos, eos, unk, bool(settings.get("split_special_tokens")))

@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo_opt.schemas.locations import AnyPath, store_errors
+from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.storage import write_text
+from dpo_opt.schemas.store_errors import store_errors
 from dpo_opt.schemas.weights import weights_digest
 
 WEIGHTS = "weights.json"

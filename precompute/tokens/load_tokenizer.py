@@ -6,9 +6,14 @@ from typing import TYPE_CHECKING
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import read_config
+from dpo_opt.schemas.plain_data import json_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+# What transformers reads beside tokenizer.json, keeps, and writes again with the tokenizer.
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
@@ -28,6 +33,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             fix=fix,
         )
     try:
+        for name in _SETTINGS:
+            if (folder / name).is_file():
+                json_of((folder / name).read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # of the tokenizers library often that very class
         if (folder / "config.json").is_file():

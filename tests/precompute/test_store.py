@@ -22,6 +22,7 @@ from object_store import s3_client, serve_s3, using_store
 
 from dpo_opt.analysis import scan_shards
 from dpo_opt.cli import main
+from dpo_opt.dry_run import plan_precompute
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
 from dpo_opt.precompute.shards.commits import is_committed
@@ -36,10 +37,19 @@ from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.precompute.workers.assignment import Worker, shards_for
 from dpo_opt.schemas import storage
 from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError
-from dpo_opt.schemas.locations import is_file, location, on_this_machine, read_all, remove, sizes
+from dpo_opt.schemas.locations import (
+    fetch,
+    is_file,
+    location,
+    on_this_machine,
+    read_all,
+    remove,
+    sizes,
+    stored_files,
+)
 from dpo_opt.schemas.manifest import TOKENIZER, load_manifest
 from dpo_opt.schemas.shard_folder import ShardFolder, check_file
-from dpo_opt.schemas.storage import file_names, sha256_file, sha256_folder
+from dpo_opt.schemas.storage import file_names, sha256_file, sha256_folder, write_text
 
 s3fs = pytest.importorskip("s3fs")
 
@@ -184,13 +194,49 @@ def test_a_changed_object_is_refused_by_its_url_and_never_taken_from_the_cache(
 def test_a_stores_refusal_is_explained(
     config_of: Configs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(DpoOptError) as caught:
-        precompute(config_of(shards="s3://nobodys-bucket/shards"), scorer=ScriptedScorer())
-    assert (caught.value.where or "").startswith("s3://nobodys-bucket/shards")
-    assert caught.value.what.startswith("the store refuses or does not answer (")
-    assert main_exit("status", "--shards", "s3://nobodys-bucket/shards") in (1, 3)
+    missing = "s3://nobodys-bucket/shards"
+    config = config_of(shards=missing)
+    for call in (
+        lambda: precompute(config, scorer=ScriptedScorer()),
+        lambda: plan_precompute(config, NUMERICS),
+    ):
+        with pytest.raises(DpoOptError, match="the store has no bucket s3://nobodys-bucket") as caught:
+            call()
+        assert (caught.value.where or "").startswith(missing)
+        assert (caught.value.exit_code, caught.value.why is None, caught.value.fix is None) == (
+            1,
+            False,
+            False,
+        )
+    commands = ("status", "verify", "finalize", "repair", "gc")
+    for command in commands:
+        assert main_exit(command, "--shards", missing) == 1, command
+    assert capsys.readouterr().err.count("the store has no bucket s3://nobodys-bucket") == len(commands)
     assert main_exit("status", "--shards", "nonsense://a/b") == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        is_file,
+        sizes,
+        remove,
+        stored_files,
+        lambda path: sizes(path, prefix="a"),
+        lambda path: read_all(path, ["a"]),
+        lambda path: fetch(path, Path("x")),
+        lambda path: fetch(path, Path("x"), names=["a"]),
+        lambda path: write_text(path, "a"),
+        lambda path: write_text(path, "a", replace=False),
+    ],
+)
+def test_a_bucket_that_is_missing_is_no_empty_folder(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Any], object]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DpoOptError, match="the store has no bucket s3://nobodys-bucket"):
+        ask(location("s3://nobodys-bucket/shards"))
 
 
 def main_exit(*arguments: str) -> int:
