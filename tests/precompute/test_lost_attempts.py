@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
@@ -267,6 +268,16 @@ def test_an_attempt_whose_commit_is_of_something_else_is_not_removed(folder: Pat
     assert manifest.shards[1] == own
     assert all((folder / name).exists() for name in (foreign.file, foreign.dropped_file))
     assert record.exists()
+    # Until then a plain reader sees its pairs too.
+    rows = [pair.row for pair in ShardFolder.open(folder).pairs()]
+    assert sorted(plain_rows(folder)) == sorted([*rows, *plain_rows(folder, foreign.file)])
+    remove_garbage(find_garbage(folder, older_than_hours=0))
+    assert sorted(plain_rows(folder)) == rows
+
+
+def plain_rows(folder: Path, names: str = f"{DATA}/*.parquet") -> list[int]:
+    files = folder.glob(names)
+    return [row for file in files for row in pq.read_table(file, columns=["row"])["row"].to_pylist()]
 
 
 MOMENTS = ("score_pairs", "write_dropped", "sha256_file", "write_text", "withdraw_if_lost")
