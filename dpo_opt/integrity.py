@@ -258,7 +258,7 @@ def _tokenizer_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
         names, recorded = file_names(folder), tokenizer_names(shards)
         changed = bool(names) and (
             names != (names if recorded is None else recorded)
-            or sha256_folder(folder, names=recorded) != manifest.tokenizer_sha256
+            or sha256_folder(folder, names=recorded, whole=shards) != manifest.tokenizer_sha256
         )
     except DataError as error:
         yield f"{error.where}: {error.what}"

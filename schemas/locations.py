@@ -98,12 +98,17 @@ Location = Annotated[AnyPath, PlainValidator(location), PlainSerializer(str, ret
 """A setting that names a file or folder, on this machine or in a store."""
 
 
-def inside(folder: AnyPath, name: str) -> AnyPath:
+def inside(folder: AnyPath, name: str, *, whole: AnyPath | None = None) -> AnyPath:
     """The place of a file below a folder, for a name that a listing or a record gives.
 
     Whoever may write one object or one record of a folder could otherwise name any file of its readers. A
     file that is a link to another place is refused too. The folder may be a link, and so may those directly
     in it: people move a whole folder, or its ``data``, to another disk.
+
+    Args:
+        folder: Path or URL.
+        name: Relative to it.
+        whole: The folder that a user knows, if ``folder`` is a part of it. Its other files may be links too.
 
     Raises:
         DataError: The name leaves the folder, or is a link that does.
@@ -124,7 +129,7 @@ def inside(folder: AnyPath, name: str) -> AnyPath:
                 "the file is a link that leads out of the folder",
                 where=str(path),
                 why="what it leads to is not the folder's, and may be any file of this machine",
-                fix=f"where you trust it, replace links by files: cp -rL {quoted(folder)} COPY",
+                fix=f"where you trust the links: cp -rL {quoted(whole or folder)} COPY, then pass COPY",
             )
     return path
 

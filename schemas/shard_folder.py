@@ -68,7 +68,7 @@ class ShardFolder:
         """
         path = self.path / TOKENIZER
         with on_this_machine(path, names=tokenizer_names(self.path)) as here:
-            if sha256_folder(here) != self.manifest.tokenizer_sha256:
+            if sha256_folder(here, whole=self.path) != self.manifest.tokenizer_sha256:
                 files = map(quoted, file_names(here))
                 raise damaged(
                     f"the tokenizer's files changed ({', '.join(files) or 'none is left'})",

@@ -157,12 +157,15 @@ def sha256_file(path: AnyPath) -> str:
     return digest.hexdigest()
 
 
-def sha256_folder(folder: AnyPath, *, names: Sequence[str] | None = None) -> str:
+def sha256_folder(
+    folder: AnyPath, *, names: Sequence[str] | None = None, whole: AnyPath | None = None
+) -> str:
     """One hash of the names and bytes of a folder's files, independent of listing order.
 
     Args:
         folder: Path or URL.
         names: Of a store's folder, only these files.
+        whole: The folder that a user knows, if ``folder`` is a part of it.
 
     Raises:
         DataError: A file's name leaves the folder, or it is a link that does.
@@ -172,7 +175,7 @@ def sha256_folder(folder: AnyPath, *, names: Sequence[str] | None = None) -> str
         for name in file_names(here):
             # One that another process has removed since makes it another hash.
             with contextlib.suppress(FileNotFoundError):
-                digest.update(f"{sha256_file(inside(here, name))}  {name}\n".encode())
+                digest.update(f"{sha256_file(inside(here, name, whole=whole))}  {name}\n".encode())
     return digest.hexdigest()
 
 
@@ -203,6 +206,13 @@ def file_names(folder: AnyPath) -> list[str]:
     for name in names:
         inside(folder, name)
     return names
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy a folder's files into another one, without their modes: the source may be read-only."""
+    for name in file_names(source):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from dpo_opt.optimize.forward.attention import STOCK_ATTENTION
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.rope import PINNED
+from dpo_opt.schemas.storage import copy_files
 
 # Settings of image, sound and video processors. The tokenizer and its template are copied separately.
 _PROCESSORS = ("*processor_config.json", "*processor.json", "audio_tokenizer*.json")
@@ -37,7 +38,7 @@ def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Pa
     with _as_it_was_loaded(policy, source):
         model.save_pretrained(folder, safe_serialization=True)
     (folder / settings.name).unlink(missing_ok=True)
-    shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+    copy_files(tokenizer_dir, folder)
     if settings.is_file():
         shutil.copyfile(settings, folder / settings.name)
     _copy_processor(source, folder)

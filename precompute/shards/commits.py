@@ -150,8 +150,8 @@ def committed(shards_dir: AnyPath, plan: Plan) -> dict[int, ShardCommit]:
     }
     left = {planned.shard: planned for planned in plan.shards if planned.shard not in found}
     wanted = sorted(name for name, attempt in names.items() if attempt.shard in left)
-    # `read_all` leaves out a commit that `gc` has removed since the listing.
-    for name, text in read_all(shards_dir / COMMITS, wanted).items():
+    # `commit_texts` leaves out a commit that `gc` has removed since the listing.
+    for name, text in commit_texts(shards_dir, wanted).items():
         commit = record_of(names[name], text)
         planned = left[names[name].shard]
         if commit and planned.shard not in found and is_valid(commit, planned, plan, data):
@@ -166,9 +166,19 @@ def is_committed(shards_dir: AnyPath, planned: ShardRange, plan: Plan) -> bool:
     if not names:
         return False
     data = sizes(shards_dir / DATA, prefix=prefix)
-    texts = read_all(shards_dir / COMMITS, list(names)).items()
+    texts = commit_texts(shards_dir, list(names)).items()
     commits = [record_of(names[name], text) for name, text in texts]
     return any(commit and is_valid(commit, planned, plan, data) for commit in commits)
+
+
+def commit_texts(shards_dir: AnyPath, names: Sequence[str]) -> dict[str, bytes]:
+    """The bytes of those of some commits that are there, by their names without the folder.
+
+    Raises:
+        DataError: One is a link out of the folder. The message names the whole folder.
+    """
+    texts = read_all(shards_dir, [f"{COMMITS}/{name}" for name in names])
+    return {name.removeprefix(f"{COMMITS}/"): text for name, text in texts.items()}
 
 
 def read_commit(text: bytes) -> ShardCommit | None:

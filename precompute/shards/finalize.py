@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from dpo_opt.precompute.shards.commits import (
+    commit_texts,
     committed,
     is_at,
     is_valid,
@@ -311,7 +312,7 @@ def _remove_lost_attempts(
     records = commit_names(name for name in there[COMMITS] if f"{COMMITS}/{name}" in lost)
     foreign = {
         records[name]
-        for name, text in read_all(shards_dir / COMMITS, list(records)).items()
+        for name, text in commit_texts(shards_dir, list(records)).items()
         if (commit := read_commit(text)) is not None
         and not is_at(commit, final[records[name].shard], manifest.fingerprint)
     }

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo_opt.precompute.shards.commits import read_commit
+from dpo_opt.precompute.shards.commits import commit_texts, read_commit
 from dpo_opt.precompute.shards.finished import covers
 from dpo_opt.precompute.shards.read_plan import read_plan, read_plans
 from dpo_opt.schemas.attempts import AttemptName, commit_names
-from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
+from dpo_opt.schemas.locations import AnyPath, is_file, remove, sizes
 from dpo_opt.schemas.manifest import (
     COMMITS,
     DATA,
@@ -189,7 +189,7 @@ def wanted(shards_dir: AnyPath, plans: Sequence[Plan], manifest: Manifest | None
         for name, attempt in commit_names(sizes(shards_dir / COMMITS)).items()
         if attempt.shard not in in_manifest
     ]
-    records = map(read_commit, read_all(shards_dir / COMMITS, names).values())
+    records = map(read_commit, commit_texts(shards_dir, names).values())
     commits = [*kept, *filter(None, records)]
     return (
         columns_in_use(plans, manifest)

@@ -1,6 +1,7 @@
 """The plans of a folder: the first, and one more for each time the folder grew. The last one counts."""
 
 import itertools
+import re
 
 from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, sizes
@@ -16,6 +17,8 @@ from dpo_opt.schemas.manifest import (
     parse,
     repair_command,
 )
+
+PLAN_NAME = re.compile(r"plan(-(?P<number>[1-9]\d*))?\.json")
 
 
 def plan_name(number: int) -> str:
@@ -72,10 +75,19 @@ def read_plans(shards_dir: AnyPath) -> list[Plan]:
     """The folder's plans, one for each time it grew; each holds the shards of the one before.
 
     Raises:
-        DataError: One of them is damaged.
+        DataError: One of them is damaged, or lost while a later one is there.
     """
     names = sizes(shards_dir)
     found = list(itertools.takewhile(names.__contains__, map(plan_name, itertools.count())))
+    later = sorted(name for name in names if PLAN_NAME.fullmatch(name) and name not in found)
+    # A plan is written after the one before it, but a listing that is made meanwhile may miss the first.
+    if later and not is_file(shards_dir / (lost := plan_name(len(found)))):
+        raise DataError(
+            f"there is no {lost}, but {later[0]}",
+            where=str(shards_dir),
+            why="a later plan counts only after those before it, so its shards would not be seen",
+            fix=repair_command(shards_dir),
+        )
     texts = read_all(shards_dir, found).items()
     return [parse_plan(text, where=shards_dir / name, fix=repair_command(shards_dir)) for name, text in texts]
 
@@ -118,12 +130,12 @@ def require_whole(plan: Plan, *, where: AnyPath, fix: str | None) -> None:
 
 
 def read_plan(shards_dir: AnyPath) -> Plan:
-    """The plan that counts now.
+    """The plan that counts now; that of the manifest in a copy for readers, which may lack the file.
 
     Raises:
-        DataError: There is none.
+        DataError: There is none, or a plan or the manifest is damaged.
     """
-    plans = read_plans(shards_dir)
+    plans = known_plans(shards_dir)
     if not plans:
         if not any(name.endswith(".json") for name in sizes(shards_dir / COMMITS)):
             raise no_shards(PLAN, shards_dir)

@@ -1,15 +1,20 @@
 """A folder's plans as far as they are known: read, or made again from the manifest or from the data."""
 
-import re
 import tempfile
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.precompute.shards.commits import is_at, read_commit
+from dpo_opt.precompute.shards.commits import commit_texts, is_at, read_commit
 from dpo_opt.precompute.shards.make_plan import make_plan
-from dpo_opt.precompute.shards.read_plan import parse_plan, plan_name, read_plan, with_covered_plan
+from dpo_opt.precompute.shards.read_plan import (
+    PLAN_NAME,
+    parse_plan,
+    plan_name,
+    read_plan,
+    with_covered_plan,
+)
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
 from dpo_opt.schemas.attempts import commit_names
 from dpo_opt.schemas.errors import DataError, quoted
@@ -25,8 +30,6 @@ from dpo_opt.schemas.manifest import (
 )
 from dpo_opt.schemas.pairs import Numerics
 from dpo_opt.schemas.plain_data import yaml_of
-
-_PLAN = re.compile(r"plan(-(?P<number>\d+))?\.json")
 
 
 class RecoveredPlans(NamedTuple):
@@ -53,7 +56,7 @@ def recover_plans(shards_dir: AnyPath, manifest: Manifest | None, damaged: list[
     Raises:
         ConfigError, DataError, FingerprintError: As ``repair``.
     """
-    numbers = {name: int(m["number"] or 0) for name in sizes(shards_dir) if (m := _PLAN.fullmatch(name))}
+    numbers = {name: int(m["number"] or 0) for name in sizes(shards_dir) if (m := PLAN_NAME.fullmatch(name))}
     texts = read_all(shards_dir, sorted(numbers, key=lambda name: numbers[name]))
     known: list[Plan] = []
     spelled: list[str] = []  # as they are: a plan of another version may have fewer or more keys
@@ -87,7 +90,7 @@ def _plan_from_data(shards_dir: AnyPath) -> Plan:
         FingerprintError: What is there now is not what was scored.
     """
     names = list(commit_names(sizes(shards_dir / COMMITS)))
-    commits = list(filter(None, map(read_commit, read_all(shards_dir / COMMITS, names).values())))
+    commits = list(filter(None, map(read_commit, commit_texts(shards_dir, names).values())))
     if not commits and not is_file(shards_dir / PLAN):
         read_plan(shards_dir)  # says that this is no folder of shards
     if not commits:

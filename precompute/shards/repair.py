@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from dpo_opt.precompute.shards.commits import is_of, record_of
+from dpo_opt.precompute.shards.commits import commit_texts, is_of, record_of
 from dpo_opt.precompute.shards.finalize import finalize, require_beginning
 from dpo_opt.precompute.shards.recover_plan import in_one_line, recover_plans
 from dpo_opt.precompute.shards.recover_tokenizer import (
@@ -19,7 +19,7 @@ from dpo_opt.precompute.shards.recover_tokenizer import (
 )
 from dpo_opt.schemas.attempts import AttemptName, commit_names
 from dpo_opt.schemas.errors import DataError, quoted
-from dpo_opt.schemas.locations import AnyPath, inside, is_file, read_all, remove, sizes
+from dpo_opt.schemas.locations import AnyPath, inside, is_file, remove, sizes
 from dpo_opt.schemas.manifest import (
     COMMITS,
     DAMAGED,
@@ -76,7 +76,7 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
     if manifest is not None:
         require_beginning(manifest, plan, shards_dir)
     names = commit_names(sizes(shards_dir / COMMITS))
-    records = read_all(shards_dir / COMMITS, list(names))
+    records = commit_texts(shards_dir, list(names))
     commits = {names[name]: record_of(names[name], text) for name, text in records.items()}
     unreadable = [attempt.commit_file for attempt, commit in commits.items() if commit is None]
     damaged += [f"{quoted(shards_dir / name)}: not readable as a commit" for name in unreadable]

@@ -84,7 +84,7 @@ def scored_tokenizer_sha256(shards_dir: AnyPath, fingerprint: Fingerprint) -> st
     try:
         with on_this_machine(shards_dir / TOKENIZER) as local:
             # Taken first: what changes after the comparison has another hash.
-            sha256, problem = sha256_folder(local), _difference(local, fingerprint)
+            sha256, problem = sha256_folder(local, whole=shards_dir), _difference(local, fingerprint)
     except FileNotFoundError:
         problem = _UNREADABLE
     if problem:

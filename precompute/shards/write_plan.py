@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.read.sources import refuse_inside
 from dpo_opt.precompute.shards.finalize import require_beginning
+from dpo_opt.precompute.shards.finished import is_finalized
 from dpo_opt.precompute.shards.make_plan import Planned, make_plan
+from dpo_opt.precompute.shards.other_plan import OTHER_FOLDER, other_plan
 from dpo_opt.precompute.shards.planned_columns import (
     differing_columns,
-    other_columns,
     write_columns,
     write_lost_columns,
 )
@@ -23,7 +24,7 @@ from dpo_opt.precompute.shards.reference import Reference, fingerprint_of
 from dpo_opt.precompute.shards.weights_memo import remember_weights, weight_files
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.schemas.config_keys import differing_keys, keep_model_config
-from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
+from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError, quoted
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, follows, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
 from dpo_opt.schemas.manifest import (
@@ -42,7 +43,6 @@ from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.pairs import Numerics
 from dpo_opt.schemas.storage import settle_folder, write_text
 
-_OTHER_FOLDER = "pass another --shards folder, or remove this one to score it again"
 _ONCE_FINALIZED = "another run planned it meanwhile: run the same command again once that one is finalized"
 _WHOLE_TOKENIZER = "tokenizer.json"
 """The file that every fast tokenizer has. A store gets it last, so where it is, the tokenizer is whole."""
@@ -79,7 +79,8 @@ def settle_plan(
     files = weight_files(reference.folder)
     planned = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
     plan = adopt_plan(config, planned, tokenizer.tokenizer)
-    remember_weights(config.shards, digest=plan.fingerprint.weights, files=files)
+    with _for_later_runs(config.shards, plan):
+        remember_weights(config.shards, digest=plan.fingerprint.weights, files=files)
     return plan
 
 
@@ -102,9 +103,13 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
     shards_dir, model = config.shards, planned.model
     plans, new = require_place(config, planned)
     if len(plans) == len(planned.earlier):
-        _restore_plans(shards_dir, plans)
+        with _for_later_runs(shards_dir, new):
+            _restore_plans(shards_dir, plans)
         if plans and plans[-1] == new:
-            remove(_claim_of(shards_dir, plan_name(len(plans) - 1)))
+            claim = _claim_of(shards_dir, plan_name(len(plans) - 1))
+            if is_file(claim):
+                with _for_later_runs(shards_dir, new):
+                    remove(claim)
         else:
             _write_plan(config, planned, new, tokenizer)
     # Another run may have written its plan first.
@@ -114,9 +119,9 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
     _refuse_other_fingerprint(existing, new.fingerprint, shards_dir, model=model)
     if existing != new:
         meanwhile = len(plans) > len(planned.earlier)
-        raise _other_plan(existing, new, shards_dir, fix=_ONCE_FINALIZED if meanwhile else _OTHER_FOLDER)
+        raise other_plan(existing, new, config, fix=_ONCE_FINALIZED if meanwhile else None)
     write_lost_columns(shards_dir, planned.columns, existing)
-    _keep_command(config)
+    _keep_command(config, existing)
     return existing
 
 
@@ -149,7 +154,7 @@ def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan
     # If another run has planned meanwhile, `adopt_plan` compares the two plans later.
     if plans and plans[-1] != new and len(plans) == len(planned.earlier):
         if new.rows <= plans[-1].rows or planned.known_digest != plans[-1].dataset_digest:
-            raise _other_plan(plans[-1], new, shards_dir, fix=_OTHER_FOLDER)
+            raise other_plan(plans[-1], new, config)
         _require_growth(config, plans[-1], new)
     if len(plans) == len(planned.earlier) and plans and is_file(shards_dir / MANIFEST):
         require_beginning(load_manifest(shards_dir), new, shards_dir)
@@ -157,7 +162,7 @@ def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan
         name = plan_name(len(plans))
         claim = _read_claim(shards_dir, name)
         if claim is not None:
-            _require_claim(claim, new, planned.model, shards_dir, name)
+            _require_claim(claim, new, planned.model, config, name)
     return plans, new
 
 
@@ -211,11 +216,25 @@ def _restore_plans(shards_dir: AnyPath, plans: Sequence[Plan]) -> None:
                 write_text(shards_dir / name, to_json(plan), replace=False)
 
 
-def _keep_command(config: PrecomputeConfig) -> None:
+@contextlib.contextmanager
+def _for_later_runs(shards_dir: AnyPath, plan: Plan) -> Iterator[None]:
+    """Where a finished folder cannot be written, leave undone what only a later run would find useful.
+
+    Readers of a finished folder need no leave to write, and a run that finds nothing to score is one.
+    """
+    try:
+        yield
+    except (OSError, DpoOptError):
+        if not is_finalized(shards_dir, plan):
+            raise
+
+
+def _keep_command(config: PrecomputeConfig, plan: Plan) -> None:
     """Keep the settings of the latest run, for the next one: data may have moved, or bad rows be skipped."""
     text = config.for_workers()
     if read_all(config.shards, [COMMAND]).get(COMMAND) != text.encode():
-        write_text(config.shards / COMMAND, text)
+        with _for_later_runs(config.shards, plan):
+            write_text(config.shards / COMMAND, text)
 
 
 def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer: Any) -> None:
@@ -230,7 +249,7 @@ def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer
         write_text(claim, to_json(_Claim(plan=new)), replace=False)
     said = _read_claim(shards_dir, name)
     if said is not None:
-        plan = _require_claim(said, new, planned.model, shards_dir, name)
+        plan = _require_claim(said, new, planned.model, config, name)
         if name == PLAN:
             if not is_file(shards_dir / TOKENIZER / _WHOLE_TOKENIZER):
                 write_tokenizer(shards_dir, tokenizer)
@@ -270,12 +289,13 @@ def _read_claim(shards_dir: AnyPath, name: str) -> _Claim | None:
     return claim
 
 
-def _require_claim(claim: _Claim, own: Plan, model: Path | None, shards_dir: AnyPath, name: str) -> Plan:
+def _require_claim(claim: _Claim, own: Plan, model: Path | None, config: PrecomputeConfig, name: str) -> Plan:
     """The plan that a claim is for, if it is the same as this run's.
 
     Raises:
         FingerprintError: It is a different plan.
     """
+    shards_dir = config.shards
     there = "remove the folder, which holds no log-prob yet"
     if name != PLAN:
         there = f"rm {quoted(_claim_of(shards_dir, name))}"
@@ -283,7 +303,7 @@ def _require_claim(claim: _Claim, own: Plan, model: Path | None, shards_dir: Any
     new = _as_spelled_by([claim.plan], _on_the_day_of([claim.plan], own), shards_dir, model)
     _refuse_other_fingerprint(claim.plan, new.fingerprint, shards_dir, model=model, fix=fix)
     if claim.plan != new:
-        raise _other_plan(claim.plan, new, shards_dir, fix=fix)
+        raise other_plan(claim.plan, new, config, fix=fix)
     return claim.plan
 
 
@@ -294,7 +314,7 @@ def _require_growth(config: PrecomputeConfig, last: Plan, new: Plan) -> None:
         FingerprintError: It does not, or it was not.
     """
     if new.shards[: len(last.shards)] != last.shards:
-        raise _other_plan(last, new, config.shards, fix=_OTHER_FOLDER)
+        raise other_plan(last, new, config)
     if not config.append:
         raise FingerprintError(
             f"the data has grown from {last.rows} to {new.rows} rows since the folder was planned",
@@ -304,36 +324,8 @@ def _require_growth(config: PrecomputeConfig, last: Plan, new: Plan) -> None:
         )
 
 
-def _other_plan(existing: Plan, plan: Plan, shards_dir: AnyPath, *, fix: str) -> FingerprintError:
-    if existing.model_copy(update={"columns": plan.columns}) == plan:
-        return other_columns(shards_dir, existing, plan, fix=None if fix == _OTHER_FOLDER else fix)
-    pairs = list(zip(existing.shards, plan.shards, strict=False))
-    theirs, ours = next((pair for pair in pairs if pair[0].used != pair[1].used), pairs[0])
-    # A last shard may be short because the data ends there.
-    last, longer = (existing.shards[-1], plan.shards[-1]), theirs.used < ours.used
-    by_size = theirs.used != ours.used and (theirs if longer else ours) not in last
-    if existing.used == existing.rows == plan.used < plan.rows:
-        # Versions before `not_in_share` numbered rows so.
-        different = "its rows are numbered within --data-share, and not as the source has them"
-    elif not by_size:
-        different = (
-            f"its data has {existing.rows} rows with digest {existing.dataset_digest[:16]}..., this data "
-            f"{plan.rows} rows with digest {plan.dataset_digest[:16]}..."
-        )
-    else:
-        different = f"its shards hold {theirs.used} rows, --pairs-per-shard now gives {ours.used}"
-        if existing.pairs_per_shard is not None and fix == _OTHER_FOLDER:
-            fix = f"pass --pairs-per-shard {existing.pairs_per_shard}, as the folder's last plan has it"
-    return FingerprintError(
-        f"the folder was planned for another run: {different}",
-        where=str(shards_dir),
-        why="its shards would not belong together",
-        fix=fix,
-    )
-
-
 def _refuse_other_fingerprint(
-    plan: Plan, current: Fingerprint, shards_dir: AnyPath, *, model: Path | None, fix: str = _OTHER_FOLDER
+    plan: Plan, current: Fingerprint, shards_dir: AnyPath, *, model: Path | None, fix: str = OTHER_FOLDER
 ) -> None:
     refuse_differences(
         cached=plan.fingerprint,
