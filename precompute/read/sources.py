@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 import pyarrow as pa
 
 from dpo_opt.precompute.config import DataConfig
+from dpo_opt.precompute.read.dataset_card import splits_of_card
 from dpo_opt.precompute.read.saved_datasets import only_saved
 from dpo_opt.precompute.read.strict_json import quote
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
@@ -71,12 +72,17 @@ def find_sources(config: DataConfig) -> list[Source]:
 def merged_splits(source: Source) -> dict[str, str]:
     """Splits that a source reads as one, such as train and test, with the ``--data`` that names each.
 
-    Told by the names of its files below the folder that holds them all; empty where there are no two.
+    Told by the dataset's card, in the folder that holds all of its files or in the one above, else by the
+    files' names below that folder; empty where there are no two.
     """
     files = source.files
     if len(files) < 2:
         return {}
     base = os.path.commonpath([str(Path(file).parent) for file in files]) if "://" not in files[0] else ""
+    for folder in (Path(base), Path(base).parent) if base else ():
+        told = splits_of_card(folder / "README.md", files)
+        if len(told) > 1:
+            return {name: _name_of(source, *told[name]) for name in sorted(told)}
     splits: dict[str, list[str]] = {}
     for file in files:
         words = _WORD.findall(file.removeprefix(base).lower())
@@ -85,13 +91,14 @@ def merged_splits(source: Source) -> dict[str, str]:
             splits.setdefault(split, []).append(file)
     if len(splits) < 2:
         return {}
-    return {split: _name_of(source, sorted(own)) for split, own in sorted(splits.items())}
+    return {split: _name_of(source, "", sorted(own)) for split, own in sorted(splits.items())}
 
 
-def _name_of(source: Source, files: Sequence[str]) -> str:
-    """What ``--data`` calls some of a source's files."""
-    pattern = files[0]
-    if len(files) > 1:
+def _name_of(source: Source, pattern: str, files: Sequence[str]) -> str:
+    """What ``--data`` calls some of a source's files: a pattern that is known for them, or one that fits."""
+    if len(files) == 1:
+        pattern = files[0]
+    elif not pattern:
         suffix = next(end for end in SUFFIXES if files[0].endswith(end))
         # By character, as a pattern is.
         shared = os.path.commonprefix(files)  # noqa: RUF071
@@ -281,7 +288,7 @@ def _hub_files(name: str) -> list[str]:
             why="the dataset could change between planning and scoring, and nobody would know",
             fix="--data " + quoted(f"{repository}@{commit}" + (f"/{files}" if files else "")),
         )
-    patterns = [files] if files else [f"**{suffix}" for suffix in SUFFIXES]
+    patterns = [files] if files else ["README.md", *(f"**{suffix}" for suffix in SUFFIXES)]
     folder = fetch(repository, kind="dataset", revision=revision, patterns=patterns, extra="hub")
     if files:
         return _matches(name, [str(p) for p in folder.glob(files) if p.is_file()])

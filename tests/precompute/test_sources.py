@@ -434,6 +434,44 @@ def test_splits_that_are_read_as_one_are_named_with_how_to_take_each(tmp_path: P
             assert set(alone.files) < set(source.files)
 
 
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: fit
+    path: parts/a*
+  - split: judge
+    path: [parts/b.jsonl, parts/c.jsonl]
+---
+# Pairs
+"""
+
+
+def test_splits_are_those_that_the_card_of_a_dataset_names(tmp_path: Path) -> None:
+    parts = [tmp_path / "parts" / f"{name}.jsonl" for name in ("a0", "a1", "b", "c")]
+    parts[0].parent.mkdir()
+    for part in parts:
+        part.write_text("")
+    card = tmp_path / "README.md"
+    for given in (tmp_path, tmp_path / "parts", tmp_path / "parts" / "*.jsonl"):
+        (source,) = find_sources(DataConfig(data=[str(given)]))
+        card.write_text(CARD)
+        found = merged_splits(source)
+        assert found.keys() == {"fit", "judge"}
+        assert found["fit"] == f"{tmp_path}/parts/a*"
+        (alone,) = find_sources(DataConfig(data=[found["fit"]]))
+        assert alone.files == [str(part) for part in parts[:2]]
+        assert merged_splits(alone) == {}
+        several = CARD.replace("- config_name: default", "- config_name: small\n- config_name: large")
+        card.write_text(several)
+        assert merged_splits(source).keys() == {"large/fit", "large/judge"}
+    for text in ("", "# Pairs", "---\nconfigs: [1]\n---\n", "---\n: [\n---\n", CARD.replace("path", "files")):
+        card.write_text(text)
+        assert merged_splits(source) == {}
+    card.write_bytes(b"---\n\xff\n---\n")
+    assert merged_splits(source) == {}
+
+
 def test_splits_of_a_hub_dataset_and_of_a_store_are_named_as_they_are_found_there() -> None:
     commit = "a" * 40
     cached = f"/cache/datasets--made--pairs/snapshots/{commit}/data"
