@@ -7,7 +7,6 @@ would take for a result.
 import contextlib
 import time
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.engine.failing_sequences import ENGINE_ERROR, Losses
@@ -19,6 +18,7 @@ from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.finished import is_finalized
 from dpo_opt.precompute.shards.planned_rows import RowsDigest
 from dpo_opt.precompute.shards.reference import make_tokenizer, pinned, resolve_reference
+from dpo_opt.precompute.shards.weights_memo import ScoringModel
 from dpo_opt.precompute.shards.write_plan import settle_plan
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.workers.assignment import Worker, shards_for
@@ -75,6 +75,7 @@ def work(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None 
 def _score_what_is_left(config: PrecomputeConfig, scorer: Scorer, progress: Progress) -> tuple[int, Plan]:
     """The number of shards that were scored here, and their plan."""
     reference = resolve_reference(config)
+    model = ScoringModel(reference.folder)
     config = pinned(config, reference)
     tokenizer = make_tokenizer(config, reference)
     plan = settle_plan(config, reference=reference, tokenizer=tokenizer, numerics=scorer.numerics)
@@ -98,7 +99,7 @@ def _score_what_is_left(config: PrecomputeConfig, scorer: Scorer, progress: Prog
                 reader.rows(shard.start, shard.stop),
                 tokenizer=tokenizer,
                 scorer=scorer,
-                model=reference.folder,
+                model=model,
                 losses=losses,
             )
             last = "was another's first" if commit is None else f"has {commit.tokens} tokens"
@@ -141,7 +142,7 @@ def score_shard(
     *,
     tokenizer: PairTokenizer,
     scorer: Scorer,
-    model: Path,
+    model: ScoringModel,
     losses: Losses,
 ) -> ShardCommit | None:
     """Score one shard's rows and commit them; None if a manifest already names another attempt.
@@ -153,12 +154,13 @@ def score_shard(
         items: Its rows, in order.
         tokenizer: Of the reference, on the plan's date.
         scorer: The reference.
-        model: Its folder.
+        model: Its files.
         losses: Pairs of the folder that the engine failed on before; this shard's are added.
 
     Raises:
         ConfigError: The model's weights are not finite.
         DataError: The rows are not those that were planned.
+        FingerprintError: The model's files changed since its fingerprint was taken.
         EngineStopped: The engine fails too often.
         DpoOptError: The scorer returned values that cannot be log-probs.
     """
@@ -186,7 +188,9 @@ def score_shard(
             why="the shards of one folder would hold two versions of the data",
             fix="restore the file and run the same command again, or pass another --shards folder",
         )
-    scored = score_pairs(kept, scorer, model=model)
+    scored = score_pairs(kept, scorer, model=model.folder)
+    # An engine loads the model at its first sequences, and again when it had failed.
+    model.require_unchanged(plan.fingerprint.weights)
     losses.add(kept, scored.left_out)
     where = {pair.row: pair for pair in pairs}
     for row, message in scored.left_out.items():

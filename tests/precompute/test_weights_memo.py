@@ -103,11 +103,12 @@ def test_weights_that_change_while_they_are_hashed_are_not_remembered(
     def digest(folder: Path) -> str:
         found = real(folder)
         other_bytes(folder / "model.safetensors")
+        monkeypatch.setattr(weights_memo, "weights_digest", real)
         return found
 
     monkeypatch.setattr(weights_memo, "weights_digest", digest)
-    worker(0)
-    monkeypatch.setattr(weights_memo, "weights_digest", real)
+    with pytest.raises(FingerprintError, match="weights changed after they were fingerprinted"):
+        worker(0)
     with pytest.raises(FingerprintError, match="weights "):
         worker(1)
 
@@ -141,3 +142,50 @@ def test_a_memo_that_says_nothing_is_as_good_as_none(
     assert known_weights_digest(model, tmp_path) == weights_digest(model)
     remember_weights(tmp_path, digest="d", files=weight_files(model))
     assert known_weights_digest(model, tmp_path) == "d"
+
+
+def test_weights_that_are_edited_with_all_but_the_change_time_kept_are_read_again(
+    model: Path, tmp_path: Path
+) -> None:
+    remember_weights(tmp_path, digest="d", files=weight_files(model))
+    assert known_weights_digest(model, tmp_path) == "d"
+    path = model / "model.safetensors"
+    before = path.stat()
+    with path.open("r+b") as handle:
+        handle.seek(-3, os.SEEK_END)
+        handle.write(b"\x01")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    kept = ("st_size", "st_mtime_ns", "st_ino")
+    assert [getattr(after, name) for name in kept] == [getattr(before, name) for name in kept]
+    assert known_weights_digest(model, tmp_path) == weights_digest(model)
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json"])
+def test_a_model_that_is_replaced_while_the_engine_loads_it_is_refused(
+    model: Path, tmp_path: Path, changed: str
+) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", preference_rows(6))
+    config = PrecomputeConfig(model=str(model), data=[str(data)], shards=tmp_path / "shards")
+    right = (model / changed).read_bytes()
+
+    def replace(_: int) -> None:
+        if changed == "config.json":
+            settings = json.loads(right)
+            (model / changed).write_text(json.dumps(settings | {"rms_norm_eps": 0.5}))
+        else:
+            other_bytes(model / changed)
+
+    with pytest.raises(FingerprintError, match="changed after they were fingerprinted"):
+        work(config, scorer=ScriptedScorer(before_call=replace))
+    assert list((tmp_path / "shards" / "commits").glob("0*.json")) == []
+    # As the fix says.
+    (model / changed).write_bytes(right)
+    assert work(config, scorer=ScriptedScorer()) == 1
+
+
+def test_weights_that_are_only_touched_while_a_job_runs_stop_nothing(model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", preference_rows(6))
+    config = PrecomputeConfig(model=str(model), data=[str(data)], shards=tmp_path / "shards")
+    touch = ScriptedScorer(before_call=lambda _: (model / "model.safetensors").touch())
+    assert work(config, scorer=touch) == 1
