@@ -51,6 +51,10 @@ class Fingerprint(BaseModel):
     """What ``max_length`` makes of the rotary embedding (``schemas.rope``); ``fixed`` for most models."""
     template_date: str | None = None
     """Date that the chat template was told, such as ``2026-03-31``; None for one that does not ask for it."""
+    train_on: str | None = None
+    """Which of the assistant's turns count: ``all``, ``last`` or ``first-difference``.
+
+    None in folders from before it was kept, where everything in a completion counts."""
     architecture: str | None = None
     """The class that the reference's config.json names; compared where both sides name one."""
 

@@ -15,6 +15,7 @@ from dpo_opt.schemas.rope import FIXED
 
 IdArray = npt.NDArray[np.int32]
 LogpArray = npt.NDArray[np.float32]
+MaskArray = npt.NDArray[np.bool_]
 HIGHEST_LOGP = 1e-3
 """Rounding of ``log_softmax`` in half precision may lift a log-prob above 0, and by no more than this."""
 
@@ -57,6 +58,11 @@ class TokenizedPair:
     rejected_truncated: bool = False
     id: str | None = None
     """What the data calls its row; several pairs of one row have one."""
+    chosen_mask: MaskArray | None = None
+    """(C,) which tokens of the completion count, in every sum, loss and length; None: all do.
+
+    The others are context: what users and tools say inside a completion, and the headers of turns."""
+    rejected_mask: MaskArray | None = None
 
     @property
     def pair_id(self) -> str:
@@ -65,6 +71,16 @@ class TokenizedPair:
     @property
     def prompt_id(self) -> str:
         return content_hash(self.prompt_ids)
+
+    @property
+    def chosen_counted(self) -> int:
+        """Tokens of the completion that count; at least one."""
+        return counted_tokens(self.chosen_ids, self.chosen_mask)
+
+    @property
+    def rejected_counted(self) -> int:
+        """Tokens of the completion that count; at least one."""
+        return counted_tokens(self.rejected_ids, self.rejected_mask)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,13 +92,23 @@ class ScoredPair(TokenizedPair):
 
     @property
     def ref_chosen_logps(self) -> float:
-        """Sum over the completion's tokens, accumulated in float64."""
-        return float(self.ref_chosen_token_logps.sum(dtype=np.float64))
+        """Sum over the completion's tokens that count, accumulated in float64."""
+        return float(counted(self.ref_chosen_token_logps, self.chosen_mask).sum(dtype=np.float64))
 
     @property
     def ref_rejected_logps(self) -> float:
-        """Sum over the completion's tokens, accumulated in float64."""
-        return float(self.ref_rejected_token_logps.sum(dtype=np.float64))
+        """Sum over the completion's tokens that count, accumulated in float64."""
+        return float(counted(self.ref_rejected_token_logps, self.rejected_mask).sum(dtype=np.float64))
+
+
+def counted(values: LogpArray, mask: MaskArray | None) -> LogpArray:
+    """What a completion's tokens have, of those that count."""
+    return values if mask is None else values[mask]
+
+
+def counted_tokens(ids: IdArray, mask: MaskArray | None) -> int:
+    """How many tokens of a completion count."""
+    return len(ids) if mask is None else int(mask.sum())
 
 
 def content_hash(*parts: IdArray) -> str:
@@ -102,10 +128,12 @@ class TokenSequence(NamedTuple):
 
     prompt_ids: IdArray  # (P,), P >= 1
     completion_ids: IdArray  # (C,), C >= 1
+    mask: MaskArray | None = None
+    """(C,) which of the completion's log-probs are wanted, at least one; None: all."""
 
     @property
     def key(self) -> tuple[bytes, bytes]:
-        """Equal for equal sequences; memoisation uses it so that a completion is scored once."""
+        """Equal for equal ids; memoisation of all log-probs uses it so that a completion is scored once."""
         return self.prompt_ids.tobytes(), self.completion_ids.tobytes()
 
 

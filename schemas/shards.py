@@ -18,7 +18,7 @@ from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath
-from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.pairs import IdArray, MaskArray, ScoredPair
 from dpo_opt.schemas.storage import publish
 
 SCHEMA_VERSION = 1
@@ -46,10 +46,13 @@ SHARD_SCHEMA = pa.schema(
         pa.field("rejected_length", pa.int32(), nullable=False),
         pa.field("chosen_truncated", pa.bool_(), nullable=False),
         pa.field("rejected_truncated", pa.bool_(), nullable=False),
+        pa.field("chosen_mask", pa.list_(pa.bool_())),
+        pa.field("rejected_mask", pa.list_(pa.bool_())),
     ]
 )
 
-ADDED_COLUMNS = ("id",)
+_MASKS = ("chosen_mask", "rejected_mask")
+ADDED_COLUMNS = ("id", *_MASKS)
 """Nullable columns that shards from before they were kept lack: null in every row there."""
 
 DROPPED_SCHEMA = pa.schema(
@@ -124,6 +127,8 @@ def _columns(pairs: Sequence[ScoredPair]) -> dict[str, list[object]]:
         "rejected_length": [len(p.rejected_ids) for p in pairs],
         "chosen_truncated": [p.chosen_truncated for p in pairs],
         "rejected_truncated": [p.rejected_truncated for p in pairs],
+        "chosen_mask": [p.chosen_mask for p in pairs],
+        "rejected_mask": [p.rejected_mask for p in pairs],
     }
 
 
@@ -233,11 +238,29 @@ def _to_pairs(table: pa.Table) -> list[ScoredPair]:
     }
     flat = {
         name: table[name].to_pylist()
-        for name in ("row", "source", "chosen_truncated", "rejected_truncated", *ADDED_COLUMNS)
+        for name in ("row", "source", "id", "chosen_truncated", "rejected_truncated")
         if name in table.column_names
     }
-    columns = {**ids, **logps, **flat}
+    masks = {
+        name: [
+            _mask(*both, name)
+            for both in zip(table[name].to_pylist(), ids[name.replace("mask", "ids")], strict=True)
+        ]
+        for name in _MASKS
+        if name in table.column_names
+    }
+    columns = {**ids, **logps, **flat, **masks}
     return [ScoredPair(**{name: column[i] for name, column in columns.items()}) for i in range(len(table))]
+
+
+def _mask(stored: list[bool] | None, ids: IdArray, name: str) -> MaskArray | None:
+    if stored is None:
+        return None
+    mask = np.array(stored, dtype=np.bool_)
+    if len(mask) != len(ids) or not mask.any():
+        # Every reader of a shard says of this kind of error which file it was reading.
+        raise pa.ArrowInvalid(f"a {name} of {len(mask)} tokens, {int(mask.sum())} true, for {len(ids)} ids")
+    return mask
 
 
 def _lists(column: pa.ChunkedArray, dtype: type[np.generic]) -> list[np.ndarray]:

@@ -65,6 +65,8 @@ def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer, *, model: Path |
                 chosen_truncated=pair.chosen_truncated,
                 rejected_truncated=pair.rejected_truncated,
                 id=pair.id,
+                chosen_mask=pair.chosen_mask,
+                rejected_mask=pair.rejected_mask,
                 ref_chosen_token_logps=chosen,
                 ref_rejected_token_logps=rejected,
             )

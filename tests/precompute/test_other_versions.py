@@ -24,11 +24,11 @@ from dpo_opt.precompute.shards.status import status
 from dpo_opt.schemas.errors import FingerprintError
 from dpo_opt.schemas.manifest import COMMITS, DATA, DROPPED, INDEX, MANIFEST, PLAN, load_manifest
 from dpo_opt.schemas.shard_folder import ShardFolder
-from dpo_opt.schemas.shards import INDEX_GROUP_ROWS, SHARD_SCHEMA
+from dpo_opt.schemas.shards import ADDED_COLUMNS, INDEX_GROUP_ROWS, SHARD_SCHEMA
 
 ROWS: list[dict[str, object]] = [{**row, "id": i} for i, row in enumerate(preference_rows(30))]
 ROWS[4]["rejected"] = ROWS[4]["chosen"]
-BEFORE = pa.schema([field for field in SHARD_SCHEMA if field.name != "id"])
+BEFORE = pa.schema([field for field in SHARD_SCHEMA if field.name not in ADDED_COLUMNS])
 ADDED_KEYS = ("not_in_share", "host", "worker", "finished", "seconds")
 
 Configs = Callable[..., PrecomputeConfig]
@@ -49,7 +49,7 @@ def as_written_before(shards: Path) -> Path:
     body = json.loads((shards / MANIFEST).read_text())
     for entry in body["shards"]:
         file, dropped = shards / entry["file"], shards / entry["dropped_file"]
-        table = pq.read_table(file).drop_columns(["id"])
+        table = pq.read_table(file).drop_columns(list(ADDED_COLUMNS))
         rewrite(file, table.cast(BEFORE.with_metadata(table.schema.metadata)))
         entry |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
         entry["dropped_file"] = entry["file"].removesuffix(".parquet") + ".dropped.parquet"

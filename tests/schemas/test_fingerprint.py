@@ -32,6 +32,7 @@ VALUES: dict[str, Any] = {
     "rope": "fixed",
     "template_date": "2026-03-31",
     "architecture": "LlamaForCausalLM",
+    "train_on": "all",
 }
 OTHER: dict[str, Any] = {
     **{name: f"other-{name}" for name in VALUES},

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -31,6 +32,10 @@ def make_pairs(count: int, *, seed: int = 0) -> list[ScoredPair]:
     pairs = []
     for row in range(count):
         prompt, chosen, rejected = ids(), ids(), ids()
+        # None, every other token, and the last alone.
+        mask = [None, np.arange(len(chosen))[::-1] % 2 == 0, np.arange(len(chosen)) == len(chosen) - 1][
+            row % 3
+        ]
         pairs.append(
             ScoredPair(
                 row=10 + 2 * row,
@@ -40,6 +45,7 @@ def make_pairs(count: int, *, seed: int = 0) -> list[ScoredPair]:
                 rejected_ids=rejected,
                 chosen_truncated=row % 2 == 0,
                 rejected_truncated=row % 5 == 0,
+                chosen_mask=mask,
                 ref_chosen_token_logps=-rng.exponential(2, len(chosen)).astype(np.float32),
                 ref_rejected_token_logps=-rng.exponential(2, len(rejected)).astype(np.float32),
             )
@@ -100,7 +106,15 @@ def test_a_foreign_reader_finds_what_the_format_says(tmp_path: Path) -> None:
             len(pair.rejected_ids),
         )
         for side in ("chosen", "rejected"):
-            assert stored[f"ref_{side}_logps"] == pytest.approx(sum(stored[f"ref_{side}_token_logps"]))
+            logps = stored[f"ref_{side}_token_logps"]
+            mask = stored[f"{side}_mask"] or [True] * len(logps)
+            right = sum(value for value, counts in zip(logps, mask, strict=True) if counts)
+            assert stored[f"ref_{side}_logps"] == pytest.approx(right)
+    assert [None if pair.chosen_mask is None else pair.chosen_counted for pair in pairs[:3]] == [
+        None,
+        (len(pairs[1].chosen_ids) + 1) // 2,
+        1,
+    ]
 
 
 def test_the_same_pairs_give_the_same_bytes(tmp_path: Path) -> None:
@@ -208,6 +222,28 @@ def test_a_column_that_does_not_follow_from_the_ids_is_found(
     mixed = pa.concat_arrays([right[:200], wrong[200:201], right[201:]])
     write_table(path, table.set_column(table.schema.get_field_index(column), table.field(column), mixed))
     assert list(inconsistent_columns(path)) == [(10 + 2 * 200, column)]
+
+
+def test_a_mask_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_shard(path, make_pairs(3), fingerprint=FINGERPRINT, shard=0)
+    table = pq.read_table(path)
+    length = table["rejected_length"][1].as_py()
+    at = table.schema.get_field_index("rejected_mask")
+    for mask in ([True] * (length + 1), [False] * length):
+        masks = pa.array([None, mask, None], pa.list_(pa.bool_()))
+        write_table(path, table.set_column(at, table.field(at), masks))
+        with pytest.raises(DataError, match=f"a rejected_mask of {len(mask)} tokens"):
+            list(read_row_groups(path))
+
+
+def test_shards_from_before_masks_are_read_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    pairs = [dataclasses.replace(pair, chosen_mask=None) for pair in make_pairs(3)]
+    write_shard(path, pairs, fingerprint=FINGERPRINT, shard=0)
+    write_table(path, pq.read_table(path).drop_columns(["chosen_mask", "rejected_mask"]))
+    assert [values(pair) for group in read_row_groups(path) for pair in group] == list(map(values, pairs))
+    assert list(inconsistent_columns(path)) == []
 
 
 def test_log_probs_are_split_by_bytes_and_nothing_else_is(tmp_path: Path) -> None:
