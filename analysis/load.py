@@ -137,9 +137,17 @@ def join_reference(
             fix="score again with `dpo-opt score --model CKPT --shards SHARDS --output FILE.parquet`, "
             "or pass the shards that these log-probs belong to",
         )
-    # Lengths follow from the ids, so the policy's own columns are already the reference's.
+    # The policy's lengths stay: they are of the tokens that count.
     own = ["pair_id", "chosen_length", "rejected_length"]
     return pair_logps.join(shards.drop(own, strict=False), on="row")
+
+
+def counted_tokens(side: str) -> pl.Expr:
+    """How many tokens of ``chosen`` or ``rejected`` count, of a scan of shards."""
+    counting = pl.col(f"{side}_mask").list.sum().cast(pl.Int32)
+    # The sum of no list is no number in some releases of polars, and 0 in others.
+    masked = pl.col(f"{side}_mask").is_not_null()
+    return pl.when(masked).then(counting).otherwise(f"{side}_length").alias(f"{side}_length")
 
 
 def parquet_files(path: Path | str, *, inside: str) -> list[Path]:

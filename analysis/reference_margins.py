@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.load import ShardSlice, scan_shards, shard_slices
+from dpo_opt.analysis.load import ShardSlice, counted_tokens, scan_shards, shard_slices
 from dpo_opt.analysis.outcomes import means_by_source, shares_over_prompts
 from dpo_opt.analysis.token_texts import TokenDecoder, pair_texts
 from dpo_opt.schemas.audit_record import HardPair, ReferenceView, SourceRanking
@@ -67,8 +67,8 @@ def _reference_pairs(slices: Sequence[ShardSlice]) -> pl.DataFrame:
         pl.col("source").cast(pl.Categorical),
         "ref_chosen_logps",
         "ref_rejected_logps",
-        "chosen_length",
-        "rejected_length",
+        counted_tokens("chosen"),
+        counted_tokens("rejected"),
     )
     return pl.concat([s.shards.select(*columns).collect(engine="streaming") for s in slices])
 

@@ -2,7 +2,7 @@
 
 They read the columns ``chosen_logps`` and ``rejected_logps`` (policy), ``ref_chosen_logps`` and
 ``ref_rejected_logps`` (reference): sums over the completion, in nats. The per-token variants also read
-``chosen_length`` and ``rejected_length``, in tokens. Equations are those of Rafailov et al. 2023
+``chosen_length`` and ``rejected_length``, in tokens that count. Equations are those of Rafailov et al. 2023
 (arXiv 2305.18290). Names are TRL's if TRL has one.
 """
 

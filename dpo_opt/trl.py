@@ -57,7 +57,7 @@ def trl_dataset(
         cache_folder: Where the Arrow file stands. Default: `dpo-opt` in the cache folder of `datasets`.
 
     Raises:
-        ConfigError: `datasets` is not installed, or there is no such model.
+        ConfigError: `datasets` is not installed, there is no such model, or part of a completion is context.
         DataError: The folder is not finalized, or its bytes changed.
         FingerprintError: The model is not the one that was scored.
     """
@@ -104,7 +104,19 @@ def _write(folder: ShardFolder, path: Path) -> None:
         pa.ipc.new_stream(sink, SCHEMA) as out,
     ):
         while some := list(itertools.islice(pairs, _ROWS_AT_ONCE)):
+            _require_whole_completions(some, folder)
             out.write_batch(_batch(some))
+
+
+def _require_whole_completions(pairs: list[ScoredPair], folder: ShardFolder) -> None:
+    for pair in pairs:
+        if pair.chosen_mask is not None or pair.rejected_mask is not None:
+            raise ConfigError(
+                f"row {pair.row} has tokens inside a completion that do not count",
+                where=str(folder.path),
+                why="TRL trains on every token of a completion, also on those of users and tools",
+                fix="train with `dpo-opt train`, which leaves them out",
+            )
 
 
 def _batch(pairs: list[ScoredPair]) -> pa.RecordBatch:

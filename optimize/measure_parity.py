@@ -12,7 +12,7 @@ from dpo_opt.optimize.forward.packing import Group, packed_size, pair_group
 from dpo_opt.optimize.forward.policy import Policy, one_by_one
 from dpo_opt.optimize.losses.preference_loss import LossInputs, preference_loss
 from dpo_opt.optimize.parity import Parity
-from dpo_opt.schemas.pairs import LogpArray, ScoredPair
+from dpo_opt.schemas.pairs import LogpArray, ScoredPair, counted
 from dpo_opt.schemas.shard_folder import ShardFolder
 
 PARITY_PAIRS = 32
@@ -36,7 +36,14 @@ def measure_parity(
     groups = [pair_group(pair) for pair in pairs]
     # Two of the longest pairs fit, so that every pair can share a forward: otherwise there is no floor.
     budget = max(_BATCH_ROWS, 2 * max(packed_size(group) for group in groups))
-    sides = [side for pair in pairs for side in (pair.ref_chosen_token_logps, pair.ref_rejected_token_logps)]
+    sides = [
+        counted(logps, mask)
+        for pair in pairs
+        for logps, mask in (
+            (pair.ref_chosen_token_logps, pair.chosen_mask),
+            (pair.ref_rejected_token_logps, pair.rejected_mask),
+        )
+    ]
     own_sides = _together(policy, groups, budget)
     chosen_pairs = _evenly(len(pairs), min(alone or len(pairs), len(pairs)))
     # Numbers of the sides that are also scored alone.
@@ -70,7 +77,7 @@ def measure_parity(
         loss=_loss(pairs, own_sides),
         worst_row=pairs[worst.side // 2].row,
         worst_side=("chosen", "rejected")[worst.side % 2],
-        worst_token=worst.token,
+        worst_token=_place(pairs[worst.side // 2], worst),
         worst_cached=worst.cached,
         worst_own=worst.own,
         dtype=str(policy.dtype).removeprefix("torch."),
@@ -106,6 +113,12 @@ def _worst(cached: LogpArray, own: LogpArray, side: int) -> _Worst:
     size = np.nan_to_num(np.abs(cached - own), nan=np.inf)
     token = int(size.argmax())
     return _Worst(float(size[token]), side, token, float(cached[token]), float(own[token]))
+
+
+def _place(pair: ScoredPair, worst: _Worst) -> int:
+    """Where in its completion the token stands, among those that do not count too."""
+    mask = (pair.chosen_mask, pair.rejected_mask)[worst.side % 2]
+    return worst.token if mask is None else int(np.flatnonzero(mask)[worst.token])
 
 
 def spread_pairs(folder: ShardFolder, count: int) -> list[ScoredPair]:
@@ -190,7 +203,7 @@ def _margins(sides: Sequence[LogpArray]) -> npt.NDArray[np.float64]:
 
 def _loss(pairs: Sequence[ScoredPair], own: Sequence[LogpArray]) -> float:
     chosen, rejected = torch.from_numpy(_sums(own)).unbind(1)
-    lengths = torch.tensor([[len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
+    lengths = torch.tensor([[p.chosen_counted, p.rejected_counted] for p in pairs])
     inputs = LossInputs(
         chosen_logps=chosen,
         rejected_logps=rejected,

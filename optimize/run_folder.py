@@ -72,7 +72,7 @@ def hold_logps(
         epoch: Passes over the training pairs before this batch.
         phase: ``train`` or ``eval``.
     """
-    names = [(p.row, p.pair_id, len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
+    names = [(p.row, p.pair_id, p.chosen_counted, p.rejected_counted) for p in pairs]
     return HeldLogps(names, chosen_logps, rejected_logps, step, epoch, phase)
 
 

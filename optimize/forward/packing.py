@@ -66,7 +66,7 @@ class Batch:
     scored_rows: Tensor  # (S,) row of the flattened hidden states that predicts the token
     targets: Tensor  # (S,)
     lengths: list[int]
-    """Scored tokens of each sequence, in order; they sum to S."""
+    """Scored tokens of each sequence, those that count, in order; they sum to S."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -92,8 +92,8 @@ Group = tuple[TokenSequence, ...]
 def pair_group(pair: TokenizedPair) -> Group:
     """The two sequences of a pair: chosen, then rejected."""
     return (
-        TokenSequence(pair.prompt_ids, pair.chosen_ids),
-        TokenSequence(pair.prompt_ids, pair.rejected_ids),
+        TokenSequence(pair.prompt_ids, pair.chosen_ids, pair.chosen_mask),
+        TokenSequence(pair.prompt_ids, pair.rejected_ids, pair.rejected_mask),
     )
 
 
@@ -180,10 +180,10 @@ def pack(groups: Sequence[Group]) -> Batch:
                 segments.append(Segment(end, end + fed - begin, prefix_start, prefix_stop))
             # Position p sits in the prefix, or in this sequence's own rows.
             own = end - begin
-            scored = np.arange(len(sequence.prompt_ids) - 1, fed)
+            scored, tokens = _scored(sequence)
             rows.append(np.where(scored < shared, scored + prefix_start, scored + own))
-            targets.append(sequence.completion_ids)
-            lengths.append(len(sequence.completion_ids))
+            targets.append(tokens)
+            lengths.append(len(tokens))
             end += fed - begin
     return Batch(
         input_ids=_long(ids)[None],
@@ -223,17 +223,27 @@ def pad(groups: Sequence[Group]) -> Batch:
     input_ids = np.zeros((len(fed), width), dtype=np.int64)
     mask = np.zeros((len(fed), width), dtype=np.int64)
     rows = []
+    targets = []
     for i, (sequence, tokens) in enumerate(zip(sequences, fed, strict=True)):
         input_ids[i, : len(tokens)] = tokens
         mask[i, : len(tokens)] = 1
-        rows.append(i * width + np.arange(len(sequence.prompt_ids) - 1, len(tokens)))
+        scored, counting = _scored(sequence)
+        rows.append(i * width + scored)
+        targets.append(counting)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         model_kwargs={"attention_mask": torch.from_numpy(mask)},
         scored_rows=_long(rows),
-        targets=_long([s.completion_ids for s in sequences]),
-        lengths=[len(s.completion_ids) for s in sequences],
+        targets=_long(targets),
+        lengths=[len(counting) for counting in targets],
     )
+
+
+def _scored(sequence: TokenSequence) -> tuple[np.ndarray, IdArray]:
+    """The tokens that count, and where in the sequence each one's predecessor stands."""
+    prompt, completion, mask = sequence
+    before = np.arange(len(prompt) - 1, len(prompt) + len(completion) - 1)
+    return (before, completion) if mask is None else (before[mask], completion[mask])
 
 
 def _joined(sequence: TokenSequence) -> IdArray:

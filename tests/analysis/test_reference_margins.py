@@ -41,6 +41,17 @@ def test_numbers_are_what_numpy_says_of_the_token_logps(shards):
     )
 
 
+def test_a_mean_per_token_is_of_the_tokens_that_count(tmp_path, shards_writer, texts):
+    pairs = shards_writer(tmp_path / "shards", texts(60, prompts=20), masked=True)
+    chosen = [p.ref_chosen_logps / p.chosen_counted for p in pairs]
+    rejected = [p.ref_rejected_logps / p.rejected_counted for p in pairs]
+    view = reference_view(tmp_path / "shards")
+    assert view.normalised_ranking_accuracy == pytest.approx(np.greater(chosen, rejected).mean())
+    assert any(p.chosen_counted < len(p.chosen_ids) for p in pairs)
+    of_all = [p.ref_chosen_logps / len(p.chosen_ids) for p in pairs]
+    assert view.normalised_ranking_accuracy != pytest.approx(np.greater(of_all, rejected).mean())
+
+
 def test_interval_resamples_prompts(shards):
     folder, of, _ = shards
     right = of["chosen"] > of["rejected"]
