@@ -38,6 +38,7 @@ def preview(config: PreviewConfig) -> list[dict[str, Any]]:
         load_tokenizer(folder),
         max_length=resolve_max_length(folder, config.max_length),
         truncation=config.truncation,
+        train_on=config.train_on,
         vocab_size=model_vocab_size(folder),
     )
     return list(_entries(config, tokenizer))

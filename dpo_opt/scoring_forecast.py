@@ -49,7 +49,8 @@ def forecast_scoring(
     Raises:
         ConfigError, DataError: The data or the model cannot be read.
     """
-    facts = collect(config, Wanted(reference.folder), processes=config.processes, progress=Silent())
+    wanted = Wanted(reference.folder, train_on=config.train_on)
+    facts = collect(config, wanted, processes=config.processes, progress=Silent())
     whole = estimate(
         facts,
         max_length=reference.max_length,

@@ -16,6 +16,9 @@ Truncation = Literal["keep_start", "keep_end", "drop"]
 WrittenForm = Literal["trl", "openai", "sharegpt"]
 """A format of rows that ``dpo-opt convert`` writes."""
 
+TrainOn = Literal["all", "last", "first-difference"]
+"""Which of the assistant's turns in a completion count."""
+
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -77,6 +80,8 @@ class PrecomputeConfig(WholeDataConfig):
     """Most tokens of prompt plus completion. Default: 1024, or the model's context if that is shorter."""
     truncation: Truncation = "keep_start"
     """Longer pairs. keep_start: cut completion ends. keep_end: cut the prompt's start. drop: leave out."""
+    train_on: TrainOn = "all"
+    """Turns of the assistant in a completion that count. first-difference: the first that differs, alone."""
     pairs_per_shard: PositiveInt = 1024
     """Source rows per shard file. A killed job loses at most the shard it was scoring."""
     worker_index: NonNegativeInt | None = None
@@ -181,6 +186,8 @@ class CheckConfig(WholeDataConfig):
     """Most tokens per pair, for the forecast. Default: 1024, or the model's context if that is shorter."""
     truncation: Truncation = "keep_start"
     """What the forecast assumes happens to longer pairs (see precompute --truncation)."""
+    train_on: TrainOn = "all"
+    """Turns of the assistant in a completion that count (see precompute --train-on)."""
     pairs_per_shard: PositiveInt = 1024
     """Source rows per shard file, for the forecast."""
     near_duplicates: bool = False
@@ -204,6 +211,8 @@ class PreviewConfig(DataConfig):
     """Most tokens of prompt plus completion. Default: 1024, or the model's context if that is shorter."""
     truncation: Truncation = "keep_start"
     """What happens to a longer pair (see precompute --truncation)."""
+    train_on: TrainOn = "all"
+    """Turns of the assistant in a completion that count (see precompute --train-on)."""
 
 
 class ConvertConfig(WholeDataConfig):

@@ -146,6 +146,7 @@ CAUSES: dict[str, Change] = {
     "dtype": another("dtype", "bfloat16"),
     "engine_options": another("engine_options", '{"tensor_parallel_size":2}'),
     "rope": another("rope", "longrope:long"),
+    "train_on": another("train_on", "last"),
     "template_date": a_clock_in_the_template,
     "architecture": another_architecture,
 }

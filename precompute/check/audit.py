@@ -75,7 +75,7 @@ def audit(
     """
     progress = progress or Silent()
     folder = None if config.model is None else find_model(config.model, weights=False)
-    wanted = Wanted(folder, config.near_duplicates)
+    wanted = Wanted(folder, config.near_duplicates, config.train_on)
     named = find_sources(config)
     facts = collect(config, wanted, processes=config.processes, progress=progress)
     problems = _bad_rows(facts, skipped=config.on_bad_row == "skip")

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_opt.precompute.check.near_duplicates import signatures
-from dpo_opt.precompute.config import DataConfig
+from dpo_opt.precompute.config import DataConfig, TrainOn
 from dpo_opt.precompute.read.datasets import BadFile, BadRow, Reading, parse_block, scan_blocks
 from dpo_opt.precompute.read.parallel import map_in_order
 from dpo_opt.precompute.read.row_blocks import Block
@@ -112,6 +112,7 @@ class Wanted(NamedTuple):
 
     model_folder: Path | None = None
     near_duplicates: bool = False
+    train_on: TrainOn = "all"
 
 
 class _BlockFacts(NamedTuple):
@@ -196,7 +197,7 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
             pairs.append(item)
     ids: list[PairIds] = []
     if wanted.model_folder is not None:
-        pairs, ids = _encoded(pairs, wanted.model_folder, reading.source, bad_rows)
+        pairs, ids = _encoded(pairs, wanted, wanted.model_folder, reading.source, bad_rows)
     labels: dict[str | None, int] = {}
     codes = [labels.setdefault(pair.source, len(labels)) for pair in pairs]
     columns = np.array([pair_hashes(pair) for pair in pairs], dtype=np.uint64).reshape(len(pairs), 3).T
@@ -227,11 +228,15 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
 
 
 def _encoded(
-    pairs: list[PreferencePair], folder: Path, source: int, bad_rows: dict[tuple[int, str], BadRows]
+    pairs: list[PreferencePair],
+    wanted: Wanted,
+    folder: Path,
+    source: int,
+    bad_rows: dict[tuple[int, str], BadRows],
 ) -> tuple[list[PreferencePair], list[PairIds]]:
     """The pairs that the tokenizer takes, with their ids; the others are counted as bad rows."""
     try:
-        encoded = encoder(folder).encode(pairs)
+        encoded = encoder(folder, train_on=wanted.train_on).encode(pairs)
     except ConfigError as error:  # messages, and no chat template
         for pair in pairs:
             _count(bad_rows, source, DataError(error.what, where=pair.where, kind="no_chat_template"))

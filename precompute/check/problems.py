@@ -119,6 +119,12 @@ BAD_ROWS: dict[str, Kind] = {
         "part of the prompt would be trained on as if the model had written it",
         "correct the template; `dpo-opt preview DATA --model M` shows what it renders",
     ),
+    "turns": Kind(
+        "error",
+        "completions in which the assistant's turns cannot be told from the others",
+        "what users and tools say would be trained on as if the model had said it",
+        "cut the conversations after the first answer that differs, or `--on-bad-row skip`",
+    ),
     "indivisible_text": Kind(
         "error",
         "texts of millions of characters without a space between words",

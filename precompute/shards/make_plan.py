@@ -124,7 +124,7 @@ def _facts_of_rows(
 ) -> Iterator[RowFacts]:
     """What a plan keeps of each row, in order, read by several processes."""
     encoded = (
-        Encoded(reference.folder, tokenizer.template_date)
+        Encoded(reference.folder, tokenizer.template_date, config.train_on)
         if tokenize_all or not tokenizer.knows_every_id()
         else None
     )

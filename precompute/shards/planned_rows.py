@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from dpo_opt.precompute.config import TrainOn
 from dpo_opt.precompute.read.datasets import (
     BadRow,
     NotInShare,
@@ -83,6 +84,7 @@ class Encoded(NamedTuple):
 
     folder: Path
     template_date: str | None
+    train_on: TrainOn
 
 
 class _Shown(NamedTuple):
@@ -115,7 +117,7 @@ def read_block(task: tuple[Block, Reading, Encoded | None, bytes]) -> list[RowFa
     refused: dict[int, DataError] = {}
     if encoded is not None:
         pairs = [(i, item) for i, item in enumerate(items) if isinstance(item, PreferencePair)]
-        ids = encoder(encoded.folder, encoded.template_date).encode([pair for _, pair in pairs])
+        ids = encoder(*encoded).encode([pair for _, pair in pairs])
         refused = {i: e for (i, _), e in zip(pairs, ids, strict=True) if isinstance(e, DataError)}
     shapes = _shapes_shown(token)
     facts = []

@@ -60,6 +60,7 @@ def make_tokenizer(config: PrecomputeConfig, reference: Reference) -> PairTokeni
         load_tokenizer(reference.folder),
         max_length=reference.max_length,
         truncation=config.truncation,
+        train_on=config.train_on,
         vocab_size=model_vocab_size(reference.folder),
     )
 
@@ -81,6 +82,7 @@ def fingerprint_of(
         text_to_ids=TEXT_TO_IDS,
         max_length=reference.max_length,
         truncation=config.truncation,
+        train_on=config.train_on,
         template_date=tokenizer.template_date,
         architecture=stated_architecture(reference.folder),
         **numerics._asdict(),

@@ -55,6 +55,54 @@ def today() -> str:
     return datetime.date.today().isoformat()
 
 
+class Renderer:
+    """Renders conversations as those of a pair are.
+
+    Raises:
+        ConfigError, DataError: As ``render``, of each call.
+    """
+
+    def __init__(
+        self, pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast", date: str | None = None
+    ) -> None:
+        self._pair, self._tokenizer, self._date = pair, tokenizer, date
+        self._settings = _template_settings(pair, tokenizer)
+
+    @property
+    def template(self) -> str:
+        """The template that the tokenizer chooses; empty if there is none."""
+        return chat_template(self._tokenizer, self._pair.tools) or ""
+
+    def __call__(self, conversations: list[list[Message]]) -> list[str]:
+        """Conversations as text; the first is opened for generation."""
+        return render(
+            conversations,
+            self._tokenizer,
+            where=self._pair.where,
+            date=self._date,
+            tools=self._pair.tools,
+            row_settings=self._settings,
+        )
+
+    def marked(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """A conversation as text, and the spans of characters that the template marks as generated."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with _chance_repeats(), _refusals(self._pair.where):
+            (text,), (spans,) = render_jinja_template(
+                [messages],
+                tools=self._pair.tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **{
+                    **self._tokenizer.special_tokens_map,
+                    _CLOCK: _clock(self._date or today()),
+                    **self._settings,
+                },
+            )
+        return text, [(int(start), int(stop)) for start, stop in spans]
+
+
 def rendered_texts(
     pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast", *, date: str | None = None
 ) -> tuple[str, str, str]:
@@ -73,14 +121,7 @@ def rendered_texts(
         tuple[list[Message], list[Message], list[Message]], (pair.prompt, pair.chosen, pair.rejected)
     )
     conversations = [prompt, prompt + chosen, prompt + rejected]
-    rendered = functools.partial(
-        render,
-        tokenizer=tokenizer,
-        where=pair.where,
-        date=date,
-        tools=pair.tools,
-        row_settings=_template_settings(pair, tokenizer),
-    )
+    rendered = Renderer(pair, tokenizer, date)
     opened, *wholes = rendered(conversations)
     for side, whole in zip(("chosen", "rejected"), wholes, strict=True):
         if not whole.startswith(opened):
@@ -131,8 +172,6 @@ def render(
         ConfigError: The tokenizer has no chat template.
         DataError: The template refuses the messages.
     """
-    from jinja2.exceptions import TemplateError
-
     template = chat_template(tokenizer, tools)
     if template is None:
         raise ConfigError(
@@ -141,20 +180,29 @@ def render(
             why="only the template the model was trained with turns messages into the text it knows",
             fix="save one with the tokenizer (chat_template.jinja), or use data whose rows are text",
         )
-    try:
-        render = functools.partial(
-            tokenizer.apply_chat_template,
-            chat_template=template,
-            tokenize=False,
-            tools=tools,
-            **{_CLOCK: _clock(date or today()), **(row_settings or {})},
-        )
-        prompt, *whole = conversations
-        texts = []
+    render = functools.partial(
+        tokenizer.apply_chat_template,
+        chat_template=template,
+        tokenize=False,
+        tools=tools,
+        **{_CLOCK: _clock(date or today()), **(row_settings or {})},
+    )
+    prompt, *whole = conversations
+    texts = []
+    with _refusals(where):
         for messages, opened in [(prompt, True), *((messages, False) for messages in whole)]:
             with _chance_repeats() if _MENTIONS_CHANCE.search(template) else contextlib.nullcontext():
                 texts.append(render(messages, add_generation_prompt=opened))
-        return texts
+    return texts
+
+
+@contextlib.contextmanager
+def _refusals(where: str) -> Iterator[None]:
+    """Within it, what stops a template is an error of the row."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        yield
     # A template is a program of its own: it may add text to a list, or ask for what a message does not have.
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise DataError(

@@ -12,10 +12,11 @@ The policy, version ``TEXT_TO_IDS``:
    without further special tokens. A pair whose prompt is rendered differently when something follows it is
    refused. A template that asks for the time is told one date for all rows (``template_date``), at midnight.
 2. The prompt's ids are those which the tokenized prompt and both tokenized sequences begin with in common;
-   what follows them is completion. Text on both sides of the boundary may merge into one token, and a
-   template may end the prompt for generation as no finished conversation does (an opened thought): such
-   tokens count as completion.
-3. ``truncation`` makes each sequence fit ``max_length``, or leaves the pair out.
+   what follows is completion. Text on both sides of the boundary may merge into one token, and a template may
+   end the prompt for generation as no finished conversation does: such tokens count as completion.
+3. In a completion of several messages the tokens of the assistant's turns count that are trained on
+   (``turns``). What follows the last of them is left out: nothing depends on it.
+4. ``truncation`` makes each sequence fit ``max_length``, or leaves the pair out.
 
 Differences from TRL 1.16, which gives the same ids otherwise:
 
@@ -26,7 +27,7 @@ Differences from TRL 1.16, which gives the same ids otherwise:
   or a prompt without a token. TRL keeps those rows; their gradient is zero, or a first token has no log-prob.
 * A template that renders the prompt's messages differently when a completion follows is refused. TRL takes
   what the ids have in common, and the policy is trained on parts of the prompt.
-* ``drop`` does not exist in TRL.
+* ``drop`` does not exist in TRL. It scores every token of a completion, whoever speaks.
 """
 
 import copy
@@ -37,12 +38,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from dpo_opt.precompute.config import Truncation
+from dpo_opt.precompute.config import TrainOn, Truncation
 from dpo_opt.precompute.read.strict_json import SKIP_ROW
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer, model_vocab_size
 from dpo_opt.precompute.tokens.long_texts import LONGEST_PIECE, long_text_ids
-from dpo_opt.precompute.tokens.templates import asks_for_the_date, render, rendered_texts, today
+from dpo_opt.precompute.tokens.templates import asks_for_the_date, render, today
+from dpo_opt.precompute.tokens.texts import PairTexts, plain_texts, texts_of_messages
 from dpo_opt.precompute.tokens.truncation import PairIds, fit_ids, split_ids
+from dpo_opt.precompute.tokens.turns import counting_tokens
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import IdArray, PreferencePair, Text, TokenizedPair
 from dpo_opt.schemas.shards import DroppedRow
@@ -50,7 +53,7 @@ from dpo_opt.schemas.shards import DroppedRow
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TEXT_TO_IDS = "1"
+TEXT_TO_IDS = "2"
 """Changes whenever the same text could become other ids, or another pair could be dropped."""
 
 # The engine needs 100 to 300 bytes for a character that takes at most 4 here. These texts are enough for its
@@ -88,6 +91,7 @@ class PairTokenizer:
         truncation: What is done with a longer sequence.
         vocab_size: Number of ids the model knows.
         template_date: Date that a chat template is told which asks for the time; default today.
+        train_on: Which of the assistant's turns in a completion count.
     """
 
     def __init__(
@@ -98,12 +102,14 @@ class PairTokenizer:
         truncation: Truncation,
         vocab_size: int,
         template_date: str | None = None,
+        train_on: TrainOn = "all",
     ) -> None:
         self.tokenizer = tokenizer
         self._backend = _whole_text_backend(tokenizer)
         self._max_length = max_length
         self._truncation: Truncation = truncation
         self._vocab_size = vocab_size
+        self._train_on: TrainOn = train_on
         self.template_date = (template_date or today()) if asks_for_the_date(tokenizer) else None
         """Date that the chat template is told; None where it does not ask for the time."""
 
@@ -117,6 +123,7 @@ class PairTokenizer:
             truncation=self._truncation,
             vocab_size=self._vocab_size,
             template_date=template_date,
+            train_on=self._train_on,
         )
 
     def knows_every_id(self) -> bool:
@@ -143,7 +150,7 @@ class PairTokenizer:
         Raises:
             ConfigError: A pair holds messages and the tokenizer has no chat template.
         """
-        texts: list[tuple[str, str, str] | DataError] = [self.texts(pair) for pair in pairs]
+        texts: list[PairTexts | DataError] = [self.texts(pair) for pair in pairs]
         ids: dict[int, PairIds | DataError] = {}
         # A chat template writes the special tokens itself.
         for plain in (True, False):
@@ -152,22 +159,23 @@ class PairTokenizer:
                 for i, (pair, text) in enumerate(zip(pairs, texts, strict=True))
                 if isinstance(pair.prompt, str) == plain and not isinstance(text, DataError)
             ]
-            flat = [text for i in chosen for text in cast(tuple[str, str, str], texts[i])]
+            shown = [(i, cast(PairTexts, texts[i])) for i in chosen]
+            flat = [text for _, of_pair in shown for text in of_pair[:3]]
             encoded = self._ids(flat, special=plain)
-            for i in chosen:
-                ids[i] = self._split(pairs[i], [next(encoded) for _ in range(3)])
+            for i, of_pair in shown:
+                ids[i] = self._split(pairs[i], of_pair, [next(encoded) for _ in range(3)])
         return [text if isinstance(text, DataError) else ids[i] for i, text in enumerate(texts)]
 
-    def texts(self, pair: PreferencePair) -> tuple[str, str, str] | DataError:
+    def texts(self, pair: PreferencePair) -> PairTexts | DataError:
         """What is tokenized of a pair: the prompt, and with either completion; or why it is unusable.
 
         Raises:
             ConfigError: The pair holds messages and the tokenizer has no chat template.
         """
         if isinstance(pair.prompt, str):
-            return _plain_texts(pair, str(self.tokenizer.eos_token))
+            return plain_texts(pair, str(self.tokenizer.eos_token))
         try:
-            return rendered_texts(pair, self.tokenizer, date=self.template_date)
+            return texts_of_messages(pair, self.tokenizer, date=self.template_date, train_on=self._train_on)
         except DataError as error:
             return error
 
@@ -185,6 +193,8 @@ class PairTokenizer:
             chosen_truncated=len(fitted.chosen) < len(whole.chosen),
             rejected_truncated=len(fitted.rejected) < len(whole.rejected),
             id=pair.id,
+            chosen_mask=fitted.chosen_mask,
+            rejected_mask=fitted.rejected_mask,
         )
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> Iterator[IdArray | None]:
@@ -210,7 +220,7 @@ class PairTokenizer:
         return [np.array(e.ids, dtype=np.int32) for e in encoded]
 
     def _long_ids(self, text: str, *, special: bool) -> IdArray | None:
-        ids = long_text_ids(text, self._engine_for_windows)
+        ids = long_text_ids(text, self._engine_with_offsets)
         if ids is None:
             return None
         # What stands around a text of one token stands around any text.
@@ -222,12 +232,14 @@ class PairTokenizer:
         return joined
 
     @functools.cached_property
-    def _engine_for_windows(self) -> Any:
+    def _engine_with_offsets(self) -> Any:
         engine = _whole_text_backend(self.tokenizer)
         engine.post_processor = None
         return engine
 
-    def _split(self, pair: PreferencePair, encoded: Sequence[IdArray | None]) -> PairIds | DataError:
+    def _split(
+        self, pair: PreferencePair, texts: PairTexts, encoded: Sequence[IdArray | None]
+    ) -> PairIds | DataError:
         prompt, chosen, rejected = encoded
         if prompt is None or chosen is None or rejected is None:
             return DataError(
@@ -237,7 +249,16 @@ class PairTokenizer:
                 fix=SKIP_ROW,
                 kind="indivisible_text",
             )
-        ids = split_ids(prompt, chosen, rejected)
+        try:
+            masks = [
+                spans
+                if spans is None
+                else counting_tokens(text, found, spans, self._engine_with_offsets, pair.where)
+                for text, found, spans in zip(texts[1:3], (chosen, rejected), texts[3:], strict=True)
+            ]
+        except DataError as error:
+            return error
+        ids = split_ids(prompt, chosen, rejected, *masks)
         highest = max(int(part.max(initial=0)) for part in ids[:3])
         if highest < self._vocab_size:
             return ids
@@ -251,7 +272,7 @@ class PairTokenizer:
 
 
 @functools.cache
-def encoder(folder: Path, template_date: str | None = None) -> PairTokenizer:
+def encoder(folder: Path, template_date: str | None = None, train_on: TrainOn = "all") -> PairTokenizer:
     """A model's tokenizer for whole ids, loaded once in a process; what is done with a length is not asked.
 
     Raises:
@@ -263,6 +284,7 @@ def encoder(folder: Path, template_date: str | None = None) -> PairTokenizer:
         truncation="drop",
         vocab_size=model_vocab_size(folder),
         template_date=template_date,
+        train_on=train_on,
     )
 
 
@@ -274,12 +296,3 @@ def _whole_text_backend(tokenizer: "PreTrainedTokenizerFast") -> Any:
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _plain_texts(pair: PreferencePair, eos_text: str) -> tuple[str, str, str]:
-    prompt, chosen, rejected = cast(tuple[str, str, str], (pair.prompt, pair.chosen, pair.rejected))
-    return prompt, prompt + _ended(chosen, eos_text), prompt + _ended(rejected, eos_text)
-
-
-def _ended(text: str, eos_text: str) -> str:
-    return text if text.endswith(eos_text) else text + eos_text

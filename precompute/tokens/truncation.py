@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, assert_never
 import numpy as np
 
 from dpo_opt.precompute.config import Truncation
-from dpo_opt.schemas.pairs import IdArray
+from dpo_opt.schemas.pairs import IdArray, MaskArray
 
 DropReason = Literal[
     "empty_prompt",
@@ -14,16 +14,18 @@ DropReason = Literal[
     "prompt_fills_max_length",
     "completion_fills_max_length",
     "longer_than_max_length",
+    "nothing_counts_after_truncation",
     "identical_after_truncation",
 ]
 
 DROP_REASONS: dict[DropReason, str] = {
     "empty_prompt": "the prompt has no token, so nothing predicts a completion's first token",
-    "empty_completion": "a completion has no token of its own: its sequence is the beginning of the prompt's",
+    "empty_completion": "a completion has no token of its own, or none of a turn that is trained on",
     "identical_completions": "chosen and rejected are the same ids, so the pair prefers nothing",
     "prompt_fills_max_length": "keep_start: the prompt leaves no room for a completion token",
     "completion_fills_max_length": "keep_end: a completion leaves no room for a prompt token",
     "longer_than_max_length": "drop: a sequence is longer than max_length",
+    "nothing_counts_after_truncation": "keep_start: every token of a turn that is trained on was cut off",
     "identical_after_truncation": "keep_start: what made the completions differ was cut off",
 }
 """Why a row was left out, in the order in which the reasons are tried."""
@@ -37,6 +39,9 @@ class PairIds(NamedTuple):
     rejected: IdArray
     merged: bool = False
     """The prompt's last tokens merged with what follows, and count as completion."""
+    chosen_mask: MaskArray | None = None
+    """Which tokens of the completion count, the last one among them; None: all."""
+    rejected_mask: MaskArray | None = None
 
     @property
     def shared(self) -> int:
@@ -44,15 +49,38 @@ class PairIds(NamedTuple):
         return _common_prefix_length(self.chosen, self.rejected)
 
 
-def split_ids(prompt: IdArray, chosen: IdArray, rejected: IdArray) -> PairIds:
-    """Divide the ids of prompt + completion where all three begin to differ."""
+def split_ids(
+    prompt: IdArray,
+    chosen: IdArray,
+    rejected: IdArray,
+    chosen_mask: MaskArray | None = None,
+    rejected_mask: MaskArray | None = None,
+) -> PairIds:
+    """Divide the ids of prompt + completion where all three begin to differ.
+
+    The masks are of prompt + completion too.
+    """
     boundary = min(_common_prefix_length(prompt, chosen), _common_prefix_length(prompt, rejected))
-    return PairIds(chosen[:boundary], chosen[boundary:], rejected[boundary:], merged=boundary < len(prompt))
+    sides = [
+        _up_to_what_counts(ids[boundary:], None if mask is None else mask[boundary:])
+        for ids, mask in ((chosen, chosen_mask), (rejected, rejected_mask))
+    ]
+    (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = sides
+    merged = boundary < len(prompt)
+    return PairIds(chosen[:boundary], chosen_ids, rejected_ids, merged, chosen_mask, rejected_mask)
+
+
+def _up_to_what_counts(ids: IdArray, mask: MaskArray | None) -> tuple[IdArray, MaskArray | None]:
+    """A completion without the context behind its last token that counts: nothing depends on it."""
+    if mask is None:
+        return ids, None
+    stop = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 0
+    return ids[:stop], None if mask[:stop].all() else mask[:stop]
 
 
 def fit_ids(ids: PairIds, *, max_length: int, truncation: Truncation) -> PairIds | DropReason:
     """The pair's ids within ``max_length``, or why there are none."""
-    prompt, chosen, rejected, merged = ids
+    prompt, chosen, rejected, merged, chosen_mask, rejected_mask = ids
     longest = max(len(chosen), len(rejected))
     if len(prompt) == 0:
         return "empty_prompt"
@@ -65,7 +93,10 @@ def fit_ids(ids: PairIds, *, max_length: int, truncation: Truncation) -> PairIds
             room = max_length - len(prompt)
             if room < 1:
                 return "prompt_fills_max_length"
-            chosen, rejected = chosen[:room], rejected[:room]
+            chosen, chosen_mask = _cut(chosen, chosen_mask, room)
+            rejected, rejected_mask = _cut(rejected, rejected_mask, room)
+            if min(len(chosen), len(rejected)) == 0:
+                return "nothing_counts_after_truncation"
             if np.array_equal(chosen, rejected):
                 return "identical_after_truncation"
         case "keep_end":
@@ -78,7 +109,11 @@ def fit_ids(ids: PairIds, *, max_length: int, truncation: Truncation) -> PairIds
                 return "longer_than_max_length"
         case _:
             assert_never(truncation)
-    return PairIds(prompt, chosen, rejected, merged)
+    return PairIds(prompt, chosen, rejected, merged, chosen_mask, rejected_mask)
+
+
+def _cut(ids: IdArray, mask: MaskArray | None, room: int) -> tuple[IdArray, MaskArray | None]:
+    return _up_to_what_counts(ids[:room], None if mask is None else mask[:room])
 
 
 def _common_prefix_length(a: IdArray, b: IdArray) -> int:

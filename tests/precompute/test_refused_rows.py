@@ -18,6 +18,7 @@ from dpo_opt.precompute.shards import make_plan as planning
 from dpo_opt.precompute.shards.make_plan import Planned, make_plan
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
+from dpo_opt.precompute.tokens.texts import PairTexts
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
@@ -161,9 +162,9 @@ def test_one_row_of_each_shape_is_rendered_in_each_plan_anew(
         assert str(caught.value.where).endswith(":601")
     rendered: list[str] = []
 
-    def texts(_: PairTokenizer, pair: PreferencePair) -> tuple[str, str, str]:
+    def texts(_: PairTokenizer, pair: PreferencePair) -> PairTexts:
         rendered.append(pair.where.rpartition(":")[2])
-        return "a", "ab", "ac"
+        return PairTexts("a", "ab", "ac")
 
     sent: list[object] = []
 
