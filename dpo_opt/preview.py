@@ -16,10 +16,16 @@ from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.tokens.truncation import PairIds
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.models import find_model
-from dpo_opt.schemas.pairs import IdArray, PreferencePair, TokenizedPair
+from dpo_opt.schemas.pairs import IdArray, MaskArray, PreferencePair, TokenizedPair
 from dpo_opt.schemas.safe_text import printable
 
-_STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red", "cut": "strike bright_black"}
+_STYLES = {
+    "prompt": "dim",
+    "chosen": "green",
+    "rejected": "red",
+    "context": "dim italic",
+    "cut": "strike bright_black",
+}
 
 
 def preview(config: PreviewConfig) -> list[dict[str, Any]]:
@@ -27,7 +33,8 @@ def preview(config: PreviewConfig) -> list[dict[str, Any]]:
 
     Returns:
         One entry per row: ``where``, and ``error``, or ``dropped`` (a reason or None), ``merged`` and, under
-        ``chosen`` and ``rejected``, segments of ``kind`` (prompt, chosen, rejected, cut), ``ids``, ``text``.
+        ``chosen`` and ``rejected``, segments of ``kind`` (prompt, chosen, rejected, context, cut), ``ids``
+        and ``text``.
 
     Raises:
         ConfigError: The model's tokenizer cannot be used.
@@ -50,6 +57,7 @@ def rendered(entries: list[dict[str, Any]]) -> Text:
         ("prompt", "prompt"),
         ("chosen, scored", "chosen"),
         ("rejected, scored", "rejected"),
+        ("context inside a completion", "context"),
         ("cut", "cut"),
     )
     page = Text()
@@ -66,7 +74,7 @@ def rendered(entries: list[dict[str, Any]]) -> Text:
         if entry["merged"]:
             page.append("  the prompt's last token changes when a completion follows\n", style="yellow")
         for side in ("chosen", "rejected"):
-            counts = ", ".join(f"{len(s['ids'])} {s['kind']}" for s in entry[side])
+            counts = ", ".join(f"{count} {kind}" for kind, count in _counts(entry[side]).items())
             page.append(f"{side} ({counts} tokens)\n", style="bold " + _STYLES[side])
             for segment in entry[side]:
                 page.append(printable(segment["text"]), style=_STYLES[segment["kind"]])
@@ -94,7 +102,11 @@ def _entry(pair: PreferencePair, whole: PairIds, tokenizer: PairTokenizer) -> di
         "dropped": None if isinstance(fitted, TokenizedPair) else fitted.reason,
         "merged": whole.merged,
     }
-    for side, ids in (("chosen", whole.chosen), ("rejected", whole.rejected)):
+    sides = (
+        ("chosen", whole.chosen, whole.chosen_mask),
+        ("rejected", whole.rejected, whole.rejected_mask),
+    )
+    for side, ids, mask in sides:
         prompt_kept, kept_ids = 0, 0
         if isinstance(fitted, TokenizedPair):
             prompt_kept = len(fitted.prompt_ids)
@@ -103,11 +115,28 @@ def _entry(pair: PreferencePair, whole: PairIds, tokenizer: PairTokenizer) -> di
         parts = [
             ("cut", whole.prompt[:cut_prompt]),
             ("prompt", whole.prompt[cut_prompt:]),
-            (side, ids[:kept_ids]),
+            *_turns(side, ids[:kept_ids], None if mask is None else mask[:kept_ids]),
             ("cut", ids[kept_ids:]),
         ]
         entry[side] = list(_segments(parts, tokenizer))
     return entry
+
+
+def _turns(side: str, ids: IdArray, mask: MaskArray | None) -> list[tuple[str, IdArray]]:
+    """A completion divided into what is scored and what is context."""
+    if mask is None:
+        return [(side, ids)]
+    borders = np.flatnonzero(mask[1:] != mask[:-1]) + 1
+    runs = zip(np.split(ids, borders), np.split(mask, borders), strict=True)
+    return [(side if counts.all() else "context", run) for run, counts in runs]
+
+
+def _counts(segments: list[dict[str, Any]]) -> dict[str, int]:
+    """Tokens of each kind."""
+    counts: dict[str, int] = {}
+    for segment in segments:
+        counts[segment["kind"]] = counts.get(segment["kind"], 0) + len(segment["ids"])
+    return counts
 
 
 def _segments(parts: list[tuple[str, IdArray]], tokenizer: PairTokenizer) -> Iterator[dict[str, Any]]:
