@@ -34,6 +34,7 @@ LAZY: dict[str, set[str]] = {
     "precompute/shards/scored_tokenizer.py": {"tokenizers"},
     "precompute/tokens/load_tokenizer.py": {"transformers"},
     "precompute/tokens/tokenize.py": {"transformers"},
+    "precompute/tokens/texts.py": {"transformers"},
     "precompute/engine/engine_arguments.py": {"vllm"},
     "precompute/engine/vllm_model.py": {"vllm", "torch"},
     "analysis/token_texts.py": {"tokenizers"},
