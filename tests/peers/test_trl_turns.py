@@ -1,0 +1,101 @@
+"""Which tokens of a conversation count, under every chat template that TRL ships."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from dpo_opt.precompute.tokens.tokenize import PairTokenizer
+from dpo_opt.precompute.tokens.truncation import PairIds
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.pairs import Message, PreferencePair
+
+SAYS_OTHER_WORDS_LATER = {"gptoss", "phi3", "phi3_5"}
+WANTS_IMAGES = {"llava_next", "llava_next_training", "idefics3", "idefics3_training"}
+WANTS_IMAGES |= {"smolvlm", "smolvlm_training"}
+
+
+def turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+PROMPT = [turn("user", "Alpha?")]
+CHOSEN = [
+    turn("assistant", "Beta."),
+    turn("user", "Gamma?"),
+    turn("assistant", "Delta."),
+    turn("user", "Zeta"),
+]
+REJECTED = [turn("assistant", "Eta."), turn("user", "Theta?"), turn("assistant", "Iota.")]
+PAIR = PreferencePair(0, PROMPT, CHOSEN, REJECTED, None, "data.jsonl:1")
+
+
+@pytest.fixture(scope="module")
+def templates(peers: None) -> dict[str, str]:
+    import trl
+
+    folder = Path(trl.__file__).parent / "chat_templates"
+    found = {path.stem: path.read_text() for path in sorted(folder.glob("*.jinja"))}
+    assert len(found) > 60
+    return {name: text for name, text in found.items() if name not in WANTS_IMAGES}
+
+
+def tokenizer_of(template: str) -> PreTrainedTokenizerFast:
+    """A token for each byte."""
+    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+
+
+def encoded(tokenizer: PreTrainedTokenizerFast) -> PairIds | DataError:
+    pairs = PairTokenizer(
+        tokenizer, max_length=10**6, truncation="drop", vocab_size=10**6, template_date="2026-03-31"
+    )
+    (found,) = pairs.encode([PAIR])
+    return found
+
+
+def test_turns_are_found_or_refused_by_name(templates: dict[str, str]) -> None:
+    refused = set()
+    for name, template in templates.items():
+        tokenizer = tokenizer_of(template)
+        found = encoded(tokenizer)
+        if isinstance(found, DataError):
+            assert found.kind == "turns"
+            refused.add(name)
+            continue
+        for ids, mask, said, unsaid in (
+            (found.chosen, found.chosen_mask, ("Beta.", "Delta."), ("Gamma", "Zeta")),
+            (found.rejected, found.rejected_mask, ("Eta.", "Iota."), ("Theta",)),
+        ):
+            assert mask is not None
+            counted, others = (str(tokenizer.decode(ids[part])) for part in (mask, ~mask))
+            assert all(words in counted for words in said), name
+            assert not any(words in counted for words in unsaid), name
+            assert unsaid[0] in others
+    assert refused == SAYS_OTHER_WORDS_LATER
+
+
+def test_a_training_templates_own_mask_is_taken(templates: dict[str, str]) -> None:
+    marked = {name: text for name, text in templates.items() if name.endswith("_training")}
+    assert len(marked) > 20
+    for name, template in marked.items():
+        tokenizer = tokenizer_of(template)
+        found = encoded(tokenizer)
+        assert isinstance(found, PairIds), name
+        theirs = tokenizer.apply_chat_template(
+            PROMPT + CHOSEN, return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+        )
+        start = len(found.prompt)
+        mask = np.array(theirs["assistant_masks"][start:], dtype=bool)
+        stop = int(np.flatnonzero(mask)[-1]) + 1
+        assert theirs["input_ids"][start:][:stop] == found.chosen.tolist(), name
+        assert found.chosen_mask is not None
+        assert found.chosen_mask.tolist() == mask[:stop].tolist(), name
