@@ -125,6 +125,12 @@ BAD_ROWS: dict[str, Kind] = {
         "what users and tools say would be trained on as if the model had said it",
         "cut the conversations after the first answer that differs, or `--on-bad-row skip`",
     ),
+    "template_loss": Kind(
+        "error",
+        "rows of which the chat template leaves something out",
+        "the pair would be trained on as a conversation that is not in the data",
+        "correct role or key as each row below says, use a template that writes it, or `--on-bad-row skip`",
+    ),
     "indivisible_text": Kind(
         "error",
         "texts of millions of characters without a space between words",

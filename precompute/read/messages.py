@@ -3,7 +3,7 @@
 import json
 from typing import NoReturn
 
-from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, quote
+from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, quote, without_nulls
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message
 
@@ -100,6 +100,7 @@ def _message(value: object, name: str, where: str) -> Message:
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             _refuse(f'"tool_calls" in {name} is {kind_of(calls)}', where, why="it must be a list of objects")
         refuse_unwritable(calls, "tool_calls", where, kind="message")
+        message["tool_calls"] = without_nulls(calls)
         message.setdefault("content", "")
     else:
         message.pop("tool_calls", None)

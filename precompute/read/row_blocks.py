@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from dpo_opt.precompute.read.sources import reason_of
-from dpo_opt.precompute.read.strict_json import parse_object, quote
+from dpo_opt.precompute.read.strict_json import parse_object, quote, without_nulls
 from dpo_opt.schemas.errors import DataError
 
 LONGEST_ROW = 64 * 2**20
@@ -71,7 +71,7 @@ def _values(batch: pa.RecordBatch, i: int, where: str) -> dict[str, object]:
     try:
         values = {}
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            values[name] = _without_nulls(column[i].as_py())
+            values[name] = without_nulls(column[i].as_py())
         return values
     except UnicodeDecodeError as error:
         raise DataError(
@@ -90,10 +90,3 @@ def _values(batch: pa.RecordBatch, i: int, where: str) -> dict[str, object]:
             fix="write the file again with this column as text or as numbers, or without it",
             kind="type",
         ) from error
-
-
-def _without_nulls(value: object) -> object:
-    """Remove the keys whose value is null: a table gives every object the keys of all others."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(member) for key, member in value.items() if member is not None}
-    return [_without_nulls(member) for member in value] if isinstance(value, list) else value

@@ -22,7 +22,7 @@ from dpo_opt.precompute.read.shape_parts import (
 )
 from dpo_opt.precompute.read.shapes import find_shape
 from dpo_opt.precompute.read.shared_prompt import is_transcript, split_prompt
-from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, parse_json, quote
+from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, parse_json, quote, without_nulls
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message, PreferencePair, Text
 
@@ -242,7 +242,7 @@ def _tools(value: object, where: str) -> list[object] | None:
         why = "it must be a list of JSON schemas, or the JSON text of one"
         _refuse("tools", f"is {kind_of(value)}", where, why=why, kind="tools")
     refuse_unwritable(value, "tools", where, kind="tools")
-    return value
+    return [without_nulls(tool) for tool in value]
 
 
 def _template_kwargs(value: object, where: str) -> dict[str, object] | None:

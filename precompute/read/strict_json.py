@@ -141,3 +141,10 @@ def _not_json(line: bytes, error: json.JSONDecodeError, where: str) -> DataError
         fix=FIX_ROW,
         kind="json",
     )
+
+
+def without_nulls(value: object) -> object:
+    """Remove the keys whose value is null: a table gives every object the keys of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(member) for key, member in value.items() if member is not None}
+    return [without_nulls(member) for member in value] if isinstance(value, list) else value

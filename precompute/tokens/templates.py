@@ -14,10 +14,13 @@ import inspect
 import itertools
 import random
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, cast
 
 from dpo_opt.precompute.read.strict_json import SKIP_ROW
+from dpo_opt.precompute.tokens.faithful import Part, refuse_losses
+from dpo_opt.precompute.tokens.tool_calls import Form, has_calls, taken, with_arguments
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import Message, PreferencePair
 
@@ -120,16 +123,43 @@ def rendered_texts(
     prompt, chosen, rejected = cast(
         tuple[list[Message], list[Message], list[Message]], (pair.prompt, pair.chosen, pair.rejected)
     )
+    template = chat_template(tokenizer, pair.tools)
+    if template is not None:
+        prompt, chosen, rejected = (
+            with_arguments(side, takes=_arguments_taken(template, tokenizer)) if has_calls(side) else side
+            for side in (prompt, chosen, rejected)
+        )
     conversations = [prompt, prompt + chosen, prompt + rejected]
     rendered = Renderer(pair, tokenizer, date)
     opened, *wholes = rendered(conversations)
-    for side, whole in zip(("chosen", "rejected"), wholes, strict=True):
+    parts = [Part("prompt", prompt, opened)]
+    for side, messages, whole in zip(("chosen", "rejected"), (chosen, rejected), wholes, strict=True):
+        before = opened
         if not whole.startswith(opened):
             # The prompt's end may be written for generation only; its messages may not change.
-            _, alone = rendered([prompt, prompt])
-            if not whole.startswith(alone):
-                raise _other_prompt(alone, whole, side, pair.where)
+            _, before = rendered([prompt, prompt])
+            if not whole.startswith(before):
+                raise _other_prompt(before, whole, side, pair.where)
+        parts.append(Part(side, messages, whole[len(before) :]))
+    refuse_losses(parts, tools=pair.tools, template=str(template), where=pair.where)
     return opened, wholes[0], wholes[1]
+
+
+_FORMS: weakref.WeakKeyDictionary[object, dict[str, Form]] = weakref.WeakKeyDictionary()
+
+
+def _arguments_taken(template: str, tokenizer: "PreTrainedTokenizerFast") -> Form:
+    """The form of a tool call's arguments that a template takes, found once for each."""
+    forms = _FORMS.setdefault(tokenizer, {})
+    if template not in forms:
+        forms[template] = taken(
+            lambda messages: str(
+                tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, **{_CLOCK: _clock(today())}
+                )
+            )
+        )
+    return forms[template]
 
 
 def _template_settings(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast") -> dict[str, object]:

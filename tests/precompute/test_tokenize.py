@@ -300,7 +300,7 @@ SILENT = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{
         (pair_of("", "yes", "no"), make_tokenizer(adds_bos=False), {}, "empty_prompt"),
         (pair_of("n", "g", "gg"), make_tokenizer(adds_bos=False), {}, "empty_prompt"),
         (
-            pair_of([user("hi")], [assistant("yes")], [user("no")]),
+            pair_of([user("hi")], [assistant("")], [assistant("")]),
             make_tokenizer(template=SILENT),
             {},
             "empty_completion",
