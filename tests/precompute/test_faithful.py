@@ -15,8 +15,9 @@ from dpo_opt.schemas.pairs import PreferencePair
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "templates.md"
 CALLING = (
-    "{{ tools | tojson if tools }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% for c in m.tool_calls or [] %}"
-    "{{ c.function.name }} WRITE{% endfor %}</s>{% endfor %}"
+    "{{ tools | tojson if tools }}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }} WRITE{% endfor %}</s>{% endfor %}"
 )
 
 
