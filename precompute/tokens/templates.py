@@ -79,7 +79,7 @@ class Renderer:
     def __call__(self, conversations: list[list[Message]]) -> list[str]:
         """Conversations as text; the first is opened for generation."""
         return render(
-            conversations,
+            [self._as_taken(messages) for messages in conversations],
             self._tokenizer,
             where=self._pair.where,
             date=self._date,
@@ -93,7 +93,7 @@ class Renderer:
 
         with _chance_repeats(), _refusals(self._pair.where):
             (text,), (spans,) = render_jinja_template(
-                [messages],
+                [self._as_taken(messages)],
                 tools=self._pair.tools,
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
@@ -104,6 +104,12 @@ class Renderer:
                 },
             )
         return text, [(int(start), int(stop)) for start, stop in spans]
+
+    def _as_taken(self, messages: list[Message]) -> list[Message]:
+        """The messages with the arguments of tool calls in the form that the template takes."""
+        if not self.template or not has_calls(messages):
+            return messages
+        return with_arguments(messages, takes=_arguments_taken(self.template, self._tokenizer))
 
 
 def rendered_texts(
@@ -123,12 +129,6 @@ def rendered_texts(
     prompt, chosen, rejected = cast(
         tuple[list[Message], list[Message], list[Message]], (pair.prompt, pair.chosen, pair.rejected)
     )
-    template = chat_template(tokenizer, pair.tools)
-    if template is not None:
-        prompt, chosen, rejected = (
-            with_arguments(side, takes=_arguments_taken(template, tokenizer)) if has_calls(side) else side
-            for side in (prompt, chosen, rejected)
-        )
     conversations = [prompt, prompt + chosen, prompt + rejected]
     rendered = Renderer(pair, tokenizer, date)
     opened, *wholes = rendered(conversations)
@@ -141,7 +141,7 @@ def rendered_texts(
             if not whole.startswith(before):
                 raise _other_prompt(before, whole, side, pair.where)
         parts.append(Part(side, messages, whole[len(before) :]))
-    refuse_losses(parts, tools=pair.tools, template=str(template), where=pair.where)
+    refuse_losses(parts, tools=pair.tools, template=rendered.template, where=pair.where)
     return opened, wholes[0], wholes[1]
 
 

@@ -211,9 +211,7 @@ BARE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{{ m['content'] }}|"
     "{% else %}U:{{ m['content'] }}|{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
 )
-REWRITES = BARE.replace(
-    "A:{{ m['content'] }}", "A:{{ (m['content'] | upper) if loop.last else m['content'] }}"
-)
+REWRITES = BARE.replace("A:{{ m['content'] }}", "A:{{ (m['content'] ~ '!') if loop.last else m['content'] }}")
 REFUSES_PARTS = "{% if messages | length == 4 %}{{ raise_exception('too short') }}{% endif %}" + BARE
 
 
@@ -224,7 +222,17 @@ REFUSES_PARTS = "{% if messages | length == 4 %}{{ raise_exception('too short') 
         (BARE, [(":", "Y")], None, "the token ':Y' belongs to two turns"),
         (BARE, [("|", "U")], None, "the token '|U' belongs to two turns"),
         (REFUSES_PARTS, [], None, "of a part of the conversation alone, the chat template refuses"),
-        (CHATML, [], [assistant("a"), {"role": "narrator", "content": "b"}, assistant("c")], '"narrator"'),
+        (
+            (
+                "{# 'narrator' #}" + CHATML,
+                [],
+                [assistant("a"), {"role": "narrator", "content": "b"}, assistant("c")],
+                '"narrator"',
+            ),
+            [],
+            [assistant("a"), {"role": "narrator", "content": "b"}, assistant("c")],
+            '"narrator"',
+        ),
     ],
 )
 def test_turns_that_cannot_be_told_apart_are_refused_with_the_way_out(
