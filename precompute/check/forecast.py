@@ -23,6 +23,8 @@ def kept_pairs(
 ) -> tuple[Mask, dict[str, int]]:
     """Which pairs ``fit_ids`` keeps, and how many it leaves out for which reason, from lengths alone.
 
+    Where completions hold context, ``keep_start`` may leave out some more: what counts of them is cut off.
+
     Args:
         tokens: (P, 4): lengths of prompt, chosen, rejected, and of what both completions begin with.
         max_length: Most tokens of prompt plus completion.

@@ -489,7 +489,8 @@ def test_signatures_are_compared_by_the_share_of_equal_values() -> None:
 
 # Few different ids, so that completions begin alike and are often the same.
 IDS = st.lists(st.integers(2, 3), max_size=7).map(lambda ids: np.array(ids, dtype=np.int32))
-WHOLE = st.builds(PairIds, IDS, IDS, IDS)
+# Lengths alone do not say where context inside a completion stands.
+WHOLE = st.builds(PairIds, IDS, IDS, IDS, chosen_mask=st.none(), rejected_mask=st.none())
 SOME_PAIR = PreferencePair(0, "", "", "", None, "here")
 
 
