@@ -32,7 +32,7 @@ LAZY: dict[str, set[str]] = {
     "precompute/workers/ray_cluster.py": {"ray"},
     "precompute/tokens/templates.py": {"transformers", "jinja2"},
     "precompute/shards/scored_tokenizer.py": {"tokenizers"},
-    "precompute/tokens/load_tokenizer.py": {"transformers"},
+    "precompute/tokens/load_tokenizer.py": {"transformers", "tokenizers"},
     "precompute/tokens/tokenize.py": {"transformers"},
     "precompute/tokens/texts.py": {"transformers"},
     "precompute/engine/engine_arguments.py": {"vllm"},

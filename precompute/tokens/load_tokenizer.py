@@ -1,5 +1,7 @@
 """The tokenizer in a model folder, and how many ids the model knows."""
 
+import copy
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,12 @@ from dpo_opt.schemas.plain_data import json_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_PROBE = (
+    "Where is the town?\n\n  It is in\tEurope, 1234567 km away.\r\nÉté, naïve; 中文。 Ωμέγα 🙂\n"
+    "def f(x):\n        return {'a': x**2}  # don't\n<think>\n</think> "
+)
+"""A text on which tokenizers that divide text differently give different ids."""
+
 
 # What transformers reads beside tokenizer.json, keeps, and writes again with the tokenizer.
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -20,7 +28,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     """The fast tokenizer in a model folder, without running code from it.
 
     Raises:
-        ConfigError: There is none, it cannot be read, it is a slow one, or it has no EOS token.
+        ConfigError: There is none, it cannot be read, it is a slow one, it has no EOS token, or transformers
+            makes another tokenizer of the files than tokenizer.json is.
     """
     from transformers import AutoTokenizer
 
@@ -57,7 +66,51 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             why="a completion must end with it, or the model never learns to stop",
             fix='set "eos_token" in tokenizer_config.json',
         )
+    _refuse_other_ids(tokenizer, folder)
     return tokenizer
+
+
+def _refuse_other_ids(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Refuse a tokenizer that transformers rebuilt as the class that the folder declares, with other ids.
+
+    Raises:
+        ConfigError: The ids of a text differ from those of tokenizer.json, or those that are added to it do.
+    """
+    from tokenizers import Tokenizer
+
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    loaded = copy.deepcopy(tokenizer.backend_tokenizer)
+    for backend in (own, loaded):
+        backend.no_truncation()
+        backend.no_padding()
+    # Each by itself, so that what differs is shown short.
+    special = [str(token) for token in own.get_added_tokens_decoder().values() if token.special]
+    texts = [*_PROBE.splitlines(keepends=True), _PROBE, *(f"a {token} b" for token in special[:_SPECIAL])]
+    for text in texts:
+        ids, other = own.encode(text).ids, loaded.encode(text).ids
+        if ids != other:
+            declared = _declared_class(folder)
+            raise ConfigError(
+                f"transformers loads another tokenizer than tokenizer.json is: of {text[:40]!r} "
+                f"it gives {other[:_SHOWN]}, tokenizer.json {ids[:_SHOWN]}",
+                where=str(folder),
+                why=f"tokenizer_config.json declares {declared}, as which transformers rebuilt it as "
+                f"{type(tokenizer).__name__}; the model was trained on one of the two",
+                fix='set "tokenizer_class" to "PreTrainedTokenizerFast" in tokenizer_config.json of a copy '
+                "of the folder, which makes it tokenizer.json",
+            )
+
+
+_SPECIAL = 32  # special tokens that are compared; some models have thousands that are alike
+_SHOWN = 8  # ids in a message
+
+
+def _declared_class(folder: Path) -> str:
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "no class"
+    return str(settings.get("tokenizer_class") or "no class")
 
 
 def model_vocab_size(folder: Path) -> int:

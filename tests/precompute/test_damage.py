@@ -92,6 +92,7 @@ def test_the_corpus_is_as_large_as_it_says() -> None:
         "no_chat_template",
         "template",
         "template_mismatch",
+        "template_loss",
         "turns",
         "vocabulary",
         "indivisible_text",
