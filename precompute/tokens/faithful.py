@@ -64,7 +64,7 @@ def refuse_losses(parts: list[Part], *, tools: list[object] | None, template: st
 
 
 def _refuse_unknown_role(role: str, text: str, template: str, place: str, where: str) -> None:
-    if role in ("user", "assistant") or f"'{role}'" in template or f'"{role}"' in template:
+    if role in ("user", "assistant") or _names(template, role):
         return
     # A template that writes any role as a header was made for those that chat models have in common.
     if role in ("system", "tool") and role in text:
@@ -76,6 +76,11 @@ def _refuse_unknown_role(role: str, text: str, template: str, place: str, where:
         fix=f"{SKIP_ROW}; or correct the role: system, user, assistant or tool",
         kind="template_loss",
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _names(template: str, role: str) -> bool:
+    return f"'{role}'" in template or f'"{role}"' in template
 
 
 def _after_content(
