@@ -16,7 +16,7 @@ from dpo_opt.precompute.shards.read_plan import plan_of, read_plans
 from dpo_opt.precompute.shards.weights_memo import WEIGHTS
 from dpo_opt.schemas.attempts import AttemptName
 from dpo_opt.schemas.errors import DataError, quoted
-from dpo_opt.schemas.locations import AnyPath, sizes, stored_files
+from dpo_opt.schemas.locations import AnyPath, stored_files
 from dpo_opt.schemas.manifest import (
     COMMAND,
     COMMITS,
@@ -47,7 +47,6 @@ def folder_notes(shards: AnyPath, manifest: Manifest) -> list[str]:
     """Everything that is there and should not be, or is not and could; none of it reaches a reader."""
     return [
         *_plan_notes(shards, manifest),
-        *_column_notes(shards, manifest),
         *_extra_files(shards, manifest),
     ]
 
@@ -81,16 +80,6 @@ def _plan_notes(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
         )
     if plans and plan_of(manifest) not in plans:
         yield f"{shards / PLAN} is that of another run: `dpo-opt precompute` would not go on with this folder"
-
-
-def _column_notes(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
-    there = sizes(shards / COLUMNS)
-    for name, file in (manifest.columns or {}).items():
-        if file.removeprefix(f"{COLUMNS}/") not in there:
-            yield (
-                f"{shards / file} is missing, so no pair has a {name}: the precompute command makes it from "
-                "the data again"
-            )
 
 
 def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:

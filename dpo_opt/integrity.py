@@ -15,12 +15,19 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from dpo_opt.folder_notes import planned_rows
-from dpo_opt.precompute.shards.scored_tokenizer import files_state_tokenizer, other_tokenizer
+from dpo_opt.precompute.shards.scored_tokenizer import other_tokenizer
 from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath, inside, on_this_machine, sizes
-from dpo_opt.schemas.manifest import MANIFEST, TOKENIZER, Manifest, ShardCommit, tokenizer_names
+from dpo_opt.schemas.manifest import (
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    ShardCommit,
+    resume_command,
+    tokenizer_names,
+)
 from dpo_opt.schemas.pairs import HIGHEST_LOGP, LogpArray, ScoredPair
 from dpo_opt.schemas.shard_folder import verified_file
 from dpo_opt.schemas.shards import DROPPED_SCHEMA, INDEX_SCHEMA, inconsistent_columns, read_row_groups
@@ -267,9 +274,7 @@ def _tokenizer_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
         yield f"{folder}: the tokenizer's files are missing"
     elif changed:
         yield f"{folder}: a file changed, is missing or is new among {', '.join(names)}"
-    elif not files_state_tokenizer(shards, manifest.fingerprint) and (
-        problem := other_tokenizer(shards, manifest.fingerprint)
-    ):
+    elif problem := other_tokenizer(shards, manifest.fingerprint):
         yield f"{folder}: {problem}"
 
 
@@ -278,7 +283,11 @@ def _column_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     rows = planned_rows(shards, manifest)
     planned = manifest.columns or {}
     read_as = {file: name for name, file in planned.items()}
-    for file_name in sorted(sizes(shards / COLUMNS)):
+    there = sizes(shards / COLUMNS)
+    for planned_name, name in read_as.items():
+        if planned_name.removeprefix(f"{COLUMNS}/") not in there:
+            yield f"{shards / planned_name}: missing; {resume_command(shards)} takes the {name} from the data again"
+    for file_name in sorted(there):
         name = f"{COLUMNS}/{file_name}"
         stem = file_name.removesuffix(".parquet")
         is_own = stem != file_name and not file_name.startswith(".") and stem not in planned

@@ -23,11 +23,11 @@ import pyarrow.compute as pc
 
 from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.locations import AnyPath, is_file, location
+from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import MANIFEST
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
-from dpo_opt.schemas.sidecars import WEIGHT, column_path
+from dpo_opt.schemas.sidecars import WEIGHT
 from dpo_opt.schemas.storage import publish, sha256_file
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def trl_dataset(
     folder = ShardFolder.open(location(shards))
     if model is not None:
         _require_scored(folder, model)
-    if is_file(column_path(folder.path, WEIGHT, folder.manifest.columns)):
+    if folder.has_column(WEIGHT):
         warnings.warn(
             f"{folder.path}: its pairs have weights, which TRL has no place for: all will count alike",
             stacklevel=2,

@@ -19,7 +19,7 @@ from dpo_opt.optimize.read_ahead import read_ahead
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
-from dpo_opt.schemas.sidecars import WEIGHT, column_path, read_column
+from dpo_opt.schemas.sidecars import WEIGHT, column_path
 
 # Row groups that are shuffled together: 16 x 128 rows decorrelate a sorted file, and fit in memory.
 WINDOW_GROUPS = 16
@@ -59,9 +59,7 @@ class PairStream:
         self.eval_positions: Positions = np.flatnonzero(self._held_out).astype(np.int32)
         self.train_size = len(index) - len(self.eval_positions)
         self._rows = index["row"].to_numpy()
-        self._weights = self._normalised_weights(
-            read_column(folder.path, WEIGHT, files=folder.manifest.columns, rows=self._rows, default=1.0)
-        )
+        self._weights = self._normalised_weights(folder.column(WEIGHT, rows=self._rows, default=1.0))
         # The first thread to open a shard checks its hash, or fetches it; the others wait.
         self._opening = [threading.Lock() for _ in folder.manifest.shards]
 

@@ -7,16 +7,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
 from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, DpoOptError, quoted
-from dpo_opt.schemas.locations import AnyPath, fetch, inside, on_this_machine
-from dpo_opt.schemas.manifest import TOKENIZER, Manifest, damaged, load_manifest, tokenizer_names
+from dpo_opt.schemas.locations import AnyPath, fetch, inside, is_file, on_this_machine
+from dpo_opt.schemas.manifest import (
+    TOKENIZER,
+    Manifest,
+    damaged,
+    load_manifest,
+    resume_command,
+    tokenizer_names,
+)
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shards import read_row_groups
+from dpo_opt.schemas.sidecars import column_path, read_column
 from dpo_opt.schemas.storage import file_names, publish, sha256_file, sha256_folder
 
 
@@ -77,6 +87,35 @@ class ShardFolder:
                     why="they turn the folder's ids back into text, and become those of the trained model",
                 )
             yield here
+
+    def has_column(self, name: str) -> bool:
+        """Whether the pairs have a column, such as ``weight``, beside the shards.
+
+        Raises:
+            DataError: The manifest names its file, which is missing.
+        """
+        path = column_path(self.path, name, self.manifest.columns)
+        there = is_file(path)
+        if not there and name in (self.manifest.columns or {}):
+            raise DataError(
+                f"the {name} of the pairs is missing",
+                where=str(path),
+                why=f"the data has a {name} for some pairs; without it all pairs would count alike",
+                fix=f"{resume_command(self.path)}, which takes it from the data again and scores nothing",
+            )
+        return there
+
+    def column(
+        self, name: str, *, rows: npt.NDArray[np.int64], default: float
+    ) -> npt.NDArray[np.float64] | None:
+        """A column's value at each of ``rows`` (n,): ``default`` where there is none; None: no column.
+
+        Raises:
+            DataError: As ``has_column`` and ``read_column``.
+        """
+        if not self.has_column(name):
+            return None
+        return read_column(self.path, name, files=self.manifest.columns, rows=rows, default=default)
 
     def pairs(self) -> Iterator[ScoredPair]:
         """Every pair, in row order, one row group in memory at a time."""

@@ -334,8 +334,9 @@ def test_columns_are_checked_by_row(shards: Path) -> None:
     path.write_bytes(b"")
     assert check(shards).problems[0].startswith(f'{path}: not a column "weight" by row')
     path.unlink()
-    (note,) = check(shards).notes
-    assert note.startswith(f"{path} is missing, so no pair has a weight")
+    (problem,) = check(shards).problems
+    assert problem.startswith(f"{path}: missing; dpo-opt precompute"), problem
+    pq.write_table(pa.table({"row": pa.array([2]), "weight": [1.0]}), path)
     # Another column may hold negative numbers.
     pq.write_table(pa.table({"row": [2], "margin": [-1.0]}), path.with_name("margin.parquet"))
     assert check(shards).problems == []

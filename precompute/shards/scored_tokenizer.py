@@ -30,6 +30,9 @@ def other_tokenizer(shards_dir: AnyPath, fingerprint: Fingerprint) -> str | None
 
 
 def _difference(folder: Path, fingerprint: Fingerprint) -> str | None:
+    # First without transformers, whose loading takes seconds.
+    if _stated_digest(folder) == fingerprint.tokenizer:
+        return None
     try:
         if tokenizer_digest(load_tokenizer(folder)) == fingerprint.tokenizer:
             return None
@@ -51,16 +54,12 @@ class _Saved:
     split_special_tokens: bool
 
 
-def files_state_tokenizer(shards_dir: AnyPath, fingerprint: Fingerprint) -> bool:
-    """Whether the files alone show that it is the tokenizer of the fingerprint.
-
-    If they do not, ``other_tokenizer`` decides. That one loads transformers, which takes seconds and PyTorch.
-    """
+def _stated_digest(folder: Path) -> str | None:
+    """The digest by the files alone; None where they do not say enough."""
     try:
-        with on_this_machine(shards_dir / TOKENIZER) as local:
-            return tokenizer_digest(_saved(local)) == fingerprint.tokenizer
+        return tokenizer_digest(_saved(folder))
     except (ModuleNotFoundError, OSError, ValueError, TypeError, AttributeError, KeyError):
-        return False
+        return None
 
 
 def _saved(folder: Path) -> _Saved:
