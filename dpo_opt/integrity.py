@@ -26,7 +26,6 @@ from dpo_opt.schemas.manifest import (
     Manifest,
     ShardCommit,
     resume_command,
-    tokenizer_names,
 )
 from dpo_opt.schemas.pairs import HIGHEST_LOGP, LogpArray, ScoredPair
 from dpo_opt.schemas.shard_folder import verified_file
@@ -262,7 +261,7 @@ def _dropped_problems(file: Path, commit: ShardCommit, dropped: set[int]) -> Ite
 def _tokenizer_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     folder = shards / TOKENIZER
     try:
-        names, recorded = file_names(folder), tokenizer_names(shards)
+        names, recorded = file_names(folder), manifest.tokenizer_files
         changed = bool(names) and (
             names != (names if recorded is None else recorded)
             or sha256_folder(folder, names=recorded, whole=shards) != manifest.tokenizer_sha256
@@ -286,7 +285,8 @@ def _column_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     there = sizes(shards / COLUMNS)
     for planned_name, name in read_as.items():
         if planned_name.removeprefix(f"{COLUMNS}/") not in there:
-            yield f"{shards / planned_name}: missing; {resume_command(shards)} takes the {name} from the data again"
+            again = resume_command(shards)
+            yield f"{shards / planned_name}: missing; {again} takes the {name} from the data again"
     for file_name in sorted(there):
         name = f"{COLUMNS}/{file_name}"
         stem = file_name.removesuffix(".parquet")

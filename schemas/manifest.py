@@ -28,7 +28,7 @@ from dpo_opt.schemas.locations import (
 from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.shards import SCHEMA_VERSION
 from dpo_opt.schemas.sidecars import ColumnFile
-from dpo_opt.schemas.storage import file_names, write_text
+from dpo_opt.schemas.storage import write_text
 
 PLAN = "plan.json"
 COMMAND = "precompute.yaml"
@@ -141,12 +141,8 @@ class Manifest(_Record):
     index_file: str
     index_sha256: Sha256
     tokenizer_sha256: Sha256
-
-
-class _TokenizerFiles(_Record):
-    """The key of the manifest that names the tokenizer's files: only these are fetched from a store."""
-
     tokenizer_files: list[str] | None = None
+    """Only these are fetched from a store; None in a manifest from before they were named."""
 
 
 def repair_command(shards_dir: AnyPath) -> str:
@@ -199,7 +195,7 @@ def to_json(record: BaseModel) -> str:
 def write_manifest(
     shards_dir: AnyPath, manifest: Manifest, *, name: str = MANIFEST, replace: bool = True
 ) -> None:
-    """Publish the manifest with the names of the tokenizer's files and the hash of its own body.
+    """Publish the manifest with the hash of its own body.
 
     Args:
         shards_dir: Folder of reference shards.
@@ -209,11 +205,9 @@ def write_manifest(
 
     Raises:
         FileExistsError: There is one, and it must not be replaced.
-        DataError: A file of the tokenizer has a name that leaves its folder.
         DpoOptError: The disk is full, or the store refuses.
     """
     body = json.loads(to_json(manifest))
-    body["tokenizer_files"] = file_names(shards_dir / TOKENIZER)
     text = json.dumps({**body, "sha256": _body_hash(body)}, sort_keys=True, indent=1, ensure_ascii=False)
     write_text(shards_dir / name, text + "\n", replace=replace)
 
@@ -228,7 +222,7 @@ def load_manifest(shards_dir: AnyPath) -> Manifest:
     path = shards_dir / MANIFEST
     body = _body(shards_dir)
     _require_known_version(body, shards_dir)
-    manifest = _parse_body(Manifest, body, shards_dir)
+    manifest = _parse_body(body, shards_dir)
     named = [name for shard in manifest.shards for name in (shard.file, shard.dropped_file)]
     for name in [*named, manifest.index_file]:
         if not _SAFE_FILE.fullmatch(name):
@@ -249,16 +243,7 @@ def _require_known_version(body: Mapping[str, object], shards_dir: AnyPath) -> N
         )
 
 
-def tokenizer_names(shards_dir: AnyPath) -> list[str] | None:
-    """Files of the folder's tokenizer, as the manifest names them; None in one from before it did.
-
-    Raises:
-        DataError: As ``load_manifest``, or the names are no list of text.
-    """
-    return _parse_body(_TokenizerFiles, _body(shards_dir), shards_dir).tokenizer_files
-
-
-def _parse_body(kind: type[R], body: dict[str, object], shards_dir: AnyPath) -> R:
+def _parse_body(body: dict[str, object], shards_dir: AnyPath) -> Manifest:
     """Read a manifest whose hash is right.
 
     Raises:
@@ -266,7 +251,7 @@ def _parse_body(kind: type[R], body: dict[str, object], shards_dir: AnyPath) -> 
     """
     path = shards_dir / MANIFEST
     try:
-        return parse(kind, json.dumps(body), where=path)
+        return parse(Manifest, json.dumps(body), where=path)
     except DataError as error:
         raise damaged(error.what, path, shards_dir, why=_ONLY_RECORD) from error
 

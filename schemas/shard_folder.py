@@ -22,7 +22,6 @@ from dpo_opt.schemas.manifest import (
     damaged,
     load_manifest,
     resume_command,
-    tokenizer_names,
 )
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shards import read_row_groups
@@ -77,7 +76,7 @@ class ShardFolder:
             DataError: They are not those that the manifest's hash was taken of.
         """
         path = self.path / TOKENIZER
-        with on_this_machine(path, names=tokenizer_names(self.path)) as here:
+        with on_this_machine(path, names=self.manifest.tokenizer_files) as here:
             if sha256_folder(here, whole=self.path) != self.manifest.tokenizer_sha256:
                 files = map(quoted, file_names(here))
                 raise damaged(

@@ -30,6 +30,7 @@ from dpo_opt.schemas.manifest import (
     INDEX,
     MANIFEST,
     PLAN,
+    TOKENIZER,
     Manifest,
     Plan,
     ShardCommit,
@@ -39,7 +40,7 @@ from dpo_opt.schemas.manifest import (
     to_json,
     write_manifest,
 )
-from dpo_opt.schemas.storage import write_text
+from dpo_opt.schemas.storage import file_names, write_text
 
 
 def require_beginning(manifest: Manifest, plan: Plan, shards_dir: AnyPath) -> None:
@@ -132,6 +133,7 @@ def finalize(shards_dir: AnyPath, *, own: Plan | None = None) -> Manifest:
         index_file=index_file,
         index_sha256=index_sha256,
         tokenizer_sha256=tokenizer_sha256,
+        tokenizer_files=file_names(shards_dir / TOKENIZER),
     )
     published = _publish_one_choice(shards_dir, manifest, plan)
     if published is None:

@@ -13,7 +13,6 @@ from dpo_opt.schemas.manifest import (
     Plan,
     damaged,
     load_manifest,
-    tokenizer_names,
 )
 from dpo_opt.schemas.storage import file_names
 
@@ -76,7 +75,7 @@ def lost_files(shards_dir: AnyPath, manifest: Manifest) -> Iterator[tuple[str, s
             yield commit.dropped_file, _lost(commit.dropped_file, there)
     if not there.get(manifest.index_file):
         yield manifest.index_file, _lost(manifest.index_file, there)
-    named = tokenizer_names(shards_dir)
+    named = manifest.tokenizer_files
     files = set(file_names(shards_dir / TOKENIZER))
     if named is None and not files:
         yield TOKENIZER, "it is missing or empty"

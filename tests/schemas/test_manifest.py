@@ -26,7 +26,6 @@ from dpo_opt.schemas.manifest import (
     load_manifest,
     parse,
     to_json,
-    tokenizer_names,
     write_manifest,
 )
 from dpo_opt.schemas.pairs import ScoredPair
@@ -112,6 +111,7 @@ def make_folder(path: Path) -> Manifest:
         index_file=INDEX,
         index_sha256=sha256_file(path / INDEX),
         tokenizer_sha256=sha256_folder(path / TOKENIZER),
+        tokenizer_files=["tokenizer.json"],
     )
     write_manifest(path, manifest)
     return manifest
@@ -241,7 +241,7 @@ def test_a_value_of_another_kind_is_refused_by_its_field(folder: Path) -> None:
     for key, value in (("rows", "many"), ("kept", float("nan")), ("tokenizer_files", [[1]])):
         before = (folder / MANIFEST).read_bytes()
         rewrite_manifest(folder, **{key: value})
-        error = refusal(lambda: (load_manifest(folder), tokenizer_names(folder)))
+        error = refusal(lambda: load_manifest(folder))
         assert error.what.startswith(key)
         assert error.why == "nothing else says which files belong to the folder"
         assert error.fix == f"dpo-opt repair --shards {folder}"
@@ -309,14 +309,14 @@ def test_every_hash_of_every_record_is_one_by_its_type() -> None:
 
 
 def test_what_is_fetched_of_a_tokenizer_is_named_by_the_manifest(folder: Path) -> None:
-    assert tokenizer_names(folder) == ["tokenizer.json"]
+    assert load_manifest(folder).tokenizer_files == ["tokenizer.json"]
     body = json.loads((folder / MANIFEST).read_text())
     del body["tokenizer_files"], body["sha256"]
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     body["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     (folder / MANIFEST).write_text(json.dumps(body))
     # A folder from before the names were written is read as ever.
-    assert tokenizer_names(folder) is None
+    assert load_manifest(folder).tokenizer_files is None
     with ShardFolder.open(folder).tokenizer() as here:
         assert [path.name for path in here.iterdir()] == ["tokenizer.json"]
 
