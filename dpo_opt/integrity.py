@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from dpo_opt.folder_notes import planned_rows
-from dpo_opt.precompute.shards.scored_tokenizer import other_tokenizer
+from dpo_opt.precompute.shards.scored_tokenizer import files_state_tokenizer, other_tokenizer
 from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
@@ -273,7 +273,9 @@ def _tokenizer_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
         yield f"{folder}: the tokenizer's files are missing"
     elif changed:
         yield f"{folder}: a file changed, is missing or is new among {', '.join(names)}"
-    elif problem := other_tokenizer(shards, manifest.fingerprint):
+    elif not files_state_tokenizer(shards, manifest.fingerprint) and (
+        problem := other_tokenizer(shards, manifest.fingerprint)
+    ):
         yield f"{folder}: {problem}"
 
 

@@ -1,5 +1,6 @@
 """Whether the tokenizer in a folder is the one whose ids were scored."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,6 @@ def other_tokenizer(shards_dir: AnyPath, fingerprint: Fingerprint) -> str | None
 
 
 def _difference(folder: Path, fingerprint: Fingerprint) -> str | None:
-    # First without transformers, whose loading takes seconds.
-    if _stated_digest(folder) == fingerprint.tokenizer:
-        return None
     try:
         if tokenizer_digest(load_tokenizer(folder)) == fingerprint.tokenizer:
             return None
@@ -54,23 +52,55 @@ class _Saved:
     split_special_tokens: bool
 
 
-def _stated_digest(folder: Path) -> str | None:
-    """The digest by the files alone; None where they do not say enough."""
+def files_state_tokenizer(shards_dir: AnyPath, fingerprint: Fingerprint) -> bool:
+    """Whether the files alone show that it is the tokenizer of the fingerprint.
+
+    If they do not, ``other_tokenizer`` decides. That one loads transformers, which takes seconds and PyTorch.
+    """
     try:
-        return tokenizer_digest(_saved(folder))
-    except (ModuleNotFoundError, OSError, ValueError, TypeError, AttributeError, KeyError):
-        return None
+        with on_this_machine(shards_dir / TOKENIZER) as local:
+            return _is_stated(local, fingerprint)
+    except FileNotFoundError:
+        return False
+
+
+def _is_stated(folder: Path, fingerprint: Fingerprint) -> bool:
+    try:
+        return tokenizer_digest(_saved(folder)) == fingerprint.tokenizer
+    except Exception:  # of the tokenizers library that very class
+        return False
 
 
 def _saved(folder: Path) -> _Saved:
+    """What the files state.
+
+    Raises:
+        ValueError: Settings name tokens that tokenizer.json lacks: transformers would add them.
+    """
     from tokenizers import Tokenizer
 
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    json_of(text)  # whose errors are known; those of the library are bare Exceptions
     settings = json_of((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    tokens = [settings.get(name) for name in ("bos_token", "eos_token", "unk_token")]
-    bos, eos, unk = [token["content"] if isinstance(token, dict) else token for token in tokens]
+    added = {token["content"] for token in json_of(text)["added_tokens"]}
+    if unknown := set(_named_tokens(settings)) - added:
+        raise ValueError(f"tokenizer.json lacks {unknown}")
+    bos, eos, unk = [_content(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token")]
     return _Saved(Tokenizer.from_str(text), bos, eos, unk, bool(settings.get("split_special_tokens")))
+
+
+def _named_tokens(settings: dict[str, Any]) -> Iterator[str]:
+    for name, value in settings.items():
+        if name.endswith("_token") and not name.startswith("add_"):
+            listed = [value]
+        elif name in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+            listed = list(value.values()) if isinstance(value, dict) else value or []
+        else:
+            continue
+        yield from (content for token in listed if (content := _content(token)) is not None)
+
+
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token
 
 
 def scored_tokenizer_sha256(shards_dir: AnyPath, fingerprint: Fingerprint) -> str:
@@ -83,7 +113,8 @@ def scored_tokenizer_sha256(shards_dir: AnyPath, fingerprint: Fingerprint) -> st
     try:
         with on_this_machine(shards_dir / TOKENIZER) as local:
             # Taken first: what changes after the comparison has another hash.
-            sha256, problem = sha256_folder(local, whole=shards_dir), _difference(local, fingerprint)
+            sha256 = sha256_folder(local, whole=shards_dir)
+            problem = None if _is_stated(local, fingerprint) else _difference(local, fingerprint)
     except FileNotFoundError:
         problem = _UNREADABLE
     if problem:

