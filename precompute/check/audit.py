@@ -24,6 +24,7 @@ from dpo_opt.precompute.check.repeats import find_repeats, near_repeats
 from dpo_opt.precompute.config import CheckConfig, DataConfig, Truncation
 from dpo_opt.precompute.read.sources import Source, find_sources, merged_splits
 from dpo_opt.precompute.tokens.max_length import resolve_max_length
+from dpo_opt.precompute.tokens.truncation import DROP_FIXES
 from dpo_opt.schemas.audit_record import (
     Audit,
     DataSource,
@@ -290,7 +291,10 @@ def _sources(facts: Facts) -> list[SourceCount]:
 def _forecast_problems(facts: Facts, fit: TruncationForecast, truncation: Truncation) -> list[Problem]:
     prompt, longest = facts.tokens[:, 0], facts.tokens[:, 1:3].max(axis=1)
     if not fit.whole and not fit.cut:
-        return [problem("nothing_fits", len(facts), [])]
+        reason = max(fit.dropped, key=lambda key: fit.dropped[key])
+        kind = f"all_{reason}" if reason in DROP_FIXES else "nothing_fits"
+        counts = ", ".join(f"{count} {reason}" for reason, count in fit.dropped.items())
+        return [problem(kind, len(facts), [Example(where=f"--max-length {fit.max_length}", detail=counts)])]
     too_long = prompt + longest > fit.max_length
     kept, _ = kept_pairs(facts.tokens, max_length=fit.max_length, truncation=truncation)
     usable, of_themselves = kept_pairs(

@@ -6,6 +6,7 @@ pair_statistics.py and audit.py count the problems; the sentences are only here.
 from typing import NamedTuple
 
 from dpo_opt.precompute.read.foreign_forms import PAIR_UP
+from dpo_opt.precompute.tokens.truncation import DROP_FIXES, DROP_REASONS
 from dpo_opt.schemas.audit_record import Example, Problem, Severity
 
 
@@ -154,8 +155,13 @@ FOUND: dict[str, Kind] = {
         "error",
         "no pair fits max_length",
         "every pair would be left out",
-        "pass a larger `--max-length`, or `--truncation keep_end`",
+        "pass a larger `--max-length`; the forecast says what each would keep",
     ),
+    **{
+        f"all_{reason}": Kind("error", "no pair can be used", why, DROP_FIXES[reason])
+        for reason, why in DROP_REASONS.items()
+        if reason in DROP_FIXES
+    },
     "merged_splits": Kind(
         "warning",
         "sources with several splits (such as train and test), read as one",

@@ -10,6 +10,7 @@ rendered, because a chat template refuses a row for its shape: who speaks in whi
 """
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,11 +30,13 @@ from dpo_opt.precompute.shards.planned_rows import Encoded, RowFacts, RowsDigest
 from dpo_opt.precompute.shards.read_plan import known_plans
 from dpo_opt.precompute.shards.reference import Reference, fingerprint_of
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.precompute.tokens.truncation import DROP_FIXES
+from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.manifest import (
     Plan,
     ShardRange,
 )
+from dpo_opt.schemas.models import context_length
 from dpo_opt.schemas.pairs import Numerics, TokenizedPair
 from dpo_opt.schemas.sidecars import Column, new_column, planned_file
 
@@ -212,6 +215,7 @@ def _good_blocks(config: PrecomputeConfig) -> Iterator[tuple[Block, Reading]]:
 
 def _require_a_usable_pair(config: PrecomputeConfig, reference: Reference, tokenizer: PairTokenizer) -> None:
     reasons: Counter[str] = Counter()
+    needed = completion = sys.maxsize
     for item in scan_pairs(config):
         if isinstance(item, BadRow):
             if config.on_bad_row == "error":
@@ -228,10 +232,37 @@ def _require_a_usable_pair(config: PrecomputeConfig, reference: Reference, token
         if isinstance(fitted, TokenizedPair):
             return
         reasons[fitted.reason] += 1
+        if fitted.reason not in DROP_FIXES:
+            longest = max(len(ids.chosen), len(ids.rejected))
+            needed, completion = min(needed, len(ids.prompt) + longest), min(completion, longest)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     raise DataError(
         f"none of the {reasons.total()} pairs can be used ({counts})",
         where=", ".join(config.data),
-        why=f"at --max-length {reference.max_length} nothing would be left to train on",
-        fix="pass a larger --max-length, or --truncation keep_end",
+        why="nothing would be left to train on",
+        fix=_way_out(config, reference, reasons.most_common(1)[0][0], needed, completion),
     )
+
+
+def _way_out(
+    config: PrecomputeConfig, reference: Reference, reason: str, needed: int, completion: int
+) -> str:
+    """What makes a pair usable, by the reason that most have.
+
+    Args:
+        config: Of the run.
+        reference: The model that scores.
+        reason: A ``DropReason``, or ``bad_row`` and a kind.
+        needed: Tokens of the shortest pair that is too long.
+        completion: Tokens of the shortest longer completion among those pairs.
+    """
+    if reason.startswith("bad_row"):
+        data = " ".join(map(quoted, config.data))
+        return f"correct the rows as `dpo-opt check {data} --model {quoted(config.model)}` says"
+    if reason in DROP_FIXES:
+        return DROP_FIXES[reason]
+    if needed <= (context_length(reference.folder) or needed):
+        return f"pass --max-length {needed}, which keeps the shortest pair; `dpo-opt check` forecasts others"
+    if config.truncation != "keep_end" and completion < reference.max_length:
+        return "pass --truncation keep_end"
+    return "shorten the texts, or pass a --model with a longer context"

@@ -30,6 +30,14 @@ DROP_REASONS: dict[DropReason, str] = {
 }
 """Why a row was left out, in the order in which the reasons are tried."""
 
+DROP_FIXES: dict[str, str] = {
+    "empty_prompt": "give the rows a prompt, or pass `--column prompt=NAME` where another column holds it",
+    "empty_completion": "add the missing text; `dpo-opt preview DATA --model MODEL` shows where none is left",
+    "identical_completions": "let chosen and rejected differ, or pass `--column rejected=NAME` where another "
+    "column holds the rejected completion",
+}
+"""What makes a row usable that was left out for a reason that no ``max_length`` changes."""
+
 
 class PairIds(NamedTuple):
     """A pair's token ids before truncation, divided where the prompt ends."""

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 from fakes import NUMERICS, preference_rows, write_jsonl
 
-from dpo_opt.precompute.config import PrecomputeConfig
+from dpo_opt.precompute.check.audit import audit
+from dpo_opt.precompute.config import CheckConfig, PrecomputeConfig
 from dpo_opt.precompute.shards.make_plan import Planned, make_plan
 from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.shards.reference import make_tokenizer, resolve_reference
@@ -137,9 +139,60 @@ def test_planning_writes_nothing(plan_of: Plans, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("truncation", "reason"), [("keep_start", "prompt_fills"), ("drop", "longer_than")])
-def test_data_of_which_nothing_is_left_is_refused(plan_of: Plans, truncation: str, reason: str) -> None:
-    with pytest.raises(DataError, match=rf"none of the 10 pairs can be used \(10 {reason}_max_length\)"):
-        plan_of(max_length=2, truncation=truncation)
+def test_data_of_which_nothing_is_left_is_refused_with_a_length_that_keeps_some(
+    plan_of: Plans, truncation: str, reason: str
+) -> None:
+    settings: dict[str, Any] = {"truncation": truncation}
+    with pytest.raises(
+        DataError, match=rf"none of the 10 pairs can be used \(10 {reason}_max_length\)"
+    ) as caught:
+        plan_of(max_length=2, **settings)
+    length = re.match(r"pass --max-length (\d+),", caught.value.fix or "")
+    assert length
+    plan_of(max_length=int(length[1]), **settings)
+
+
+LONG = "a long text of many words " * 40
+
+
+@pytest.mark.parametrize(
+    ("row", "truncation", "reason", "fix"),
+    [
+        ({"chosen": " yes", "rejected": " yes"}, "keep_start", "identical_completions", "--column rejected="),
+        ({"prompt": ""}, "keep_start", "empty_prompt", "--column prompt="),
+        ({"prompt": LONG}, "keep_start", "prompt_fills_max_length", "pass --truncation keep_end"),
+        ({"prompt": LONG}, "drop", "longer_than_max_length", "pass --truncation keep_end"),
+        ({"chosen": LONG}, "keep_end", "completion_fills_max_length", "shorten the texts"),
+    ],
+)
+def test_the_fix_for_data_of_which_nothing_is_left_is_of_the_reason_that_most_pairs_have(
+    plan_of: Plans,
+    data: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    row: dict[str, str],
+    truncation: str,
+    reason: str,
+    fix: str,
+) -> None:
+    """Where the model's context allows no longer pairs, and its tokenizer writes no BOS."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    backend = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps({**backend, "post_processor": None}))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    write_jsonl(data, [{"prompt": "Is it?", "chosen": " yes", "rejected": " no"} | row] * 3)
+    with pytest.raises(DataError, match=rf"3 {reason}\)") as caught:
+        plan_of(model=str(model), truncation=truncation, max_length=None)
+    assert fix in str(caught.value.fix)
+    found = audit(
+        CheckConfig.model_validate({"data": [str(data)], "model": str(model), "truncation": truncation})
+    )
+    (error,) = [p for p in found.problems if p.severity == "error"]
+    of_length = "max_length" in reason
+    assert error.kind == ("nothing_fits" if of_length else f"all_{reason}")
+    assert ("--max-length" in error.fix) == of_length
+    assert of_length or error.fix == caught.value.fix
 
 
 def test_a_late_malformed_row_is_found(plan_of: Plans, data: Path) -> None:
