@@ -205,6 +205,24 @@ SITUATIONS: dict[str, Situation] = {
         "there is no manifest.json",
         "dpo-opt finalize",
     ),
+    "precompute: no pair fits": Situation(
+        lambda place: shutil.rmtree(place.shards),
+        lambda place: place.precompute("--max-length", 2),
+        "none of the 8 pairs can be used (8 prompt_fills_max_length)",
+        "pass --max-length ",
+    ),
+    "convert: the output exists": Situation(
+        lambda place: (place.base / "clean").mkdir(),
+        lambda place: ["convert", str(place.data), "--output", str(place.base / "clean")],
+        "the output exists already",
+        "pass another --output",
+    ),
+    "convert: all pairs are held out": Situation(
+        lambda place: rewrite(place, ROWS[:1]),
+        lambda place: ["convert", str(place.data), "--output", f"{place.base}/new", "--eval-split", "0.999"],
+        "no pair is left to train on (1 held out",
+        "leave --eval-split out",
+    ),
 }
 
 
@@ -232,8 +250,8 @@ def message(output: str) -> tuple[str, str]:
 def follow(fix: str, command: list[str], base: Path, seen: list[str]) -> list[str]:
     """Do what a fix says first, as a person reads it; returns the command to run after it."""
     said = fix.partition(": ")[2] if re.match("where you trust", fix) else fix
-    if said.startswith("pass another --shards folder"):
-        return with_option(command, "--shards", str(base / "another"))
+    if found := re.match(r"pass another (--shards|--output)\b", said):
+        return with_option(command, found[1], str(base / "another"))
     if said.startswith("pass --"):
         words = shlex.split(re.split(r", | to | as |; ", said)[0])[1:]
         return with_option(command, words[0], *words[1:])

@@ -20,7 +20,7 @@ from dpo_opt.precompute.check.written_forms import written_row
 from dpo_opt.precompute.config import ConvertConfig
 from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
 from dpo_opt.precompute.read.sources import refuse_inside
-from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.pairs import PreferencePair
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.storage import publish_folder
@@ -64,9 +64,11 @@ def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Conve
         converted = _write(config, facts, reasons, private, progress)
         if not converted.train:
             raise DataError(
-                f"no pair is left to train on ({_words(converted.removed)})",
+                f"no pair is left to train on ({converted.eval} held out, {_words(converted.removed)})",
                 where=", ".join(config.data),
-                fix="dpo-opt check DATA",
+                fix="leave --eval-split out"
+                if converted.eval
+                else f"dpo-opt check {' '.join(map(quoted, config.data))}",
             )
     return converted
 
@@ -182,4 +184,4 @@ def _line(file: TextIO, row: dict[str, Any]) -> None:
 
 
 def _words(removed: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in removed.items()) or "no rows"
+    return ", ".join(f"{count} {reason}" for reason, count in removed.items()) or "none removed"
