@@ -88,8 +88,7 @@ def _extra_files(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
     plans = _readable_plans(shards)
     columns, kept = columns_in_use(plans, manifest), _kept_by_gc(shards, plans, manifest)
     there = _files(shards)
-    unread = {f"{COLUMNS}/{name}.parquet" for name in manifest.columns or {}}
-    unread |= {n for n in there if is_planned_file(n)}
+    unread = {n for n in there if is_planned_file(n)}
     others = sorted(
         n for n in there - named - columns if is_private(n) or n in unread or not _EXPECTED.fullmatch(n)
     )

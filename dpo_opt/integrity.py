@@ -30,7 +30,7 @@ from dpo_opt.schemas.manifest import (
 from dpo_opt.schemas.pairs import HIGHEST_LOGP, LogpArray, ScoredPair
 from dpo_opt.schemas.shard_folder import verified_file
 from dpo_opt.schemas.shards import DROPPED_SCHEMA, INDEX_SCHEMA, inconsistent_columns, read_row_groups
-from dpo_opt.schemas.sidecars import COLUMNS, WEIGHT, is_planned_file
+from dpo_opt.schemas.sidecars import COLUMNS, WEIGHT, is_planned_file, own_file, planned_file
 from dpo_opt.schemas.storage import file_names, sha256_folder
 
 _MOST_PER_FILE = 5
@@ -280,19 +280,19 @@ def _tokenizer_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
 
 
 def _column_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
-    """No hash names the columns, because they may be replaced; their rows must still be this folder's."""
+    """The hash of a plan's column is in its name. A person's own has none; its rows must be this folder's."""
     rows = planned_rows(shards, manifest)
     planned = manifest.columns or {}
     read_as = {file: name for name, file in planned.items()}
     there = sizes(shards / COLUMNS)
     for planned_name, name in read_as.items():
-        if planned_name.removeprefix(f"{COLUMNS}/") not in there:
+        if not {planned_name, own_file(name)} & {f"{COLUMNS}/{file}" for file in there}:
             again = resume_command(shards)
             yield f"{shards / planned_name}: missing; {again} takes the {name} from the data again"
     for file_name in sorted(there):
         name = f"{COLUMNS}/{file_name}"
         stem = file_name.removesuffix(".parquet")
-        is_own = stem != file_name and not file_name.startswith(".") and stem not in planned
+        is_own = stem != file_name and not file_name.startswith(".")
         if name not in read_as and (is_planned_file(name) or not is_own):
             continue
         try:
@@ -301,11 +301,11 @@ def _column_problems(shards: AnyPath, manifest: Manifest) -> Iterator[str]:
             yield f"{error.where}: {error.what}"
             continue
         with contextlib.suppress(FileNotFoundError), on_this_machine(path) as file:
-            problems = _values_problems(file, read_as.get(name, stem), rows)
+            problems = _values_problems(file, read_as.get(name, stem), rows, stated=name)
             yield from _few(f"{path}: {problem}" for problem in problems)
 
 
-def _values_problems(file: Path, name: str, known: int) -> Iterator[str]:
+def _values_problems(file: Path, name: str, known: int, *, stated: str) -> Iterator[str]:
     try:
         with arrow_file(file) as raw:
             table = pq.read_table(raw, columns=["row", name])
@@ -316,6 +316,8 @@ def _values_problems(file: Path, name: str, known: int) -> Iterator[str]:
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
         yield f'not a column "{name}" by row ({first_line(error, named=False)})'
         return
+    if is_planned_file(stated) and planned_file(name, rows, values) != stated:
+        yield "its values are not those of the plan, whose hash is in its name"
     foreign = (rows < 0) | (rows >= known)
     yield from (f"row {row} is not in this folder" for row in rows[foreign])
     unique, counts = np.unique(rows, return_counts=True)

@@ -150,7 +150,7 @@ class PairStream:
                 else "the weights of the training pairs add up to infinity",
                 where=str(column_path(self._folder.path, WEIGHT, self._folder.manifest.columns)),
                 why="the policy would learn nothing: each pair would count as 0",
-                fix="correct the file, or remove it to let all pairs count alike",
+                fix="write weights above 0 to columns/weight.parquet there (columns row and weight)",
             )
         return weights / mean
 

@@ -1,9 +1,9 @@
 """Numbers of a pair that may change without scoring again: one Parquet file per column, by row.
 
-They are stored next to the shards, not in them, and no hash covers them, so a person may replace a weight.
-A plan names its columns' files, and a file's name holds the hash of the values that the data gave. So what a
-killed run left for another plan is never taken for this one's. Where a plan names no file for a column, as in
-folders of early versions, the column is ``columns/<name>.parquet``, if there is such a file.
+They are stored next to the shards, not in them. A plan names its columns' files, and a file's name holds the
+hash of the values that the data gives. So readers notice other values, and what a killed run left for another
+plan is never taken for this one's. A person's own numbers are ``columns/<name>.parquet``. They count instead
+of the plan's, and no hash is of them; folders of early versions have only such files.
 """
 
 import hashlib
@@ -47,14 +47,15 @@ def new_column() -> Column:
     return Column(array("q"), array("d"))
 
 
-def planned_file(name: str, column: Column) -> ColumnFile:
+def planned_file(name: str, rows: npt.ArrayLike, values: npt.ArrayLike) -> ColumnFile:
     """The file that a plan names for a column: its name holds 32 hex digits of the SHA-256 of the values.
 
     Args:
         name: Such as ``weight``.
-        column: Its values, in any order of the rows.
+        rows: (n,) the rows that have a value, in any order.
+        values: (n,) their values.
     """
-    rows, values = np.asarray(column.rows, np.int64), np.asarray(column.values, np.float64)
+    rows, values = np.asarray(rows, np.int64), np.asarray(values, np.float64)
     order = np.argsort(rows, kind="stable")
     digest = hashlib.sha256(name.encode() + rows[order].tobytes() + values[order].tobytes())
     return f"{COLUMNS}/{name}-{digest.hexdigest()[:32]}.parquet"
@@ -69,8 +70,13 @@ def is_planned_file(name: str) -> bool:
     return re.fullmatch(_PLANNED, name) is not None
 
 
+def own_file(name: str) -> str:
+    """The file of a person's own numbers, relative to the folder of shards."""
+    return f"{COLUMNS}/{name}.parquet"
+
+
 def column_path(shards_dir: AnyPath, name: str, files: ColumnFiles) -> AnyPath:
-    """Where a column is, whether there is such a file or not.
+    """The file that counts for a column, whether there is such a file or not.
 
     Args:
         shards_dir: Folder of reference shards.
@@ -80,17 +86,13 @@ def column_path(shards_dir: AnyPath, name: str, files: ColumnFiles) -> AnyPath:
     Raises:
         DataError: The file is a link that leads out of the folder.
     """
-    return inside(shards_dir, (files or {}).get(name, f"{COLUMNS}/{name}.parquet"))
+    own = inside(shards_dir, own_file(name))
+    planned = (files or {}).get(name)
+    return own if planned is None or is_file(own) else inside(shards_dir, planned)
 
 
 def write_column(
-    shards_dir: AnyPath,
-    name: str,
-    column: Column,
-    *,
-    files: ColumnFiles = None,
-    before: ColumnFiles = None,
-    keep_rows: int = 0,
+    shards_dir: AnyPath, name: str, column: Column, *, file: ColumnFile | None = None, keep_rows: int = 0
 ) -> None:
     """Publish a column.
 
@@ -98,31 +100,20 @@ def write_column(
         shards_dir: Folder of reference shards.
         name: Such as ``weight``.
         column: Its values.
-        files: Of the plan that the column belongs to.
-        before: Of the plan before.
-        keep_rows: Below this row, the values are those of the plan before: a person may have edited them.
+        file: That of a plan; without it, a person's own.
+        keep_rows: Below this row, the values of a file that is there stay.
 
     Raises:
-        DataError: The column of the plan before is damaged or is another table.
+        DataError: The file that is there is damaged or is another table.
     """
-    path, earlier = (column_path(shards_dir, name, some) for some in (files, before))
+    path = inside(shards_dir, file or own_file(name))
     table = pa.table({"row": pa.array(column.rows, pa.int64()), name: pa.array(column.values, pa.float64())})
-    if keep_rows and is_file(earlier):
-        there = _read_table(earlier, name)
+    if keep_rows and is_file(path):
+        there = _read_table(path, name)
         there = there.filter(pc.less(there["row"], keep_rows))
         table = pa.concat_tables([there, table.filter(pc.greater_equal(table["row"], keep_rows))])
     with publish(path) as private, arrow_file(private, "wb") as sink:
         pq.write_table(table, sink)
-
-
-def whole_column(path: AnyPath, name: str) -> Column:
-    """All values of a column's file.
-
-    Raises:
-        DataError: It is damaged or is another table.
-    """
-    table = _read_table(path, name)
-    return Column(array("q", table["row"].to_numpy().tobytes()), array("d", table[name].to_numpy().tobytes()))
 
 
 def read_column(
@@ -154,6 +145,7 @@ def read_column(
         raise _no_column(path, name, "a row number is missing")
     known = table["row"].to_numpy()
     values = table[name].to_numpy()
+    require_planned_values(path, name, known, values)
     _require_usable(path, name, known, values)
     found = np.full(len(rows), default)
     if len(known):
@@ -167,6 +159,26 @@ def read_column(
             raise _no_column(path, name, "none of its rows is one of this folder")
         found[hit] = values[order][places][hit]
     return found
+
+
+def require_planned_values(
+    path: AnyPath, name: str, rows: npt.NDArray[np.int64], values: npt.NDArray[np.float64]
+) -> None:
+    """Check that a file of a plan holds the values that its name is the hash of. Own files hold any.
+
+    Raises:
+        DataError: It holds others.
+    """
+    if not is_planned_file(f"{COLUMNS}/{path.name}"):
+        return
+    if planned_file(name, rows, values) != f"{COLUMNS}/{path.name}":
+        raise DataError(
+            f"its values of {name} are not those of the plan",
+            where=str(path),
+            why="its name is the hash of what the data gave; other numbers would be taken for those",
+            fix=f"put your own numbers into {path.parent / f'{name}.parquet'}, remove this file, and run the "
+            "precompute command again: it takes the plan's from the data, and scores nothing",
+        )
 
 
 def _require_usable(

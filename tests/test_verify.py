@@ -316,9 +316,10 @@ def test_an_index_without_some_rows_is_named(shards: Path, length: int) -> None:
 
 
 def test_columns_are_checked_by_row(shards: Path) -> None:
-    path = weight_file(shards)
+    planned = weight_file(shards)
     # Row 4 is dropped, and has a weight all the same.
-    assert pq.read_table(path)["row"].to_pylist() == [2, 4]
+    assert pq.read_table(planned)["row"].to_pylist() == [2, 4]
+    path = planned.with_name("weight.parquet")
     for rows, values, message in (
         ([2, 20], [1.0, 1.0], "row 20 is not in this folder"),
         ([-1], [1.0], "row -1 is not in this folder"),
@@ -334,9 +335,15 @@ def test_columns_are_checked_by_row(shards: Path) -> None:
     path.write_bytes(b"")
     assert check(shards).problems[0].startswith(f'{path}: not a column "weight" by row')
     path.unlink()
+    before = planned.read_bytes()
+    pq.write_table(pa.table({"row": [2], "weight": [1.0]}), planned)
+    assert check(shards).problems == [
+        f"{planned}: its values are not those of the plan, whose hash is in its name"
+    ]
+    planned.unlink()
     (problem,) = check(shards).problems
-    assert problem.startswith(f"{path}: missing; dpo-opt precompute"), problem
-    pq.write_table(pa.table({"row": pa.array([2]), "weight": [1.0]}), path)
+    assert problem.startswith(f"{planned}: missing; dpo-opt precompute"), problem
+    planned.write_bytes(before)
     # Another column may hold negative numbers.
     pq.write_table(pa.table({"row": [2], "margin": [-1.0]}), path.with_name("margin.parquet"))
     assert check(shards).problems == []

@@ -14,6 +14,8 @@ from dpo_opt.schemas.manifest import (
     damaged,
     load_manifest,
 )
+from dpo_opt.schemas.shard_folder import ShardFolder
+from dpo_opt.schemas.sidecars import column_path
 from dpo_opt.schemas.storage import file_names
 
 _MISSING = "the file is missing"
@@ -54,6 +56,16 @@ def require_all_there(shards_dir: AnyPath, manifest: Manifest) -> None:
         others = f" ({len(lost) - 1} other files are lost or cut as well)" if len(lost) > 1 else ""
         why = "the manifest names it, so readers of the folder would miss it"
         raise damaged(f"{problem}{others}", shards_dir / name, shards_dir, why=why)
+    for name in manifest.columns or ():
+        ShardFolder(shards_dir, manifest).has_column(name)
+
+
+def lost_columns(shards_dir: AnyPath, manifest: Manifest) -> list[tuple[str, str]]:
+    """Weights and margins that the manifest names and that are not there, each with what is wrong."""
+    files = manifest.columns or {}
+    return [
+        (file, _MISSING) for name, file in files.items() if not is_file(column_path(shards_dir, name, files))
+    ]
 
 
 def lost_files(shards_dir: AnyPath, manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -9,10 +9,11 @@ render every row of messages takes two to three times as long as to read it. So 
 rendered, because a chat template refuses a row for its shape: who speaks in which order, with which keys.
 """
 
+import bisect
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ from dpo_opt.schemas.manifest import (
 )
 from dpo_opt.schemas.models import context_length
 from dpo_opt.schemas.pairs import Numerics, TokenizedPair
-from dpo_opt.schemas.sidecars import Column, new_column, planned_file
+from dpo_opt.schemas.sidecars import Column, ColumnFile, new_column, planned_file
 
 
 class Planned(NamedTuple):
@@ -49,6 +50,8 @@ class Planned(NamedTuple):
     """Digest of the rows that the folder's own plan counts; None if the data has no more rows."""
     columns: dict[str, Column]
     """``weight`` and ``margin``, if some row has one or the folder's own plan names such a column."""
+    known_columns: dict[str, ColumnFile] | None
+    """What the folder's own plan would name for its rows by this data; None if it names no columns."""
     bad_rows: list[BadRow]
     """Rows that are left out; empty unless ``on_bad_row`` is ``skip``. At most ``_BAD_ROWS_SHOWN``."""
     earlier: Sequence[Plan] = ()
@@ -89,6 +92,8 @@ def make_plan(
         tokenizer = tokenizer.on(earlier[-1].fingerprint.template_date)
     _require_a_usable_pair(config, reference, tokenizer)
     division = _Division(config.pairs_per_shard, earlier)
+    # Plans of early versions named no columns: a folder goes on as it began.
+    unnamed = bool(earlier) and earlier[-1].columns is None
     columns = {name: new_column() for name in (earlier and earlier[-1].columns) or ()}
     bad_rows: list[BadRow] = []
     shapes: set[Shape] = set()
@@ -114,12 +119,27 @@ def make_plan(
         dataset_digest=division.digest.hexdigest(by_message=by_message),
         rows=division.rows,
         pairs_per_shard=config.pairs_per_shard,
-        columns={name: planned_file(name, column) for name, column in columns.items()},
+        columns=None if unnamed else {name: planned_file(name, *column) for name, column in columns.items()},
         shards=division.shards(by_message=by_message),
     )
     known = division.known
     known_digest = None if known is None else known.hexdigest(by_message=by_message)
-    return Planned(plan, known_digest, columns, bad_rows, earlier, reference.folder)
+    return Planned(
+        plan, known_digest, columns, _known_columns(columns, earlier), bad_rows, earlier, reference.folder
+    )
+
+
+def _known_columns(columns: Mapping[str, Column], earlier: Sequence[Plan]) -> dict[str, ColumnFile] | None:
+    """The files that the last plan would name, if the data gave its rows these values."""
+    if not earlier or earlier[-1].columns is None:
+        return None
+    known = {}
+    for name, column in columns.items():
+        # Rows ascend, because they are read in order.
+        count = bisect.bisect_left(column.rows, earlier[-1].rows)
+        if count or name in earlier[-1].columns:
+            known[name] = planned_file(name, column.rows[:count], column.values[:count])
+    return known
 
 
 def _facts_of_rows(

@@ -8,6 +8,7 @@ from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import COMMAND, PLAN, Plan
 
 OTHER_FOLDER = "pass another --shards folder, or remove this one to score it again"
+OTHER_VERSION = "go on with the version of dpo-opt that began the folder, or pass another --shards folder"
 
 
 def other_plan(
@@ -23,7 +24,7 @@ def other_plan(
     """
     shards_dir = config.shards
     if existing.model_copy(update={"columns": plan.columns}) == plan:
-        return other_columns(shards_dir, existing, plan, fix=fix)
+        return other_columns(shards_dir, existing.columns, plan.columns, fix=fix)
     as_planned = None
     share, own_share = _planned_share(shards_dir), _share(config.data_share)
     lengths = None if plan.pairs_per_shard == existing.pairs_per_shard else _lengths(existing, plan)

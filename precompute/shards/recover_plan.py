@@ -1,6 +1,7 @@
 """A folder's plans as far as they are known: read, or made again from the manifest or from the data."""
 
 import tempfile
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -8,6 +9,7 @@ from pydantic import ValidationError
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.shards.commits import commit_texts, is_at, read_commit
 from dpo_opt.precompute.shards.make_plan import make_plan
+from dpo_opt.precompute.shards.planned_columns import require_columns_of
 from dpo_opt.precompute.shards.read_plan import (
     PLAN_NAME,
     parse_plan,
@@ -30,6 +32,7 @@ from dpo_opt.schemas.manifest import (
 )
 from dpo_opt.schemas.pairs import Numerics
 from dpo_opt.schemas.plain_data import yaml_of
+from dpo_opt.schemas.sidecars import Column
 
 
 class RecoveredPlans(NamedTuple):
@@ -43,6 +46,8 @@ class RecoveredPlans(NamedTuple):
     """Names of plan files to remove: damaged ones."""
     lost_growth: bool
     """The plan by which the folder was to grow is lost."""
+    columns: Mapping[str, Column]
+    """Weights and margins of a plan that was made again from the data."""
 
 
 def in_one_line(error: DataError) -> str:
@@ -73,16 +78,19 @@ def recover_plans(shards_dir: AnyPath, manifest: Manifest | None, damaged: list[
         known = with_covered_plan(known, manifest, shards_dir)
         spelled += map(to_json, known[len(spelled) :])
     lost_growth = last_is_lost and bool(known) and max(numbers.values()) >= len(known)
+    columns: Mapping[str, Column] = {}
     if not known:
-        known.append(_plan_from_data(shards_dir))
-        spelled.append(to_json(known[-1]))
+        made, columns = _plan_from_data(shards_dir)
+        known.append(made)
+        spelled.append(to_json(made))
     wanted = {plan_name(i): text for i, text in enumerate(spelled)}
     files = {name: text for name, text in wanted.items() if texts.get(name) != text.encode()}
-    return RecoveredPlans(known, files, [name for name in texts if name not in wanted], lost_growth)
+    unwanted = [name for name in texts if name not in wanted]
+    return RecoveredPlans(known, files, unwanted, lost_growth, columns)
 
 
-def _plan_from_data(shards_dir: AnyPath) -> Plan:
-    """The plan that the folder's commits are of, made as its first run made it.
+def _plan_from_data(shards_dir: AnyPath) -> tuple[Plan, Mapping[str, Column]]:
+    """The plan that the folder's commits are of, made as its first run made it, and its columns.
 
     Raises:
         ConfigError: The model of the settings is not there.
@@ -113,7 +121,8 @@ def _plan_from_data(shards_dir: AnyPath) -> Plan:
         reference = resolve_reference(config)
         tokenizer = make_tokenizer(config, reference).on(scored.template_date)
         numerics = Numerics(**{name: getattr(scored, name) for name in Numerics._fields})
-        plan = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics).plan
+        planned = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
+    plan = planned.plan
     fix = f"restore {PLAN}, or the data and the model that {COMMAND} names"
     if not follows(scored, plan.fingerprint):
         refuse_differences(
@@ -129,7 +138,8 @@ def _plan_from_data(shards_dir: AnyPath) -> Plan:
             why="a plan of this data would not be that of what was scored",
             fix=fix,
         )
-    return plan
+    require_columns_of(shards_dir, plan.columns)
+    return plan, planned.columns
 
 
 def latest_settings(shards_dir: AnyPath, *, lost: str) -> dict[str, Any]:

@@ -11,14 +11,16 @@ from pydantic import BaseModel
 
 from dpo_opt.precompute.shards.commits import commit_texts, is_of, record_of
 from dpo_opt.precompute.shards.finalize import finalize, require_beginning
+from dpo_opt.precompute.shards.planned_columns import write_columns
 from dpo_opt.precompute.shards.recover_plan import in_one_line, recover_plans
 from dpo_opt.precompute.shards.recover_tokenizer import (
     replace_tokenizer,
     tokenizer_of_model,
     tokenizer_problem,
 )
+from dpo_opt.precompute.tokens.tokenize import TEXT_TO_IDS
 from dpo_opt.schemas.attempts import AttemptName, commit_names
-from dpo_opt.schemas.errors import DataError, quoted
+from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
 from dpo_opt.schemas.locations import AnyPath, inside, is_file, remove, sizes
 from dpo_opt.schemas.manifest import (
     COMMITS,
@@ -84,6 +86,8 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
     unwanted = [*plans.unwanted, *unreadable]
     good = _whole_shards(shards_dir, plan, final, commits, damaged, unwanted, progress or Silent())
     left = [planned.shard for planned in plan.shards if planned.shard not in good]
+    if damaged and left:
+        _require_own_version(shards_dir, plan)
     replaced = manifest is None and is_file(shards_dir / MANIFEST)
     if replaced:
         _require_other_records(shards_dir, left, names.values())
@@ -107,6 +111,7 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
     if not dry_run:
         if tokenizer is not None:
             replace_tokenizer(shards_dir, tokenizer)
+        write_columns(shards_dir, plans.columns, plan)
         # Commits that only the manifest holds are written first, and the manifest is removed last.
         for name, text in texts.items():
             write_text(inside(shards_dir, name), text)
@@ -126,6 +131,21 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
         finalized=not dry_run if finalizes else manifest is not None and not replaced,
         next=None if whole else resume_command(shards_dir) + (" --append" if plans.lost_growth else ""),
     )
+
+
+def _require_own_version(shards_dir: AnyPath, plan: Plan) -> None:
+    """Check that this version could score a shard again, before a record of it is removed.
+
+    Raises:
+        FingerprintError: It makes other ids of a text than those that were scored.
+    """
+    if plan.fingerprint.text_to_ids != TEXT_TO_IDS:
+        raise FingerprintError(
+            "another version of dpo-opt scored the folder, and this one would make other ids of its texts",
+            where=str(shards_dir),
+            why="shards that it scores again would not belong to the others",
+            fix="restore the files from where the folder was copied, or repair it with that version",
+        )
 
 
 def _manifest(shards_dir: AnyPath, damaged: list[str]) -> Manifest | None:

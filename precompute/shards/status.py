@@ -6,12 +6,12 @@ from datetime import UTC, datetime
 from pydantic import BaseModel
 
 from dpo_opt.precompute.shards.commits import committed
-from dpo_opt.precompute.shards.finished import covers, lost_files
+from dpo_opt.precompute.shards.finished import covers, lost_columns, lost_files
 from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.shards.throughput import WorkerThroughput, throughput
 from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.locations import AnyPath, is_file
-from dpo_opt.schemas.manifest import MANIFEST, load_manifest, repair_command
+from dpo_opt.schemas.manifest import MANIFEST, load_manifest, repair_command, resume_command
 
 
 class Status(BaseModel):
@@ -54,6 +54,9 @@ def status(shards_dir: AnyPath) -> Status:
     scored = sum(commit.used for commit in done.values())
     manifest = load_manifest(shards_dir) if is_file(shards_dir / MANIFEST) else None
     lost = [] if manifest is None else list(lost_files(shards_dir, manifest))
+    columns = [] if manifest is None else lost_columns(shards_dir, manifest)
+    heals = repair_command if lost else resume_command
+    lost += columns
     rates = throughput(done.values(), rows_left=plan.used - scored, now=datetime.now(UTC))
     return Status(
         shards_total=len(plan.shards),
@@ -66,5 +69,5 @@ def status(shards_dir: AnyPath) -> Status:
         **rates._asdict(),
         finalized=manifest is not None and covers(manifest, plan) and not lost,
         lost=[f"{quoted(shards_dir / name)}: {problem}" for name, problem in lost],
-        next=repair_command(shards_dir) if lost else None,
+        next=heals(shards_dir) if lost else None,
     )

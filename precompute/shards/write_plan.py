@@ -13,11 +13,10 @@ from dpo_opt.precompute.read.sources import refuse_inside
 from dpo_opt.precompute.shards.finalize import require_beginning
 from dpo_opt.precompute.shards.finished import is_finalized
 from dpo_opt.precompute.shards.make_plan import Planned, make_plan
-from dpo_opt.precompute.shards.other_plan import OTHER_FOLDER, other_plan
+from dpo_opt.precompute.shards.other_plan import OTHER_FOLDER, OTHER_VERSION, other_plan
 from dpo_opt.precompute.shards.planned_columns import (
-    differing_columns,
+    other_columns,
     write_columns,
-    write_lost_columns,
 )
 from dpo_opt.precompute.shards.read_plan import known_plans, plan_name, read_plan, require_whole
 from dpo_opt.precompute.shards.reference import Reference, fingerprint_of
@@ -120,7 +119,8 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
     if existing != new:
         meanwhile = len(plans) > len(planned.earlier)
         raise other_plan(existing, new, config, fix=_ONCE_FINALIZED if meanwhile else None)
-    write_lost_columns(shards_dir, planned.columns, existing)
+    with _for_later_runs(shards_dir, existing):
+        write_columns(shards_dir, planned.columns, existing)
     _keep_command(config, existing)
     return existing
 
@@ -155,6 +155,8 @@ def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan
     if plans and plans[-1] != new and len(plans) == len(planned.earlier):
         if new.rows <= plans[-1].rows or planned.known_digest != plans[-1].dataset_digest:
             raise other_plan(plans[-1], new, config)
+        if planned.known_columns != plans[-1].columns:
+            raise other_columns(shards_dir, plans[-1].columns, planned.known_columns)
         _require_growth(config, plans[-1], new)
     if len(plans) == len(planned.earlier) and plans and is_file(shards_dir / MANIFEST):
         require_beginning(load_manifest(shards_dir), new, shards_dir)
@@ -171,11 +173,8 @@ def _is_json(name: str) -> bool:
 
 
 def _as_the_folder_has_it(plans: Sequence[Plan], new: Plan, shards_dir: AnyPath, model: Path | None) -> Plan:
-    """A new plan in the spelling of the folder's, with its columns if those of the data are the same."""
-    new = _as_spelled_by(plans, _on_the_day_of(plans, new), shards_dir, model)
-    if plans and new.shards == plans[-1].shards and not differing_columns(shards_dir, plans[-1], new):
-        return new.model_copy(update={"columns": plans[-1].columns})
-    return new
+    """A new plan in the spelling of the folder's."""
+    return _as_spelled_by(plans, _on_the_day_of(plans, new), shards_dir, model)
 
 
 def _on_the_day_of(plans: Sequence[Plan], new: Plan) -> Plan:
@@ -325,13 +324,14 @@ def _require_growth(config: PrecomputeConfig, last: Plan, new: Plan) -> None:
 
 
 def _refuse_other_fingerprint(
-    plan: Plan, current: Fingerprint, shards_dir: AnyPath, *, model: Path | None, fix: str = OTHER_FOLDER
+    plan: Plan, current: Fingerprint, shards_dir: AnyPath, *, model: Path | None, fix: str | None = None
 ) -> None:
+    same_version = plan.fingerprint.text_to_ids == current.text_to_ids
     refuse_differences(
         cached=plan.fingerprint,
         current=current,
         fields=ALL_FIELDS,
         config_keys=_differing_keys(plan.fingerprint, current, shards_dir, model),
         where=str(shards_dir),
-        fix=fix,
+        fix=fix or (OTHER_FOLDER if same_version else OTHER_VERSION),
     )

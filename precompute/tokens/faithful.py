@@ -49,7 +49,7 @@ def refuse_losses(parts: list[Part], *, tools: list[object] | None, template: st
         position = 0
         for i, message in enumerate(part.messages):
             place = f'message {i + 1} of "{part.name}"'
-            _refuse_unknown_role(str(message["role"]), part.text, template, place, where)
+            _refuse_unknown_role(str(message["role"]), template, place, where)
             by_design = part.name == "prompt" and i < last_user
             position = _after_content(message, part.text, position, by_design, place, where)
             for key, thought in ((key, str(message[key])) for key in _THOUGHT_KEYS if key in message):
@@ -63,11 +63,10 @@ def refuse_losses(parts: list[Part], *, tools: list[object] | None, template: st
             raise _lost(f'{name} in "tools"', value, where)
 
 
-def _refuse_unknown_role(role: str, text: str, template: str, place: str, where: str) -> None:
-    if role in ("user", "assistant") or _names(template, role):
-        return
-    # A template that writes any role as a header was made for those that chat models have in common.
-    if role in ("system", "tool") and role in text:
+def _refuse_unknown_role(role: str, template: str, place: str, where: str) -> None:
+    # A template that writes any role as a header, or none at all, was made for those that chat models have in
+    # common. What it leaves out of them is noticed by their content.
+    if role in ("user", "assistant", "system", "tool") or _names(template, role):
         return
     raise DataError(
         f'the chat template does not know the role "{escape(role)}" of {place}',

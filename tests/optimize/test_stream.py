@@ -20,7 +20,7 @@ from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.locations import location
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
-from dpo_opt.schemas.sidecars import WEIGHT, Column, new_column, planned_file, write_column
+from dpo_opt.schemas.sidecars import WEIGHT, Column, planned_file, write_column
 
 PAIRS, PROMPTS, PER_SHARD = 420, 200, 10
 
@@ -434,7 +434,7 @@ def test_weights_that_would_train_nothing_or_the_reverse_are_refused_when_traini
 
 
 def test_a_lost_file_of_weights_is_not_read_as_no_weights(folder: ShardFolder) -> None:
-    named = folder.manifest.model_copy(update={"columns": {WEIGHT: planned_file(WEIGHT, new_column())}})
+    named = folder.manifest.model_copy(update={"columns": {WEIGHT: planned_file(WEIGHT, [], [])}})
     with pytest.raises(DataError, match="the weight of the pairs is missing") as caught:
         PairStream(ShardFolder(folder.path, named), eval_split=0.0)
     assert "dpo-opt precompute" in str(caught.value.fix)

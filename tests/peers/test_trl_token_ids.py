@@ -214,7 +214,15 @@ def compare(
     )
     counts: Counter[str] = Counter()
     for pair in pairs:
-        found, trl_row = ours(pair), theirs.get(pair.row)
+        try:
+            found = ours(pair)
+        except DataError as error:
+            # TRL trains on what the template leaves of such a row.
+            if error.kind != "template_loss":
+                raise
+            counts[error.kind] += 1
+            continue
+        trl_row = theirs.get(pair.row)
         if isinstance(found, TokenizedPair):
             assert trl_row is not None, f"TRL leaves {pair.where} out"
             ids = (found.prompt_ids, found.chosen_ids, found.rejected_ids)
@@ -325,6 +333,8 @@ def test_odd_pairs_have_trls_ids(
     # Only where the tokenizer writes no BOS: the empty prompt, and text that merges as a whole.
     assert counts["empty_prompt"] <= (3 if form == "text" else 0)
     assert counts["empty_completion"] == 0
+    # Its template takes what stands before </think> for a thought, and drops what stands before <think>.
+    assert counts["template_loss"] == (1 if name == "Qwen 3" and form == "messages" else 0)
 
 
 GREETING: tuple[Text, Text, Text] = (

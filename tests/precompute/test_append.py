@@ -32,7 +32,7 @@ from dpo_opt.schemas.errors import DataError, FingerprintError
 from dpo_opt.schemas.manifest import INDEX, MANIFEST, PLAN, load_manifest, to_json
 from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import DroppedRow, write_dropped, write_table
-from dpo_opt.schemas.sidecars import WEIGHT, new_column, read_column, write_column
+from dpo_opt.schemas.sidecars import WEIGHT, read_column
 from dpo_opt.schemas.storage import sha256_file, write_text
 
 Configs = Callable[..., PrecomputeConfig]
@@ -352,53 +352,97 @@ def _hf(config: PrecomputeConfig) -> Any:
     return make_scorer(config)
 
 
-def test_a_column_is_kept_as_it_is_and_taken_from_the_data_again_once_it_is_removed(
+def weigh(monkeypatch: pytest.MonkeyPatch, *weights: float) -> None:
+    """Give the data's first rows these weights, and its others none."""
+    weighed = [row | {"weight": weight} for row, weight in zip(ROWS, weights, strict=False)]
+    rows = preference_rows(len(ROWS))
+    monkeypatch.setitem(globals(), "ROWS", [*weighed, *rows[len(weighed) :]])
+
+
+def weights_of(shards: Path, rows: int) -> list[float]:
+    return column_of(shards, WEIGHT, rows=np.arange(rows), default=-1.0).tolist()
+
+
+def test_weights_of_ones_own_count_instead_of_those_of_the_plan(
     config_of: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def weights() -> list[float]:
-        found = column_of(config_of(4).shards, WEIGHT, rows=np.arange(4), default=0.0)
-        return found.tolist()
+    weigh(monkeypatch, *[1.0] * 4)
+    precompute(config_of(4), scorer=ScriptedScorer())
+    shards, again = config_of(4).shards, ScriptedScorer()
+    own = shards / "columns" / "weight.parquet"
+    pq.write_table(pa.table({"row": [3, 0], "weight": [5.0, 4.0]}), own)
+    precompute(config_of(4), scorer=again)
+    assert weights_of(shards, 4) == [4.0, -1.0, -1.0, 5.0]
+    own.unlink()
+    assert weights_of(shards, 4) == [1.0] * 4
+    assert again.calls == []
 
-    def weigh(factor: float) -> None:
-        monkeypatch.setitem(globals(), "ROWS", [row | {"weight": factor} for row in preference_rows(4)])
 
-    weigh(1.0)
+def test_data_with_other_weights_is_refused_whatever_was_removed(
+    config_of: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weigh(monkeypatch, *[1.0] * 4)
     precompute(config_of(4), scorer=ScriptedScorer())
     (file,) = (config_of(4).shards / "columns").iterdir()
-    edited = pa.table({"row": [3, 0], "weight": [5.0, 4.0]})
-    pq.write_table(edited, file)
-    again = ScriptedScorer()
-    precompute(config_of(4), scorer=again)
-    assert weights() == [4.0, 0.0, 0.0, 5.0]
-    weigh(2.0)
-    with pytest.raises(FingerprintError, match="planned with another weight of its rows") as refused:
-        precompute(config_of(4), scorer=again)
-    assert weights() == [4.0, 0.0, 0.0, 5.0]
-    assert str(refused.value.fix).startswith(f"rm {file}, then run the same command again")
+    written, again = file.read_bytes(), ScriptedScorer()
     file.unlink()
-    for _ in range(2):
-        precompute(config_of(4), scorer=again)
-        assert weights() == [2.0] * 4
+    for weights in ([2.0] * 4, []):
+        weigh(monkeypatch, *weights)
+        with pytest.raises(FingerprintError, match="planned with another weight of its rows") as refused:
+            precompute(config_of(4), scorer=again)
+        assert f"write other numbers to {file.with_name('weight.parquet')}" in str(refused.value.fix)
+        assert not file.exists()
+    with pytest.raises(DataError, match="the weight of the pairs is missing"):
+        ShardFolder.open(file.parent.parent).has_column(WEIGHT)
+    lost = status(file.parent.parent)
+    assert not lost.finalized
+    assert lost.lost == [f"{file}: the file is missing"]
+    assert str(lost.next).startswith("dpo-opt precompute --config")
+    # What the message names as the way out.
+    weigh(monkeypatch, *[1.0] * 4)
+    precompute(config_of(4), scorer=again)
+    assert file.read_bytes() == written
+    assert status(file.parent.parent).finalized
     assert again.calls == []
 
 
-def test_a_column_that_the_plan_does_not_have_is_taken_from_a_file_of_ones_own(
+def test_numbers_of_a_plan_that_somebody_edited_are_noticed(
+    config_of: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weigh(monkeypatch, *[1.0] * 4)
+    precompute(config_of(4), scorer=ScriptedScorer())
+    (file,) = (config_of(4).shards / "columns").iterdir()
+    pq.write_table(pa.table({"row": [0, 1, 2, 3], "weight": [1.0, 1.0, 1.0, 3.0]}), file)
+    with pytest.raises(DataError, match="its values of weight are not those of the plan"):
+        weights_of(config_of(4).shards, 4)
+
+
+def test_a_folder_without_weights_takes_those_of_a_file_of_ones_own(
     config_of: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     precompute(config_of(4), scorer=ScriptedScorer())
-    monkeypatch.setitem(globals(), "ROWS", [row | {"weight": i} for i, row in enumerate(ROWS)])
-    again = ScriptedScorer()
+    weigh(monkeypatch, 0.0, 1.0, 2.0, 3.0)
     with pytest.raises(FingerprintError, match="another weight") as refused:
-        precompute(config_of(4), scorer=again)
+        precompute(config_of(4), scorer=ScriptedScorer())
     file = config_of(4).shards / "columns" / "weight.parquet"
-    assert str(refused.value.fix).startswith(f"write them to {file} (columns row and weight), then run")
+    assert f"write other numbers to {file} (columns row and weight)" in str(refused.value.fix)
     file.parent.mkdir()
     pq.write_table(pa.table({"row": [3, 2, 1, 0], "weight": [3, 2, 1, 0]}), file)
-    precompute(config_of(4), scorer=again)
-    assert again.calls == []
-    precompute(config_of(6, append=True), scorer=again)
-    found = column_of(config_of(6).shards, WEIGHT, rows=np.arange(6), default=-1.0)
-    assert found.tolist() == [0, 1, 2, 3, 4, 5]
+    assert weights_of(config_of(4).shards, 5) == [0, 1, 2, 3, -1]
+
+
+def test_rows_keep_their_weights_when_a_folder_grows(
+    config_of: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weigh(monkeypatch, *range(4))
+    precompute(config_of(4), scorer=ScriptedScorer())
+    for others in ([0, 1, 2, 9, 4, 5], []):
+        weigh(monkeypatch, *others)
+        with pytest.raises(FingerprintError, match="planned with another weight of its rows"):
+            precompute(config_of(6, append=True), scorer=ScriptedScorer())
+    weigh(monkeypatch, *range(6))
+    precompute(config_of(6, append=True), scorer=ScriptedScorer())
+    assert weights_of(config_of(6).shards, 6) == list(range(6))
 
 
 def test_a_folder_from_before_plans_named_columns_keeps_them_and_grows(
@@ -528,21 +572,6 @@ def test_gc_removes_the_index_that_nobody_follows_any_more(config_of: Configs) -
     assert garbage.size == (shards / INDEX).stat().st_size
     remove_garbage(garbage)
     assert len(content(shards)) == ShardFolder.open(shards).index().num_rows == 20
-
-
-def test_a_column_that_was_changed_stays_so_when_the_folder_grows(
-    config_of: Configs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(globals(), "ROWS", [row | {"weight": 1.0} for row in ROWS])
-    precompute(config_of(10), scorer=ScriptedScorer())
-    own = new_column()
-    own.rows.extend([3, 7])
-    own.values.extend([0.25, 0.5])
-    shards = config_of(10).shards
-    write_column(shards, WEIGHT, own, files=load_manifest(shards).columns)
-    precompute(config_of(14, append=True), scorer=ScriptedScorer())
-    found = column_of(config_of(14).shards, WEIGHT, rows=np.arange(14), default=-1.0)
-    assert found.tolist() == [-1, -1, -1, 0.25, -1, -1, -1, 0.5, -1, -1, 1, 1, 1, 1]
 
 
 def test_an_index_of_other_attempts_is_left_to_whoever_wrote_it(config_of: Configs) -> None:
