@@ -312,7 +312,7 @@ def test_a_tokenizer_without_a_plan_is_not_taken_for_this_runs(
 
 
 def test_runs_that_start_together_agree_on_one_plan(plan_of: Plans, tiny_model: Path, tmp_path: Path) -> None:
-    planned = Planned(plan_of(), None, {}, [])
+    planned = Planned(plan_of(), None, {}, None, [])
     tokenizers = [load_tokenizer(tiny_model) for _ in range(8)]
     for attempt in range(5):
         folder = tmp_path / f"shards-{attempt}"

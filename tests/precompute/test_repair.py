@@ -669,3 +669,32 @@ def test_a_folder_in_a_store_is_repaired_there(made: Path, finished: Path, tiny_
         assert go_on(store, made, tiny_model) == 1
         finalize(store)
         assert [p.row for p in ShardFolder.open(store).pairs()] == [r for r in range(14) if r != 4]
+
+
+def test_a_shard_that_this_version_would_score_otherwise_costs_no_record(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_opt.precompute.shards.repair.TEXT_TO_IDS", "another")
+    assert repair(finished).damaged == []
+    named(finished, 2).unlink()
+    before = files(finished)
+    with pytest.raises(FingerprintError, match="another version of dpo-opt scored the folder"):
+        repair(finished)
+    assert files(finished) == before
+
+
+def test_a_lost_plan_is_not_made_again_with_other_weights(tmp_path: Path, tiny_model: Path) -> None:
+    folder, data = tmp_path / "shards", tmp_path / "data.jsonl"
+    write_jsonl(data, [row | {"weight": 1.0} for row in ROWS])
+    precompute(config_of(folder, data, tiny_model), scorer=ScriptedScorer())
+    for lost in (PLAN, MANIFEST):
+        (folder / lost).unlink()
+    write_jsonl(data, [row | {"weight": 2.0} for row in ROWS])
+    (planned,) = (folder / "columns").iterdir()
+    with pytest.raises(DataError, match="the data gives other weights") as refused:
+        repair(folder)
+    assert str(refused.value.fix).startswith(f"restore the data, or rm {planned}")
+    # The second way out: the data is right as it is now.
+    planned.unlink()
+    assert repair(folder).finalized
+    assert ShardFolder.open(folder).has_column("weight")
