@@ -52,7 +52,7 @@ def independent(model_folder: Path, pairs: list[ScoredPair]) -> npt.NDArray[np.f
     """The same token log-probs from full logits."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     found = []
-    for prompt, completion in (s for pair in pairs for s in sequences(pair)):
+    for prompt, completion, _ in (s for pair in pairs for s in sequences(pair)):
         joined = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))
         logps = model(input_ids=joined[None]).logits[0].double().log_softmax(-1)
         positions = range(len(prompt) - 1, len(joined) - 1)

@@ -28,14 +28,13 @@ TEMPLATE = (
     "{% for m in messages %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) or m['content'] == 'never' %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% for c in m['tool_calls'] or [] %}{% if loop.index0 or c['function']['arguments'] is string %}"
-    "{{ raise_exception('one call, with an object') }}{% endif %}{% endfor %}"
-    "{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    "{{ m['role'] }}: {{ m['content'] }} "
+    "{% for c in m['tool_calls'] or [] %}{% if loop.index0 %}{{ raise_exception('one call') }}{% endif %}"
+    "{{ c['function']['name'] }} {{ c['function']['arguments'] | tojson }} {% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 BEYOND = "<|beyond|>"
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"place": "here"}}}
-TEXT_CALL = {"type": "function", "function": {"name": "look", "arguments": '{"place": "here"}'}}
 
 
 def chat(i: object, *turns: str) -> dict[str, Any]:
@@ -96,7 +95,6 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], bool, int]] = {
     "first row": ([chat(0, "user", "user"), *map(chat, range(1, 12))], True, 1),
     "settings": ([*map(chat, range(11)), chat(11) | {"chat_template_kwargs": {"tools": []}}], True, 12),
     "second call": ([*[calling(i, CALL) for i in range(10)], calling(10, CALL, CALL), chat(11)], True, 11),
-    "call as text": ([*[calling(i, CALL) for i in range(10)], calling(10, TEXT_CALL), chat(11)], True, 11),
     "id": ([*preference_rows(11), preference_rows(12)[11] | {"chosen": f" a {BEYOND}"}], False, 12),
     "id in a message": ([*map(chat, range(11)), *map(chat, [BEYOND])], False, 12),
 }

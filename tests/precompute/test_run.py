@@ -83,6 +83,8 @@ def test_every_pair_has_the_scorers_values(config_of: Configs) -> None:
             "chosen_truncated": False,
             "rejected_truncated": False,
             "id": None,
+            "chosen_mask": None,
+            "rejected_mask": None,
             "ref_chosen_token_logps": scripted_logps(p.prompt_ids, p.chosen_ids).tolist(),
             "ref_rejected_token_logps": scripted_logps(p.prompt_ids, p.rejected_ids).tolist(),
         }

@@ -41,7 +41,7 @@ def hf_logps(folder: Path, sequences: list[TokenSequence]) -> list[np.ndarray]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
     with torch.no_grad():
-        for prompt, completion in sequences:
+        for prompt, completion, _ in sequences:
             ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))
             rows = model(ids[None]).logits[0].double().log_softmax(-1)
             scored = rows[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None])
