@@ -94,7 +94,8 @@ def make_plan(
     division = _Division(config.pairs_per_shard, earlier)
     # Plans of early versions named no columns: a folder goes on as it began.
     unnamed = bool(earlier) and earlier[-1].columns is None
-    columns = {name: new_column() for name in (earlier and earlier[-1].columns) or ()}
+    named = (earlier[-1].columns or {}) if earlier else {}
+    columns = {name: new_column() for name in named}
     bad_rows: list[BadRow] = []
     shapes: set[Shape] = set()
     for row in _facts_of_rows(config, reference, tokenizer, tokenize_all=tokenize_all):

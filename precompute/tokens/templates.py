@@ -16,7 +16,7 @@ import random
 import re
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dpo_opt.precompute.read.strict_json import SKIP_ROW
 from dpo_opt.precompute.tokens.faithful import Part, refuse_losses
@@ -94,7 +94,7 @@ class Renderer:
         with _chance_repeats(), _refusals(self._pair.where):
             (text,), (spans,) = render_jinja_template(
                 [self._as_taken(messages)],
-                tools=self._pair.tools,
+                tools=cast(Any, self._pair.tools),
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
                 **{
@@ -154,7 +154,7 @@ def _arguments_taken(template: str, tokenizer: "PreTrainedTokenizerFast") -> For
     if template not in forms:
         forms[template] = taken(
             lambda messages: str(
-                tokenizer.apply_chat_template(
+                cast(Any, tokenizer).apply_chat_template(
                     messages, chat_template=template, tokenize=False, **{_CLOCK: _clock(today())}
                 )
             )
