@@ -30,7 +30,7 @@ from dpo_opt.schemas.manifest import (
 from dpo_opt.schemas.pairs import HIGHEST_LOGP, LogpArray, ScoredPair
 from dpo_opt.schemas.shard_folder import verified_file
 from dpo_opt.schemas.shards import DROPPED_SCHEMA, INDEX_SCHEMA, inconsistent_columns, read_row_groups
-from dpo_opt.schemas.sidecars import COLUMNS, WEIGHT, is_planned_file, own_file, planned_file
+from dpo_opt.schemas.sidecars import COLUMNS, WEIGHT, has_planned_values, is_planned_file, own_file
 from dpo_opt.schemas.storage import file_names, sha256_folder
 
 _MOST_PER_FILE = 5
@@ -316,7 +316,7 @@ def _values_problems(file: Path, name: str, known: int, *, stated: str) -> Itera
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
         yield f'not a column "{name}" by row ({first_line(error, named=False)})'
         return
-    if is_planned_file(stated) and planned_file(name, rows, values) != stated:
+    if not has_planned_values(stated, name, rows, values):
         yield "its values are not those of the plan, whose hash is in its name"
     foreign = (rows < 0) | (rows >= known)
     yield from (f"row {row} is not in this folder" for row in rows[foreign])

@@ -145,7 +145,7 @@ def read_column(
         raise _no_column(path, name, "a row number is missing")
     known = table["row"].to_numpy()
     values = table[name].to_numpy()
-    require_planned_values(path, name, known, values)
+    _require_planned_values(path, name, known, values)
     _require_usable(path, name, known, values)
     found = np.full(len(rows), default)
     if len(known):
@@ -161,17 +161,22 @@ def read_column(
     return found
 
 
-def require_planned_values(
+def has_planned_values(file: str, name: str, rows: npt.ArrayLike, values: npt.ArrayLike) -> bool:
+    """Whether a file holds the values that its name is the hash of; a person's own file may hold any.
+
+    Args:
+        file: Relative to the folder of shards.
+        name: Such as ``weight``.
+        rows: (n,) the rows that have a value.
+        values: (n,) their values.
+    """
+    return not is_planned_file(file) or planned_file(name, rows, values) == file
+
+
+def _require_planned_values(
     path: AnyPath, name: str, rows: npt.NDArray[np.int64], values: npt.NDArray[np.float64]
 ) -> None:
-    """Check that a file of a plan holds the values that its name is the hash of. Own files hold any.
-
-    Raises:
-        DataError: It holds others.
-    """
-    if not is_planned_file(f"{COLUMNS}/{path.name}"):
-        return
-    if planned_file(name, rows, values) != f"{COLUMNS}/{path.name}":
+    if not has_planned_values(f"{COLUMNS}/{path.name}", name, rows, values):
         raise DataError(
             f"its values of {name} are not those of the plan",
             where=str(path),
