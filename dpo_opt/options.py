@@ -4,7 +4,6 @@ A field's name, type, default and docstring become ``--name``, its type, its def
 ``--config run.yaml`` may give any of them, and flags win.
 """
 
-import difflib
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -13,12 +12,10 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import click
-from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from dpo_opt.schemas.errors import ConfigError, first_line
+from dpo_opt.read_settings import make_settings, read_settings
 from dpo_opt.schemas.locations import AnyPath, is_file, location
-from dpo_opt.schemas.plain_data import yaml_of
 from dpo_opt.schemas.settings import Settings
 
 C = TypeVar("C", bound=Settings)
@@ -179,54 +176,15 @@ def _resolve(kind: type[C], config_file: AnyPath | None, flags: dict[str, Any], 
     Raises:
         ConfigError: A key is unknown, a value is refused, or a required setting is missing.
     """
-    values = _read(kind, config_file) if config_file else {}
+    values = read_settings(config_file, list(kind.model_fields)) if config_file else {}
+    where = dict.fromkeys(values, str(config_file))
     for name, value in flags.items():
+        if value is None:
+            continue
+        where.pop(name, None)
         if isinstance(value, tuple):
             of_mapping = typing.get_origin(kind.model_fields[name].annotation) is dict
             values[name] = dict(value) if of_mapping else list(value)
-        elif value is not None:
+        else:
             values[name] = value
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if not first["loc"]:
-            # Settings that do not go together: no single one is wrong.
-            explained = first.get("ctx", {}).get("error")
-            if isinstance(explained, ConfigError):
-                raise explained from error
-            raise ConfigError(first["msg"].removeprefix("Value error, ")) from error
-        name = str(first["loc"][0])
-        flag = name.upper() if name == argument else "--" + name.replace("_", "-")
-        if first["type"] == "missing":
-            how = "name it after the command" if name == argument else f"pass {flag}"
-            raise ConfigError(f"{flag} is missing", fix=f"{how}, or set {name} in --config") from error
-        raise ConfigError(
-            f"{flag} {first['input']!r}: {first['msg'].removeprefix('Value error, ')}",
-            where=str(config_file) if config_file and flags.get(name) is None else None,
-        ) from error
-
-
-def _read(kind: type[C], path: AnyPath) -> dict[str, Any]:
-    try:
-        values = yaml_of(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"not readable as YAML ({first_line(error, named=False)})", where=str(path)
-        ) from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError("not a mapping of settings to values", where=str(path))
-    known = list(kind.model_fields)
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known settings: {', '.join(known)}"
-            raise ConfigError(
-                f"unknown setting {key!r}",
-                where=str(path),
-                why="a misspelt setting would have no effect",
-                fix=hint,
-            )
-    return values
+    return make_settings(kind, values, argument=argument, where=where)

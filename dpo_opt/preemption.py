@@ -9,17 +9,18 @@ from typing import NoReturn
 from dpo_opt.schemas.errors import Interrupted, Preempted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_WHAT_IS_KEPT = "finished shards are committed; the one in work is abandoned"
+_OF_SHARDS = "finished shards are committed; the one in work is abandoned"
 
 
 @contextlib.contextmanager
-def preemptible(resume: str) -> Iterator[None]:
+def preemptible(resume: str, *, kept: str = _OF_SHARDS) -> Iterator[None]:
     """Turn SIGTERM and SIGUSR1 into ``Preempted``, and Ctrl-C into ``Interrupted``, while the block runs.
 
-    What is being written then is abandoned under its private name; committed shards are whole.
+    What is being written then is abandoned under its private name; what was finished is whole.
 
     Args:
         resume: The command that goes on.
+        kept: What is kept, and what is not, in words.
 
     Raises:
         Preempted, Interrupted: The block was stopped.
@@ -28,7 +29,7 @@ def preemptible(resume: str) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise Preempted(
             f"stopped by {signal.Signals(number).name}",
-            why=_WHAT_IS_KEPT,
+            why=kept,
             fix=resume,
         )
 
@@ -36,7 +37,7 @@ def preemptible(resume: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Interrupted("interrupted", why=_WHAT_IS_KEPT, fix=resume) from error
+        raise Interrupted("interrupted", why=kept, fix=resume) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -18,7 +18,11 @@ SOURCES = {
     for stage in STAGES
     for path in sorted((ROOT / "dpo_opt" / stage).rglob("*.py"))
 } | {path.stem: path for path in sorted((ROOT / "dpo_opt").glob("*.py"))}
-COMMANDS = {f"commands.{path.stem}": path for path in sorted((ROOT / "dpo_opt" / "commands").glob("*.py"))}
+COMMANDS = {
+    f"{room}.{path.stem}": path
+    for room in ("commands", "sweep")
+    for path in sorted((ROOT / "dpo_opt" / room).glob("*.py"))
+}
 MODULES = {name.removesuffix(".__init__"): path for name, path in (SOURCES | COMMANDS).items()}
 """Name below ``dpo_opt`` to file."""
 

@@ -1,6 +1,6 @@
 """Write one HTML page about training runs.
 
-The page is self-contained.
+RUNS are folders of runs or of sweeps. The page is self-contained.
 """
 
 from pathlib import Path
@@ -23,6 +23,7 @@ from dpo_opt.results import show
 @json_option
 def command(runs: tuple[Path, ...], output: Path, as_json: bool) -> None:
     from dpo_opt.analysis import report as write_report
+    from dpo_opt.sweep.grid import run_folders
 
-    write_report(runs, output)
+    write_report([run for path in runs for run in run_folders(path)], output)
     show({"report": str(output), "summary": str(output.with_name("summary.json"))}, as_json)

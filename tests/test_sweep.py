@@ -1,0 +1,327 @@
+"""A sweep: which runs a grid asks for, their names, and that each is the run that it would be alone."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from fakes import preference_rows, write_jsonl
+from safetensors.torch import load_file
+
+from dpo_opt.cli import main
+from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.sweep.grid import SweepRun, named_runs, read_grid, record_runs, recorded_runs, run_folders
+from dpo_opt.sweep.outcomes import best_first, outcomes, write_table
+from dpo_opt.sweep.processes import only_sweep, process_environments
+
+GIVEN = {"shards": "shards", "model": "model"}
+
+
+def grid_file(folder: Path, **settings: object) -> Path:
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def configs(folder: Path, **settings: object) -> list[TrainConfig]:
+    return read_grid(grid_file(folder, **settings), GIVEN, sweep=folder / "sweep")
+
+
+def sweep_of(folder: Path, **settings: object) -> list[SweepRun]:
+    runs = named_runs(folder / "sweep", configs(folder, **settings))
+    record_runs(folder / "sweep", runs)
+    return runs
+
+
+def invoke(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    return result
+
+
+# Which runs ---------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination_in_its_order(tmp_path: Path) -> None:
+    runs = sweep_of(tmp_path, learning_rate=1e-5, grid={"beta": [0.1, 0.5], "seed": [1, 2]})
+    assert [(run.config.beta, run.config.seed) for run in runs] == [(0.1, 1), (0.1, 2), (0.5, 1), (0.5, 2)]
+    assert {run.config.learning_rate for run in runs} == {1e-5}
+    assert [run.name for run in runs][:2] == ["beta=0.1_seed=1", "beta=0.1_seed=2"]
+    assert {run.config.output_dir for run in runs} == {tmp_path / "sweep" / "runs" / run.name for run in runs}
+
+
+def test_a_list_gives_each_run_its_own_settings(tmp_path: Path) -> None:
+    found = configs(tmp_path, beta=0.3, runs=[{"seed": 1}, {"beta": 0.5, "seed": 1}])
+    assert [config.beta for config in found] == [0.3, 0.5]
+
+
+def test_a_grid_that_grows_finds_the_runs_that_are_there(tmp_path: Path) -> None:
+    first = sweep_of(tmp_path, grid={"beta": [0.1, 0.5]})
+    grown = sweep_of(tmp_path, grid={"beta": [0.5, 0.9], "seed": [42, 43]})
+    assert grown[0] == first[1]  # 42 is the default
+    assert recorded_runs(tmp_path / "sweep") == [*first, *grown[1:]]
+
+
+@pytest.mark.parametrize("value", ["../../../etc", "/abs", "a b\n[red]", "..", "x" * 500])
+def test_no_value_is_a_path(value: str, tmp_path: Path) -> None:
+    for run in sweep_of(tmp_path, grid={"metric_for_best_model": [value, "y"]}):
+        folder = run.config.output_dir
+        assert folder.resolve().parent == (tmp_path / "sweep" / "runs").resolve()
+        assert folder.name == run.name
+        assert len(run.name) < 200
+        assert run.name.isprintable()
+        assert not run.name.startswith(".")
+
+
+def test_values_whose_names_are_alike_have_two_folders(tmp_path: Path) -> None:
+    runs = sweep_of(tmp_path, grid={"metric_for_best_model": ["a/b", "a b"]})
+    assert len({run.name for run in runs}) == 2
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "neither": ({"beta": 0.1}, "neither 'grid' nor 'runs'"),
+    "both": ({"grid": {"beta": [1]}, "runs": [{}]}, "both 'grid' and 'runs'"),
+    "no list": ({"grid": {"beta": 0.1}}, "mapping of settings to lists"),
+    "empty": ({"grid": {"beta": []}}, "mapping of settings to lists"),
+    "no mapping": ({"runs": [0.1]}, "not a list of mappings"),
+    "misspelt": ({"grid": {"betta": [0.1]}}, "did you mean 'beta'"),
+    "misspelt for all": ({"betta": 1, "grid": {"beta": [0.1]}}, "did you mean 'beta'"),
+    "its own": ({"grid": {"output_dir": ["a", "b"]}}, "unknown setting 'output_dir'"),
+    "value": ({"grid": {"beta": [0.1, -1]}}, "--beta -1: Input should be greater than 0"),
+    "twice": ({"grid": {"seed": [1, 1]}}, "two runs have the same settings"),
+    "given": ({"grid": {"model": ["a", "b"]}}, "--model is given, and the grid varies model"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_is_no_grid_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    settings, message = REFUSED[name]
+    with pytest.raises(ConfigError) as refusal:
+        configs(tmp_path, **settings)
+    assert message in str(refusal.value)
+    assert str(tmp_path / "grid.yaml") in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["[1]", "a: {output_dir: x}", "../up: {}", "a: {beta: -1}", "\t"])
+def test_a_damaged_record_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"sweep\.yaml"):
+        recorded_runs(tmp_path)
+
+
+# Where they run -----------------------------------------------------------------------------------------
+
+
+def test_each_run_has_a_gpu_or_its_share_of_the_cores() -> None:
+    two = {"CUDA_VISIBLE_DEVICES": "4,5"}
+    assert process_environments(None, two, cores=8) == [
+        {"CUDA_VISIBLE_DEVICES": "4"},
+        {"CUDA_VISIBLE_DEVICES": "5"},
+    ]
+    assert process_environments(1, two, cores=8) == [{"CUDA_VISIBLE_DEVICES": "4"}]
+    none = {"CUDA_VISIBLE_DEVICES": ""}
+    # Alone, a run has the threads that it would have without a sweep: its sums are the same.
+    assert process_environments(None, none, cores=8) == [{}]
+    assert process_environments(4, none, cores=8) == [{"OMP_NUM_THREADS": "2"}] * 4
+    with pytest.raises(ConfigError, match="--parallel 3: this machine has 2 GPUs"):
+        process_environments(3, two, cores=8)
+
+
+def test_a_second_sweep_in_the_folder_is_refused(tmp_path: Path) -> None:
+    with (
+        only_sweep(tmp_path),
+        pytest.raises(ConfigError, match="another dpo-opt sweep is at work"),
+        only_sweep(tmp_path),
+    ):
+        pass
+    with only_sweep(tmp_path):
+        pass
+
+
+# What came out ------------------------------------------------------------------------------------------
+
+
+def finish(run: SweepRun, *, accuracy: float) -> None:
+    (run.config.output_dir / "final").mkdir(parents=True)
+    history = [
+        {"step": 1, "loss": 0.7, "pairs_per_second": 1.0},
+        {"step": 2, "loss": 0.6, "pairs_per_second": 2.0},
+        {"step": 2, "eval_loss": 0.5, "eval_rewards/accuracies": accuracy},
+    ]
+    state = {"global_step": 2, "log_history": history}
+    (run.config.output_dir / "trainer_state.json").write_text(json.dumps(state))
+
+
+def test_the_table_has_what_differs_and_what_came_out(tmp_path: Path) -> None:
+    runs = sweep_of(
+        tmp_path, runs=[{"beta": 0.1}, {"beta": 0.2}, {"beta": 0.3, "lora_target_modules": ["a"]}]
+    )
+    finish(runs[0], accuracy=0.25)
+    finish(runs[1], accuracy=0.75)
+    rows = outcomes(runs)
+    assert [row["run"] for row in best_first(rows)] == [runs[1].name, runs[0].name, runs[2].name]
+    write_table(tmp_path, rows)
+    read = pq.read_table(tmp_path / "sweep.parquet").to_pylist()
+    assert read[0] == {
+        "run": runs[0].name,
+        "state": "finished",
+        "beta": 0.1,
+        "lora_target_modules": "[]",
+        "steps": 2,
+        "eval_loss": 0.5,
+        "eval_rewards/accuracies": 0.25,
+        "loss": 0.6,
+    }
+    assert read[2]["state"] == "not begun"
+    assert read[2]["loss"] is None
+
+
+def test_a_sweep_stands_for_its_runs_in_a_report(tmp_path: Path) -> None:
+    runs = sweep_of(tmp_path, grid={"beta": [0.1, 0.2]})
+    finish(runs[1], accuracy=1.0)
+    assert run_folders(tmp_path / "sweep") == [runs[1].config.output_dir]
+    assert run_folders(tmp_path) == [tmp_path]
+
+
+# Real runs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("sweep")
+    data = write_jsonl(base / "data.jsonl", preference_rows(24))
+    arguments = ["precompute", "--model", tiny_model, "--data", data, "--shards", base / "shards"]
+    result = invoke(*arguments, "--backend", "hf")
+    assert result.exit_code == 0, result.output
+    return base / "shards"
+
+
+def program(*arguments: object, **named: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dpo_opt", *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **named,
+    )
+
+
+SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "batch_size": 4, "eval_split": 0.25, "logging_steps": 1}
+
+
+def test_a_killed_sweep_goes_on_and_each_run_is_the_run_alone(
+    shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    grid = grid_file(tmp_path, **SETTINGS, max_steps=3, grid={"beta": [0.1, 0.5]})
+    # The folder that was scored is not needed, nor any other copy of the reference.
+    policy = shutil.copytree(tiny_model, tmp_path / "policy")
+    sweep = tmp_path / "sweep"
+    command = ["sweep", "--shards", shards, "--model", policy, "--config", grid, "--output-dir", sweep]
+    process = program(*command)
+    first, second = (sweep / "runs" / name for name in ("beta=0.1", "beta=0.5"))
+    until = time.monotonic() + 120
+    while not second.is_dir():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    before = (first / "metrics.jsonl").stat().st_mtime_ns
+    # Its run ends with it, however it was killed: two runs never write one folder.
+    process = program(*command)
+    out, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert "beta=0.1: begins" not in said
+    assert (first / "metrics.jsonl").stat().st_mtime_ns == before, "a finished run was repeated"
+    assert out.splitlines()[0].split()[:2] == ["run", "state"]
+    table = pq.read_table(sweep / "sweep.parquet").to_pylist()
+    assert [(row["run"], row["state"], row["steps"]) for row in table] == [
+        ("beta=0.1", "finished", 3),
+        ("beta=0.5", "finished", 3),
+    ]
+
+    alone = tmp_path / "alone"
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+    arguments = [
+        "--shards",
+        shards,
+        "--model",
+        policy,
+        "--output-dir",
+        alone,
+        "--max-steps",
+        3,
+        "--beta",
+        0.5,
+    ]
+    process = program("train", *arguments, *given)
+    assert process.wait(240) == 0, process.communicate()
+    weights = [load_file(run / "final" / "model.safetensors") for run in (alone, second)]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    assert not all(
+        load_file(first / "final" / "model.safetensors")[name].equal(weights[0][name]) for name in weights[0]
+    )
+
+
+def test_one_run_that_fails_is_said_and_the_others_are_trained(
+    shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    grid = grid_file(
+        tmp_path,
+        **SETTINGS,
+        max_steps=1,
+        runs=[{"beta": 0.1}, {"beta": 0.2, "metric_for_best_model": "eval_x"}],
+    )
+    command = ["sweep", "--shards", shards, "--model", tiny_model, "--config", grid]
+    process = program(*command, "--output-dir", tmp_path / "sweep", "--parallel", 2)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 1, said
+    assert "1 of 2 runs failed" in said
+    assert "eval_x" in said
+    assert "Traceback" not in said
+    table = pq.read_table(tmp_path / "sweep" / "sweep.parquet").to_pylist()
+    assert [row["state"] for row in table] == ["finished", "not begun"]
+
+
+def test_what_no_run_can_do_is_said_before_any_begins(tiny_model: Path, tmp_path: Path) -> None:
+    grid = grid_file(tmp_path, grid={"beta": [0.1, 0.5]})
+    sweep = tmp_path / "sweep"
+    command = ["sweep", "--shards", tmp_path / "nowhere", "--model", tiny_model, "--config", grid]
+    for extra in ([], ["--dry-run"]):
+        result = invoke(*command, "--output-dir", sweep, *extra)
+        assert result.exit_code == 2 or result.exit_code == 3, result.output
+        assert "nowhere" in result.stderr
+        assert not sweep.exists()
+
+
+def test_a_sweep_that_is_told_to_stop_leaves_no_process(
+    shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    grid = grid_file(tmp_path, **SETTINGS, max_steps=500, grid={"beta": [0.1, 0.5]})
+    sweep = tmp_path / "sweep"
+    process = program(
+        "sweep", "--shards", shards, "--model", tiny_model, "--config", grid, "--output-dir", sweep
+    )
+    run = sweep / "runs" / "beta=0.1"
+    until = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "dpo-opt sweep" in said
+    assert (run / "preempted.json").is_file()
+    assert list((run / "checkpoints").iterdir())
+    left = subprocess.run(["pgrep", "-f", str(sweep)], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
