@@ -21,7 +21,6 @@ from dpo_opt.optimize import TrainConfig
 from dpo_opt.optimize.forward.activations import checkpoint_activations
 from dpo_opt.optimize.forward.attention import SEGMENT_ATTENTION
 from dpo_opt.optimize.forward.balance import forward_cost
-from dpo_opt.optimize.forward.logps import Objective
 from dpo_opt.optimize.forward.packing import Batch, Group, pack, pair_group, plan_bins
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.processes.distributed import World
@@ -63,7 +62,7 @@ class Padded(Policy):
     def bins(self, groups: Sequence[Group], budget: int) -> list[list[int]]:
         return [list(range(i, min(i + budget, len(groups)))) for i in range(0, len(groups), budget)]
 
-    def batch_logps(self, batch: Batch, *, objective: Objective | None = None) -> Tensor:
+    def batch_logps(self, batch: Batch) -> Tensor:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             output = self.model.base_model(input_ids=batch.input_ids, use_cache=False, **batch.model_kwargs)
             hidden = output.last_hidden_state.flatten(0, 1)[batch.scored_rows]

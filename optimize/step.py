@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.forward.balance import ForwardCost, balance
-from dpo_opt.optimize.forward.logps import Objective
 from dpo_opt.optimize.forward.packing import pair_group, to_device
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.losses.preference_loss import LossInputs, preference_loss
@@ -91,9 +90,7 @@ def forward_pairs(
             None if weight is None else weight[places],
             len(pairs),
         )
-        objective = Objective(part.rows, part.value, in_place=world.size == 1) if backward else None
-        logps = policy.batch_logps(batch.to(device), objective=objective)
-        results = part.results(logps, slice(0, len(members)))
+        results = part.results(policy.batch_logps(batch.to(device)))
         if backward:
             torch.autograd.backward(part.loss(results))
         columns.index_copy_(0, places, torch.stack([column.detach() for column in results], dim=1))
@@ -111,28 +108,18 @@ class _Part:
     weight: Tensor | None  # (pairs,)
     step_pairs: int
 
-    @property
-    def rows(self) -> list[int]:
-        """Scored tokens of each pair."""
-        return [a + b for a, b in zip(self.lengths[0::2], self.lengths[1::2], strict=True)]
-
-    def value(self, logps: Tensor, pairs: slice) -> Tensor:
-        """These pairs' part of the loss; see ``Objective``."""
-        return self.loss(self.results(logps, pairs))
-
     def loss(self, results: PairResults) -> Tensor:
         return results.losses.sum() / self.step_pairs
 
-    def results(self, logps: Tensor, pairs: slice) -> PairResults:
-        """The results from these pairs' token log-probs; losses and log-probs keep their gradients."""
-        lengths = self.lengths[2 * pairs.start : 2 * pairs.stop]
-        counts = to_device(torch.tensor(lengths), logps.device)
+    def results(self, logps: Tensor) -> PairResults:
+        """The results from the pairs' token log-probs; losses and log-probs keep their gradients."""
+        counts = to_device(torch.tensor(self.lengths), logps.device)
         # Their sum is known here, so a GPU is not waited for.
-        owners = torch.repeat_interleave(counts, output_size=sum(lengths))
+        owners = torch.repeat_interleave(counts, output_size=sum(self.lengths))
         # float64: a margin is a small difference of sums over hundreds of tokens.
-        sums = logps.new_zeros(len(lengths), dtype=torch.float64).index_add(0, owners, logps.double())
+        sums = logps.new_zeros(len(self.lengths), dtype=torch.float64).index_add(0, owners, logps.double())
         chosen_logps, rejected_logps = sums.view(-1, 2).unbind(1)
-        ref_chosen_logps, ref_rejected_logps = self.ref_logps[pairs].unbind(1)
+        ref_chosen_logps, ref_rejected_logps = self.ref_logps.unbind(1)
         chosen_lengths, rejected_lengths = counts.view(-1, 2).unbind(1)
         inputs = LossInputs(
             chosen_logps=chosen_logps,
@@ -145,7 +132,7 @@ class _Part:
             label_smoothing=self.config.label_smoothing,
         )
         loss = preference_loss(self.config.loss_type, inputs)
-        losses = loss.losses if self.weight is None else loss.losses * self.weight[pairs]
+        losses = loss.losses if self.weight is None else loss.losses * self.weight
         return PairResults(losses, chosen_logps, rejected_logps, loss.chosen_rewards, loss.rejected_rewards)
 
 

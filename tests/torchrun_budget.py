@@ -17,7 +17,6 @@ from processes import leave
 from torch import Tensor
 from torchrun_steps import gradients, load, pair_groups, step, write
 
-from dpo_opt.optimize.forward.logps import Objective
 from dpo_opt.optimize.forward.packing import Batch
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.memory.budget import Room, fit_budget, take_two_micro_batches
@@ -86,9 +85,9 @@ def gradients_between_micro_batches(policy: Policy) -> list[int]:
     held: list[int] = []
     forward = ShardedPolicy.batch_logps
 
-    def watched(policy: ShardedPolicy, batch: Batch, *, objective: Objective | None = None) -> Tensor:
+    def watched(policy: ShardedPolicy, batch: Batch) -> Tensor:
         held.append(whole_gradient_bytes(policy))
-        return forward(policy, batch, objective=objective)
+        return forward(policy, batch)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(ShardedPolicy, "batch_logps", watched)

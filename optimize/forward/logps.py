@@ -1,23 +1,22 @@
-"""Log-probs of the scored tokens from hidden states, without ever holding all logits.
+"""Log-probs of the scored tokens from hidden states, without ever holding all logits in fp32.
 
-Only the rows that predict a completion token reach the head. They are projected one tile at a time, and each
-row is reduced to one number. Gradients need the tile again. If the loss of a pair depends only on that pair,
-the loss is known as soon as the pair's rows are projected, and its gradients are computed at once. Otherwise
-backward projects the rows a second time, which is a third more work.
+Only the rows that predict a completion token reach the head. They are projected one block at a time, and each
+row is reduced to one number. Its derivatives with respect to the logits and to the hidden state are known at
+once, whatever the loss will be: backward only multiplies them by a factor. The weight's gradient needs the
+factors first. So the derivatives with respect to the logits are kept, in the dtype of the products' operands,
+and the head takes three products. Rows that do not fit are projected again in backward, which is a fourth.
 
     S = scored tokens, d = hidden size, V = vocabulary
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from dpo_opt.optimize.forward.logit_tiles import pair_blocks, tile_sizes, tiles, wide_rows
 
 
 class Head(NamedTuple):
@@ -29,95 +28,40 @@ class Head(NamedTuple):
     softcap: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """The loss that the caller will differentiate: a sum of terms, each a function of one pair's log-probs.
+class _Bytes(NamedTuple):
+    """Most memory of a head."""
 
-    With it, gradients are computed before the caller has computed the loss. ``backward`` compares the loss's
-    gradient with the promised one, and refuses a different loss.
-    """
-
-    lengths: Sequence[int]
-    """Scored rows of each pair, in order; they sum to S."""
-    value: Callable[[Tensor, slice], Tensor]
-    """Called with log-probs (rows of these pairs,) and the slice of pairs; returns the sum of their terms."""
-    in_place: bool = False
-    """Add an fp32 weight's gradient to ``weight.grad`` at once, without autograd and its hooks (FSDP). This
-    saves a buffer of the weight's size. The caller must then call backward."""
+    block: int
+    """A block's logits. Products of fewer than about 50 rows are slow, of more than 500 no faster."""
+    kept: int
+    """What is kept for backward."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Operands:
-    """Some rows of hidden states, the head that projects them, and their target tokens."""
-
-    hidden: Tensor
-    head: Head
-    targets: Tensor
-
-    def rows(self, rows: slice) -> "_Operands":
-        return _Operands(self.hidden[rows], self.head, self.targets[rows])
+_ON_CPU = _Bytes(block=2**26, kept=2**29)
+# In bf16 with 262,144 tokens, 8,192 rows are kept: a pair of two completions of 4,096 tokens.
+_ON_GPU = _Bytes(block=2**28, kept=2**32)
 
 
-class _Gradients(NamedTuple):
-    """Sums of gradients in fp32: hundreds of tiles are added, and bf16 would lose the small ones."""
-
-    hidden: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def rows(self, rows: slice) -> "_Gradients":
-        return _Gradients(self.hidden[rows], self.weight, self.bias)
-
-    def add(
-        self, tile: Tensor, factor: Tensor, slope: Tensor | None, operands: _Operands, columns: slice
-    ) -> None:
-        """Add one tile's gradients to the sums. Overwrites ``tile``.
-
-        Args:
-            tile: (rows, columns), proportional to d loss / d logits.
-            factor: (rows,) factor of each row. It multiplies the narrow side of every product, which saves a
-                pass over the tile.
-            slope: (rows, columns) derivative of the soft-cap.
-            operands: The tile's rows.
-            columns: The tile's part of the vocabulary.
-        """
-        if slope is not None:
-            tile.mul_(slope)
-        factor = factor * operands.head.scale
-        self.hidden.add_((tile @ operands.head.weight[columns].float()).mul_(factor[:, None]))
-        if self.weight is not None:
-            self.weight[columns].addmm_(tile.T, operands.hidden.float() * factor[:, None])
-        if self.bias is not None:
-            self.bias[columns] += factor @ tile
-
-    def rounded(self, like: tuple[Tensor, Tensor | None, Tensor | None]) -> tuple[Tensor | None, ...]:
-        """The gradients in the dtypes of the inputs; None for an input that needs none."""
-        pairs = zip(self, like, strict=True)
-        return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
-
-
-def token_logps(hidden: Tensor, head: Head, targets: Tensor, *, objective: Objective | None = None) -> Tensor:
+def token_logps(hidden: Tensor, head: Head, targets: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Log-prob, in nats, of each target.
 
     Args:
         hidden: (S, d) states that predict the targets.
         head: The model's head; its weight may require grad.
         targets: (S,) token ids.
-        objective: The loss that the caller will differentiate, if it is a sum over pairs. It saves a quarter
-            of the head's work: gradients are computed here and returned in backward.
+        dtype: Compute dtype. In half precision a GPU multiplies on tensor cores. Logits and sums are fp32 all
+            the same: logits in bf16 would be off by up to 0.06 nats. A CPU multiplies in fp32.
 
     Returns:
         (S,) float32.
 
     Raises:
-        RuntimeError: A target has no row in the head; in backward: the loss is not the objective.
-        ValueError: The objective's lengths do not sum to the number of targets.
+        RuntimeError: A target has no row in the head.
     """
-    if objective is not None and sum(objective.lengths) != len(targets):
-        raise ValueError(f"the objective is about {sum(objective.lengths)} tokens, not {len(targets)}")
     # An asynchronous assertion: the CPU does not wait for the GPU.
     known = ((targets >= 0) & (targets < head.weight.shape[0])).all()
     torch._assert_async(known, f"a token to be scored is not among the head's {head.weight.shape[0]}")
+    operands = dtype if hidden.device.type == "cuda" else torch.float32
     logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
         hidden,
         head.weight,
@@ -125,16 +69,14 @@ def token_logps(hidden: Tensor, head: Head, targets: Tensor, *, objective: Objec
         targets,
         head.scale,
         head.softcap,
-        objective if torch.is_grad_enabled() else None,
+        operands,
+        torch.is_grad_enabled(),
     )
     return logps
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(logits)[target], row by row.
-
-    d logp / d logits = onehot(target) - softmax(logits).
-    """
+    """log softmax(logits)[target], row by row."""
 
     @staticmethod
     def forward(
@@ -145,170 +87,151 @@ class _TokenLogps(torch.autograd.Function):
         targets: Tensor,
         scale: float,
         softcap: float | None,
-        objective: Objective | None,
+        dtype: torch.dtype,
+        differentiable: bool,
     ) -> Tensor:
-        ctx.settings = scale, softcap
-        if not any(ctx.needs_input_grad):
-            objective = None
-        ctx.has_gradients = objective is not None
-        operands = _Operands(hidden, Head(weight, bias, scale, softcap), targets)
-        if objective is None:
-            logps, log_z = _project(operands)
-            ctx.save_for_backward(hidden, weight, bias, targets, log_z)
-            return logps
-        in_place = objective.in_place and weight.is_leaf and weight.dtype == torch.float32
-        if in_place and weight.requires_grad and weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        gradients = _zeros(ctx, operands, weight_gradient=weight.grad if in_place else None)
-        logps = torch.empty(len(targets), device=hidden.device, dtype=torch.float32)
-        dloss_dlogps = torch.empty_like(logps)
-        # One tile for all blocks: new memory would have to be mapped and zeroed each time.
-        tile = logps.new_empty(
-            min(wide_rows(hidden, vocabulary=weight.shape[0]), len(targets)), weight.shape[0]
-        )
-        for pairs, rows in pair_blocks(objective.lengths, hidden, vocabulary=weight.shape[0]):
-            logps[rows], dloss_dlogps[rows] = _project_and_differentiate(
-                operands.rows(rows),
-                functools.partial(_value_of, objective, pairs),
-                gradients.rows(rows),
-                tile,
+        ctx.settings = scale, softcap, dtype
+        of_hidden, of_weight, of_bias = (differentiable and need for need in ctx.needs_input_grad[:3])
+        projector = _Projector(hidden, Head(weight, bias, scale, softcap), dtype)
+        kept = projector.room_to_keep(len(targets) if of_weight or of_bias else 0)
+        room = torch.split(kept, projector.rows) if len(kept) else ()
+        narrow = weight.to(dtype) if of_hidden else weight
+        logps, towards_hidden = [], []
+        for states, tokens, into in itertools.zip_longest(
+            torch.split(hidden, projector.rows), torch.split(targets, projector.rows), room
+        ):
+            found, derivatives = projector.project(
+                states, tokens, into=into, differentiate=of_hidden or into is not None
             )
-        ctx.save_for_backward(dloss_dlogps)
-        # Not saved with save_for_backward: with no other owner, autograd takes them without a copy.
-        ctx.gradients = gradients.rounded((hidden, None if in_place else weight, bias))
-        return logps
+            logps.append(found)
+            if of_hidden and derivatives is not None:
+                towards_hidden.append(_product(derivatives, narrow))
+        ctx.save_for_backward(
+            hidden, weight, bias, targets, kept, torch.cat(towards_hidden) if of_hidden else None
+        )
+        return torch.cat(logps)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        if ctx.has_gradients:
-            (dloss_dlogps,) = ctx.saved_tensors
-            kept = torch.isclose(grad, dloss_dlogps, rtol=1e-4, atol=1e-12, equal_nan=True).all()
-            torch._assert_async(kept, "the loss that is differentiated is not the promised objective")
-            gradients, ctx.gradients = ctx.gradients, None
-            return (*gradients, None, None, None, None)
-        hidden, weight, bias, targets, log_z = ctx.saved_tensors
-        operands = _Operands(hidden, Head(weight, bias, *ctx.settings), targets)
-        gradients = _zeros(ctx, operands)
-        _differentiate(operands, log_z, grad.float(), gradients)
-        grads = gradients.rounded((hidden, weight, bias))
-        return (*grads, None, None, None, None)
+        hidden, weight, bias, targets, kept, towards_hidden = ctx.saved_tensors
+        scale, softcap, dtype = ctx.settings
+        _, of_weight, of_bias, *_ = ctx.needs_input_grad
+        factors = (grad * -scale).unsqueeze(1)
+        hidden_sum = None if towards_hidden is None else towards_hidden * factors
+        weight_sum = bias_sum = None
+        if of_weight or of_bias:
+            head = Head(weight, bias, scale, softcap)
+            for derivatives, states, factor in _derivatives(head, hidden, targets, kept, factors, dtype):
+                if of_weight:
+                    weight_sum = _plus(weight_sum, _product(derivatives.t(), (states * factor).to(dtype)))
+                if of_bias:
+                    bias_sum = _plus(bias_sum, _product(derivatives.t(), factor.to(dtype)).squeeze(1))
+        # fp32 until here: hundreds of rows are added, and bf16 would lose the small ones.
+        sums = ((hidden_sum, hidden), (weight_sum, weight), (bias_sum, bias))
+        grads = (None if total is None else total.to(like.dtype) for total, like in sums)
+        return *grads, None, None, None, None, None
 
 
-def _zeros(ctx: Any, operands: _Operands, *, weight_gradient: Tensor | None = None) -> _Gradients:
-    """Sums that start at zero, except the weight's if ``weight_gradient`` is given."""
-    needed = ctx.needs_input_grad
-    weight, bias = operands.head.weight, operands.head.bias
-    if weight_gradient is None and needed[1]:
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
-    return _Gradients(
-        torch.zeros_like(operands.hidden, dtype=torch.float32),
-        weight_gradient,
-        torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None,
-    )
+class _Projector:
+    """Projects blocks of rows, and takes the derivatives. Holds the buffers of a block.
 
-
-def _project(operands: _Operands) -> tuple[Tensor, Tensor]:
-    """Log-probs, and the log of each row's sum of exp(logits) over the vocabulary; both (rows,)."""
-    target_logits = torch.full(
-        (len(operands.targets),), torch.nan, device=operands.hidden.device, dtype=torch.float32
-    )
-    log_z = torch.full_like(target_logits, -torch.inf)
-    for rows, columns in tiles(operands.hidden, vocabulary=operands.head.weight.shape[0]):
-        tile = _logits(operands.rows(rows), columns)
-        inside, column = _target_columns(operands.targets[rows], columns)
-        target_logits[rows] = torch.where(
-            inside, tile.gather(1, column[:, None]).squeeze(1), target_logits[rows]
-        )
-        largest, sums = _exponentials(tile)
-        log_z[rows] = torch.logaddexp(log_z[rows], sums.log_().add_(largest))
-    return target_logits - log_z, log_z
-
-
-def _differentiate(operands: _Operands, log_z: Tensor, upstream: Tensor, gradients: _Gradients) -> None:
-    """Add the gradients of the log-probs that ``_project`` returned; computes the tiles again."""
-    for rows, columns in tiles(operands.hidden, vocabulary=operands.head.weight.shape[0]):
-        part = operands.rows(rows)
-        tile = _logits(part, columns)
-        slope = _softcap_slope(tile, operands.head.softcap)
-        tile.sub_(log_z[rows, None]).exp_()
-        inside, column = _target_columns(part.targets, columns)
-        tile.scatter_add_(1, column[:, None], -inside.float()[:, None])
-        gradients.rows(rows).add(tile, -upstream[rows], slope, part, columns)
-
-
-def _project_and_differentiate(
-    operands: _Operands, value: Callable[[Tensor], Tensor], gradients: _Gradients, tile: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of whole pairs and the derivatives of their terms, both (rows,). Adds the gradients.
-
-    ``tile`` is a buffer for rows over the whole vocabulary.
+    In half precision, only the derivatives and what they are multiplied with are rounded to it. Logits are
+    products of half-precision states and weights if that is what they are. Otherwise they are products in
+    TF32, which moves log-probs by 0.001 nats (sd) where rounding to bf16 would move them by 0.008.
     """
-    whole = slice(0, operands.head.weight.shape[0])
-    if len(operands.targets) > len(tile):
-        # A single pair with more rows than the tile.
-        logps, log_z = _project(operands)
-        dloss_dlogps = _dloss_dlogps(logps, value)
-        _differentiate(operands, log_z, dloss_dlogps, gradients)
-        return logps, dloss_dlogps
-    tile = _logits(operands, whole, out=tile[: len(operands.targets)])
-    slope = _softcap_slope(tile, operands.head.softcap)
-    columns = operands.targets[:, None]
-    target_logits = tile.gather(1, columns).squeeze(1)
-    step = tile_sizes(tile).wide_rows
-    parts = [_exponentials(tile[i : i + step]) for i in range(0, len(tile), step)]
-    largest, sums = (torch.cat(column) for column in zip(*parts, strict=True))
-    logps = target_logits - largest - sums.log()
-    dloss_dlogps = _dloss_dlogps(logps, value)
-    # Not divided by the sums here: each row's factor does that.
-    tile.scatter_add_(1, columns, -sums[:, None])
-    gradients.add(tile, -dloss_dlogps / sums, slope, operands, whole)
-    return logps, dloss_dlogps
+
+    def __init__(self, hidden: Tensor, head: Head, dtype: torch.dtype) -> None:
+        self._head = head
+        self._dtype = dtype
+        self._operands = dtype if hidden.dtype == head.weight.dtype == dtype else torch.float32
+        self._weight = head.weight.to(self._operands)
+        self._bytes = _ON_GPU if hidden.device.type == "cuda" else _ON_CPU
+        self.rows = max(1, self._bytes.block // (4 * len(head.weight)))
+        # The same memory for all blocks: new memory would have to be mapped and zeroed each time.
+        shape = min(len(hidden), self.rows), len(head.weight)
+        self._logits = torch.empty(shape, device=hidden.device, dtype=torch.float32)
+        self._log_probs = torch.empty_like(self._logits)
+
+    def room_to_keep(self, rows: int) -> Tensor:
+        """Memory for the derivatives of the first rows: of all, or of the blocks that are not too much."""
+        most = self._bytes.kept // (len(self._weight) * self._dtype.itemsize)
+        kept = rows if rows <= most else most - most % self.rows
+        return self._weight.new_empty(kept, len(self._weight), dtype=self._dtype)
+
+    def project(
+        self, states: Tensor, targets: Tensor, *, into: Tensor | None, differentiate: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of a block, (rows,), and minus their derivatives with respect to the scaled logits.
+
+        The derivatives, (rows, V), are written to ``into``. Without it they last until the next block.
+        """
+        _, bias, scale, softcap = self._head
+        logits, log_probs = (t.narrow(0, 0, len(states)) for t in (self._logits, self._log_probs))
+        in_fp32 = self._dtype == torch.float32
+        if into is not None and in_fp32:
+            log_probs = into
+        with contextlib.nullcontext() if in_fp32 else _tf32():
+            _product(states.to(self._operands), self._weight.t(), out=logits)
+        if bias is not None:
+            logits += bias.float()
+        if scale != 1.0:
+            logits *= scale
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        torch.log_softmax(logits, -1, out=log_probs)
+        columns = targets.unsqueeze(1)
+        logps = log_probs.gather(1, columns)
+        if not differentiate:
+            return logps.squeeze(1), None
+        if into is None:
+            into = log_probs if in_fp32 else torch.empty_like(log_probs, dtype=self._dtype)
+        # softmax - onehot. Where the model is sure of the target, their difference is a small number.
+        torch.exp(log_probs, out=into)
+        into.scatter_(1, columns, torch.expm1(logps).to(into.dtype))
+        if softcap is not None:
+            into.mul_(logits.div_(softcap).square_().neg_().add_(1))
+        return logps.squeeze(1), into
 
 
-def _value_of(objective: Objective, pairs: slice, logps: Tensor) -> Tensor:
-    return objective.value(logps, pairs)
+def _derivatives(
+    head: Head, hidden: Tensor, targets: Tensor, kept: Tensor, factors: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of some rows at a time the kept derivatives or those of another projection, the states and factors."""
+    rest = len(hidden) - len(kept)
+    if len(kept):
+        yield kept, hidden.narrow(0, 0, len(kept)), factors.narrow(0, 0, len(kept))
+    if not rest:
+        return
+    hidden, targets, factors = (t.narrow(0, len(kept), rest) for t in (hidden, targets, factors))
+    projector = _Projector(hidden, head, dtype)
+    blocks = (torch.split(t, projector.rows) for t in (hidden, targets, factors))
+    for states, tokens, factor in zip(*blocks, strict=True):
+        _, derivatives = projector.project(states, tokens, into=None, differentiate=True)
+        assert derivatives is not None
+        yield derivatives, states, factor
 
 
-def _dloss_dlogps(logps: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
-    """d value / d logps, (rows,)."""
-    with torch.enable_grad():
-        leaf = logps.detach().requires_grad_()
-        (dloss_dlogps,) = torch.autograd.grad(value(leaf), leaf)
-    return dloss_dlogps
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a @ b`` in fp32, also of operands in half precision, which a GPU multiplies many times as fast."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def _exponentials(tile: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's largest entry and sum of exp(entry - largest). Overwrites the tile with the exponentials.
-
-    In place, so that the tile stays in the cache.
-    """
-    # Where every logit of a part is -inf, the part contributes nothing.
-    largest = tile.amax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)
-    return largest, tile.sub_(largest[:, None]).exp_().sum(dim=-1)
-
-
-def _target_columns(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Which targets are among these columns, and at which of them (any column for the others)."""
-    column = targets - columns.start
-    width = columns.stop - columns.start
-    return (column >= 0) & (column < width), column.clamp(0, width - 1)
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    """A GPU multiplies fp32 numbers on its tensor cores, rounded to TF32, while the block runs."""
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
-def _logits(operands: _Operands, columns: slice, out: Tensor | None = None) -> Tensor:
-    """One fp32 tile of logits, (rows, columns)."""
-    weight, bias, scale, softcap = operands.head
-    tile = torch.mm(operands.hidden.float(), weight[columns].float().T, out=out)
-    if bias is not None:
-        tile += bias[columns].float()
-    if scale != 1.0:
-        tile *= scale
-    if softcap is not None:
-        tile.div_(softcap).tanh_().mul_(softcap)
-    return tile
-
-
-def _softcap_slope(logits: Tensor, softcap: float | None) -> Tensor | None:
-    return None if softcap is None else 1 - (logits / softcap) ** 2
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dpo_opt.optimize.forward.architecture import decoder_of, head_of
 from dpo_opt.optimize.forward.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
-from dpo_opt.optimize.forward.logps import Objective, token_logps
+from dpo_opt.optimize.forward.logps import token_logps
 from dpo_opt.optimize.forward.packing import Batch, Group, pack, packed_size, pad, plan_bins, plan_padded_bins
 from dpo_opt.optimize.forward.precision import computing_in, full_precision_products
 from dpo_opt.optimize.forward.probe import Probe
@@ -48,30 +48,16 @@ class Policy:
             return plan_bins([packed_size(group) for group in groups], budget)
         return plan_padded_bins(groups, budget)
 
-    def batch_logps(self, batch: Batch, *, objective: Objective | None = None) -> Tensor:
-        """(S,) float32 log-probs, in nats, of the batch's targets; differentiable.
-
-        ``objective`` makes the head cheaper, see ``token_logps``.
-        """
-        head = head_of(self.model)
-        # The head has already added its gradient to .grad, so the embedding adds only the rows that were fed.
-        embedding = self.model.get_input_embeddings()
-        if isinstance(embedding, torch.nn.Embedding):
-            embedding.sparse = (
-                objective is not None
-                and objective.in_place
-                and embedding.weight is head.weight
-                # In half precision the head does not add in place, and sparse rows would be summed in bf16.
-                and head.weight.dtype == torch.float32
-            )
+    def batch_logps(self, batch: Batch) -> Tensor:
+        """(S,) float32 log-probs, in nats, of the batch's targets; differentiable."""
         with full_precision_products():
             with computing_in(self.dtype, self.model, self.device):
                 output = decoder_of(self.model)(
                     input_ids=batch.input_ids, use_cache=False, **batch.model_kwargs
                 )
             hidden = output.last_hidden_state.flatten(0, 1)[batch.scored_rows]
-            # Outside autocast: the head's tile is fp32, since bf16 logits are off by up to 0.06 nats.
-            return token_logps(hidden, head, batch.targets, objective=objective)
+            # Outside autocast, which would round the logits.
+            return token_logps(hidden, head_of(self.model), batch.targets, dtype=self.dtype)
 
     def sequence_logps(self, groups: Sequence[Group]) -> list[Tensor]:
         """One (C,) tensor of token log-probs per sequence, on the policy's device."""

@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo_opt.optimize.forward.architecture import decoder_layers
-from dpo_opt.optimize.forward.logps import Objective
 from dpo_opt.optimize.forward.packing import Batch
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.processes.distributed import World, any_rank
@@ -42,8 +41,8 @@ class _Root(torch.nn.Module):
         self.model = policy.model
         self._policy = policy
 
-    def forward(self, batch: Batch, objective: Objective | None) -> Tensor:
-        return self._policy.batch_logps(batch, objective=objective)
+    def forward(self, batch: Batch) -> Tensor:
+        return self._policy.batch_logps(batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +55,9 @@ class ShardedPolicy(Policy):
     reduces_once: bool
     """Whether gradients are exchanged only after a step's last micro-batch. After each takes less memory."""
 
-    def batch_logps(self, batch: Batch, *, objective: Objective | None = None) -> Tensor:
+    def batch_logps(self, batch: Batch) -> Tensor:
         """See ``Policy``."""
-        logps: Tensor = cast(torch.nn.Module, self.root)(batch, objective)
+        logps: Tensor = cast(torch.nn.Module, self.root)(batch)
         if not torch.is_grad_enabled():
             # With gradients, backward does this. Later readers of the parameters must not find gathered ones.
             self.root.reshard()

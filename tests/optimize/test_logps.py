@@ -1,13 +1,11 @@
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dpo_opt.optimize.forward import logit_tiles as tiles_module
 from dpo_opt.optimize.forward import logps as logps_module
-from dpo_opt.optimize.forward.logps import Head, Objective, token_logps
+from dpo_opt.optimize.forward.logps import Head, token_logps
 
 SCORED, WIDTH, VOCABULARY = 37, 24, 101
 
@@ -41,15 +39,14 @@ def textbook(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
     return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
-def tiles_of(monkeypatch: pytest.MonkeyPatch, *, rows: int, columns: int) -> None:
-    monkeypatch.setattr(tiles_module, "_TILE_ROWS", rows)
-    for device in ("_ON_CPU", "_ON_GPU"):
-        sizes = getattr(tiles_module, device)._replace(entries=rows * columns)
-        monkeypatch.setattr(tiles_module, device, sizes)
+def blocks_of(monkeypatch: pytest.MonkeyPatch, rows: int, *, keep: int = 1000) -> None:
+    """Project so many rows at a time, and keep the derivatives of so many at most."""
+    sizes = logps_module._Bytes(block=4 * VOCABULARY * rows, kept=4 * VOCABULARY * keep)
+    monkeypatch.setattr(logps_module, "_ON_CPU", sizes)
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns"), [(1, 1), (1, VOCABULARY), (5, 7), (SCORED, 1), (SCORED, VOCABULARY), (1000, 1000)]
+    ("rows", "keep"), [(1, 1000), (5, 1000), (1000, 1000), (5, SCORED), (5, 12), (5, 0), (1, SCORED - 1)]
 )
 @pytest.mark.parametrize(
     "case",
@@ -62,9 +59,9 @@ def tiles_of(monkeypatch: pytest.MonkeyPatch, *, rows: int, columns: int) -> Non
     ],
 )
 def test_values_and_gradients_are_those_of_full_logits_in_float64(
-    monkeypatch: pytest.MonkeyPatch, case: Case, rows: int, columns: int
+    monkeypatch: pytest.MonkeyPatch, case: Case, rows: int, keep: int
 ) -> None:
-    tiles_of(monkeypatch, rows=rows, columns=columns)
+    blocks_of(monkeypatch, rows, keep=keep)
     hidden, weight, bias, targets, upstream = case.tensors()
     inputs = [t.requires_grad_() for t in (hidden, weight, bias) if t is not None]
     found = token_logps(hidden, Head(weight, bias, case.scale, case.softcap), targets)
@@ -90,7 +87,7 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 def test_tokens_that_a_bias_forbids_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles_of(monkeypatch, rows=5, columns=10)
+    blocks_of(monkeypatch, 5)
     hidden, weight, _, targets, _ = Case().tensors()
     forbidden = torch.zeros(VOCABULARY + 30).index_fill_(
         0, torch.arange(VOCABULARY, VOCABULARY + 30), -torch.inf
@@ -111,7 +108,7 @@ def test_half_precision_states_lose_nothing_in_the_head() -> None:
 
 
 def test_half_precision_gradients_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles_of(monkeypatch, rows=1, columns=VOCABULARY)  # 37 additions
+    blocks_of(monkeypatch, 1, keep=0)  # 37 additions
     hidden, weight, _, targets, upstream = Case().tensors()
     hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
     found = token_logps(hidden, Head(weight, None, 1.0, None), targets)
@@ -163,154 +160,28 @@ def test_log_probs_of_the_whole_vocabulary_sum_to_one() -> None:
     assert float(every.double().exp().sum()) == pytest.approx(1.0, abs=1e-6)
 
 
-LENGTHS = (5, 1, 9, 12, 3, 7)
-
-
-def sigmoid_objective(targets: Tensor) -> Objective:
-    """A loss of each pair, of both signs, that depends on its log-probs in a curved way."""
-    references = torch.linspace(-40, 0, len(LENGTHS))
-    starts = torch.tensor((0, *LENGTHS)).cumsum(0)
-    signs = torch.where(targets % 2 == 0, 0.5, -0.3)
-
-    def value(logps: Tensor, pairs: slice) -> Tensor:
-        first = int(starts[pairs.start])
-        terms = []
-        for pair in range(pairs.start, pairs.stop):
-            begin, end = int(starts[pair]) - first, int(starts[pair + 1]) - first
-            sums = (signs[int(starts[pair]) : int(starts[pair + 1])] * logps[begin:end]).sum()
-            terms.append(torch.nn.functional.softplus(0.2 * (sums - references[pair])))
-        return torch.stack(terms).sum()
-
-    return Objective(LENGTHS, value)
-
-
-@pytest.mark.parametrize("rows", [1, 9, 14, SCORED, 1000])
-@pytest.mark.parametrize(
-    "case", [pytest.param(Case(), id="plain"), pytest.param(Case(True, 1.7, 4.0), id="all")]
-)
-def test_gradients_taken_while_projecting_are_those_taken_afterwards(
-    monkeypatch: pytest.MonkeyPatch, case: Case, rows: int
-) -> None:
-    sizes = tiles_module._ON_CPU._replace(wide_entries=rows * VOCABULARY, wide_rows=4)
-    monkeypatch.setattr(tiles_module, "_ON_CPU", sizes)
-    tiles_of(monkeypatch, rows=5, columns=30)
-    hidden, weight, bias, targets, _ = case.tensors()
-    inputs = [t.requires_grad_() for t in (hidden, weight, bias) if t is not None]
-    head = Head(weight, bias, case.scale, case.softcap)
-    objective = sigmoid_objective(targets)
-    every = slice(0, len(LENGTHS))
-
-    afterwards = token_logps(hidden, head, targets)
-    expected = torch.autograd.grad(objective.value(afterwards, every), inputs)
-    at_once = token_logps(hidden, head, targets, objective=objective)
-    found = torch.autograd.grad(objective.value(at_once, every), inputs)
-
-    torch.testing.assert_close(at_once, afterwards, rtol=0, atol=1e-5)
-    for mine, exact in zip(found, expected, strict=True):
-        assert exact.abs().max() > 0.05
-        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)
-
-
-def test_gradients_are_taken_from_one_projection(monkeypatch: pytest.MonkeyPatch) -> None:
-    projected: list[int] = []
-    project = logps_module._logits
-
-    def counting(at: Any, columns: slice, out: Tensor | None = None) -> Tensor:
-        tile = project(at, columns, out)
-        projected.append(tile.numel())
-        return tile
-
-    monkeypatch.setattr(logps_module, "_logits", counting)
+def test_what_backward_needs_is_kept_only_where_backward_can_come() -> None:
     hidden, weight, _, targets, _ = Case().tensors()
-    weight.requires_grad_()
-    objective = sigmoid_objective(targets)
-    for promise, times in ((None, 2), (objective, 1)):
-        projected.clear()
-        logps = token_logps(hidden, Head(weight, None, 1.0, None), targets, objective=promise)
-        objective.value(logps, slice(0, len(LENGTHS))).backward()
-        assert sum(projected) == times * SCORED * VOCABULARY
-
-
-def test_a_loss_that_was_not_promised_is_refused() -> None:
-    hidden, weight, _, targets, _ = Case().tensors()
-    weight.requires_grad_()
-    objective = sigmoid_objective(targets)
-    logps = token_logps(hidden, Head(weight, None, 1.0, None), targets, objective=objective)
-    with pytest.raises(RuntimeError, match="not the promised objective"):
-        (2 * objective.value(logps, slice(0, len(LENGTHS)))).backward()
-
-
-def test_without_gradients_the_objective_is_not_asked() -> None:
-    def never(_: Tensor, __: slice) -> Tensor:
-        raise AssertionError
-
-    hidden, weight, _, targets, _ = Case().tensors()
-    expected = token_logps(hidden, Head(weight, None, 1.0, None), targets)
-    objective = Objective(LENGTHS, never)
-    assert torch.equal(
-        token_logps(hidden, Head(weight, None, 1.0, None), targets, objective=objective), expected
-    )
-    weight.requires_grad_()
+    head = Head(weight.requires_grad_(), None, 1.0, None)
     with torch.no_grad():
-        assert torch.equal(
-            token_logps(hidden, Head(weight, None, 1.0, None), targets, objective=objective), expected
-        )
+        found = token_logps(hidden, head, targets)
+    assert not found.requires_grad
+    assert torch.equal(found, token_logps(hidden, head, targets))
 
+    def kept(weight: Tensor, hidden: Tensor) -> list[int]:
+        made = token_logps(hidden, Head(weight, None, 1.0, None), targets).grad_fn
+        assert made is not None
+        return [t.numel() for t in made.saved_tensors if t is not None]  # type: ignore[attr-defined]
 
-def test_in_place_the_weights_gradient_is_added_to_what_is_there() -> None:
-    hidden, weight, _, targets, _ = Case().tensors()
-    every = slice(0, len(LENGTHS))
-
-    def grads(*, in_place: bool, times: int) -> tuple[Tensor, Tensor]:
-        states, own = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        objective = dataclasses.replace(sigmoid_objective(targets), in_place=in_place)
-        for _ in range(times):
-            # Tied: the weight is used before the head, too.
-            fed = states + own[: len(states)] * 0.1
-            logps = token_logps(fed, Head(own, None, 1.0, None), targets, objective=objective)
-            objective.value(logps, every).backward()
-        assert states.grad is not None
-        assert own.grad is not None
-        return states.grad, own.grad
-
-    for times in (1, 3):
-        for mine, exact in zip(
-            grads(in_place=True, times=times), grads(in_place=False, times=times), strict=True
-        ):
-            assert exact.abs().max() > 0.05
-            torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)
-
-
-def test_in_place_leaves_a_frozen_weight_alone() -> None:
-    hidden, weight, _, targets, _ = Case().tensors()
-    hidden.requires_grad_()
-    objective = dataclasses.replace(sigmoid_objective(targets), in_place=True)
-    logps = token_logps(hidden, Head(weight, None, 1.0, None), targets, objective=objective)
-    objective.value(logps, slice(0, len(LENGTHS))).backward()
-    assert weight.grad is None
-    assert hidden.grad is not None
+    derivatives = SCORED * VOCABULARY
+    assert derivatives in kept(weight, hidden)
+    # A frozen head, as in LoRA.
+    assert max(kept(weight.detach(), hidden.requires_grad_())) == VOCABULARY * WIDTH
 
 
 @pytest.mark.parametrize("target", [VOCABULARY, VOCABULARY + 7, -1])
-@pytest.mark.parametrize("promised", [True, False])
-def test_a_token_that_the_head_does_not_have_is_refused(target: int, promised: bool) -> None:
+def test_a_token_that_the_head_does_not_have_is_refused(target: int) -> None:
     hidden, weight, _, targets, _ = Case().tensors()
     targets[5] = target
-    objective = Objective([SCORED], lambda logps, _: logps.sum()) if promised else None
     with pytest.raises(RuntimeError, match=f"not among the head's {VOCABULARY}"):
-        token_logps(hidden.requires_grad_(), Head(weight, None, 1.0, None), targets, objective=objective)
-
-
-def test_memory_that_nothing_was_written_to_is_no_log_prob() -> None:
-    hidden, weight, _, targets, _ = Case().tensors()
-    targets[5] = VOCABULARY
-    found, _ = logps_module._project(logps_module._Operands(hidden, Head(weight, None, 1.0, None), targets))
-    assert found.isnan().nonzero().flatten().tolist() == [5]
-
-
-@pytest.mark.parametrize("lengths", [[SCORED - 1], [SCORED, 1]])
-def test_an_objective_about_other_tokens_is_refused(lengths: list[int]) -> None:
-    hidden, weight, _, targets, _ = Case().tensors()
-    objective = Objective(lengths, lambda logps, _: logps.sum())
-    with pytest.raises(ValueError, match=f"not {SCORED}"):
-        token_logps(hidden.requires_grad_(), Head(weight, None, 1.0, None), targets, objective=objective)
+        token_logps(hidden.requires_grad_(), Head(weight, None, 1.0, None), targets)

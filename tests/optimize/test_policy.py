@@ -15,8 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dpo_opt.optimize.forward import attention
 from dpo_opt.optimize.forward.architecture import head_of
 from dpo_opt.optimize.forward.layout import choose_layout
-from dpo_opt.optimize.forward.load_policy import load_policy
-from dpo_opt.optimize.forward.logps import Objective
 from dpo_opt.optimize.forward.packing import Segment, pack
 from dpo_opt.optimize.forward.policy import Policy, compute_dtype
 from dpo_opt.schemas.errors import ConfigError
@@ -319,54 +317,3 @@ def test_a_probe_leaves_half_precision_weights_as_they_were(tiny_model: Path) ->
         assert torch.equal(mine, theirs), name
     rotary: Any = policy.model.model.rotary_emb
     assert rotary.inv_freq.dtype == torch.float32
-
-
-def test_tied_half_precision_embeddings_get_dense_gradients(tmp_path: Path) -> None:
-    save_random("LlamaConfig", {**HEADS, "tie_word_embeddings": True}, tmp_path)
-    policy = load_policy(
-        tmp_path, dtype=torch.bfloat16, device=CPU, trainable=True, param_dtype=torch.bfloat16
-    )
-    batch = policy.layout(groups()[:1])
-    objective = Objective([sum(batch.lengths)], lambda logps, _: logps.sum(), in_place=True)
-    policy.batch_logps(batch, objective=objective).sum().backward()
-    embedding = policy.model.get_input_embeddings()
-    assert not embedding.sparse
-    assert embedding.weight.grad is not None
-    assert not embedding.weight.grad.is_sparse
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("in_place", [True, False])
-def test_gradients_taken_in_the_head_are_those_of_backward(
-    tmp_path: Path, *, tied: bool, in_place: bool
-) -> None:
-    save_random("LlamaConfig", {**HEADS, "tie_word_embeddings": tied}, tmp_path)
-    policy = load(tmp_path)
-    pairs = groups()[:4]  # the last group has four sequences
-    batch = policy.layout(pairs)
-    lengths = [sum(batch.lengths[i : i + 2]) for i in range(0, 8, 2)]
-    starts = np.cumsum([0, *lengths])
-
-    def value(logps: Tensor, rows: slice) -> Tensor:
-        weights = torch.cos(torch.arange(starts[rows.start], starts[rows.stop]))
-        return (weights * logps).sum()
-
-    def grads(objective: Objective | None) -> dict[str, Tensor]:
-        policy.model.zero_grad()
-        for _ in range(2):  # micro-batches
-            value(policy.batch_logps(batch, objective=objective), slice(0, 4)).backward()
-        found = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
-        assert not any(grad.is_sparse for grad in found.values())
-        return found
-
-    expected = grads(None)
-    found = grads(Objective(lengths, value, in_place))
-    assert found.keys() == expected.keys()
-    for name, exact in expected.items():
-        torch.testing.assert_close(
-            found[name],
-            exact,
-            rtol=0,
-            atol=1e-5 * float(exact.abs().max()),
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
