@@ -1,7 +1,7 @@
 """Every setting of the commands that read preference data, documented where it is declared."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
@@ -33,6 +33,9 @@ Sources = Annotated[list[str], BeforeValidator(_listed)]
 
 class DataConfig(Settings):
     """Settings of every command that reads preference data: which data, and how."""
+
+    reads_once: ClassVar[bool] = False
+    """The command takes no second look at the data, so that a Hub dataset need not be fetched for it."""
 
     data: Annotated[Sources, Field(min_length=1)]
     """Preference pairs: files (JSON, CSV, Parquet, Arrow), folders, globs, URLs, a Hub ORG/NAME@REVISION."""
@@ -176,6 +179,8 @@ def _absolute(name: str) -> str:
 class CheckConfig(WholeDataConfig):
     """Settings of ``dpo-opt check``: find what is wrong with the data before it costs GPU time."""
 
+    reads_once = True
+
     model: str | None = None
     """Count in this model's tokens and forecast truncation, disk and GPU hours. Default: count characters."""
     eval_data: Sources = []
@@ -200,6 +205,8 @@ class CheckConfig(WholeDataConfig):
 
 class PreviewConfig(DataConfig):
     """Settings of ``dpo-opt preview``: show pairs as the model will see them."""
+
+    reads_once = True
 
     model: str
     """Model whose tokenizer and chat template are used."""

@@ -1,5 +1,6 @@
 """Files from the Hugging Face Hub, at a commit: the one place that may go to the network for them."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -49,6 +50,27 @@ def fetch(
         raise _not_to_be_had(repository, error) from error
 
 
+def list_files(
+    repository: str, *, kind: Kind, revision: str, patterns: Sequence[str]
+) -> dict[str, bool] | None:
+    """The files that a repository has at a commit, each with whether it is in the local cache.
+
+    Returns:
+        None where the Hub does not say, or huggingface_hub is missing or too old to.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+
+        found = snapshot_download(
+            repository, repo_type=kind, revision=revision, allow_patterns=list(patterns), dry_run=True
+        )
+    except (ImportError, TypeError):
+        return None
+    except _hub_errors():
+        return None
+    return {file.filename: not file.will_download for file in found}
+
+
 def current_commit(repository: str, *, kind: Kind, revision: str | None, extra: str) -> str:
     """The commit that a branch or tag stands at now.
 
@@ -69,7 +91,12 @@ def _hub_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     # A ValueError also for a repository whose file names lead out of the cache: none of it is written.
-    return (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError)
+    return (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, *connection_errors())
+
+
+def connection_errors() -> list[type[Exception]]:
+    """What the HTTP client of huggingface_hub raises where nothing answers; httpx's are no OSErrors."""
+    return [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]
 
 
 def _not_installed(repository: str, extra: str) -> ConfigError:

@@ -21,7 +21,7 @@ from dpo_opt.precompute.check.pair_statistics import (
 )
 from dpo_opt.precompute.check.problems import by_harm, problem
 from dpo_opt.precompute.check.repeats import find_repeats, near_repeats
-from dpo_opt.precompute.config import CheckConfig, DataConfig, Truncation
+from dpo_opt.precompute.config import CheckConfig, Truncation
 from dpo_opt.precompute.read.sources import Source, find_sources, merged_splits
 from dpo_opt.precompute.tokens.max_length import resolve_max_length
 from dpo_opt.precompute.tokens.truncation import DROP_FIXES
@@ -197,7 +197,7 @@ def _nearly_repeated(facts: Facts, *, similarity: float) -> list[Problem]:
 
 def _shared_with_eval(facts: Facts, config: CheckConfig, progress: Progress) -> list[Problem]:
     held_out = collect(
-        DataConfig(data=config.eval_data, column=config.column, ignore_column=config.ignore_column),
+        config.model_copy(update={"data": config.eval_data, "data_share": []}),
         Wanted(),
         processes=config.processes,
         progress=progress,

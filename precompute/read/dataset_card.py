@@ -3,39 +3,45 @@
 Described in the Hub's documentation, "Manual configuration" of datasets.
 """
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
+from typing import BinaryIO
 
 from dpo_opt.schemas.plain_data import yaml_of
 
 _FENCE = "---"
 
 
-def splits_of_card(card: Path, files: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
+def splits_of_card(
+    folder: str, files: Sequence[str], opened: Callable[[str], BinaryIO]
+) -> dict[str, tuple[str, list[str]]]:
     """The splits of some files.
 
     Args:
-        card: README.md of a dataset; patterns of files are relative to its folder.
+        folder: Path or URL of a dataset, with its README.md; patterns of files are relative to it.
         files: Data files.
+        opened: Opens a file.
 
     Returns:
         Name of a split to what names all of its files, the only pattern of the card or "", and the files. Of
         several configurations, a split is called ``CONFIGURATION/SPLIT``. Empty where the card names none.
     """
-    root = f"{card.parent}/"
+    root = f"{folder.rstrip('/')}/"
     inside = [file for file in files if file.startswith(root)]
     found: dict[str, tuple[str, list[str]]] = {}
-    for name, patterns in _patterns(card):
+    for name, patterns in _patterns(f"{root}README.md", opened):
         own = [f for f in inside if any(fnmatchcase(f.removeprefix(root), pattern) for pattern in patterns)]
         if own:
             found[name] = (f"{root}{patterns[0]}" if len(patterns) == 1 else "", own)
     return found
 
 
-def _patterns(card: Path) -> list[tuple[str, list[str]]]:
+def _patterns(card: str, opened: Callable[[str], BinaryIO]) -> list[tuple[str, list[str]]]:
     try:
-        head, fence, rest = card.read_text(encoding="utf-8").partition(f"{_FENCE}\n")
+        with opened(card) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8").read()
+        head, fence, rest = text.partition(f"{_FENCE}\n")
         about = yaml_of(rest.partition(f"\n{_FENCE}")[0]) if fence and not head.strip() else None
     except (OSError, ValueError):
         return []  # a card that cannot be read names nothing

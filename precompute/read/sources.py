@@ -16,10 +16,11 @@ import pyarrow as pa
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.dataset_card import splits_of_card
+from dpo_opt.precompute.read.hub_datasets import HUB_ID, PROTOCOL, as_named, hub_listing, root_of
 from dpo_opt.precompute.read.saved_datasets import only_saved
 from dpo_opt.precompute.read.strict_json import quote
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
-from dpo_opt.schemas.hub import current_commit, fetch
+from dpo_opt.schemas.hub import connection_errors
 from dpo_opt.schemas.locations import EXTRA_OF_PROTOCOL, AnyPath
 
 SUFFIXES = (
@@ -32,8 +33,6 @@ SUFFIXES = (
 # Files of published datasets that hold no data.
 _NOT_DATA_SUFFIXES = (".md", ".txt", ".yaml", ".yml", ".py", ".toml", ".lock", ".crc")
 _NOT_DATA_NAMES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "LICENSE"}
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<files>.+))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 # From a word in a file's name to the usual name of the split that it belongs to.
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -66,7 +65,8 @@ def find_sources(config: DataConfig) -> list[Source]:
             why="each share belongs to the source at the same place",
             fix="give as many --data-share as --data, or none",
         )
-    return [Source(name, _files(name), share) for name, share in zip(config.data, shares, strict=True)]
+    named = zip(config.data, shares, strict=True)
+    return [Source(name, _files(name, config.reads_once), share) for name, share in named]
 
 
 def merged_splits(source: Source) -> dict[str, str]:
@@ -78,9 +78,11 @@ def merged_splits(source: Source) -> dict[str, str]:
     files = source.files
     if len(files) < 2:
         return {}
-    base = os.path.commonpath([str(Path(file).parent) for file in files]) if "://" not in files[0] else ""
-    for folder in (Path(base), Path(base).parent) if base else ():
-        told = splits_of_card(folder / "README.md", files)
+    base = root_of(files[0])
+    if "://" not in files[0]:
+        base = os.path.commonpath([str(Path(file).parent) for file in files])
+    for folder in dict.fromkeys((base, root_of(base) or str(Path(base).parent))) if base else ():
+        told = splits_of_card(folder, files, open_file)
         if len(told) > 1:
             return {name: _name_of(source, *told[name]) for name in sorted(told)}
     splits: dict[str, list[str]] = {}
@@ -103,10 +105,7 @@ def _name_of(source: Source, pattern: str, files: Sequence[str]) -> str:
         # By character, as a pattern is.
         shared = os.path.commonprefix(files)  # noqa: RUF071
         pattern = f"{shared.removesuffix(suffix)}*{suffix}"
-    # The files of a Hub dataset are in a cache.
-    repository, at, revision = source.name.removeprefix("hf://datasets/").partition("@")
-    _, in_cache, inside = pattern.partition(f"/snapshots/{revision}/")
-    return f"{repository}@{revision}/{inside}" if at and in_cache else pattern
+    return as_named(source.name, pattern)
 
 
 def refuse_inside(config: DataConfig, folder: AnyPath, *, option: str) -> None:
@@ -155,8 +154,9 @@ def open_file(name: str) -> BinaryIO:
 def reading_errors() -> tuple[type[BaseException], ...]:
     """The errors that reading may raise. A store's client has its own, without a common base."""
     botocore = sys.modules.get("botocore.exceptions")
+    own = [*connection_errors(), *([botocore.BotoCoreError] if botocore else [])]
     # Names of a table's columns are decoded as they are asked for.
-    return (OSError, UnicodeDecodeError, pa.ArrowException, *([botocore.BotoCoreError] if botocore else []))
+    return (OSError, UnicodeDecodeError, pa.ArrowException, *own)
 
 
 def reason_of(error: BaseException) -> str:
@@ -165,9 +165,9 @@ def reason_of(error: BaseException) -> str:
     return quote(strerror or first_line(error, named=False))
 
 
-def _files(name: str) -> list[str]:
-    if name.startswith("hf://datasets/"):
-        return _hub_files(name.removeprefix("hf://datasets/"))
+def _files(name: str, streamed: bool) -> list[str]:
+    if name.startswith(PROTOCOL):
+        return _hub_files(name, streamed)
     if "://" in name:
         return _remote_files(name)
     if not name.strip():
@@ -185,11 +185,11 @@ def _files(name: str) -> list[str]:
         raise _not_listed(name, error, "check the path given to --data") from error
     if is_folder:
         return _data_files(name, found, base=str(path))
-    hub = None if name.startswith((".", "/", "~")) else _HUB_ID.fullmatch(name)
+    hub = None if name.startswith((".", "/", "~")) else HUB_ID.fullmatch(name)
     if hub and not found and (hub["revision"] or not (_has_glob(name) or name.endswith(SUFFIXES))):
-        return _hub_files(name)
+        return _hub_files(name, streamed)
     if found or _has_glob(name):
-        return _matches(name, found)
+        return _matches(name, found, pattern=str(path))
     raise DataError(
         "there is no such file or folder",
         where=name,
@@ -206,9 +206,7 @@ def _local_files(path: Path) -> list[str]:
     if not _has_glob(str(path)):
         return []
     pattern = str(path.relative_to(path.anchor))
-    found = [p for p in Path(path.anchor).glob(pattern) if not p.is_dir()]
-    # As in a shell, only a pattern that begins with a dot matches hidden files.
-    return [str(p) for p in found if not p.name.startswith(".") or path.name.startswith(".")]
+    return [str(p) for p in Path(path.anchor).glob(pattern) if not p.is_dir()]
 
 
 def _inside(folder: Path) -> list[str]:
@@ -244,7 +242,7 @@ def _remote_files(url: str) -> list[str]:
     if is_file:
         return [url]
     if _has_glob(path):
-        return _matches(url, found)
+        return _matches(url, found, pattern=f"{protocol}://{path}")
     if not found:
         raise DataError(
             "there is no such file or folder", where=url, fix="check the URL", kind="no_such_file"
@@ -271,38 +269,30 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _hub_files(name: str) -> list[str]:
-    found = _HUB_ID.fullmatch(name)
-    if found is None:
-        raise DataError(
-            "not the name of a Hub dataset",
-            where=name,
-            fix="ORGANISATION/NAME@REVISION, or ORGANISATION/NAME@REVISION/data/train-*.parquet",
-            kind="no_such_file",
-        )
-    repository, revision, files = found["name"], found["revision"], found["files"]
-    if revision is None or not _COMMIT.fullmatch(revision):
-        commit = current_commit(repository, kind="dataset", revision=revision, extra="hub")
-        raise ConfigError(
-            f"{name!r} is not pinned to a commit",
-            why="the dataset could change between planning and scoring, and nobody would know",
-            fix="--data " + quoted(f"{repository}@{commit}" + (f"/{files}" if files else "")),
-        )
-    patterns = [files] if files else ["README.md", *(f"**{suffix}" for suffix in SUFFIXES)]
-    folder = fetch(repository, kind="dataset", revision=revision, patterns=patterns, extra="hub")
-    if files:
-        return _matches(name, [str(p) for p in folder.glob(files) if p.is_file()])
-    return _data_files(name, [str(p) for p in folder.rglob("*") if p.is_file()], base=str(folder))
+def _hub_files(name: str, streamed: bool) -> list[str]:
+    base, files, pattern = hub_listing(name.removeprefix(PROTOCOL), suffixes=SUFFIXES, streamed=streamed)
+    if pattern is None:
+        return _data_files(name, files, base=base)
+    return _matches(name, files, pattern=f"{base}/{pattern}")
 
 
 def _has_glob(path: str) -> bool:
     return any(character in path for character in "*?[")
 
 
-def _matches(name: str, found: Sequence[str]) -> list[str]:
-    if not found:
-        raise DataError("nothing matches", where=name, fix="check the pattern", kind="no_such_file")
-    return sorted(found)
+def _matches(name: str, found: Sequence[str], *, pattern: str) -> list[str]:
+    """What a pattern matches, without what a folder's files are read without: names with . or _ first.
+
+    As in a shell with dots, a part of the pattern that begins so matches them.
+    """
+    parts = pattern.split("/")
+    fixed = next((i for i, part in enumerate(parts) if _has_glob(part)), len(parts))
+    hidden = tuple({".", "_"} - {part[:1] for part in parts[fixed:]})
+    files = sorted(f for f in found if not any(part.startswith(hidden) for part in f.split("/")[fixed:]))
+    if not files:
+        beside = "; one that is to match names with . or _ first must begin so" if found else ""
+        raise DataError("nothing matches", where=name, fix=f"check the pattern{beside}", kind="no_such_file")
+    return files
 
 
 def _data_files(name: str, found: Sequence[str], *, base: str) -> list[str]:

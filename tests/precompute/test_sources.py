@@ -3,6 +3,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from object_store import s3_client, serve_s3, using_store
 
-from dpo_opt.precompute.config import DataConfig
+from dpo_opt.precompute.config import CheckConfig, DataConfig
 from dpo_opt.precompute.read.datasets import read_pairs
 from dpo_opt.precompute.read.sources import Source, find_sources, merged_splits, refuse_inside
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError
@@ -141,13 +142,26 @@ def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
         ("**/*.jsonl.gz", ["b2"]),
         ("[az].js*", ["a", "z1", "z2"]),
         ("b/?.parquet", ["b1", "b1'", "b1''"]),
+        ("**/[!n]*.jsonl", ["a"]),
+        # As in a shell with dots: a pattern that begins so means them.
+        ("_*.jsonl", ["part"]),
+        (".h*", ["secret"]),
+        ("_part.jsonl", ["part"]),
+        ("_temporary/*", ["private"]),
+        ("_*/*.jsonl", ["private"]),
+        (".cache/*.jsonl", ["hidden"]),
     ],
 )
 def test_a_glob_is_what_it_matches_by_name(
     folder: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, names: list[str]
 ) -> None:
-    for other in ("b/notes.txt", ".hidden.jsonl", "_part.jsonl"):
-        (folder / other).unlink()
+    (folder / "b" / "notes.txt").unlink()
+    for hidden, says in (
+        (".hidden.jsonl", "secret"),
+        ("_part.jsonl", "part"),
+        ("_temporary/half.jsonl", "private"),
+    ):
+        write(folder / hidden, says)
     assert names_of(folder / pattern) == names
     monkeypatch.chdir(folder)
     assert names_of(pattern) == names
@@ -156,6 +170,13 @@ def test_a_glob_is_what_it_matches_by_name(
 def test_a_glob_without_a_match_is_refused(folder: Path) -> None:
     error = refusal(folder / "*.zst")
     assert (error.what, error.where) == ("nothing matches", f"{folder}/*.zst")
+
+
+def test_a_glob_that_matches_hidden_names_alone_says_how_to_read_them(folder: Path) -> None:
+    for pattern in ("*rt.jsonl", "*/half.jsonl"):
+        error = refusal(folder / pattern)
+        assert error.what == "nothing matches"
+        assert "must begin so" in str(error.fix)
 
 
 def test_a_file_whose_name_is_a_pattern_is_that_file(tmp_path: Path) -> None:
@@ -526,6 +547,10 @@ PUBLISHED = {
     "data/train-1.jsonl": lines("t2"),
     "data/test.jsonl": lines("e0"),
 }
+TREE = [
+    {"type": "file", "path": name, "size": len(data), "oid": f"{i:040x}"}
+    for i, (name, data) in enumerate(PUBLISHED.items())
+]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -540,6 +565,11 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(with_body=True)
 
+    def do_POST(self) -> None:
+        """What is known of some paths."""
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+        self._send(json.dumps([entry for entry in TREE if entry["path"] in asked]).encode(), with_body=True)
+
     def _answer(self, *, with_body: bool) -> None:
         path = self.path.partition("?")[0]
         api, files = "/api/datasets/made/pairs", f"/datasets/made/pairs/resolve/{COMMIT}/"
@@ -548,11 +578,7 @@ class Hub(BaseHTTPRequestHandler):
             about = {"id": "made/pairs", "sha": COMMIT, "private": False, "siblings": siblings, "tags": []}
             self._send(json.dumps(about | {"downloads": 0, "likes": 0}).encode(), with_body=with_body)
         elif path.startswith(f"{api}/tree/{COMMIT}"):
-            tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": f"{i:040x}"}
-                for i, (name, data) in enumerate(PUBLISHED.items())
-            ]
-            self._send(json.dumps(tree).encode(), with_body=with_body)
+            self._send(json.dumps(TREE).encode(), with_body=with_body)
         elif path.startswith(files) and path.removeprefix(files) in PUBLISHED:
             self._send(PUBLISHED[path.removeprefix(files)], with_body=with_body)
         else:
@@ -562,9 +588,13 @@ class Hub(BaseHTTPRequestHandler):
             self.end_headers()
 
     def _send(self, body: bytes, *, with_body: bool) -> None:
-        self.send_response(200)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        self.send_response(206 if wanted else 200)
+        etag = hash(body)
+        if wanted:
+            body = body[int(wanted[1]) : int(wanted[2]) + 1]
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{hash(body):x}"')
+        self.send_header("ETag", f'"{etag:x}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if with_body:
@@ -582,59 +612,119 @@ def hub() -> Iterator[str]:
 
 READER = """
 import json, sys
-from dpo_opt.precompute.config import DataConfig
+from dpo_opt.precompute.config import CheckConfig, DataConfig
 from dpo_opt.precompute.read.datasets import read_pairs
+from dpo_opt.precompute.read.sources import find_sources, merged_splits
 from dpo_opt.schemas.errors import DpoOptError
+
+kind, *names = sys.argv[1:]
+make = {"reads_once": CheckConfig, "reads_again": DataConfig}[kind]
 
 def read(name):
     try:
-        return [str(p.chosen).split()[1] for p in read_pairs(DataConfig(data=[name]))]
+        config = make(data=[name])
+        pairs = [(p.where, str(p.chosen).split()[1]) for p in read_pairs(config)]
+        (source,) = find_sources(config)
+        return [pairs, merged_splits(source)]
     except DpoOptError as error:
         return [type(error).__name__, error.what, error.fix]
 
-print(json.dumps([read(name) for name in sys.argv[1:]]))
+print(json.dumps([read(name) for name in names]))
 """
 
 
-def read_in_a_process(endpoint: str, home: Path, *names: str) -> list[list[str]]:
+def read_in_a_process(endpoint: str, home: Path, *names: str, kind: str = "reads_again") -> list[list[Any]]:
     """What a process of its own reads: the endpoint is read once, on import."""
     unset = ("HF_HUB_OFFLINE", "HF_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
     env = {name: value for name, value in os.environ.items() if name not in unset}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", READER, *names], env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", READER, kind, *names], env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout))
 
 
-def test_a_hub_dataset_is_read_at_a_commit_and_nothing_else(hub: str, tmp_path: Path) -> None:
-    unpinned, branch, *pinned, missing, no_match = read_in_a_process(
+WHOLE = f"made/pairs@{COMMIT}"
+OWN_NAMES = {"test": f"{WHOLE}/data/test.jsonl", "train": f"{WHOLE}/data/train-*.jsonl"}
+
+
+@pytest.mark.parametrize("kind", ["reads_again", "reads_once"])
+def test_a_hub_dataset_is_read_at_a_commit_and_nothing_else(hub: str, tmp_path: Path, kind: str) -> None:
+    unpinned, branch, *pinned, missing, no_match, bad_pattern = read_in_a_process(
         hub,
         tmp_path / "home",
         "made/pairs",
         "hf://datasets/made/pairs@main/data/train-*.jsonl",
-        f"made/pairs@{COMMIT}",
-        f"hf://datasets/made/pairs@{COMMIT}/data/train-*.jsonl",
-        f"hf://datasets/made/pairs@{COMMIT}/data/test.jsonl",
+        WHOLE,
+        f"hf://datasets/{WHOLE}/data/train-*.jsonl",
+        f"hf://datasets/{WHOLE}/data/test.jsonl",
+        f"{WHOLE}/*/t*.jsonl",
         "made/nothing",
-        f"hf://datasets/made/pairs@{COMMIT}/data/*.parquet",
+        f"hf://datasets/{WHOLE}/data/*.parquet",
+        f"hf://datasets/{WHOLE}/**.jsonl",
+        kind=kind,
     )
-    assert unpinned == [
-        "ConfigError",
-        "'made/pairs' is not pinned to a commit",
-        f"--data made/pairs@{COMMIT}",
-    ]
+    assert unpinned == ["ConfigError", "'made/pairs' is not pinned to a commit", f"--data {WHOLE}"]
     assert branch[0] == "ConfigError"
-    assert branch[2] == f"--data 'made/pairs@{COMMIT}/data/train-*.jsonl'"
-    assert pinned == [["e0", "t0", "t1", "t2"], ["t0", "t1", "t2"], ["e0"]]
+    assert branch[2] == f"--data '{WHOLE}/data/train-*.jsonl'"
+    whole, train, test, both = pinned
+    assert [name for _, name in whole[0]] == [name for _, name in both[0]] == ["e0", "t0", "t1", "t2"]
+    assert [name for _, name in train[0]] == ["t0", "t1", "t2"]
+    assert [name for _, name in test[0]] == ["e0"]
+    assert whole[1] == both[1] == OWN_NAMES
+    base = f"{tmp_path}/home/hub/datasets--made--pairs/snapshots/{COMMIT}"
+    if kind == "reads_once":
+        # Nothing was written beside what says how the files are called.
+        assert not [path for path in (tmp_path / "home").rglob("*") if path.suffix == ".jsonl"]
+        base = f"hf://datasets/{WHOLE}"
+    assert [where for where, _ in train[0]] == [
+        f"{base}/data/train-0.jsonl:1",
+        f"{base}/data/train-0.jsonl:2",
+        f"{base}/data/train-1.jsonl:1",
+    ]
     assert missing[0] == "ConfigError"
     assert missing[1].startswith("'made/nothing' is neither here nor to be had from the Hub (")
     assert no_match[:2] == ["DataError", "nothing matches"]
+    assert bad_pattern[0] == "DataError"
+    assert bad_pattern[1].startswith("not a pattern (")
 
 
 def test_a_dataset_that_was_fetched_is_read_without_the_hub(hub: str, tmp_path: Path) -> None:
-    name = f"made/pairs@{COMMIT}"
-    (first,) = read_in_a_process(hub, tmp_path / "home", name)
-    (again,) = read_in_a_process("http://127.0.0.1:9", tmp_path / "home", name)
-    assert first == again == ["e0", "t0", "t1", "t2"]
+    first = read_in_a_process(hub, tmp_path / "home", WHOLE)
+    for kind in ("reads_again", "reads_once"):
+        assert read_in_a_process("http://127.0.0.1:9", tmp_path / "home", WHOLE, kind=kind) == first
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_the_rows_of_a_dataset_are_numbered_as_datasets_streams_them(tmp_path: Path, suffix: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    # Neither by number nor as they were written.
+    for i, name in enumerate(("train-2", "train-10", "more/train-1", "train-0", "test-0")):
+        write(tmp_path / "data" / f"{name}{suffix}", f"{i}a", f"{i}b", f"{i}c")
+    own = str(tmp_path / "data" / f"**/train-*{suffix}")
+    streamed = datasets.load_dataset(str(tmp_path), streaming=True)["train"]
+    assert [str(row["chosen"]).split()[1] for row in streamed] == names_of(own)
+    assert [pair.row for pair in pairs_of(own)] == list(range(12))
+
+
+def test_without_the_hub_and_a_copy_the_error_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub import _snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Its base, which is no OSError, is what comes where nothing answers.
+    refused = HfHubHTTPError.__mro__[1]("connection refused")
+
+    def nobody(*_: object, **__: object) -> None:
+        raise refused
+
+    for name in ("repo_info", "list_repo_tree"):
+        monkeypatch.setattr(hub.HfApi, name, nobody)
+    monkeypatch.setattr(_snapshot_download.constants, "HF_HUB_CACHE", str(tmp_path))
+    for config in (DataConfig, CheckConfig):
+        for given in ("made/pairs", WHOLE):
+            with pytest.raises(ConfigError, match=r"is neither here nor to be had from the Hub \(.*conn"):
+                list(read_pairs(config(data=[given])))
