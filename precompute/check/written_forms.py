@@ -4,11 +4,12 @@ A row that this program would read back as another pair is refused, so nothing i
 """
 
 import json
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from dpo_opt.precompute.config import WrittenForm
 from dpo_opt.precompute.read.rows import to_pairs
 from dpo_opt.precompute.read.shape_parts import CARRIED_KEYS
+from dpo_opt.precompute.tokens.tool_calls import with_arguments
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair, Text
 
@@ -29,10 +30,20 @@ def written_row(pair: PreferencePair, form: WrittenForm) -> dict[str, Any]:
     carried.pop(_TOOLS, None)
     row = {**(_openai if form == "openai" else _sharegpt)(pair), **carried}
     (found,), _ = to_pairs(row, where=pair.where)
-    if found != pair._replace(row=0):
-        different = next(name for name in pair._fields if name != "row" and _differ(found, pair, name))
+    found, meant = _with_objects(found), _with_objects(pair._replace(row=0))
+    if found != meant:
+        different = next(name for name in pair._fields if _differ(found, meant, name))
         _refuse(pair, form, f'"{different}" would be read back as something else')
     return row
+
+
+def _with_objects(pair: PreferencePair) -> PreferencePair:
+    """The pair with the arguments of its tool calls as objects: as the text of one they say the same."""
+    prompt, chosen, rejected = (
+        with_arguments(part, takes="object") if isinstance(part, list) else part
+        for part in (pair.prompt, pair.chosen, pair.rejected)
+    )
+    return pair._replace(prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def _differ(one: PreferencePair, other: PreferencePair, name: str) -> bool:
@@ -40,11 +51,12 @@ def _differ(one: PreferencePair, other: PreferencePair, name: str) -> bool:
 
 
 def _openai(pair: PreferencePair) -> dict[str, Any]:
-    messages = [m for part in _parts(pair, "openai") for m in part]
-    calls: list[dict[str, Any]] = [call for m in messages for call in m.get("tool_calls", ())]
+    # Its arguments of a tool call are the JSON text of an object.
+    prompt, chosen, rejected = (with_arguments(part, takes="text") for part in _parts(pair, "openai"))
+    messages = [*prompt, *chosen, *rejected]
+    calls = [call for m in messages for call in cast(list[dict[str, Any]], m.get("tool_calls", []))]
     if not all(isinstance(_function(call).get("arguments"), str) for call in calls):
-        _refuse(pair, "openai", "its arguments of a tool call are text, and these are an object")
-    prompt, chosen, rejected = _parts(pair, "openai")
+        _refuse(pair, "openai", "its tool calls have arguments: an object, or the text of one")
     asked = {"messages": prompt, _TOOLS: pair.tools or [], "parallel_tool_calls": True}
     return {"input": asked, "preferred_output": chosen, "non_preferred_output": rejected}
 

@@ -1,6 +1,7 @@
 """What ``convert --to`` writes is read back as the same pairs with the same ids, or it is not written."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,8 +26,8 @@ def said(role: str, content: str, **others: Any) -> Row:
     return {"role": role, "content": content, **others}
 
 
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 TEXT_CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+NO_OBJECT = {"type": "function", "function": {"name": "weather", "arguments": ["Rome"]}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 USER, SO, NO = [said("user", "Warm?")], [said("assistant", "So.")], [said("assistant", "No.")]
 CHAT = {"prompt": USER, "chosen": SO, "rejected": NO}
@@ -44,6 +45,7 @@ def read(path: Path) -> list[PreferencePair]:
 
 def ids_of(pairs: list[PreferencePair], model: Path) -> list[list[list[int]]]:
     found = encoder(model).encode(pairs)
+    assert not [ids for ids in found if not isinstance(ids, PairIds)]
     return [[part.tolist() for part in ids[:3]] for ids in found if isinstance(ids, PairIds)]
 
 
@@ -76,11 +78,78 @@ def test_every_form_comes_back_with_the_same_pairs_and_ids(
         assert ids_of(plain, tiny_model) == ids_of(pairs, tiny_model)
 
 
+def calling(kind: str, i: int) -> Row:
+    """A row whose chosen side calls a tool after another call was answered."""
+    shown = {"city": f"Rom {i} ❄", "days": [1, 2.5], "deep": {"a": "", "b": [{}]}}
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": shown}}]
+    texts = [{"type": "function", "function": {"name": "weather", "arguments": json.dumps(shown)}}]
+    prompt = [*USER, said("assistant", "", tool_calls=calls), said("tool", "Cold.")]
+    if kind == "sharegpt":
+        value = json.dumps(calls[0]["function"])
+        turns = [("human", "Warm?"), ("function_call", value), ("observation", "Cold.")]
+        return {
+            "conversations": [{"from": speaker, "value": text} for speaker, text in turns],
+            "chosen": {"from": "function_call", "value": json.dumps([c["function"] for c in calls * 2])},
+            "rejected": {"from": "gpt", "value": "No."},
+            "tools": json.dumps(TOOLS),
+        }
+    if kind == "pairs":
+        return {"prompt": prompt, "chosen": [said("assistant", "", tool_calls=calls * 2)], "rejected": NO}
+    prompt[1] = said("assistant", "", tool_calls=texts)
+    chosen = [said("assistant", "", tool_calls=texts * 2)]
+    if kind == "openai":
+        asked = {"messages": prompt, "tools": TOOLS}
+        return {"input": asked, "preferred_output": chosen, "non_preferred_output": NO}
+    return {"messages": [*prompt, *chosen], "rejected_messages": [*prompt, *NO], "tools": TOOLS}
+
+
+TEMPLATE = """{%- if tools -%}{{ tools | tojson }}{%- endif -%}
+{%- for m in messages -%}<{{ m.role }}>{{ m.content }}
+{%- for call in m.tool_calls or [] -%}{{ call.function.name }} {{ ARGUMENTS }}{%- endfor -%}<end>
+{%- endfor -%}{%- if add_generation_prompt -%}<assistant>{%- endif -%}"""
+WRITES = {"object": "call.function.arguments | tojson", "text": "call.function.arguments + ''"}
+
+
+@pytest.fixture(scope="module")
+def calling_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One whose template takes arguments as objects, and one that joins their text."""
+    models = []
+    for form, written in WRITES.items():
+        model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("calling") / form))
+        (model / "chat_template.jinja").write_text(TEMPLATE.replace("ARGUMENTS", written))
+        models.append(model)
+    return models
+
+
+@pytest.mark.parametrize("kind", ["pairs", "openai", "sharegpt", "swift"])
+def test_tool_calls_come_back_with_the_same_ids_in_whichever_form_their_arguments_are(
+    kind: str, calling_models: list[Path], tmp_path: Path
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [calling(kind, i) for i in range(3)])
+    pairs = read(source)
+    ids = [ids_of(pairs, model) for model in calling_models]
+    assert [len(found) for found in ids] == [3, 3]
+    for to in FORMS:
+        assert run(source, tmp_path / to, to=to) == Converted(3, 0, {})
+        written = tmp_path / to / "train.jsonl"
+        assert [ids_of(read(written), model) for model in calling_models] == ids
+        text = json.loads(written.read_text().splitlines()[0])
+        if to == "openai":
+            (call, _) = text["preferred_output"][0]["tool_calls"]
+            assert json.loads(call["function"]["arguments"])["city"] == "Rom 0 ❄"
+        if to == "sharegpt" and kind in ("pairs", "sharegpt"):
+            assert json.loads(text["conversations"][1]["value"])["arguments"]["city"] == "Rom 0 ❄"
+        # Back to what it was, and on from there, nothing changes any more.
+        run(written, tmp_path / f"{to} again", to="trl")
+        again = tmp_path / f"{to} again" / "train.jsonl"
+        assert read(again) == read(written)
+        assert to != "trl" or read(written) == pairs
+
+
 HELD: list[tuple[tuple[WrittenForm, ...], Row]] = [
     (("openai", "sharegpt"), {**CHAT, "prompt": HISTORY, "tools": TOOLS}),
     (("openai", "sharegpt"), {**CHAT, "chat_template_kwargs": {"thinking": False}, "source": "web"}),
-    (("sharegpt",), {**CHAT, "tools": TOOLS, "chosen": [said("assistant", "", tool_calls=[CALL])]}),
-    (("sharegpt",), {**CHAT, "tools": TOOLS, "chosen": [said("assistant", "", tool_calls=[CALL, CALL])]}),
+    (("sharegpt",), {**CHAT, "chosen": [said("assistant", "", tool_calls=[NO_OBJECT])]}),
     (("openai", "sharegpt"), {**CHAT, "chosen": [said("assistant", "", tool_calls=[TEXT_CALL])]}),
     (("openai",), {**CHAT, "chosen": [said("assistant", "", tool_calls=[{"id": "1", **TEXT_CALL}])]}),
     (("openai",), {**CHAT, "chosen": [said("assistant", "Wait.", tool_calls=[TEXT_CALL])]}),
