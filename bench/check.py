@@ -6,11 +6,16 @@ Writes ``--rows`` pairs of about 2 KB, made of the texts of ``--like`` and all d
 `dpo-opt check` on all of them (seconds and peak memory of its processes together), then, on the first
 ``--tokenized`` of them and in turns, `dpo-opt check --model` against the tokenizers library alone: the same
 texts, read beforehand, in batches of a thousand, on as many threads as there are cores.
+
+With ``--against CHECKOUT`` it measures the code there against this one instead, twice and in turns: CPU
+seconds of `dpo-opt check` in one process, for the pairs and for ``--chats`` conversations of their texts.
 """
 
 import argparse
 import json
+import os
 import random
+import resource
 import statistics
 import sys
 import tempfile
@@ -33,7 +38,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--tokenized", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--against", type=Path, help="a checkout of other code")
+    parser.add_argument("--chats", type=int, default=200_000)
     arguments = parser.parse_args()
+    if arguments.against:
+        _side_by_side(arguments)
+        return
     with tempfile.TemporaryDirectory() as folder:
         whole, part = Path(folder) / "whole.jsonl", Path(folder) / "part.jsonl"
         with whole.open("w") as file, part.open("w") as first:
@@ -55,6 +65,38 @@ def main() -> None:
     print(f"| tokenizers library alone, the same texts | {statistics.median(library):.1f} s |")
     ratios = [theirs / mine for mine, theirs in zip(ours, library, strict=True)]
     print(f"| speed relative to the library | {statistics.median(ratios):.2f} |")
+
+
+def _side_by_side(arguments: argparse.Namespace) -> None:
+    ours = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        texts, chats = Path(folder) / "texts.jsonl", Path(folder) / "chats.jsonl"
+        with texts.open("w") as file, chats.open("w") as other:
+            for i, row in enumerate(_rows(arguments.like, arguments.rows)):
+                file.write(json.dumps(row) + "\n")
+                if i < arguments.chats:
+                    other.write(json.dumps(_chat(row, turns=i % 3)) + "\n")
+        for data in (texts, chats):
+            for root in (arguments.against, ours, arguments.against, ours):
+                print(f"| {data.stem} | {root.name} | {_cpu_seconds(root, data):.1f} s |", flush=True)
+
+
+def _chat(row: dict[str, Any], *, turns: int) -> dict[str, Any]:
+    """A conversation with some earlier turns, and every other one with a system message."""
+    texts = [("system", "You are kind.")] if turns % 2 else []
+    texts += [("user", row["prompt"][:200]), ("assistant", row["chosen"][:200])] * turns
+    texts.append(("user", row["prompt"]))
+    prompt = [{"role": role, "content": text} for role, text in texts]
+    sides = {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+    return {**row, "prompt": prompt, **sides}
+
+
+def _cpu_seconds(root: Path, data: Path) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-P", "-m", "dpo_opt", "check", str(data), "--json", "--processes", "1"]
+    run(command, environment={**os.environ, "PYTHONPATH": str(root)})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def _rows(like: Path, count: int) -> Iterator[dict[str, Any]]:
