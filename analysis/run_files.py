@@ -68,6 +68,15 @@ class Run:
         return sorted(p for p in (self.path / folder).glob("*.parquet") if not p.name.startswith("."))
 
 
+def shards_of_run(path: Path) -> AnyPath:
+    """The folder of reference shards that a run trained on.
+
+    Raises:
+        ConfigError: It is not a run folder, or its shards are not found.
+    """
+    return _find_shards(path, _read_config(path))
+
+
 def open_run(path: Path) -> Run:
     """Open a run folder.
 

@@ -4,6 +4,7 @@ The policy writes, then both models score what it wrote through the same forward
 needs two models, and it holds one at a time.
 """
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -14,9 +15,11 @@ import numpy as np
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.datasets import read_prompts
+from dpo_opt.precompute.tokens.template_date import ChosenDate, chosen_date
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer, encoder, prompt_ids
-from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.kl_samples import KLSample, write_kl_samples
+from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.models import checkpoint_dtype, context_length, find_model
 from dpo_opt.schemas.pairs import (
     Completion,
@@ -44,7 +47,8 @@ def measure_kl(config: "KLConfig", *, progress: Progress | None = None) -> dict[
     progress = progress or Silent()
     policy_folder, reference_folder = find_model(config.model), find_model(config.reference)
     dtype = checkpoint_dtype(policy_folder) if config.dtype == "auto" else config.dtype
-    prompts = _spread(_prompts(config, policy_folder), config.num_prompts)
+    date, found = _prompts(config, policy_folder)
+    prompts = _spread(found, config.num_prompts)
     longest = max(len(p) for p in prompts) + config.max_new_tokens
     context = context_length(policy_folder)
     if context is not None and longest > context:
@@ -93,7 +97,7 @@ def measure_kl(config: "KLConfig", *, progress: Progress | None = None) -> dict[
     plain = {
         name: value._asdict() if isinstance(value, Interval) else value for name, value in estimate.items()
     }
-    return {"output": str(config.output), **plain}
+    return {"output": str(config.output), **date.as_record(), **plain}
 
 
 def _sample(
@@ -110,17 +114,42 @@ def _sample(
     )
 
 
-def _prompts(config: "KLConfig", policy_folder: Path) -> list[IdArray]:
-    """Distinct prompts, in order."""
+def _prompts(config: "KLConfig", policy_folder: Path) -> tuple[ChosenDate, list[IdArray]]:
+    """Distinct prompts, in order, and the date that they were rendered with."""
     found: Iterator[IdArray]
     if config.prompts.is_dir():
-        found = (pair.prompt_ids for pair in ShardFolder.open(config.prompts).pairs())
+        if config.template_date is not None:
+            raise ConfigError(
+                "--template-date is given for prompts that are ids already",
+                where=str(config.prompts),
+                why="shards are rendered with the date of their folder",
+                fix="leave --template-date out",
+            )
+        folder = ShardFolder.open(config.prompts)
+        date = ChosenDate(folder.manifest.fingerprint.template_date, quoted(config.prompts))
+        found = (pair.prompt_ids for pair in folder.pairs())
     else:
         data = DataConfig(
             data=[str(config.prompts)], column=config.column, ignore_column=config.ignore_column
         )
-        found = _ids_of_prompts(data, encoder(policy_folder))
-    return list({ids.tobytes(): ids for ids in found}.values())
+        date = chosen_date(
+            encoder(policy_folder).tokenizer, given=config.template_date, shards=_trained_on(policy_folder)
+        )
+        found = _ids_of_prompts(data, encoder(policy_folder, date.date))
+    return date, list({ids.tobytes(): ids for ids in found}.values())
+
+
+def _trained_on(policy_folder: Path) -> AnyPath | None:
+    """The shards of the run that the policy is the result of, where both are there."""
+    from dpo_opt.analysis.run_files import CONFIG, shards_of_run
+
+    run = policy_folder.absolute().parent
+    if not (run / CONFIG).is_file():
+        return None
+    # Moved away with the run's other inputs: the result says which date was taken.
+    with contextlib.suppress(ConfigError):
+        return shards_of_run(run)
+    return None
 
 
 def _ids_of_prompts(data: DataConfig, tokenizer: PairTokenizer) -> Iterator[IdArray]:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.text import Text
@@ -12,12 +12,20 @@ from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
 from dpo_opt.precompute.read.shared_prompt import common_prefix_length
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer, model_vocab_size
 from dpo_opt.precompute.tokens.max_length import resolve_max_length
-from dpo_opt.precompute.tokens.tokenize import PairTokenizer
+from dpo_opt.precompute.tokens.template_date import ChosenDate, chosen_date
+from dpo_opt.precompute.tokens.templates import chat_templates
+from dpo_opt.precompute.tokens.tokenize import TEXT_TO_IDS, PairTokenizer
 from dpo_opt.precompute.tokens.truncation import PairIds
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.models import find_model
+from dpo_opt.schemas.fingerprint import refuse_differences
+from dpo_opt.schemas.locations import AnyPath
+from dpo_opt.schemas.manifest import load_manifest
+from dpo_opt.schemas.models import find_model, template_digest, tokenizer_digest
 from dpo_opt.schemas.pairs import IdArray, MaskArray, PreferencePair, TokenizedPair
 from dpo_opt.schemas.safe_text import printable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _STYLES = {
     "prompt": "dim",
@@ -28,30 +36,57 @@ _STYLES = {
 }
 
 
-def preview(config: PreviewConfig) -> list[dict[str, Any]]:
+def preview(config: PreviewConfig) -> tuple[ChosenDate, list[dict[str, Any]]]:
     """The pairs from ``config.start`` on, divided into what each part of them is.
 
     Returns:
-        One entry per row: ``where``, and ``error``, or ``dropped`` (a reason or None), ``merged`` and, under
-        ``chosen`` and ``rejected``, segments of ``kind`` (prompt, chosen, rejected, context, cut), ``ids``
-        and ``text``.
+        The date that the chat template is told, and one entry per row: ``where``, and ``error``, or
+        ``dropped`` (a reason or None), ``merged`` and, under ``chosen`` and ``rejected``, segments of
+        ``kind`` (prompt, chosen, rejected, context, cut), ``ids`` and ``text``.
 
     Raises:
         ConfigError: The model's tokenizer cannot be used.
         DataError: A file cannot be read.
+        FingerprintError: The model's tokenizer gives other ids than those of ``config.shards``.
     """
     folder = find_model(config.model, weights=False)
-    tokenizer = PairTokenizer(
-        load_tokenizer(folder),
+    tokenizer = load_tokenizer(folder)
+    date = chosen_date(tokenizer, given=config.template_date, shards=config.shards)
+    if config.shards is not None:
+        config = _as_in(config.shards, config, tokenizer)
+    pair_tokenizer = PairTokenizer(
+        tokenizer,
         max_length=resolve_max_length(folder, config.max_length),
         truncation=config.truncation,
         train_on=config.train_on,
         vocab_size=model_vocab_size(folder),
+        template_date=date.date,
     )
-    return list(_entries(config, tokenizer))
+    return date, list(_entries(config, pair_tokenizer))
 
 
-def rendered(entries: list[dict[str, Any]]) -> Text:
+def _as_in(shards: AnyPath, config: PreviewConfig, tokenizer: "PreTrainedTokenizerFast") -> PreviewConfig:
+    """The settings with the rules of a folder, whose ids the tokenizer gives."""
+    cached = load_manifest(shards).fingerprint
+    own = {
+        "tokenizer": tokenizer_digest(tokenizer),
+        "chat_template": template_digest(chat_templates(tokenizer)),
+        "text_to_ids": TEXT_TO_IDS,
+    }
+    refuse_differences(
+        cached=cached,
+        current=cached.model_copy(update=own),
+        fields=own,
+        where=str(shards),
+        fix="pass the --model and the version of dpo-opt that the folder was scored with, or no --shards",
+    )
+    return PreviewConfig.model_validate(
+        config.model_dump(exclude={"shards"})
+        | {name: getattr(cached, name) for name in ("max_length", "truncation", "train_on")}
+    )
+
+
+def rendered(entries: list[dict[str, Any]], date: ChosenDate) -> Text:
     """The same for a terminal: no text of the data is taken for markup or control codes."""
     legend = (
         ("prompt", "prompt"),
@@ -64,6 +99,8 @@ def rendered(entries: list[dict[str, Any]]) -> Text:
     for name, kind in legend:
         page.append(name, style=_STYLES[kind]).append("  ")
     page.append("\n")
+    if (words := date.in_words()) is not None:
+        page.append(f"{printable(words)}\n", style="dim")
     for entry in entries:
         page.append(f"\n{printable(entry['where'])}\n", style="bold")
         if "error" in entry:

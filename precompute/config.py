@@ -1,10 +1,11 @@
 """Every setting of the commands that read preference data, documented where it is declared."""
 
+import datetime
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.locations import Location
@@ -18,6 +19,17 @@ WrittenForm = Literal["trl", "openai", "sharegpt"]
 
 TrainOn = Literal["all", "last", "first-difference"]
 """Which of the assistant's turns in a completion count."""
+
+
+def _day(value: str) -> str:
+    """A date as the fingerprint writes it."""
+    if datetime.date.fromisoformat(value).isoformat() != value:
+        raise ValueError("a date is written as 2026-03-31")
+    return value
+
+
+TemplateDate = Annotated[str, AfterValidator(_day)]
+"""A day such as ``2026-03-31``."""
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -85,6 +97,8 @@ class PrecomputeConfig(WholeDataConfig):
     """Longer pairs. keep_start: cut completion ends. keep_end: cut the prompt's start. drop: leave out."""
     train_on: TrainOn = "all"
     """Turns of the assistant in a completion that count. first-difference: the first that differs, alone."""
+    template_date: TemplateDate | None = None
+    """Day that a chat template is told which asks for it (2026-03-31). Default: the folder's, else today."""
     pairs_per_shard: PositiveInt = 1024
     """Source rows per shard file. A killed job loses at most the shard it was scoring."""
     worker_index: NonNegativeInt | None = None
@@ -176,6 +190,22 @@ def _absolute(name: str) -> str:
     return str(path) if path.exists() or next(matches, None) is not None else name
 
 
+def leave_to_the_folder(config: Settings, *names: str) -> None:
+    """Refuse settings that a folder of shards answers, beside ``shards``.
+
+    Raises:
+        ConfigError: One of them is given too.
+    """
+    given = [name for name in names if name in config.model_fields_set and getattr(config, name) is not None]
+    if "shards" in config.model_fields_set and getattr(config, "shards", None) is not None and given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise ConfigError(
+            f"{option} is given beside --shards",
+            why="the folder says it, and what is shown is to be what the folder holds",
+            fix=f"leave {option} out, or --shards",
+        )
+
+
 class CheckConfig(WholeDataConfig):
     """Settings of ``dpo-opt check``: find what is wrong with the data before it costs GPU time."""
 
@@ -193,6 +223,8 @@ class CheckConfig(WholeDataConfig):
     """What the forecast assumes happens to longer pairs (see precompute --truncation)."""
     train_on: TrainOn = "all"
     """Turns of the assistant in a completion that count (see precompute --train-on)."""
+    template_date: TemplateDate | None = None
+    """Day that a chat template is told which asks for it. Default: that of --shards, else today."""
     pairs_per_shard: PositiveInt = 1024
     """Source rows per shard file, for the forecast."""
     near_duplicates: bool = False
@@ -201,6 +233,11 @@ class CheckConfig(WholeDataConfig):
     """Estimated Jaccard similarity from which two pairs count as nearly the same."""
     html: Path | None = None
     """Also write the result as one self-contained HTML page."""
+
+    @model_validator(mode="after")
+    def _leave_the_date_to_the_folder(self) -> Self:
+        leave_to_the_folder(self, "template_date")
+        return self
 
 
 class PreviewConfig(DataConfig):
@@ -220,6 +257,15 @@ class PreviewConfig(DataConfig):
     """What happens to a longer pair (see precompute --truncation)."""
     train_on: TrainOn = "all"
     """Turns of the assistant in a completion that count (see precompute --train-on)."""
+    template_date: TemplateDate | None = None
+    """Day that a chat template is told which asks for it, as 2026-03-31. Default: today."""
+    shards: Location | None = None
+    """Reference log-probs whose rules are taken: --max-length, --truncation, --train-on, --template-date."""
+
+    @model_validator(mode="after")
+    def _leave_the_rules_to_the_folder(self) -> Self:
+        leave_to_the_folder(self, "max_length", "truncation", "train_on", "template_date")
+        return self
 
 
 class ConvertConfig(WholeDataConfig):

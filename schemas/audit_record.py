@@ -161,6 +161,10 @@ class Audit(BaseModel):
     lengths: list[Lengths]
     length_bias: LengthBias
     sources: list[SourceCount]
+    template_date: str | None = None
+    """Day that the chat template was told; None where it does not ask, or no model was given."""
+    template_date_from: str | None = None
+    """Who says so: ``--template-date``, a folder of shards, or ``today``."""
     truncation_mode: str | None = None
     """``keep_start``, ``keep_end`` or ``drop``: what the forecasts assume."""
     truncation: list[TruncationForecast] = []

@@ -273,7 +273,7 @@ def whole_ids(model: Path, row: dict[str, Any], side: str) -> list[int]:
 
 
 def entries(data: Path, model: Path, **options: Any) -> list[dict[str, Any]]:
-    return preview(PreviewConfig.model_validate({"data": [str(data)], "model": str(model), **options}))
+    return preview(PreviewConfig.model_validate({"data": [str(data)], "model": str(model), **options}))[1]
 
 
 @pytest.mark.parametrize("truncation", ["keep_start", "keep_end", "drop"])
@@ -359,7 +359,8 @@ def test_start_and_pairs_choose_rows_and_bad_ones_are_shown_as_such(data: Path, 
     assert ["error" in e for e in shown] == [False, True, False]
     assert entries(data, tiny_model, start=100) == []
     report = found("preview", data, "--model", tiny_model, "--start", 2, "--pairs", 3)
-    assert report == {"pairs": json.loads(json.dumps(shown))}
+    date = {"template_date": None, "template_date_from": None}
+    assert report == {**date, "pairs": json.loads(json.dumps(shown))}
     text = invoke("preview", data, "--model", tiny_model, "--start", 3, "--pairs", 1).stdout
     assert f"{data}:4\n  not valid JSON" in text
 

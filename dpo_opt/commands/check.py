@@ -44,6 +44,8 @@ def command(context: click.Context, config: CheckConfig, as_json: bool) -> None:
 
 
 def _lines(audit: Audit) -> Iterator[str]:
+    from dpo_opt.precompute.tokens.template_date import ChosenDate
+
     for data in audit.data:
         bad = f", {data.bad_rows:,} bad rows" if data.bad_rows else ""
         yield f"{data.name}: {data.pairs:,} pairs{bad}, read as {data.form}"
@@ -58,6 +60,10 @@ def _lines(audit: Audit) -> Iterator[str]:
             yield f"        {example.where}: {example.detail}"
     if not audit.pairs:
         return
+    date = ChosenDate(audit.template_date, audit.template_date_from).in_words()
+    if date is not None:
+        yield ""
+        yield date
     yield ""
     yield from table(
         [f"length in {audit.unit}", "mean", "p50", "p90", "p95", "p99", "longest"],

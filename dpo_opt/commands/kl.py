@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt
 
 from dpo_opt.console import watched
 from dpo_opt.options import configured, json_option
+from dpo_opt.precompute.config import TemplateDate
 from dpo_opt.results import show
 from dpo_opt.schemas.settings import Settings
 
@@ -28,6 +29,8 @@ class KLConfig(Settings):
     """Of a file: name of the column that holds a part, such as prompt=question. Repeat it for each one."""
     ignore_column: list[str] = Field(default=[])
     """Of a file: a column to read as if it were not there, such as images. Repeat it for each such column."""
+    template_date: TemplateDate | None = None
+    """Of a file: day that a chat template is told. Default: that of the run that made --model, else today."""
     output: Path
     """Parquet file of the samples, with both models' log-probs."""
     num_prompts: PositiveInt = 64

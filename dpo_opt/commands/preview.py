@@ -16,10 +16,10 @@ from dpo_opt.results import show
 def command(config: PreviewConfig, as_json: bool) -> None:
     from dpo_opt.preview import preview, rendered
 
-    entries = preview(config)
+    date, entries = preview(config)
     if as_json:
-        show({"pairs": entries}, as_json)
+        show({**date.as_record(), "pairs": entries}, as_json)
         return
     from rich.console import Console
 
-    Console(soft_wrap=True, highlight=False).print(rendered(entries))
+    Console(soft_wrap=True, highlight=False).print(rendered(entries, date))

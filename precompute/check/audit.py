@@ -24,6 +24,8 @@ from dpo_opt.precompute.check.repeats import find_repeats, near_repeats
 from dpo_opt.precompute.config import CheckConfig, Truncation
 from dpo_opt.precompute.read.sources import Source, find_sources, merged_splits
 from dpo_opt.precompute.tokens.max_length import resolve_max_length
+from dpo_opt.precompute.tokens.template_date import ChosenDate, chosen_date
+from dpo_opt.precompute.tokens.tokenize import encoder
 from dpo_opt.precompute.tokens.truncation import DROP_FIXES
 from dpo_opt.schemas.audit_record import (
     Audit,
@@ -45,6 +47,7 @@ Indices = npt.NDArray[np.intp]
 
 _FLAG_KINDS = {
     "merged": Flag.MERGED,
+    "earlier_thought": Flag.EARLIER_THOUGHT,
     "special_token": Flag.SPECIAL_TOKEN,
     "blank_completion": Flag.BLANK_COMPLETION,
     "repeated_prompt": Flag.REPEATED_PROMPT,
@@ -76,7 +79,12 @@ def audit(
     """
     progress = progress or Silent()
     folder = None if config.model is None else find_model(config.model, weights=False)
-    wanted = Wanted(folder, config.near_duplicates, config.train_on)
+    date = (
+        ChosenDate(None, None)
+        if folder is None
+        else chosen_date(encoder(folder).tokenizer, given=config.template_date, shards=config.shards)
+    )
+    wanted = Wanted(folder, config.near_duplicates, config.train_on, date.date)
     named = find_sources(config)
     facts = collect(config, wanted, processes=config.processes, progress=progress)
     problems = _bad_rows(facts, skipped=config.on_bad_row == "skip")
@@ -101,6 +109,8 @@ def audit(
         lengths=_percentiles(_lengths(facts)),
         length_bias=bias,
         sources=sources,
+        template_date=date.date,
+        template_date_from=date.origin,
     )
     if folder is not None and len(facts):
         max_length = resolve_max_length(folder, config.max_length)

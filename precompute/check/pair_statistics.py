@@ -51,6 +51,7 @@ class Flag:
     CONTROL_CHARACTER = 64
     NEGATIVE_MARGIN = 128
     ZERO_MARGIN = 256
+    EARLIER_THOUGHT = 512
 
 
 class BadRows(NamedTuple):
@@ -113,6 +114,7 @@ class Wanted(NamedTuple):
     model_folder: Path | None = None
     near_duplicates: bool = False
     train_on: TrainOn = "all"
+    template_date: str | None = None
 
 
 class _BlockFacts(NamedTuple):
@@ -205,7 +207,7 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
     implicit = reading.first is not None and reading.first[0].name == 'text without "prompt"'
     flags = [_flags(pair, special, implicit=implicit) for pair in pairs]
     for i, encoded in enumerate(ids):
-        flags[i] |= Flag.MERGED * encoded.merged
+        flags[i] |= Flag.MERGED * encoded.merged | Flag.EARLIER_THOUGHT * encoded.forgets
     names = "\0".join(pair.where for pair in pairs).encode("utf-8", errors="surrogateescape")
     facts = Facts(
         source=np.full(len(pairs), reading.source, dtype=np.int32),
@@ -236,7 +238,7 @@ def _encoded(
 ) -> tuple[list[PreferencePair], list[PairIds]]:
     """The pairs that the tokenizer takes, with their ids; the others are counted as bad rows."""
     try:
-        encoded = encoder(folder, train_on=wanted.train_on).encode(pairs)
+        encoded = encoder(folder, wanted.template_date, wanted.train_on).encode(pairs)
     except ConfigError as error:  # messages, and no chat template
         for pair in pairs:
             _count(bad_rows, source, DataError(error.what, where=pair.where, kind="no_chat_template"))

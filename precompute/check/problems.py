@@ -275,6 +275,13 @@ FOUND: dict[str, Kind] = {
         "that token counts as completion; a policy that samples from the prompt alone starts differently",
         "end prompts with a line break, or with a space that completions do not begin with",
     ),
+    "earlier_thought": Kind(
+        "note",
+        "prompts of which the chat template leaves out the thoughts of earlier turns",
+        "templates of reasoning models do so by design, whenever the model answers: the pairs are used as "
+        "the model will be asked",
+        "nothing to do; where later answers need the thoughts, use a template that keeps them",
+    ),
 }
 """Problems that show only among many pairs, or that are no reason to refuse a row; the worst first."""
 

@@ -29,7 +29,7 @@ from dpo_opt.precompute.read.parallel import map_in_order
 from dpo_opt.precompute.read.row_blocks import Block
 from dpo_opt.precompute.shards.planned_rows import Encoded, RowFacts, RowsDigest, Shape, read_block
 from dpo_opt.precompute.shards.read_plan import known_plans
-from dpo_opt.precompute.shards.reference import Reference, fingerprint_of
+from dpo_opt.precompute.shards.reference import Reference, fingerprint_of, on_the_day_of
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.tokens.truncation import DROP_FIXES
 from dpo_opt.schemas.errors import DataError, quoted
@@ -74,7 +74,7 @@ def make_plan(
     """Count and digest the rows, and divide them into shards.
 
     The rows that were added to a folder begin a new shard. A chat template is told the date of the folder's
-    first plan.
+    first plan, unless the configuration gives one.
 
     Args:
         config: Of the run.
@@ -89,7 +89,7 @@ def make_plan(
     """
     earlier = known_plans(config.shards)
     if earlier:
-        tokenizer = tokenizer.on(earlier[-1].fingerprint.template_date)
+        tokenizer = on_the_day_of(earlier[-1], config, tokenizer)
     _require_a_usable_pair(config, reference, tokenizer)
     division = _Division(config.pairs_per_shard, earlier)
     # Plans of early versions named no columns: a folder goes on as it began.

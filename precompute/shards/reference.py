@@ -7,9 +7,11 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.shards.weights_memo import known_weights_digest
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer, model_vocab_size
 from dpo_opt.precompute.tokens.max_length import resolve_max_length
+from dpo_opt.precompute.tokens.template_date import refuse_unused
 from dpo_opt.precompute.tokens.templates import chat_templates
 from dpo_opt.precompute.tokens.tokenize import TEXT_TO_IDS, PairTokenizer
 from dpo_opt.schemas.fingerprint import Fingerprint
+from dpo_opt.schemas.manifest import Plan
 from dpo_opt.schemas.models import (
     checkpoint_dtype,
     config_digest,
@@ -54,15 +56,24 @@ def make_tokenizer(config: PrecomputeConfig, reference: Reference) -> PairTokeni
     """The tokenizer with this configuration's truncation.
 
     Raises:
-        ConfigError: The model folder has no usable tokenizer, or does not say how many ids there are.
+        ConfigError: The model folder has no usable tokenizer, or does not say how many ids there are; or a
+            date is given for a chat template that does not ask for it.
     """
+    tokenizer = load_tokenizer(reference.folder)
+    refuse_unused(config.template_date, tokenizer)
     return PairTokenizer(
-        load_tokenizer(reference.folder),
+        tokenizer,
         max_length=reference.max_length,
         truncation=config.truncation,
         train_on=config.train_on,
         vocab_size=model_vocab_size(reference.folder),
+        template_date=config.template_date,
     )
+
+
+def on_the_day_of(plan: Plan, config: PrecomputeConfig, tokenizer: PairTokenizer) -> PairTokenizer:
+    """The tokenizer with the date of a folder's plan, if the user gave none, which is compared with it."""
+    return tokenizer.on(plan.fingerprint.template_date if config.template_date is None else None)
 
 
 def fingerprint_of(

@@ -19,7 +19,7 @@ from dpo_opt.precompute.shards.planned_columns import (
     write_columns,
 )
 from dpo_opt.precompute.shards.read_plan import known_plans, plan_name, read_plan, require_whole
-from dpo_opt.precompute.shards.reference import Reference, fingerprint_of
+from dpo_opt.precompute.shards.reference import Reference, fingerprint_of, on_the_day_of
 from dpo_opt.precompute.shards.weights_memo import remember_weights, weight_files
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.schemas.config_keys import differing_keys, keep_model_config
@@ -70,7 +70,7 @@ def settle_plan(
     """
     if config.worker_index is not None and not config.append and is_file(config.shards / PLAN):
         plan = read_plan(config.shards)
-        tokenizer = tokenizer.on(plan.fingerprint.template_date)
+        tokenizer = on_the_day_of(plan, config, tokenizer)
         current = fingerprint_of(config, reference, tokenizer, numerics)
         _refuse_other_fingerprint(plan, current, config.shards, model=reference.folder)
         return plan
@@ -113,7 +113,7 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
             _write_plan(config, planned, new, tokenizer)
     # Another run may have written its plan first.
     plans = known_plans(shards_dir)
-    new = _as_the_folder_has_it(plans, new, shards_dir, model)
+    new = _as_the_folder_has_it(plans, new, config, model)
     existing = plans[-1] if plans else new
     _refuse_other_fingerprint(existing, new.fingerprint, shards_dir, model=model)
     if existing != new:
@@ -139,7 +139,7 @@ def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan
     begun = [folder for folder in (COMMITS, TOKENIZER) if any(map(_is_json, sizes(shards_dir / folder)))]
     claimed = is_file(_claim_of(shards_dir, PLAN))
     plans = known_plans(shards_dir)
-    new = _as_the_folder_has_it(plans, planned.plan, shards_dir, model)
+    new = _as_the_folder_has_it(plans, planned.plan, config, model)
     if plans:
         _refuse_other_fingerprint(plans[-1], new.fingerprint, shards_dir, model=model)
     elif begun and not claimed:
@@ -172,14 +172,16 @@ def _is_json(name: str) -> bool:
     return name.endswith(".json")
 
 
-def _as_the_folder_has_it(plans: Sequence[Plan], new: Plan, shards_dir: AnyPath, model: Path | None) -> Plan:
+def _as_the_folder_has_it(
+    plans: Sequence[Plan], new: Plan, config: PrecomputeConfig, model: Path | None
+) -> Plan:
     """A new plan in the spelling of the folder's."""
-    return _as_spelled_by(plans, _on_the_day_of(plans, new), shards_dir, model)
+    return _as_spelled_by(plans, _with_the_day_of(plans, new, config), config.shards, model)
 
 
-def _on_the_day_of(plans: Sequence[Plan], new: Plan) -> Plan:
+def _with_the_day_of(plans: Sequence[Plan], new: Plan, config: PrecomputeConfig) -> Plan:
     """A new plan with the date of the folder's plans: they may have been made before midnight."""
-    date = plans[-1].fingerprint.template_date if plans else None
+    date = plans[-1].fingerprint.template_date if plans and config.template_date is None else None
     if date is None or new.fingerprint.template_date is None:
         return new
     fingerprint = new.fingerprint.model_copy(update={"template_date": date})
@@ -299,7 +301,7 @@ def _require_claim(claim: _Claim, own: Plan, model: Path | None, config: Precomp
     if name != PLAN:
         there = f"rm {quoted(_claim_of(shards_dir, name))}"
     fix = f"{_ONCE_FINALIZED}; or, if it was killed, {there}"
-    new = _as_spelled_by([claim.plan], _on_the_day_of([claim.plan], own), shards_dir, model)
+    new = _as_the_folder_has_it([claim.plan], own, config, model)
     _refuse_other_fingerprint(claim.plan, new.fingerprint, shards_dir, model=model, fix=fix)
     if claim.plan != new:
         raise other_plan(claim.plan, new, config, fix=fix)

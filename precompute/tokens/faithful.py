@@ -19,7 +19,7 @@ from dpo_opt.precompute.read.strict_json import SKIP_ROW, escape
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message
 
-_THOUGHT_KEYS = ("reasoning_content", "thinking")
+THOUGHT_KEYS = ("reasoning_content", "thinking")
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 
 
@@ -45,22 +45,36 @@ def refuse_losses(parts: list[Part], *, tools: list[object] | None, template: st
         DataError: Something is not in the text, or a role is unknown to the template.
     """
     for part in parts:
-        last_user = max((i for i, m in enumerate(part.messages) if m["role"] == "user"), default=-1)
         position = 0
         for i, message in enumerate(part.messages):
             place = f'message {i + 1} of "{part.name}"'
             _refuse_unknown_role(str(message["role"]), template, place, where)
-            by_design = part.name == "prompt" and i < last_user
+            by_design = is_forgotten(part, i)
             position = _after_content(message, part.text, position, by_design, place, where)
-            for key, thought in ((key, str(message[key])) for key in _THOUGHT_KEYS if key in message):
+            for key, thought in ((key, str(message[key])) for key in THOUGHT_KEYS if key in message):
                 if not by_design and not _holds(part.text, thought):
-                    raise _lost(f'"{key}" in {place}', thought, where, _thought_fix(key, template))
-            for name, value in _call_texts(message):
+                    raise lost(f'"{key}" in {place}', thought, where, _thought_fix(key, template))
+            for name, value in call_texts(message):
                 if not _holds(part.text, value):
-                    raise _lost(f'{name} in "tool_calls" of {place}', value, where)
+                    raise lost(f'{name} in "tool_calls" of {place}', value, where)
     for name, value in _tool_texts(tools or []):
         if not _holds(parts[0].text, value):
-            raise _lost(f'{name} in "tools"', value, where)
+            raise lost(f'{name} in "tools"', value, where)
+
+
+def is_forgotten(part: Part, number: int) -> bool:
+    """Whether a template may leave out the thought of a message, because the user spoke after it."""
+    return part.name == "prompt" and any(m["role"] == "user" for m in part.messages[number + 1 :])
+
+
+def forgets(prompt: Part) -> bool:
+    """Whether the template leaves out a thought of an earlier turn in the prompt."""
+    for i, message in enumerate(prompt.messages):
+        in_content, _ = divided_thought(message) or ("", "")
+        thoughts = [in_content, *(str(message[key]) for key in THOUGHT_KEYS if key in message)]
+        if is_forgotten(prompt, i) and not all(_holds(prompt.text, thought) for thought in thoughts):
+            return True
+    return False
 
 
 def _refuse_unknown_role(role: str, template: str, place: str, where: str) -> None:
@@ -97,25 +111,33 @@ def _after_content(
     # A template may move a message, such as the system's to the last turn of the user.
     if _holds(text, content):
         return position
-    divided = _THOUGHT.fullmatch(content) if message["role"] == "assistant" else None
+    divided = divided_thought(message)
     if divided is None:
-        raise _lost(f'"content" of {place} (role "{escape(str(message["role"]))}")', content, where)
-    thought, answer = divided.groups()
+        raise lost(f'"content" of {place} (role "{escape(str(message["role"]))}")', content, where)
+    thought, answer = divided
     if not _holds(text, answer):
-        raise _lost(f'"content" after the thought of {place}', answer, where)
+        raise lost(f'"content" after the thought of {place}', answer, where)
     if not by_design and not _holds(text, thought):
-        raise _lost(f'the thought in "content" of {place}', thought, where)
+        raise lost(f'the thought in "content" of {place}', thought, where)
     return position
 
 
+def divided_thought(message: Message) -> tuple[str, str] | None:
+    """The thought in an assistant's content, and what follows it; None where there is no thought."""
+    content = str(message["content"]).strip()
+    divided = _THOUGHT.fullmatch(content) if message["role"] == "assistant" else None
+    return None if divided is None else (divided[1], divided[2])
+
+
 def _thought_fix(key: str, template: str) -> str:
-    other = next((name for name in _THOUGHT_KEYS if name != key and name in template), None)
+    other = next((name for name in THOUGHT_KEYS if name != key and name in template), None)
     if other is not None and key not in template:
         return f'rename "{key}" to "{other}", which the template reads; or {SKIP_ROW}'
     return SKIP_ROW + "; or use a template that writes it: `dpo-opt preview` shows what is rendered"
 
 
-def _lost(what: str, value: str, where: str, fix: str | None = None) -> DataError:
+def lost(what: str, value: str, where: str, fix: str | None = None) -> DataError:
+    """The error of a row of which the template leaves a value out."""
     return DataError(
         f"the chat template leaves out {what} ({escape(value.strip())})",
         where=where,
@@ -145,22 +167,31 @@ def _as_json(value: str) -> tuple[str, str]:
     return json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1]
 
 
-def _call_texts(message: Message) -> Iterator[tuple[str, str]]:
+def call_texts(message: Message) -> Iterator[tuple[str, str]]:
+    """What each call of a message says, with its name for the message of an error."""
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, list) else []:
         function = call.get("function", call)
         if not isinstance(function, dict):
             continue
         yield "the name", str(function.get("name", ""))
-        arguments = function.get("arguments", function.get("parameters"))
+        arguments = arguments_of(function)
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError:
-                yield "the arguments", str(arguments)
-                continue
+            yield "the arguments", arguments
+            continue
         for leaf in _leaves(arguments):
             yield "an argument", leaf
+
+
+def arguments_of(function: dict[str, object]) -> object:
+    """The arguments of a call; a text that is no JSON stays one."""
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        try:
+            return json.loads(arguments)
+        except ValueError:
+            return arguments
+    return arguments
 
 
 def _tool_texts(tools: list[object]) -> Iterator[tuple[str, str]]:

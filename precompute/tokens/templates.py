@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import functools
 import inspect
-import itertools
 import random
 import re
 import weakref
@@ -19,7 +18,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from dpo_opt.precompute.read.strict_json import SKIP_ROW
-from dpo_opt.precompute.tokens.faithful import Part, refuse_losses
 from dpo_opt.precompute.tokens.tool_calls import Form, has_calls, taken, with_arguments
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import Message, PreferencePair
@@ -76,8 +74,8 @@ class Renderer:
         """The template that the tokenizer chooses; empty if there is none."""
         return chat_template(self._tokenizer, self._pair.tools) or ""
 
-    def __call__(self, conversations: list[list[Message]]) -> list[str]:
-        """Conversations as text; the first is opened for generation."""
+    def __call__(self, conversations: list[list[Message]], *, opens_first: bool = True) -> list[str]:
+        """Conversations as text; the first is opened for generation, unless ``opens_first`` is false."""
         return render(
             [self._as_taken(messages) for messages in conversations],
             self._tokenizer,
@@ -85,6 +83,7 @@ class Renderer:
             date=self._date,
             tools=self._pair.tools,
             row_settings=self._settings,
+            opens_first=opens_first,
         )
 
     def marked(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
@@ -110,39 +109,6 @@ class Renderer:
         if not self.template or not has_calls(messages):
             return messages
         return with_arguments(messages, takes=_arguments_taken(self.template, self._tokenizer))
-
-
-def rendered_texts(
-    pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast", *, date: str | None = None
-) -> tuple[str, str, str]:
-    """A pair of messages as text: the prompt opened for generation, and with either completion.
-
-    Args:
-        pair: Its prompt and completions are messages.
-        tokenizer: Its template renders them.
-        date: What the template is told when it asks for the time; default today.
-
-    Raises:
-        ConfigError: The tokenizer has no chat template.
-        DataError: The template refuses the messages, or renders the prompt's otherwise when one follows.
-    """
-    prompt, chosen, rejected = cast(
-        tuple[list[Message], list[Message], list[Message]], (pair.prompt, pair.chosen, pair.rejected)
-    )
-    conversations = [prompt, prompt + chosen, prompt + rejected]
-    rendered = Renderer(pair, tokenizer, date)
-    opened, *wholes = rendered(conversations)
-    parts = [Part("prompt", prompt, opened)]
-    for side, messages, whole in zip(("chosen", "rejected"), (chosen, rejected), wholes, strict=True):
-        before = opened
-        if not whole.startswith(opened):
-            # The prompt's end may be written for generation only; its messages may not change.
-            _, before = rendered([prompt, prompt])
-            if not whole.startswith(before):
-                raise _other_prompt(before, whole, side, pair.where)
-        parts.append(Part(side, messages, whole[len(before) :]))
-    refuse_losses(parts, tools=pair.tools, template=rendered.template, where=pair.where)
-    return opened, wholes[0], wholes[1]
 
 
 _FORMS: weakref.WeakKeyDictionary[object, dict[str, Form]] = weakref.WeakKeyDictionary()
@@ -187,6 +153,7 @@ def render(
     date: str | None = None,
     tools: list[object] | None = None,
     row_settings: dict[str, object] | None = None,
+    opens_first: bool = True,
 ) -> list[str]:
     """Conversations as text; the first is a prompt, and ends with the generation prompt.
 
@@ -197,6 +164,7 @@ def render(
         date: What the template is told when it asks for the time; default today.
         tools: Of the row.
         row_settings: The row's ``chat_template_kwargs``.
+        opens_first: False: no conversation ends with the generation prompt.
 
     Raises:
         ConfigError: The tokenizer has no chat template.
@@ -217,12 +185,11 @@ def render(
         tools=tools,
         **{_CLOCK: _clock(date or today()), **(row_settings or {})},
     )
-    prompt, *whole = conversations
     texts = []
     with _refusals(where):
-        for messages, opened in [(prompt, True), *((messages, False) for messages in whole)]:
+        for i, messages in enumerate(conversations):
             with _chance_repeats() if _MENTIONS_CHANCE.search(template) else contextlib.nullcontext():
-                texts.append(render(messages, add_generation_prompt=opened))
+                texts.append(render(messages, add_generation_prompt=opens_first and i == 0))
     return texts
 
 
@@ -259,18 +226,3 @@ def _chance_repeats() -> Iterator[None]:
         yield
     finally:
         random.setstate(state)
-
-
-def _other_prompt(prompt: str, whole: str, side: str, where: str) -> DataError:
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))
-    differs = sum(1 for _ in same)
-    alone, followed = (repr(text[max(0, differs - 20) : differs + 30]) for text in (prompt, whole))
-    return DataError(
-        f"the chat template renders the prompt differently when {side} follows: "
-        f"from character {differs + 1} on it is {followed}, alone {alone}",
-        where=where,
-        why="part of the prompt would be scored and trained on as if the model had said it",
-        fix=f"{SKIP_ROW}; or use a template that renders prompt + completion as the prompt's own text and "
-        "more: `dpo-opt preview` shows what is rendered",
-        kind="template_mismatch",
-    )

@@ -40,10 +40,11 @@ import numpy as np
 
 from dpo_opt.precompute.config import TrainOn, Truncation
 from dpo_opt.precompute.read.strict_json import SKIP_ROW
+from dpo_opt.precompute.tokens.faithful import Part, forgets
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer, model_vocab_size
 from dpo_opt.precompute.tokens.long_texts import LONGEST_PIECE, long_text_ids
-from dpo_opt.precompute.tokens.templates import asks_for_the_date, render, today
-from dpo_opt.precompute.tokens.texts import PairTexts, plain_texts, texts_of_messages
+from dpo_opt.precompute.tokens.templates import asks_for_the_date, today
+from dpo_opt.precompute.tokens.texts import PairTexts, plain_texts, rendered_prompt, texts_of_messages
 from dpo_opt.precompute.tokens.truncation import PairIds, fit_ids, split_ids
 from dpo_opt.precompute.tokens.turns import counting_tokens
 from dpo_opt.schemas.errors import DataError
@@ -70,16 +71,17 @@ def prompt_ids(
     tools: list[object] | None = None,
     row_settings: dict[str, object] | None = None,
 ) -> IdArray:
-    """Ids of a prompt alone, as a completion is sampled from it; the rest is as for ``render``.
+    """Ids of a prompt alone, as a completion is sampled from it; the rest is as for a pair.
 
     Raises:
         ConfigError: The prompt holds messages and the tokenizer has no chat template.
-        DataError: The chat template refuses the messages.
+        DataError: The chat template refuses the messages, or leaves something out.
     """
     if isinstance(prompt, str):
         return np.array(tokenizer(prompt)["input_ids"], dtype=np.int32)
-    rendered = render([prompt], tokenizer, where=where, date=date, tools=tools, row_settings=row_settings)
-    return np.array(tokenizer(rendered, add_special_tokens=False)["input_ids"][0], dtype=np.int32)
+    pair = PreferencePair(0, prompt, [], [], None, where, tools=tools, chat_template_kwargs=row_settings)
+    text = rendered_prompt(pair, tokenizer, date=date)
+    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
 
 class PairTokenizer:
@@ -261,7 +263,9 @@ class PairTokenizer:
         ids = split_ids(prompt, chosen, rejected, *masks)
         highest = max(int(part.max(initial=0)) for part in ids[:3])
         if highest < self._vocab_size:
-            return ids
+            if isinstance(pair.prompt, str):
+                return ids
+            return ids._replace(forgets=forgets(Part("prompt", pair.prompt, texts.prompt)))
         return DataError(
             f"token id {highest} is outside the model's vocabulary of {self._vocab_size}",
             where=pair.where,

@@ -50,6 +50,8 @@ class PairIds(NamedTuple):
     chosen_mask: MaskArray | None = None
     """Which tokens of the completion count, the last one among them; None: all."""
     rejected_mask: MaskArray | None = None
+    forgets: bool = False
+    """The chat template leaves out a thought of an earlier turn in the prompt."""
 
     @property
     def shared(self) -> int:
@@ -88,7 +90,7 @@ def _up_to_what_counts(ids: IdArray, mask: MaskArray | None) -> tuple[IdArray, M
 
 def fit_ids(ids: PairIds, *, max_length: int, truncation: Truncation) -> PairIds | DropReason:
     """The pair's ids within ``max_length``, or why there are none."""
-    prompt, chosen, rejected, merged, chosen_mask, rejected_mask = ids
+    prompt, chosen, rejected, merged, chosen_mask, rejected_mask, _ = ids
     longest = max(len(chosen), len(rejected))
     if len(prompt) == 0:
         return "empty_prompt"

@@ -341,6 +341,21 @@ def test_an_empty_turn_is_found_but_not_one_that_calls_a_tool(tmp_path: Path) ->
     assert [e.where for e in found["empty_turn"].examples] == [f"{path}:2"]
 
 
+@pytest.mark.parametrize("drops", [True, False])
+def test_a_thought_that_the_template_leaves_out_of_the_prompt_is_a_note(
+    drops: bool, model: Path, tmp_path: Path
+) -> None:
+    content = "m.content.split('</think>')[-1] if not loop.last else m.content" if drops else "m.content"
+    template = f"{{% for m in messages %}}{{{{ m.role }}}}: {{{{ {content} }}}}</s> {{% endfor %}}"
+    (model / "chat_template.jinja").write_text(template)
+    user, thought = {"role": "user", "content": "So?"}, "<think>\nHm.\n</think>\n\n"
+    side = {"role": "assistant", "content": thought + "Yes."}
+    row = {"prompt": [user], "chosen": [side], "rejected": [{**side, "content": "No."}]}
+    path = write_jsonl(tmp_path / "data.jsonl", [row, {**row, "prompt": [user, side, user]}])
+    found = [p for p in check(path, model=str(model)).problems if p.kind == "earlier_thought"]
+    assert [(p.severity, p.count, p.examples[0].where) for p in found] == [("note", 1, f"{path}:2")] * drops
+
+
 def test_a_short_shared_beginning_is_no_prompt(tmp_path: Path) -> None:
     rows = [
         {"chosen": "The sky is blue.", "rejected": "The sky is grey."},

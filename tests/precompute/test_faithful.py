@@ -1,19 +1,31 @@
 """Nothing that a row says is lost in a chat template: real templates, and what each kind of part becomes."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from template_table import (
+    ASKED,
+    BELGIUM,
+    CALLED,
+    PAGE,
+    RAIN,
+    RESULT,
+    THOUGHT,
+    Source,
+    assistant,
+    call,
+    pair_of,
+    place,
+    sources,
+    table,
+    tokenizer_with,
+    user,
+)
 
-from dpo_opt.precompute.read.rows import to_pairs
-from dpo_opt.precompute.tokens.templates import rendered_texts
+from dpo_opt.precompute.tokens.texts import rendered_texts
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "templates.md"
 CALLING = (
     "{{ tools | tojson if tools }}"
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
@@ -21,131 +33,16 @@ CALLING = (
 )
 
 
-def user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str = "", **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content, **more}
-
-
-def call(arguments: Any) -> list[dict[str, Any]]:
-    function = {"name": "get_weather", "arguments": arguments}
-    return [{"id": "a23456789", "type": "function", "function": function}]
-
-
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "Weather of a town",
-            "parameters": {
-                "type": "object",
-                "properties": {"town": {"type": "string", "description": "its name"}},
-                "required": ["town"],
-            },
-        },
-    }
-]
-ASKED, RAIN, NONE = [user("Where is Ghent?")], [user("Rain in Ghent?")], [assistant("I do not know that.")]
-BELGIUM = [assistant("In Belgium.")]
-THOUGHT = "<think>\nIt is Flemish.\n</think>\n\nIn Belgium."
-CONVERSATIONS: dict[str, tuple[list[Any], list[Any], bool]] = {
-    "turns": ([user("Hi there."), assistant("Hello!"), *ASKED], BELGIUM, False),
-    "turns in a completion": (ASKED, [*BELGIUM, user("Sure?"), assistant("Quite so.")], False),
-    "system": ([{"role": "system", "content": "Be brief, please."}, *ASKED], BELGIUM, False),
-    "developer": ([{"role": "developer", "content": "Answer in Dutch."}, *ASKED], BELGIUM, False),
-    "tools": (RAIN, [assistant("Let me see.")], True),
-    "call, arguments an object": (RAIN, [assistant(tool_calls=call({"town": "Ghent", "on": None}))], True),
-    "call, arguments a text": (RAIN, [assistant(tool_calls=call('{"town": "Ghent"}'))], True),
-    "tool result": (
-        [
-            *RAIN,
-            assistant(tool_calls=call({"town": "Ghent"})),
-            {"role": "tool", "name": "get_weather", "tool_call_id": "a23456789", "content": '{"rain": 3}'},
-        ],
-        [assistant("Yes, 3 mm.")],
-        True,
-    ),
-    "reasoning_content": (ASKED, [assistant("In Belgium.", reasoning_content="It is Flemish.")], False),
-    "thinking": (ASKED, [assistant("In Belgium.", thinking="It is Flemish.")], False),
-    "thought in content": (ASKED, [assistant(THOUGHT)], False),
-    "earlier thought": ([*ASKED, assistant(THOUGHT), user("Sure?")], [assistant("Quite so.")], False),
-    "parts": (ASKED, [{"role": "assistant", "content": [{"type": "text", "text": "In Ghent."}]}], False),
-    "empty": ([{"role": "system", "content": ""}, *ASKED], BELGIUM, False),
-}
-"""Prompt and chosen, and whether the row has tools."""
-
-TEMPLATES = [
-    "cohere",
-    "cohere2",
-    "deepseek_r1_distill",
-    "deepseekv3",
-    "gemma",
-    "gemma3",
-    "gemma4_v5",
-    "glm4moe",
-    "gptoss",
-    "idefics3",
-    "lfm2_v2",
-    "llama3",
-    "llama3_1",
-    "llama3_2",
-    "llava_next",
-    "nemotron_3_nano",
-    "phi3",
-    "phi3_5",
-    "qwen2_5",
-    "qwen2_5_vl",
-    "qwen3",
-    "qwen3_6",
-    "qwen3_instruct_2507",
-    "smolvlm",
-]
-
-
-def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=template
-    )
-
-
-def pair_of(prompt: list[Any], chosen: list[Any], *, tools: bool = False) -> PreferencePair:
-    row = {"prompt": prompt, "chosen": chosen, "rejected": NONE, **({"tools": TOOLS} if tools else {})}
-    pairs, _ = to_pairs(json.loads(json.dumps(row)), where="data.jsonl:1")
-    return pairs[0]
-
-
 def texts_of(template: str, pair: PreferencePair) -> tuple[str, str, str]:
     return rendered_texts(pair, tokenizer_with(template), date="2026-03-31")
 
 
-def outcome(template: str, prompt: list[Any], chosen: list[Any], *, tools: bool) -> str:
-    """``faithful``, or the short name of a refusal."""
-    try:
-        texts_of(template, pair_of(prompt, chosen, tools=tools))
-    except DataError as error:
-        kinds = {"template": "refuses", "template_mismatch": "refused", "template_loss": "would lose"}
-        return kinds[str(error.kind)]
-    return "faithful"
-
-
-def table() -> str:
-    """The table of docs/templates.md."""
-    trl = pytest.importorskip("trl", minversion="1.16")
-    folder = Path(trl.__file__).parent / "chat_templates"
-    lines = ["| template | " + " | ".join(CONVERSATIONS) + " |", "|---" * (len(CONVERSATIONS) + 1) + "|"]
-    for name in TEMPLATES:
-        template = (folder / f"{name}.jinja").read_text(encoding="utf-8")
-        found = [outcome(template, a, b, tools=tools) for a, b, tools in CONVERSATIONS.values()]
-        lines.append(f"| {name} | " + " | ".join(found) + " |")
-    return "\n".join(lines)
-
-
-def test_the_page_of_templates_says_what_each_does() -> None:
-    assert table() in DOCS.read_text(encoding="utf-8")
+@pytest.mark.parametrize("source", [pytest.param(s, id=s.name) for s in sources()])
+def test_the_page_of_templates_says_what_each_does(source: Source) -> None:
+    if not source.files:
+        pytest.skip(f"the templates of {source.name} are not here")
+    page = PAGE.read_text(encoding="utf-8")
+    assert table(source) == page[place(page, source)]
 
 
 @pytest.mark.parametrize(
@@ -218,3 +115,114 @@ def test_a_null_in_an_object_is_absent() -> None:
     pair = pair_of(RAIN, [assistant(tool_calls=call({"town": "Ghent", "on": None}))], tools=True)
     assert isinstance(pair.chosen, list)
     assert pair.chosen[0]["tool_calls"] == call({"town": "Ghent"})
+
+
+LISTS_TOOLS = (
+    "{{ tools | tojson if tools }}{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+)
+
+
+def test_a_call_that_stands_in_the_list_of_tools_alone_is_lost() -> None:
+    """Its name is a tool's and its argument is in the question, so all of it is in the text."""
+    pair = pair_of([*RAIN, CALLED, RESULT], [assistant("Yes, 3 mm.")], tools=True)
+    with pytest.raises(DataError, match='the name in "tool_calls" of message 2 of "prompt"') as refused:
+        texts_of(LISTS_TOOLS, pair)
+    assert refused.value.kind == "template_loss"
+    write = "{{ c.function.arguments | tojson }}"
+    texts_of(CALLING.replace("WRITE", write), pair)
+    with pytest.raises(DataError, match='an argument in "tool_calls" of message 2 of "prompt"'):
+        texts_of(CALLING.replace("WRITE", ""), pair)
+
+
+@pytest.mark.parametrize("lost", ["Belgium", "In", "."])
+def test_words_that_another_message_has_too_are_not_taken_for_a_message(lost: str) -> None:
+    drops = "{% for m in messages if m.role != 'tool' %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+    pair = pair_of([user("Where?"), {"role": "tool", "content": lost}], BELGIUM)
+    with pytest.raises(DataError, match='message 2 of "prompt"'):
+        texts_of(drops, pair)
+    ends = [assistant("In Belgium."), {"role": "tool", "content": lost}, assistant("Yes: In Belgium.")]
+    with pytest.raises(DataError, match='message 2 of "chosen"'):
+        texts_of(drops, pair_of(ASKED, ends))
+
+
+def test_a_thought_in_the_words_of_its_answer_is_not_taken_for_written() -> None:
+    plain = "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+    with pytest.raises(DataError, match='"reasoning_content" in message 1 of "chosen"'):
+        texts_of(plain, pair_of(ASKED, [assistant("In Belgium.", reasoning_content="Belgium")]))
+
+
+def test_repeated_words_that_are_all_written_are_faithful() -> None:
+    plain = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}</s>{% endfor %}"
+    again = [user("Sure?"), assistant("Yes."), user("Sure?"), assistant(THOUGHT), user("assistant")]
+    texts_of(plain, pair_of(again, [assistant("Yes. "), user("Yes."), assistant("")]))
+    picky = "{% for m in messages %}{{ raise_exception('?') if 'word' in m.content }}" + plain[26:]
+    texts_of(picky, pair_of(again, [assistant("Yes.")]))
+
+
+ALTERNATE = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('no ' + m.role) }}{% endif %}"
+    "{% if m.role == 'system' and not systems %}{{ raise_exception('no system') }}{% endif %}"
+    "{% if not loop.first and m.role == loop.previtem.role %}{{ raise_exception('must alternate') }}"
+    "{% endif %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+)
+DEVELOPER = {"role": "developer", "content": "Be brief."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "says", "fix"),
+    [
+        (
+            [SYSTEM, *ASKED],
+            BELGIUM,
+            'message 1 of "prompt" (role "system") (no system)',
+            "put its text before that of the next message",
+        ),
+        (
+            [*ASKED, user("Sure?")],
+            BELGIUM,
+            'message 2 of "prompt" (role "user") (must alternate)',
+            "join it to the message before it",
+        ),
+        (
+            ASKED,
+            [*BELGIUM, RESULT],
+            'message 2 of "chosen" (role "tool") (no tool)',
+            "correct the roles and their order",
+        ),
+        (
+            [DEVELOPER, *ASKED],
+            BELGIUM,
+            'message 1 of "prompt" (role "developer") (no developer)',
+            "put its text before that of the next message",
+        ),
+    ],
+)
+def test_a_refusal_names_the_message_and_a_way_out_that_the_template_takes(
+    prompt: list[Any], chosen: list[Any], says: str, fix: str
+) -> None:
+    with pytest.raises(DataError) as refused:
+        texts_of(ALTERNATE, pair_of(prompt, chosen))
+    assert refused.value.what == f"the chat template refuses {says}"
+    assert str(refused.value.fix).startswith("pass --on-bad-row skip")
+    assert fix in str(refused.value.fix)
+    assert refused.value.kind == "template"
+
+
+def test_a_developer_is_a_system_where_the_template_takes_one() -> None:
+    with pytest.raises(DataError) as refused:
+        texts_of(ALTERNATE.replace("not systems", "false"), pair_of([DEVELOPER, *ASKED], BELGIUM))
+    assert str(refused.value.fix).endswith('; or give it the role "system"')
+
+
+def test_a_refusal_of_any_conversation_blames_no_message() -> None:
+    with pytest.raises(DataError, match="whatever they are"):
+        texts_of("{{ functions }}{{ functions.a.b }}", pair_of(ASKED, BELGIUM))
+
+
+def test_a_message_is_blamed_without_which_the_rest_is_rendered() -> None:
+    """Alone the first one is refused for another reason: that nobody asks."""
+    asks = "{{ raise_exception('nobody asks') if 'user' not in messages | map(attribute='role') }}"
+    with pytest.raises(DataError, match=r'message 1 of "prompt" \(role "developer"\) \(no developer\)'):
+        texts_of(asks + ALTERNATE, pair_of([DEVELOPER, *ASKED], BELGIUM))

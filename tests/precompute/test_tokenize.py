@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from dpo_opt.precompute.config import DataConfig, Truncation
 from dpo_opt.precompute.read.datasets import read_pairs
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
-from dpo_opt.precompute.tokens.templates import render, rendered_texts
+from dpo_opt.precompute.tokens.templates import render
+from dpo_opt.precompute.tokens.texts import rendered_texts
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.tokens.truncation import DROP_REASONS, DropReason, PairIds
 from dpo_opt.schemas.errors import ConfigError, DataError
