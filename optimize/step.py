@@ -1,5 +1,6 @@
 """Forward and backward of one step's pairs: log-probs, losses, gradients, and the sums for the metrics."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.forward.balance import ForwardCost, balance
-from dpo_opt.optimize.forward.packing import pair_group, to_device
+from dpo_opt.optimize.forward.packing import to_device
 from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.forward.prompt_groups import PromptGroup, prompt_groups
 from dpo_opt.optimize.losses.preference_loss import LossInputs, preference_loss
 from dpo_opt.optimize.processes.distributed import World, sum_over_ranks
 from dpo_opt.optimize.processes.fsdp import announce_micro_batch, join_empty
@@ -52,7 +54,8 @@ def forward_pairs(
     """Compute the losses of a step's pairs in micro-batches, and add their gradients.
 
     The loss is the weighted sum over the step's pairs divided by their number. Neither the micro-batches nor
-    the number of processes change it. Every process gets the results of all pairs.
+    the number of processes change it. Every process gets the results of all pairs. A sequence that several
+    pairs have in common is computed once.
 
     Args:
         policy: Gradients are added to its parameters' gradients.
@@ -68,8 +71,10 @@ def forward_pairs(
         StopRequested: A signal came; gradients of a part of the step may be left.
     """
     world, device = batching.world, policy.device
-    groups = [pair_group(pair) for pair in pairs]
-    plan = balance(policy, groups, budget=batching.budget, cost=batching.cost, ranks=world.size)[world.rank]
+    groups = prompt_groups(pairs, rows=policy.rows, budget=batching.budget)
+    sequences = [group.sequences for group in groups]
+    plans = balance(policy, sequences, budget=batching.budget, cost=batching.cost, ranks=world.size)
+    plan = plans[world.rank]
     references = [[pair.ref_chosen_logps, pair.ref_rejected_logps] for pair in pairs]
     ref_logps = to_device(torch.tensor(references, dtype=torch.float64), device)
     weight = None if weights is None else to_device(torch.tensor(weights, dtype=torch.float64), device)
@@ -81,10 +86,11 @@ def forward_pairs(
         if not members:
             join_empty(policy, backward=backward)
             continue
-        places = to_device(torch.tensor(members), device)
-        batch = policy.layout([groups[i] for i in members])
+        places = to_device(torch.tensor([pair for i in members for pair in groups[i].pairs]), device)
+        batch = policy.layout([sequences[i] for i in members])
         part = _Part(
             config,
+            [groups[i] for i in members],
             batch.lengths,
             ref_logps[places],
             None if weight is None else weight[places],
@@ -102,8 +108,9 @@ class _Part:
     """The pairs of one micro-batch, and their share of the step's loss."""
 
     config: TrainConfig
+    groups: Sequence[PromptGroup]
     lengths: Sequence[int]
-    """Scored tokens of chosen and rejected completion of each pair."""
+    """Scored tokens of each sequence of the groups."""
     ref_logps: Tensor  # (pairs, 2)
     weight: Tensor | None  # (pairs,)
     step_pairs: int
@@ -118,22 +125,32 @@ class _Part:
         owners = torch.repeat_interleave(counts, output_size=sum(self.lengths))
         # float64: a margin is a small difference of sums over hundreds of tokens.
         sums = logps.new_zeros(len(self.lengths), dtype=torch.float64).index_add(0, owners, logps.double())
-        chosen_logps, rejected_logps = sums.view(-1, 2).unbind(1)
+        chosen, rejected = to_device(torch.tensor(_sides(self.groups)), logps.device).unbind(1)
+        chosen_logps, rejected_logps = sums.index_select(0, chosen), sums.index_select(0, rejected)
         ref_chosen_logps, ref_rejected_logps = self.ref_logps.unbind(1)
-        chosen_lengths, rejected_lengths = counts.view(-1, 2).unbind(1)
         inputs = LossInputs(
             chosen_logps=chosen_logps,
             rejected_logps=rejected_logps,
             ref_chosen_logps=ref_chosen_logps,
             ref_rejected_logps=ref_rejected_logps,
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
+            chosen_lengths=counts[chosen],
+            rejected_lengths=counts[rejected],
             beta=self.config.beta,
             label_smoothing=self.config.label_smoothing,
         )
         loss = preference_loss(self.config.loss_type, inputs)
         losses = loss.losses if self.weight is None else loss.losses * self.weight
         return PairResults(losses, chosen_logps, rejected_logps, loss.chosen_rewards, loss.rejected_rewards)
+
+
+def _sides(groups: Sequence[PromptGroup]) -> list[tuple[int, int]]:
+    """Of each pair of the groups, the places of chosen and rejected among all their sequences."""
+    firsts = itertools.accumulate((len(group.sequences) for group in groups), initial=0)
+    return [
+        (first + chosen, first + rejected)
+        for first, group in zip(firsts, groups, strict=False)
+        for chosen, rejected in group.sides
+    ]
 
 
 class MetricsWindow:

@@ -7,8 +7,8 @@ import torch
 
 from dpo_opt.optimize.forward.architecture import decoder_of
 from dpo_opt.optimize.forward.balance import ForwardCost, group_cost
-from dpo_opt.optimize.forward.packing import pair_group
 from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.forward.prompt_groups import unique_groups
 from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.optimize.run_folder import Metrics
 from dpo_opt.schemas.pairs import ScoredPair
@@ -30,8 +30,8 @@ class Throughput:
     """Work and time since the last line of metrics.
 
     ``mfu`` is Model FLOPs Utilization (Chowdhery et al. 2022, appendix B): the floating-point operations per
-    second that the steps need, divided by the GPUs' bf16 peak. Each prompt counts once, and recomputation
-    does not count. Without a known peak, for example on a CPU, ``mfu`` is left out.
+    second that the steps need, divided by the GPUs' bf16 peak. What pairs have in common counts once, and
+    recomputation does not count. Without a known peak, for example on a CPU, ``mfu`` is left out.
     """
 
     def __init__(self, policy: Policy, cost: ForwardCost, world: World) -> None:
@@ -47,7 +47,7 @@ class Throughput:
         """Count a step."""
         self._pairs += len(pairs)
         if self._peak is not None:
-            self._flops += self._passes * sum(group_cost(pair_group(pair), self._cost) for pair in pairs)
+            self._flops += self._passes * sum(group_cost(group, self._cost) for group in unique_groups(pairs))
 
     def leave_out(self, seconds: float) -> None:
         """Do not count these seconds: evaluations and checkpoints are not training."""

@@ -15,7 +15,16 @@ from transformers import PreTrainedModel
 from dpo_opt.optimize.forward.architecture import decoder_of, head_of
 from dpo_opt.optimize.forward.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
 from dpo_opt.optimize.forward.logps import token_logps
-from dpo_opt.optimize.forward.packing import Batch, Group, pack, packed_size, pad, plan_bins, plan_padded_bins
+from dpo_opt.optimize.forward.packing import (
+    Batch,
+    Group,
+    pack,
+    packed_size,
+    pad,
+    padded_width,
+    plan_bins,
+    plan_padded_bins,
+)
 from dpo_opt.optimize.forward.precision import computing_in, full_precision_products
 from dpo_opt.optimize.forward.probe import Probe
 from dpo_opt.schemas.pairs import TokenSequence
@@ -38,6 +47,10 @@ class Policy:
     def layout(self) -> Callable[[Sequence[Group]], Batch]:
         """``pack``, or ``pad`` if packing is not exact for this model."""
         return pack if self.packs else pad
+
+    def rows(self, group: Group) -> int:
+        """Rows that a group takes in a forward of its own."""
+        return packed_size(group) if self.packs else len(group) * padded_width(group)
 
     def bins(self, groups: Sequence[Group], budget: int) -> list[list[int]]:
         """Groups that share a forward, as lists of indices; each has at most ``budget`` rows with padding.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dpo_opt.optimize.forward.packing import Group, packed_size, padded_width, pair_group
+from dpo_opt.optimize.forward.packing import Group, packed_size, pair_group
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.processes.distributed import World, any_rank, least_of_ranks
 from dpo_opt.optimize.processes.fsdp import ShardedPolicy, announce_micro_batch, join_empty
@@ -101,7 +101,7 @@ def choose_budget(
     Raises:
         ConfigError: Not even the longest pair alone fits on one of the devices.
     """
-    rows = _fed_rows(longest, packs=policy.packs)
+    rows = policy.rows(longest)
     if policy.device.type != "cuda":
         return max(CPU_ROWS, rows)
     world = world or World(0, 1, 0, policy.device, None)
@@ -218,11 +218,6 @@ def _peak_where_all_fit(peak: Callable[[int], int], copies: int, world: World) -
     # Otherwise the gradients that the interrupted step kept would become part of the run's first step.
     peak(0)
     return None
-
-
-def _fed_rows(group: Group, *, packs: bool) -> int:
-    """Rows that a single group takes in a packed or in a padded batch."""
-    return packed_size(group) if packs else len(group) * padded_width(group)
 
 
 def _too_small(rows: int, *, missing: int | None, total: int) -> ConfigError:
