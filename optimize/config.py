@@ -44,6 +44,8 @@ class TrainConfig(Settings):
     """Larger gradients are scaled down to this norm. 0 or inf: never."""
     batch_size: PositiveInt = 64
     """Pairs per optimizer step."""
+    sample_by: Literal["pair", "prompt"] = "pair"
+    """What is drawn at random: pairs, or whole prompts, so that all pairs of a prompt meet in one step."""
     micro_batch_tokens: PositiveInt | None = None
     """Most tokens per forward and backward. Changes memory and speed only. Default: from free GPU memory."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"

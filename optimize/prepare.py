@@ -1,6 +1,5 @@
 """Checks before a run begins that shards, model, adapter and evaluation folders belong together."""
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,11 +49,12 @@ def prepare(config: TrainConfig) -> Prepared:
     )
     with folder.tokenizer():
         pass  # better now than when the trained model is written
-    stream = PairStream(folder, eval_split=config.eval_split)
+    stream = PairStream(folder, eval_split=config.eval_split, by_prompt=config.sample_by == "prompt")
     if stream.train_size == 0:
         raise ConfigError(
             f"--eval-split {config.eval_split} holds out every pair", fix="pass a smaller share"
         )
-    steps_per_epoch = math.ceil(stream.train_size / config.batch_size)
-    total_steps = config.max_steps or steps_per_epoch * config.num_train_epochs
+    total_steps = config.max_steps or stream.count_steps(
+        seed=config.seed, size=config.batch_size, epochs=config.num_train_epochs
+    )
     return Prepared(folder, model_folder, stream, total_steps, evaluations(config, folder, stream))

@@ -7,6 +7,7 @@ order is one number: how many pairs were consumed.
 
 import contextlib
 import itertools
+import math
 import threading
 from collections.abc import Generator, Sequence
 
@@ -33,13 +34,16 @@ Weights = npt.NDArray[np.float64]
 class PairStream:
     """The pairs of a folder, split by prompt into training and evaluation, in the order they are used."""
 
-    def __init__(self, folder: ShardFolder, *, eval_split: float) -> None:
+    def __init__(self, folder: ShardFolder, *, eval_split: float, by_prompt: bool = False) -> None:
         """Read the index.
 
         Args:
             folder: The shards.
             eval_split: Share of prompts that is held out, decided by each prompt's hash. So no prompt is in
                 both parts, and growing the dataset moves no prompt. 1 holds out all.
+            by_prompt: Draw whole prompts: the pairs of a prompt stand next to each other in the order, and a
+                step takes all of them or none, unless they are more than a step's pairs. It holds for pairs
+                within a window of row groups, as those that were scored together are.
 
         Raises:
             DataError: The index or the weight column is damaged, a weight is negative or not a number, all
@@ -52,10 +56,15 @@ class PairStream:
         # A block is a row group: its pairs are at positions bounds[block] to bounds[block + 1].
         self._bounds: Positions = np.append(starts, len(index)).astype(np.int32)
         self._shards, self._groups = shards[starts], groups[starts]
-        if eval_split in (0, 1):
+        prompts = folder.index(["prompt_id"])["prompt_id"] if by_prompt or 0 < eval_split < 1 else None
+        if prompts is None or eval_split in (0, 1):
             self._held_out = np.full(len(index), eval_split == 1)
         else:
-            self._held_out = _below(folder.index(["prompt_id"])["prompt_id"], eval_split)
+            self._held_out = _below(prompts, eval_split)
+        # A number for each pair's prompt.
+        self._prompts: Positions | None = None
+        if by_prompt and prompts is not None:
+            self._prompts = prompts.combine_chunks().dictionary_encode().indices.to_numpy()
         self.eval_positions: Positions = np.flatnonzero(self._held_out).astype(np.int32)
         self.train_size = len(index) - len(self.eval_positions)
         self._rows = index["row"].to_numpy()
@@ -74,7 +83,7 @@ class PairStream:
                 np.arange(*self._bounds[b : b + 2], dtype=np.int32) for b in blocks[i : i + WINDOW_GROUPS]
             ]
             window = np.concatenate(ranges)
-            shuffled = rng.permutation(window[~self._held_out[window]])
+            shuffled = self._shuffled(rng, window[~self._held_out[window]])
             order[filled : filled + len(shuffled)] = shuffled
             filled += len(shuffled)
         return order
@@ -86,7 +95,8 @@ class PairStream:
 
         Args:
             seed: Decides the order.
-            size: Pairs per step; the last step of an epoch may have fewer.
+            size: Pairs per step; the last step of an epoch may have fewer. Where prompts are drawn, other
+                steps may too.
             consumed: Number of pairs that earlier steps used: the state of the data order. Their row groups
                 are not read again, except those that later pairs need too.
 
@@ -95,11 +105,27 @@ class PairStream:
         """
         epoch, skip = divmod(consumed, self.train_size)
         for number in itertools.count(epoch):
-            yield from self.batches(self.epoch(seed=seed, epoch=number)[skip:], size)
+            order = self.epoch(seed=seed, epoch=number)[skip:]
+            yield from self._read_batches(order, self._step_ends(order, size))
             skip = 0
 
+    def count_steps(self, *, seed: int, size: int, epochs: int) -> int:
+        """Number of steps of these epochs."""
+        if self._prompts is None:
+            return epochs * math.ceil(self.train_size / size)
+        orders = (self.epoch(seed=seed, epoch=number) for number in range(epochs))
+        return sum(len(self._step_ends(order, size)) for order in orders)
+
     def batches(self, positions: Positions, size: int) -> Generator[list[ScoredPair]]:
-        """Consecutive batches; the last may be smaller.
+        """Consecutive batches of ``size`` pairs; the last may be smaller. See ``steps``.
+
+        Raises:
+            DataError: A shard is damaged; at the first batch that needs it.
+        """
+        return self._read_batches(positions, _every(size, len(positions)))
+
+    def _read_batches(self, positions: Positions, ends: Sequence[int]) -> Generator[list[ScoredPair]]:
+        """The pairs at these positions, in batches that end at these places of them.
 
         A thread reads each row group once, ahead of its first pair, and it is held until its last pair. If
         ``positions`` come from ``epoch`` or ascend, at most two windows of row groups are held.
@@ -113,9 +139,9 @@ class PairStream:
         left = np.bincount(blocks, minlength=len(self._shards))
         held: dict[int, list[ScoredPair]] = {}
         with contextlib.closing(read_ahead(self._read, needed, ahead=_AHEAD_GROUPS)) as coming:
-            for i in range(0, len(positions), size):
+            for begin, end in itertools.pairwise([0, *ends]):
                 batch = []
-                part = slice(i, i + size)
+                part = slice(begin, end)
                 for position, block in zip(positions[part].tolist(), blocks[part].tolist(), strict=True):
                     if block not in held:
                         held[block] = next(coming)
@@ -136,6 +162,32 @@ class PairStream:
             return None
         places = np.searchsorted(self._rows, [pair.row for pair in pairs])
         return [float(weight) for weight in self._weights[places]]
+
+    def _shuffled(self, rng: np.random.Generator, window: Positions) -> Positions:
+        """A window's pairs in a random order; the pairs of a prompt stay together if prompts are drawn."""
+        if self._prompts is None:
+            return rng.permutation(window)
+        _, number = np.unique(self._prompts[window], return_inverse=True)
+        place = rng.permutation(number.max(initial=-1) + 1)
+        found: Positions = window[np.argsort(place[number], kind="stable")]
+        return found
+
+    def _step_ends(self, order: Positions, size: int) -> list[int]:
+        """Where each step's pairs end. Steps from any of these places on are the same."""
+        if self._prompts is None:
+            return _every(size, len(order))
+        prompts = self._prompts[order]
+        ends: list[int] = []
+        begin = 0
+        # Where a prompt's pairs end.
+        for end in [*(np.flatnonzero(np.diff(prompts)) + 1).tolist(), len(order)]:
+            last = ends[-1] if ends else 0
+            if end - last > size and begin > last:
+                ends.append(begin)
+                last = begin
+            ends += range(last + size, end, size)
+            begin = end
+        return [*ends, len(order)] if len(order) else []
 
     def _normalised_weights(self, weights: Weights | None) -> Weights | None:
         """Weights divided by their mean, so that their scale does not act on the learning rate."""
@@ -159,6 +211,11 @@ class PairStream:
         with self._opening[shard]:
             (pairs,) = self._folder.row_groups(shard, row_groups=[int(self._groups[block])])
         return pairs
+
+
+def _every(size: int, count: int) -> list[int]:
+    """Ends of batches of ``size``."""
+    return [*range(size, count, size), count] if count else []
 
 
 def _below(prompt_ids: pa.ChunkedArray, share: float) -> npt.NDArray[np.bool_]:

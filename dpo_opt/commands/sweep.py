@@ -1,7 +1,7 @@
 """Train a grid of runs from one cache of log-probs.
 
-Any setting may vary: beta, learning rate, seed. Finished runs are never repeated. GRID.yaml has any settings of
-`dpo-opt train`, and `grid:`, a mapping of settings to lists of values, or `runs:`, a list of mappings.
+Any setting may vary: beta, learning rate, seed. Finished runs are never repeated. GRID.yaml has any settings
+of `dpo-opt train`, and `grid:`, a mapping of settings to lists of values, or `runs:`, a list of mappings.
 """
 
 import shlex

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.processes.distributed import World, from_first, text_from_first, wait_for_all
 from dpo_opt.optimize.run_folder import CHECKPOINTS, resume_command
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
@@ -233,7 +234,9 @@ def require_same_run(state: TrainState, *, data: Data, settings: dict[str, Any],
     Raises:
         ConfigError: A difference would make it another run; the message lists every difference.
     """
-    saved = {**state.settings, **_flat(state.data)}
+    # A setting that was added since had its default then.
+    defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
+    saved = {**defaults, **state.settings, **_flat(state.data)}
     current = {**settings, **_flat(data)}
     if saved["dtype"] == "auto":  # in checkpoints from before it was resolved
         saved["dtype"] = current["dtype"]

@@ -183,7 +183,8 @@ def test_micro_batches_change_neither_metrics_nor_weights(settings: dict[str, An
         train(TrainConfig(**{**settings, "output_dir": run, "micro_batch_tokens": budget}))
     first, *others = (train_metrics(run)[0] for run in runs)
     for other in others:
-        for name in TRAIN_METRICS - {"pairs_per_second"}:
+        # In the first step every margin is 0 but for rounding, whose sign is the only difference.
+        for name in TRAIN_METRICS - {"pairs_per_second", "rewards/accuracies"}:
             assert other[name] == pytest.approx(first[name], rel=1e-5, abs=1e-6), name
     expected, *found = (final_weights(run) for run in runs)
     for weights in found:

@@ -414,6 +414,74 @@ def test_another_batch_size_goes_on_with_the_same_order(folder: ShardFolder) -> 
     assert rows == [order[33:133], order[133:233], order[233:333], order[333:]]
 
 
+# Whole prompts --------------------------------------------------------------------------------------------
+
+
+def ranked_folder(model: Path, made: Path) -> ShardFolder:
+    """60 prompts of 1 to 5 pairs, and one of 13, which is more than a step's; row groups of 16 pairs."""
+    counts = [1 + i % 5 for i in range(60)]
+    counts[7] = 13
+    rows = [
+        {"prompt": f"prompt {i}:", "chosen": f" yes {i} {j}", "rejected": f" no {i} {j}"}
+        for i, count in enumerate(counts)
+        for j in range(count)
+    ]
+    (made / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = PrecomputeConfig(
+        model=str(model),
+        data=made / "pairs.jsonl",
+        shards=made / "shards",
+        dtype="float32",
+        pairs_per_shard=16,
+    )
+    precompute(config, scorer=ScriptedScorer())
+    return ShardFolder.open(config.shards)
+
+
+@pytest.fixture(scope="module")
+def ranked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardFolder:
+    return ranked_folder(tiny_model, tmp_path_factory.mktemp("ranked"))
+
+
+SIZE = 8
+
+
+@pytest.mark.parametrize("eval_split", [0.0, 0.2])
+def test_all_pairs_of_a_prompt_meet_in_one_step(ranked: ShardFolder, eval_split: float) -> None:
+    stream = PairStream(ranked, eval_split=eval_split, by_prompt=True)
+    count = stream.count_steps(seed=3, size=SIZE, epochs=2)
+    steps = list(itertools.islice(stream.steps(seed=3, size=SIZE), count))
+    rows = [pair.row for pairs in steps for pair in pairs]
+    assert sorted(rows) == sorted(stream.epoch(seed=3, epoch=0).tolist() * 2)
+    assert max(map(len, steps)) <= SIZE
+    where: dict[bytes, set[int]] = {}
+    size_of: dict[bytes, int] = {}
+    for number, pairs in enumerate(steps):
+        for pair in pairs:
+            prompt = pair.prompt_ids.tobytes()
+            where.setdefault(prompt, set()).add(number)
+            size_of[prompt] = size_of.get(prompt, 0) + 1
+    # Each prompt comes in both epochs, and the one of 13 pairs takes two steps in each.
+    assert all(len(numbers) == (4 if size_of[prompt] == 26 else 2) for prompt, numbers in where.items())
+    # Steps are as full as whole prompts allow: no two in a row would have fitted into one.
+    lengths = [len(pairs) for pairs in steps[: stream.count_steps(seed=3, size=SIZE, epochs=1)]]
+    assert all(a + b > SIZE for a, b in itertools.pairwise(lengths))
+
+
+def test_prompts_come_in_an_order_of_their_own_and_the_run_goes_on_in_it(ranked: ShardFolder) -> None:
+    stream = PairStream(ranked, eval_split=0.2, by_prompt=True)
+    count = stream.count_steps(seed=4, size=SIZE, epochs=2) + 1
+    whole = [[p.row for p in pairs] for pairs in itertools.islice(stream.steps(seed=4, size=SIZE), count)]
+    assert whole[0] != [p.row for p in next(stream.steps(seed=5, size=SIZE))]
+    assert whole[0] != sorted(whole[0]) or whole[1] != sorted(whole[1]) or whole[0][0] > whole[1][0]
+    consumed = 0
+    for done in range(0, count):
+        again = PairStream(ranked, eval_split=0.2, by_prompt=True).steps(seed=4, size=SIZE, consumed=consumed)
+        found = [[p.row for p in pairs] for pairs in itertools.islice(again, min(2, count - done))]
+        assert found == whole[done : done + 2]
+        consumed += len(whole[done])
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
