@@ -9,7 +9,7 @@ from torchrun_steps import ALONE
 
 from dpo_opt.optimize import TrainConfig
 from dpo_opt.optimize.checkpoint.state_files import load_state, save_state
-from dpo_opt.optimize.update.bf16_adamw import round_stochastically
+from dpo_opt.optimize.update.bf16_adamw import RoundedAdamW, round_stochastically
 from dpo_opt.optimize.update.optimizer import make_optimizer
 from dpo_opt.optimize.update.optimizer_state import optimizer_tensors
 
@@ -28,6 +28,48 @@ def test_a_gpu_rounds_as_a_cpu_does(cuda: torch.device) -> None:
 def test_a_nan_made_on_a_gpu_stays_one(cuda: torch.device) -> None:
     zero = torch.zeros(1000, device=cuda)
     assert bool(round_stochastically(zero / zero, seed=1, step=2, parameter=3).isnan().all())
+
+
+@pytest.mark.parametrize("gradient_dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_updates_as_the_blocks_do(cuda: torch.device, gradient_dtype: torch.dtype) -> None:
+    count = 3_000_001
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(count, generator=generator) * 0.02
+
+    def made(device: torch.device) -> tuple[nn.Parameter, RoundedAdamW]:
+        weight = nn.Parameter(start.to(device, torch.bfloat16))
+        weight.grad_dtype = gradient_dtype
+        settings = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+        return weight, RoundedAdamW([weight], seed=5, **settings)  # type: ignore[arg-type]
+
+    (weight, optimizer), (expected, on_cpu) = made(cuda), made(torch.device("cpu"))
+    for _ in range(3):
+        gradient = (torch.randn(count, generator=generator) * 1e-3).to(gradient_dtype)
+        weight.grad, expected.grad = gradient.to(cuda), gradient
+        optimizer.step()
+        on_cpu.step()
+        pairs = [(weight.detach(), expected.detach())]
+        for name in ("exp_avg", "exp_avg_sq"):
+            pairs.append((optimizer.state[weight][name], on_cpu.state[expected][name]))
+        for mine, wanted in pairs:
+            # Neighbours at most. Where a mean's two terms cancel, only their last bits in fp32 are left.
+            cancelled = 1e-6 * float(wanted.abs().float().median())
+            torch.testing.assert_close(mine.cpu(), wanted, rtol=2**-7, atol=cancelled)
+            assert (mine.cpu() != wanted).float().mean() < 1e-3
+            mine.copy_(wanted)
+
+
+def test_an_update_waits_for_nothing(cuda: torch.device) -> None:
+    weights = [nn.Parameter(torch.ones(1000, device=cuda, dtype=d)) for d in (torch.bfloat16, torch.float32)]
+    optimizer = RoundedAdamW(weights, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, seed=5)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class Run:

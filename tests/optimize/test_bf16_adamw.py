@@ -119,7 +119,7 @@ def test_elements_are_rounded_independently_of_each_other(distance: int) -> None
 def test_the_size_of_the_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(50, 41, generator=torch.Generator().manual_seed(0))
     whole = rounded(values)
-    monkeypatch.setattr(bf16_adamw, "_CPU_BLOCK", 100)
+    monkeypatch.setattr(bf16_adamw, "_BLOCK", 100)
     assert torch.equal(rounded(values), whole)
 
 
