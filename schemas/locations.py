@@ -114,7 +114,7 @@ def inside(folder: AnyPath, name: str, *, whole: AnyPath | None = None) -> AnyPa
         DataError: The name leaves the folder, or is a link that does.
     """
     parts = name.split("/")
-    if any(part in ("", ".", "..") or _NOT_IN_A_NAME.search(part) for part in parts):
+    if not all(map(_stays, parts)):
         raise DataError(
             f"the file name {name!r} does not stay inside the folder",
             where=str(folder),
@@ -132,6 +132,15 @@ def inside(folder: AnyPath, name: str, *, whole: AnyPath | None = None) -> AnyPa
                 fix=f"where you trust the links: cp -rL {quoted(whole or folder)} COPY, then pass COPY",
             )
     return path
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file may have this name in a folder of shards: on every system it is that of a file in it."""
+    return _stays(name) and not _NOT_UTF8.search(name)
+
+
+def _stays(name: str) -> bool:
+    return name not in ("", ".", "..") and not _NOT_IN_A_NAME.search(name)
 
 
 def _is_below(path: str, folder: str) -> bool:
@@ -210,11 +219,7 @@ def sizes(folder: AnyPath, *, prefix: str = "") -> dict[str, int]:
         else:
             listed = folder.fs.ls(folder.path, detail=True)
     named = {item["name"].rpartition("/")[2]: item["size"] for item in listed if item["type"] == "file"}
-    return {
-        name: size
-        for name, size in named.items()
-        if name.startswith(prefix) and name not in ("", ".", "..") and not _NOT_IN_A_NAME.search(name)
-    }
+    return {name: size for name, size in named.items() if name.startswith(prefix) and _stays(name)}
 
 
 def read_all(folder: AnyPath, names: Sequence[str]) -> dict[str, bytes]:

@@ -208,13 +208,6 @@ def file_names(folder: AnyPath) -> list[str]:
     return names
 
 
-def copy_files(source: Path, folder: Path) -> None:
-    """Copy a folder's files into another one, without their modes: the source may be read-only."""
-    for name in file_names(source):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, folder / name)
-
-
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -20,6 +20,7 @@ from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.models import checkpoint_dtype, config_digest
 from dpo_opt.schemas.progress import Silent
+from dpo_opt.schemas.storage import file_names
 from dpo_opt.schemas.weights import weights_digest
 
 pytest.importorskip("peft")
@@ -82,12 +83,15 @@ def test_everything_else_of_the_base_is_kept(tiny_model: Path, adapter: Path, tm
     # transformers would read this and refuse to write it.
     (base / "generation_config.json").write_text('{"temperature": 0.9}')
     (base / "README.md").write_text("about the base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "rag.jinja").write_bytes(b"{{ messages }}\r\n")
+    (base / "spiece.model").write_bytes(b"\x00\xff")
     output = merged(base, adapter, tmp_path / "merged")
-    kept = [file for file in base.iterdir() if file.name not in ("model.safetensors", "README.md")]
-    assert len(kept) >= 4
-    for file in kept:
-        assert (output / file.name).read_bytes() == file.read_bytes()
-    assert {f.name for f in output.iterdir()} == {f.name for f in base.iterdir()}
+    kept = set(file_names(base)) - {"model.safetensors", "README.md"}
+    assert len(kept) >= 6
+    for name in kept:
+        assert (output / name).read_bytes() == (base / name).read_bytes()
+    assert file_names(output) == file_names(base)
     before, after = (load_file(folder / "model.safetensors") for folder in (base, output))
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
     assert changed == {f"{layer}.weight" for layer in read_adapter(adapter).layers}

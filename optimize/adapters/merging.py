@@ -27,12 +27,13 @@ from dpo_opt.optimize.forward.architecture import model_without_weights
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.progress import Progress
+from dpo_opt.schemas.tokenizer_files import copy_tokenizer
 from dpo_opt.schemas.weights import OTHER_FORMAT, loaded_files, weights_digest
 
 _CODES = {torch.float32: "F32"}
 # Entries computed at a time: so many fit into the CPU's cache.
 _BLOCK = 2**18
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+_COPIED = ("*.json", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
 
 
 class Merged(NamedTuple):
@@ -103,6 +104,7 @@ def write_merged(
         for path in model_folder.glob(pattern):
             if path.is_file() and not fnmatch(path.name, OTHER_FORMAT):
                 shutil.copyfile(path, output / path.name)
+    copy_tokenizer(model_folder, output)
     if dtype is not None:
         config = read_config(model_folder)
         config.pop("torch_dtype", None)

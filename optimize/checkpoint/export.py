@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig
 
@@ -11,12 +12,14 @@ from dpo_opt.optimize.forward.architecture import decoder_of
 from dpo_opt.optimize.forward.attention import STOCK_ATTENTION
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.schemas.model_config import load_model_config
+from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.rope import PINNED
-from dpo_opt.schemas.storage import copy_files
+from dpo_opt.schemas.tokenizer_files import copy_tokenizer
 
 # Settings of image, sound and video processors. The tokenizer and its template are copied separately.
 _PROCESSORS = ("*processor_config.json", "*processor.json", "audio_tokenizer*.json")
 _TEMPLATE = "chat_template.*"
+_TEMPLATE_SETTING = "chat_template"
 
 
 def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Path, card: str) -> None:
@@ -26,7 +29,7 @@ def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Pa
         policy: The trained policy.
         folder: An empty folder.
         source: The folder it was loaded from; its generation settings and its processor are copied.
-        tokenizer_dir: The tokenizer that made the training data.
+        tokenizer_dir: The tokenizer that made the training data; its files are copied, byte for byte.
         card: Text of the model card.
     """
     model = policy.model
@@ -38,7 +41,7 @@ def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Pa
     with _as_it_was_loaded(policy, source):
         model.save_pretrained(folder, safe_serialization=True)
     (folder / settings.name).unlink(missing_ok=True)
-    copy_files(tokenizer_dir, folder)
+    copy_tokenizer(tokenizer_dir, folder)
     if settings.is_file():
         shutil.copyfile(settings, folder / settings.name)
     _copy_processor(source, folder)
@@ -47,12 +50,19 @@ def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Pa
 
 def _copy_processor(source: Path, folder: Path) -> None:
     """Copy the processor's files: a vision or audio model does not load without them."""
-    # transformers refuses a folder with two templates; the tokenizer's own is the one that was trained on.
-    templated = any(folder.glob(_TEMPLATE))
+    # Another template would count before the tokenizer's own, which is the one that was trained on; and
+    # transformers refuses a folder with two.
+    templated = any(folder.glob(_TEMPLATE)) or _TEMPLATE_SETTING in _settings(folder)
     for pattern in (*_PROCESSORS, *(() if templated else (_TEMPLATE,))):
         for path in source.glob(pattern):
             if path.is_file() and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    found: dict[str, Any] = json_of(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 @contextlib.contextmanager

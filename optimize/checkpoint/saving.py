@@ -20,7 +20,8 @@ from dpo_opt.optimize.processes.fsdp import gather_policy
 from dpo_opt.optimize.update.optimizer_state import optimizer_tensors
 from dpo_opt.schemas.models import checkpoint_dtype
 from dpo_opt.schemas.shard_folder import ShardFolder
-from dpo_opt.schemas.storage import copy_files, publish_folder
+from dpo_opt.schemas.storage import publish_folder
+from dpo_opt.schemas.tokenizer_files import CONFIG, copy_tokenizer
 
 _OPTIMIZER = "optimizer"
 
@@ -77,7 +78,10 @@ class Saver:
         with self._folder.tokenizer() as tokenizer_dir:
             if self._config.use_peft:
                 save_adapter(whole.model, folder, base=self._config.model, base_weights=self._base)
-                copy_files(tokenizer_dir, folder)
+                # With the config.json that a tokenizer may need, the folder would be taken for a model's. The
+                # base has the same tokenizer.
+                if not (tokenizer_dir / CONFIG).exists():
+                    copy_tokenizer(tokenizer_dir, folder)
                 (folder / "README.md").write_text(self._card(steps), encoding="utf-8")
             else:
                 write_model(

@@ -1,11 +1,13 @@
 """The tokenizer of a folder: whether it is the one that was scored with, and a new copy of the model's."""
 
 import contextlib
+import functools
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from dpo_opt.precompute.shards.model_tokenizer import put_tokenizer
 from dpo_opt.precompute.shards.recover_plan import in_one_line, latest_settings
 from dpo_opt.precompute.shards.scored_tokenizer import other_tokenizer
 from dpo_opt.precompute.shards.write_plan import write_tokenizer
@@ -44,8 +46,8 @@ def tokenizer_problem(shards_dir: AnyPath, plan: Plan, manifest: Manifest | None
     return problem and f"{quoted(folder)}: {problem}"
 
 
-def tokenizer_of_model(shards_dir: AnyPath, plan: Plan) -> Any:
-    """The tokenizer of the model that was scored.
+def tokenizer_of_model(shards_dir: AnyPath, plan: Plan) -> Callable[[Path], None]:
+    """What puts the files of the tokenizer of the model that was scored into an empty folder.
 
     Raises:
         ConfigError, DataError: It is not there.
@@ -60,23 +62,23 @@ def tokenizer_of_model(shards_dir: AnyPath, plan: Plan) -> Any:
             why=f"it was to replace the damaged files of {TOKENIZER}/",
             fix=f"restore {TOKENIZER}/ from where the folder was copied, or the model that {COMMAND} names",
         )
-    return tokenizer
+    return functools.partial(put_tokenizer, model, tokenizer)
 
 
-def replace_tokenizer(shards_dir: AnyPath, tokenizer: Any) -> None:
+def replace_tokenizer(shards_dir: AnyPath, fill: Callable[[Path], None]) -> None:
     """Write a new copy; the old files stay until the new ones are whole."""
     folder = shards_dir / TOKENIZER
     if not isinstance(folder, Path):
         for name in file_names(folder):
             remove(folder / name)
-        write_tokenizer(shards_dir, tokenizer)
+        write_tokenizer(shards_dir, fill)
         return
     # A private name: a repair that is killed here leaves nothing that is taken for a tokenizer.
     aside = folder.with_name(f".{TOKENIZER}.{secrets.token_hex(4)}.tmp")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(aside)
     try:
-        write_tokenizer(shards_dir, tokenizer)
+        write_tokenizer(shards_dir, fill)
     finally:
         with contextlib.suppress(FileNotFoundError):
             if not folder.exists():

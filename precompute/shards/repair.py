@@ -101,7 +101,7 @@ def repair(shards_dir: AnyPath, *, dry_run: bool = False, progress: Progress | N
     if problem := tokenizer_problem(shards_dir, plan, manifest):
         damaged.append(problem)
         tokenizer = tokenizer_of_model(shards_dir, plan)
-        # Another version of transformers may save the same tokenizer as other files.
+        # The same tokenizer may stand in other files there than those that are lost.
         replaced = manifest is not None or replaced
     if replaced:
         unwanted += _losers(final, good, names.values())

@@ -59,14 +59,15 @@ def files_state_tokenizer(shards_dir: AnyPath, fingerprint: Fingerprint) -> bool
     """
     try:
         with on_this_machine(shards_dir / TOKENIZER) as local:
-            return _is_stated(local, fingerprint)
+            return states(local, fingerprint.tokenizer)
     except FileNotFoundError:
         return False
 
 
-def _is_stated(folder: Path, fingerprint: Fingerprint) -> bool:
+def states(folder: Path, digest: str) -> bool:
+    """Whether the files of a folder alone show that a tokenizer has this digest."""
     try:
-        return tokenizer_digest(_saved(folder)) == fingerprint.tokenizer
+        return tokenizer_digest(_saved(folder)) == digest
     except Exception:  # of the tokenizers library that very class
         return False
 
@@ -114,7 +115,8 @@ def scored_tokenizer_sha256(shards_dir: AnyPath, fingerprint: Fingerprint) -> st
         with on_this_machine(shards_dir / TOKENIZER) as local:
             # Taken first: what changes after the comparison has another hash.
             sha256 = sha256_folder(local, whole=shards_dir)
-            problem = None if _is_stated(local, fingerprint) else _difference(local, fingerprint)
+            stated = states(local, fingerprint.tokenizer)
+            problem = None if stated else _difference(local, fingerprint)
     except FileNotFoundError:
         problem = _UNREADABLE
     if problem:

@@ -1,10 +1,10 @@
 """Writes a folder's plan once, whichever run is first; all runs follow it, and data that grew extends it."""
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -13,6 +13,7 @@ from dpo_opt.precompute.read.sources import refuse_inside
 from dpo_opt.precompute.shards.finalize import require_beginning
 from dpo_opt.precompute.shards.finished import is_finalized
 from dpo_opt.precompute.shards.make_plan import Planned, make_plan
+from dpo_opt.precompute.shards.model_tokenizer import put_tokenizer
 from dpo_opt.precompute.shards.other_plan import OTHER_FOLDER, OTHER_VERSION, other_plan
 from dpo_opt.precompute.shards.planned_columns import (
     other_columns,
@@ -77,19 +78,25 @@ def settle_plan(
     refuse_inside(config, config.shards, option="--shards")
     files = weight_files(reference.folder)
     planned = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
-    plan = adopt_plan(config, planned, tokenizer.tokenizer)
+    fill = functools.partial(put_tokenizer, reference.folder, tokenizer.tokenizer)
+    plan = adopt_plan(config, planned, fill)
     with _for_later_runs(config.shards, plan):
         remember_weights(config.shards, digest=plan.fingerprint.weights, files=files)
     return plan
 
 
-def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Plan:
+def adopt_plan(config: PrecomputeConfig, planned: Planned, fill: Callable[[Path], object]) -> Plan:
     """Write the plan and the files that belong to it, or check that the folder already follows it.
 
     The tokenizer, the weights of pairs and the settings are written before their plan. The first run to plan
     the folder claims the plan, and only runs that make the same plan write these files. So a folder with a
     plan has the files that belong to it, and no others. A run that is killed in between leaves its claim, and
     the same command continues with it.
+
+    Args:
+        config: Of the run.
+        planned: What it would plan.
+        fill: Puts the tokenizer's files into an empty folder.
 
     Returns:
         The folder's plan. It may differ from ``planned`` in the date that a chat template is told, which the
@@ -110,7 +117,7 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, tokenizer: Any) -> Pl
                 with _for_later_runs(shards_dir, new):
                     remove(claim)
         else:
-            _write_plan(config, planned, new, tokenizer)
+            _write_plan(config, planned, new, fill)
     # Another run may have written its plan first.
     plans = known_plans(shards_dir)
     new = _as_the_folder_has_it(plans, new, config, model)
@@ -238,7 +245,9 @@ def _keep_command(config: PrecomputeConfig, plan: Plan) -> None:
             write_text(config.shards / COMMAND, text)
 
 
-def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer: Any) -> None:
+def _write_plan(
+    config: PrecomputeConfig, planned: Planned, new: Plan, fill: Callable[[Path], object]
+) -> None:
     """Write a plan after the files that belong to it. A plan of that name that is already there stays.
 
     Raises:
@@ -253,7 +262,7 @@ def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer
         plan = _require_claim(said, new, planned.model, config, name)
         if name == PLAN:
             if not is_file(shards_dir / TOKENIZER / _WHOLE_TOKENIZER):
-                write_tokenizer(shards_dir, tokenizer)
+                write_tokenizer(shards_dir, fill)
             if planned.model is not None:
                 keep_model_config(shards_dir, read_config(planned.model))
         before = planned.earlier[-1] if planned.earlier else None
@@ -263,10 +272,10 @@ def _write_plan(config: PrecomputeConfig, planned: Planned, new: Plan, tokenizer
     remove(claim)
 
 
-def write_tokenizer(shards_dir: AnyPath, tokenizer: Any) -> None:
+def write_tokenizer(shards_dir: AnyPath, fill: Callable[[Path], object]) -> None:
     """Put a tokenizer's files into a folder that has none, or only some of them."""
     with settle_folder(shards_dir / TOKENIZER, last=_WHOLE_TOKENIZER) as private:
-        tokenizer.save_pretrained(private)
+        fill(private)
 
 
 def _claim_of(shards_dir: AnyPath, name: str) -> AnyPath:

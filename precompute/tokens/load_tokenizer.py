@@ -9,6 +9,7 @@ from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.plain_data import json_of
+from dpo_opt.schemas.tokenizer_files import tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,8 +29,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     """The fast tokenizer in a model folder, without running code from it.
 
     Raises:
-        ConfigError: There is none, it cannot be read, it is a slow one, it has no EOS token, or transformers
-            makes another tokenizer of the files than tokenizer.json is.
+        ConfigError: There is none, it cannot be read, it is a slow one, it has no EOS token, a file of it
+            cannot stand in a folder of shards, or transformers makes another tokenizer of the files than
+            tokenizer.json is.
     """
     from transformers import AutoTokenizer
 
@@ -41,6 +43,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             why="without it transformers builds a tokenizer with an empty vocabulary and says nothing",
             fix=fix,
         )
+    tokenizer_files(folder)
     try:
         for name in _SETTINGS:
             if (folder / name).is_file():
@@ -89,7 +92,7 @@ def _refuse_other_ids(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> Non
     for text in texts:
         ids, other = own.encode(text).ids, loaded.encode(text).ids
         if ids != other:
-            declared = _declared_class(folder)
+            declared = declared_class(folder) or "no class"
             raise ConfigError(
                 f"transformers loads another tokenizer than tokenizer.json is: of {text[:40]!r} "
                 f"it gives {other[:_SHOWN]}, tokenizer.json {ids[:_SHOWN]}",
@@ -105,12 +108,13 @@ _SPECIAL = 32  # special tokens that are compared; some models have thousands th
 _SHOWN = 8  # ids in a message
 
 
-def _declared_class(folder: Path) -> str:
+def declared_class(folder: Path) -> str | None:
+    """The class that a tokenizer's settings name, if they name one."""
     try:
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return "no class"
-    return str(settings.get("tokenizer_class") or "no class")
+        return None
+    return str(settings.get("tokenizer_class") or "") or None
 
 
 def model_vocab_size(folder: Path) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_edits import change_config
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpo_opt.optimize.checkpoint.export import write_model
 from dpo_opt.optimize.checkpoint.model_card import model_card
@@ -80,6 +80,30 @@ def test_generation_settings_are_kept_as_they_were(
     (model / "generation_config.json").write_text(json.dumps(settings))
     save(model, tmp_path / "final", tokenizer_dir)
     assert json.loads((tmp_path / "final" / "generation_config.json").read_text()) == settings
+
+
+def test_the_tokenizer_is_copied_byte_for_byte_and_what_is_no_part_of_it_is_not(
+    model: Path, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    content = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    (tokenizer_dir / "tokenizer.json").write_text(json.dumps(content, indent=5) + "\n\n")
+    # As models had it before templates stood in files of their own, whose would count first.
+    (tokenizer_dir / "chat_template.jinja").unlink()
+    config = json.loads((tokenizer_dir / "tokenizer_config.json").read_text())
+    (tokenizer_dir / "tokenizer_config.json").write_text(
+        json.dumps({**config, "chat_template": "trained on"})
+    )
+    kept = {path.name: path.read_bytes() for path in tokenizer_dir.iterdir()}
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        (tokenizer_dir / name).write_text("{}")
+    (model / "chat_template.jinja").write_text("of the folder")
+    save(model, tmp_path / "final", tokenizer_dir)
+    assert {name: (tmp_path / "final" / name).read_bytes() for name in kept} == kept
+    assert not (tmp_path / "final" / "chat_template.jinja").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "final").chat_template == "trained on"
+    before, after = (load_file(f / "model.safetensors") for f in (model, tmp_path / "final"))
+    assert set(before) == set(after)
+    assert json.loads((tmp_path / "final" / "config.json").read_text())["model_type"] == "llama"
 
 
 @pytest.mark.parametrize("templated", [True, False])

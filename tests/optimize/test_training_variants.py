@@ -1,5 +1,6 @@
 """Adapters and bf16 parameters through the whole loop: trained, stopped, resumed, saved, and gone on from."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from dpo_opt.optimize import TrainConfig, train
 from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.errors import ConfigError, FingerprintError, Preempted
+from dpo_opt.schemas.manifest import TOKENIZER, load_manifest, write_manifest
 from dpo_opt.schemas.shard_folder import ShardFolder
+from dpo_opt.schemas.storage import file_names, sha256_folder
 
 LORA = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}
 BF16 = {"param_dtype": "bfloat16", "dtype": "bfloat16", "learning_rate": 1e-3}
@@ -69,11 +72,31 @@ def test_an_adapter_learns_and_nothing_else_is_saved(settings: dict[str, Any], t
         assert all(".lora_" in name for name in names)
         assert not (folder / "model.safetensors").exists()
     with ShardFolder.open(settings["shards"]).tokenizer() as tokenizer:
-        files = {path.name for path in tokenizer.iterdir()}
-    assert {path.name for path in result.final.iterdir()} == files | {
+        files = {path.name: path.read_bytes() for path in tokenizer.iterdir()}
+    assert {name: (result.final / name).read_bytes() for name in files} == files
+    assert {path.name for path in result.final.iterdir()} == files.keys() | {
         *("adapter_config.json", "adapter_model.safetensors", "README.md")
     }
     assert "library_name: peft" in (result.final / "README.md").read_text()
+
+
+def test_an_adapter_has_no_tokenizer_that_would_be_another_one_without_the_models_configuration(
+    settings: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    shards = Path(shutil.copytree(settings["shards"], tmp_path / "shards"))
+    tokenizer, manifest = shards / TOKENIZER, load_manifest(shards)
+    (tokenizer / "config.json").write_text((tiny_model / "config.json").read_text() + "\n")
+    names = {"tokenizer_sha256": sha256_folder(tokenizer), "tokenizer_files": file_names(tokenizer)}
+    write_manifest(shards, manifest.model_copy(update=names))
+    settings |= {"shards": shards, "max_steps": 1}
+    adapter = train(TrainConfig(**settings, **LORA, output_dir=tmp_path / "adapter")).final
+    assert {path.name for path in adapter.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md")
+    }
+    whole = train(TrainConfig(**settings, output_dir=tmp_path / "whole")).final
+    of_tokenizer = set(names["tokenizer_files"]) - {"config.json"}
+    assert all((whole / name).read_bytes() == (tokenizer / name).read_bytes() for name in of_tokenizer)
+    assert (whole / "config.json").read_bytes() != (tokenizer / "config.json").read_bytes()
 
 
 def test_a_second_round_from_an_adapter_needs_a_reference_with_it_merged(

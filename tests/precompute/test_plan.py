@@ -41,7 +41,7 @@ def plan_of(tiny_model: Path, data: Path, tmp_path: Path) -> Plans:
         tokenizer = make_tokenizer(config, reference)
         made = make_plan(config, reference=reference, tokenizer=tokenizer, numerics=numerics)
         if adopt is not None:
-            adopt_plan(config.model_copy(update={"shards": adopt}), made, tokenizer.tokenizer)
+            adopt_plan(config.model_copy(update={"shards": adopt}), made, tokenizer.tokenizer.save_pretrained)
         return made.plan
 
     return plan
@@ -313,7 +313,7 @@ def test_a_tokenizer_without_a_plan_is_not_taken_for_this_runs(
 
 def test_runs_that_start_together_agree_on_one_plan(plan_of: Plans, tiny_model: Path, tmp_path: Path) -> None:
     planned = Planned(plan_of(), None, {}, None, [])
-    tokenizers = [load_tokenizer(tiny_model) for _ in range(8)]
+    tokenizers = [load_tokenizer(tiny_model).save_pretrained for _ in range(8)]
     for attempt in range(5):
         folder = tmp_path / f"shards-{attempt}"
         config = PrecomputeConfig(model=str(tiny_model), data=["unread.jsonl"], shards=folder)

@@ -362,15 +362,13 @@ def test_a_plan_is_never_replaced_by_one_that_was_made_from_other_data(
         tokenizer = make_tokenizer(config, reference)
         made.append((config, make_plan(config, reference=reference, tokenizer=tokenizer, numerics=NUMERICS)))
 
-    class Slow:
+    def slow(path: Path) -> None:
         """Another planner comes and goes while this one is at it."""
+        load_tokenizer(tiny_model).save_pretrained(path)
+        with pytest.raises(FingerprintError, match="run the same command again"):
+            adopt_plan(*made[0], load_tokenizer(tiny_model).save_pretrained)
 
-        def save_pretrained(self, path: Path) -> None:
-            load_tokenizer(tiny_model).save_pretrained(path)
-            with pytest.raises(FingerprintError, match="run the same command again"):
-                adopt_plan(*made[0], load_tokenizer(tiny_model))
-
-    assert adopt_plan(*made[1], Slow()) == made[1][1].plan
+    assert adopt_plan(*made[1], slow) == made[1][1].plan
     assert read_plan(location(store)) == made[1][1].plan
 
 

@@ -16,7 +16,7 @@ from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.locations import location
 from dpo_opt.schemas.shards import write_table
-from dpo_opt.schemas.storage import copy_files, publish, settle_folder, sha256_file, sha256_folder, write_text
+from dpo_opt.schemas.storage import publish, settle_folder, sha256_file, sha256_folder, write_text
 
 
 def names(folder: Path) -> set[str]:
@@ -223,17 +223,3 @@ def test_a_file_that_must_stay_stays_and_a_link_to_nothing_is_none(tmp_path: Pat
     assert (tmp_path / "c").read_text() == "third"
     assert names(tmp_path) == {"a", "b", "c"}
     assert (tmp_path / "a").read_text() == "first"
-
-
-def test_the_copy_of_a_read_only_folder_can_be_written(tmp_path: Path) -> None:
-    (tmp_path / "source" / "more").mkdir(parents=True)
-    (tmp_path / "source" / "more" / "x").write_text("x")
-    for path in (tmp_path / "source" / "more" / "x", tmp_path / "source" / "more", tmp_path / "source"):
-        path.chmod(path.stat().st_mode & ~0o222)
-    (tmp_path / "copy").mkdir()
-    copy_files(tmp_path / "source", tmp_path / "copy")
-    assert (tmp_path / "copy" / "more" / "x").read_text() == "x"
-    copied = [tmp_path / "copy", *(tmp_path / "copy").rglob("*")]
-    assert all(path.stat().st_mode & 0o200 for path in copied)
-    (tmp_path / "source").chmod(0o755)
-    (tmp_path / "source" / "more").chmod(0o755)
