@@ -16,6 +16,7 @@ def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, A
     Raises:
         DpoOptError: The run could not start, or the folder belongs to another one; see ``settle_plan``.
     """
+    from dpo_opt.precompute.check.first_pairs import odd_ends
     from dpo_opt.precompute.read.sources import refuse_inside
     from dpo_opt.precompute.shards.commits import committed
     from dpo_opt.precompute.shards.make_plan import make_plan
@@ -40,6 +41,7 @@ def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, A
         "max_length": reference.max_length,
         "truncation": config.truncation,
         "columns": sorted(planned.columns),
+        "odd_ends": odd_ends(config, tokenizer, reference.folder),
         "bad_rows_skipped": [str(bad.error.where) for bad in planned.bad_rows],
         **numerics._asdict(),
         "forecast": forecast._asdict(),

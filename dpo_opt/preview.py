@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.text import Text
 
+from dpo_opt.precompute.check.problems import FOUND
 from dpo_opt.precompute.config import PreviewConfig
 from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
 from dpo_opt.precompute.read.shared_prompt import common_prefix_length
+from dpo_opt.precompute.tokens.ends import Ends
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer, model_vocab_size
 from dpo_opt.precompute.tokens.max_length import resolve_max_length
 from dpo_opt.precompute.tokens.template_date import ChosenDate, chosen_date
@@ -41,8 +43,9 @@ def preview(config: PreviewConfig) -> tuple[ChosenDate, list[dict[str, Any]]]:
 
     Returns:
         The date that the chat template is told, and one entry per row: ``where``, and ``error``, or
-        ``dropped`` (a reason or None), ``merged`` and, under ``chosen`` and ``rejected``, segments of
-        ``kind`` (prompt, chosen, rejected, context, cut), ``ids`` and ``text``.
+        ``dropped`` (a reason or None), ``merged``, ``odd_ends`` (problems of ``check`` that are about the
+        tokens at the ends) and, under ``chosen`` and ``rejected``, segments of ``kind`` (prompt, chosen,
+        rejected, context, cut), ``ids`` and ``text``.
 
     Raises:
         ConfigError: The model's tokenizer cannot be used.
@@ -62,7 +65,8 @@ def preview(config: PreviewConfig) -> tuple[ChosenDate, list[dict[str, Any]]]:
         vocab_size=model_vocab_size(folder),
         template_date=date.date,
     )
-    return date, list(_entries(config, pair_tokenizer))
+    ends = Ends(tokenizer, folder, added=pair_tokenizer.added)
+    return date, list(_entries(config, pair_tokenizer, ends))
 
 
 def _as_in(shards: AnyPath, config: PreviewConfig, tokenizer: "PreTrainedTokenizerFast") -> PreviewConfig:
@@ -110,6 +114,8 @@ def rendered(entries: list[dict[str, Any]], date: ChosenDate) -> Text:
             page.append(f"  left out: {entry['dropped']}\n", style="yellow")
         if entry["merged"]:
             page.append("  the prompt's last token changes when a completion follows\n", style="yellow")
+        for kind in entry["odd_ends"]:
+            page.append(f"  {FOUND[kind].title}: {FOUND[kind].why}\n", style="yellow")
         for side in ("chosen", "rejected"):
             counts = ", ".join(f"{count} {kind}" for kind, count in _counts(entry[side]).items())
             page.append(f"{side} ({counts} tokens)\n", style="bold " + _STYLES[side])
@@ -119,7 +125,7 @@ def rendered(entries: list[dict[str, Any]], date: ChosenDate) -> Text:
     return page
 
 
-def _entries(config: PreviewConfig, tokenizer: PairTokenizer) -> Iterator[dict[str, Any]]:
+def _entries(config: PreviewConfig, tokenizer: PairTokenizer, ends: Ends) -> Iterator[dict[str, Any]]:
     for item in itertools.islice(scan_pairs(config, start=config.start), config.pairs):
         if isinstance(item, BadRow):
             yield {"where": item.error.where, "error": item.error.what}
@@ -128,7 +134,8 @@ def _entries(config: PreviewConfig, tokenizer: PairTokenizer) -> Iterator[dict[s
         if isinstance(whole, DataError):
             yield {"where": item.where, "error": whole.what}
         else:
-            yield _entry(item, whole, tokenizer)
+            odd = ends.odd(whole, plain=isinstance(item.prompt, str))
+            yield {**_entry(item, whole, tokenizer), "odd_ends": sorted(odd)}
 
 
 def _entry(pair: PreferencePair, whole: PairIds, tokenizer: PairTokenizer) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Collection, Sequence
 
+from dpo_opt.precompute.check.first_pairs import odd_ends
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.engine.failing_sequences import ENGINE_ERROR, Losses
 from dpo_opt.precompute.engine.score_pairs import score_pairs
@@ -82,6 +83,9 @@ def _score_what_is_left(config: PrecomputeConfig, scorer: Scorer, progress: Prog
     if is_finalized(config.shards, plan):
         return 0, plan
     tokenizer = tokenizer.on(plan.fingerprint.template_date)
+    if not config.worker_index:  # of several workers one says it
+        for line in odd_ends(config, tokenizer, reference.folder):
+            progress.say(line)
     worker = Worker(config.worker_index or 0, config.num_workers or 1)
     done = committed(config.shards, plan)
     job = _Job(progress, config.shards, plan, done)

@@ -101,7 +101,7 @@ def _planned_in_words(plan: dict[str, Any], config: PrecomputeConfig) -> dict[st
         "time": f"{found['gpu_hours']:.3g} GPU hours, {duration(3600 * found['hours'])} in all and "
         f"{duration(found['seconds_per_shard'])} for a shard, without loading the model",
         "": f"(assumed: {found['assumption'].partition(';')[0]})",
-        "warning": found["warnings"] or None,
+        "warning": [*plan["odd_ends"], *found["warnings"]] or None,
         "advice": None if advised is None else f"--pairs-per-shard {advised}",
     }
 

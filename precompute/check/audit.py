@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dpo_opt.precompute.check.flags import ODD_ENDS, Flag
 from dpo_opt.precompute.check.forecast import estimate, forecast, forecast_lengths, kept_pairs
 from dpo_opt.precompute.check.length_bias import biased, length_bias
 from dpo_opt.precompute.check.pair_statistics import (
     EXAMPLES,
     BadRows,
     Facts,
-    Flag,
     Wanted,
     collect,
 )
@@ -45,7 +45,7 @@ from dpo_opt.schemas.weights import parameter_count
 Mask = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.intp]
 
-_FLAG_KINDS = {
+_FLAG_KINDS: dict[str, int] = {
     "merged": Flag.MERGED,
     "earlier_thought": Flag.EARLIER_THOUGHT,
     "special_token": Flag.SPECIAL_TOKEN,
@@ -56,6 +56,7 @@ _FLAG_KINDS = {
     "control_character": Flag.CONTROL_CHARACTER,
     "negative_margin": Flag.NEGATIVE_MARGIN,
     "zero_margin": Flag.ZERO_MARGIN,
+    **ODD_ENDS,
 }
 _LEAST_WITH_ONE_PROMPT = 4  # pairs; three ranked completions make three of them
 

@@ -4,11 +4,9 @@ Blocks are read on several processes; their facts come back as arrays and are jo
 """
 
 import bisect
-import functools
 import hashlib
 import itertools
 import json
-import re
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dpo_opt.precompute.check.flags import flags_of
 from dpo_opt.precompute.check.near_duplicates import signatures
 from dpo_opt.precompute.config import DataConfig, TrainOn
 from dpo_opt.precompute.read.datasets import BadFile, BadRow, Reading, parse_block, scan_blocks
@@ -34,24 +33,7 @@ Hashes = npt.NDArray[np.uint64]
 EXAMPLES = 5
 """Places kept for every kind of bad row, and shown for every problem."""
 
-_SHORT_PROMPT = 8  # characters; what two texts share by chance ("The ", "I am ") is not a question
 _OWN_FIX = {"prompt_column"}
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-
-
-class Flag:
-    """What may be wrong with a pair, whatever the other pairs are; bits of ``Facts.flags``."""
-
-    MERGED = 1
-    SPECIAL_TOKEN = 2
-    BLANK_COMPLETION = 4
-    REPEATED_PROMPT = 8
-    SHORT_PROMPT = 16
-    EMPTY_TURN = 32
-    CONTROL_CHARACTER = 64
-    NEGATIVE_MARGIN = 128
-    ZERO_MARGIN = 256
-    EARLIER_THOUGHT = 512
 
 
 class BadRows(NamedTuple):
@@ -179,15 +161,6 @@ def mixed_hash(*columns: Hashes) -> Hashes:
     return mixed
 
 
-@functools.cache
-def _special_tokens(folder: Path) -> re.Pattern[str]:
-    """Matches a special token, but not EOS at the end, where it belongs."""
-    tokenizer = encoder(folder).tokenizer
-    texts = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
-    ended = rf"(?!{re.escape(str(tokenizer.eos_token))}\Z)"
-    return re.compile(ended + "(?:" + "|".join(re.escape(text) for text in texts) + ")")
-
-
 def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
     block, reading, wanted = task
     bad_rows: dict[tuple[int, str], BadRows] = {}
@@ -203,11 +176,12 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
     labels: dict[str | None, int] = {}
     codes = [labels.setdefault(pair.source, len(labels)) for pair in pairs]
     columns = np.array([pair_hashes(pair) for pair in pairs], dtype=np.uint64).reshape(len(pairs), 3).T
-    special = None if wanted.model_folder is None else _special_tokens(wanted.model_folder)
     implicit = reading.first is not None and reading.first[0].name == 'text without "prompt"'
-    flags = [_flags(pair, special, implicit=implicit) for pair in pairs]
-    for i, encoded in enumerate(ids):
-        flags[i] |= Flag.MERGED * encoded.merged | Flag.EARLIER_THOUGHT * encoded.forgets
+    encoded = ids or itertools.repeat(None)
+    flags = [
+        flags_of(pair, found, folder=wanted.model_folder, implicit=implicit)
+        for pair, found in zip(pairs, encoded, strict=False)
+    ]
     names = "\0".join(pair.where for pair in pairs).encode("utf-8", errors="surrogateescape")
     facts = Facts(
         source=np.full(len(pairs), reading.source, dtype=np.int32),
@@ -270,40 +244,6 @@ def _table(rows: list[list[int]], columns: int, *, height: int) -> Int32s:
 
 def _characters(text: Text) -> int:
     return len(text) if isinstance(text, str) else sum(len(str(message["content"])) for message in text)
-
-
-def _contents(text: Text) -> list[str]:
-    return [text] if isinstance(text, str) else [str(message["content"]) for message in text]
-
-
-def _flags(pair: PreferencePair, special: re.Pattern[str] | None, *, implicit: bool) -> int:
-    flags = 0
-    if pair.margin is not None and pair.margin <= 0:
-        flags |= Flag.NEGATIVE_MARGIN if pair.margin else Flag.ZERO_MARGIN
-    prompt, chosen, rejected = (_contents(text) for text in (pair.prompt, pair.chosen, pair.rejected))
-    everything = [*prompt, *chosen, *rejected]
-    if any(_CONTROL.search(text) for text in everything):
-        flags |= Flag.CONTROL_CHARACTER
-    if special is not None and any(special.search(text) for text in everything):
-        flags |= Flag.SPECIAL_TOKEN
-    for completion in (pair.chosen, pair.rejected):
-        if isinstance(completion, str) and not completion.strip():
-            flags |= Flag.BLANK_COMPLETION
-    if isinstance(pair.prompt, str):
-        if len(pair.prompt) >= _SHORT_PROMPT and (
-            chosen[0].startswith(pair.prompt) or rejected[0].startswith(pair.prompt)
-        ):
-            flags |= Flag.REPEATED_PROMPT
-        if implicit and len(pair.prompt) < _SHORT_PROMPT:
-            flags |= Flag.SHORT_PROMPT
-    elif not all(
-        str(message["content"]).strip() or "tool_calls" in message
-        for part in (pair.prompt, pair.chosen, pair.rejected)
-        for message in part
-        if isinstance(message, dict)
-    ):
-        flags |= Flag.EMPTY_TURN
-    return flags
 
 
 def _joined(blocks: Sequence[_BlockFacts], unreadable: dict[tuple[int, str], BadRows]) -> Facts:

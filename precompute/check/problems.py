@@ -232,6 +232,36 @@ FOUND: dict[str, Kind] = {
         "the policy would learn to say nothing, or to avoid saying nothing",
         "remove the rows",
     ),
+    "no_end": Kind(
+        "warning",
+        "completions that end without a token that stops generation",
+        "the policy would not learn to stop",
+        "let the chat template write the EOS token behind an assistant's message",
+    ),
+    "unknown_end": Kind(
+        "warning",
+        "completions that end with a special token at which generation does not stop",
+        "a policy that writes it would go on behind it",
+        'list its id under "eos_token_id" in generation_config.json in a copy of the model\'s folder',
+    ),
+    "several_ends": Kind(
+        "warning",
+        "completions that end with more than one token that stops generation",
+        "generation stops at the first, and the policy would be trained on what it never gets to write",
+        "remove one of them from the texts or from the chat template",
+    ),
+    "added_end": Kind(
+        "warning",
+        "texts behind whose EOS token the tokenizer adds another one",
+        "generation stops at the first, and the policy would be trained on what it never gets to write",
+        'remove the one from "post_processor" of tokenizer.json in a copy of the model\'s folder',
+    ),
+    "prompt_end": Kind(
+        "warning",
+        "prompts that end with a token that stops generation",
+        "to a policy that samples from them the answer has ended before it begins",
+        "remove the token from the prompt, or let the chat template open the answer (add_generation_prompt)",
+    ),
     "special_token": Kind(
         "warning",
         "texts that spell a special token",

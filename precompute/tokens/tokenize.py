@@ -40,6 +40,7 @@ import numpy as np
 
 from dpo_opt.precompute.config import TrainOn, Truncation
 from dpo_opt.precompute.read.strict_json import SKIP_ROW
+from dpo_opt.precompute.tokens.ends import Added, added_tokens
 from dpo_opt.precompute.tokens.faithful import Part, forgets
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer, model_vocab_size
 from dpo_opt.precompute.tokens.long_texts import LONGEST_PIECE, long_text_ids
@@ -78,7 +79,10 @@ def prompt_ids(
         DataError: The chat template refuses the messages, or leaves something out.
     """
     if isinstance(prompt, str):
-        return np.array(tokenizer(prompt)["input_ids"], dtype=np.int32)
+        ids = tokenizer(prompt)["input_ids"]
+        # What the tokenizer adds behind a text ends it; a completion goes on from before that.
+        behind = len(added_tokens(tokenizer.backend_tokenizer, str(tokenizer.eos_token)).behind)
+        return np.array(ids[: len(ids) - behind], dtype=np.int32)
     pair = PreferencePair(0, prompt, [], [], None, where, tools=tools, chat_template_kwargs=row_settings)
     text = rendered_prompt(pair, tokenizer, date=date)
     return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
@@ -225,13 +229,15 @@ class PairTokenizer:
         ids = long_text_ids(text, self._engine_with_offsets)
         if ids is None:
             return None
-        # What stands around a text of one token stands around any text.
-        around = self._backend.encode(str(self.tokenizer.eos_token), add_special_tokens=special)
-        first = around.special_tokens_mask.index(0)
-        last = len(around) - around.special_tokens_mask[::-1].index(0)
-        added = np.array(around.ids, dtype=np.int32)
-        joined: IdArray = np.concatenate([added[:first], ids, added[last:]])
+        if not special:
+            return ids
+        joined: IdArray = np.concatenate([self.added.before, ids, self.added.behind]).astype(np.int32)
         return joined
+
+    @functools.cached_property
+    def added(self) -> Added:
+        """What the tokenizer adds by itself to a text."""
+        return added_tokens(self._backend, str(self.tokenizer.eos_token))
 
     @functools.cached_property
     def _engine_with_offsets(self) -> Any:
@@ -260,7 +266,8 @@ class PairTokenizer:
             ]
         except DataError as error:
             return error
-        ids = split_ids(prompt, chosen, rejected, *masks)
+        behind = len(self.added.behind) if isinstance(pair.prompt, str) else 0
+        ids = split_ids(prompt, chosen, rejected, *masks, behind=behind)
         highest = max(int(part.max(initial=0)) for part in ids[:3])
         if highest < self._vocab_size:
             if isinstance(pair.prompt, str):

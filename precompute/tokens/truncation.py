@@ -65,10 +65,13 @@ def split_ids(
     rejected: IdArray,
     chosen_mask: MaskArray | None = None,
     rejected_mask: MaskArray | None = None,
+    *,
+    behind: int = 0,
 ) -> PairIds:
     """Divide the ids of prompt + completion where all three begin to differ.
 
-    The masks are of prompt + completion too.
+    The masks are of prompt + completion too. ``behind`` is how many tokens the tokenizer adds behind any
+    text: that they are not behind a prompt that goes on is no merging.
     """
     boundary = min(_common_prefix_length(prompt, chosen), _common_prefix_length(prompt, rejected))
     sides = [
@@ -76,7 +79,7 @@ def split_ids(
         for ids, mask in ((chosen, chosen_mask), (rejected, rejected_mask))
     ]
     (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = sides
-    merged = boundary < len(prompt)
+    merged = boundary < len(prompt) - behind
     return PairIds(chosen[:boundary], chosen_ids, rejected_ids, merged, chosen_mask, rejected_mask)
 
 

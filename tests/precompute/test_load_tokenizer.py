@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.schemas.errors import ConfigError
@@ -44,3 +46,66 @@ def test_what_the_refusal_advises_gives_the_ids_of_the_file(tmp_path: Path, decl
     text = "Is it\n\n in Europe? é 中 123"
     own = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer(text)["input_ids"] == own.encode(text).ids
+
+
+# What a class of transformers makes of a vocabulary is its own tokenizer: these are honest folders of each.
+OWN = {
+    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    "CodeLlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    "GemmaTokenizer": {
+        "unk_token": "<unk>",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+    },
+}
+TEXTS = ("Where is the town?", "  two\n\nlines é 中 ", "", "a <unk> b")
+
+
+def write_own_folder(folder: Path, kind: str) -> Path:
+    tokens = OWN[kind]
+    letters = sorted({letter for text in TEXTS for letter in text if letter.isalpha() and letter.isascii()})
+    vocabulary = [*tokens.values(), *(f"<0x{i:02X}>" for i in range(256)), "▁", "?", *letters, "th", "the"]
+    made = getattr(transformers, kind)(
+        vocab={token: i for i, token in enumerate(dict.fromkeys(vocabulary))},
+        merges=[("t", "h"), ("th", "e")],
+        **tokens,
+    )
+    made.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
+
+
+def outcome(folder: Path) -> tuple[ConfigError | None, Any]:
+    try:
+        return None, load_tokenizer(folder)
+    except ConfigError as refusal:
+        return refusal, None
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_the_ids_are_those_of_tokenizer_json_or_refused_whatever_the_settings_say_of_bos_and_eos(
+    tmp_path: Path, kind: str
+) -> None:
+    folder = write_own_folder(tmp_path, kind)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    file = json.loads((folder / "tokenizer.json").read_text())
+    bos, eos = OWN[kind]["bos_token"], OWN[kind]["eos_token"]
+    outcomes = set()
+    for single in (None, "$A", f"{bos} $A", f"{bos} $A {eos}"):
+        backend = Tokenizer.from_str(json.dumps({**file, "post_processor": None}))
+        if single is not None:
+            special = [(token, backend.token_to_id(token)) for token in (bos, eos)]
+            backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+        backend.save(str(folder / "tokenizer.json"))
+        for adds in ({}, {"add_bos_token": True}, {"add_bos_token": False, "add_eos_token": True}):
+            (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **adds}))
+            refusal, tokenizer = outcome(folder)
+            outcomes.add(refusal is None)
+            if tokenizer is None:
+                assert f"declares {settings['tokenizer_class']}" in str(refusal)
+                assert ", tokenizer.json [" in str(refusal)
+            else:
+                own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+                assert all(tokenizer(text)["input_ids"] == own.encode(text).ids for text in TEXTS)
+    assert True in outcomes
