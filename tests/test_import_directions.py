@@ -36,6 +36,8 @@ LAZY: dict[str, set[str]] = {
     "precompute/tokens/tokenize.py": {"transformers"},
     "precompute/tokens/template_date.py": {"transformers"},
     "precompute/tokens/texts.py": {"transformers"},
+    "precompute/tokens/special_tokens.py": {"transformers"},
+    "precompute/tokens/ends.py": {"transformers"},
     "precompute/engine/engine_arguments.py": {"vllm"},
     "precompute/engine/vllm_model.py": {"vllm", "torch"},
     "analysis/token_texts.py": {"tokenizers"},
