@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_opt.precompute.tokens.special_tokens import special_tokens
+from dpo_opt.precompute.tokens.special_tokens import stated_special_tokens
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import read_config
@@ -88,7 +88,7 @@ def _refuse_other_ids(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> Non
         backend.no_truncation()
         backend.no_padding()
     # Each by itself, so that what differs is shown short.
-    special = special_tokens(tokenizer, folder)[:_SPECIAL]
+    special = stated_special_tokens(folder)[:_SPECIAL]
     texts = [*_PROBE.splitlines(keepends=True), _PROBE, *(f"a {token} b" for token in special)]
     for text in texts:
         ids, other = own.encode(text).ids, loaded.encode(text).ids

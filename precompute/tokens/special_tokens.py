@@ -24,13 +24,18 @@ def special_tokens(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> list[s
         tokenizer: As ``load_tokenizer`` returns it.
         folder: Where it was loaded from.
     """
-    declared = json_of((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens") or []
     found = [
-        *(str(token["content"]) for token in declared if token.get("special")),
+        *stated_special_tokens(folder),
         *(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special),
         *map(str, tokenizer.all_special_tokens),
     ]
     return [text for text in dict.fromkeys(found) if text]
+
+
+def stated_special_tokens(folder: Path) -> list[str]:
+    """Those that tokenizer.json itself declares, by their ids."""
+    added = json_of((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens") or []
+    return [str(token["content"]) for token in added if token.get("special")]
 
 
 class SpecialTexts:

@@ -9,6 +9,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
+from dpo_opt.precompute.tokens.special_tokens import special_tokens
 from dpo_opt.schemas.errors import ConfigError
 
 
@@ -46,6 +47,15 @@ def test_what_the_refusal_advises_gives_the_ids_of_the_file(tmp_path: Path, decl
     text = "Is it\n\n in Europe? é 中 123"
     own = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer(text)["input_ids"] == own.encode(text).ids
+
+
+def test_a_token_that_the_settings_add_to_the_file_is_no_other_tokenizer(tmp_path: Path) -> None:
+    """As many folders name a padding token that tokenizer.json does not have."""
+    folder = write_folder(tmp_path, "PreTrainedTokenizerFast")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "[PAD]"}))
+    tokenizer = load_tokenizer(folder)
+    assert special_tokens(tokenizer, folder) == ["<unk>", "<s>", "</s>", "[PAD]"]
 
 
 # What a class of transformers makes of a vocabulary is its own tokenizer: these are honest folders of each.
