@@ -74,6 +74,11 @@ class Renderer:
         """The template that the tokenizer chooses; empty if there is none."""
         return chat_template(self._tokenizer, self._pair.tools) or ""
 
+    @property
+    def added_tokens(self) -> list[str]:
+        """Texts that are one token wherever they stand."""
+        return list(self._tokenizer.get_added_vocab())
+
     def __call__(self, conversations: list[list[Message]], *, opens_first: bool = True) -> list[str]:
         """Conversations as text; the first is opened for generation, unless ``opens_first`` is false."""
         return render(

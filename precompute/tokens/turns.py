@@ -8,8 +8,9 @@ Where the turn of message ``n`` stands is measured by rendering:
 
 * A template with ``{% generation %}`` says it itself, to transformers.
 * Else it begins where ``messages[:n]``, opened for generation, end, and ends where ``messages[:n + 1]`` end.
-  Both must be the beginning of the whole conversation. Two habits of real templates are known: to open a turn
-  for generation as no finished one is (with a thought); to write an empty thought into the last turn alone.
+  Both must be the beginning of the whole conversation. Three habits of real templates are known: to open a
+  turn for generation as no finished one is (with a thought); to write an empty thought into the last turn
+  alone; to end the last turn, or the conversation, as no other.
 * Every border must be one between two tokens.
 
 Otherwise the row is refused: nobody could say whose a token is.
@@ -43,6 +44,7 @@ _OTHERS = {
 _OTHERS |= {"tool_response", "tool_result"}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OTHER_WORDS = "§"
+_PROBES = ("wordone", "wordtwo")
 
 
 class Span(NamedTuple):
@@ -169,9 +171,10 @@ def _span(side: Located, number: int, *, first: bool) -> Span:
     if text.startswith(done) and len(done) > start:
         return Span(start, len(done), opened_otherwise)
     left_out = _left_out_later(side, number, alone, done)
-    if left_out is None:
+    stop = _end_before_another(side, number) if left_out is None else len(done) - left_out
+    if stop is None or stop <= start:
         raise _rewritten(side, number, done)
-    return Span(start, len(done) - left_out, opened_otherwise)
+    return Span(start, stop, opened_otherwise)
 
 
 def _left_out_later(side: Located, number: int, alone: str, done: str) -> int | None:
@@ -189,6 +192,36 @@ def _left_out_later(side: Located, number: int, alone: str, done: str) -> int | 
         if whole.startswith(turn[begin + size :], begin):
             return size
     return None
+
+
+def _end_before_another(side: Located, number: int) -> int | None:
+    """Where a turn ends that ends otherwise while it is the last one; None where that cannot be told.
+
+    Two messages of a user are put behind it. What follows the words of the first, whatever comes next (the
+    end, a turn opened for generation, the second one), ends that message. What then stands before the words
+    of the second one is a header, and the turn ends where the same header begins before the first.
+    """
+    begun = side.messages[: number + 1]
+    first: Message = {"role": "user", "content": _PROBES[0]}
+    second: Message = {"role": "user", "content": _PROBES[1]}
+    try:
+        opened, last = side.render([[*begun, first], [*begun, first]])
+        (both,) = side.render([[*begun, first, second]], opens_first=False)
+    except DataError:
+        return None
+    before, _, _ = last.partition(_PROBES[0])
+    if any(text.count(_PROBES[0]) != 1 or not text.startswith(before) for text in (opened, last, both)):
+        return None
+    skipped = len(before) + len(_PROBES[0])
+    follows = [text[skipped:] for text in (opened, last, both)]
+    end = min(_common_length(follows[2], follows[0]), _common_length(follows[2], follows[1]))
+    for token in side.render.added_tokens:
+        # Two tokens that begin with the same letters are not the same.
+        places = (text.find(token, max(0, end - len(token) + 1), end - 1 + len(token)) for text in follows)
+        end = min((place for place in places if place >= 0), default=end)
+    header = follows[2][end:].partition(_PROBES[1])[0]
+    whole = before.removesuffix(header)
+    return len(whole) if header and whole != before and side.text.startswith(whole) else None
 
 
 def _common_length(a: str, b: str) -> int:

@@ -212,13 +212,18 @@ BARE = (
     "{% else %}U:{{ m['content'] }}|{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
 )
 REWRITES = BARE.replace("A:{{ m['content'] }}", "A:{{ (m['content'] ~ '!') if loop.last else m['content'] }}")
+# No user may speak twice, so that nothing shows where a turn ends before another.
+REWRITES_IN_TURN = (
+    "{% for m in messages %}{% if not loop.first and m['role'] == loop.previtem['role'] %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + REWRITES
+)
 REFUSES_PARTS = "{% if messages | length == 4 %}{{ raise_exception('too short') }}{% endif %}" + BARE
 
 
 @pytest.mark.parametrize(
     ("template", "merges", "chosen", "says"),
     [
-        (REWRITES, [], None, "renders the conversation's beginning differently when more follows"),
+        (REWRITES_IN_TURN, [], None, "renders the conversation's beginning differently when more follows"),
         (BARE, [(":", "Y")], None, "the token ':Y' belongs to two turns"),
         (BARE, [("|", "U")], None, "the token '|U' belongs to two turns"),
         (REFUSES_PARTS, [], None, "of a part of the conversation alone, the chat template refuses"),
@@ -242,6 +247,34 @@ def test_turns_that_cannot_be_told_apart_are_refused_with_the_way_out(
     assert "first answer that differs" in found.fix
     # Which is what helps: of the conversations up to there no turn has to be found.
     assert isinstance(encoded(pair_of([assistant("Yes")], [assistant("No")]), tokenizer), PairIds)
+
+
+OTHER_END = CHATML.replace(
+    "<|im_end|>\n{% endfor",
+    "{{ '</think>' if loop.last and m['role'] == 'assistant' else '<|im_end|>' }}{% endfor",
+)
+# The end of the conversation and all headers begin with the same sign, and with other tokens.
+END_OF_ALL = CHATML.replace("{% if add", "{% if not add_generation_prompt %}<think>{% endif %}{% if add")
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "last"),
+    [
+        (OTHER_END, "<|im_end|>", "</think>"),
+        (END_OF_ALL, "<|im_end|>\n", "<|im_end|>\n<think>"),
+        (REWRITES, "|", "!|"),
+    ],
+)
+def test_a_turn_that_ends_otherwise_while_it_is_the_last_is_found(template: str, end: str, last: str) -> None:
+    chosen, rejected = counted(pair_of(CHOSEN, REJECTED), tokenizer_of(template))
+    assert chosen == ["Hello." + end, "Yes, more." + end]
+    assert rejected == ["Hello." + end, "No." + last]
+    # The same with a tool's answer behind the turn.
+    calls = [assistant("", tool_calls=CALL), tool("wet"), assistant("Yes.")]
+    if template is not REWRITES:
+        call = '{"name": "rain", "arguments": {"town": "Rome"}}'
+        found, _ = counted(pair_of(calls, [assistant("No.")]), tokenizer_of(template))
+        assert found == [call + end, "Yes." + last]
 
 
 def test_masks_are_cut_with_the_ids() -> None:
