@@ -2,15 +2,17 @@
 
 import copy
 import json
+import shutil
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dpo_opt.precompute.tokens.special_tokens import stated_special_tokens
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import read_config
 from dpo_opt.schemas.plain_data import json_of
-from dpo_opt.schemas.tokenizer_files import tokenizer_files
+from dpo_opt.schemas.tokenizer_files import copy_tokenizer, tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -75,11 +77,38 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
 
 
 def _refuse_other_ids(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Refuse a tokenizer that transformers rebuilt as the class that the folder declares, with other ids.
+    """Refuse a tokenizer that transformers rebuilt as a class of its own choice, with other ids.
 
     Raises:
         ConfigError: The ids of a text differ from those of tokenizer.json, or those that are added to it do.
     """
+    found = _difference(tokenizer, folder)
+    if found is None:
+        return
+    raise ConfigError(
+        f"transformers loads another tokenizer than tokenizer.json is: of {found.text[:40]!r} "
+        f"it gives {found.loaded[:_SHOWN]}, tokenizer.json {found.own[:_SHOWN]}",
+        where=str(folder),
+        why=f"tokenizer_config.json declares {declared_class(folder) or 'no class'}, as which transformers "
+        f"rebuilt it as {type(tokenizer).__name__}; the model was trained on one of the two",
+        fix='set "tokenizer_class" to "PreTrainedTokenizerFast" in tokenizer_config.json of a copy '
+        "of the folder, which makes it tokenizer.json"
+        if _is_taken_if_declared(folder)
+        else "transformers chooses that class by the model's type, so only what it makes can be used, where "
+        "the model was trained on that: AutoTokenizer.from_pretrained(COPY).save_pretrained(COPY) in a "
+        "copy of the folder, then pass COPY",
+    )
+
+
+class _Difference(NamedTuple):
+    """A text, and its ids by tokenizer.json and by transformers."""
+
+    text: str
+    own: list[int]
+    loaded: list[int]
+
+
+def _difference(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> _Difference | None:
     from tokenizers import Tokenizer
 
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -90,19 +119,24 @@ def _refuse_other_ids(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> Non
     # Each by itself, so that what differs is shown short.
     special = stated_special_tokens(folder)[:_SPECIAL]
     texts = [*_PROBE.splitlines(keepends=True), _PROBE, *(f"a {token} b" for token in special)]
-    for text in texts:
-        ids, other = own.encode(text).ids, loaded.encode(text).ids
-        if ids != other:
-            declared = declared_class(folder) or "no class"
-            raise ConfigError(
-                f"transformers loads another tokenizer than tokenizer.json is: of {text[:40]!r} "
-                f"it gives {other[:_SHOWN]}, tokenizer.json {ids[:_SHOWN]}",
-                where=str(folder),
-                why=f"tokenizer_config.json declares {declared}, as which transformers rebuilt it as "
-                f"{type(tokenizer).__name__}; the model was trained on one of the two",
-                fix='set "tokenizer_class" to "PreTrainedTokenizerFast" in tokenizer_config.json of a copy '
-                "of the folder, which makes it tokenizer.json",
-            )
+    both = (_Difference(text, own.encode(text).ids, loaded.encode(text).ids) for text in texts)
+    return next((found for found in both if found.own != found.loaded), None)
+
+
+def _is_taken_if_declared(folder: Path) -> bool:
+    """Whether transformers takes tokenizer.json as it is, once the settings declare the class for that."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="dpo-opt-") as place:
+        copied = Path(place)
+        copy_tokenizer(folder, copied)
+        if (folder / "config.json").is_file():
+            shutil.copyfile(folder / "config.json", copied / "config.json")
+        settings = copied / "tokenizer_config.json"
+        said = json_of(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        settings.write_text(json.dumps({**said, "tokenizer_class": "PreTrainedTokenizerFast"}))
+        again = AutoTokenizer.from_pretrained(copied, trust_remote_code=False, local_files_only=True)
+        return _difference(again, copied) is None
 
 
 _SPECIAL = 32  # special tokens that are compared; some models have thousands that are alike

@@ -13,7 +13,7 @@ from dpo_opt.precompute.tokens.special_tokens import special_tokens
 from dpo_opt.schemas.errors import ConfigError
 
 
-def write_folder(folder: Path, declared: str) -> Path:
+def write_folder(folder: Path, declared: str, *, words: str = "Where is the town? It is in Europe.") -> Path:
     """A byte-level tokenizer, declared as some class."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -23,7 +23,7 @@ def write_folder(folder: Path, declared: str) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(["Where is the town? It is in Europe."] * 20, trainer)
+    backend.train_from_iterator([words] * 20, trainer)
     backend.save(str(folder / "tokenizer.json"))
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": declared, **tokens}))
@@ -47,6 +47,25 @@ def test_what_the_refusal_advises_gives_the_ids_of_the_file(tmp_path: Path, decl
     text = "Is it\n\n in Europe? é 中 123"
     own = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer(text)["input_ids"] == own.encode(text).ids
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_the_advice_leads_on_whoever_chooses_the_class(tmp_path: Path, model_type: str) -> None:
+    """For some types of models transformers takes its own class, whatever the settings declare."""
+    folder = write_folder(tmp_path, "LlamaTokenizerFast", words="1234567 1234567 Where is the town?")
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ConfigError) as refused:
+        load_tokenizer(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    declared = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(declared))
+    if "PreTrainedTokenizerFast" not in str(refused.value.fix):
+        with pytest.raises(ConfigError):
+            load_tokenizer(folder)
+        assert "AutoTokenizer.from_pretrained(COPY).save_pretrained(COPY)" in str(refused.value.fix)
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    assert ("the model's type" in str(refused.value.fix)) == (model_type == "qwen2")
+    load_tokenizer(folder)
 
 
 def test_a_token_that_the_settings_add_to_the_file_is_no_other_tokenizer(tmp_path: Path) -> None:
