@@ -169,8 +169,9 @@ def _figures(
 ) -> dict[str, str]:
     figures = {}
     if "loss" in run.train.columns:
-        # The loss at zero margins is known in closed form only for this loss.
-        untrained = math.log(2) if run.config.get("loss_type") == "sigmoid" else None
+        # Where other losses begin depends on their options and lengths.
+        alone = run.config.get("loss_type") == "sigmoid" and run.config.get("loss_weights") is None
+        untrained = math.log(2) if alone else None
         figures["loss"] = plots.svg(
             plots.loss_curve(run.train, run.evals, untrained=untrained), label="Loss against steps"
         )
@@ -207,6 +208,13 @@ def _hardest(run: Run, final: FinalState, decoder: TokenDecoder) -> list[HardPai
     return [HardPair(**row, text=texts[row["row"]]) for row in rows]
 
 
+def _losses(recorded: object) -> str | None:
+    """A run's loss; several as their sum."""
+    if recorded is None:
+        return None
+    return " + ".join(map(str, recorded)) if isinstance(recorded, list) else str(recorded)
+
+
 def _summary(run: Run, reference: float | None, final: FinalState | None, kl: list[KLFile]) -> RunSummary:
     splits = final.splits if final else {}
     first = last_entry(run.train.head(1))
@@ -215,7 +223,7 @@ def _summary(run: Run, reference: float | None, final: FinalState | None, kl: li
     return RunSummary(
         run=str(run.path),
         model=None if model is None else str(model),
-        loss_type=None if loss_type is None else str(loss_type),
+        loss_type=_losses(loss_type),
         beta=run.beta,
         steps=None if steps is None else int(steps),
         epochs=last.get("epoch"),

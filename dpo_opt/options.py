@@ -90,6 +90,8 @@ def _option(name: str, field: FieldInfo, *short: str) -> Callable[[Command], Com
         shown = field.default
         if isinstance(shown, bool):
             shown = "on" if shown else "off"
+        elif isinstance(shown, list):
+            shown = " ".join(map(str, shown))
         text += f"  [default: {shown}]"
     if field.is_required():
         text += "  [required]"
@@ -103,6 +105,32 @@ def _option(name: str, field: FieldInfo, *short: str) -> Callable[[Command], Com
     return click.option(
         flag, *short, name, type=_click_type(kind), default=None, multiple=several is list, help=text
     )
+
+
+class ListsCommand(click.Command):
+    """A command without arguments: what takes several values takes them in one go too, as in TRL.
+
+    ``--loss-type sigmoid sft`` is ``--loss-type sigmoid --loss-type sft``.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat the flag before each further value."""
+        spelt = ctx.token_normalize_func or str
+        lists = {flag for p in self.params if isinstance(p, click.Option) and p.multiple for flag in p.opts}
+        spread: list[str] = []
+        flag, has_value = None, True
+        for word in args:
+            if not has_value:
+                spread.append(word)
+                has_value = True
+            elif word.startswith("-"):
+                name, equals, _ = word.partition("=")
+                flag = name if spelt(name) in lists else None
+                has_value = flag is None or bool(equals)
+                spread.append(word)
+            else:
+                spread += [word] if flag is None else [flag, word]
+        return super().parse_args(ctx, spread)
 
 
 class _Assignment(click.ParamType[Any]):

@@ -1,12 +1,31 @@
 """Every setting of ``dpo-opt train``, documented where it is declared."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_serializer
 
 from dpo_opt.schemas.locations import Location
 from dpo_opt.schemas.settings import Settings
+
+LossType = Literal[
+    "sigmoid", "robust", "hinge", "exo_pair", "discopop", "sigmoid_norm",
+    "ipo", "ipo_sum", "sppo_hard", "cal_dpo",
+    "nca_pair", "apo_zero", "apo_down",
+    "rdpo", "dpop", "odpo", "rpo",
+    "simpo", "cpo", "orpo", "sft", "unlikelihood",
+]  # fmt: skip
+LOSS_OPTIONS = (
+    "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "rdpo_alpha",
+    "dpop_lambda", "margin_scale", "simpo_gamma", "cpo_alpha", "unlikelihood_alpha",
+)  # fmt: skip
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+_Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
 
 
 class TrainConfig(Settings):
@@ -20,10 +39,30 @@ class TrainConfig(Settings):
     """New folder for the run: metrics, per-pair log-probs and the final model."""
     beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     """DPO's beta: how strongly the policy is held to the reference. Higher keeps it closer."""
-    loss_type: Literal["sigmoid"] = "sigmoid"
-    """Preference loss. sigmoid: the loss of the DPO paper."""
+    loss_type: Annotated[list[LossType], BeforeValidator(_listed), Field(min_length=1)] = ["sigmoid"]
+    """Preference losses; of several the sum is trained. sigmoid: the loss of the DPO paper."""
+    loss_weights: list[_Weight] | None = None
+    """What each loss of --loss-type is multiplied by, in the same order. Default: 1."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of pairs whose chosen and rejected are assumed to be swapped by mistake (cDPO)."""
+    """Share of pairs whose chosen and rejected are assumed to be swapped by mistake (sigmoid: cDPO)."""
+    f_divergence_type: FDivergence | None = None
+    """Divergence from the reference, in losses of the difference of both completions. Default: reverse_kl."""
+    f_alpha_divergence_coef: float | None = Field(default=None, allow_inf_nan=False)
+    """alpha_divergence's coefficient: 0 is forward_kl, 1 reverse_kl. Default: 0.5."""
+    discopop_tau: _Weight | None = None
+    """discopop's temperature. Default: 0.05."""
+    rdpo_alpha: _Share | None = None
+    """rdpo: what each token more costs, as a reward. There is no default."""
+    dpop_lambda: _Share | None = None
+    """dpop: what a chosen completion that falls below the reference costs. Default: 50.0."""
+    margin_scale: _Weight | None = None
+    """odpo and rpo: what the margin of the data is multiplied by. Default: 1.0."""
+    simpo_gamma: _Share | None = None
+    """simpo: the margin that is aimed at. Default: 0.5."""
+    cpo_alpha: _Share | None = None
+    """cpo: weight of the cross-entropy of chosen. Default: 1.0."""
+    unlikelihood_alpha: _Share | None = None
+    """unlikelihood: weight of the rejected completion. Default: 1.0."""
     learning_rate: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
     """Peak learning rate. 0 changes no weight: the run only measures the losses of the starting policy."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
@@ -94,3 +133,28 @@ class TrainConfig(Settings):
     """The shards' reference is not --model, on purpose. Skips the checks that the two are the same."""
     seed: int = Field(default=42, ge=0, lt=2**64)
     """Seed of the order of the pairs and of every other random choice."""
+
+    @field_serializer("loss_type")
+    def _single_loss_by_name(self, value: list[str]) -> list[str] | str:
+        return value[0] if len(value) == 1 else value  # as runs of versions with one loss recorded it
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The options that the losses were given, by name; the others have the defaults of the losses."""
+        found = {name: getattr(self, name) for name in LOSS_OPTIONS}
+        if not self.label_smoothing:
+            del found["label_smoothing"]
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def described_loss(self) -> str:
+        """The losses with their weights, then what was set of them, in words."""
+        weights = self.loss_weights or [1.0] * len(self.loss_type)
+        terms = [
+            name if weight == 1 else f"{weight:g} x {name}"
+            for name, weight in zip(self.loss_type, weights, strict=True)
+        ]
+        options = {"beta": self.beta, "label_smoothing": self.label_smoothing} | self.loss_options
+        return ", ".join(
+            [" + ".join(terms), *(f"{name.replace('_', ' ')} {value}" for name, value in options.items())]
+        )

@@ -9,6 +9,7 @@ import torch
 from dpo_opt.optimize.checkpoint.checkpoints import Best
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.losses.usable import reads_margins
 from dpo_opt.optimize.run_folder import HeldLogps, Metrics, RunFolder, hold_logps
 from dpo_opt.optimize.step import Batching, MetricsWindow, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
@@ -44,7 +45,8 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
 
     Raises:
         ConfigError: Two folders have the same name, ``eval_split`` holds out no prompt, there is nothing to
-            evaluate on, or no evaluation has the metric of ``metric_for_best_model``.
+            evaluate on, no evaluation has the metric of ``metric_for_best_model``, or a folder lacks the
+            margins that a loss reads.
         DataError: A folder is incomplete or damaged.
         FingerprintError: A folder was scored with another reference or tokenizer.
     """
@@ -83,7 +85,8 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
             where=str(path),
             fix=f"score it with the reference of {quoted(folder.path)}",
         )
-        found.append(Evaluation(path.name, PairStream(other, eval_split=1.0), other.manifest.index_sha256))
+        pairs = PairStream(other, eval_split=1.0, margins=reads_margins(config))
+        found.append(Evaluation(path.name, pairs, other.manifest.index_sha256))
     wanted = config.metric_for_best_model
     names = [name for evaluation in found for name in evaluation.metrics]
     if wanted is not None and wanted not in names:
@@ -126,7 +129,14 @@ def evaluate(
         for pairs in batches:
             stop.check(batching.world)
             results = forward_pairs(
-                policy, pairs, config, batching=batching, weights=None, backward=False, stop=stop
+                policy,
+                pairs,
+                config,
+                batching=batching,
+                weights=None,
+                margins=evaluation.stream.margins(pairs),
+                backward=False,
+                stop=stop,
             )
             window.add(results)
             found.append(

@@ -119,7 +119,14 @@ def train_step(run: Run, state: RunState, pairs: Sequence[ScoredPair]) -> None:
     set_learning_rate(run.optimizer, rate)
     weights = stream.weights(pairs)
     results = forward_pairs(
-        run.policy, pairs, config, batching=run.batching, weights=weights, backward=True, stop=run.stop
+        run.policy,
+        pairs,
+        config,
+        batching=run.batching,
+        weights=weights,
+        margins=stream.margins(pairs),
+        backward=True,
+        stop=run.stop,
     )
     grad_norm = clip_gradients(run.parameters, config.max_grad_norm)
     _require_finite(results, grad_norm, pairs, run.files, step=at.step, dtype=run.policy.dtype)

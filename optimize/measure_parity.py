@@ -10,7 +10,8 @@ import torch
 from dpo_opt.optimize.adapters.lora_targets import has_experts
 from dpo_opt.optimize.forward.packing import Group, packed_size, pair_group
 from dpo_opt.optimize.forward.policy import Policy, one_by_one
-from dpo_opt.optimize.losses.preference_loss import LossInputs, preference_loss
+from dpo_opt.optimize.losses.pair_inputs import LossInputs
+from dpo_opt.optimize.losses.preference_loss import preference_loss
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair, counted
 from dpo_opt.schemas.shard_folder import ShardFolder
@@ -212,6 +213,5 @@ def _loss(pairs: Sequence[ScoredPair], own: Sequence[LogpArray]) -> float:
         chosen_lengths=lengths[:, 0],
         rejected_lengths=lengths[:, 1],
         beta=0.1,
-        label_smoothing=0.0,
     )
     return float(preference_loss("sigmoid", inputs).losses.mean())

@@ -7,6 +7,7 @@ from dpo_opt.optimize.adapters.lora import require_usable
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.evaluation import Evaluation, evaluations
 from dpo_opt.optimize.identity import require_same_model
+from dpo_opt.optimize.losses.usable import reads_margins, require_usable_losses
 from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.schemas.errors import ConfigError, quoted
@@ -35,6 +36,7 @@ def prepare(config: TrainConfig) -> Prepared:
     """
     if not config.resume:
         RunFolder.require_unused(config.output_dir)
+    require_usable_losses(config)
     folder = ShardFolder.open(config.shards)
     model_folder = find_model(config.model)
     require_usable(config)
@@ -49,7 +51,12 @@ def prepare(config: TrainConfig) -> Prepared:
     )
     with folder.tokenizer():
         pass  # better now than when the trained model is written
-    stream = PairStream(folder, eval_split=config.eval_split, by_prompt=config.sample_by == "prompt")
+    stream = PairStream(
+        folder,
+        eval_split=config.eval_split,
+        by_prompt=config.sample_by == "prompt",
+        margins=reads_margins(config),
+    )
     if stream.train_size == 0:
         raise ConfigError(
             f"--eval-split {config.eval_split} holds out every pair", fix="pass a smaller share"

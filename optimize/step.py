@@ -13,7 +13,8 @@ from dpo_opt.optimize.forward.balance import ForwardCost, balance
 from dpo_opt.optimize.forward.packing import to_device
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.forward.prompt_groups import PromptGroup, prompt_groups
-from dpo_opt.optimize.losses.preference_loss import LossInputs, preference_loss
+from dpo_opt.optimize.losses.pair_inputs import LossInputs
+from dpo_opt.optimize.losses.preference_loss import preference_loss
 from dpo_opt.optimize.processes.distributed import World, sum_over_ranks
 from dpo_opt.optimize.processes.fsdp import announce_micro_batch, join_empty
 from dpo_opt.optimize.run_folder import Metrics
@@ -48,6 +49,7 @@ def forward_pairs(
     *,
     batching: Batching,
     weights: Sequence[float] | None,
+    margins: Sequence[float] | None = None,
     backward: bool,
     stop: StopSignals,
 ) -> PairResults:
@@ -63,6 +65,7 @@ def forward_pairs(
         config: The loss and its settings.
         batching: How pairs become micro-batches.
         weights: How much each pair counts; None: all alike.
+        margins: How much better each pair's chosen is, as the data says; None where no loss reads it.
         backward: Whether to compute gradients.
         stop: Checked before every micro-batch of a single process. Several processes would have to
             communicate for each check.
@@ -77,7 +80,10 @@ def forward_pairs(
     plan = plans[world.rank]
     references = [[pair.ref_chosen_logps, pair.ref_rejected_logps] for pair in pairs]
     ref_logps = to_device(torch.tensor(references, dtype=torch.float64), device)
-    weight = None if weights is None else to_device(torch.tensor(weights, dtype=torch.float64), device)
+    weight, margin = (
+        None if values is None else to_device(torch.tensor(values, dtype=torch.float64), device)
+        for values in (weights, margins)
+    )
     columns = torch.zeros(len(pairs), len(PairResults._fields), dtype=torch.float64, device=device)
     for number, members in enumerate(plan):
         if world.size == 1:
@@ -94,6 +100,7 @@ def forward_pairs(
             batch.lengths,
             ref_logps[places],
             None if weight is None else weight[places],
+            None if margin is None else margin[places],
             len(pairs),
         )
         results = part.results(policy.batch_logps(batch.to(device)))
@@ -113,6 +120,7 @@ class _Part:
     """Scored tokens of each sequence of the groups."""
     ref_logps: Tensor  # (pairs, 2)
     weight: Tensor | None  # (pairs,)
+    margin: Tensor | None  # (pairs,)
     step_pairs: int
 
     def loss(self, results: PairResults) -> Tensor:
@@ -136,9 +144,11 @@ class _Part:
             chosen_lengths=counts[chosen],
             rejected_lengths=counts[rejected],
             beta=self.config.beta,
-            label_smoothing=self.config.label_smoothing,
+            data_margins=self.margin,
         )
-        loss = preference_loss(self.config.loss_type, inputs)
+        loss = preference_loss(
+            self.config.loss_type, inputs, loss_weights=self.config.loss_weights, **self.config.loss_options
+        )
         losses = loss.losses if self.weight is None else loss.losses * self.weight
         return PairResults(losses, chosen_logps, rejected_logps, loss.chosen_rewards, loss.rejected_rewards)
 

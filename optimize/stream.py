@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_opt.optimize.read_ahead import read_ahead
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
-from dpo_opt.schemas.sidecars import WEIGHT, column_path
+from dpo_opt.schemas.sidecars import MARGIN, WEIGHT, column_path, own_file
 
 # Row groups that are shuffled together: 16 x 128 rows decorrelate a sorted file, and fit in memory.
 WINDOW_GROUPS = 16
@@ -28,13 +28,15 @@ WINDOW_GROUPS = 16
 _AHEAD_GROUPS = WINDOW_GROUPS
 
 Positions = npt.NDArray[np.int32]
-Weights = npt.NDArray[np.float64]
+Values = npt.NDArray[np.float64]
 
 
 class PairStream:
     """The pairs of a folder, split by prompt into training and evaluation, in the order they are used."""
 
-    def __init__(self, folder: ShardFolder, *, eval_split: float, by_prompt: bool = False) -> None:
+    def __init__(
+        self, folder: ShardFolder, *, eval_split: float, by_prompt: bool = False, margins: bool = False
+    ) -> None:
         """Read the index.
 
         Args:
@@ -44,10 +46,12 @@ class PairStream:
             by_prompt: Draw whole prompts: the pairs of a prompt stand next to each other in the order, and a
                 step takes all of them or none, unless they are more than a step's pairs. It holds for pairs
                 within a window of row groups, as those that were scored together are.
+            margins: Whether a loss reads the margins of the data.
 
         Raises:
-            DataError: The index or the weight column is damaged, a weight is negative or not a number, all
-                weights are 0, or their sum is infinite.
+            ConfigError: A loss reads margins, and a pair has none.
+            DataError: The index or a column is damaged, a weight is negative or not a number, all weights
+                are 0, or their sum is infinite.
         """
         self._folder = folder
         index = folder.index(["row", "shard", "row_group"])
@@ -69,6 +73,7 @@ class PairStream:
         self.train_size = len(index) - len(self.eval_positions)
         self._rows = index["row"].to_numpy()
         self._weights = self._normalised_weights(folder.column(WEIGHT, rows=self._rows, default=1.0))
+        self._margins = self._all_margins() if margins else None
         # The first thread to open a shard checks its hash, or fetches it; the others wait.
         self._opening = [threading.Lock() for _ in folder.manifest.shards]
 
@@ -189,7 +194,30 @@ class PairStream:
             begin = end
         return [*ends, len(order)] if len(order) else []
 
-    def _normalised_weights(self, weights: Weights | None) -> Weights | None:
+    def margins(self, pairs: Sequence[ScoredPair]) -> list[float] | None:
+        """How much better each pair's chosen is, as the data says; None where no loss reads it."""
+        if self._margins is None:
+            return None
+        places = np.searchsorted(self._rows, [pair.row for pair in pairs])
+        return [float(margin) for margin in self._margins[places]]
+
+    def _all_margins(self) -> Values:
+        path = self._folder.path
+        margins = self._folder.column(MARGIN, rows=self._rows, default=np.nan)
+        missing = self._rows if margins is None else self._rows[np.isnan(margins)]
+        if margins is None or len(missing):
+            others = f" ({len(missing)} rows in all)" if len(missing) > 1 else ""
+            raise ConfigError(
+                "the loss reads margins, and "
+                + ("the data has none" if margins is None else f"row {missing[0]} has none{others}"),
+                where=str(path),
+                why="it says how much better chosen is; any number in its place would be made up",
+                fix=f"write {quoted(path / own_file(MARGIN))} with the columns row and margin, of all rows, "
+                "or train with --loss-type sigmoid",
+            )
+        return margins
+
+    def _normalised_weights(self, weights: Values | None) -> Values | None:
         """Weights divided by their mean, so that their scale does not act on the learning rate."""
         if weights is None:
             return None

@@ -436,6 +436,11 @@ BAD_TRAINING: dict[str, tuple[list[str], str]] = {
     "beta": (["--beta", "0"], "--beta 0.0: Input should be greater than 0"),
     "loss": (["--loss-type", "none"], "'none'"),
     "smoothing": (["--label_smoothing", "0.5"], "less than 0.5"),
+    "losses": (
+        ["--loss-type", "ipo", "nca-pair", "--loss-weights", "1"],
+        "has 1 and --loss-type 2: ipo nca_pair",
+    ),
+    "no margins": (["--loss_type", "odpo", "sft"], "the loss reads margins, and the data has none"),
     "split": (["--eval-split", "1"], "less than 1"),
     "model": (["--model", "/no/where"], "there is no model folder '/no/where'"),
 }

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from dpo_opt.cli import main
 from dpo_opt.commands.kl import KLConfig
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.options import configured
+from dpo_opt.options import ListsCommand, configured
 from dpo_opt.precompute.config import CheckConfig, ConvertConfig, PrecomputeConfig, PreviewConfig
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.settings import Settings
@@ -342,3 +342,49 @@ def test_commands_that_look_at_data_take_it_by_place_and_all_else_by_name(
     for name, field in kind.model_fields.items():
         assert field.description, name
         assert ("--" + name.replace("_", "-") in options) == (name != "data")
+
+
+class Menu(Settings):
+    """A configuration with lists."""
+
+    dishes: list[Literal["slow_food", "soup"]] = Field(default=["soup"])
+    """What is served."""
+    prices: list[float] | None = None
+    """Of each dish."""
+    guests: int = 1
+    """How many."""
+
+
+@click.command(
+    cls=ListsCommand, context_settings={"token_normalize_func": lambda name: name.replace("_", "-")}
+)
+@configured(Menu)
+def lay(config: Menu) -> None:
+    """Lay the table."""
+    click.echo(json.dumps(config.model_dump(mode="json")))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--dishes soup slow_food --prices 1 2.5 --guests 3",
+        "--guests 3 --prices=1 2.5 --dishes soup --dishes slow-food",
+        "--dishes=soup --guests 3 --dishes slow_food --prices 1 --prices 2.5",
+    ],
+)
+def test_lists_are_given_in_one_go_or_one_by_one(line: str) -> None:
+    found = CliRunner().invoke(lay, line.split())
+    assert found.exit_code == 0, found.output
+    expected = {"dishes": ["soup", "slow_food"], "prices": [1.0, 2.5], "guests": 3}
+    assert json.loads(found.stdout) == expected
+
+
+def test_only_lists_take_several_values() -> None:
+    assert json.loads(CliRunner().invoke(lay, []).stdout)["dishes"] == ["soup"]
+    found = CliRunner().invoke(lay, ["--dishes", "soup", "--guests", "3", "4"])
+    assert found.exit_code == 2
+    assert "unexpected extra argument (4)" in found.output
+    found = CliRunner().invoke(lay, ["--dishes", "soup", "cake"])
+    assert found.exit_code == 2
+    assert "'cake' is not one of 'slow_food', 'soup'" in found.output
+    assert "[default: soup]" in CliRunner().invoke(lay, ["--help"]).output

@@ -59,6 +59,12 @@ def test_a_grid_is_every_combination_in_its_order(tmp_path: Path) -> None:
     assert {run.config.output_dir for run in runs} == {tmp_path / "sweep" / "runs" / run.name for run in runs}
 
 
+def test_losses_vary_one_by_one_or_several_at_once(tmp_path: Path) -> None:
+    runs = sweep_of(tmp_path, grid={"loss_type": ["sigmoid", ["ipo", "sft"]]})
+    assert [run.config.loss_type for run in runs] == [["sigmoid"], ["ipo", "sft"]]
+    assert [run.name for run in runs] == ["loss_type=sigmoid", "loss_type=-ipo-sft"]
+
+
 def test_a_list_gives_each_run_its_own_settings(tmp_path: Path) -> None:
     found = configs(tmp_path, beta=0.3, runs=[{"seed": 1}, {"beta": 0.5, "seed": 1}])
     assert [config.beta for config in found] == [0.3, 0.5]

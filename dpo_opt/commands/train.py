@@ -11,7 +11,7 @@ import click
 
 from dpo_opt.console import watched
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.options import configured, dry_run_option, json_option
+from dpo_opt.options import ListsCommand, configured, dry_run_option, json_option
 from dpo_opt.results import say, show, table
 from dpo_opt.schemas.errors import Interrupted
 from dpo_opt.schemas.models import checkpoint_dtype
@@ -30,7 +30,7 @@ _MEANS = (
 )
 
 
-@click.command(help=__doc__)
+@click.command(cls=ListsCommand, help=__doc__)
 @configured(TrainConfig)
 @dry_run_option
 @json_option

@@ -53,7 +53,7 @@ tags: [dpo, preference-optimization, dpo-opt]
 | dataset digest | `{manifest.dataset_digest}` |
 | reference | {reference} |
 | reference weights | `{manifest.fingerprint.weights}` |
-| loss | {config.loss_type}, beta {config.beta}, label smoothing {config.label_smoothing} |
+| loss | {config.described_loss} |
 | optimizer | {config.optim}, peak learning rate {config.learning_rate}, {config.batch_size} pairs per step |
 | steps | {steps} |
 | seed | {config.seed} |

@@ -1,35 +1,50 @@
-"""The preference losses: pure functions of each pair's log-probs. A new loss is a new entry of ``LOSSES``."""
+"""The preference losses by name: pure functions of each pair's log-probs, and their weighted sums."""
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
+from dpo_opt.optimize.losses.difference import discopop, exo_pair, hinge, robust, sigmoid, sigmoid_norm
+from dpo_opt.optimize.losses.divergences import (
+    alpha_divergence,
+    forward_kl,
+    js_divergence,
+    reverse_kl,
+)
+from dpo_opt.optimize.losses.each_side import apo_down, apo_zero, nca_pair
+from dpo_opt.optimize.losses.pair_inputs import LossInputs
+from dpo_opt.optimize.losses.reference_free import cpo, orpo, sft, simpo, unlikelihood
+from dpo_opt.optimize.losses.regression import cal_dpo, ipo, ipo_sum, sppo_hard
+from dpo_opt.optimize.losses.shifted import dpop, odpo, rdpo, rpo
 
-class LossInputs(NamedTuple):
-    """What a loss may need from a batch of pairs. Log-probs are sums over a completion, in nats."""
+Function = Callable[..., Tensor]
 
-    chosen_logps: Tensor  # (pairs,) the policy's
-    rejected_logps: Tensor  # (pairs,)
-    ref_chosen_logps: Tensor  # (pairs,) the reference's
-    ref_rejected_logps: Tensor  # (pairs,)
-    chosen_lengths: Tensor  # (pairs,) scored tokens
-    rejected_lengths: Tensor  # (pairs,)
-    beta: float
-    """DPO's beta: how strongly the policy is held to the reference."""
-    label_smoothing: float
-    """Share of pairs whose chosen and rejected are assumed to be swapped."""
 
-    @property
-    def chosen_rewards(self) -> Tensor:
-        """(pairs,) implicit rewards of the chosen completions, up to a term that depends only on the prompt
-        (Rafailov et al. 2023, eq. 5)."""
-        return self.beta * (self.chosen_logps - self.ref_chosen_logps)
+def _by_name(*functions: Function) -> Mapping[str, Function]:
+    return {function.__name__: function for function in functions}
 
-    @property
-    def rejected_rewards(self) -> Tensor:
-        """(pairs,) implicit rewards of the rejected completions."""
-        return self.beta * (self.rejected_logps - self.ref_rejected_logps)
+
+_WITHOUT_REFERENCE = _by_name(simpo, cpo, orpo, sft, unlikelihood)
+_WITH_MARGINS = _by_name(odpo, rpo)
+LOSSES = {
+    **_by_name(sigmoid, robust, hinge, exo_pair, discopop, sigmoid_norm),
+    **_by_name(ipo, ipo_sum, sppo_hard, cal_dpo),
+    **_by_name(nca_pair, apo_zero, apo_down),
+    **_by_name(rdpo, dpop),
+    **_WITH_MARGINS,
+    **_WITHOUT_REFERENCE,
+}
+DIVERGENCES = _by_name(reverse_kl, forward_kl, js_divergence, alpha_divergence)
+REFERENCE_FREE = frozenset(_WITHOUT_REFERENCE)
+"""Losses that do not change with the reference's log-probs."""
+NEED_MARGINS = frozenset(_WITH_MARGINS)
+"""Losses that read ``data_margins``."""
+_DIVERGENCE = "divergence"
 
 
 class PreferenceLoss(NamedTuple):
@@ -40,26 +55,53 @@ class PreferenceLoss(NamedTuple):
     rejected_rewards: Tensor  # (pairs,) detached
 
 
-def sigmoid_losses(pairs: LossInputs) -> Tensor:
-    """DPO (Rafailov et al. 2023, eq. 7); with label smoothing cDPO (Mitchell 2023, eq. 3).
+@functools.cache
+def options_of(name: str) -> Mapping[str, object]:
+    """A loss's or a divergence's options and their defaults; ``inspect.Parameter.empty`` where it has none.
 
-    Returns:
-        (pairs,)
+    Args:
+        name: A key of ``LOSSES`` or ``DIVERGENCES``.
     """
-    margins = pairs.chosen_rewards - pairs.rejected_rewards
-    swapped = pairs.label_smoothing
-    return -(1 - swapped) * F.logsigmoid(margins) - swapped * F.logsigmoid(-margins)
+    parameters = inspect.signature({**LOSSES, **DIVERGENCES}[name]).parameters.values()
+    return MappingProxyType({p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY})
 
 
-LOSSES = {"sigmoid": sigmoid_losses}
+def takes_divergence(name: str) -> bool:
+    """Whether a loss may have another divergence than the reverse KL."""
+    return _DIVERGENCE in options_of(name)
 
 
-def preference_loss(loss_type: str, pairs: LossInputs) -> PreferenceLoss:
+def preference_loss(
+    loss_type: str | Sequence[str],
+    pairs: LossInputs,
+    *,
+    loss_weights: Sequence[float] | None = None,
+    f_divergence_type: str = "reverse_kl",
+    **options: float,
+) -> PreferenceLoss:
     """Loss and rewards of each pair.
 
     Args:
-        loss_type: A key of ``LOSSES``.
+        loss_type: A key of ``LOSSES``, or several, whose losses are added.
         pairs: A batch of pairs.
+        loss_weights: What each loss is multiplied by; None: 1.
+        f_divergence_type: A key of ``DIVERGENCES``, for the losses that take one.
+        options: Of the losses and the divergence, such as ``label_smoothing``. Each gets those that it has.
+
+    Raises:
+        TypeError: No loss has an option that is given, or one lacks an option that has no default.
     """
-    losses = LOSSES[loss_type](pairs)
+    names = [loss_type] if isinstance(loss_type, str) else loss_type
+    of_divergence = {name: options[name] for name in options_of(f_divergence_type) if name in options}
+    divergence = functools.partial(DIVERGENCES[f_divergence_type], **of_divergence)
+    unused = set(options) - set(of_divergence)
+    losses = torch.zeros_like(pairs.chosen_logps)
+    for name, weight in zip(names, loss_weights or [1.0] * len(names), strict=True):
+        taken: dict[str, object] = {key: options[key] for key in options_of(name) if key in options}
+        unused -= taken.keys()
+        if takes_divergence(name):
+            taken[_DIVERGENCE] = divergence
+        losses = losses + weight * LOSSES[name](pairs, **taken)
+    if unused:
+        raise TypeError(f"{', '.join(names)}: no option {', '.join(sorted(unused))}")
     return PreferenceLoss(losses, pairs.chosen_rewards.detach(), pairs.rejected_rewards.detach())

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from dpo_opt.optimize import TrainConfig, preference_loss
 from dpo_opt.optimize.forward.balance import ForwardCost
 from dpo_opt.optimize.forward.packing import pack, pad, pair_group
 from dpo_opt.optimize.forward.policy import Policy
-from dpo_opt.optimize.losses.preference_loss import LOSSES, LossInputs
+from dpo_opt.optimize.losses.pair_inputs import LossInputs
 from dpo_opt.optimize.measure_parity import measure_parity
 from dpo_opt.optimize.run_folder import hold_logps
 from dpo_opt.optimize.step import Batching, forward_pairs
@@ -97,27 +98,35 @@ def test_only_counted_tokens_are_scored(
         torch.testing.assert_close(ours.double(), right, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("loss_type", sorted(LOSSES))
+@pytest.mark.parametrize(
+    "chosen_settings",
+    [
+        {"loss_type": "sigmoid"},
+        {"loss_type": "sigmoid", "label_smoothing": 0.2},
+        {"loss_type": "odpo", "margin_scale": 0.5},
+        # Lengths, a divergence, several losses, their weights and an option, all through the trainer's step.
+        {
+            "loss_type": ["ipo", "discopop", "orpo", "sft"],
+            "loss_weights": [0.01, 1.0, 0.5, 0.1],
+            "f_divergence_type": "js_divergence",
+            "discopop_tau": 0.5,
+        },
+    ],
+    ids=["sigmoid", "smoothed", "odpo", "several"],
+)
 def test_losses_and_gradients_are_those_of_the_counted_tokens(
-    policy: Policy, tiny_model: Path, full_logps: FullLogps, loss_type: str, label_smoothing: float
+    policy: Policy, tiny_model: Path, full_logps: FullLogps, chosen_settings: dict[str, Any]
 ) -> None:
     pairs = masked_pairs()
-    config = TrainConfig.model_validate(
-        {
-            "shards": "s",
-            "model": "m",
-            "output_dir": "o",
-            "loss_type": loss_type,
-            "label_smoothing": label_smoothing,
-        }
-    )
+    margins = [0.5 * row - 1 for row in range(len(pairs))]
+    config = TrainConfig.model_validate({"shards": "s", "model": "m", "output_dir": "o", **chosen_settings})
     results = forward_pairs(
         policy,
         pairs,
         config,
         batching=Batching(budget=64, cost=COST, world=ALONE),
         weights=None,
+        margins=margins,
         backward=True,
         stop=StopSignals(),
     )
@@ -131,10 +140,8 @@ def test_losses_and_gradients_are_those_of_the_counted_tokens(
             [[torch.tensor(count) for _, _, count in pair] for pair in sides],
         )
     )
-    losses = preference_loss(
-        loss_type,
-        LossInputs(*sums, *references, *lengths, beta=config.beta, label_smoothing=label_smoothing),
-    ).losses
+    given = LossInputs(*sums, *references, *lengths, beta=0.1, data_margins=torch.tensor(margins))
+    losses = preference_loss(pairs=given, **chosen_settings).losses
     torch.testing.assert_close(results.losses.detach(), losses.detach(), atol=1e-6, rtol=0)
     torch.testing.assert_close(results.chosen_logps.detach(), sums[0].detach(), atol=1e-4, rtol=0)
     losses.mean().backward()

@@ -323,6 +323,7 @@ def test_a_checkpoint_is_a_model_that_transformers_loads(
     ("change", "names"),
     [
         ({"beta": 0.2}, ["beta: 0.1 then, 0.2 now"]),
+        ({"loss_type": "simpo"}, ["loss_type: sigmoid then, simpo now"]),
         ({"seed": 1, "batch_size": 4}, ["seed", "batch_size"]),
         ({"eval_split": 0.3}, ["eval_split"]),
         ({"num_train_epochs": 3}, ["num_train_epochs", "with --lr-scheduler-type constant"]),

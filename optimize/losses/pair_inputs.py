@@ -1,0 +1,51 @@
+"""What a loss is made of: log-probs of both completions of each pair, under the policy and the reference."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LossInputs(NamedTuple):
+    """What a loss may need from a batch of pairs. Log-probs are sums over a completion, in nats."""
+
+    chosen_logps: Tensor  # (pairs,) the policy's
+    rejected_logps: Tensor  # (pairs,)
+    ref_chosen_logps: Tensor  # (pairs,) the reference's
+    ref_rejected_logps: Tensor  # (pairs,)
+    chosen_lengths: Tensor  # (pairs,) scored tokens
+    rejected_lengths: Tensor  # (pairs,)
+    beta: float
+    """DPO's beta: how strongly the policy is held to the reference."""
+    data_margins: Tensor | None = None  # (pairs,)
+    """How much better chosen is than rejected, as the data says; only of losses that read it."""
+
+    @property
+    def chosen_logratios(self) -> Tensor:
+        """(pairs,) log policy(chosen) - log reference(chosen), in nats."""
+        return self.chosen_logps - self.ref_chosen_logps
+
+    @property
+    def rejected_logratios(self) -> Tensor:
+        """(pairs,) log policy(rejected) - log reference(rejected), in nats."""
+        return self.rejected_logps - self.ref_rejected_logps
+
+    @property
+    def chosen_rewards(self) -> Tensor:
+        """(pairs,) implicit rewards of the chosen completions, up to a term that depends only on the prompt
+        (Rafailov et al. 2023, eq. 5)."""
+        return self.beta * self.chosen_logratios
+
+    @property
+    def rejected_rewards(self) -> Tensor:
+        """(pairs,) implicit rewards of the rejected completions."""
+        return self.beta * self.rejected_logratios
+
+    @property
+    def chosen_mean_logps(self) -> Tensor:
+        """(pairs,) the policy's log-prob per scored token of the chosen completions, in nats."""
+        return self.chosen_logps / self.chosen_lengths
+
+    @property
+    def rejected_mean_logps(self) -> Tensor:
+        """(pairs,) the policy's log-prob per scored token of the rejected completions, in nats."""
+        return self.rejected_logps / self.rejected_lengths

@@ -1,0 +1,110 @@
+"""Which settings of the losses go together: a setting that a loss would leave unread is refused."""
+
+import inspect
+
+from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.optimize.losses.preference_loss import (
+    LOSSES,
+    NEED_MARGINS,
+    REFERENCE_FREE,
+    options_of,
+    takes_divergence,
+)
+from dpo_opt.schemas.errors import ConfigError
+
+_EXAMPLES = {"label_smoothing": "0.001", "rdpo_alpha": "0.01"}
+"""Of options without a default; exo_pair's is its paper's."""
+
+
+def reads_margins(config: TrainConfig) -> bool:
+    """Whether a loss of the configuration reads the data's margins."""
+    return not NEED_MARGINS.isdisjoint(config.loss_type)
+
+
+def require_usable_losses(config: TrainConfig) -> None:
+    """Check the losses and their options against each other.
+
+    Raises:
+        ConfigError: An option would be ignored, one is missing, or losses and weights do not match.
+    """
+    names: list[str] = list(config.loss_type)
+    _require_weights(config, names)
+    _require_known_options(config, names)
+    for name in names:
+        for option, default in options_of(name).items():
+            if default is inspect.Parameter.empty and option not in config.loss_options:
+                raise ConfigError(
+                    f"--loss-type {name} needs {_flag(option)}",
+                    why="its value without one is infinite"
+                    if option == "label_smoothing"
+                    else "no value of it suits most data",
+                    fix=f"add {_flag(option)}, such as {_flag(option)} {_EXAMPLES[option]}",
+                )
+    _require_divergence(config, names)
+    if config.reference_differs and REFERENCE_FREE.issuperset(names):
+        raise ConfigError(
+            f"--reference-differs says nothing to --loss-type {' '.join(names)}, which reads no reference",
+            why="nothing would hold the policy to the shards' model, and its rewards would not begin at 0",
+            fix="leave --reference-differs out; a --model that did not score the shards scores its own with "
+            "dpo-opt precompute",
+        )
+
+
+def _require_weights(config: TrainConfig, names: list[str]) -> None:
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(
+            f"--loss-type names {twice[0]} twice",
+            why="one of them may be a misspelt other loss",
+            fix=f"name {twice[0]} once, and say how much it counts with --loss-weights",
+        )
+    if config.loss_weights is not None and len(config.loss_weights) != len(names):
+        raise ConfigError(
+            f"--loss-weights has {len(config.loss_weights)} and --loss-type {len(names)}: {' '.join(names)}",
+            why="nothing says which weight belongs to which loss",
+            fix=f"pass {len(names)}, such as --loss-weights {' '.join(['1'] * len(names))}",
+        )
+
+
+def _require_known_options(config: TrainConfig, names: list[str]) -> None:
+    """Every option that is given must be one of the losses'; those of the divergence are checked apart."""
+    of_losses = [option for option in config.loss_options if not option.startswith("f_")]
+    for option in of_losses:
+        if any(option in options_of(name) for name in names):
+            continue
+        takers = [name for name in LOSSES if option in options_of(name)]
+        raise ConfigError(
+            f"{_flag(option)} belongs to {_listed(takers)}, not to {_listed(names)}",
+            why="it would be ignored",
+            fix=f"leave {_flag(option)} out, or pass --loss-type {takers[0]}",
+        )
+
+
+def _require_divergence(config: TrainConfig, names: list[str]) -> None:
+    kind = config.f_divergence_type or "reverse_kl"
+    if config.f_alpha_divergence_coef is not None and kind != "alpha_divergence":
+        raise ConfigError(
+            f"--f-alpha-divergence-coef belongs to alpha_divergence, not to {kind}",
+            why="it would be ignored",
+            fix="add --f-divergence-type alpha_divergence, or leave --f-alpha-divergence-coef out",
+        )
+    if kind == "reverse_kl":
+        return
+    others = [name for name in names if not takes_divergence(name) and name not in REFERENCE_FREE]
+    if others or REFERENCE_FREE.issuperset(names):
+        takers = [name for name in LOSSES if takes_divergence(name)]
+        raise ConfigError(
+            f"--f-divergence-type {kind} does not go with --loss-type {' '.join(others or names)}",
+            why="a term that depends on the prompt cancels only in the difference of both completions"
+            if others
+            else "it reads no reference, so no divergence from one",
+            fix=f"leave --f-divergence-type out, or take of {', '.join(takers)}",
+        )
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
