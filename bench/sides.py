@@ -78,8 +78,8 @@ def run_job(arguments: argparse.Namespace, name: str, **settings: Any) -> tuple[
     return json.loads(measured.output.splitlines()[-1]), measured
 
 
-def train_ours(arguments: argparse.Namespace) -> Trained:
-    """One epoch of ``dpo-opt train`` on the shards in the bench's folder, everything else as it ships."""
+def train_ours(arguments: argparse.Namespace, **settings: Any) -> Trained:
+    """One epoch of ``dpo-opt train`` on the bench's shards; what ``settings`` does not name as it ships."""
     from dpo_opt.optimize import TrainConfig, train
     from dpo_opt.schemas.progress import Silent
 
@@ -98,7 +98,7 @@ def train_ours(arguments: argparse.Namespace) -> Trained:
     train(
         TrainConfig(
             shards=arguments.folder / "shards", model=str(arguments.model), output_dir=output, seed=SEED,
-            batch_size=arguments.pairs_per_step, dtype="float32", logging_steps=1,
+            batch_size=arguments.pairs_per_step, dtype="float32", logging_steps=1, **settings,
         ),
         progress=Clock(),
     )  # fmt: skip
