@@ -14,7 +14,9 @@ from typing import Any, Literal, TypeVar
 import click
 from pydantic.fields import FieldInfo
 
+from dpo_opt.own_words import in_own_words
 from dpo_opt.read_settings import make_settings, read_settings
+from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.locations import AnyPath, is_file, location
 from dpo_opt.schemas.settings import Settings
 
@@ -62,7 +64,12 @@ def configured(
                 if name in kind.model_fields
                 for value in [given.pop(name)]
             }
-            command(config=_resolve(kind, config_file, flags, argument), **given)
+            config = _resolve(kind, config_file, flags, argument)
+            try:
+                command(config=config, **given)
+            except DpoOptError as error:
+                error.fix = None if error.fix is None else in_own_words(error.fix, config)
+                raise
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from dpo_opt.optimize.adapters.merging import merged_digests
 from dpo_opt.schemas.config_keys import differing_keys
 from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 from dpo_opt.schemas.fingerprint import refuse_differences
+from dpo_opt.schemas.manifest import score_again
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import config_digest, read_config, stated_architecture, tokenizer_digest
 from dpo_opt.schemas.rope import describe_rope
@@ -82,6 +83,6 @@ def require_same_model(
         fix=fix
         if adapter is None
         else f"dpo-opt merge --model {quoted(model_folder)} --adapter {quoted(adapter)} --output MERGED, "
-        "then dpo-opt precompute --model MERGED --data DATA --shards SCORED, then the same command with "
+        f"then {score_again(folder.path, model='MERGED', into='SCORED')}, then the same command with "
         "--shards SCORED",
     )

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_opt.schemas.errors import FingerprintError, quoted
+from dpo_opt.schemas.locations import location
+from dpo_opt.schemas.manifest import score_again
 
 
 class Limits(NamedTuple):
@@ -174,16 +176,12 @@ def require_parity(parity: Parity, *, shards: str, model: str) -> None:
             why="no cache can hold them: every training step would see other numbers than were scored",
             fix="pass --dtype float32; if that fails too, report the versions with `dpo-opt env`",
         )
+    again = score_again(location(shards), model=quoted(model), into="OTHER_FOLDER")
     if parity.experts and not (parity.dtype == parity.cached_dtype == "float32"):
-        fix = (
-            f"dpo-opt precompute --model {quoted(model)} --data DATA --shards OTHER_FOLDER --dtype float32; "
-            "then dpo-opt train --dtype float32, where rounding picks no other expert"
-        )
+        train = "dpo-opt train --dtype float32, where rounding picks no other expert"
+        fix = f"{again} --dtype float32; then {train}"
     else:
-        fix = (
-            f"dpo-opt precompute --model {quoted(model)} --data DATA --shards OTHER_FOLDER; or, if another "
-            "reference is intended, dpo-opt train --reference-differs"
-        )
+        fix = f"{again}; or, if another reference is intended, dpo-opt train --reference-differs"
     raise FingerprintError(
         f"the cached log-probs are not those of {quoted(model)}: {figures}",
         where=shards,

@@ -184,6 +184,19 @@ def resume_command(shards_dir: AnyPath) -> str:
     return f"dpo-opt precompute {how} --shards {quoted(shards_dir)}"
 
 
+def score_again(shards_dir: AnyPath, *, model: str, into: str) -> str:
+    """The command that scores a folder's data under another model, or otherwise, into another folder.
+
+    Args:
+        shards_dir: The folder; its settings name the data.
+        model: A name, or a word that stands for one.
+        into: Likewise, of the folder to be made.
+    """
+    settings = shards_dir / COMMAND
+    how = f"--config {quoted(settings)}" if is_file(settings) else "--data DATA"
+    return f"dpo-opt precompute --model {model} {how} --shards {into}"
+
+
 def to_json(record: BaseModel) -> str:
     """A record as it is written: keys are sorted, so equal records are equal bytes."""
     # Pydantic's own JSON would turn an infinity into null.

@@ -226,6 +226,83 @@ SITUATIONS: dict[str, Situation] = {
 }
 
 
+def said(role: str, content: str) -> dict[str, object]:
+    return {"role": role, "content": content}
+
+
+def chat(number: int, *more: dict[str, object]) -> dict[str, object]:
+    """A row whose chosen side goes on with some turns."""
+    prompt, no = [said("user", f"Question {number}?")], [said("assistant", f"No {number}.")]
+    return {"prompt": prompt, "chosen": [said("assistant", f"Yes {number}."), *more], "rejected": no}
+
+
+SITUATIONS |= {
+    "precompute: another --train-on": Situation(
+        lambda place: None,
+        lambda place: place.precompute("--train-on", "last"),
+        "the cached log-probs were not computed for this run",
+        "pass another --shards folder, or",
+    ),
+    "precompute: turns that cannot be told apart": Situation(
+        lambda place: (shutil.rmtree(place.shards), rewrite(place, [chat(0), chat(1, said("tool", "Hm."))])),
+        lambda place: place.precompute(),
+        "the assistant's turns inside a completion cannot be told from the others",
+        "cut the conversations after the first answer that differs; or pass --on-bad-row skip: ",
+    ),
+    "precompute: a role that the chat template does not know": Situation(
+        lambda place: (shutil.rmtree(place.shards), rewrite(place, [chat(0), chat(1, said("judge", "Hm."))])),
+        lambda place: place.precompute(),
+        'the chat template does not know the role "judge"',
+        "pass --on-bad-row skip: ",
+    ),
+    "precompute: longer than the model's context": Situation(
+        lambda place: shutil.rmtree(place.shards),
+        lambda place: place.precompute("--max-length", 100_000),
+        "--max-length 100000",
+        "pass --max-length 256 or less",
+    ),
+    "convert: a system prompt beside a question": Situation(
+        lambda place: rewrite(place, [{**row_of_question(i), "system": "Be kind."} for i in range(4)]),
+        lambda place: [
+            *("convert", str(place.data), "--output", f"{place.base}/new"),
+            *("--on-bad-row", "error", "--column", "prompt=question"),
+        ],
+        '"system" is not empty',
+        "leave --column prompt=question out",
+    ),
+    "convert: a format that cannot hold the rows": Situation(
+        lambda place: None,
+        lambda place: ["convert", str(place.data), "--output", f"{place.base}/new", "--to", "openai"],
+        "the format openai cannot say what this row says",
+        "pass --to trl",
+    ),
+    "convert: a format that cannot hold tool calls": Situation(
+        lambda place: rewrite(
+            place, [chat(i, said("user", "And?"), said("assistant", "So.")) for i in (0, 1)]
+        ),
+        lambda place: ["convert", str(place.data), "--output", f"{place.base}/new", "--to", "sharegpt"],
+        "the format sharegpt cannot say what this row says",
+        "pass --to trl",
+    ),
+    "convert: the output stands inside the data": Situation(
+        lambda place: ((place.base / "in").mkdir(), write_jsonl(place.base / "in" / "a.jsonl", ROWS)),
+        lambda place: ["convert", str(place.base / "in"), "--output", str(place.base / "in" / "new")],
+        "stands inside --data",
+        "pass another --output",
+    ),
+    "verify: nothing is finalized, and a shard is not scored": Situation(
+        lambda place: (unfinish(place), next((place.shards / "commits").glob("00001-*")).unlink()),
+        lambda place: place.of_shards("verify"),
+        "there is no manifest.json",
+        "dpo-opt finalize",
+    ),
+}
+
+
+def row_of_question(number: int) -> dict[str, object]:
+    return {"question": f"Question {number}?", "chosen": f" Yes {number}.", "rejected": f" No {number}."}
+
+
 def train(place: Place) -> list[str]:
     own = ("--model", place.model, "--output-dir", place.base / "run", "--max-steps", 1, "--batch-size", 2)
     return place.of_shards("train", *own)
@@ -252,10 +329,11 @@ def follow(fix: str, command: list[str], base: Path, seen: list[str]) -> list[st
     said = fix.partition(": ")[2] if re.match("where you trust", fix) else fix
     if found := re.match(r"pass another (--shards|--output)\b", said):
         return with_option(command, found[1], str(base / "another"))
+    said = "pass --" + said.rpartition("; or pass --")[2] if "; or pass --" in said else said
     if said.startswith("pass --"):
-        words = shlex.split(re.split(r", | to | as |; ", said)[0])[1:]
+        words = shlex.split(re.split(r", | to | as | or |[;:] ", said)[0])[1:]
         return with_option(command, words[0], *words[1:])
-    if found := re.match(r"leave (--\S+) out", said):
+    if found := re.match(r"leave (--\S+)( \S+)? out", said):
         return with_option(command, found[1], None)
     for part in re.split(r", then |; | && ", said):
         words = shlex.split(part)

@@ -685,7 +685,10 @@ def test_the_command_says_it_in_words(shards: Path, tiny_model: Path, tmp_path: 
     assert code == 4
     assert "parity    FAILED" in shown
     assert "FAILED: noise beyond rounding" in shown
-    assert f"dpo-opt precompute --model {tiny_model} --data DATA --shards OTHER_FOLDER" in error
+    again = (
+        f"dpo-opt precompute --model {tiny_model} --config {scripted}/precompute.yaml --shards OTHER_FOLDER"
+    )
+    assert again in error
 
     flip(shards / load_manifest(shards).shards[1].file, 100)
     code, shown, error = run("--shards", shards, "--model", tiny_model)

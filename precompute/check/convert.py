@@ -20,7 +20,7 @@ from dpo_opt.precompute.check.written_forms import written_row
 from dpo_opt.precompute.config import ConvertConfig
 from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
 from dpo_opt.precompute.read.sources import refuse_inside
-from dpo_opt.schemas.errors import ConfigError, DataError, quoted
+from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import PreferencePair
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.storage import publish_folder
@@ -66,9 +66,7 @@ def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Conve
             raise DataError(
                 f"no pair is left to train on ({converted.eval} held out, {_words(converted.removed)})",
                 where=", ".join(config.data),
-                fix="leave --eval-split out"
-                if converted.eval
-                else f"dpo-opt check {' '.join(map(quoted, config.data))}",
+                fix="leave --eval-split out" if converted.eval else "dpo-opt check DATA",
             )
     return converted
 

@@ -184,7 +184,7 @@ FOUND: dict[str, Kind] = {
         "warning",
         "training pairs whose prompt is in the evaluation data",
         "evaluation would measure what the policy learnt by heart",
-        "`dpo-opt convert TRAIN EVAL --output DIR --eval-split 0.05` splits by prompt",
+        "`dpo-opt convert DATA EVAL --output DIR --eval-split 0.05` splits by prompt",
     ),
     "duplicate": Kind(
         "warning", "pairs that repeat an earlier pair", "each copy counts again in the loss", _DEDUPLICATE

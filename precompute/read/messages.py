@@ -129,7 +129,9 @@ def _joined_parts(parts: list[object], name: str, where: str) -> str:
         kind = present.pop("type", None)
         if kind != "text":
             found = f'of the type "{escape(kind)}"' if isinstance(kind, str) else 'without a "type"'
-            fix = 'give only parts of the type "text", or leave such rows out: dpo-opt convert lists them'
+            fix = (
+                'give only parts of the type "text"; `dpo-opt convert DATA --output DIR` leaves such rows out'
+            )
             _refuse(
                 f"{place} is {found}", where, why="only text is trained on; the part would be lost", fix=fix
             )

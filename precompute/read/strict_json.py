@@ -12,7 +12,7 @@ from typing import NoReturn
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.plain_data import MOST_LEVELS, levels
 
-FIX_ROW = "correct or remove the row; `dpo-opt check` lists every such row at once"
+FIX_ROW = "correct or remove the row; `dpo-opt check DATA` lists every such row at once"
 SKIP_ROW = "pass --on-bad-row skip: such rows are left out and listed, and shards that are finished stay"
 """For rows that are pairs, but not for this model: to change them would make other data of the folder's."""
 

@@ -32,7 +32,7 @@ from dpo_opt.precompute.shards.read_plan import known_plans
 from dpo_opt.precompute.shards.reference import Reference, fingerprint_of, on_the_day_of
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.tokens.truncation import DROP_FIXES
-from dpo_opt.schemas.errors import DataError, quoted
+from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import (
     Plan,
     ShardRange,
@@ -278,12 +278,12 @@ def _way_out(
         completion: Tokens of the shortest longer completion among those pairs.
     """
     if reason.startswith("bad_row"):
-        data = " ".join(map(quoted, config.data))
-        return f"correct the rows as `dpo-opt check {data} --model {quoted(config.model)}` says"
+        return "correct the rows as `dpo-opt check DATA --model M` says"
     if reason in DROP_FIXES:
         return DROP_FIXES[reason]
     if needed <= (context_length(reference.folder) or needed):
-        return f"pass --max-length {needed}, which keeps the shortest pair; `dpo-opt check` forecasts others"
+        others = "`dpo-opt check DATA --model M` forecasts others"
+        return f"pass --max-length {needed}, which keeps the shortest pair; {others}"
     if config.truncation != "keep_end" and completion < reference.max_length:
         return "pass --truncation keep_end"
     return "shorten the texts, or pass a --model with a longer context"

@@ -133,7 +133,7 @@ def _thought_fix(key: str, template: str) -> str:
     other = next((name for name in THOUGHT_KEYS if name != key and name in template), None)
     if other is not None and key not in template:
         return f'rename "{key}" to "{other}", which the template reads; or {SKIP_ROW}'
-    return SKIP_ROW + "; or use a template that writes it: `dpo-opt preview` shows what is rendered"
+    return SKIP_ROW + "; or use a template that writes it: `dpo-opt preview DATA --model M` shows it"
 
 
 def lost(what: str, value: str, where: str, fix: str | None = None) -> DataError:
@@ -142,7 +142,7 @@ def lost(what: str, value: str, where: str, fix: str | None = None) -> DataError
         f"the chat template leaves out {what} ({escape(value.strip())})",
         where=where,
         why="the pair would be scored and trained on as a conversation that is not in the data",
-        fix=fix or f"{SKIP_ROW}; or use a template that writes it: `dpo-opt preview` shows what is rendered",
+        fix=fix or f"{SKIP_ROW}; or use a template that writes it: `dpo-opt preview DATA --model M` shows it",
         kind="template_loss",
     )
 

@@ -162,6 +162,6 @@ def _other_prompt(prompt: str, whole: str, side: str, where: str) -> DataError:
         where=where,
         why="part of the prompt would be scored and trained on as if the model had said it",
         fix=f"{SKIP_ROW}; or use a template that renders prompt + completion as the prompt's own text and "
-        "more: `dpo-opt preview` shows what is rendered",
+        "more: `dpo-opt preview DATA --model M` shows what is rendered",
         kind="template_mismatch",
     )

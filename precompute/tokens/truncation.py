@@ -32,7 +32,7 @@ DROP_REASONS: dict[DropReason, str] = {
 
 DROP_FIXES: dict[str, str] = {
     "empty_prompt": "give the rows a prompt, or pass `--column prompt=NAME` where another column holds it",
-    "empty_completion": "add the missing text; `dpo-opt preview DATA --model MODEL` shows where none is left",
+    "empty_completion": "add the missing text; `dpo-opt preview DATA --model M` shows where none is left",
     "identical_completions": "let chosen and rejected differ, or pass `--column rejected=NAME` where another "
     "column holds the rejected completion",
 }
