@@ -62,7 +62,7 @@ def test_a_grid_is_every_combination_in_its_order(tmp_path: Path) -> None:
 def test_losses_vary_one_by_one_or_several_at_once(tmp_path: Path) -> None:
     runs = sweep_of(tmp_path, grid={"loss_type": ["sigmoid", ["ipo", "sft"]]})
     assert [run.config.loss_type for run in runs] == [["sigmoid"], ["ipo", "sft"]]
-    assert [run.name for run in runs] == ["loss_type=sigmoid", "loss_type=-ipo-sft"]
+    assert [run.name for run in runs] == ["loss_type=sigmoid", "loss_type=ipo+sft"]
 
 
 def test_a_list_gives_each_run_its_own_settings(tmp_path: Path) -> None:

@@ -201,7 +201,11 @@ def _free_name(words: str, taken: Mapping[str, object]) -> str:
 
 
 def _words(settings: Mapping[str, Any]) -> str:
-    return "_".join(f"{name}={value}" for name, value in settings.items())
+    words = (
+        (name, "+".join(map(str, value)) if isinstance(value, list) else value)
+        for name, value in settings.items()
+    )
+    return "_".join(f"{name}={value}" for name, value in words)
 
 
 def _plain(words: str) -> str:
