@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dpo_opt.optimize.build_policy import start
+from dpo_opt.optimize.checkpoint.background import BackgroundSaves
 from dpo_opt.optimize.checkpoint.checkpoints import (
     Best,
     Checkpoint,
@@ -23,7 +24,7 @@ from dpo_opt.optimize.checkpoint.checkpoints import (
     require_same_run,
     save_checkpoint,
 )
-from dpo_opt.optimize.checkpoint.saving import Saver
+from dpo_opt.optimize.checkpoint.saving import Saver, Snapshot
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.evaluation import is_comparable
 from dpo_opt.optimize.forward.packing import pair_group
@@ -40,6 +41,7 @@ from dpo_opt.optimize.throughput import Throughput
 from dpo_opt.optimize.update.optimizer import make_optimizer
 from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.progress import Progress
+from dpo_opt.schemas.shard_folder import ShardFolder
 
 
 class Run(NamedTuple):
@@ -57,10 +59,12 @@ class Run(NamedTuple):
     parameters: list[Tensor]
     optimizer: Optimizer
     saver: Saver
-    batching: Batching
+    saves: BackgroundSaves
     device: Device
     stop: StopSignals
     world: World
+    patient: World
+    """The processes of ``world``, for exchanges that wait for a disk."""
     progress: Progress
 
     @property
@@ -78,23 +82,38 @@ class RunState:
 
     window: MetricsWindow
     throughput: Throughput
+    batching: Batching
     at: Counters = field(default_factory=Counters)
     best: Best | None = None
     saved_step: int = 0
     saved_time: float = field(default_factory=time.monotonic)
     """``time.monotonic()`` of the last checkpoint, in seconds."""
+    save_is_due: bool = False
+    """Whether ``save_minutes`` have passed since."""
 
-    def save(self, run: Run) -> None:
-        """Write a checkpoint, and remove the older ones beyond ``save_total_limit``."""
+    def save(self, run: Run, *, improved: bool = False, going_on: bool = True) -> None:
+        """Begin to write a checkpoint; then the older ones beyond ``save_total_limit`` are removed.
+
+        Args:
+            run: The run.
+            improved: Whether this is the best checkpoint so far.
+            going_on: Whether steps will follow. If not, nothing is copied, and the checkpoint is written when
+                this returns.
+
+        Raises:
+            DpoOptError: The disk is full, or was when the checkpoint before was written.
+        """
+        # Main memory is counted for one copy.
+        run.saves.wait()
         written = run.files.written()
         state = TrainState(
-            at=self.at,
+            at=self.at.model_copy(),
             window=self.window.state,
             lines=written.lines,
             segments=written.segments,
             best=self.best,
             parity=run.parity._asdict() if run.parity else None,
-            micro_batch_tokens=run.batching.budget,
+            micro_batch_tokens=self.batching.budget,
             threads=torch.get_num_threads(),
             processes=run.world.size,
             device=run.device.type,
@@ -102,12 +121,22 @@ class RunState:
             data=run.data,
             settings=run.settings,
         )
-        write = partial(run.saver.write_checkpoint, steps=self.at.step)
-        save_checkpoint(run.files.path, state, write, run.world)
-        if run.world.first:
-            keep = run.config.save_total_limit
-            prune_checkpoints(run.files.path, step=self.at.step, keep=keep, best=self.best)
-        self.saved_step, self.saved_time = self.at.step, time.monotonic()
+
+        def write(snapshot: Snapshot) -> None:
+            save = partial(run.saver.write_checkpoint, snapshot=snapshot, steps=state.at.step)
+            save_checkpoint(run.files.path, state, save, run.patient)
+            if run.world.first:
+                keep = run.config.save_total_limit
+                prune_checkpoints(run.files.path, step=state.at.step, keep=keep, best=state.best)
+            if improved and state.best is not None:
+                run.files.write_best(state.best.model_dump())
+
+        snapshot = run.saver.snapshot()
+        if going_on:
+            run.saves.begin(snapshot, write)
+        else:
+            write(snapshot)
+        self.saved_step, self.saved_time, self.save_is_due = self.at.step, time.monotonic(), False
 
 
 def resume_or_begin(
@@ -118,8 +147,11 @@ def resume_or_begin(
     progress: Progress,
     stop: StopSignals,
     world: World,
+    patient: World,
 ) -> tuple[Run, RunState]:
     """Load the policy and everything else a run needs; with ``resume`` from the newest checkpoint.
+
+    ``patient`` is from ``patient_world``.
 
     Raises:
         ConfigError: The checkpoint is of another run, or the model cannot be trained.
@@ -127,17 +159,12 @@ def resume_or_begin(
         FingerprintError: The cached log-probs are not the policy's own.
     """
     folder, model_folder = prepared.folder, prepared.model_folder
-    data = Data(
-        dataset_digest=folder.manifest.dataset_digest,
-        index_sha256=folder.manifest.index_sha256,
-        fingerprint=folder.manifest.fingerprint,
-        reference_differs=config.reference_differs,
-    )
+    data = _data(config, folder)
     # The resolved dtype is recorded: on another kind of device `auto` would mean another one.
     dtype = compute_dtype(config.dtype, world.device)
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     settings = config.model_dump(mode="json", exclude={"resume"})
-    checkpoint = find_checkpoint(files.path, progress.say, world) if config.resume else None
+    checkpoint = find_checkpoint(files.path, progress.say, patient) if config.resume else None
     if checkpoint is not None:
         require_same_run(checkpoint.state, data=data, settings=settings, run=files.path)
 
@@ -150,7 +177,7 @@ def resume_or_begin(
     parameters: list[Tensor] = [p for p in policy.model.parameters() if p.requires_grad]
     device = run_device(world)
     budget = config.micro_batch_tokens
-    if budget is None and checkpoint is not None:
+    if checkpoint is not None:
         budget = kept_budget(checkpoint.state, config, device, world, progress.say)
     if budget is None:
         # The optimizer's state is not loaded yet, so its bytes are passed along.
@@ -158,7 +185,14 @@ def resume_or_begin(
         longest = pair_group(longest_pair(folder))
         budget = choose_budget(policy, longest, optimizer_bytes=coming, world=world)
     saver = Saver(
-        policy, optimizer, config, folder=folder, model_folder=model_folder, parity=parity, world=world
+        policy,
+        optimizer,
+        config,
+        folder=folder,
+        model_folder=model_folder,
+        parity=parity,
+        world=world,
+        patient=patient,
     )
     run = Run(
         config=config,
@@ -171,31 +205,43 @@ def resume_or_begin(
         parameters=parameters,
         optimizer=optimizer,
         saver=saver,
-        batching=Batching(budget, cost, world),
+        saves=BackgroundSaves(lambda: stop.request("a save that failed")),
         device=device,
         stop=stop,
         world=world,
+        patient=patient,
         progress=progress,
     )
+    batching = Batching(budget, cost, world)
     if checkpoint is not None:
-        return run, _resumed(run, checkpoint)
+        return run, _resumed(run, checkpoint, batching)
     if config.resume:
         files.rewind(Written(0, {}))
         progress.say(f"no checkpoint in {quoted(files.path)}: starting at step 0")
-    return run, _new_state(run)
+    return run, _new_state(run, batching)
 
 
-def _new_state(run: Run) -> RunState:
-    policy, batching = run.policy, run.batching
-    return RunState(MetricsWindow(policy.device), Throughput(policy, batching.cost, batching.world))
+def _data(config: TrainConfig, folder: ShardFolder) -> Data:
+    manifest = folder.manifest
+    return Data(
+        dataset_digest=manifest.dataset_digest,
+        index_sha256=manifest.index_sha256,
+        fingerprint=manifest.fingerprint,
+        reference_differs=config.reference_differs,
+    )
 
 
-def _resumed(run: Run, checkpoint: Checkpoint) -> RunState:
+def _new_state(run: Run, batching: Batching) -> RunState:
+    throughput = Throughput(run.policy, batching.cost, batching.world)
+    return RunState(MetricsWindow(run.policy.device), throughput, batching)
+
+
+def _resumed(run: Run, checkpoint: Checkpoint, batching: Batching) -> RunState:
     """The state that a checkpoint holds. Removes what the run wrote after that checkpoint."""
     kept, say = checkpoint.state, run.progress.say
     run.saver.load_optimizer(checkpoint.path)
     run.files.rewind(Written(kept.lines, kept.segments))
-    state = _new_state(run)
+    state = _new_state(run, batching)
     state.at, state.window.state, state.saved_step = kept.at, kept.window, kept.at.step
     say(f"continuing from {quoted(checkpoint.path.name)}, {kept.at.consumed} pairs into the run")
     if kept.at.step > run.total_steps:
@@ -218,8 +264,12 @@ def kept_budget(
 ) -> int | None:
     """The run's micro-batch budget so far; None if it was measured under other circumstances.
 
-    It is kept if possible, because another budget rounds differently.
+    It is kept if possible, because another budget rounds differently. One that the user asks for now is used,
+    unless it was asked for before: memory may have run out since, and halved it.
     """
+    if config.micro_batch_tokens is not None:
+        asked = config.micro_batch_tokens
+        return state.micro_batch_tokens if asked == state.settings["micro_batch_tokens"] else asked
     # Older checkpoints do not name their device.
     before = Device(state.device, state.device_bytes) if state.device else device
     recomputed = state.settings["activation_checkpointing"], config.activation_checkpointing

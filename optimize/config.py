@@ -118,9 +118,9 @@ class TrainConfig(Settings):
     save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the final model's weights. auto: the dtype the policy's checkpoint declares."""
     save_steps: PositiveInt | None = None
-    """Save a checkpoint every N steps."""
-    save_minutes: PositiveFloat | None = None
-    """Save a checkpoint every N minutes."""
+    """Save a checkpoint every N steps, besides the others. At the end of the run one is saved anyway."""
+    save_minutes: PositiveFloat | None = 30
+    """Save a checkpoint every N minutes, while training goes on. inf: only at the end and on a signal."""
     save_total_limit: int = Field(default=2, ge=2)
     """How many of the newest checkpoints are kept, in addition to the best one."""
     metric_for_best_model: str | None = None

@@ -20,8 +20,8 @@ from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.prepare import prepare
 from dpo_opt.optimize.processes.distributed import (
     World,
-    any_rank,
     clip_gradients,
+    patient_world,
     process_group,
     wait_for_all,
     world_from_environment,
@@ -67,33 +67,22 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
     files = RunFolder(config.output_dir, writes=world.first)
     final = files.path / FINAL
     ended = files.finished_step()
+    patient = patient_world(world)
     # No process writes before all others have read what was there.
-    wait_for_all(world)
+    wait_for_all(patient)
     if ended is not None and ended >= total_steps:
         progress.say(f"the run in {quoted(files.path)} is already complete")
         return TrainResult(final, ended, None, files.last_metrics())
 
-    run, state = resume_or_begin(config, prepared, files, progress=progress, stop=stop, world=world)
+    run, state = resume_or_begin(
+        config, prepared, files, progress=progress, stop=stop, world=world, patient=patient
+    )
     progress.start("training", total=max(total_steps, state.at.step), unit="steps", done=state.at.step)
     if state.at.step >= total_steps and state.window.pairs:
         # --max-steps is now below the checkpoint's step: log the steps that it holds unlogged.
         _log_training(run, state, {})
-    batches = prepared.stream.steps(seed=config.seed, size=config.batch_size, consumed=state.at.consumed)
-    note = ""
-    try:
-        while True:
-            evaluate_and_save(run, state)
-            if state.at.step >= total_steps:
-                break
-            stop.check(world)
-            train_step(run, state, next(batches))
-            if state.at.step % config.logging_steps == 0 or state.at.step == total_steps:
-                note = f"loss {_log_training(run, state, state.throughput.metrics()):.4f}"
-            progress.advance(1, note)
-    except StopRequested as request:
-        raise stopped(run, state, request) from request
-    finally:
-        batches.close()
+    with run.saves:
+        _take_steps(run, state)
     progress.finish()
 
     last_metrics = files.last_metrics()
@@ -107,6 +96,27 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
     return TrainResult(final, state.at.step, run.parity, last_metrics)
 
 
+def _take_steps(run: Run, state: RunState) -> None:
+    """Train to the last step, which is evaluated and saved."""
+    config, stream, total_steps = run.config, run.prepared.stream, run.total_steps
+    batches = stream.steps(seed=config.seed, size=config.batch_size, consumed=state.at.consumed)
+    note = ""
+    try:
+        while True:
+            evaluate_and_save(run, state)
+            if state.at.step >= total_steps:
+                break
+            state.save_is_due = run.stop.check(run.world, due=_clock_says_save(run, state))
+            train_step(run, state, next(batches))
+            if state.at.step % config.logging_steps == 0 or state.at.step == total_steps:
+                note = f"loss {_log_training(run, state, state.throughput.metrics()):.4f}"
+            run.progress.advance(1, note)
+    except StopRequested as request:
+        raise stopped(run, state, request) from request
+    finally:
+        batches.close()
+
+
 def train_step(run: Run, state: RunState, pairs: Sequence[ScoredPair]) -> None:
     """One update of the policy from a batch of pairs.
 
@@ -114,22 +124,13 @@ def train_step(run: Run, state: RunState, pairs: Sequence[ScoredPair]) -> None:
         StopRequested: A signal came; the policy is as it was before the step.
         DpoOptError: A loss or the gradient is not finite; the policy is as it was before the step.
     """
-    at, config, stream = state.at, run.config, run.prepared.stream
+    at, config = state.at, run.config
     rate = learning_rate(at.step, total_steps=run.total_steps, config=config)
     set_learning_rate(run.optimizer, rate)
-    weights = stream.weights(pairs)
-    results = forward_pairs(
-        run.policy,
-        pairs,
-        config,
-        batching=run.batching,
-        weights=weights,
-        margins=stream.margins(pairs),
-        backward=True,
-        stop=run.stop,
-    )
+    results = _forward_and_backward(run, state, pairs)
     grad_norm = clip_gradients(run.parameters, config.max_grad_norm)
     _require_finite(results, grad_norm, pairs, run.files, step=at.step, dtype=run.policy.dtype)
+    run.saves.wait_for_copy()
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
 
@@ -151,6 +152,53 @@ def train_step(run: Run, state: RunState, pairs: Sequence[ScoredPair]) -> None:
     at.num_tokens += unique + sum(len(p.prompt_ids) for p in pairs)
 
 
+def _forward_and_backward(run: Run, state: RunState, pairs: Sequence[ScoredPair]) -> PairResults:
+    """Results and gradients of a step. If memory runs out, it is repeated in micro-batches half as large.
+
+    Raises:
+        DpoOptError: Memory ran out again, or there are several processes.
+    """
+    step, before, stream = state.at.step + 1, state.batching.budget, run.prepared.stream
+    for repeated in (False, True):
+        try:
+            return forward_pairs(
+                run.policy,
+                pairs,
+                run.config,
+                batching=state.batching,
+                weights=stream.weights(pairs),
+                margins=stream.margins(pairs),
+                backward=True,
+                stop=run.stop,
+            )
+        except torch.OutOfMemoryError as error:
+            if repeated or run.world.size > 1:
+                raise _out_of_memory(run, state) from error
+        # Not in the handler: there the error still holds the tensors of the step.
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        state.batching = state.batching._replace(budget=max(1, before // 2))
+        run.progress.say(
+            f"memory ran out in step {step}: it is repeated, and from here on micro-batches have at most "
+            f"{state.batching.budget} token rows, not {before}"
+        )
+    raise AssertionError("the second pass returns or raises")
+
+
+def _out_of_memory(run: Run, state: RunState) -> DpoOptError:
+    budget = state.batching.budget
+    if run.world.size > 1:
+        what = f"memory ran out on process {run.world.rank}"
+        why = "the others wait for it in the middle of an exchange, so the step cannot be repeated"
+        fix = f"{resume_command(run.files.path)} --micro-batch-tokens {max(1, budget // 2)}"
+    else:
+        what = f"memory ran out again, in micro-batches of at most {budget} token rows"
+        why = "both completions of a pair run forward and backward together, so no micro-batch is smaller"
+        fix = f"{resume_command(run.files.path)} --activation-checkpointing full"
+    return DpoOptError(what, where=f"step {state.at.step + 1}", why=why, fix=fix)
+
+
 def evaluate_and_save(run: Run, state: RunState) -> None:
     """Between two steps: evaluate and save a checkpoint, each if it is due.
 
@@ -162,18 +210,23 @@ def evaluate_and_save(run: Run, state: RunState) -> None:
     due = at.step >= run.total_steps or (config.eval_steps and at.step % config.eval_steps == 0)
     improved = bool(due and evals and at.step > at.evaluated_step) and _evaluate(run, state)
     if at.step > state.saved_step and (improved or _is_time_to_save(run, state)):
-        state.save(run)
-    if improved and state.best is not None:
+        state.save(run, improved=improved, going_on=at.step < run.total_steps)
+    elif improved and state.best is not None:
         run.files.write_best(state.best.model_dump())
     state.throughput.leave_out(time.perf_counter() - paused)
 
 
 def stopped(run: Run, state: RunState, request: StopRequested) -> Preempted:
-    """Save a run that a signal ended, and say how to continue it."""
+    """Save a run that a signal ended, and say how to continue it.
+
+    Raises:
+        DpoOptError: It was not a signal: a save in the background failed.
+    """
     run.optimizer.zero_grad(set_to_none=True)
+    run.saves.wait()
     step = state.at.step
     if step > state.saved_step:
-        state.save(run)
+        state.save(run, going_on=False)
     resume = resume_command(run.files.path)
     run.files.write_preempted({"signal": str(request), "step": step, "resume": resume})
     return Preempted(
@@ -195,7 +248,7 @@ def _evaluate(run: Run, state: RunState) -> bool:
             run.policy,
             run.config,
             run.files,
-            batching=run.batching,
+            batching=state.batching,
             step=at.step,
             epoch=epoch,
             stop=run.stop,
@@ -230,12 +283,15 @@ def _log_training(run: Run, state: RunState, speed: Metrics) -> float:
 
 def _is_time_to_save(run: Run, state: RunState) -> bool:
     every_steps, every_minutes = run.config.save_steps, run.config.save_minutes
-    if every_steps is not None and state.at.step % every_steps == 0:
+    if state.save_is_due or (every_steps is not None and state.at.step % every_steps == 0):
         return True
-    if every_minutes is None:
-        return False
-    # Clocks differ; all processes must save or none.
-    return any_rank(time.monotonic() - state.saved_time >= 60 * every_minutes, run.world)
+    saves = every_steps is not None or every_minutes is not None
+    return saves and state.at.step >= run.total_steps
+
+
+def _clock_says_save(run: Run, state: RunState) -> bool:
+    every_minutes = run.config.save_minutes
+    return every_minutes is not None and time.monotonic() - state.saved_time >= 60 * every_minutes
 
 
 def _require_finite(

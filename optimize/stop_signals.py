@@ -1,4 +1,4 @@
-"""Handles SIGTERM and SIGUSR1 during training: a signal is noted, and the loop stops at the next safe point.
+"""Stops training early: a signal or a failure is noted, and the loop stops at the next safe point.
 
 A handler that raised an exception could leave the weights of one step with the optimizer state of another. So
 the handler only notes the signal, and the loop checks for it where everything is consistent.
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from dpo_opt.optimize.processes.distributed import World, any_rank
+from dpo_opt.optimize.processes.distributed import World, least_of_ranks
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -20,23 +20,38 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Which signal asked this process to stop, if any."""
+    """Which signal or failure asked this process to stop, if any."""
 
     def __init__(self) -> None:
         self.received: str | None = None
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Signal handler."""
-        self.received = signal.Signals(number).name
+        self.request(signal.Signals(number).name)
 
-    def check(self, world: World) -> None:
-        """Stop if any process of the run received a signal. Every process must call this.
+    def request(self, reason: str) -> None:
+        """Ask the run to stop; from any thread."""
+        self.received = reason
+
+    def check(self, world: World, *, due: bool = False) -> bool:
+        """Stop if any process of the run was asked to. Every process must call this.
+
+        Args:
+            world: The run's processes.
+            due: Whether this process would save now. It is exchanged here, because a GPU waits for each
+                exchange.
+
+        Returns:
+            Whether any process would save now.
 
         Raises:
-            StopRequested: A signal came to one of the processes.
+            StopRequested: One of the processes was asked to stop.
         """
-        if any_rank(self.received is not None, world):
+        stop, save = -2, -1
+        asked = least_of_ranks(stop if self.received else save if due else 0, world)
+        if asked == stop:
             raise StopRequested(self.received or "another process's signal")
+        return asked == save
 
 
 @contextlib.contextmanager

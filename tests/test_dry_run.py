@@ -38,9 +38,10 @@ def dry_run(shards: Path, model: Path, run: Path, *extra: object) -> str:
 def test_memory_is_shown_by_component_and_adds_up(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     plan = json.loads(dry_run(shards, tiny_model, tmp_path / "run", "--json", "--dtype", "float32"))
     memory = plan["memory_gb"]
-    parts = ("weights", "gradients", "optimizer state", "activations", "head")
+    parts = ("weights", "gradients", "optimizer state", "activations", "head", "copy of a save")
     assert memory["total"] == pytest.approx(sum(memory[name] for name in parts), abs=1e-5)
     assert memory["weights"] == memory["gradients"] == round(4 * plan["parameters"] / 1e9, 6)
+    assert memory["copy of a save"] == pytest.approx(memory["weights"] + memory["optimizer state"], abs=2e-6)
     assert memory["activations"] > 0
     assert memory["reference model"] == 0
     assert memory["an online reference would add"] == memory["weights"]
@@ -99,5 +100,5 @@ def test_a_person_reads_a_table(shards: Path, tiny_model: Path, tmp_path: Path) 
     shown = dry_run(shards, tiny_model, tmp_path / "run", "--micro-batch-tokens", 2048)
     assert "2048 token rows per micro-batch" in shown
     assert "reference model: 0 GB, cached (online it would cost 0.0" in shown
-    for name in ("weights", "gradients", "optimizer state", "activations", "head", "total"):
+    for name in ("weights", "gradients", "optimizer state", "activations", "head", "copy of a save", "total"):
         assert any(line.strip().startswith(name) and " GB" in line for line in shown.splitlines()), name

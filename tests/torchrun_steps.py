@@ -3,6 +3,7 @@
 torchrun --nproc-per-node N torchrun_steps.py MODELS OUTPUT [STATE_TO_LOAD]
 """
 
+import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dpo_opt.optimize.checkpoint import state_files
-from dpo_opt.optimize.checkpoint.state_files import load_state, save_state
+from dpo_opt.optimize.checkpoint.state_files import load_state, own_files, save_state
 from dpo_opt.optimize.forward.balance import balance, forward_cost
 from dpo_opt.optimize.forward.load_policy import load_policy
 from dpo_opt.optimize.forward.packing import Group
@@ -29,7 +30,9 @@ from dpo_opt.optimize.processes.distributed import (
     World,
     any_rank,
     clip_gradients,
+    from_all,
     from_first,
+    patient_world,
     process_group,
     sum_over_ranks,
     text_from_first,
@@ -172,6 +175,7 @@ def take_steps(models: Path, output: Path, world: World, load_from: Path | None)
         "norms": norms,
         "no flag": any_rank(False, world),
         "last rank's flag": any_rank(world.rank == world.size - 1, world),
+        "failed": failed_on_the_last(world),
         "number": from_first(7 + world.rank, world),
         "text": text_from_first(f"ö{world.rank}", world),
     }
@@ -188,7 +192,7 @@ def keep_state(
     load_from: Path | None,
 ) -> None:
     state = optimizer_state(policy, optimizer) | odd_tensors(world)
-    save_state(output / f"{model}-state", state, world)
+    save_state(output / f"{model}-state", own_files(state, world), world)
     write(output / f"{model}-held", gather_tensors(state, world), world)
     saved = gather_policy(policy, world)
     if saved is not None:
@@ -206,10 +210,27 @@ def save_on_own_disks(output: Path, world: World) -> str:
     """What is said where the processes' folder of one name is not one folder."""
     state_files._SEEN_WITHIN_SECONDS = 0
     try:
-        save_state(output / f"disk-{world.rank}", odd_tensors(world), world)
+        save_state(output / f"disk-{world.rank}", own_files(odd_tensors(world), world), world)
     except DpoOptError as error:
         return str(error)
     return ""
+
+
+def failed_on_the_last(world: World) -> list[str]:
+    """What each process hears where one has no room on its disk, and what all get where none fails."""
+    heard = []
+    for failing in (world.size - 1, -1):
+
+        def work(failing: int = failing) -> int:
+            if world.rank == failing:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return world.rank
+
+        try:
+            heard.append(str(from_all(work, patient_world(world))))
+        except OSError as error:
+            heard.append(str(error))
+    return heard
 
 
 def write(path: Path, tensors: dict[str, Tensor], world: World) -> None:

@@ -33,6 +33,12 @@ def contents(run: Path) -> dict[str, Any]:
     }
 
 
+def without_saves(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run that saves at its end only, by default."""
+    never = {"save_steps": None, "metric_for_best_model": None, "eval_split": 0.0, "eval_steps": None}
+    return {**settings, **never}
+
+
 class Interrupter:
     """A signal at the n-th moment at which the loop asks for one; every micro-batch is such a moment."""
 
@@ -40,10 +46,10 @@ class Interrupter:
         self.asked = 0
         check = StopSignals.check
 
-        def counting(signals: StopSignals, world: World) -> None:
+        def counting(signals: StopSignals, world: World, *, due: bool = False) -> bool:
             self.asked += 1
             if self.asked == at:
                 signal.raise_signal(signal.SIGUSR1)
-            check(signals, world)
+            return check(signals, world, due=due)
 
         monkeypatch.setattr(StopSignals, "check", counting)

@@ -111,9 +111,10 @@ def _planned_lines(plan: dict[str, Any]) -> list[str]:
         "weights": f"{plan['parameters']:,} parameters, {plan['trained']:,} trained",
         "activations": f"{plan['micro_batch_tokens']} token rows per micro-batch, on {plan['device']}",
         "head": "its fp32 gradient, summed over tiles",
+        "copy of a save": "in main memory, while a checkpoint is written in the background",
         "total": "without Python, its libraries and what the allocator wastes",
     }
-    parts = ("weights", "gradients", "optimizer state", "activations", "head", "total")
+    parts = ("weights", "gradients", "optimizer state", "activations", "head", "copy of a save", "total")
     rows = [
         [name, "not known" if memory[name] is None else f"{memory[name]:.3f} GB", remarks.get(name, "")]
         for name in parts

@@ -9,12 +9,13 @@ still the plain transformers model with the same decoder, head and attention. A 
 
 import copy
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -187,7 +188,14 @@ def trainable_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def save_adapter(model: PreTrainedModel, folder: Path, *, base: str, base_weights: str | None) -> None:
+def save_adapter(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    base: str,
+    base_weights: str | None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write the adapter in peft's layout, fp32, into an existing folder.
 
     Args:
@@ -196,10 +204,12 @@ def save_adapter(model: PreTrainedModel, folder: Path, *, base: str, base_weight
         base: Name of the base in adapter_config.json: a Hub name, or the path as it was given.
         base_weights: ``weights_digest`` of the base, so that the adapter is not merged into another model;
             None if it is not known.
+        weights: The parameters of ``trainable_names``; None: those that the model has now.
     """
+    named = dict(model.named_parameters()) if weights is None else weights
     tensors = {
-        f"{PREFIX}{layer}.{side}.weight": getattr(module, side)[_NAME].weight.detach().cpu().contiguous()
-        for layer, module in _adapted(model).items()
+        f"{PREFIX}{layer}.{side}.weight": named[f"{layer}.{side}.{_NAME}.weight"].detach().cpu().contiguous()
+        for layer in _adapted(model)
         for side in ("lora_A", "lora_B")
     }
     metadata = {"format": "pt"} | ({BASE_WEIGHTS: base_weights} if base_weights else {})

@@ -10,18 +10,20 @@ A checkpoint appears under its name only after all of its bytes are on the disk.
 ``COMPLETE.json`` first, so that a half-removed checkpoint is never mistaken for a damaged one.
 """
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.optimize.processes.distributed import World, from_first, text_from_first, wait_for_all
+from dpo_opt.optimize.processes.distributed import World, from_all, text_from_first
 from dpo_opt.optimize.run_folder import CHECKPOINTS, resume_command
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint, short_value
+from dpo_opt.schemas.full_disk import room_on_disk
 from dpo_opt.schemas.locations import inside
 from dpo_opt.schemas.manifest import Sha256, parse, to_json
 from dpo_opt.schemas.storage import publish_folder, sha256_file
@@ -123,14 +125,17 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"step-{step:08d}"
 
 
-def save_checkpoint(run: Path, state: TrainState, write: Callable[[Path], None], world: World) -> Path:
+def save_checkpoint(
+    run: Path, state: TrainState, write: Callable[[Path], Mapping[str, str]], world: World
+) -> Path:
     """Write a checkpoint whole or not at all. A valid checkpoint of the same step is left alone.
 
     Args:
         run: The run's folder.
         state: How far the run has come.
         write: Called by every process with the same folder; writes weights and optimizer state there.
-        world: The run's processes.
+            Returns the SHA-256 of files of all processes, by name; the other files are read to be hashed.
+        world: From ``patient_world``.
 
     Returns:
         The checkpoint.
@@ -139,34 +144,35 @@ def save_checkpoint(run: Path, state: TrainState, write: Callable[[Path], None],
         DpoOptError: The disk is full; earlier checkpoints are untouched.
     """
     path = checkpoint_path(run, state.at.step)
-    if from_first(int(world.first and path.is_dir() and _damage(path) is None), world):
-        return path
-    if not world.first:
-        write(Path(text_from_first("", world)))
-        wait_for_all(world)
-        wait_for_all(world)
-        return path
-    if path.is_dir():
-        _remove(path)
-    with publish_folder(path) as private:
-        write(Path(text_from_first(str(private), world)))
-        wait_for_all(world)
-        (private / _STATE).write_text(to_json(state), encoding="utf-8")
-        files = sorted(file for file in private.rglob("*") if file.is_file())
-        complete = _Complete(
-            step=state.at.step,
-            files=[
-                _File(
-                    file=file.relative_to(private).as_posix(),
-                    bytes=file.stat().st_size,
-                    sha256=sha256_file(file),
-                )
-                for file in files
-            ],
-        )
-        (private / _COMPLETE).write_text(to_json(complete), encoding="utf-8")
-    wait_for_all(world)
+    with room_on_disk(path.parent), contextlib.ExitStack() as published:
+
+        def begin() -> str:
+            if not world.first or (path.is_dir() and _damage(path) is None):
+                return ""
+            if path.is_dir():
+                _remove(path)
+            return str(published.enter_context(publish_folder(path)))
+
+        private = from_all(begin, world)[0]
+        if private:
+            hashes = write(Path(private))
+            from_all(lambda: _complete(Path(private), state, hashes) if world.first else None, world)
+            from_all(published.close, world)
     return path
+
+
+def _complete(private: Path, state: TrainState, hashes: Mapping[str, str]) -> None:
+    """Write the last files of a checkpoint."""
+    (private / _STATE).write_text(to_json(state), encoding="utf-8")
+    files = {file.relative_to(private).as_posix(): file for file in private.rglob("*") if file.is_file()}
+    complete = _Complete(
+        step=state.at.step,
+        files=[
+            _File(file=name, bytes=file.stat().st_size, sha256=hashes.get(name) or sha256_file(file))
+            for name, file in sorted(files.items())
+        ],
+    )
+    (private / _COMPLETE).write_text(to_json(complete), encoding="utf-8")
 
 
 def prune_checkpoints(run: Path, *, step: int, keep: int, best: Best | None) -> None:
@@ -189,7 +195,10 @@ class Checkpoint(NamedTuple):
 
 
 def find_checkpoint(run: Path, say: Callable[[str], None], world: World) -> Checkpoint | None:
-    """``newest_checkpoint`` for several processes: the first one looks, and all get the same."""
+    """``newest_checkpoint`` for several processes: the first one looks, and all get the same.
+
+    ``world`` is from ``patient_world``, because looking means to hash the newest checkpoint.
+    """
     found = newest_checkpoint(run, say) if world.first else None
     name = text_from_first(found.path.name if found else "", world)
     if found or not name:

@@ -2,12 +2,14 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, modeling_utils
 
+from dpo_opt.optimize.checkpoint.tensor_file import write_tensors
 from dpo_opt.optimize.forward.architecture import decoder_of
 from dpo_opt.optimize.forward.attention import STOCK_ATTENTION
 from dpo_opt.optimize.forward.policy import Policy
@@ -22,7 +24,9 @@ _TEMPLATE = "chat_template.*"
 _TEMPLATE_SETTING = "chat_template"
 
 
-def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Path, card: str) -> None:
+def write_model(
+    policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Path, card: str
+) -> dict[str, str]:
     """Write a policy into a folder, in its own dtype.
 
     Args:
@@ -31,6 +35,9 @@ def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Pa
         source: The folder it was loaded from; its generation settings and its processor are copied.
         tokenizer_dir: The tokenizer that made the training data; its files are copied, byte for byte.
         card: Text of the model card.
+
+    Returns:
+        Hex SHA-256 of each file of weights, by name.
     """
     model = policy.model
     # transformers refuses to write some generation settings that it reads (a temperature without do_sample, a
@@ -38,7 +45,7 @@ def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Pa
     # the source is copied instead.
     model.generation_config = GenerationConfig()
     settings = source / "generation_config.json"
-    with _as_it_was_loaded(policy, source):
+    with _as_it_was_loaded(policy, source), _hashing() as hashes:
         model.save_pretrained(folder, safe_serialization=True)
     (folder / settings.name).unlink(missing_ok=True)
     copy_tokenizer(tokenizer_dir, folder)
@@ -46,6 +53,24 @@ def write_model(policy: Policy, folder: Path, *, source: Path, tokenizer_dir: Pa
         shutil.copyfile(settings, folder / settings.name)
     _copy_processor(source, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    return hashes
+
+
+@contextlib.contextmanager
+def _hashing() -> Iterator[dict[str, str]]:
+    """Meanwhile transformers hashes the weights that it writes; yields their hashes by name of the file."""
+    hashes: dict[str, str] = {}
+
+    def save(tensors: Mapping[str, Tensor], name: str, metadata: Mapping[str, str]) -> None:
+        hashes[Path(name).name] = write_tensors(Path(name), tensors, metadata)
+
+    # Only transformers knows how a model's weights are named and split in files.
+    own = modeling_utils.safe_save_file
+    modeling_utils.safe_save_file = save
+    try:
+        yield hashes
+    finally:
+        modeling_utils.safe_save_file = own
 
 
 def _copy_processor(source: Path, folder: Path) -> None:

@@ -1,7 +1,9 @@
 """Writes a run's policy and optimizer to disk, for checkpoints and the final model; loads the optimizer."""
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,12 +13,19 @@ from torch.optim import Optimizer
 from dpo_opt.optimize.adapters.lora import save_adapter, trainable_names
 from dpo_opt.optimize.checkpoint.export import write_model
 from dpo_opt.optimize.checkpoint.model_card import model_card
-from dpo_opt.optimize.checkpoint.state_files import load_state, save_state
+from dpo_opt.optimize.checkpoint.state_files import StateFile, load_state, own_files, save_state
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.processes.distributed import World, wait_for_all
-from dpo_opt.optimize.processes.fsdp import gather_policy
+from dpo_opt.optimize.processes.fsdp import (
+    ShardedPolicy,
+    assembled,
+    gather_policy,
+    gather_tensors,
+    named_weights,
+    shell_of,
+)
 from dpo_opt.optimize.update.optimizer_state import optimizer_tensors
 from dpo_opt.schemas.models import checkpoint_dtype
 from dpo_opt.schemas.shard_folder import ShardFolder
@@ -26,8 +35,47 @@ from dpo_opt.schemas.tokenizer_files import CONFIG, copy_tokenizer
 _OPTIMIZER = "optimizer"
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What this process writes of a checkpoint; a step changes it, unless it is copied before."""
+
+    weights: dict[str, Tensor]
+    """All that is saved of the policy; empty on all processes but the first."""
+    gathered: bool
+    """Whether the weights are already a copy."""
+    optimizer: list[StateFile]
+
+    def copied(self) -> "Snapshot":
+        """A copy in main memory, which further steps do not change."""
+        files = [file._replace(tensors=_copied(file.tensors)) for file in self.optimizer]
+        return Snapshot(self.weights if self.gathered else _copied(self.weights), True, files)
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+@contextlib.contextmanager
+def _final_folder(path: Path) -> Iterator[Path]:
+    # A finished run that was resumed with more steps already has a final model.
+    shutil.rmtree(path, ignore_errors=True)
+    with publish_folder(path) as private:
+        yield private
+
+
 class Saver:
-    """Writes one run's policy and optimizer. Every process of the run must call the same methods."""
+    """Writes one run's policy and optimizer. Every process of the run must call the same methods.
+
+    Args:
+        policy: The policy that is trained.
+        optimizer: Its optimizer.
+        config: The run's configuration.
+        folder: The shards.
+        model_folder: The model that the run started from.
+        parity: For the model card.
+        world: The run's processes.
+        patient: The same, from ``patient_world``.
+    """
 
     def __init__(
         self,
@@ -39,19 +87,43 @@ class Saver:
         model_folder: Path,
         parity: Parity | None,
         world: World,
+        patient: World,
     ) -> None:
-        self._policy, self._optimizer, self._config, self._world = policy, optimizer, config, world
+        self._policy, self._optimizer, self._config = policy, optimizer, config
         self._folder, self._model_folder, self._parity = folder, model_folder, parity
+        self._world, self._patient = world, patient
         self._names: Mapping[Tensor, str] = {p: name for name, p in policy.model.named_parameters()}
         # With an adapter, the frozen parameters are the base's and are not saved.
         self._wanted = trainable_names(policy.model) if config.use_peft else None
+        self._shell = None
+        if not config.use_peft:
+            self._shell = policy.shell if isinstance(policy, ShardedPolicy) else shell_of(policy.model)
 
-    def write_checkpoint(self, private: Path, *, steps: int) -> None:
-        """Write policy and optimizer state into an existing folder, in their own dtypes."""
-        whole = gather_policy(self._policy, self._world, names=self._wanted)
-        if whole is not None:
-            self._write(whole, private, steps=steps)
-        save_state(private / _OPTIMIZER, optimizer_tensors(self._optimizer, self._names), self._world)
+    def snapshot(self) -> Snapshot:
+        """What a checkpoint would hold now. Gathers a sharded policy; nothing else is copied yet."""
+        weights = named_weights(self._policy, self._wanted)
+        sharded = isinstance(self._policy, ShardedPolicy)
+        if sharded:
+            weights = gather_tensors(weights, self._world)
+        state = optimizer_tensors(self._optimizer, self._names)
+        return Snapshot(weights, sharded, own_files(state, self._world))
+
+    def write_checkpoint(self, private: Path, snapshot: Snapshot, *, steps: int) -> dict[str, str]:
+        """Write a snapshot into an existing folder, in its own dtypes. May run in any thread.
+
+        Returns:
+            Hex SHA-256 of the large files of all processes, by name within the folder.
+        """
+
+        def write_policy() -> dict[str, str]:
+            if not self._patient.first:
+                return {}
+            if self._shell is None:
+                return self._write_adapter(snapshot.weights, private, steps=steps)
+            whole = assembled(self._policy, self._shell, snapshot.weights)
+            return self._write_model(whole, private, steps=steps)
+
+        return save_state(private / _OPTIMIZER, snapshot.optimizer, self._patient, beside=write_policy)
 
     def load_optimizer(self, checkpoint: Path) -> None:
         """Load the optimizer state that ``write_checkpoint`` wrote.
@@ -63,40 +135,45 @@ class Saver:
 
     def write_final(self, path: Path, *, steps: int) -> None:
         """Write the trained model or its adapter to ``path``. The policy must not be trained after this."""
-        dtype = self._final_dtype
-        whole = gather_policy(self._policy, self._world, names=self._wanted, dtype=dtype)
-        if whole is not None:
-            # A finished run that was resumed with more steps already has a final model.
-            shutil.rmtree(path, ignore_errors=True)
-            if dtype is not None:
+        if self._config.use_peft:
+            weights = gather_tensors(named_weights(self._policy, self._wanted), self._world)
+            if self._world.first:
+                with _final_folder(path) as private:
+                    self._write_adapter(weights, private, steps=steps)
+        else:
+            dtype = self._final_dtype
+            whole = gather_policy(self._policy, self._world, dtype=dtype)
+            if whole is not None:
                 torch.nn.Module.to(whole.model, dtype=dtype)
-            with publish_folder(path) as private:
-                self._write(whole, private, steps=steps)
-        wait_for_all(self._world)
+                with _final_folder(path) as private:
+                    self._write_model(whole, private, steps=steps)
+        wait_for_all(self._patient)
 
-    def _write(self, whole: Policy, folder: Path, *, steps: int) -> None:
+    def _write_adapter(self, weights: Mapping[str, Tensor], folder: Path, *, steps: int) -> dict[str, str]:
+        save_adapter(
+            self._policy.model, folder, base=self._config.model, base_weights=self._base, weights=weights
+        )
         with self._folder.tokenizer() as tokenizer_dir:
-            if self._config.use_peft:
-                save_adapter(whole.model, folder, base=self._config.model, base_weights=self._base)
-                # With the config.json that a tokenizer may need, the folder would be taken for a model's. The
-                # base has the same tokenizer.
-                if not (tokenizer_dir / CONFIG).exists():
-                    copy_tokenizer(tokenizer_dir, folder)
-                (folder / "README.md").write_text(self._card(steps), encoding="utf-8")
-            else:
-                write_model(
-                    whole,
-                    folder,
-                    source=self._model_folder,
-                    tokenizer_dir=tokenizer_dir,
-                    card=self._card(steps),
-                )
+            # With the config.json that a tokenizer may need, the folder would be taken for a model's. The
+            # base has the same tokenizer.
+            if not (tokenizer_dir / CONFIG).exists():
+                copy_tokenizer(tokenizer_dir, folder)
+        (folder / "README.md").write_text(self._card(steps), encoding="utf-8")
+        return {}
+
+    def _write_model(self, whole: Policy, folder: Path, *, steps: int) -> dict[str, str]:
+        with self._folder.tokenizer() as tokenizer_dir:
+            return write_model(
+                whole,
+                folder,
+                source=self._model_folder,
+                tokenizer_dir=tokenizer_dir,
+                card=self._card(steps),
+            )
 
     @property
-    def _final_dtype(self) -> torch.dtype | None:
-        """Dtype of the saved weights; None for an adapter, which stays in fp32."""
-        if self._config.use_peft:
-            return None
+    def _final_dtype(self) -> torch.dtype:
+        """Dtype of the final model's weights. An adapter stays in fp32."""
         name = self._config.save_dtype
         dtype: torch.dtype = getattr(torch, checkpoint_dtype(self._model_folder) if name == "auto" else name)
         return dtype

@@ -51,6 +51,8 @@ class Memory(NamedTuple):
     attention or sinks this includes each layer's (rows, rows) scores. None: not known without data."""
     head: int
     """The head's fp32 gradient sum, in addition to its parameter's gradient."""
+    save: int
+    """What a save copies to main memory: the weights that a checkpoint holds, and the optimizer's state."""
     online_reference: int
     """What a reference model in memory would add, in the compute dtype; 0 for an adapter: its base is one."""
     rows: int
@@ -98,12 +100,14 @@ def estimate_memory(config: TrainConfig, model_folder: Path, *, rows: int, devic
     gradients = sum(parameter.numel() * parameter.itemsize for parameter in trained)
     if config.use_peft:
         weights += gradients
+    optimizer = optimizer_bytes(trained, config)
     return Memory(
         parameters=whole + (count if config.use_peft else 0),
         trained=count,
         weights=weights,
         gradients=gradients,
-        optimizer=optimizer_bytes(trained, config),
+        optimizer=optimizer,
+        save=(gradients if config.use_peft else weights) + optimizer,
         head=4 * head.weight.numel() if head.weight.requires_grad else 0,
         online_reference=0 if config.use_peft else whole * compute.itemsize,
         activations=_activations(model, config, compute=compute, rows=rows, device=device),

@@ -8,9 +8,9 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, first_line
 
-# The first process hashes and writes checkpoints while the others wait.
+T = TypeVar("T")
+
+# Processes may be minutes apart when a run begins: each reads the model.
 _TIMEOUT = timedelta(minutes=30)
+# Longer than any disk takes to write or hash a checkpoint.
+_PATIENCE = timedelta(days=7)
 # Ports below those that the operating system assigns to other connections.
 _FIRST_PORT, _PORTS = 10_000, 20_000
 _GO_ON = "read the other processes' messages, then run the same command with --resume"
@@ -36,6 +40,8 @@ class World(NamedTuple):
     device: torch.device
     meeting_point: str | None
     """Address at which torch finds the other processes; None for a single process."""
+    group: dist.ProcessGroup | None = None
+    """The group that exchanges numbers; None: torch's default one."""
 
     @property
     def first(self) -> bool:
@@ -154,6 +160,19 @@ def process_group(world: World, *, timeout: timedelta = _TIMEOUT) -> Iterator[No
         dist.destroy_process_group()
 
 
+def patient_world(world: World) -> World:
+    """The same processes, for exchanges in which some wait for another one's disk. All must call this.
+
+    The exchanges go over gloo: nccl ends a run in which a process waits for longer than the time limit. They
+    may be made in another thread than those of ``world``.
+    """
+    if world.size == 1:
+        return world
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    assert isinstance(group, dist.ProcessGroup), "every process belongs to it"
+    return world._replace(device=torch.device("cpu"), group=group)
+
+
 def _lost_another(error: RuntimeError) -> bool:
     # gloo raises bare RuntimeErrors, which name its source file.
     return isinstance(error, dist.DistError) or "gloo" in str(error)
@@ -169,7 +188,7 @@ def any_rank(flag: bool, world: World) -> bool:
     if world.size == 1:
         return flag
     found = torch.tensor(int(flag), device=world.device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=world.group)
     return bool(found)
 
 
@@ -179,7 +198,7 @@ def sum_over_ranks(values: Tensor, world: World) -> Tensor:
     Per-pair results are collected with it: each process fills its own pairs' rows of a tensor of zeros.
     """
     if world.size > 1:
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=world.group)
     return values
 
 
@@ -188,7 +207,7 @@ def from_first(value: int, world: World) -> int:
     if world.size == 1:
         return value
     sent = torch.tensor(value, device=world.device)
-    dist.broadcast(sent, src=0)
+    dist.broadcast(sent, src=0, group=world.group)
     return int(sent)
 
 
@@ -197,7 +216,7 @@ def least_of_ranks(value: int, world: World) -> int:
     if world.size == 1:
         return value
     found = torch.tensor(value, device=world.device)
-    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN, group=world.group)
     return int(found)
 
 
@@ -209,14 +228,45 @@ def text_from_first(text: str, world: World) -> str:
     sent = torch.zeros(size, dtype=torch.uint8, device=world.device)
     if world.first:
         sent.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
-    dist.broadcast(sent, src=0)
+    dist.broadcast(sent, src=0, group=world.group)
     return bytes(sent.tolist()).decode()
 
 
 def wait_for_all(world: World) -> None:
     """Return when every process has called this."""
     if world.size > 1:
-        dist.barrier(device_ids=[world.device.index] if world.device.type == "cuda" else None)
+        devices = [world.device.index] if world.device.type == "cuda" else None
+        dist.barrier(group=world.group, device_ids=devices)
+
+
+def from_all(work: Callable[[], T], world: World) -> list[T]:
+    """Do one piece of work on every process; return when all have done theirs.
+
+    Args:
+        work: This process's piece. Its result is small, and can be pickled.
+        world: From ``patient_world``.
+
+    Returns:
+        The results by process.
+
+    Raises:
+        Exception: The error of the first process that failed, on all of them.
+    """
+    if world.size == 1:
+        return [work()]
+    own: tuple[T | None, Exception | None]
+    try:
+        own = work(), None
+    except Exception as error:
+        # Not every library's error can be pickled.
+        known = isinstance(error, DpoOptError | OSError)
+        own = None, error if known else DpoOptError(first_line(error, named=True))
+    found: list[tuple[T | None, Exception | None]] = [own] * world.size
+    dist.all_gather_object(found, own, group=world.group)
+    for _, failure in found:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in found]  # type: ignore[misc]
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:

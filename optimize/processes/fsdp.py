@@ -1,4 +1,4 @@
-"""Shards a policy over the processes of a run with PyTorch's FSDP2, and gathers it again for saving.
+"""Shards a policy over the processes of a run with PyTorch's FSDP2; gathers or copies it for saving.
 
 Each process keeps its part of every parameter, gradient and optimizer state. A layer is gathered only while
 it runs.
@@ -92,7 +92,7 @@ def shard_policy(policy: Policy, world: World) -> Policy:
             param_dtype=policy.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
     )
-    shell = _shell(policy.model)
+    shell = shell_of(policy.model)
     for layer in decoder_layers(policy.model):
         shard(layer)
     on_device = replace(policy, device=world.device)
@@ -160,13 +160,7 @@ def gather_tensors(
     return gathered
 
 
-def gather_policy(
-    policy: Policy,
-    world: World,
-    *,
-    dtype: torch.dtype | None = None,
-    names: Collection[str] | None = None,
-) -> Policy | None:
+def gather_policy(policy: Policy, world: World, *, dtype: torch.dtype | None = None) -> Policy | None:
     """The whole policy on the first process's CPU, ready to be saved; None on the other processes.
 
     Takes the size of the weights in main memory, and one parameter at a time on every device. A policy that
@@ -176,28 +170,49 @@ def gather_policy(
         policy: This process's part of the policy.
         world: The run's processes.
         dtype: Dtype of the weights; None: their own.
-        names: Parameters to gather; the others are left without numbers. None: all.
     """
     if not isinstance(policy, ShardedPolicy):
         return policy
-    # A tied parameter has two names in the state and is gathered under one of them.
-    once = {name for name, _ in policy.model.named_parameters()}
-    tied = {name for name, _ in policy.model.named_parameters(remove_duplicate=False)} - once
-    wanted = {
-        name: tensor
+    tensors = gather_tensors(named_weights(policy), world, dtype=dtype)
+    return assembled(policy, policy.shell, tensors) if world.first else None
+
+
+def named_weights(policy: Policy, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """A policy's tensors as a checkpoint names them, not copies.
+
+    Args:
+        policy: Sharded or not.
+        names: The wanted ones; None: all.
+    """
+    tied = _tied_names(policy.model)
+    return {
+        name: tensor.detach()
         for name, tensor in policy.model.state_dict().items()
         if name not in tied and (names is None or name in names)
     }
-    tensors = gather_tensors(wanted, world, dtype=dtype)
-    if not world.first:
-        return None
-    whole = copy.deepcopy(policy.shell)
-    whole.load_state_dict(tensors, assign=True, strict=names is None and not tied)
+
+
+def assembled(policy: Policy, shell: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Policy:
+    """A policy on the CPU, ready to be saved.
+
+    Args:
+        policy: The policy that the tensors belong to.
+        shell: From ``shell_of`` its model, which it is a copy of.
+        tensors: All that ``named_weights`` names.
+    """
+    whole = copy.deepcopy(shell)
+    whole.load_state_dict(tensors, assign=True, strict=not _tied_names(whole))
     whole.tie_weights()
     return Policy(whole, torch.device("cpu"), policy.dtype, policy.packs)
 
 
-def _shell(model: PreTrainedModel) -> PreTrainedModel:
+def _tied_names(model: PreTrainedModel) -> set[str]:
+    """A tied parameter has two names in a model's state and is saved under one of them; this is the other."""
+    once = {name for name, _ in model.named_parameters()}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+
+
+def shell_of(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model without numbers; after fully_shard the model can no longer be copied."""
     memo: dict[int, object] = {
         id(p): torch.nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchrun_steps import ALONE
 
 from dpo_opt.optimize import TrainConfig
-from dpo_opt.optimize.checkpoint.state_files import load_state, save_state
+from dpo_opt.optimize.checkpoint.state_files import load_state, own_files, save_state
 from dpo_opt.optimize.update.bf16_adamw import RoundedAdamW, round_stochastically
 from dpo_opt.optimize.update.optimizer import make_optimizer
 from dpo_opt.optimize.update.optimizer_state import optimizer_tensors
@@ -115,7 +115,7 @@ def test_a_run_that_goes_on_is_one_that_never_stopped(
     whole.step(range(6))
     first.step(range(3))
     second.weight.data.copy_(first.weight)
-    save_state(tmp_path / "optimizer", first.state(), ALONE)
+    save_state(tmp_path / "optimizer", own_files(first.state(), ALONE), ALONE)
     torch.rand(3, device=cuda)
     load_state(tmp_path / "optimizer", second.state(), ALONE)
     second.step(range(3, 6))

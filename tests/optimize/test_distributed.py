@@ -113,6 +113,7 @@ def test_all_processes_hear_the_same(torchrun_folders: dict[int, Path], size: in
         heard = facts(torchrun_folders[size], rank)
         assert heard["no flag"] is False
         assert heard["last rank's flag"] is True
+        assert heard["failed"] == ["[Errno 28] No space left on device", str([*range(size)])]
         assert heard["number"] == 7
         assert heard["text"] == "ö0"
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torchrun_steps import ALONE
 
 from dpo_opt.optimize import TrainConfig
-from dpo_opt.optimize.checkpoint.state_files import load_state, save_state
+from dpo_opt.optimize.checkpoint.state_files import load_state, own_files, save_state
 from dpo_opt.optimize.update.optimizer import make_optimizer, set_learning_rate
 from dpo_opt.optimize.update.optimizer_state import optimizer_tensors
 from dpo_opt.schemas.errors import DataError
@@ -92,7 +92,9 @@ def test_a_run_that_goes_on_is_one_that_never_stopped(
 
     first = begin(kind)
     first.step(range(stopped_after))
-    save_state(tmp_path / "optimizer", optimizer_tensors(first.optimizer, first.names), ALONE)
+    save_state(
+        tmp_path / "optimizer", own_files(optimizer_tensors(first.optimizer, first.names), ALONE), ALONE
+    )
 
     second = begin(kind)
     second.model.load_state_dict(first.model.state_dict())
@@ -156,7 +158,7 @@ def test_state_of_another_optimizer_is_refused_and_changes_nothing(
 ) -> None:
     first, second = begin(saved), begin(kind)
     first.step(range(5))
-    save_state(tmp_path / "optimizer", first.tensors(), ALONE)
+    save_state(tmp_path / "optimizer", own_files(first.tensors(), ALONE), ALONE)
     before = second.tensors()
     with pytest.raises(DataError, match="the saved optimizer state does not fit"):
         load_state(tmp_path / "optimizer", optimizer_tensors(second.optimizer, second.names), ALONE)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from training_runs import Interrupter, contents
+from training_runs import Interrupter, contents, without_saves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_opt.optimize import TrainConfig, begin, train
@@ -504,7 +504,7 @@ def test_a_budget_that_several_processes_measured_is_not_one_processs(
     run = stopped_at_step(tmp_path / "run", {**settings, "micro_batch_tokens": None}, 3)
     state = checkpoints.newest_checkpoint(run, print)
     assert state is not None
-    config = TrainConfig(**settings, output_dir=run)
+    config = TrainConfig(**{**settings, "micro_batch_tokens": None}, output_dir=run)
     said: list[str] = []
     alone = World(0, 1, 0, torch.device("cpu"), None)
     of_two = state.state.model_copy(update={"processes": 2})
@@ -590,12 +590,14 @@ def test_evaluations_on_two_folders_of_one_name_are_refused(
 
 def test_checkpoints_by_the_clock(settings: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    without = {**settings, "save_steps": None, "metric_for_best_model": None}
-    without |= {"eval_split": 0.0, "eval_steps": None}
+    without = without_saves(settings)
     train(TrainConfig(**without, save_minutes=1e-9, output_dir=run))
     assert len(steps_saved(run)) == 2
-    train(TrainConfig(**without, save_minutes=1e9, output_dir=tmp_path / "rarely"))
-    assert steps_saved(tmp_path / "rarely") == []
+    by_default = train(TrainConfig(**without, output_dir=tmp_path / "by default"))
+    assert steps_saved(tmp_path / "by default") == [by_default.steps]
+    # As in the resolved configuration of a run of before.
+    train(TrainConfig(**without, save_minutes=None, output_dir=tmp_path / "never"))
+    assert steps_saved(tmp_path / "never") == []
 
 
 def test_signals_are_noted_and_the_handlers_given_back() -> None:

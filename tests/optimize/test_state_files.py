@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrun_steps import ALONE
 
 from dpo_opt.optimize.checkpoint import state_files
-from dpo_opt.optimize.checkpoint.state_files import load_state, save_state
+from dpo_opt.optimize.checkpoint.state_files import load_state, own_files, save_state
 from dpo_opt.schemas.errors import DataError
 
 KINDS = ["untied", "tied"]
@@ -40,7 +40,7 @@ def blank(saved: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_alone_every_bit_comes_back_in_place(tmp_path: Path) -> None:
     saved = tensors()
-    save_state(tmp_path / "state", saved, ALONE)
+    save_state(tmp_path / "state", own_files(saved, ALONE), ALONE)
     loaded = blank(saved)
     before = {name: tensor.data_ptr() for name, tensor in loaded.items()}
     load_state(tmp_path / "state", loaded, ALONE)
@@ -52,7 +52,7 @@ def test_alone_every_bit_comes_back_in_place(tmp_path: Path) -> None:
 def test_large_state_is_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_files, "_FILE_BYTES", 500)
     saved = tensors()
-    save_state(tmp_path / "state", saved, ALONE)
+    save_state(tmp_path / "state", own_files(saved, ALONE), ALONE)
     files = sorted((tmp_path / "state").iterdir())
     assert [file.name for file in files] == [f"state-{i:05d}-of-00002.safetensors" for i in (1, 2)]
     assert set().union(*(load_file(file) for file in files)) == set(saved)
@@ -119,13 +119,13 @@ def test_parts_on_other_machines_disks_are_noticed_when_they_are_saved(
     ],
 )
 def test_other_tensors_are_refused(tmp_path: Path, change: dict[str, Tensor], message: str) -> None:
-    save_state(tmp_path / "state", tensors(), ALONE)
+    save_state(tmp_path / "state", own_files(tensors(), ALONE), ALONE)
     with pytest.raises(DataError, match=message):
         load_state(tmp_path / "state", tensors() | change, ALONE)
 
 
 def test_tensors_that_nobody_asks_for_are_refused(tmp_path: Path) -> None:
-    save_state(tmp_path / "state", tensors(), ALONE)
+    save_state(tmp_path / "state", own_files(tensors(), ALONE), ALONE)
     fewer = tensors()
     del fewer["step"]
     with pytest.raises(DataError, match=r"step \(.* saved, none wanted\)"):
