@@ -34,7 +34,7 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--pairs-per-step", type=int, default=8)
@@ -44,11 +44,11 @@ def main() -> None:
         lines = options.pairs.read_text(encoding="utf-8").splitlines()[: 2 * options.pairs_per_step]
         (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         scored = PrecomputeConfig(
-            model=options.model, data=folder / "pairs.jsonl", shards=folder / "shards", dtype="float32"
+            model=str(options.model), data=folder / "pairs.jsonl", shards=folder / "shards", dtype="float32"
         )
         precompute(scored, scorer=HfScorer(options.model, dtype="float32"))
         config = TrainConfig(
-            model=options.model,
+            model=str(options.model),
             shards=scored.shards,
             output_dir=folder / "run",
             batch_size=options.pairs_per_step,
