@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dpo_opt.analysis import report
 from dpo_opt.analysis.kl import estimate_kl
@@ -75,6 +76,16 @@ def test_summary_file_is_what_is_returned_and_agrees_with_the_run(make_run, shar
     assert entry["parity"]["ok"] is True
     right = [p.ref_chosen_logps > p.ref_rejected_logps for p in shards[1]]
     assert entry["reference_ranking_accuracy"] == pytest.approx(sum(right) / 120)
+
+
+def test_several_losses_are_named_as_their_sum(make_run):
+    run = make_run()
+    config = yaml.safe_load((run / "config.resolved.yaml").read_text())
+    config |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}
+    (run / "config.resolved.yaml").write_text(yaml.safe_dump(config))
+    summary, page = write_report(run)
+    assert summary.runs[0].loss_type == "sigmoid + sft"
+    assert "sigmoid + sft, beta 0.1" in page
 
 
 def test_held_out_pairs_agree_with_the_trainers_own_last_evaluation(make_run):
