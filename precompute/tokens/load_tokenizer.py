@@ -112,10 +112,14 @@ def _difference(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> _Differen
     from tokenizers import Tokenizer
 
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    loaded = copy.deepcopy(tokenizer.backend_tokenizer)
-    for backend in (own, loaded):
-        backend.no_truncation()
-        backend.no_padding()
+    loaded = tokenizer.backend_tokenizer
+    if loaded.truncation or loaded.padding:
+        # Copied only then: it takes as long as loading.
+        loaded = copy.deepcopy(loaded)
+        loaded.no_truncation()
+        loaded.no_padding()
+    own.no_truncation()
+    own.no_padding()
     # Each by itself, so that what differs is shown short.
     special = stated_special_tokens(folder)[:_SPECIAL]
     texts = [*_PROBE.splitlines(keepends=True), _PROBE, *(f"a {token} b" for token in special)]

@@ -284,19 +284,23 @@ class PairTokenizer:
 
 @functools.cache
 def encoder(folder: Path, template_date: str | None = None, train_on: TrainOn = "all") -> PairTokenizer:
-    """A model's tokenizer for whole ids, loaded once in a process; what is done with a length is not asked.
+    """A model's tokenizer for whole ids; what is done with a length is not asked.
 
     Raises:
         ConfigError: As ``load_tokenizer`` and ``model_vocab_size``.
     """
     return PairTokenizer(
-        load_tokenizer(folder),
+        _loaded(folder),
         max_length=1,
         truncation="drop",
         vocab_size=model_vocab_size(folder),
         template_date=template_date,
         train_on=train_on,
     )
+
+
+# Loaded once in a process: it takes a second, and encoders of a folder differ in date and turns.
+_loaded = functools.cache(load_tokenizer)
 
 
 def _whole_text_backend(tokenizer: "PreTrainedTokenizerFast") -> Any:
