@@ -13,7 +13,7 @@ import polars as pl
 from dpo_opt.analysis import rewards
 from dpo_opt.analysis.load import ShardSlice, counted_tokens, scan_shards, shard_slices
 from dpo_opt.analysis.outcomes import means_by_source, shares_over_prompts
-from dpo_opt.analysis.token_texts import TokenDecoder, pair_texts
+from dpo_opt.analysis.token_texts import TokenDecoder, pair_texts, plain
 from dpo_opt.schemas.audit_record import HardPair, ReferenceView, SourceRanking
 from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.locations import AnyPath
@@ -95,4 +95,8 @@ def _hardest(
         .collect(engine="streaming")
     )
     texts = pair_texts(scan_shards(shards_dir), lowest["row"].to_list(), decoder)
-    return [HardPair(**row, **texts[row["row"]]._asdict()) for row in lowest.iter_rows(named=True)]
+    return [
+        HardPair(**row, prompt=text.prompt, chosen=plain(text.chosen), rejected=plain(text.rejected))
+        for row in lowest.iter_rows(named=True)
+        for text in [texts[row["row"]]]
+    ]

@@ -4,6 +4,7 @@ The text may come from a model or a stranger. Control characters are removed her
 markup.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,12 +19,20 @@ _CHARACTERS = 900
 _IDS = 2000
 
 
+class Part(NamedTuple):
+    """A piece of a completion."""
+
+    text: str
+    context: bool
+    """Whether it is what users and tools say, which does not count."""
+
+
 class PairText(NamedTuple):
-    """One pair as text, each part cut to a length that fits on a page."""
+    """One pair as text, each side cut to a length that fits on a page."""
 
     prompt: str
-    chosen: str
-    rejected: str
+    chosen: list[Part]
+    rejected: list[Part]
 
 
 class TokenDecoder:
@@ -58,7 +67,6 @@ class TokenDecoder:
 
 def pair_texts(shards: pl.LazyFrame, rows: Sequence[int], decoder: TokenDecoder) -> dict[int, PairText]:
     """The text of some pairs, by row: the end of the prompt and the start of both completions."""
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     found = (
         shards.filter(pl.col("row").is_in(list(rows)))
         .select(
@@ -69,22 +77,47 @@ def pair_texts(shards: pl.LazyFrame, rows: Sequence[int], decoder: TokenDecoder)
             pl.col("prompt_ids").list.tail(_IDS),
             pl.col("chosen_ids").list.head(_IDS),
             pl.col("rejected_ids").list.head(_IDS),
+            pl.col("chosen_mask").list.head(_IDS),
+            pl.col("rejected_mask").list.head(_IDS),
         )
         .collect(engine="streaming")
     )
     texts = {}
     for row in found.iter_rows(named=True):
-        prompt, chosen, rejected = (decoder.text(row[name]) for name in columns)
-        texts[row["row"]] = PairText(
-            prompt=_tail(prompt, more=row["prompt_length"] > _IDS),
-            chosen=_head(chosen, more=row["chosen_length"] > _IDS),
-            rejected=_head(rejected, more=row["rejected_length"] > _IDS),
+        chosen, rejected = (
+            _head(
+                _parts(row[f"{side}_ids"], row[f"{side}_mask"], decoder), more=row[f"{side}_length"] > _IDS
+            )
+            for side in ("chosen", "rejected")
         )
+        prompt = _tail(decoder.text(row["prompt_ids"]), more=row["prompt_length"] > _IDS)
+        texts[row["row"]] = PairText(prompt, chosen, rejected)
     return texts
 
 
-def _head(text: str, *, more: bool) -> str:
-    return f"{text[:_CHARACTERS]} […]" if more or len(text) > _CHARACTERS else text
+def plain(parts: Sequence[Part]) -> str:
+    """The text of a side."""
+    return "".join(part.text for part in parts)
+
+
+def _parts(ids: Sequence[int], mask: Sequence[bool] | None, decoder: TokenDecoder) -> list[Part]:
+    """The text of a completion, divided where tokens begin or cease to count."""
+    if mask is None:
+        return [Part(decoder.text(ids), context=False)]
+    runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda token: token[1])
+    return [Part(decoder.text([i for i, _ in run]), context=not counts) for counts, run in runs]
+
+
+def _head(parts: list[Part], *, more: bool) -> list[Part]:
+    room = _CHARACTERS
+    found = []
+    for part in parts:
+        found.append(part._replace(text=part.text[:room]))
+        if len(part.text) > room:
+            more = True
+            break
+        room -= len(part.text)
+    return [*found, Part(" […]", context=False)] if more else found
 
 
 def _tail(text: str, *, more: bool) -> str:

@@ -56,6 +56,11 @@ class HardPair(NamedTuple):
     rejected_length: int
     text: PairText
 
+    @property
+    def has_context(self) -> bool:
+        """Whether something inside one of the completions does not count."""
+        return any(part.context for part in (*self.text.chosen, *self.text.rejected))
+
 
 class KLFile(NamedTuple):
     """One table of on-policy samples."""

@@ -136,6 +136,30 @@ def test_every_figure_states_n(make_run):
     assert all(re.search(r"n = \d", caption) for caption in captions)
 
 
+def test_context_inside_a_completion_is_marked(tmp_path, shards_writer, run_writer, texts):
+    made = shards_writer(tmp_path / "s", texts(20), masked=True)
+    run = run_writer(tmp_path / "run", tmp_path / "s", made, steps=5, eval_every=0)
+    _, page = write_report(run)
+    text = (tmp_path / "report.html").read_text()
+    assert "is context inside a completion" in page
+    for article in text.split("<article")[1:]:
+        row = int(re.search(r"<b>row ([\d,]+)</b>", article)[1])
+        chosen, rejected = (
+            re.search(rf'<div class="{side}">.*?<div class="text">(.*?)</div>', article, re.DOTALL)[1]
+            for side in ("chosen", "rejected")
+        )
+        whole = texts(20)[row][1]  # a token for each letter
+        half = len(made[row].chosen_ids) // 2
+        marked = f'<span class="context">{whole[:half]}</span>{whole[half:]}'
+        assert chosen == (marked if row % 2 else whole)
+        assert "context" not in rejected
+
+
+def test_nothing_is_said_of_context_where_there_is_none(make_run):
+    _, page = write_report(make_run())
+    assert "is context inside a completion" not in page
+
+
 def test_page_has_no_script_and_reaches_for_nothing(make_run):
     run = make_run()
     _, page = write_report(run)
