@@ -113,12 +113,24 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def test_an_update_waits_for_the_copy_of_what_it_changes(
     settings: dict[str, Any], undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied = Snapshot.copied
+    copied, begin, wait = Snapshot.copied, BackgroundSaves.begin, BackgroundSaves.wait_for_copy
+    updates = threading.Event()
+
+    def begun(*args: Any) -> None:
+        updates.clear()
+        begin(*args)
+
+    def waited_for(saves: BackgroundSaves) -> None:
+        updates.set()
+        wait(saves)
 
     def late(snapshot: Snapshot) -> Snapshot:
-        time.sleep(0.3)  # longer than a step's forward and backward
+        assert updates.wait(timeout=60)
+        time.sleep(0.1)  # an update would be made by now
         return copied(snapshot)
 
+    monkeypatch.setattr(BackgroundSaves, "begin", begun)
+    monkeypatch.setattr(BackgroundSaves, "wait_for_copy", waited_for)
     monkeypatch.setattr(Snapshot, "copied", late)
     run, other = tmp_path / "run", tmp_path / "other"
     train(TrainConfig(**settings, output_dir=run))
