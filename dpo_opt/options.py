@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import click
 from pydantic.fields import FieldInfo
@@ -44,8 +44,21 @@ def dtype_option(text: str) -> Callable[[Command], Command]:
     )
 
 
+class OtherFile(NamedTuple):
+    """An option for a file of another program's settings."""
+
+    flag: str
+    help: str
+    read: Callable[[AnyPath], Mapping[str, Any]]
+    """Gives the settings that the file means here; those of ``--config`` and flags win."""
+
+
 def configured(
-    kind: type[C], *, argument: str | None = None, short: Mapping[str, str] = MappingProxyType({})
+    kind: type[C],
+    *,
+    argument: str | None = None,
+    short: Mapping[str, str] = MappingProxyType({}),
+    other: OtherFile | None = None,
 ) -> Callable[[Command], Command]:
     """Give a command every field of ``kind`` as an option; it receives the result as ``config``.
 
@@ -53,10 +66,11 @@ def configured(
         kind: The configuration.
         argument: A field that lists things, and is given without a flag.
         short: Field to a one-letter flag, such as ``-n``.
+        other: An option for settings of another program.
     """
 
     def decorate(command: Command) -> Command:
-        def run(config_file: AnyPath | None, **given: Any) -> None:
+        def run(config_file: AnyPath | None, other_file: AnyPath | None = None, **given: Any) -> None:
             # An option that may be given several times, and was not, is an empty tuple.
             flags = {
                 name: None if value == () else value
@@ -64,7 +78,8 @@ def configured(
                 if name in kind.model_fields
                 for value in [given.pop(name)]
             }
-            config = _resolve(kind, config_file, flags, argument)
+            first = other.read(other_file) if other and other_file else {}
+            config = _resolve(kind, config_file, flags, argument, first)
             try:
                 command(config=config, **given)
             except DpoOptError as error:
@@ -78,6 +93,10 @@ def configured(
                 click.argument(name, nargs=-1, metavar=f"{name.upper()}...")(run)
             else:
                 _option(name, field, *([short[name]] if name in short else []))(run)
+        if other:
+            click.option(other.flag, "other_file", type=LocationType(existing_file=True), help=other.help)(
+                run
+            )
         click.option(
             "--config",
             "config_file",
@@ -205,14 +224,21 @@ def _click_type(kind: Any) -> click.ParamType[Any]:
     return simple[kind]
 
 
-def _resolve(kind: type[C], config_file: AnyPath | None, flags: dict[str, Any], argument: str | None) -> C:
-    """The configuration from a file and flags.
+def _resolve(
+    kind: type[C],
+    config_file: AnyPath | None,
+    flags: dict[str, Any],
+    argument: str | None,
+    first: Mapping[str, Any],
+) -> C:
+    """The configuration from a file and flags, and below them what ``first`` says.
 
     Raises:
         ConfigError: A key is unknown, a value is refused, or a required setting is missing.
     """
-    values = read_settings(config_file, list(kind.model_fields)) if config_file else {}
-    where = dict.fromkeys(values, str(config_file))
+    given = read_settings(config_file, list(kind.model_fields)) if config_file else {}
+    where = dict.fromkeys(given, str(config_file))
+    values = {**first, **given}
     for name, value in flags.items():
         if value is None:
             continue

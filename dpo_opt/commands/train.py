@@ -11,10 +11,13 @@ import click
 
 from dpo_opt.console import watched
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.options import ListsCommand, configured, dry_run_option, json_option
+from dpo_opt.options import ListsCommand, OtherFile, configured, dry_run_option, json_option
 from dpo_opt.results import say, show, table
 from dpo_opt.schemas.errors import Interrupted
+from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.models import checkpoint_dtype
+from dpo_opt.schemas.safe_text import printable
+from dpo_opt.trl_config import read_trl_config
 
 if TYPE_CHECKING:
     from dpo_opt.optimize.loop import TrainResult
@@ -30,8 +33,23 @@ _MEANS = (
 )
 
 
+def _trl_settings(path: AnyPath) -> dict[str, Any]:
+    """The settings that a file of TRL's means here; says which of it has no effect."""
+    found = read_trl_config(path)
+    for name, reason in found.not_taken.items():
+        click.echo(printable(f"--trl-config: {name} is not taken: {reason}"), err=True)
+    return found.settings
+
+
 @click.command(cls=ListsCommand, help=__doc__)
-@configured(TrainConfig)
+@configured(
+    TrainConfig,
+    other=OtherFile(
+        "--trl-config",
+        "TRL's settings, a YAML or a DPOConfig as JSON; --config and flags win.",
+        _trl_settings,
+    ),
+)
 @dry_run_option
 @json_option
 def command(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
