@@ -43,7 +43,7 @@ def parse(line: str) -> None:
     if ">" in words:
         words = words[: words.index(">")]
     for place, word in enumerate(words[:-1]):
-        if word == "--config":
+        if word in ("--config", "--trl-config"):
             words[place + 1] = str(ROOT / "mkdocs.yml")  # a file that is there; its content is read later
     name, *arguments = words
     main.commands[name].make_context(name, arguments, parent=click.Context(main, info_name="dpo-opt"))
