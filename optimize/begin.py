@@ -41,7 +41,6 @@ from dpo_opt.optimize.throughput import Throughput
 from dpo_opt.optimize.update.optimizer import make_optimizer
 from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.progress import Progress
-from dpo_opt.schemas.shard_folder import ShardFolder
 
 
 class Run(NamedTuple):
@@ -159,7 +158,7 @@ def resume_or_begin(
         FingerprintError: The cached log-probs are not the policy's own.
     """
     folder, model_folder = prepared.folder, prepared.model_folder
-    data = _data(config, folder)
+    data = _data(config, prepared)
     # The resolved dtype is recorded: on another kind of device `auto` would mean another one.
     dtype = compute_dtype(config.dtype, world.device)
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
@@ -221,13 +220,14 @@ def resume_or_begin(
     return run, _new_state(run, batching)
 
 
-def _data(config: TrainConfig, folder: ShardFolder) -> Data:
-    manifest = folder.manifest
+def _data(config: TrainConfig, prepared: Prepared) -> Data:
+    manifest = prepared.folder.manifest
     return Data(
         dataset_digest=manifest.dataset_digest,
         index_sha256=manifest.index_sha256,
         fingerprint=manifest.fingerprint,
         reference_differs=config.reference_differs,
+        weights_and_margins=prepared.stream.values_sha256,
     )
 
 

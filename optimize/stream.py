@@ -6,6 +6,7 @@ order is one number: how many pairs were consumed.
 """
 
 import contextlib
+import hashlib
 import itertools
 import math
 import threading
@@ -200,6 +201,15 @@ class PairStream:
             return None
         places = np.searchsorted(self._rows, [pair.row for pair in pairs])
         return [float(margin) for margin in self._margins[places]]
+
+    @property
+    def values_sha256(self) -> str:
+        """Hash of the pairs' weights, and of their margins if they are read."""
+        digest = hashlib.sha256()
+        for values in (self._weights, self._margins):
+            digest.update(b"" if values is None else values.astype("<f8").tobytes())
+            digest.update(b";")
+        return digest.hexdigest()
 
     def _all_margins(self) -> Values:
         path = self._folder.path

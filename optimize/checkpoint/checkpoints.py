@@ -61,6 +61,9 @@ class Data(_Record):
     fingerprint: Fingerprint
     reference_differs: bool
     """Whether the reference is another model than the one the run started from."""
+    weights_and_margins: str = ""
+    """Hash of the pairs' weights, and of their margins where the loss reads them; empty in checkpoints of
+    versions that did not record it."""
 
 
 class Counters(BaseModel):
@@ -250,6 +253,8 @@ def require_same_run(state: TrainState, *, data: Data, settings: dict[str, Any],
     if saved["dtype"] == "auto":  # in checkpoints from before it was resolved
         saved["dtype"] = current["dtype"]
     free = _FREE | (_LENGTHS if _rate_is_any_lengths(settings) else set())
+    if not state.data.weights_and_margins:
+        free |= {"weights_and_margins"}
     differing = [name for name in current if name not in free and saved.get(name) != current[name]]
     if not differing:
         return

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from dpo_opt.optimize.stream import PairStream
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError, Preempted
 from dpo_opt.schemas.progress import Silent
 from dpo_opt.schemas.shard_folder import ShardFolder
+from dpo_opt.schemas.sidecars import WEIGHT, Column, write_column
 from dpo_opt.schemas.storage import sha256_file
 
 OPTIMIZER = "optimizer/state-00001-of-00001.safetensors"
@@ -343,6 +345,21 @@ def test_other_shards_are_another_run(settings: dict[str, Any], tmp_path: Path, 
     run = stopped_at_step(tmp_path / "run", settings, 3)
     with pytest.raises(ConfigError, match="shards' dtype: float32 then, bfloat16 now"):
         train(TrainConfig(**{**settings, "shards": bf16_shards}, output_dir=run, resume=True))
+
+
+def test_other_weights_of_pairs_are_another_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    shards = shutil.copytree(settings["shards"], tmp_path / "shards")
+    settings = {**settings, "shards": shards}
+    run = stopped_at_step(tmp_path / "run", settings, 3)
+    write_column(shards, WEIGHT, Column(array("q", [0, 1]), array("d", [2.0, 0.5])))
+    with pytest.raises(ConfigError, match="weights_and_margins: "):
+        train(TrainConfig(**settings, output_dir=run, resume=True))
+    # A checkpoint of a version that did not record them goes on, as it did then.
+    state = checkpoints.find_checkpoint(run, print, World(0, 1, 0, torch.device("cpu"), None)).state
+    unrecorded = state.data.model_copy(update={"weights_and_margins": ""})
+    checkpoints.require_same_run(
+        state.model_copy(update={"data": unrecorded}), data=state.data, settings=state.settings, run=run
+    )
 
 
 def test_the_reference_is_never_what_was_trained_since(settings: dict[str, Any], tmp_path: Path) -> None:
