@@ -85,9 +85,7 @@ def pair_texts(shards: pl.LazyFrame, rows: Sequence[int], decoder: TokenDecoder)
     texts = {}
     for row in found.iter_rows(named=True):
         chosen, rejected = (
-            _head(
-                _parts(row[f"{side}_ids"], row[f"{side}_mask"], decoder), more=row[f"{side}_length"] > _IDS
-            )
+            _head(_parts(row[f"{side}_ids"], row[f"{side}_mask"], decoder), more=row[f"{side}_length"] > _IDS)
             for side in ("chosen", "rejected")
         )
         prompt = _tail(decoder.text(row["prompt_ids"]), more=row["prompt_length"] > _IDS)

@@ -176,7 +176,7 @@ def require_parity(parity: Parity, *, shards: str, model: str) -> None:
             why="no cache can hold them: every training step would see other numbers than were scored",
             fix="pass --dtype float32; if that fails too, report the versions with `dpo-opt env`",
         )
-    again = score_again(location(shards), model=quoted(model), into="OTHER_FOLDER")
+    again = score_again(location(shards), model=model, into="OTHER_FOLDER")
     if parity.experts and not (parity.dtype == parity.cached_dtype == "float32"):
         train = "dpo-opt train --dtype float32, where rounding picks no other expert"
         fix = f"{again} --dtype float32; then {train}"

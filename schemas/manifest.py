@@ -184,7 +184,7 @@ def resume_command(shards_dir: AnyPath) -> str:
     return f"dpo-opt precompute {how} --shards {quoted(shards_dir)}"
 
 
-def score_again(shards_dir: AnyPath, *, model: str, into: str) -> str:
+def score_again(shards_dir: AnyPath, *, model: object, into: object) -> str:
     """The command that scores a folder's data under another model, or otherwise, into another folder.
 
     Args:
@@ -194,7 +194,7 @@ def score_again(shards_dir: AnyPath, *, model: str, into: str) -> str:
     """
     settings = shards_dir / COMMAND
     how = f"--config {quoted(settings)}" if is_file(settings) else "--data DATA"
-    return f"dpo-opt precompute --model {model} {how} --shards {into}"
+    return f"dpo-opt precompute --model {quoted(model)} {how} --shards {quoted(into)}"
 
 
 def to_json(record: BaseModel) -> str:

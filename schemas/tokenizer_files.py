@@ -22,7 +22,6 @@ _PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "chat_template.json",  # a processor's
     "additional_chat_templates/*.jinja",
     "vocab.json",
     "vocab.txt",

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_opt.optimize.run_folder import RunFolder
+from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.storage import publish
 from dpo_opt.sweep.grid import SweepRun, run_settings, varied_settings
 
@@ -56,8 +57,8 @@ def write_table(sweep: Path, rows: Sequence[Row]) -> None:
     plain = [
         {name: json.dumps(v) if isinstance(v, list | dict) else v for name, v in row.items()} for row in rows
     ]
-    with publish(sweep / TABLE) as private:
-        pq.write_table(pa.Table.from_pylist(plain), private)
+    with publish(sweep / TABLE) as private, arrow_file(private, "wb") as sink:
+        pq.write_table(pa.Table.from_pylist(plain), sink)
 
 
 def best_first(rows: Sequence[Row]) -> Iterator[Row]:

@@ -113,8 +113,8 @@ def _difference(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> _Differen
 
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     loaded = tokenizer.backend_tokenizer
-    if loaded.truncation or loaded.padding:
-        # Copied only then: it takes as long as loading.
+    if loaded.truncation or loaded.padding or loaded.encode_special_tokens:
+        # A copy forgets the last. Made only then: it takes as long as loading.
         loaded = copy.deepcopy(loaded)
         loaded.no_truncation()
         loaded.no_padding()

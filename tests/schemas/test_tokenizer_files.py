@@ -13,7 +13,6 @@ OWN = [
     "additional_chat_templates/rag.jinja",
     "additional_chat_templates/tool_use.jinja",
     "chat_template.jinja",
-    "chat_template.json",
     "merges.txt",
     "special_tokens_map.json",
     "spiece.model",
@@ -24,7 +23,14 @@ OWN = [
     "tokenizer_config.json",
     "vocab.json",
 ]
-OTHERS = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.py", "more/tokenizer.json"]
+OTHERS = [
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.py",
+    "more/tokenizer.json",
+]
 
 
 def written(folder: Path, names: list[str]) -> Path:
