@@ -273,7 +273,7 @@ SITUATIONS |= {
     "convert: a format that cannot hold the rows": Situation(
         lambda place: None,
         lambda place: ["convert", str(place.data), "--output", f"{place.base}/new", "--to", "openai"],
-        "the format openai cannot say what this row says",
+        "the format openai can hold none of the rows",
         "pass --to trl",
     ),
     "convert: a format that cannot hold tool calls": Situation(
@@ -281,7 +281,7 @@ SITUATIONS |= {
             place, [chat(i, said("user", "And?"), said("assistant", "So.")) for i in (0, 1)]
         ),
         lambda place: ["convert", str(place.data), "--output", f"{place.base}/new", "--to", "sharegpt"],
-        "the format sharegpt cannot say what this row says",
+        "the format sharegpt can hold none of the rows",
         "pass --to trl",
     ),
     "convert: the output stands inside the data": Situation(

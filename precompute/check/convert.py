@@ -142,7 +142,13 @@ def _write(
             _line(held_out if to_eval else train, row)
     progress.finish()
     if unwritable is not None and not counts:
-        raise unwritable
+        raise DataError(
+            f"the format {config.to} can hold none of the rows that are left",
+            where=unwritable.where,
+            why=f"of the first of them: {unwritable.why}",
+            fix="pass --to trl, which holds every row",
+            kind=unwritable.kind,
+        )
     converted = Converted(counts["train"], counts["eval"], dict(sorted(removed.items())))
     about = {
         "dpo_opt": version("dpo-opt"),

@@ -243,7 +243,11 @@ def _table(rows: list[list[int]], columns: int, *, height: int) -> Int32s:
 
 
 def _characters(text: Text) -> int:
-    return len(text) if isinstance(text, str) else sum(len(str(message["content"])) for message in text)
+    """Characters of a text, or of all that messages say: contents, thoughts, and calls of tools as JSON."""
+    if isinstance(text, str):
+        return len(text)
+    said = (value for message in text for key, value in message.items() if key != "role" and value)
+    return sum(len(value if isinstance(value, str) else json.dumps(value)) for value in said)
 
 
 def _joined(blocks: Sequence[_BlockFacts], unreadable: dict[tuple[int, str], BadRows]) -> Facts:

@@ -88,6 +88,9 @@ def _turn(message: dict[str, Any], pair: PreferencePair) -> dict[str, Any]:
     if other is not None:
         _refuse(pair, "sharegpt", f'its messages have no "{other}"')
     if calls is not None:
+        key = next((key for call in calls for key in call if key not in ("type", "function")), None)
+        if key is not None:
+            _refuse(pair, "sharegpt", f'its tool calls have no "{key}"')
         functions = [_function(call) for call in calls]
         value = json.dumps(functions[0] if len(functions) == 1 else functions, ensure_ascii=False)
         return {"from": "function_call", "value": value}

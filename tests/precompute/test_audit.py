@@ -164,6 +164,20 @@ def test_pairs_that_prefer_nothing_are_counted(repetitive: tuple[Path, Rows]) ->
     assert [e.where for e in problem.examples] == [f"{path}:{i + 1}" for i in same[:5]]
 
 
+def test_what_tools_are_called_with_has_a_length(tmp_path: Path) -> None:
+    """Without a model, a side that only calls a tool is not an empty one."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    asked = [{"role": "user", "content": "Warm?"}]
+    row = {
+        "prompt": asked,
+        "chosen": [{"role": "assistant", "content": "", "tool_calls": [call]}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    }
+    lengths = {part.part: part for part in check(write_jsonl(tmp_path / "a.jsonl", [row])).lengths}
+    assert lengths["rejected"].longest == 3
+    assert lengths["chosen"].longest == len(json.dumps([call]))
+
+
 @pytest.mark.parametrize("unit", ["characters", "tokens"])
 def test_lengths_and_their_bias_are_those_of_the_texts(
     repetitive: tuple[Path, Rows], tiny_model: Path, unit: str

@@ -65,7 +65,7 @@ def test_every_form_comes_back_with_the_same_pairs_and_ids(
         pairs = read(source)
         output = tmp_path / str(number)
         if to != "trl" and isinstance(pairs[0].prompt, str):
-            with pytest.raises(DataError, match=f"the format {to} cannot say"):
+            with pytest.raises(DataError, match=f"the format {to} can hold none of the rows"):
                 run(source, output, to=to)
             continue
         assert run(source, output, to=to) == Converted(3, 0, {}), form
