@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import click
 from pydantic.fields import FieldInfo
 
-from dpo_opt.own_words import in_own_words
+from dpo_opt.complete_fix import complete_fix
 from dpo_opt.read_settings import make_settings, read_settings
 from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.locations import AnyPath, is_file, location
@@ -83,7 +83,7 @@ def configured(
             try:
                 command(config=config, **given)
             except DpoOptError as error:
-                error.fix = None if error.fix is None else in_own_words(error.fix, config)
+                error.fix = None if error.fix is None else complete_fix(error.fix, config)
                 raise
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import click
 
+from dpo_opt.complete_fix import complete_fix
 from dpo_opt.console import watched
 from dpo_opt.options import configured, json_option
-from dpo_opt.own_words import in_own_words
 from dpo_opt.precompute.config import CheckConfig
 from dpo_opt.results import say, show, table
 from dpo_opt.schemas.audit_record import Audit
@@ -29,7 +29,7 @@ def command(context: click.Context, config: CheckConfig, as_json: bool) -> None:
 
     found = audit(config, progress=watched(), count_parameters=count_parameters)
     for problem in found.problems:
-        problem.fix = in_own_words(problem.fix, config)
+        problem.fix = complete_fix(problem.fix, config)
     if config.shards is not None:
         from dpo_opt.analysis import reference_view
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from dpo_opt.precompute.config import TrainOn
 from dpo_opt.precompute.read.strict_json import SKIP_ROW
 from dpo_opt.precompute.tokens.faithful import Part, refuse_losses
-from dpo_opt.precompute.tokens.own_words import refuse_hidden_losses
+from dpo_opt.precompute.tokens.hidden_losses import refuse_hidden_losses
 from dpo_opt.precompute.tokens.stumbles import Conversation, explained
 from dpo_opt.precompute.tokens.templates import Renderer
 from dpo_opt.precompute.tokens.turns import Located, Span, counted_turns, spans_of

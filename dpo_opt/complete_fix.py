@@ -12,7 +12,7 @@ _PLAIN = re.compile(r"[\w./-]+\.jsonl")
 """A name that can stand between quotes of any kind."""
 
 
-def in_own_words(fix: str, config: Settings) -> str:
+def complete_fix(fix: str, config: Settings) -> str:
     """A fix with the command's data for DATA (and EVAL), and its model for M.
 
     Args:
