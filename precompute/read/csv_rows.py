@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NoReturn
 
+from dpo_opt.precompute.read.messages import TEXT_OF_MESSAGES
 from dpo_opt.precompute.read.row_blocks import LONGEST_ROW, TextBlock, too_long
 from dpo_opt.precompute.read.shape_parts import CARRIED_KEYS
 from dpo_opt.precompute.read.strict_json import escape
@@ -26,7 +27,6 @@ _NUMBERS = _SCORES | {
 _NUMBER = re.compile(r"[+-]?[0-9]+(?P<fraction>\.[0-9]*)?(?P<power>[eE][+-]?[0-9]+)?")
 # An empty cell of these keys is no value; of others it is an empty text, as in JSON.
 _MAY_BE_ABSENT = _SCORES.union(CARRIED_KEYS)
-_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _BLOCK_BYTES = 2**20
 _FIX_QUOTES = "write a cell that holds separators, quotes or line ends in quotes, and each quote in it twice"
@@ -84,7 +84,7 @@ def _objects(file: str, stream: BinaryIO, delimiter: str, column: Mapping[str, s
             cell = cells[place]
             if cell or name not in may_be_absent:
                 row[name] = _number(cell) if name in numbers else cell
-            if number == 1 and _MESSAGES.match(cell):
+            if number == 1 and TEXT_OF_MESSAGES.match(cell):
                 _refuse(
                     f'the column "{escape(name)}" holds messages as text',
                     f"{file}:row 1",

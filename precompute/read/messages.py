@@ -1,12 +1,15 @@
 """Checks chat messages before a template renders them: a template silently ignores keys it does not know."""
 
 import json
+import re
 from typing import NoReturn
 
 from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, quote, without_nulls
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message
 
+TEXT_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+"""The beginning of a list of messages as JSON, or as Python prints it."""
 _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 # Who may speak first in a completion; whoever comes before is prompt.
 _NOT_COMPLETING = {"user", "human", "system", "developer"}
@@ -19,6 +22,22 @@ def read_messages(values: list[object], key: str, where: str) -> list[Message]:
         DataError: An element is no message, or has a key that nothing would use.
     """
     return [_message(value, f'message {i} of "{key}"', where) for i, value in enumerate(values, start=1)]
+
+
+def refuse_text_of_messages(text: str, key: str, where: str) -> None:
+    """Refuse messages that were written as text, as exports of tables often hold them.
+
+    Raises:
+        DataError: The text begins as a list of messages does.
+    """
+    if text[:1] in ("[", " ", "\n") and TEXT_OF_MESSAGES.match(text):
+        raise DataError(
+            f'"{key}" holds messages as text',
+            where=where,
+            why="it would be trained on with its brackets and quotes",
+            fix=f'write it as a list, which json.loads makes of the text of "{key}"',
+            kind="type",
+        )
 
 
 def refuse_roles(completion: list[Message], key: str, where: str) -> None:

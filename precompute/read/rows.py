@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from typing import NamedTuple, NoReturn, cast
 
 from dpo_opt.precompute.read.foreign_forms import refuse_foreign
-from dpo_opt.precompute.read.messages import read_messages, refuse_roles, refuse_surrogates, refuse_unwritable
+from dpo_opt.precompute.read.messages import (
+    read_messages,
+    refuse_roles,
+    refuse_surrogates,
+    refuse_text_of_messages,
+    refuse_unwritable,
+)
 from dpo_opt.precompute.read.prompt_columns import is_empty, joined
 from dpo_opt.precompute.read.shape_parts import (
     AROUND_KEYS,
@@ -183,6 +189,7 @@ _TRANSCRIPTS = Form('HH-RLHF transcripts (text without "prompt")', 'text without
 def _text(value: object, key: str, where: str) -> Text:
     if isinstance(value, str):
         refuse_surrogates(value, key, where)
+        refuse_text_of_messages(value, key, where)
         return value
     if isinstance(value, list):
         return read_messages(value, key, where)

@@ -65,7 +65,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             why="a slow one has no serialization to fingerprint",
             fix="use a model whose tokenizer has a tokenizer.json that transformers loads as it is",
         )
-    if tokenizer.eos_token is None:
+    if not tokenizer.eos_token:
         raise ConfigError(
             "the tokenizer has no EOS token",
             where=str(folder),

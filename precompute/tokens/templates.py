@@ -124,9 +124,9 @@ def _arguments_taken(template: str, tokenizer: "PreTrainedTokenizerFast") -> For
     forms = _FORMS.setdefault(tokenizer, {})
     if template not in forms:
         forms[template] = taken(
-            lambda messages: str(
+            lambda messages, tools: str(
                 cast(Any, tokenizer).apply_chat_template(
-                    messages, chat_template=template, tokenize=False, **{_CLOCK: _clock(today())}
+                    messages, tools=tools, chat_template=template, tokenize=False, **{_CLOCK: _clock(today())}
                 )
             )
         )
@@ -205,8 +205,17 @@ def _refusals(where: str) -> Iterator[None]:
 
     try:
         yield
-    # A template is a program of its own: it may add text to a list, or ask for what a message does not have.
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    # A template is a program of its own: it may add text to a list, ask for what a message does not have, or
+    # divide by their number.
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise DataError(
             f"the chat template refuses the messages ({str(error)[:_LONGEST_TEMPLATE_MESSAGE]})",
             where=where,

@@ -4,15 +4,33 @@ Data holds either. A template that writes an object as JSON would write a text a
 every quote in it escaped; one that joins text fails on an object, or prints it as Python does.
 """
 
+import itertools
 import json
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from dpo_opt.schemas.pairs import Message
 
 Form = Literal["object", "text", "both"]
 
 _PROBE = "probe"
+_ID = "call00000"
+_QUESTION: Message = {"role": "user", "content": _PROBE}
+# What some templates want beside a call.
+_SYSTEM: Message = {"role": "system", "content": _PROBE}
+_ANSWER: Message = {"role": "tool", "name": _PROBE, "tool_call_id": _ID, "content": _PROBE}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _PROBE,
+        "description": _PROBE,
+        "parameters": {
+            "type": "object",
+            "properties": {_PROBE: {"type": "string", "description": _PROBE}},
+            "required": [_PROBE],
+        },
+    },
+}
 
 
 def has_calls(messages: list[Message]) -> bool:
@@ -20,27 +38,33 @@ def has_calls(messages: list[Message]) -> bool:
     return any("tool_calls" in message for message in messages)
 
 
-def taken(write: Callable[[list[Message]], str]) -> Form:
-    """The form that a template takes, by a probe; ``both`` where neither shows a difference.
+def taken(write: Callable[[list[Message], list[dict[str, Any]] | None], str]) -> Form:
+    """The form that a template takes, by probes; ``both`` where it writes the same of either.
+
+    Where it writes something of either, but not the same, it is the object, as transformers documents it: a
+    text would be one more value. Where it renders no probe, too.
 
     Args:
-        write: Renders messages; an exception is a form that it does not take.
+        write: Renders messages and tools; an exception is a form that it does not take.
     """
-    found = {}
-    for form, arguments in (("object", {_PROBE: _PROBE}), ("text", json.dumps({_PROBE: _PROBE}))):
-        call = {"id": "call00000", "type": "function", "function": {"name": _PROBE, "arguments": arguments}}
-        question: Message = {"role": "user", "content": _PROBE}
-        try:
-            text = write([question, {"role": "assistant", "content": "", "tool_calls": [call]}])
-        # A template is a program of its own, and may fail in any way.
-        except Exception:
-            found[form] = False
-            continue
-        escaped, printed = f'\\"{_PROBE}' in text, f"'{_PROBE}':" in text
-        found[form] = _PROBE in text and not escaped and not printed
-    if found["object"] == found["text"]:
-        return "both"
-    return "object" if found["object"] else "text"
+    for before, after, tools in itertools.product(([], [_SYSTEM]), ([], [_ANSWER]), (None, [_TOOL])):
+        written = {}
+        for form, arguments in (("object", {_PROBE: _PROBE}), ("text", json.dumps({_PROBE: _PROBE}))):
+            function = {"name": _PROBE, "arguments": arguments}
+            call = {"id": _ID, "type": "function", "function": function}
+            calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+            try:
+                text = write([*before, _QUESTION, calling, *after], tools)
+            # A template is a program of its own, and may fail in any way.
+            except Exception:
+                continue
+            if f'\\"{_PROBE}' not in text and f"'{_PROBE}':" not in text:
+                written[form] = text
+        if len(written) == 2 and written["object"] == written["text"]:
+            return "both"
+        if written:
+            return "object" if "object" in written else "text"
+    return "object"
 
 
 def with_arguments(messages: list[Message], *, takes: Form) -> list[Message]:

@@ -143,11 +143,15 @@ def _marked_spans(side: Located, turns: list[int]) -> list[Span]:
             counts[number] = len(marked(side.messages[:number])[1]) if number else 0
         return counts[number]
 
+    last = max(i for i, message in enumerate(side.messages) if str(message["role"]) in _ASSISTANTS)
     found: list[tuple[int, int]] = []
     for turn in turns:
         number = side.prompt + turn
         own = spans[before(number) : before(number + 1)]
-        if text != side.text or not own or len(spans) != before(len(side.messages)):
+        # A template that marks the last turn alone marks one in every part of the conversation.
+        said = str(side.messages[number]["content"]).strip()
+        its_own = said in "".join(text[start:stop] for start, stop in own) and before(last) < before(last + 1)
+        if text != side.text or not own or not its_own:
             raise _refused("{% generation %} in the chat template marks no part of some turn", side.where)
         found += own
     return [Span(start, stop, exact=False) for start, stop in found]

@@ -41,6 +41,14 @@ def test_a_tokenizer_that_is_rebuilt_with_other_ids_is_refused(tmp_path: Path, d
     assert f"declares {declared}" in refused.value.why
 
 
+def test_an_empty_end_token_is_none(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, "PreTrainedTokenizerFast")
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": ""}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="has no EOS token"):
+        load_tokenizer(folder)
+
+
 @pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
 def test_what_the_refusal_advises_gives_the_ids_of_the_file(tmp_path: Path, declared: str) -> None:
     tokenizer = load_tokenizer(write_folder(tmp_path, declared))

@@ -586,3 +586,24 @@ def test_the_margin_is_the_rows_own_or_the_difference_of_its_scores(
     assert pairs_of({**ULTRA, **changes})[0].margin == margin
     without = {key: value for key, value in ULTRA.items() if key != "score_rejected"}
     assert pairs_of(without)[0].margin is None
+
+
+@pytest.mark.parametrize("key", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"role": "user", "content": "a"}]',
+        "[{'content': 'a', 'role': 'user'}]",
+        ' [ {"from": "gpt", "value": "a"}]',
+    ],
+)
+def test_messages_that_were_written_as_text_are_refused(key: str, text: str) -> None:
+    row = {"prompt": "a", "chosen": " b", "rejected": " c"} | {key: text}
+    error = refusal(row)
+    assert error.what == f'"{key}" holds messages as text'
+    assert "json.loads" in str(error.fix)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '[{"x": 1}]', "[citation needed]", '{"role": "user"}'])
+def test_other_texts_in_brackets_are_texts(text: str) -> None:
+    assert pairs_of({"prompt": "a", "chosen": text, "rejected": " c"})[0].chosen == text

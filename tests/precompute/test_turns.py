@@ -207,6 +207,25 @@ def test_a_template_that_marks_what_is_generated_is_believed(trims: bool) -> Non
     )
 
 
+LAST_MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("train_on", ["all", "last", "first-difference"])
+def test_a_template_that_marks_the_last_turn_alone_is_not_one_that_marks_each(
+    train_on: str,
+) -> None:
+    differs_first = [assistant("Aha."), *REJECTED[1:]]
+    found = encoded(pair_of(CHOSEN, differs_first), tokenizer_of(LAST_MARKED), train_on=train_on)
+    assert isinstance(found, DataError)
+    assert found.kind == "turns"
+    assert "generation" in found.what
+
+
 BARE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{{ m['content'] }}|"
     "{% else %}U:{{ m['content'] }}|{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
@@ -247,6 +266,14 @@ def test_turns_that_cannot_be_told_apart_are_refused_with_the_way_out(
     assert "first answer that differs" in found.fix
     # Which is what helps: of the conversations up to there no turn has to be found.
     assert isinstance(encoded(pair_of([assistant("Yes")], [assistant("No")]), tokenizer), PairIds)
+
+
+@pytest.mark.parametrize("expression", ["1 // 0", "range(10 ** 6) | list", "('x' * 3)[9].y", "{}['x'].y"])
+def test_whatever_stops_a_template_is_an_error_of_the_row(expression: str) -> None:
+    template = CHATML + "{{ " + expression + " }}"
+    found = encoded(pair_of([assistant("Yes")], [assistant("No")]), tokenizer_of(template))
+    assert isinstance(found, DataError)
+    assert found.kind == "template"
 
 
 OTHER_END = CHATML.replace(
