@@ -37,6 +37,8 @@ def render(template: str, **values: object) -> str:
         nats=_nats,
         pct=_pct,
         pct_bounds=_pct_bounds,
+        points=_points,
+        points_bounds=_points_bounds,
         bounds=_bounds,
     )
     # Every string from outside passes through this, including names of folders and sources.
@@ -83,6 +85,20 @@ def _pct_bounds(interval: Interval) -> str:
     if not math.isfinite(interval.low):
         return "one prompt: no interval"
     return f"{100 * interval.low:.1f} to {interval.high:.1%}"
+
+
+def _points(share: float | None) -> str:
+    """A difference of two shares, in percentage points."""
+    if share is None or not math.isfinite(share):
+        return "–"
+    text = f"{100 * share:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def _points_bounds(bounds: Interval) -> str:
+    if bounds.low is None or not math.isfinite(bounds.low):
+        return "one prompt: no interval"
+    return f"{_points(bounds.low)} to {_points(bounds.high)}"
 
 
 def _bounds(interval: Interval) -> str:

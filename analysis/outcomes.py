@@ -36,6 +36,8 @@ class Outcome(NamedTuple):
     rejected_fell: float
     fell_without_margin: float
     """Share of pairs whose chosen completion fell, and at least as far as the rejected one."""
+    within_noise: int | None
+    """Pairs whose margin is of the size of rounding, so that its sign says nothing; None if not known."""
 
 
 class SourceOutcome(NamedTuple):
@@ -122,8 +124,15 @@ def final_pairs(
     return pl.concat(parts).with_columns(pl.col("row").is_in(held_out.implode()).alias("held_out"))
 
 
-def outcome(pairs: pl.DataFrame, *, beta: float) -> Outcome:
-    """Summarize final pairs; ``pairs`` has at least one row."""
+def outcome(pairs: pl.DataFrame, *, beta: float, noise: float | None = None) -> Outcome:
+    """Summarize final pairs.
+
+    Args:
+        pairs: From :func:`final_pairs`, at least one.
+        beta: The run's beta.
+        noise: Standard deviation of rounding in a pair's log-prob margin, in nats. Margins below twice it
+            are counted as ``within_noise``.
+    """
     policy, reference = rewards.ranking_accuracy(), rewards.reference_ranking_accuracy()
     means = pairs.lazy().select(
         flipped_right=(policy & ~reference).mean(),
@@ -134,6 +143,9 @@ def outcome(pairs: pl.DataFrame, *, beta: float) -> Outcome:
         chosen_fell=rewards.chosen_fell().mean(),
         rejected_fell=rewards.rejected_fell().mean(),
         fell_without_margin=(rewards.chosen_fell() & ~rewards.reward_accuracy()).mean(),
+        within_noise=pl.lit(None)
+        if noise is None
+        else (rewards.margin(beta=1.0).abs() < 2 * noise).sum().cast(pl.Int64),
     )
     prompts, (reward_accuracy, ranking_accuracy, reference_accuracy) = shares_over_prompts(
         pairs, rewards.reward_accuracy(), policy, reference

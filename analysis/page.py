@@ -1,4 +1,4 @@
-"""``dpo-opt report``: writes one HTML page about one or more training runs, and summary.json with numbers.
+"""``dpo-opt report``: writes one HTML page about one or more training runs, and its numbers as JSON.
 
 The page has no script and loads no other file. A content security policy in its head forbids both, in case
 text of a model or a dataset ever gets past the escaping.
@@ -10,18 +10,17 @@ from pathlib import Path
 import polars as pl
 from markupsafe import Markup
 
+from dpo_opt.analysis.compare import difference
 from dpo_opt.analysis.html import render
 from dpo_opt.analysis.run_files import open_run
-from dpo_opt.analysis.summary import Summary
+from dpo_opt.analysis.summary import RunDifference, Summary
 from dpo_opt.analysis.view import RunView, view_run
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
 from dpo_opt.schemas.storage import write_text
 
-SUMMARY = "summary.json"
-
 
 def report(run_dirs: Sequence[Path], output: Path) -> Summary:
-    """Write the report of one or more runs, and ``summary.json`` in the same folder.
+    """Write the report of one or more runs, and its numbers beside it: ``NAME.summary.json``.
 
     Args:
         run_dirs: Folders that ``dpo-opt train`` wrote.
@@ -33,10 +32,10 @@ def report(run_dirs: Sequence[Path], output: Path) -> Summary:
     """
     if not run_dirs:
         raise ConfigError("no run folder was named", fix="dpo-opt report RUN --output report.html")
-    if output.name == SUMMARY or output.is_dir():
+    if output.is_dir():
         raise ConfigError(
             f"the page cannot be written to {quoted(output)}",
-            why=f"it is a folder, or the name of the {SUMMARY} that is written next to the page",
+            why="it is a folder",
             fix="dpo-opt report RUN --output report.html",
         )
     views = []
@@ -50,12 +49,29 @@ def report(run_dirs: Sequence[Path], output: Path) -> Summary:
                 where=str(run_dir),
                 why="one of its Parquet files is damaged",
             ) from error
-    summary = Summary(runs=[view.summary for view in views])
-    write_text(output, _page(views))
-    write_text(output.with_name(SUMMARY), summary.model_dump_json(indent=1) + "\n")
+    summary = Summary(runs=[view.summary for view in views], differences=_differences(views))
+    write_text(output, _page(views, summary, numbers=summary_file(output).name))
+    write_text(summary_file(output), summary.model_dump_json(indent=1) + "\n")
     return summary
 
 
-def _page(views: Sequence[RunView]) -> str:
+def summary_file(output: Path) -> Path:
+    """Where the numbers of a page go: a page of its own name never replaces another page's numbers."""
+    return output.with_suffix(".summary.json")
+
+
+def _differences(views: Sequence[RunView]) -> list[RunDifference]:
+    found = []
+    for view in views[1:]:
+        if views[0].final is None or view.final is None:
+            continue
+        if (compared := difference(view.final.pairs, views[0].final.pairs)) is not None:
+            found.append(RunDifference.of(view.run.name, compared))
+    return found
+
+
+def _page(views: Sequence[RunView], summary: Summary, *, numbers: str) -> str:
     figures = [{name: Markup(svg) for name, svg in view.figures.items()} for view in views]
-    return render("page.html.jinja", views=views, figures=figures)
+    return render(
+        "page.html.jinja", views=views, figures=figures, differences=summary.differences, numbers=numbers
+    )

@@ -17,6 +17,7 @@ from dpo_opt.schemas.plain_data import json_of, yaml_of
 CONFIG = "config.resolved.yaml"
 METRICS = "metrics.jsonl"
 PARITY = "parity.json"
+FINAL = "final"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,17 +51,39 @@ class Run:
         return float(value)
 
     @property
+    def finished(self) -> bool:
+        """Whether training came to its end: ``final/`` is the last thing that it writes."""
+        return (self.path / FINAL).is_dir()
+
+    @property
+    def margin_noise(self) -> float | None:
+        """By how much a pair's log-prob margin differs between two right ways to compute it: sd, in nats.
+
+        None if it was not measured.
+        """
+        measured = self.parity or {}
+        return max((measured[n] for n in ("margin_sd", "floor_margin_sd") if n in measured), default=None)
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with a run that is not finished."""
+        return _command("train", config=self.path / CONFIG) + " --resume"
+
+    @property
     def score_command(self) -> str:
         """The command whose output the report reads from ``scores/``."""
-        output = self.path / "scores" / "final.parquet"
-        return _command("score", shards=self.shards, model=self.path / "final", output=output)
+        model = self.path / FINAL
+        if not self.finished:
+            model = max((self.path / "checkpoints").glob("step-*"), default=model)
+        output = self.path / "scores" / f"{model.name}.parquet"
+        return _command("score", shards=self.shards, model=model, output=output)
 
     @property
     def kl_command(self) -> str:
         """The command whose output the report reads from ``kl/``."""
         reference, output = self.config.get("model", "MODEL"), self.path / "kl" / "final.parquet"
         return _command(
-            "kl", model=self.path / "final", reference=reference, prompts=self.shards, output=output
+            "kl", model=self.path / FINAL, reference=reference, prompts=self.shards, output=output
         )
 
     def tables(self, folder: str) -> list[Path]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import polars as pl
 from pydantic import BaseModel, ConfigDict
 
+from dpo_opt.analysis.compare import Difference
 from dpo_opt.analysis.intervals import Interval
 from dpo_opt.analysis.kl import KLEstimate
 from dpo_opt.analysis.outcomes import Outcome
@@ -39,6 +40,8 @@ class PairsSummary(_Record):
     reference_ranking_accuracy: float | None
     mean_margin: float | None
     share_chosen_logps_fell: float | None
+    within_noise: int | None
+    """Pairs whose margin is of the size of rounding; null if parity was not measured."""
 
     @classmethod
     def of(cls, outcome: Outcome) -> "PairsSummary":
@@ -52,6 +55,7 @@ class PairsSummary(_Record):
             reference_ranking_accuracy=known(outcome.reference_ranking_accuracy.value),
             mean_margin=known(outcome.mean_margin),
             share_chosen_logps_fell=known(outcome.chosen_fell),
+            within_noise=outcome.within_noise,
         )
 
 
@@ -89,6 +93,7 @@ class RunSummary(_Record):
     model: str | None
     loss_type: str | None
     beta: float
+    finished: bool
     steps: int | None
     epochs: float | None
     first_loss: float | None
@@ -107,10 +112,37 @@ class RunSummary(_Record):
     parity: dict[str, bool | int | float | None] | None
 
 
+class RunDifference(_Record):
+    """A run minus the first run, on the pairs that both have final log-probs of."""
+
+    run: str
+    pairs: int
+    prompts: int
+    held_out: bool
+    """Whether neither run was trained on any of these pairs."""
+    reward_accuracy: Bounds
+    ranking_accuracy: Bounds
+    chosen_fell: Bounds
+
+    @classmethod
+    def of(cls, run: str, difference: Difference) -> "RunDifference":
+        return cls(
+            run=run,
+            pairs=difference.pairs,
+            prompts=difference.prompts,
+            held_out=difference.held_out,
+            reward_accuracy=Bounds.of(difference.reward_accuracy),
+            ranking_accuracy=Bounds.of(difference.ranking_accuracy),
+            chosen_fell=Bounds.of(difference.chosen_fell),
+        )
+
+
 class Summary(_Record):
     """A report's numbers: one entry per run, in the order in which the runs were given."""
 
     runs: list[RunSummary]
+    differences: list[RunDifference]
+    """Of every later run, where it shares pairs with the first."""
 
 
 def known(value: float | None) -> float | None:

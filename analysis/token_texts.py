@@ -93,6 +93,16 @@ def pair_texts(shards: pl.LazyFrame, rows: Sequence[int], decoder: TokenDecoder)
     return texts
 
 
+def prompt_end(ids: Sequence[int], decoder: TokenDecoder) -> str:
+    """The end of a prompt as text."""
+    return _tail(decoder.text(ids[-_IDS:]), more=len(ids) > _IDS)
+
+
+def completion_start(ids: Sequence[int], decoder: TokenDecoder) -> str:
+    """The start of a completion as text, all of which counts."""
+    return plain(_head(_parts(ids[:_IDS], None, decoder), more=len(ids) > _IDS))
+
+
 def plain(parts: Sequence[Part]) -> str:
     """The text of a side."""
     return "".join(part.text for part in parts)

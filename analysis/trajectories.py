@@ -30,8 +30,10 @@ def logratio_trajectories(pair_logps: pl.LazyFrame, slices: Sequence[ShardSlice]
         DataError: The pairs are not those of the shards.
     """
     last = pair_logps.select(pl.col("step").max()).collect(engine="streaming").item()
-    width = -(-(1 + (last or 0)) // INTERVALS)
-    point = pl.when(pl.col("phase") == "train").then(pl.col("step") // width).otherwise("step").alias("point")
+    # Of equal width, so that the last one is not a remainder of a step or two.
+    steps = 1 + (last or 0)
+    interval = pl.col("step") * min(INTERVALS, steps) // steps
+    point = pl.when(pl.col("phase") == "train").then(interval).otherwise("step").alias("point")
     sums = [_sums(join_reference(pair_logps.filter(s.rows), s.shards), point) for s in slices]
     pairs = pl.col("pairs")
     return (

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import polars as pl
 
-from dpo_opt.analysis import plots
+from dpo_opt.analysis import curves, distributions
+from dpo_opt.analysis.drawing import svg
+from dpo_opt.analysis.generalization import Overfitting, overfitting
 from dpo_opt.analysis.kl import KLEstimate, estimate_kl
 from dpo_opt.analysis.load import (
     KL_FOLDER,
@@ -35,12 +37,20 @@ from dpo_opt.analysis.outcomes import (
 )
 from dpo_opt.analysis.run_files import Run
 from dpo_opt.analysis.summary import KLSummary, PairsSummary, RunSummary, known, known_values, last_entry
-from dpo_opt.analysis.token_texts import PairText, TokenDecoder, pair_texts
+from dpo_opt.analysis.token_texts import (
+    PairText,
+    TokenDecoder,
+    completion_start,
+    pair_texts,
+    prompt_end,
+)
 from dpo_opt.analysis.trajectories import logratio_trajectories
 from dpo_opt.schemas.manifest import Manifest, load_manifest
+from dpo_opt.schemas.pair_logps import dtype_of_logps
 
 SCORES_FOLDER = "scores"
 HARDEST = 8
+SAMPLES = 4
 
 
 class HardPair(NamedTuple):
@@ -62,11 +72,28 @@ class HardPair(NamedTuple):
         return any(part.context for part in (*self.text.chosen, *self.text.rejected))
 
 
+class Sample(NamedTuple):
+    """A completion that the policy sampled."""
+
+    prompt: str
+    completion: str
+    finished: bool
+    tokens: int
+
+
 class KLFile(NamedTuple):
     """One table of on-policy samples."""
 
     file: str
     estimate: KLEstimate
+
+
+class LastEvaluation(NamedTuple):
+    """What training itself found for the held-out pairs that were scored."""
+
+    step: int
+    reward_accuracy: float
+    mean_margin: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,15 +103,29 @@ class FinalState:
     pairs: pl.DataFrame
     scored: bool
     """True if the log-probs are from ``scores/``, False if they are from the last evaluation."""
+    step: int
+    """After how many updates."""
     label: str
     """Which state, in words."""
+    dtype: str | None
+    """What the scored checkpoint computed in; None if it is not known."""
     splits: dict[str, Outcome]
     """``all``, ``training``, ``held-out``: those that can be told apart."""
+
+    @property
+    def judged_by(self) -> str:
+        """The pairs that say how good the policy is: those that it was not trained on, if there are any."""
+        return "held-out" if "held-out" in self.splits else "all"
+
+    @property
+    def judging(self) -> pl.DataFrame:
+        """The pairs of :attr:`judged_by`."""
+        return self.pairs.filter("held_out") if self.judged_by == "held-out" else self.pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunView:
-    """One run as the template shows it. The figures are SVG that plots.py made."""
+    """One run as the template shows it. The figures are SVG."""
 
     run: Run
     manifest: Manifest
@@ -92,9 +133,13 @@ class RunView:
     figures: dict[str, str]
     trajectories: pl.DataFrame | None
     final: FinalState | None
+    last_evaluation: LastEvaluation | None
+    """Where it differs from what the scored checkpoint says of the same pairs."""
+    overfitting: Overfitting | None
     sources: list[SourceOutcome]
     lengths: LengthBias | None
     kl: list[KLFile]
+    samples: list[Sample]
     hardest: list[HardPair]
     text_problem: str | None
 
@@ -121,9 +166,12 @@ def view_run(run: Run) -> RunView:
         figures=_figures(run, reference, trajectories, final),
         trajectories=trajectories,
         final=final,
-        sources=by_source(final.pairs, beta=run.beta) if final else [],
-        lengths=length_bias(final.pairs, beta=run.beta) if final else None,
+        last_evaluation=_last_evaluation(run, final) if final else None,
+        overfitting=overfitting(final.splits if final else {}, run.evals),
+        sources=by_source(final.judging, beta=run.beta) if final else [],
+        lengths=length_bias(final.judging, beta=run.beta) if final else None,
         kl=kl,
+        samples=_samples(run, decoder) if kl else [],
         hardest=_hardest(run, final, decoder) if final else [],
         text_problem=decoder.problem,
     )
@@ -148,6 +196,7 @@ def _final_state(
         if not len(chosen):
             return None
         step, checkpoint = chosen.row(0)
+        dtypes = {dtype_of_logps(file) for file in run.tables(SCORES_FOLDER)}
         same = (pl.col("step") == step) & pl.col("checkpoint").eq_missing(pl.lit(checkpoint, dtype=pl.String))
         table = scores.filter(same)
         where = str(run.path / SCORES_FOLDER)
@@ -156,6 +205,7 @@ def _final_state(
         evaluated = logps.filter(pl.col("phase") == "eval")
         step = evaluated.select(pl.col("step").max()).collect(engine="streaming").item()
         table = evaluated.filter(pl.col("step") == step)
+        dtypes = set()
         where = str(run.path / PAIR_LOGPS_FOLDER)
         label = f"the held-out pairs at the last evaluation (step {step:,})"
     else:
@@ -165,8 +215,43 @@ def _final_state(
     if len(held_out):
         parts["training"] = pairs.filter(~pl.col("held_out"))
         parts["held-out"] = pairs.filter(pl.col("held_out"))
-    splits = {name: outcome(part, beta=run.beta) for name, part in parts.items() if len(part)}
-    return FinalState(pairs=pairs, scored=scored, label=label, splits=splits) if splits else None
+    splits = {
+        name: outcome(part, beta=run.beta, noise=run.margin_noise)
+        for name, part in parts.items()
+        if len(part)
+    }
+    if not splits:
+        return None
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return FinalState(pairs=pairs, scored=scored, step=step, label=label, dtype=dtype, splits=splits)
+
+
+def _last_evaluation(run: Run, final: FinalState) -> LastEvaluation | None:
+    evaluation, scored = last_entry(run.evals), final.splits.get("held-out")
+    accuracy, margin = evaluation.get("eval_rewards/accuracies"), evaluation.get("eval_rewards/margins")
+    if not final.scored or scored is None or accuracy is None or margin is None:
+        return None
+    if evaluation["step"] != final.step:
+        return None  # another state of the policy
+    # Rounding moves a mean of margins far less than a hundredth of it.
+    same = math.isclose(accuracy, scored.reward_accuracy.value, abs_tol=1e-9)
+    if same and math.isclose(margin, scored.mean_margin, rel_tol=0.01, abs_tol=1e-6):
+        return None
+    return LastEvaluation(final.step, accuracy, margin)
+
+
+def _samples(run: Run, decoder: TokenDecoder) -> list[Sample]:
+    """The first sample of some prompts of the last table, one after the other."""
+    first = scan_kl_samples(run.tables(KL_FOLDER)[-1]).filter(pl.col("sample") == 0).head(SAMPLES)
+    return [
+        Sample(
+            prompt=prompt_end(row["prompt_ids"], decoder),
+            completion=completion_start(row["completion_ids"], decoder),
+            finished=row["finished"],
+            tokens=len(row["completion_ids"]),
+        )
+        for row in first.select("prompt_ids", "completion_ids", "finished").collect().iter_rows(named=True)
+    ]
 
 
 def _figures(
@@ -177,31 +262,29 @@ def _figures(
         # Where other losses begin depends on their options and lengths.
         alone = run.config.get("loss_type") == "sigmoid" and run.config.get("loss_weights") is None
         untrained = math.log(2) if alone else None
-        figures["loss"] = plots.svg(
-            plots.loss_curve(run.train, run.evals, untrained=untrained), label="Loss against steps"
-        )
+        loss = curves.loss_curve(run.train, run.evals, untrained=untrained)
+        figures["loss"] = svg(loss, label="Loss against steps")
     if "rewards/margins" in run.train.columns:
-        figures["rewards"] = plots.svg(
-            plots.reward_curves(run.train, run.evals), label="Implicit rewards against steps"
-        )
-        figures["margin"] = plots.svg(plots.margin_curve(run.train, run.evals), label="Margin against steps")
-        figures["accuracy"] = plots.svg(
-            plots.accuracy_curve(run.train, run.evals, reference=reference), label="Accuracy against steps"
-        )
+        reward = curves.reward_curves(run.train, run.evals)
+        margin = curves.margin_curve(run.train, run.evals)
+        accuracy = curves.accuracy_curve(run.train, run.evals, reference=reference)
+        figures["rewards"] = svg(reward, label="Implicit rewards against steps")
+        figures["margin"] = svg(margin, label="Margin against steps")
+        figures["accuracy"] = svg(accuracy, label="Accuracy against steps")
+    if "grad_norm" in run.train.columns and run.train["grad_norm"].is_finite().any():
+        update = curves.update_curves(run.train)
+        figures["update"] = svg(update, label="Gradient norm and learning rate against steps")
     if trajectories is not None and len(trajectories):
-        figures["logratios"] = plots.svg(
-            plots.logratio_curves(trajectories), label="Mean log-ratios against steps"
-        )
+        logratios = curves.logratio_curves(trajectories)
+        figures["logratios"] = svg(logratios, label="Mean log-ratios against steps")
     if final:
-        figures["histogram"] = plots.svg(
-            plots.margin_histogram(final.pairs), label="Log-prob margins before and after training"
-        )
-        figures["margins"] = plots.svg(
-            plots.reward_margin_histogram(final.pairs, beta=run.beta), label="Final reward margins"
-        )
-        figures["lengths"] = plots.svg(
-            plots.margin_by_length(final.pairs, beta=run.beta), label="Margin against length difference"
-        )
+        pairs, beta = final.judging, run.beta
+        histogram = distributions.margin_histogram(pairs)
+        margins = distributions.reward_margin_histogram(pairs, beta=beta)
+        lengths = distributions.margin_by_length(pairs, beta=beta)
+        figures["histogram"] = svg(histogram, label="Log-prob margins before and after training")
+        figures["margins"] = svg(margins, label="Final reward margins")
+        figures["lengths"] = svg(lengths, label="Margin against length difference")
     return figures
 
 
@@ -240,4 +323,5 @@ def _summary(run: Run, reference: float | None, final: FinalState | None, kl: li
         held_out=PairsSummary.of(splits["held-out"]) if "held-out" in splits else None,
         kl=KLSummary.of(*kl[-1]) if kl else None,
         parity=known_values(run.parity),
+        finished=run.finished,
     )

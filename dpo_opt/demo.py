@@ -107,7 +107,9 @@ def demo(output_dir: Path) -> None:
     )  # fmt: skip
     _command("report", run, "--output", report)
     after = _read_samples(samples, model, analyser)
-    summary = json.loads(report.with_name("summary.json").read_text(encoding="utf-8"))
+    from dpo_opt.analysis.page import summary_file
+
+    summary = json.loads(summary_file(report).read_text(encoding="utf-8"))
     comparison = _compare(before, after, summary["runs"][0])
     write_text(output_dir / "comparison.json", json.dumps(comparison, indent=1) + "\n")
     _print_examples(before, after)

@@ -35,6 +35,7 @@ PAIR_LOGPS_SCHEMA = pa.schema(
     ],
     metadata={"dpo_opt.schema_version": "1"},
 )
+_DTYPE = b"dpo_opt.dtype"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +57,32 @@ class PairLogps:
     rejected_token_logps: LogpArray | None = None
 
 
-def write_pair_logps(path: Path, batches: Iterable[Sequence[PairLogps]]) -> None:
-    """Publish one segment of the table; each batch is a row group, and only one is in memory."""
+def write_pair_logps(
+    path: Path, batches: Iterable[Sequence[PairLogps]], *, dtype: str | None = None
+) -> None:
+    """Publish one segment of the table; each batch is a row group, and only one is in memory.
+
+    Args:
+        path: The Parquet file.
+        batches: Rows of the table.
+        dtype: What the policy computed in, kept with the file.
+    """
+    schema = PAIR_LOGPS_SCHEMA.with_metadata(
+        {**PAIR_LOGPS_SCHEMA.metadata, **({_DTYPE: dtype} if dtype else {})}
+    )
     with (
         publish(path) as private,
         arrow_file(private, "wb") as sink,
-        pq.ParquetWriter(sink, PAIR_LOGPS_SCHEMA, compression="zstd") as writer,
+        pq.ParquetWriter(sink, schema, compression="zstd") as writer,
     ):
         for rows in batches:
             columns = {name: [getattr(row, name) for row in rows] for name in PAIR_LOGPS_SCHEMA.names}
-            writer.write_table(pa.Table.from_pydict(columns, schema=PAIR_LOGPS_SCHEMA))
+            writer.write_table(pa.Table.from_pydict(columns, schema=schema))
+
+
+def dtype_of_logps(path: Path) -> str | None:
+    """What the policy computed a file of the table in; None if the file does not say."""
+    with arrow_file(path) as raw:
+        metadata = pq.read_schema(raw).metadata or {}
+    found = metadata.get(_DTYPE)
+    return found.decode() if found is not None else None

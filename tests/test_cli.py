@@ -23,6 +23,7 @@ import dpo_opt
 import dpo_opt.commands
 from dpo_opt.cli import main
 from dpo_opt.schemas.manifest import MANIFEST, PLAN, load_manifest
+from dpo_opt.schemas.pair_logps import dtype_of_logps
 
 ROWS = preference_rows(12)
 HEAVY = ("torch", "vllm", "polars", "matplotlib", "transformers")
@@ -480,6 +481,19 @@ def test_a_run_is_trained_scored_and_described(shards: Path, tiny_model: Path, t
     assert scored.exit_code == 0, scored.output
     assert json.loads(scored.stdout) == {"output": str(tmp_path / "s"), "pairs": 12}
     assert pq.read_table(tmp_path / "s")["row"].to_pylist() == list(range(12))
+
+
+def test_a_checkpoint_is_scored_in_the_dtype_of_the_reference(
+    shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    rounded = shutil.copytree(tiny_model, tmp_path / "rounded")
+    config = json.loads((rounded / "config.json").read_text())
+    (rounded / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    for options, dtype in ([], "float32"), (["--dtype", "bfloat16"], "bfloat16"):
+        output = tmp_path / f"{dtype}.parquet"
+        scored = invoke("score", "--shards", shards, "--model", rounded, "--output", output, *options)
+        assert scored.exit_code == 0, scored.output
+        assert dtype_of_logps(output) == dtype
 
 
 def read_table(text: str) -> dict[str, list[str]]:

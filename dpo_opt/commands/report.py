@@ -18,12 +18,13 @@ from dpo_opt.results import show
     type=click.Path(path_type=Path),
     default=Path("report.html"),
     show_default=True,
-    help="HTML file to write; summary.json goes beside it.",
+    help="HTML file to write; its numbers go beside it, as NAME.summary.json.",
 )
 @json_option
 def command(runs: tuple[Path, ...], output: Path, as_json: bool) -> None:
     from dpo_opt.analysis import report as write_report
+    from dpo_opt.analysis.page import summary_file
     from dpo_opt.sweep.grid import run_folders
 
     write_report([run for path in runs for run in run_folders(path)], output)
-    show({"report": str(output), "summary": str(output.with_name("summary.json"))}, as_json)
+    show({"report": str(output), "summary": str(summary_file(output))}, as_json)

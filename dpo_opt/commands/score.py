@@ -18,7 +18,7 @@ from dpo_opt.schemas.locations import AnyPath
 @shards_option
 @click.option("--model", required=True, help="Checkpoint to score.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Parquet file to write.")
-@dtype_option("Dtype of the model. auto: as its checkpoint declares.")
+@dtype_option("Dtype of the model. auto: as the reference of the shards was scored.")
 @json_option
 def command(shards: AnyPath, model: str, output: Path, dtype: str, as_json: bool) -> None:
     from dpo_opt.optimize.score_folder import score_shards

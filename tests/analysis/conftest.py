@@ -166,8 +166,9 @@ def write_run(
     scored: bool = True,
     kl: bool = True,
     parity: bool = True,
+    finished: bool = True,
 ) -> Path:
-    """A finished run on the pairs; every fifth prompt is held out."""
+    """A run on the pairs; every fifth prompt is held out."""
     policy = FakePolicy(pairs, strength=strength)
     held_out = [p.row for p in pairs if int(p.prompt_id, 16) % 5 == 0] if eval_every else []
     trained = [p.row for p in pairs if p.row not in set(held_out)]
@@ -209,12 +210,14 @@ def write_run(
     if scored:
         every = [p.row for p in pairs]
         scores = policy.rows(every, step=steps, steps=steps, phase="score")
-        write_pair_logps(path / "scores" / "final.parquet", [scores])
+        write_pair_logps(path / "scores" / "final.parquet", [scores], dtype="float32")
     if kl:
         write_kl_samples(path / "kl" / "final.parquet", kl_samples(pairs[:40]))
     if parity:
         measured = {"pairs": 32, "tokens": 4096, "mean": 1e-4, "sd": 0.031, "p99": 0.11, "max": 0.6}
         (path / "parity.json").write_text(json.dumps({**measured, "floor_sd": 0.02, "ok": True}))
+    if finished:
+        (path / "final").mkdir()
     return path
 
 

@@ -5,12 +5,13 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from dpo_opt.analysis import report
 from dpo_opt.analysis.kl import estimate_kl
-from dpo_opt.analysis.load import scan_kl_samples
+from dpo_opt.analysis.load import scan_kl_samples, scan_pair_logps
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pair_logps import write_pair_logps
 
@@ -63,7 +64,7 @@ def write_report(*runs):
 def test_summary_file_is_what_is_returned_and_agrees_with_the_run(make_run, shards):
     run = make_run()
     summary, _ = write_report(run)
-    saved = json.loads((run.parent / "summary.json").read_text())
+    saved = json.loads((run.parent / "report.summary.json").read_text())
     assert saved == json.loads(summary.model_dump_json())
     (entry,) = saved["runs"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -123,7 +124,7 @@ def test_page_shows_every_part(make_run):
         "The 8 hardest pairs",
     ):
         assert words in page
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 9
 
 
 def test_every_figure_states_n(make_run):
@@ -132,7 +133,7 @@ def test_every_figure_states_n(make_run):
     captions = re.findall(
         r"<figcaption>(.*?)</figcaption>", (run.parent / "report.html").read_text(), re.DOTALL
     )
-    assert len(captions) == 8
+    assert len(captions) == 9
     assert all(re.search(r"n = \d", caption) for caption in captions)
 
 
@@ -142,7 +143,7 @@ def test_context_inside_a_completion_is_marked(tmp_path, shards_writer, run_writ
     _, page = write_report(run)
     text = (tmp_path / "report.html").read_text()
     assert "is context inside a completion" in page
-    for article in text.split("<article")[1:]:
+    for article in text.split('<article class="pair"')[1:]:
         row = int(re.search(r"<b>row ([\d,]+)</b>", article)[1])
         chosen, rejected = (
             re.search(rf'<div class="{side}">.*?<div class="text">(.*?)</div>', article, re.DOTALL)[1]
@@ -254,7 +255,7 @@ def test_a_diverged_run_has_nulls_and_no_nan(make_run):
     with (run / "metrics.jsonl").open("a") as handle:
         handle.write('{"step": 21, "epoch": 2.0, "loss": NaN, "rewards/margins": Infinity}\n')
     write_report(run)
-    text = (run.parent / "summary.json").read_text()
+    text = (run.parent / "report.summary.json").read_text()
     entry = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["runs"][0]
     assert entry["final"]["loss"] is None
     assert entry["final"]["step"] == 21
@@ -312,9 +313,89 @@ def test_without_the_tokenizer_ids_are_shown_with_a_line_saying_so(make_run, tmp
     assert " ".join(map(str, ids)) in page
 
 
-def test_the_page_is_not_written_over_its_own_summary(make_run, tmp_path):
+def test_a_second_page_leaves_the_numbers_of_the_first(make_run, tmp_path):
+    report([make_run("one")], tmp_path / "one.html")
+    first = (tmp_path / "one.summary.json").read_text()
+    report([make_run("two", beta=0.3)], tmp_path / "two.html")
+    assert (tmp_path / "one.summary.json").read_text() == first
+    assert "one.summary.json, next to this page" in Page(tmp_path / "one.html")
+
+
+def test_a_folder_is_no_page(make_run, tmp_path):
     with pytest.raises(ConfigError, match="cannot be written"):
-        report([make_run()], tmp_path / "summary.json")
+        report([make_run()], tmp_path)
+
+
+def test_a_run_that_was_stopped_says_so_and_how_to_go_on(make_run):
+    run = make_run(finished=False, scored=False)
+    (run / "checkpoints" / "step-00000010").mkdir(parents=True)
+    summary, page = write_report(run)
+    assert not summary.runs[0].finished
+    assert f"dpo-opt train --config {run / 'config.resolved.yaml'} --resume" in page
+    assert f"--model {run / 'checkpoints' / 'step-00000010'} --output" in page
+    assert "is not finished" not in write_report(make_run("done"))[1]
+
+
+def test_margins_of_the_size_of_rounding_are_counted(make_run, shards):
+    run = make_run()
+    parity = json.loads((run / "parity.json").read_text())
+    (run / "parity.json").write_text(json.dumps(parity | {"margin_sd": 0.5, "floor_margin_sd": 1.0}))
+    summary, page = write_report(run)
+    scores = scan_pair_logps(run / "scores" / "final.parquet").collect()
+    gained = (scores["chosen_logps"] - scores["rejected_logps"]).to_numpy()
+    reference = np.array([p.ref_chosen_logps - p.ref_rejected_logps for p in shards[1]])
+    near = np.abs(gained - reference) < 2
+    assert summary.runs[0].scored.within_noise == near.sum() > 0
+    held_out = [int(p.prompt_id, 16) % 5 == 0 for p in shards[1]]
+    assert f"{near[held_out].sum()} of {sum(held_out)} held-out pairs have a margin below 0.2" in page
+
+
+def test_what_training_found_otherwise_for_the_same_pairs_is_said(make_run):
+    run = make_run()
+    assert "training itself found" not in write_report(run)[1]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[-1]["eval_rewards/accuracies"] = 0.123
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, page = write_report(run)
+    assert "At step 20 training itself found a reward accuracy of 12.3%" in page
+    assert "It computes in bfloat16; this table is in float32" in page
+
+
+def test_sources_and_lengths_are_those_of_the_held_out_pairs(make_run, shards):
+    run = make_run()
+    _, page = write_report(run)
+    held_out = [p for p in shards[1] if int(p.prompt_id, 16) % 5 == 0]
+    longer = [len(p.chosen_ids) > len(p.rejected_ids) for p in held_out]
+    unequal = sum(len(p.chosen_ids) != len(p.rejected_ids) for p in held_out)
+    assert f"is chosen in {sum(longer) / unequal:.1%} of {unequal} pairs of unequal length" in page
+    assert "n counts held-out pairs" in page
+
+
+def test_samples_of_the_policy_are_shown(make_run):
+    _, page = write_report(make_run())
+    assert "The first sample of 4 prompts" in page
+    assert "Sample, 48 tokens" in page
+
+
+def test_runs_are_compared_pair_by_pair(make_run, shards):
+    summary, page = write_report(make_run("one"), make_run("two", strength=-1.0))
+    (found,) = summary.differences
+    held_out = [p.row for p in shards[1] if int(p.prompt_id, 16) % 5 == 0]
+    scores = [
+        scan_pair_logps(page_run / "scores" / "final.parquet").collect()[held_out]
+        for page_run in (shards[0].parent / "one", shards[0].parent / "two")
+    ]
+    reference = np.array([p.ref_chosen_logps - p.ref_rejected_logps for p in shards[1]])[held_out]
+    one, two = ((s["chosen_logps"] - s["rejected_logps"]).to_numpy() > reference for s in scores)
+    assert (found.run, found.pairs, found.held_out) == ("two", len(held_out), True)
+    assert found.reward_accuracy.value == pytest.approx(two.mean() - one.mean())
+    assert found.reward_accuracy.low < found.reward_accuracy.value < found.reward_accuracy.high < 0
+    assert "Differences from one, pair by pair" in page
+
+
+def test_equal_runs_differ_by_nothing(make_run):
+    (found,) = write_report(make_run("one"), make_run("two"))[0].differences
+    assert (found.reward_accuracy.value, found.reward_accuracy.low, found.reward_accuracy.high) == (0, 0, 0)
 
 
 def test_a_damaged_score_file_is_an_explained_error(make_run):

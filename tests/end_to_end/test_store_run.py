@@ -41,7 +41,7 @@ def test_a_run_from_a_store_is_that_from_a_folder(
             dpo_opt("score", "--shards", shards, "--model", run / "final", "--output", scores)
             assert dpo_opt("verify", "--shards", shards, "--model", tiny_model)["parity"]["ok"]
             dpo_opt("report", run, "--output", run / "report.html")
-            summary = json.loads((run / "summary.json").read_text())
+            summary = json.loads((run / "report.summary.json").read_text())
             metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             found.append(
                 (

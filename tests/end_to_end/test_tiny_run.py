@@ -176,7 +176,7 @@ def test_the_report_stands_alone_and_has_the_runs_numbers(work: Path) -> None:
     page = (work / "report.html").read_text()
     for outside in ("<script src", "<link", 'src="http', "url(http"):
         assert outside not in page
-    (run,) = json.loads((work / "summary.json").read_text())["runs"]
+    (run,) = json.loads((work / "report.summary.json").read_text())["runs"]
     assert run["steps"] == printed(work, "train")["steps"]
     assert run["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert run["final"]["loss"] == printed(work, "train")["loss"]

@@ -7,7 +7,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dpo_opt.analysis import plots
+from dpo_opt.analysis import curves, distributions
+from dpo_opt.analysis.drawing import svg
 
 
 @pytest.fixture
@@ -57,22 +58,24 @@ def drawn(figure, label):
 
 
 def test_lines_are_the_logged_values_in_means_of_equal_intervals(train, evals):
-    line = drawn(plots.loss_curve(train, evals, untrained=math.log(2)), "training")
+    line = drawn(curves.loss_curve(train, evals, untrained=math.log(2)), "training")
     assert len(line) <= 24
-    # Nine logged steps to an interval: the middle of the first is step 5.
+    # Nine logged steps are in the first interval: its middle is step 5.
     assert line[0] == pytest.approx([5, 0.685])
-    assert drawn(plots.loss_curve(train, evals, untrained=None), "held-out")[-1] == pytest.approx([200, 0.49])
+    assert drawn(curves.loss_curve(train, evals, untrained=None), "held-out")[-1] == pytest.approx(
+        [200, 0.49]
+    )
 
 
 def test_titles_state_the_held_out_result_where_there_is_one(train, evals):
     none = pl.DataFrame(schema={"step": pl.Int64})
-    assert axes(plots.accuracy_curve(train, evals, reference=0.6)).get_title("left") == (
+    assert axes(curves.accuracy_curve(train, evals, reference=0.6)).get_title("left") == (
         "Accuracy ends at 70%, held-out"
     )
-    assert axes(plots.accuracy_curve(train, none, reference=None)).get_title("left") == (
+    assert axes(curves.accuracy_curve(train, none, reference=None)).get_title("left") == (
         "Accuracy ends at 70%, in training"
     )
-    assert "−0.4 (chosen) and −0.8 (rejected)" in axes(plots.reward_curves(train, evals)).get_title("left")
+    assert "−0.4 (chosen) and −0.8 (rejected)" in axes(curves.reward_curves(train, evals)).get_title("left")
 
 
 def test_every_axis_says_what_and_in_which_unit(train, evals, pairs):
@@ -80,21 +83,24 @@ def test_every_axis_says_what_and_in_which_unit(train, evals, pairs):
         {"phase": ["train"] * 3, "step": [1.0, 2.0, 3.0], "chosen_logratio": [0.0, -1.0, -2.0]}
     ).with_columns(rejected_logratio=pl.col("chosen_logratio") * 2)
     figures = [
-        plots.loss_curve(train, evals, untrained=None),
-        plots.reward_curves(train, evals),
-        plots.margin_curve(train, evals),
-        plots.logratio_curves(trajectories),
-        plots.margin_by_length(pairs, beta=0.1),
+        curves.loss_curve(train, evals, untrained=None),
+        curves.reward_curves(train, evals),
+        curves.margin_curve(train, evals),
+        curves.logratio_curves(trajectories),
+        distributions.margin_by_length(pairs, beta=0.1),
     ]
     for figure in figures:
         assert "nats" in axes(figure).get_ylabel()
         assert axes(figure).get_xlabel()
     assert axes(figures[3]).get_title("left") == "Both went down: chosen −2, rejected −4 nats"
-    assert "nats" in axes(plots.margin_histogram(pairs)).get_xlabel()
+    assert "nats" in axes(distributions.margin_histogram(pairs)).get_xlabel()
 
 
 def test_histograms_hold_every_pair(pairs):
-    for figure in (plots.margin_histogram(pairs), plots.reward_margin_histogram(pairs, beta=0.1)):
+    for figure in (
+        distributions.margin_histogram(pairs),
+        distributions.reward_margin_histogram(pairs, beta=0.1),
+    ):
         for patch in axes(figure).patches:
             assert patch.get_data().values.sum() == 500
 
@@ -102,12 +108,12 @@ def test_histograms_hold_every_pair(pairs):
 def test_histogram_titles_count_pairs(pairs):
     before = (pairs["ref_chosen_logps"] > pairs["ref_rejected_logps"]).mean()
     after = (pairs["chosen_logps"] > pairs["rejected_logps"]).mean()
-    title = axes(plots.margin_histogram(pairs)).get_title("left")
+    title = axes(distributions.margin_histogram(pairs)).get_title("left")
     assert title == f"Ranked correctly: {before:.0%} of pairs before, {after:.0%} after"
 
 
 def test_length_groups_hold_about_equal_numbers(pairs):
-    line = axes(plots.margin_by_length(pairs, beta=0.1)).lines[-1].get_xydata()
+    line = axes(distributions.margin_by_length(pairs, beta=0.1)).lines[-1].get_xydata()
     difference = (pairs["chosen_length"] - pairs["rejected_length"]).to_numpy()
     assert len(line) == 12
     assert (np.diff(line[:, 0]) > 0).all()
@@ -118,15 +124,15 @@ def test_one_pair_and_equal_pairs_can_be_drawn(pairs):
     same = pl.concat([pairs.head(1)] * 5)
     for frame in (pairs.head(1), same):
         for figure in (
-            plots.margin_histogram(frame),
-            plots.reward_margin_histogram(frame, beta=0.1),
-            plots.margin_by_length(frame, beta=0.1),
+            distributions.margin_histogram(frame),
+            distributions.reward_margin_histogram(frame, beta=0.1),
+            distributions.margin_by_length(frame, beta=0.1),
         ):
-            assert str(plots.svg(figure, label="x")).endswith("</svg>")
+            assert str(svg(figure, label="x")).endswith("</svg>")
 
 
 def test_svg_is_well_formed_and_refers_to_nothing_outside(train, evals):
-    text = plots.svg(plots.loss_curve(train, evals, untrained=0.69), label='a "<b>"')
+    text = svg(curves.loss_curve(train, evals, untrained=0.69), label='a "<b>"')
     root = ElementTree.fromstring(text)
     assert root.get("role") == "img"
     for element in root.iter():
@@ -137,13 +143,13 @@ def test_svg_is_well_formed_and_refers_to_nothing_outside(train, evals):
 
 
 def test_equal_frames_are_equal_bytes(train, evals):
-    texts = {plots.svg(plots.margin_curve(train, evals), label="x") for _ in range(2)}
+    texts = {svg(curves.margin_curve(train, evals), label="x") for _ in range(2)}
     assert len(texts) == 1
 
 
 def test_drawing_leaves_the_callers_style_and_figures_alone(train, evals):
     before = dict(matplotlib.rcParams)
-    plots.svg(plots.loss_curve(train, evals, untrained=None), label="x")
+    svg(curves.loss_curve(train, evals, untrained=None), label="x")
     assert dict(matplotlib.rcParams) == before
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()

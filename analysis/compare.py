@@ -1,0 +1,73 @@
+"""Compares runs on the pairs that they have in common: differences pair by pair, with their intervals.
+
+Two runs may have intervals that overlap and still differ for certain, because the same pairs are hard for
+both (paired differences, Miller, arXiv 2411.00640).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from dpo_opt.analysis import rewards
+from dpo_opt.analysis.intervals import Interval, bootstrap_ratio, cluster_starts
+
+
+class Difference(NamedTuple):
+    """One run minus another on the same pairs; intervals are over prompts."""
+
+    pairs: int
+    prompts: int
+    held_out: bool
+    """Whether neither run was trained on any of these pairs."""
+    reward_accuracy: Interval
+    ranking_accuracy: Interval
+    chosen_fell: Interval
+
+
+def difference(own: pl.DataFrame, baseline: pl.DataFrame) -> Difference | None:
+    """How a run differs from another one; None if they have no pair in common.
+
+    Pairs that were held out of both are compared where there are any, or else all that both have.
+
+    Args:
+        own: The run's final pairs, from ``final_pairs``.
+        baseline: Those of the other run.
+    """
+    pairs = _shared(own, baseline)
+    unseen = pairs.filter("held_out", "held_out_baseline")
+    held_out = len(unseen) > 0
+    pairs = unseen if held_out else pairs
+    if not len(pairs):
+        return None
+    pairs = pairs.sort("prompt")
+    starts = cluster_starts(pairs["prompt"].to_numpy())
+    sizes = np.diff(starts, append=len(pairs)).astype(np.float64)
+
+    def over_prompts(name: str) -> Interval:
+        values = (
+            pairs[name].cast(pl.Float64).to_numpy() - pairs[f"{name}_baseline"].cast(pl.Float64).to_numpy()
+        )
+        return bootstrap_ratio(numerators=np.add.reduceat(values, starts), denominators=sizes)
+
+    return Difference(
+        pairs=len(pairs),
+        prompts=len(starts),
+        held_out=held_out,
+        reward_accuracy=over_prompts("reward_accuracy"),
+        ranking_accuracy=over_prompts("ranking_accuracy"),
+        chosen_fell=over_prompts("chosen_fell"),
+    )
+
+
+def _shared(own: pl.DataFrame, baseline: pl.DataFrame) -> pl.DataFrame:
+    # By row and reference: the same row of other shards has other log-probs.
+    keys = ["row", "ref_chosen_logps", "ref_rejected_logps"]
+    values = {
+        "reward_accuracy": rewards.reward_accuracy(),
+        "ranking_accuracy": rewards.ranking_accuracy(),
+        "chosen_fell": rewards.chosen_fell(),
+    }
+    left = own.select(*keys, "prompt", "held_out", **values)
+    right = baseline.select(*keys, "held_out", **values)
+    return left.join(right, on=keys, suffix="_baseline")
