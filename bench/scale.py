@@ -107,7 +107,7 @@ def _do(part: str, model: Path, folder: Path) -> None:
 def _start_seconds(model: Path, shards: Path) -> float:
     """Folder, identity, split, the sample for parity, the first step's pairs."""
     from dpo_opt.optimize.identity import require_same_model
-    from dpo_opt.optimize.measure_parity import PARITY_PAIRS, spread_pairs
+    from dpo_opt.optimize.parity_sample import pairs_beside
     from dpo_opt.optimize.stream import PairStream
 
     began = time.perf_counter()
@@ -116,8 +116,7 @@ def _start_seconds(model: Path, shards: Path) -> float:
     with folder.tokenizer():
         pass
     stream = PairStream(folder, eval_split=0.0001)
-    spread_pairs(folder, PARITY_PAIRS)
-    next(stream.steps(seed=0, size=64))
+    pairs_beside(folder, next(stream.steps(seed=0, size=64)))
     return time.perf_counter() - began
 
 

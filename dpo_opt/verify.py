@@ -143,7 +143,8 @@ def _parity(
 
     from dpo_opt.optimize.forward.load_policy import load_policy
     from dpo_opt.optimize.forward.policy import compute_dtype, default_device
-    from dpo_opt.optimize.measure_parity import measure_parity, spread_pairs
+    from dpo_opt.optimize.measure_parity import measure_parity
+    from dpo_opt.optimize.parity_sample import spread_pairs
 
     device = default_device()
     # As training holds it; what is quantized is never trained.

@@ -54,7 +54,6 @@ class Run(NamedTuple):
     data: Data
     files: RunFolder
     policy: Policy
-    parity: Parity | None
     parameters: list[Tensor]
     optimizer: Optimizer
     saver: Saver
@@ -83,6 +82,8 @@ class RunState:
     throughput: Throughput
     batching: Batching
     at: Counters = field(default_factory=Counters)
+    parity: Parity | None = None
+    """None until the first step's forward, and with ``reference_differs``."""
     best: Best | None = None
     saved_step: int = 0
     saved_time: float = field(default_factory=time.monotonic)
@@ -111,7 +112,7 @@ class RunState:
             lines=written.lines,
             segments=written.segments,
             best=self.best,
-            parity=run.parity._asdict() if run.parity else None,
+            parity=self.parity._asdict() if self.parity else None,
             micro_batch_tokens=self.batching.budget,
             threads=torch.get_num_threads(),
             processes=run.world.size,
@@ -122,7 +123,9 @@ class RunState:
         )
 
         def write(snapshot: Snapshot) -> None:
-            save = partial(run.saver.write_checkpoint, snapshot=snapshot, steps=state.at.step)
+            save = partial(
+                run.saver.write_checkpoint, snapshot=snapshot, steps=state.at.step, parity=self.parity
+            )
             save_checkpoint(run.files.path, state, save, run.patient)
             if run.world.first:
                 keep = run.config.save_total_limit
@@ -150,12 +153,12 @@ def resume_or_begin(
 ) -> tuple[Run, RunState]:
     """Load the policy and everything else a run needs; with ``resume`` from the newest checkpoint.
 
-    ``patient`` is from ``patient_world``.
+    Of a run that has no checkpoint nothing is written: see ``open_folder``. ``patient`` is from
+    ``patient_world``.
 
     Raises:
         ConfigError: The checkpoint is of another run, or the model cannot be trained.
         DataError: No checkpoint is whole.
-        FingerprintError: The cached log-probs are not the policy's own.
     """
     folder, model_folder = prepared.folder, prepared.model_folder
     data = _data(config, prepared)
@@ -168,10 +171,7 @@ def resume_or_begin(
         require_same_run(checkpoint.state, data=data, settings=settings, run=files.path)
 
     torch.manual_seed(config.seed)
-    policy, cost, parity = start(config, folder, model_folder, checkpoint, world=world, say=progress.say)
-    files.create(yaml.safe_dump(settings, sort_keys=False))
-    if parity is not None:
-        files.write_parity(parity._asdict())
+    policy, cost = start(config, folder, model_folder, checkpoint, world=world, say=progress.say)
     optimizer = make_optimizer(policy.model, config)
     parameters: list[Tensor] = [p for p in policy.model.parameters() if p.requires_grad]
     device = run_device(world)
@@ -189,7 +189,6 @@ def resume_or_begin(
         config,
         folder=folder,
         model_folder=model_folder,
-        parity=parity,
         world=world,
         patient=patient,
     )
@@ -200,7 +199,6 @@ def resume_or_begin(
         data=data,
         files=files,
         policy=policy,
-        parity=parity,
         parameters=parameters,
         optimizer=optimizer,
         saver=saver,
@@ -215,9 +213,20 @@ def resume_or_begin(
     if checkpoint is not None:
         return run, _resumed(run, checkpoint, batching)
     if config.resume:
-        files.rewind(Written(0, {}))
         progress.say(f"no checkpoint in {quoted(files.path)}: starting at step 0")
     return run, _new_state(run, batching)
+
+
+def open_folder(run: Run, parity: Parity | None, written: Written) -> None:
+    """Begin to write the run's folder: its configuration, and the parity if it was measured.
+
+    Of an older beginning all but ``written`` is removed.
+    """
+    run.files.create(yaml.safe_dump(run.settings, sort_keys=False))
+    if parity is not None:
+        run.files.write_parity(parity._asdict())
+    if run.config.resume:
+        run.files.rewind(written)
 
 
 def _data(config: TrainConfig, prepared: Prepared) -> Data:
@@ -240,8 +249,11 @@ def _resumed(run: Run, checkpoint: Checkpoint, batching: Batching) -> RunState:
     """The state that a checkpoint holds. Removes what the run wrote after that checkpoint."""
     kept, say = checkpoint.state, run.progress.say
     run.saver.load_optimizer(checkpoint.path)
-    run.files.rewind(Written(kept.lines, kept.segments))
     state = _new_state(run, batching)
+    # A newer version of this program may have recorded more fields.
+    known = {name: value for name, value in (kept.parity or {}).items() if name in Parity._fields}
+    state.parity = Parity(**known) if known else None
+    open_folder(run, state.parity, Written(kept.lines, kept.segments))
     state.at, state.window.state, state.saved_step = kept.at, kept.window, kept.at.step
     say(f"continuing from {quoted(checkpoint.path.name)}, {kept.at.consumed} pairs into the run")
     if kept.at.step > run.total_steps:

@@ -1,12 +1,11 @@
-"""Builds the policy that training starts or resumes with: load, adapter, sharding, parity check."""
+"""Builds the policy that training starts or resumes with: load, adapter, sharding."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from dpo_opt.optimize.adapters.lora import FOUR_BIT_OFFSET, add_adapter, four_bit_options, plan_adapter
+from dpo_opt.optimize.adapters.lora import add_adapter, four_bit_options, plan_adapter
 from dpo_opt.optimize.checkpoint.checkpoints import Checkpoint
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.forward.activations import checkpoint_activations
@@ -14,21 +13,10 @@ from dpo_opt.optimize.forward.balance import ForwardCost, forward_cost
 from dpo_opt.optimize.forward.load_policy import load_policy
 from dpo_opt.optimize.forward.policy import Policy, compute_dtype
 from dpo_opt.optimize.forward.probe import require_same_in_compute_dtype
-from dpo_opt.optimize.measure_parity import ALONE_PAIRS, PARITY_PAIRS, measure_parity, spread_pairs
-from dpo_opt.optimize.parity import Parity, require_parity
 from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.optimize.processes.fsdp import shard_policy
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.shard_folder import ShardFolder
-
-
-class Started(NamedTuple):
-    """A policy ready for its next step, and what was measured on it."""
-
-    policy: Policy
-    cost: ForwardCost
-    parity: Parity | None
-    """None with ``reference_differs``."""
 
 
 def start(
@@ -39,8 +27,8 @@ def start(
     *,
     world: World,
     say: Callable[[str], None],
-) -> Started:
-    """Load the policy, spread it over the processes, and compare it with the cached reference.
+) -> tuple[Policy, ForwardCost]:
+    """Load the policy, and spread it over the processes.
 
     Args:
         config: The run's configuration.
@@ -50,9 +38,11 @@ def start(
         world: The run's processes.
         say: Called with each line that the user should read.
 
+    Returns:
+        The policy, ready for its next step, and what its forward costs.
+
     Raises:
         ConfigError: The model or its adapter cannot be trained.
-        FingerprintError: The cached log-probs are not the policy's own.
     """
     dtype = compute_dtype(config.dtype, world.device)
     _require_together(config, dtype, world)
@@ -82,23 +72,7 @@ def start(
     if world.size > 1:
         # Loading checked the model on the CPU with whole parameters; now it is sharded and on its device.
         require_same_in_compute_dtype(policy, where=str(model_folder))
-
-    if checkpoint is not None:
-        kept = checkpoint.state.parity
-        # A newer version of this program may have recorded more fields.
-        known = {name: value for name, value in (kept or {}).items() if name in Parity._fields}
-        return Started(policy, cost, Parity(**known) if known else None)
-    if config.reference_differs:
-        say("parity is not checked, because --reference-differs says that the reference is another model")
-        return Started(policy, cost, None)
-    cached_dtype = folder.manifest.fingerprint.dtype
-    sample = spread_pairs(folder, PARITY_PAIRS)
-    parity = measure_parity(policy, sample, cached_dtype=cached_dtype, alone=ALONE_PAIRS)
-    if four_bit:
-        say(f"{FOUR_BIT_OFFSET} (mean {parity.mean:+.1e}, sd {parity.sd:.1e} nats per token)")
-    else:
-        require_parity(parity, shards=str(config.shards), model=config.model)
-    return Started(policy, cost, parity)
+    return policy, cost
 
 
 def _require_together(config: TrainConfig, dtype: torch.dtype, world: World) -> None:

@@ -3,6 +3,8 @@
 Only the policy is in memory. The reference comes from the shards, as two numbers per pair.
 """
 
+import functools
+import itertools
 import math
 import os
 import time
@@ -16,6 +18,7 @@ from torch import Tensor
 from dpo_opt.optimize.begin import Run, RunState, resume_or_begin
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.evaluation import evaluate, is_better, new_best
+from dpo_opt.optimize.first_step import first_step
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.prepare import prepare
 from dpo_opt.optimize.processes.distributed import (
@@ -27,7 +30,7 @@ from dpo_opt.optimize.processes.distributed import (
     world_from_environment,
 )
 from dpo_opt.optimize.run_folder import FINAL, Metrics, RunFolder, hold_logps, resume_command
-from dpo_opt.optimize.step import MetricsWindow, PairResults, forward_pairs
+from dpo_opt.optimize.step import MetricsWindow, PairResults, SeeLogps, forward_pairs
 from dpo_opt.optimize.stop_signals import StopRequested, StopSignals, stop_signals
 from dpo_opt.optimize.update.optimizer import learning_rate, set_learning_rate
 from dpo_opt.schemas.errors import DpoOptError, Preempted, quoted
@@ -77,7 +80,6 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
     run, state = resume_or_begin(
         config, prepared, files, progress=progress, stop=stop, world=world, patient=patient
     )
-    progress.start("training", total=max(total_steps, state.at.step), unit="steps", done=state.at.step)
     if state.at.step >= total_steps and state.window.pairs:
         # --max-steps is now below the checkpoint's step: log the steps that it holds unlogged.
         _log_training(run, state, {})
@@ -92,8 +94,8 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
         total_steps=total_steps,
         num_train_epochs=config.num_train_epochs,
     )
-    run.saver.write_final(final, steps=state.at.step)
-    return TrainResult(final, state.at.step, run.parity, last_metrics)
+    run.saver.write_final(final, steps=state.at.step, parity=state.parity)
+    return TrainResult(final, state.at.step, state.parity, last_metrics)
 
 
 def _take_steps(run: Run, state: RunState) -> None:
@@ -102,12 +104,21 @@ def _take_steps(run: Run, state: RunState) -> None:
     batches = stream.steps(seed=config.seed, size=config.batch_size, consumed=state.at.consumed)
     note = ""
     try:
+        first = first_step(run, state, batches)
+        run.progress.start(
+            "training", total=max(total_steps, state.at.step), unit="steps", done=state.at.step
+        )
+        ahead: list[tuple[list[ScoredPair], PairResults | None]] = []
+        if first is not None:
+            forward = functools.partial(_forward_and_backward, run, state, first.pairs)
+            ahead = [(first.pairs, first.results(state, forward))]
+        steps = itertools.chain(ahead, ((pairs, None) for pairs in batches))
         while True:
             evaluate_and_save(run, state)
             if state.at.step >= total_steps:
                 break
             state.save_is_due = run.stop.check(run.world, due=_clock_says_save(run, state))
-            train_step(run, state, next(batches))
+            train_step(run, state, *next(steps))
             if state.at.step % config.logging_steps == 0 or state.at.step == total_steps:
                 note = f"loss {_log_training(run, state, state.throughput.metrics()):.4f}"
             run.progress.advance(1, note)
@@ -117,8 +128,10 @@ def _take_steps(run: Run, state: RunState) -> None:
         batches.close()
 
 
-def train_step(run: Run, state: RunState, pairs: Sequence[ScoredPair]) -> None:
-    """One update of the policy from a batch of pairs.
+def train_step(
+    run: Run, state: RunState, pairs: Sequence[ScoredPair], results: PairResults | None = None
+) -> None:
+    """One update of the policy from a batch of pairs; ``results`` if its gradients are computed already.
 
     Raises:
         StopRequested: A signal came; the policy is as it was before the step.
@@ -127,7 +140,8 @@ def train_step(run: Run, state: RunState, pairs: Sequence[ScoredPair]) -> None:
     at, config = state.at, run.config
     rate = learning_rate(at.step, total_steps=run.total_steps, config=config)
     set_learning_rate(run.optimizer, rate)
-    results = _forward_and_backward(run, state, pairs)
+    if results is None:
+        results = _forward_and_backward(run, state, pairs)
     grad_norm = clip_gradients(run.parameters, config.max_grad_norm)
     _require_finite(results, grad_norm, pairs, run.files, step=at.step, dtype=run.policy.dtype)
     run.saves.wait_for_copy()
@@ -152,7 +166,9 @@ def train_step(run: Run, state: RunState, pairs: Sequence[ScoredPair]) -> None:
     at.num_tokens += unique + sum(len(p.prompt_ids) for p in pairs)
 
 
-def _forward_and_backward(run: Run, state: RunState, pairs: Sequence[ScoredPair]) -> PairResults:
+def _forward_and_backward(
+    run: Run, state: RunState, pairs: Sequence[ScoredPair], see: SeeLogps | None = None
+) -> PairResults:
     """Results and gradients of a step. If memory runs out, it is repeated in micro-batches half as large.
 
     Raises:
@@ -170,6 +186,7 @@ def _forward_and_backward(run: Run, state: RunState, pairs: Sequence[ScoredPair]
                 margins=stream.margins(pairs),
                 backward=True,
                 stop=run.stop,
+                see=see,
             )
         except torch.OutOfMemoryError as error:
             if repeated or run.world.size > 1:

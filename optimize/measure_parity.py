@@ -1,6 +1,6 @@
 """Measures parity: compares a sample's cached log-probs with the policy's own, in batches and one by one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,21 +8,17 @@ import numpy.typing as npt
 import torch
 
 from dpo_opt.optimize.adapters.lora_targets import has_experts
-from dpo_opt.optimize.forward.packing import Group, packed_size, pair_group
+from dpo_opt.optimize.forward.packing import packed_size, pair_group
 from dpo_opt.optimize.forward.policy import Policy, one_by_one
 from dpo_opt.optimize.losses.pair_inputs import LossInputs
 from dpo_opt.optimize.losses.preference_loss import preference_loss
 from dpo_opt.optimize.parity import Parity
+from dpo_opt.optimize.parity_sample import evenly
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair, counted
-from dpo_opt.schemas.shard_folder import ShardFolder
 
-PARITY_PAIRS = 32
-ALONE_PAIRS = 8
-"""How many of these are also scored one sequence at a time before training, which takes longest."""
 _BATCH_ROWS = 2048
 
 
-@torch.no_grad()
 def measure_parity(
     policy: Policy, pairs: Sequence[ScoredPair], *, cached_dtype: str, alone: int | None = None
 ) -> Parity:
@@ -34,35 +30,56 @@ def measure_parity(
         cached_dtype: Dtype that the reference was scored in, from the fingerprint.
         alone: How many of the pairs, evenly spread, are also scored one sequence at a time; None: all.
     """
-    groups = [pair_group(pair) for pair in pairs]
-    # Two of the longest pairs fit, so that every pair can share a forward: otherwise there is no floor.
-    budget = max(_BATCH_ROWS, 2 * max(packed_size(group) for group in groups))
+    some = evenly(len(pairs), min(alone or len(pairs), len(pairs)))
+    own = OwnLogps(list(pairs), together(policy, pairs), one_at_a_time(policy, pairs, some))
+    return compare(policy, own, cached_dtype=cached_dtype)
+
+
+class OwnLogps(NamedTuple):
+    """Pairs, which hold the cached log-probs, and the policy's own of the tokens that count.
+
+    A side's number is twice its pair's place, and one more for rejected.
+    """
+
+    pairs: list[ScoredPair]
+    sides: list[LogpArray]
+    """Of every side, computed as training does."""
+    alone: Mapping[int, LogpArray]
+    """Of some sides, by their numbers, each computed in a forward of its own."""
+
+
+def compare(policy: Policy, own: OwnLogps, *, cached_dtype: str, first: int | None = None) -> Parity:
+    """Compare cached log-probs with the policy's own that were computed before.
+
+    Args:
+        policy: The policy that computed them.
+        own: What it computed.
+        cached_dtype: Dtype that the reference was scored in, from the fingerprint.
+        first: How many of the pairs are compared as training computes them; None: all. All that was computed
+            alone is compared.
+    """
     sides = [
         counted(logps, mask)
-        for pair in pairs
+        for pair in own.pairs
         for logps, mask in (
             (pair.ref_chosen_token_logps, pair.chosen_mask),
             (pair.ref_rejected_token_logps, pair.rejected_mask),
         )
     ]
-    own_sides = _together(policy, groups, budget)
-    chosen_pairs = _evenly(len(pairs), min(alone or len(pairs), len(pairs)))
-    # Numbers of the sides that are also scored alone.
-    numbers = [2 * int(pair) + side for pair in chosen_pairs for side in (0, 1)]
-    alone_sides = _alone(policy, [groups[pair] for pair in chosen_pairs])
-    beside = [own_sides[number] for number in numbers]
-    cached, own = np.concatenate(sides), np.concatenate(own_sides)
-    mean, sd, p99, largest = _spread(cached - own)
+    pairs = own.pairs[:first]
+    some = 2 * len(pairs)
+    own_sides = own.sides[:some]
+    alone_sides = list(own.alone.values())
+    beside = [own.sides[number] for number in own.alone]
+    cached, found = np.concatenate(sides[:some]), np.concatenate(own_sides)
+    mean, sd, p99, largest = _spread(cached - found)
     alone_mean, alone_sd, alone_p99, alone_max = _spread(
-        np.concatenate([sides[number] for number in numbers]) - np.concatenate(alone_sides)
+        np.concatenate([sides[number] for number in own.alone]) - np.concatenate(alone_sides)
     )
     floor_mean, floor_sd, floor_p99, floor_max = _spread(np.concatenate(alone_sides) - np.concatenate(beside))
-    margins = _margins(sides) - _margins(own_sides)
+    margins = _margins(sides[:some]) - _margins(own_sides)
     worst = max(
-        (
-            _worst(sides[n], other, n)
-            for n, other in [*enumerate(own_sides), *zip(numbers, alone_sides, strict=True)]
-        ),
+        (_worst(sides[n], other, n) for n, other in [*enumerate(own_sides), *own.alone.items()]),
         key=lambda found: found.size,
     )
     parity = Parity(
@@ -72,13 +89,13 @@ def measure_parity(
         sd=sd,
         p99=p99,
         max=largest,
-        correlation=_correlation(cached, own),
+        correlation=_correlation(cached, found),
         margin_mean=float(margins.mean()),
         margin_sd=float(margins.std()),
         loss=_loss(pairs, own_sides),
-        worst_row=pairs[worst.side // 2].row,
+        worst_row=own.pairs[worst.side // 2].row,
         worst_side=("chosen", "rejected")[worst.side % 2],
-        worst_token=_place(pairs[worst.side // 2], worst),
+        worst_token=_place(own.pairs[worst.side // 2], worst),
         worst_cached=worst.cached,
         worst_own=worst.own,
         dtype=str(policy.dtype).removeprefix("torch."),
@@ -122,47 +139,12 @@ def _place(pair: ScoredPair, worst: _Worst) -> int:
     return worst.token if mask is None else int(np.flatnonzero(mask)[worst.token])
 
 
-def spread_pairs(folder: ShardFolder, count: int) -> list[ScoredPair]:
-    """At most ``count`` pairs, the same each time, from every shard if ``count`` allows.
-
-    Raises:
-        DataError: A file that is needed is damaged.
-    """
-    names = ("shard", "row_group", "row")
-    index = folder.index(names)
-    shards, groups, rows = (index[name].to_numpy() for name in names)
-    pairs: list[ScoredPair] = []
-    wanted: dict[tuple[int, int], set[int]] = {}
-    for position in spread_positions(shards, count):
-        wanted.setdefault((int(shards[position]), int(groups[position])), set()).add(int(rows[position]))
-    for (shard, group), numbers in wanted.items():
-        (found,) = folder.row_groups(shard, row_groups=[group])
-        pairs += [pair for pair in found if pair.row in numbers]
-    return pairs
-
-
-def spread_positions(shards: npt.NDArray[np.int32], count: int) -> npt.NDArray[np.int64]:
-    """Positions in the index, in order: equally many from each shard, or all that it has.
-
-    Args:
-        shards: (n,) shard of each pair, ascending.
-        count: Positions wanted.
-    """
-    _, starts, sizes = np.unique(shards, return_index=True, return_counts=True)
-    quotas = np.minimum(sizes, count // len(sizes))
-    while left := min(count, len(shards)) - int(quotas.sum()):
-        open_ = np.flatnonzero(quotas < sizes)
-        quotas[open_[_evenly(len(open_), min(left, len(open_)))]] += 1
-    return np.concatenate([a + _evenly(n, q) for a, n, q in zip(starts, sizes, quotas, strict=True)])
-
-
-def _evenly(size: int, count: int) -> npt.NDArray[np.int64]:
-    """``count`` different numbers below ``size``, evenly spread."""
-    return ((np.arange(count) + 0.5) * size / max(count, 1)).astype(np.int64)
-
-
-def _together(policy: Policy, groups: Sequence[Group], budget: int) -> list[LogpArray]:
+@torch.no_grad()
+def together(policy: Policy, pairs: Sequence[ScoredPair]) -> list[LogpArray]:
     """Chosen and rejected of every pair, in order, computed as training does."""
+    groups = [pair_group(pair) for pair in pairs]
+    # Two of the longest pairs fit, so that every pair can share a forward: otherwise there is no floor.
+    budget = max(_BATCH_ROWS, 2 * max(map(packed_size, groups), default=0))
     found: dict[int, LogpArray] = {}
     for members in policy.bins(groups, budget):
         logps = policy.sequence_logps([groups[i] for i in members])
@@ -172,10 +154,15 @@ def _together(policy: Policy, groups: Sequence[Group], budget: int) -> list[Logp
     return [found[i] for i in range(2 * len(groups))]
 
 
-def _alone(policy: Policy, groups: Sequence[Group]) -> list[LogpArray]:
-    """Chosen and rejected of every pair, in order, each in a forward of its own."""
+@torch.no_grad()
+def one_at_a_time(policy: Policy, pairs: Sequence[ScoredPair], places: Iterable[int]) -> dict[int, LogpArray]:
+    """Both sides of the pairs at these places, by their numbers, each computed in a forward of its own."""
     with one_by_one(policy) as logps:
-        return [logps(sequence).cpu().numpy() for group in groups for sequence in group]
+        return {
+            2 * int(place) + side: logps(sequence).cpu().numpy()
+            for place in places
+            for side, sequence in enumerate(pair_group(pairs[place]))
+        }
 
 
 def _spread(values: LogpArray) -> tuple[float, float, float, float]:

@@ -1,7 +1,7 @@
 """Forward and backward of one step's pairs: log-probs, losses, gradients, and the sums for the metrics."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,9 @@ from dpo_opt.optimize.processes.fsdp import announce_micro_batch, join_empty
 from dpo_opt.optimize.run_folder import Metrics
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.schemas.pairs import ScoredPair
+
+SeeLogps = Callable[[Sequence[PromptGroup], Sequence[Tensor]], None]
+"""Takes the groups of a micro-batch and the token log-probs of each of their sequences."""
 
 
 class PairResults(NamedTuple):
@@ -52,6 +55,7 @@ def forward_pairs(
     margins: Sequence[float] | None = None,
     backward: bool,
     stop: StopSignals,
+    see: SeeLogps | None = None,
 ) -> PairResults:
     """Compute the losses of a step's pairs in micro-batches, and add their gradients.
 
@@ -69,6 +73,7 @@ def forward_pairs(
         backward: Whether to compute gradients.
         stop: Checked before every micro-batch of a single process. Several processes would have to
             communicate for each check.
+        see: Called with the log-probs of each of this process's micro-batches.
 
     Raises:
         StopRequested: A signal came; gradients of a part of the step may be left.
@@ -103,7 +108,10 @@ def forward_pairs(
             None if margin is None else margin[places],
             len(pairs),
         )
-        results = part.results(policy.batch_logps(batch.to(device)))
+        logps = policy.batch_logps(batch.to(device))
+        if see:
+            see(part.groups, torch.split(logps.detach(), batch.lengths))
+        results = part.results(logps)
         if backward:
             torch.autograd.backward(part.loss(results))
         columns.index_copy_(0, places, torch.stack([column.detach() for column in results], dim=1))

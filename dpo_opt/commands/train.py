@@ -105,7 +105,7 @@ def _ended_lines(config: TrainConfig, result: "TrainResult") -> Iterator[str]:
             f"parity  {'ok' if parity.ok else 'FAILED'}: cached log-probs differ from the policy's own by "
             f"{parity.sd:.2g} nats per token (sd), by {parity.max:.2g} at most"
         )
-        yield f"        (over {parity.tokens:,} tokens of {parity.pairs:,} pairs, before the first step)"
+        yield f"        (over {parity.tokens:,} tokens of {parity.pairs:,} pairs, before the first update)"
     yield ""
     groups = last_metrics(config.output_dir)
     yield from table(

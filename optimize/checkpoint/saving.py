@@ -72,7 +72,6 @@ class Saver:
         config: The run's configuration.
         folder: The shards.
         model_folder: The model that the run started from.
-        parity: For the model card.
         world: The run's processes.
         patient: The same, from ``patient_world``.
     """
@@ -85,12 +84,11 @@ class Saver:
         *,
         folder: ShardFolder,
         model_folder: Path,
-        parity: Parity | None,
         world: World,
         patient: World,
     ) -> None:
         self._policy, self._optimizer, self._config = policy, optimizer, config
-        self._folder, self._model_folder, self._parity = folder, model_folder, parity
+        self._folder, self._model_folder = folder, model_folder
         self._world, self._patient = world, patient
         self._names: Mapping[Tensor, str] = {p: name for name, p in policy.model.named_parameters()}
         # With an adapter, the frozen parameters are the base's and are not saved.
@@ -108,7 +106,9 @@ class Saver:
         state = optimizer_tensors(self._optimizer, self._names)
         return Snapshot(weights, sharded, own_files(state, self._world))
 
-    def write_checkpoint(self, private: Path, snapshot: Snapshot, *, steps: int) -> dict[str, str]:
+    def write_checkpoint(
+        self, private: Path, snapshot: Snapshot, *, steps: int, parity: Parity | None
+    ) -> dict[str, str]:
         """Write a snapshot into an existing folder, in its own dtypes. May run in any thread.
 
         Returns:
@@ -118,10 +118,11 @@ class Saver:
         def write_policy() -> dict[str, str]:
             if not self._patient.first:
                 return {}
+            card = self._card(steps, parity)
             if self._shell is None:
-                return self._write_adapter(snapshot.weights, private, steps=steps)
+                return self._write_adapter(snapshot.weights, private, card=card)
             whole = assembled(self._policy, self._shell, snapshot.weights)
-            return self._write_model(whole, private, steps=steps)
+            return self._write_model(whole, private, card=card)
 
         return save_state(private / _OPTIMIZER, snapshot.optimizer, self._patient, beside=write_policy)
 
@@ -133,23 +134,24 @@ class Saver:
         """
         load_state(checkpoint / _OPTIMIZER, optimizer_tensors(self._optimizer, self._names), self._world)
 
-    def write_final(self, path: Path, *, steps: int) -> None:
+    def write_final(self, path: Path, *, steps: int, parity: Parity | None) -> None:
         """Write the trained model or its adapter to ``path``. The policy must not be trained after this."""
+        card = self._card(steps, parity)
         if self._config.use_peft:
             weights = gather_tensors(named_weights(self._policy, self._wanted), self._world)
             if self._world.first:
                 with _final_folder(path) as private:
-                    self._write_adapter(weights, private, steps=steps)
+                    self._write_adapter(weights, private, card=card)
         else:
             dtype = self._final_dtype
             whole = gather_policy(self._policy, self._world, dtype=dtype)
             if whole is not None:
                 torch.nn.Module.to(whole.model, dtype=dtype)
                 with _final_folder(path) as private:
-                    self._write_model(whole, private, steps=steps)
+                    self._write_model(whole, private, card=card)
         wait_for_all(self._patient)
 
-    def _write_adapter(self, weights: Mapping[str, Tensor], folder: Path, *, steps: int) -> dict[str, str]:
+    def _write_adapter(self, weights: Mapping[str, Tensor], folder: Path, *, card: str) -> dict[str, str]:
         save_adapter(
             self._policy.model, folder, base=self._config.model, base_weights=self._base, weights=weights
         )
@@ -158,17 +160,17 @@ class Saver:
             # base has the same tokenizer.
             if not (tokenizer_dir / CONFIG).exists():
                 copy_tokenizer(tokenizer_dir, folder)
-        (folder / "README.md").write_text(self._card(steps), encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
         return {}
 
-    def _write_model(self, whole: Policy, folder: Path, *, steps: int) -> dict[str, str]:
+    def _write_model(self, whole: Policy, folder: Path, *, card: str) -> dict[str, str]:
         with self._folder.tokenizer() as tokenizer_dir:
             return write_model(
                 whole,
                 folder,
                 source=self._model_folder,
                 tokenizer_dir=tokenizer_dir,
-                card=self._card(steps),
+                card=card,
             )
 
     @property
@@ -184,9 +186,7 @@ class Saver:
         known = not self._config.reference_differs and self._config.adapter is None
         return self._folder.manifest.fingerprint.weights if known else None
 
-    def _card(self, steps: int) -> str:
+    def _card(self, steps: int, parity: Parity | None) -> str:
         model = self._policy.model.config
         text_alone = model.get_text_config() is not model
-        return model_card(
-            self._config, self._folder.manifest, self._parity, steps=steps, text_alone=text_alone
-        )
+        return model_card(self._config, self._folder.manifest, parity, steps=steps, text_alone=text_alone)

@@ -73,6 +73,16 @@ def test_any_number_of_processes_trains_the_same_pairs_to_the_same_numbers(runs:
         torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "same"), [("two", "one"), ("single pairs on two", "single pairs on one")])
+def test_all_processes_compare_their_pairs_of_the_first_step(runs: Path, name: str, same: str) -> None:
+    found, expected = (json.loads((runs / run / "parity.json").read_text()) for run in (name, same))
+    assert found.pop("worst_row") in range(28)
+    exact = ("pairs", "tokens", "alone_tokens", "ok", "dtype", "cached_dtype")
+    assert [found[key] for key in exact] == [expected[key] for key in exact]
+    assert found["ok"]
+    assert abs(found["max"] - expected["max"]) < 1e-5
+
+
 def test_fewer_pairs_than_processes_train_the_same(runs: Path) -> None:
     found, expected = (contents(runs / f"single pairs on {n}")["metrics"] for n in ("two", "one"))
     for line, other in zip(found, expected, strict=True):

@@ -41,7 +41,8 @@ from dpo_opt.optimize.forward.load_policy import load_policy
 from dpo_opt.optimize.forward.packing import Group
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.identity import require_same_model
-from dpo_opt.optimize.measure_parity import measure_parity, spread_pairs
+from dpo_opt.optimize.measure_parity import measure_parity
+from dpo_opt.optimize.parity_sample import spread_pairs
 from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.errors import ConfigError, FingerprintError

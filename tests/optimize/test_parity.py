@@ -10,8 +10,9 @@ import torch
 from dpo_opt.optimize.forward.load_policy import load_policy
 from dpo_opt.optimize.forward.packing import Group
 from dpo_opt.optimize.forward.policy import Policy
-from dpo_opt.optimize.measure_parity import measure_parity, spread_pairs, spread_positions
+from dpo_opt.optimize.measure_parity import measure_parity
 from dpo_opt.optimize.parity import Parity, require_parity
+from dpo_opt.optimize.parity_sample import spread_pairs, spread_positions
 from dpo_opt.schemas.errors import FingerprintError
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
