@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_opt.optimize.forward.architecture import auto_class, decoder_of
 from dpo_opt.optimize.forward.layout import choose_layout
+from dpo_opt.optimize.forward.narrow_linear import round_weights_at_use
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.forward.precision import HALF, narrow_products
 from dpo_opt.optimize.forward.probe import require_same_in_compute_dtype
@@ -92,6 +93,8 @@ def load_policy(
     if trainable:
         for part in (decoder_of(model), model.get_output_embeddings()):
             part.requires_grad_(True)
+        if dtype in HALF:
+            round_weights_at_use(decoder_of(model), dtype)
     policy = Policy(model, device, dtype, packs, probe)
     require_same_in_compute_dtype(policy, where=str(folder))
     return policy
