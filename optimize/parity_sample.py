@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dpo_opt.schemas.arrow_numbers import numbers
 from dpo_opt.schemas.pairs import MaskArray, ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
 
@@ -26,7 +27,7 @@ def spread_pairs(folder: ShardFolder, count: int) -> list[ScoredPair]:
         DataError: A file that is needed is damaged.
     """
     index = folder.index(_PLACE)
-    return _pairs_at(folder, index, spread_positions(index["shard"].to_numpy(), count))
+    return _pairs_at(folder, index, spread_positions(numbers(index["shard"]), count))
 
 
 def pairs_beside(folder: ShardFolder, step: Sequence[ScoredPair]) -> list[ScoredPair]:
@@ -46,9 +47,9 @@ def pairs_beside(folder: ShardFolder, step: Sequence[ScoredPair]) -> list[Scored
         DataError: A file that is needed is damaged.
     """
     index = folder.index([*_PLACE, "chosen_length", "rejected_length"])
-    shards = index["shard"].to_numpy()
-    tokens = index["chosen_length"].to_numpy() + index["rejected_length"].to_numpy()
-    others = ~np.isin(index["row"].to_numpy(), [pair.row for pair in step])
+    shards = numbers(index["shard"])
+    tokens = numbers(index["chosen_length"]) + numbers(index["rejected_length"])
+    others = ~np.isin(numbers(index["row"]), [pair.row for pair in step])
     shown = _MOST_PAIRS * np.bincount(shards[~others], minlength=shards.max() + 1) >= max(1, len(step))
     hidden = np.flatnonzero(others & ~shown[shards])
     taken = hidden[spread_positions(shards[hidden], min(_MOST_PAIRS, len(np.unique(shards[hidden]))))]
@@ -93,14 +94,14 @@ def evenly(size: int, count: int) -> npt.NDArray[np.int64]:
 
 
 def _pairs_at(folder: ShardFolder, index: pa.Table, positions: npt.NDArray[np.int64]) -> list[ScoredPair]:
-    shards, groups, rows = (index[name].to_numpy() for name in _PLACE)
+    shards, groups, rows = (numbers(index[name]) for name in _PLACE)
     pairs: list[ScoredPair] = []
     wanted: dict[tuple[int, int], set[int]] = {}
     for position in positions:
         wanted.setdefault((int(shards[position]), int(groups[position])), set()).add(int(rows[position]))
-    for (shard, group), numbers in wanted.items():
+    for (shard, group), chosen in wanted.items():
         (found,) = folder.row_groups(shard, row_groups=[group])
-        pairs += [pair for pair in found if pair.row in numbers]
+        pairs += [pair for pair in found if pair.row in chosen]
     return pairs
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_opt.optimize.read_ahead import read_ahead
+from dpo_opt.schemas.arrow_numbers import numbers
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
@@ -56,7 +57,7 @@ class PairStream:
         """
         self._folder = folder
         index = folder.index(["row", "shard", "row_group"])
-        shards, groups = index["shard"].to_numpy(), index["row_group"].to_numpy()
+        shards, groups = numbers(index["shard"]), numbers(index["row_group"])
         starts = np.flatnonzero((np.diff(shards, prepend=-1) != 0) | (np.diff(groups, prepend=-1) != 0))
         # A block is a row group: its pairs are at positions bounds[block] to bounds[block + 1].
         self._bounds: Positions = np.append(starts, len(index)).astype(np.int32)
@@ -69,10 +70,10 @@ class PairStream:
         # A number for each pair's prompt.
         self._prompts: Positions | None = None
         if by_prompt and prompts is not None:
-            self._prompts = prompts.combine_chunks().dictionary_encode().indices.to_numpy()
+            self._prompts = numbers(prompts.combine_chunks().dictionary_encode().indices)
         self.eval_positions: Positions = np.flatnonzero(self._held_out).astype(np.int32)
         self.train_size = len(index) - len(self.eval_positions)
-        self._rows = index["row"].to_numpy()
+        self._rows = numbers(index["row"])
         self._weights = self._normalised_weights(folder.column(WEIGHT, rows=self._rows, default=1.0))
         self._margins = self._all_margins() if margins else None
         # The first thread to open a shard checks its hash, or fetches it; the others wait.
@@ -260,5 +261,5 @@ def _below(prompt_ids: pa.ChunkedArray, share: float) -> npt.NDArray[np.bool_]:
     """Whether the first 32 bits of each identifier, read as a number from 0 to 1, are below a share."""
     digits = pc.utf8_slice_codeunits(prompt_ids, 0, 8).combine_chunks().cast(pa.binary()).cast(pa.binary(8))
     # Eight characters are viewed as one int64, so that numpy needs no object per row.
-    text = digits.view(pa.int64()).to_numpy().tobytes().decode("ascii")
+    text = numbers(digits.view(pa.int64())).tobytes().decode("ascii")
     return np.frombuffer(bytes.fromhex(text), dtype=">u4") / 2**32 < share

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_opt.schemas.arrow_file import arrow_file
+from dpo_opt.schemas.arrow_numbers import numbers
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.locations import AnyPath
@@ -268,6 +269,6 @@ def _lists(column: pa.ChunkedArray, dtype: type[np.generic]) -> list[np.ndarray]
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = array.chunk(0) if array.num_chunks else pa.array([], type=column.type)
-    offsets = array.offsets.to_numpy()
-    values = array.values.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+    offsets = numbers(array.offsets)
+    values = numbers(array.values).astype(dtype, copy=False)
     return [values[a:b] for a, b in itertools.pairwise(offsets)]

@@ -68,7 +68,7 @@ def choose_layout(
     _use_attention(model, STOCK_ATTENTION)
     with torch.no_grad(), full_precision_products(), contextlib.ExitStack() as stack:
         rounded = stock_answers(model, groups, device, dtype)
-        if _has_fp32_forward(model):
+        if (dtype != torch.float32 or _holds_half(model)) and _has_fp32_forward(model):
             stack.enter_context(in_fp32(model))
             expected = stock_answers(model, groups, device, torch.float32)
         else:
@@ -197,6 +197,10 @@ def _use_attention(model: PreTrainedModel, name: str) -> bool:
 def _dtype(model: PreTrainedModel) -> torch.dtype:
     dtype: torch.dtype = projection_of(model).weight.dtype
     return dtype
+
+
+def _holds_half(model: PreTrainedModel) -> bool:
+    return any(tensor.dtype in HALF for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _has_fp32_forward(model: PreTrainedModel) -> bool:

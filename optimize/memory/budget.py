@@ -14,6 +14,7 @@ from dpo_opt.optimize.forward.packing import Group, packed_size, pair_group
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.processes.distributed import World, any_rank, least_of_ranks
 from dpo_opt.optimize.processes.fsdp import ShardedPolicy, announce_micro_batch, join_empty
+from dpo_opt.schemas.arrow_numbers import numbers
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
@@ -70,7 +71,7 @@ def longest_pair(folder: ShardFolder) -> ScoredPair:
     """
     columns = ["prompt_length", "chosen_length", "rejected_length", "shard", "row_group", "row"]
     index = folder.index(columns)
-    lengths = [index[name].to_numpy().astype("int64") for name in columns[:3]]
+    lengths = [numbers(index[name]).astype("int64") for name in columns[:3]]
     place = int(np.sum(lengths, axis=0).argmax())
     shard, row_group, row = (index[name][place].as_py() for name in columns[3:])
     (pairs,) = folder.row_groups(shard, row_groups=[row_group])

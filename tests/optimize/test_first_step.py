@@ -5,12 +5,15 @@ The other shards and single sequences are computed apart; tests/optimize/test_pa
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from planted_defects import CACHE, FORWARD, Scored, planted
@@ -154,16 +157,12 @@ class OfLengths:
         (self.pair,) = (pair for pair in ShardFolder.open(shards).pairs() if pair.row == 0)
         self.sizes, self.tokens, self.mask = sizes, tokens, mask
 
-    def index(self, columns: Sequence[str]) -> Any:
+    def index(self, columns: Sequence[str]) -> pa.Table:
         numbers = np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.sizes)
         rows = np.arange(len(numbers))
         found = {"shard": numbers, "row_group": 0 * rows, "row": rows}
         lengths = {name: np.full(len(rows), self.tokens) for name in ("chosen_length", "rejected_length")}
-        return {
-            name: SimpleNamespace(to_numpy=lambda values=values: values)
-            for name, values in {**found, **lengths}.items()
-            if name in columns
-        }
+        return pa.table({**found, **lengths}).select(columns)
 
     def row_groups(self, shard: int, *, row_groups: Sequence[int]) -> Iterator[list[ScoredPair]]:
         begin = sum(self.sizes[:shard])
@@ -312,3 +311,18 @@ def test_the_step_that_is_compared_is_the_one_that_is_trained(
     differs = {**settings, "output_dir": settings["output_dir"].with_name("differs")}
     train(TrainConfig(**differs, reference_differs=True))
     assert (differs["output_dir"] / "final" / "model.safetensors").read_bytes() == plain
+
+
+def test_nothing_that_training_reads_imports_pandas(shards: Path) -> None:
+    """pandas takes half a second, and pyarrow imports it wherever it is installed."""
+    pytest.importorskip("pandas")
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from dpo_opt.optimize.parity_sample import pairs_beside\n"
+        "from dpo_opt.optimize.stream import PairStream\n"
+        "from dpo_opt.schemas.shard_folder import ShardFolder\n"
+        "folder = ShardFolder.open(Path(sys.argv[1]))\n"
+        "pairs_beside(folder, next(PairStream(folder, eval_split=0.2).steps(seed=0, size=2)))\n"
+        "sys.exit('pandas' in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(shards)], check=True)
