@@ -28,6 +28,7 @@ COLUMNS = "columns"
 """Folder of the sidecars, inside a folder of shards."""
 WEIGHT = "weight"
 MARGIN = "margin"
+_NOTE = b"dpo_opt.note"
 _PLANNED = rf"{COLUMNS}/[a-z]+-[0-9a-f]{{32}}\.parquet"
 ColumnFile = Annotated[str, Field(pattern=f"^{_PLANNED}$")]
 """Name of a column's file as a plan states it, relative to the folder."""
@@ -75,24 +76,33 @@ def own_file(name: str) -> str:
     return f"{COLUMNS}/{name}.parquet"
 
 
-def column_path(shards_dir: AnyPath, name: str, files: ColumnFiles) -> AnyPath:
+def column_path(shards_dir: AnyPath, name: str, files: ColumnFiles, *, planned_only: bool = False) -> AnyPath:
     """The file that counts for a column, whether there is such a file or not.
 
     Args:
         shards_dir: Folder of reference shards.
         name: Such as ``weight``.
         files: As the plan or the manifest names them.
+        planned_only: Leave a person's own numbers out where the plan has some.
 
     Raises:
         DataError: The file is a link that leads out of the folder.
     """
     own = inside(shards_dir, own_file(name))
     planned = (files or {}).get(name)
-    return own if planned is None or is_file(own) else inside(shards_dir, planned)
+    if planned is not None and (planned_only or not is_file(own)):
+        return inside(shards_dir, planned)
+    return own
 
 
 def write_column(
-    shards_dir: AnyPath, name: str, column: Column, *, file: ColumnFile | None = None, keep_rows: int = 0
+    shards_dir: AnyPath,
+    name: str,
+    column: Column,
+    *,
+    file: ColumnFile | None = None,
+    keep_rows: int = 0,
+    note: str | None = None,
 ) -> None:
     """Publish a column.
 
@@ -102,6 +112,7 @@ def write_column(
         column: Its values.
         file: That of a plan; without it, a person's own.
         keep_rows: Below this row, the values of a file that is there stay.
+        note: What wrote the values and how, kept with them; :func:`column_note` reads it.
 
     Raises:
         DataError: The file that is there is damaged or is another table.
@@ -110,10 +121,23 @@ def write_column(
     table = pa.table({"row": pa.array(column.rows, pa.int64()), name: pa.array(column.values, pa.float64())})
     if keep_rows and is_file(path):
         there = _read_table(path, name)
-        there = there.filter(pc.less(there["row"], keep_rows))
+        there = there.filter(pc.less(there["row"], keep_rows)).replace_schema_metadata(None)
         table = pa.concat_tables([there, table.filter(pc.greater_equal(table["row"], keep_rows))])
+    if note is not None:
+        table = table.replace_schema_metadata({_NOTE: note})
     with publish(path) as private, arrow_file(private, "wb") as sink:
         pq.write_table(table, sink)
+
+
+def column_note(path: AnyPath) -> str | None:
+    """What wrote a column's file, if it says so.
+
+    Raises:
+        DataError: The file is damaged or is another table.
+    """
+    metadata = _read_table(path, path.stem).schema.metadata or {}
+    found = metadata.get(_NOTE)
+    return None if found is None else found.decode(errors="replace")
 
 
 def read_column(
@@ -123,6 +147,7 @@ def read_column(
     files: ColumnFiles,
     rows: npt.NDArray[np.int64],
     default: float,
+    planned_only: bool = False,
 ) -> npt.NDArray[np.float64] | None:
     """The column's value at each of ``rows``; None if the folder has no such column.
 
@@ -132,12 +157,13 @@ def read_column(
         files: As the manifest names them.
         rows: (n,) row numbers.
         default: For rows that have no value.
+        planned_only: Leave a person's own numbers out where the plan has some.
 
     Raises:
         DataError: The file is damaged or is another table, or a row has a value that is no number, or below 0
             where it is a weight.
     """
-    path = column_path(shards_dir, name, files)
+    path = column_path(shards_dir, name, files, planned_only=planned_only)
     if not is_file(path):
         return None
     table = _read_table(path, name)
@@ -212,7 +238,8 @@ def _read_table(path: AnyPath, name: str) -> pa.Table:
     try:
         # Opened once: by its name it may be another file between the footer and the pages.
         with on_this_machine(path) as file, file.open("rb") as handle:
-            return pq.read_table(handle, columns=["row", name]).select(["row", name]).cast(schema)
+            table = pq.read_table(handle, columns=["row", name]).select(["row", name])
+            return table.cast(schema.with_metadata(table.schema.metadata))
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise _no_column(path, name, first_line(error, named=False)) from error
 

@@ -719,12 +719,19 @@ def test_a_launched_worker_names_settings_that_stay(
 
 
 def test_an_interrupted_training_says_what_goes_on(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
-    def interrupt(*arguments: object, **named: object) -> None:
-        raise KeyboardInterrupt
+    from dpo_opt.optimize import loop
+
+    forward, calls = loop.forward_pairs, []
+
+    def interrupt(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:  # before the first update there is no run to go on with
+            raise KeyboardInterrupt
+        return forward(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("dpo_opt.optimize.loop.forward_pairs", interrupt)
-        result = invoke(*train_arguments(shards, tiny_model, tmp_path / "my run"))
+        monkeypatch.setattr(loop, "forward_pairs", interrupt)
+        result = invoke(*train_arguments(shards, tiny_model, tmp_path / "my run"), "--logging-steps", 1)
     assert result.exit_code == 130
     (fix,) = re.findall(r"^  fix: dpo-opt (.*)$", result.stderr, flags=re.MULTILINE)
     assert "--resume" in fix

@@ -1,0 +1,115 @@
+"""Finds pairs that are worth a look before any training, from the reference's log-probs and the token ids.
+
+Nothing here says that a pair is wrong. A base model prefers short, plain texts, and what it ranks wrongly may
+be exactly what training is for: read a few pairs of each kind before any is weighted down.
+"""
+
+import math
+from typing import NamedTuple
+
+import polars as pl
+
+from dpo_opt.analysis import rewards
+from dpo_opt.analysis.load import counted_tokens, shard_slices
+from dpo_opt.schemas.errors import DataError, quoted
+from dpo_opt.schemas.locations import AnyPath
+
+HARD_TO_FLIP = "hard_to_flip"
+SUSPECT_LABEL = "suspect_label"
+NEAR_IDENTICAL = "near_identical"
+NO_INFORMATION = "no_information"
+
+_LEAST_SHARE = 0.01
+_MOST_OVERLAP = 0.9
+_LEAST_MARGIN = 0.5
+
+KINDS = {
+    HARD_TO_FLIP: "the reference ranks it wrongly by so much that its gradient is below 1% of its first one "
+    "before the ranking turns (Chen et al., arXiv 2405.19534)",
+    SUSPECT_LABEL: "per token the rejected completion is much the likelier one: the labels may be swapped "
+    "(Kong et al., PerpCorrect, NeurIPS 2024)",
+    NEAR_IDENTICAL: "both completions have nearly the same tokens, where likelihood displacement is most "
+    "common (Razin et al., arXiv 2410.08847)",
+    NO_INFORMATION: "nearly the same tokens and nearly the same log-prob",
+}
+"""What each kind of pair is. A pair may be of several."""
+
+
+class Triage(NamedTuple):
+    """Every pair with what was found of it."""
+
+    pairs: pl.DataFrame
+    """``row``, ``pair_id``, ``source``, ``reference_margin`` (nats), ``perplexity_difference`` (nats per
+    token), ``token_overlap`` (0 to 1), and a Boolean for each of :data:`KINDS`."""
+    suspect_above: float | None
+    """The ``perplexity_difference`` above which a label is suspect; None without any."""
+
+    def count(self, kind: str) -> int:
+        """How many pairs are of a kind."""
+        return int(self.pairs[kind].sum())
+
+
+def triage(shards_dir: AnyPath, *, beta: float = 0.1, suspects: float = 0.05) -> Triage:
+    """Look at every kept pair of a folder: about 100 bytes per pair in memory.
+
+    Args:
+        shards_dir: A finalized folder of shards.
+        beta: Of the run to come, which decides what is hard to flip. The DPO gradient of a pair is weighted
+            with sigma(-beta d), d being what the policy added to its log-prob margin; where the reference's
+            margin is -c the ranking turns at d = c.
+        suspects: The largest share of the pairs whose labels are called suspect, from 0 to 1. Only pairs
+            whose rejected completion is the likelier one per token are.
+
+    Raises:
+        DataError: The folder has no valid manifest, a file is not the one the manifest names, or no pair was
+            kept.
+    """
+    chosen, rejected = (pl.col(f"{side}_ids").list.unique() for side in ("chosen", "rejected"))
+    shared = chosen.list.set_intersection(rejected).list.len()
+    columns = (
+        "row",
+        "pair_id",
+        "source",
+        rewards.reference_ranking_margin().alias("reference_margin"),
+        (-rewards.reference_ranking_margin_per_token()).alias("perplexity_difference"),
+        "token_overlap",
+    )
+    frames = [
+        s.shards.with_columns(
+            counted_tokens("chosen"),
+            counted_tokens("rejected"),
+            (2 * shared / (chosen.list.len() + rejected.list.len())).alias("token_overlap"),
+        )
+        .select(*columns)
+        .collect(engine="streaming")
+        for s in shard_slices(shards_dir)
+    ]
+    pairs = pl.concat(frames)
+    if not len(pairs):
+        raise DataError(
+            "no pair was kept",
+            where=str(shards_dir),
+            why="there are no log-probs of the reference to look at",
+            fix=f"dpo-opt status --shards {quoted(shards_dir)}",
+        )
+    # sigma(-beta c) is a hundredth of its value at the start, 1/2, at this margin.
+    hard = -math.log(2 / _LEAST_SHARE - 1) / beta
+    above = _bound(pairs["perplexity_difference"], suspects)
+    alike = pl.col("token_overlap") >= _MOST_OVERLAP
+    suspect = pl.lit(False) if above is None else pl.col("perplexity_difference") >= above
+    return Triage(
+        pairs.with_columns(
+            (pl.col("reference_margin") < hard).alias(HARD_TO_FLIP),
+            suspect.alias(SUSPECT_LABEL),
+            alike.alias(NEAR_IDENTICAL),
+            (alike & (pl.col("reference_margin").abs() < _LEAST_MARGIN)).alias(NO_INFORMATION),
+        ),
+        above,
+    )
+
+
+def _bound(differences: pl.Series, share: float) -> float | None:
+    """The lowest of the highest differences that are suspect; None if there is none."""
+    highest = differences.top_k(int(share * len(differences)))
+    positive = highest.filter(highest > 0)
+    return float(positive.min()) if len(positive) else None  # type: ignore[arg-type]
