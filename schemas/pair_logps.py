@@ -57,9 +57,7 @@ class PairLogps:
     rejected_token_logps: LogpArray | None = None
 
 
-def write_pair_logps(
-    path: Path, batches: Iterable[Sequence[PairLogps]], *, dtype: str | None = None
-) -> None:
+def write_pair_logps(path: Path, batches: Iterable[Sequence[PairLogps]], *, dtype: str | None = None) -> None:
     """Publish one segment of the table; each batch is a row group, and only one is in memory.
 
     Args:

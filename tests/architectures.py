@@ -71,14 +71,18 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 32,
         },
     ),
-}
-
-PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     # At the published cap of 50, random weights would not show that it is left out.
     "gemma2-softcapped": (
         "Gemma2Config",
         {**HEADS, "sliding_window": WINDOW, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 16},
     ),
+    "gpt-oss-sinks": (
+        "GptOssConfig",
+        {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    ),
+}
+
+PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-h1": ("FalconH1Config", {**SIZES, **STATES, "mamba_d_ssm": 128, "lm_head_multiplier": 0.5}),
     "recurrent-gemma": (
         "RecurrentGemmaConfig",
@@ -92,10 +96,6 @@ PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4-chunked": (
         "Llama4TextConfig",
         {**HEADS, "intermediate_size_mlp": 96, "num_local_experts": 4, "attention_chunk_size": 25},
-    ),
-    "gpt-oss-sinks": (
-        "GptOssConfig",
-        {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
     ),
     # The window is in its mask only, and longer than what loading tries.
     "phimoe-hidden-window": ("PhimoeConfig", {**SIZES, "num_local_experts": 4, "sliding_window": 25}),

@@ -5,6 +5,7 @@ layer's forward is wrapped here. Log-probs and gradients are exactly those of th
 """
 
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, Literal
 
@@ -53,20 +54,30 @@ def checkpoint_activations(model: PreTrainedModel, mode: Literal["none", "select
             fix="train with --activation-checkpointing none, and a smaller --micro-batch-tokens",
         )
     for layer in layers:
-        layer.forward = partial(_recomputed, layer.forward, mode)
+        kept = _KEPT
+        if any(getattr(module, "has_bias", False) for module in layer.modules()):
+            # transformers adds the bias of experts into their product, which a kept result must not suffer.
+            kept = _KEPT - {_aten._grouped_mm.default}
+        layer.forward = partial(_recomputed, layer.forward, mode, kept)
 
 
-def _recomputed(forward: Callable[..., Any], mode: str, *args: Any, **kwargs: Any) -> Any:
+def _recomputed(
+    forward: Callable[..., Any], mode: str, kept: AbstractSet[Any], *args: Any, **kwargs: Any
+) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    contexts: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}
+    contexts: dict[str, Any] = (
+        {"context_fn": partial(_selective_contexts, kept)} if mode == "selective" else {}
+    )
     # There is no dropout, so there is no random state to restore.
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts, **kwargs)
 
 
-def _selective_contexts() -> Any:
-    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+def _selective_contexts(kept: AbstractSet[Any]) -> Any:
+    return create_selective_checkpoint_contexts(partial(_policy, kept))  # type: ignore[no-untyped-call]
 
 
-def _policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(
+    kept: AbstractSet[Any], _context: Any, operation: Any, *_args: Any, **_kwargs: Any
+) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE

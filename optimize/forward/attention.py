@@ -10,7 +10,7 @@ counts positions, as it must.
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from dpo_opt.optimize.forward.packing import Segment, VarlenIndex
 from dpo_opt.optimize.forward.varlen import takes_varlen, varlen_attention
+from dpo_opt.optimize.forward.written_attention import written_attention
 
 SEGMENT_ATTENTION = "dpo_opt_segments"
 """Name of the attention for packed rows."""
@@ -53,34 +54,43 @@ def segment_attention(
     varlen: VarlenIndex | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention output (1, T, H, D), in the form that transformers' ``AttentionInterface`` expects.
 
-    ``varlen`` describes the same segments for the fused kernel of a CUDA device.
+    ``varlen`` describes the same segments for the fused kernel of a CUDA device. Soft-capped scores
+    (``softcap``) and sinks (``s_aux``, (H,)) are transformers' arguments; no fused kernel has them.
 
     Raises:
-        NotImplementedError: The model needs something that this kernel would ignore (soft-capping, sinks, a
-            bias, its own mask), or applies its sliding window in a mask, and no mask is built here.
-            ``load_policy`` detects such models and uses padded rows.
+        NotImplementedError: The model needs something that this kernel would ignore (a bias, its own mask),
+            or applies its sliding window in a mask, and no mask is built here. ``load_policy`` detects such
+            models and uses padded rows.
     """
     refuse_unknown(others, dropout=dropout)
-    if attention_mask is not None or not (
-        getattr(module, "is_causal", True) if is_causal is None else is_causal
-    ):
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if attention_mask is not None or not is_causal:
         raise NotImplementedError("segment attention is causal and has no masks")
     if sliding_window is None and _is_windowed(module):
         raise NotImplementedError("the layer has a sliding window and does not pass it on")
     _note_call(module)
-    if varlen is not None and takes_varlen(query, value):
+    written = softcap is not None or s_aux is not None
+    if varlen is not None and not written and takes_varlen(query, value):
         return varlen_attention(query, key, value, varlen, scale=scaling, window=sliding_window), None
     grouped = query.shape[1] != key.shape[1]
-    if grouped and query.is_cuda:
+    if grouped and query.is_cuda and not written:
         # On CUDA the only kernel for grouped heads with fp32 or a mask keeps all scores for backward.
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         grouped = False
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = (
+        functools.partial(written_attention, scale=scaling, softcap=softcap, sinks=s_aux)
+        if written
+        else functools.partial(_fused_attention, scale=scaling, grouped=grouped)
+    )
     # Split, not sliced: autograd then assembles the gradient of T rows once, not once per segment.
     sizes = [segment.stop - segment.start for segment in segments]
     queries, keys, values = (torch.split(x, sizes, dim=2) for x in (query, key, value))
@@ -100,22 +110,20 @@ def segment_attention(
             stop += rows
             windowed = sliding_window is not None and stop > sliding_window
             mask = None
-            if stop > rows or windowed:
+            if stop > rows or windowed or written:
                 # All layers of one forward need the same masks; large ones cost less to make than to keep.
                 make = _kept_mask if rows * stop <= _KEPT_ENTRIES else _mask
                 mask = make(rows, stop, sliding_window if windowed else None, q.device)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    block,
-                    k[:, :, :stop],
-                    v[:, :, :stop],
-                    attn_mask=mask,
-                    is_causal=mask is None,
-                    scale=scaling,
-                    enable_gqa=grouped,
-                )
-            )
+            outputs.append(attend(block, k[:, :, :stop], v[:, :, :stop], mask))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None, grouped: bool
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
 
 
 def _mask(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
@@ -168,7 +176,7 @@ def refuse_unknown(others: Mapping[str, Any], *, dropout: float) -> None:
     """Check the arguments that a model passes besides tensors, scale, window and causality.
 
     Raises:
-        NotImplementedError: The model needs what no kernel here has, such as soft-capping or sinks.
+        NotImplementedError: The model needs what this kernel does not have.
     """
     unknown = sorted(n for n, value in others.items() if value is not None and n not in _WITHOUT_EFFECT)
     if dropout:

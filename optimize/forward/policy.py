@@ -1,7 +1,7 @@
 """``Policy``: a causal language model with batches in and token log-probs out.
 
 Loading measures (probe.py) whether the packed forward is exact for the model at hand. If it is not (recurrent
-layers, soft-capped attention), padded rows are used.
+layers, for one), padded rows are used.
 """
 
 import contextlib

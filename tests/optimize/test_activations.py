@@ -18,8 +18,12 @@ from dpo_opt.schemas.errors import ConfigError
 
 Mode = Literal["none", "selective", "full"]
 ARCHITECTURES = {
-    name: PACKED[name] for name in ("llama", "qwen3", "qwen3-moe", "mistral-windowed", "gemma3-windowed")
-} | {name: PADDED[name] for name in ("gemma2-softcapped", "mamba")}
+    name: PACKED[name]
+    for name in (
+        *("llama", "qwen3", "qwen3-moe", "mistral-windowed", "gemma3-windowed"),
+        *("gemma2-softcapped", "gpt-oss-sinks"),
+    )
+} | {"mamba": PADDED["mamba"]}
 
 
 def checkpointed(folder: Path, mode: Mode) -> Policy:

@@ -25,7 +25,16 @@ def visible(row: int, window: int | None) -> list[int]:
     return seen if window is None else seen[-window:]
 
 
-def row_by_row(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
+def row_by_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """(1, T, H, D) in float64, one softmax at a time."""
     repeat = query.shape[1] // key.shape[1]
     out = torch.zeros(1, ROWS, QUERY_HEADS, WIDTH, dtype=torch.float64)
@@ -34,7 +43,12 @@ def row_by_row(query: Tensor, key: Tensor, value: Tensor, *, scale: float, windo
         for head in range(QUERY_HEADS):
             q = query[0, head, row].double()
             k, v = key[0, head // repeat, seen].double(), value[0, head // repeat, seen].double()
-            out[0, row, head] = (k @ q * scale).softmax(0) @ v
+            scores = k @ q * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            shares = scores.exp()
+            rest = 0.0 if sinks is None else sinks[head].double().exp()
+            out[0, row, head] = shares / (shares.sum() + rest) @ v
     return out
 
 
@@ -65,9 +79,44 @@ def test_the_rejected_part_does_not_see_the_chosen_part() -> None:
     assert np.flatnonzero(changed).tolist() == [6, 7, 8]
 
 
-@pytest.mark.parametrize(
-    "unknown", ["attention_mask", "softcap", "s_aux"], ids=["a mask", "soft-capping", "sinks"]
-)
+@pytest.mark.parametrize("window", [None, 1, 8])
+@pytest.mark.parametrize("key_value_heads", [QUERY_HEADS, 2])
+@pytest.mark.parametrize(("softcap", "sinks"), [(0.7, False), (None, True), (0.7, True)])
+def test_soft_capped_scores_and_sinks_are_written_out(
+    softcap: float | None, sinks: bool, key_value_heads: int, window: int | None
+) -> None:
+    given = [x.requires_grad_() for x in heads(key_value_heads)]
+    extra = torch.linspace(-2, 1, QUERY_HEADS).requires_grad_() if sinks else None
+    found, _ = segment_attention(
+        nn.Module(), *given, None, segments=SEGMENTS, scaling=0.9, sliding_window=window, softcap=softcap,
+        s_aux=extra,
+    )  # fmt: skip
+    expected = row_by_row(*given, scale=0.9, window=window, softcap=softcap, sinks=extra)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    inputs = [*given, *([extra] if extra is not None else [])]
+    own = torch.autograd.grad(found.square().sum(), inputs)
+    for gradient, right in zip(own, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-5)
+    plain = row_by_row(*given, scale=0.9, window=window)
+    assert window == 1 or (plain - expected).abs().max() > 0.01, "neither shows in these numbers"
+
+
+def test_no_scores_are_kept_for_the_backward() -> None:
+    query, key, value = (x.requires_grad_() for x in heads(2))
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        segment_attention(nn.Module(), query, key, value, None, segments=SEGMENTS, softcap=0.7)
+    longest = max(s.stop - s.start for s in SEGMENTS)
+    # A mask has no heads: nothing as large as the scores of all heads is kept.
+    assert max(kept) < QUERY_HEADS * longest * longest
+
+
+@pytest.mark.parametrize("unknown", ["attention_mask", "attention_bias"])
 def test_what_the_kernel_would_ignore_is_refused(unknown: str) -> None:
     query, key, value = heads(2)
     settings: dict[str, object] = {"attention_mask": None, unknown: torch.ones(1)}

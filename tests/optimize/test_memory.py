@@ -23,7 +23,7 @@ TESTED = {
     "gpt-neox": PACKED["gpt-neox"],
     "gemma3-windowed": PACKED["gemma3-windowed"],
     "qwen3": PACKED["qwen3"],
-    "gemma2-softcapped": PADDED["gemma2-softcapped"],
+    "gemma2-softcapped": PACKED["gemma2-softcapped"],
 }
 
 
