@@ -165,7 +165,6 @@ CHANGED: dict[str, tuple[str, Edit]] = {
     ),
     "lower case": ("tokenizer", tokenizer(lambda found: found.update(normalizer={"type": "Lowercase"}))),
     "another end": ("tokenizer", tokenizer_config(eos_token="<s>")),
-    "special tokens split": ("tokenizer", tokenizer_config(split_special_tokens=True)),
 }
 
 

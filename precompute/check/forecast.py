@@ -23,24 +23,24 @@ def kept_pairs(
 ) -> tuple[Mask, dict[str, int]]:
     """Which pairs ``fit_ids`` keeps, and how many it leaves out for which reason, from lengths alone.
 
-    Where completions hold context, ``keep_start`` may leave out some more: what counts of them is cut off.
-
     Args:
-        tokens: (P, 4): lengths of prompt, chosen, rejected, and of what both completions begin with.
+        tokens: (P, 5): lengths of prompt, chosen and rejected, then ``alike`` and ``uncounted`` of
+            ``PairIds``.
         max_length: Most tokens of prompt plus completion.
         truncation: What happens to longer ones.
     """
-    prompt, chosen, rejected, shared = tokens.T
+    prompt, chosen, rejected, alike, uncounted = tokens.T
     longest, shortest = np.maximum(chosen, rejected), np.minimum(chosen, rejected)
     reasons: list[tuple[DropReason, Mask]] = [
         ("empty_prompt", prompt == 0),
         ("empty_completion", shortest == 0),
-        ("identical_completions", (shared == chosen) & (shared == rejected)),
+        ("identical_completions", (alike == chosen) & (alike == rejected)),
     ]
     match truncation:
         case "keep_start":
             reasons.append(("prompt_fills_max_length", prompt >= max_length))
-            reasons.append(("identical_after_truncation", max_length - prompt <= shared))
+            reasons.append(("nothing_counts_after_truncation", max_length - prompt <= uncounted))
+            reasons.append(("identical_after_truncation", max_length - prompt <= alike))
         case "keep_end":
             reasons.append(("completion_fills_max_length", longest >= max_length))
         case "drop":

@@ -21,6 +21,7 @@ from dpo_opt.precompute.config import DataConfig, TrainOn
 from dpo_opt.precompute.read.datasets import BadFile, BadRow, Reading, parse_block, scan_blocks
 from dpo_opt.precompute.read.parallel import map_in_order
 from dpo_opt.precompute.read.row_blocks import Block
+from dpo_opt.precompute.tokens.templates import chat_templates
 from dpo_opt.precompute.tokens.tokenize import encoder
 from dpo_opt.precompute.tokens.truncation import PairIds
 from dpo_opt.schemas.errors import ConfigError, DataError
@@ -57,7 +58,8 @@ class Facts(NamedTuple):
     characters: Int32s
     """(P, 3): of prompt, chosen, rejected."""
     tokens: Int32s
-    """(P, 4): of prompt, chosen, rejected, and how many both completions begin with; (P, 0) without model."""
+    """(P, 5): of prompt, chosen, rejected, then ``alike`` and ``uncounted`` of ``PairIds``; (P, 0) without
+    model."""
     flags: npt.NDArray[np.uint16]
     signatures: npt.NDArray[np.uint32]
     """(P, permutations) MinHash signatures; (P, 0) if near duplicates are not searched."""
@@ -192,7 +194,9 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
         characters=_table(
             [[_characters(t) for t in (p.prompt, p.chosen, p.rejected)] for p in pairs], 3, height=len(pairs)
         ),
-        tokens=_table([[*map(len, e[:3]), e.shared] for e in ids], 4 if ids else 0, height=len(pairs)),
+        tokens=_table(
+            [[*map(len, e[:3]), e.alike, e.uncounted] for e in ids], 5 if ids else 0, height=len(pairs)
+        ),
         flags=np.array(flags, dtype=np.uint16),
         signatures=signatures(pairs if wanted.near_duplicates else [], rows=len(pairs)),
         labels=list(labels),
@@ -211,9 +215,12 @@ def _encoded(
     bad_rows: dict[tuple[int, str], BadRows],
 ) -> tuple[list[PreferencePair], list[PairIds]]:
     """The pairs that the tokenizer takes, with their ids; the others are counted as bad rows."""
+    tokenizer = encoder(folder, wanted.template_date, wanted.train_on)
     try:
-        encoded = encoder(folder, wanted.template_date, wanted.train_on).encode(pairs)
-    except ConfigError as error:  # messages, and no chat template
+        encoded = tokenizer.encode(pairs)
+    except ConfigError as error:
+        if chat_templates(tokenizer.tokenizer):
+            raise  # it is not the rows that must be changed
         for pair in pairs:
             _count(bad_rows, source, DataError(error.what, where=pair.where, kind="no_chat_template"))
         return [], []

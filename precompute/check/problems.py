@@ -104,7 +104,7 @@ BAD_ROWS: dict[str, Kind] = {
     "tools": Kind("error", "tools or template settings that cannot be used", _UNREAD, _ROW),
     "no_chat_template": Kind(
         "error",
-        "messages, but a tokenizer without a chat template",
+        "messages, but a tokenizer without a chat template for them",
         "only the model's own template turns messages into the text it was trained on",
         "save a chat_template.jinja with the tokenizer, or use rows of text",
     ),

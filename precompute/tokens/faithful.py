@@ -3,7 +3,9 @@
 A template leaves out what it does not know: a tool call, a thought, a role. The pair would then be scored for
 a conversation that is not in the data, so such a row is an error that names the part.
 
-A part is found if the text holds it as it is, with other white space (templates trim), or as JSON writes it.
+A part is found if the text holds it, without the white space around it (templates trim), as it is or as JSON
+writes it. What only seems to be there, because other parts have the same words, ``hidden_losses`` finds.
+
 One omission is the template's own design: templates of reasoning models leave the thoughts of turns before
 the user's last message out of the prompt, as they do whenever the model answers. A thought in a completion is
 what is trained on, and must be there.
@@ -20,6 +22,8 @@ from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message
 
 THOUGHT_KEYS = ("reasoning_content", "thinking")
+FIRST_ROLES = ("system", "developer")
+"""Who speaks before all others, so that a template may move the text, or write none for an empty one."""
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 
 
@@ -32,47 +36,60 @@ class Part(NamedTuple):
     text: str
 
 
-def refuse_losses(parts: list[Part], *, tools: list[object] | None, template: str, where: str) -> None:
+def refuse_losses(
+    parts: list[Part], *, tools: list[object] | None, documents: object, template: str, where: str
+) -> None:
     """Refuse a row of which the template left something out.
 
     Args:
         parts: The prompt first; the text of a completion is what follows the prompt's.
         tools: The row's.
+        documents: The row's, of its settings of the template; None if it has none.
         template: The chat template's source; a role that it names is known to it.
         where: For the message of an error.
 
     Raises:
         DataError: Something is not in the text, or a role is unknown to the template.
     """
+    called = {name for part in parts for message in part.messages for name in names_of_calls(message)}
     for part in parts:
         position = 0
+        forgotten = last_user(part.messages) if part.name == "prompt" else -1
         for i, message in enumerate(part.messages):
             place = f'message {i + 1} of "{part.name}"'
             _refuse_unknown_role(str(message["role"]), template, place, where)
-            by_design = is_forgotten(part, i)
+            by_design = i < forgotten
             position = _after_content(message, part.text, position, by_design, place, where)
+            if len(message) == len(("role", "content")):
+                continue
             for key, thought in ((key, str(message[key])) for key in THOUGHT_KEYS if key in message):
                 if not by_design and not _holds(part.text, thought):
-                    raise lost(f'"{key}" in {place}', thought, where, _thought_fix(key, template))
+                    raise lost(f'"{key}" in {place}', thought, where, part.text, _thought_fix(key, template))
             for name, value in call_texts(message):
                 if not _holds(part.text, value):
-                    raise lost(f'{name} in "tool_calls" of {place}', value, where)
+                    raise lost(f'{name} in "tool_calls" of {place}', value, where, part.text)
+            speaker = str(message.get("name", ""))
+            if speaker not in called and not _holds(part.text, speaker):
+                raise lost(f'"name" of {place}', speaker, where, part.text, _NAME_FIX)
     for name, value in _tool_texts(tools or []):
         if not _holds(parts[0].text, value):
-            raise lost(f'{name} in "tools"', value, where)
+            raise lost(f'{name} in "tools"', value, where, parts[0].text)
+    for text in _texts_in(documents):
+        if not _holds(parts[0].text, text):
+            raise lost('a text in "documents"', text, where, parts[0].text)
 
 
-def is_forgotten(part: Part, number: int) -> bool:
-    """Whether a template may leave out the thought of a message, because the user spoke after it."""
-    return part.name == "prompt" and any(m["role"] == "user" for m in part.messages[number + 1 :])
+def last_user(messages: list[Message]) -> int:
+    """The user's last message, or -1; of a prompt, a template may leave out the thoughts before it."""
+    return max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
 
 
 def forgets(prompt: Part) -> bool:
     """Whether the template leaves out a thought of an earlier turn in the prompt."""
-    for i, message in enumerate(prompt.messages):
+    for message in prompt.messages[: max(0, last_user(prompt.messages))]:
         in_content, _ = divided_thought(message) or ("", "")
         thoughts = [in_content, *(str(message[key]) for key in THOUGHT_KEYS if key in message)]
-        if is_forgotten(prompt, i) and not all(_holds(prompt.text, thought) for thought in thoughts):
+        if not all(_holds(prompt.text, thought) for thought in thoughts):
             return True
     return False
 
@@ -113,19 +130,20 @@ def _after_content(
         return position
     divided = divided_thought(message)
     if divided is None:
-        raise lost(f'"content" of {place} (role "{escape(str(message["role"]))}")', content, where)
+        raise lost(f'"content" of {place} (role "{escape(str(message["role"]))}")', content, where, text)
     thought, answer = divided
     if not _holds(text, answer):
-        raise lost(f'"content" after the thought of {place}', answer, where)
+        raise lost(f'"content" after the thought of {place}', answer, where, text)
     if not by_design and not _holds(text, thought):
-        raise lost(f'the thought in "content" of {place}', thought, where)
+        raise lost(f'the thought in "content" of {place}', thought, where, text)
     return position
 
 
 def divided_thought(message: Message) -> tuple[str, str] | None:
     """The thought in an assistant's content, and what follows it; None where there is no thought."""
-    content = str(message["content"]).strip()
-    divided = _THOUGHT.fullmatch(content) if message["role"] == "assistant" else None
+    if message["role"] != "assistant" or "</think>" not in str(message["content"]):
+        return None
+    divided = _THOUGHT.fullmatch(str(message["content"]).strip())
     return None if divided is None else (divided[1], divided[2])
 
 
@@ -133,33 +151,40 @@ def _thought_fix(key: str, template: str) -> str:
     other = next((name for name in THOUGHT_KEYS if name != key and name in template), None)
     if other is not None and key not in template:
         return f'rename "{key}" to "{other}", which the template reads; or {SKIP_ROW}'
-    return SKIP_ROW + "; or use a template that writes it: `dpo-opt preview DATA --model M` shows it"
+    return f"{SKIP_ROW}; or {_SHOW}"
 
 
-def lost(what: str, value: str, where: str, fix: str | None = None) -> DataError:
-    """The error of a row of which the template leaves a value out."""
+_NAME_FIX = f'{SKIP_ROW}; or take "name" out of the messages, and write into their content who speaks'
+
+
+_SHOW = "use a template that writes it: `dpo-opt preview DATA --model M` shows it"
+
+
+def lost(what: str, value: str, where: str, text: str = "", fix: str | None = None) -> DataError:
+    """The error of a row of which the template leaves a value out of a text, or changes it."""
+    joined = "".join(value.split())
+    if joined and joined in "".join(text.split()):
+        said = f"changes the white space inside {what}"
+    else:
+        said = f"leaves out {what}"
+    return refused(f"{said} ({escape(value.strip())})", where, fix)
+
+
+def refused(what: str, where: str, fix: str | None = None) -> DataError:
+    """The error of a row that the template does not write as it is."""
     return DataError(
-        f"the chat template leaves out {what} ({escape(value.strip())})",
+        f"the chat template {what}",
         where=where,
         why="the pair would be scored and trained on as a conversation that is not in the data",
-        fix=fix or f"{SKIP_ROW}; or use a template that writes it: `dpo-opt preview DATA --model M` shows it",
+        fix=fix or f"{SKIP_ROW}; or {_SHOW}",
         kind="template_loss",
     )
 
 
 def _holds(text: str, value: str) -> bool:
-    """Whether a text holds a value as it is, with other white space, or as JSON."""
+    """Whether a text holds a value without the white space around it, as it is or as JSON."""
     value = value.strip()
-    if value in text:
-        return True
-    pressed = _pressed(text)
-    return any("".join(form.split()) in pressed for form in (value, *_as_json(value)))
-
-
-@functools.lru_cache(maxsize=4)
-def _pressed(text: str) -> str:
-    """A text without its white space."""
-    return "".join(text.split())
+    return value in text or any(form in text for form in _as_json(value))
 
 
 def _as_json(value: str) -> tuple[str, str]:
@@ -169,11 +194,7 @@ def _as_json(value: str) -> tuple[str, str]:
 
 def call_texts(message: Message) -> Iterator[tuple[str, str]]:
     """What each call of a message says, with its name for the message of an error."""
-    calls = message.get("tool_calls")
-    for call in calls if isinstance(calls, list) else []:
-        function = call.get("function", call)
-        if not isinstance(function, dict):
-            continue
+    for function in functions_of(message.get("tool_calls")):
         yield "the name", str(function.get("name", ""))
         arguments = arguments_of(function)
         if isinstance(arguments, str):
@@ -181,6 +202,19 @@ def call_texts(message: Message) -> Iterator[tuple[str, str]]:
             continue
         for leaf in _leaves(arguments):
             yield "an argument", leaf
+
+
+def functions_of(calls: object) -> Iterator[dict[str, object]]:
+    """What a message's calls call, with its arguments."""
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            yield function
+
+
+def names_of_calls(message: Message) -> Iterator[str]:
+    """The names of the tools that a message calls."""
+    return (str(function.get("name", "")) for function in functions_of(message.get("tool_calls")))
 
 
 def arguments_of(function: dict[str, object]) -> object:
@@ -206,6 +240,15 @@ def _tool_texts(tools: list[object]) -> Iterator[tuple[str, str]]:
         properties = parameters.get("properties") if isinstance(parameters, dict) else None
         for name in properties if isinstance(properties, dict) else ():
             yield "a parameter of a tool", str(name)
+
+
+def _texts_in(value: object) -> Iterator[str]:
+    """All texts in a JSON value, without the keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for member in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(member)
 
 
 def _leaves(value: object) -> Iterator[str]:

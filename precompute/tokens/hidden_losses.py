@@ -1,126 +1,223 @@
 """Whether a template writes each thing itself that ``faithful`` found in the text, or another has its words.
 
 A call that a template drops is found all the same if the list of tools has its name, and the question its
-argument; a short answer that it drops is found in a longer one. So where something stands in other parts of
-the row too, or not just once in the text, the conversation is rendered again with a word of its own in the
-place of each thing, and every word must be there.
+argument. So is a tool if a call has its words, a short answer in a longer one, and the second of two equal
+messages in the first. So the conversation is rendered again, with a word of its own in the place of each:
+
+* Every word must be there, as often as its text is in the row, and in the order of the messages.
+* A message must not be written as the user or the assistant would have written it, unless its place says who
+  speaks: a system or developer at the start, and users and assistants in turns. Templates without headers
+  write all roles alike. The result of a call may be written as the user's, as some models are trained on it.
+* An empty message must leave a trace, unless it is a system's.
+
+Rows of one shape become the same words, and are rendered once.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, MutableMapping
 from typing import NamedTuple
 
-from dpo_opt.precompute.tokens.faithful import (
-    THOUGHT_KEYS,
-    Part,
-    arguments_of,
-    call_texts,
-    divided_thought,
-    is_forgotten,
-    lost,
-)
+from dpo_opt.precompute.read.strict_json import SKIP_ROW, escape
+from dpo_opt.precompute.tokens.faithful import FIRST_ROLES, THOUGHT_KEYS, Part, lost, refused
+from dpo_opt.precompute.tokens.worded import Thing, Worded, worded, worded_documents, worded_tools
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message
 
+_SPEAKERS = {"human": "user", "model": "assistant", "gpt": "assistant"}
+_MOST_KEPT = 1_000  # shapes; data may have as many as it has rows
 
-class _Word(NamedTuple):
-    word: str
-    name: str
-    """What it stands for, for the message of an error."""
-    value: str
+
+class Loss(NamedTuple):
+    """What a template does to conversations of a shape."""
+
+    how: str
+    """``left out``, ``order``, ``empty``, or the role as which it writes another."""
+    message: int | None
+    """Its index; None: it is a tool or a document."""
+    thing: int = 0
+    """Which thing of the message, of the tools or of the documents."""
+
+
+Known = MutableMapping[str, Loss | None]
+"""What is known of a template, by shape; and by its role and neighbours, of a message in its place."""
+
+
+class Beside(NamedTuple):
+    """What a row tells a template beside messages."""
+
+    tools: list[object] | None
+    documents: object
+    settings: str
+    """All other settings as text."""
+
+
+Write = Callable[[list[Message], list[object] | None, object, bool], str]
 
 
 def refuse_hidden_losses(
-    parts: list[Part], *, beside: str, write: Callable[[Part, list[Message]], str], where: str
+    parts: list[Part], *, beside: Beside, write: Write, known: Known, where: str
 ) -> None:
     """Refuse a row of which the template leaves out what only seems to be in the text.
 
     Args:
         parts: As ``refuse_losses`` takes them, which found everything.
-        beside: The row's tools as text.
-        write: Renders a part with other messages.
+        beside: The row's.
+        write: Renders messages, tools and documents, opened for generation or not.
+        known: Of this template; what is found is added.
         where: For the message of an error.
 
     Raises:
         DataError: Something is not written.
     """
+    prompt = parts[0].messages
+    tools, of_tools = (None, []) if beside.tools is None else worded_tools(beside.tools)
+    documents, of_documents = worded_documents(beside.documents)
     for part in parts:
-        if not _doubtful(part, beside if part.name == "prompt" else ""):
-            continue
-        words: list[_Word] = []
-        changed = [_with_words(message, i, part, words) for i, message in enumerate(part.messages)]
+        opened = part.name == "prompt"
+        words = worded(prompt, [] if opened else part.messages)
+        key = repr((words.messages, opened, tools, documents, beside.settings))
+        if key not in known:
+            found = _Template(
+                lambda messages: write(messages, tools, documents, opened),  # noqa: B023
+                known=known,
+                begin=0 if opened else len(prompt),
+                others=[*of_tools, *of_documents] if opened else [],
+                settings=beside.settings,
+            ).loss(words)
+            if len(known) >= _MOST_KEPT:
+                known.clear()
+            known[key] = found
+        loss = known[key]
+        if loss is not None:
+            raise _error(loss, part, words, len(prompt), of_tools, of_documents, where)
+
+
+class _Template:
+    def __init__(
+        self,
+        write: Callable[[list[Message]], str],
+        *,
+        known: Known,
+        begin: int,
+        others: list[Thing],
+        settings: str,
+    ) -> None:
+        self._write, self._known, self._begin, self._others = write, known, begin, others
+        self._settings = settings
+
+    def loss(self, words: Worded) -> Loss | None:
+        """What is lost of the messages that begin at ``begin``, and of others."""
         try:
-            text = write(part, changed)
+            text = self._write(words.messages)
         except DataError:
-            continue  # it takes only what the row says
-        for word, name, value in words:
-            if word not in text:
-                raise lost(name, value, where)
+            return None  # it takes only what the row says
+        for i, thing in enumerate(self._others):
+            if thing.word not in text:
+                return Loss("left out", None, i)
+        found = self._first_unwritten(words, text)
+        if found is not None:
+            return found
+        for i, message in enumerate(words.messages[self._begin :], self._begin):
+            if _is_empty(message) and self._renders([*words.messages[:i], *words.messages[i + 1 :]], text):
+                return Loss("empty", i)
+            other = self._other_role(words.messages, i, text)
+            if other is not None:
+                return Loss(other, i)
+        return None
+
+    def _first_unwritten(self, words: Worded, text: str) -> Loss | None:
+        wanted = Counter(thing.word for things in words.things for thing in things)
+        reached = run = 0
+        for i in range(self._begin, len(words.messages)):
+            role = words.messages[i]["role"]
+            # The results of several calls stand in any order: their ids say which is whose.
+            if role != "tool" or i == self._begin or words.messages[i - 1]["role"] != "tool":
+                run = reached
+            ends: dict[str, int] = {}
+            for number, thing in enumerate(words.things[i]):
+                start = ends.get(thing.word, 0 if role in FIRST_ROLES else run)
+                at = text.find(thing.word, start)
+                if at < 0:
+                    enough = text.count(thing.word) >= wanted[thing.word]
+                    return Loss("order" if enough else "left out", i, number)
+                ends[thing.word] = at + len(thing.word)
+            if role not in FIRST_ROLES:
+                reached = max(reached, *ends.values(), 0)
+        return None
+
+    def _other_role(self, messages: list[Message], number: int, text: str) -> str | None:
+        """The role of which the template writes the message, too; None where its place says its own."""
+        role, before, after = (
+            _speaker(messages[i]) if 0 <= i < len(messages) else None
+            for i in (number, number - 1, number + 1)
+        )
+        if role in FIRST_ROLES and number == 0:
+            return None
+        if role == ("assistant" if before in ("user", "tool") else "user"):
+            return None
+        answers = role == "tool" and (before == "tool" or "tool_calls" in messages[max(0, number - 1)])
+        others = [other for other in ("assistant", "user") if other != role]
+        others = ["assistant"] if answers else others
+        message = messages[number]
+        key = repr((before, role, after, others, sorted(message), _is_empty(message), self._settings))
+        if key not in self._known:
+            before_it, after_it = messages[:number], messages[number + 1 :]
+            same = (
+                other
+                for other in others
+                if self._renders([*before_it, {**message, "role": other}, *after_it], text)
+            )
+            written_as = next(same, None)
+            self._known[key] = None if written_as is None else Loss(written_as, None)
+        found = self._known[key]
+        return None if found is None else found.how
+
+    def _renders(self, messages: list[Message], text: str) -> bool:
+        """Whether the messages become the text, too."""
+        try:
+            return self._write(messages) == text
+        except DataError:
+            return False
 
 
-def _doubtful(part: Part, beside: str) -> bool:
-    values = [value.strip() for value in _values(part)]
-    for i, value in enumerate(values):
-        if not value:
-            continue
-        if part.text.count(value) != 1 or value in beside:
-            return True
-        if any(value in other for other in (*values[:i], *values[i + 1 :])):
-            return True
-    return False
+def _speaker(message: Message) -> str:
+    role = str(message["role"])
+    return _SPEAKERS.get(role, role)
 
 
-def _values(part: Part) -> Iterator[str]:
-    for i, message in enumerate(part.messages):
-        forgotten = is_forgotten(part, i)
-        thought, answer = divided_thought(message) or ("", str(message["content"]))
-        yield answer
-        yield from (value for _, value in call_texts(message))
-        if not forgotten:
-            yield thought
-            yield from (str(message[key]) for key in THOUGHT_KEYS if key in message)
+def _is_empty(message: Message) -> bool:
+    return (
+        message["role"] not in FIRST_ROLES
+        and not str(message["content"]).strip()
+        and not message.get("tool_calls")
+        and not any(str(message.get(key, "")).strip() for key in THOUGHT_KEYS)
+    )
 
 
-def _with_words(message: Message, number: int, part: Part, words: list[_Word]) -> Message:
-    """The message with a new word for each of its texts; the words are added to ``words``."""
+def _error(
+    loss: Loss,
+    part: Part,
+    words: Worded,
+    prompt: int,
+    of_tools: list[Thing],
+    of_documents: list[Thing],
+    where: str,
+) -> DataError:
+    if loss.message is None:
+        thing = [*of_tools, *of_documents][loss.thing]
+        place = '"tools"' if loss.thing < len(of_tools) else '"documents"'
+        return lost(f"{thing.name} in {place}", thing.value, where)
+    number = loss.message if part.name == "prompt" else loss.message - prompt
     place = f'message {number + 1} of "{part.name}"'
-    forgotten = is_forgotten(part, number)
-
-    def new(name: str, value: str) -> str:
-        if not value.strip():
-            return value
-        word = f"word{len(words)}of{part.name}"
-        words.append(_Word(word, name, value))
-        return word
-
-    changed = dict(message)
-    divided = divided_thought(message)
-    if divided is None:
-        changed["content"] = new(f'"content" of {place}', str(message["content"]))
-    else:
-        thought, answer = divided
-        thought = thought if forgotten else new(f'the thought in "content" of {place}', thought)
-        answer = new(f'"content" after the thought of {place}', answer)
-        changed["content"] = f"<think>\n{thought}\n</think>\n\n{answer}"
-    for key in THOUGHT_KEYS:
-        if key in message and not forgotten:
-            changed[key] = new(f'"{key}" in {place}', str(message[key]))
-    calls = message.get("tool_calls")
-    if isinstance(calls, list):
-        changed["tool_calls"] = [_call_with_words(call, place, new) for call in calls]
-    return changed
-
-
-def _call_with_words(call: object, place: str, new: Callable[[str, str], str]) -> object:
-    if not isinstance(call, dict):
-        return call
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _call_with_words(call["function"], place, new)}
-    changed = dict(call)
-    if isinstance(call.get("name"), str):
-        changed["name"] = new(f'the name in "tool_calls" of {place}', call["name"])
-    arguments = arguments_of(call)
-    if isinstance(arguments, dict):
-        key = "arguments" if "arguments" in call else "parameters"
-        name = f'an argument in "tool_calls" of {place}'
-        changed[key] = {k: new(name, v) if isinstance(v, str) else v for k, v in arguments.items()}
-    return changed
+    role = escape(str(part.messages[number]["role"]))
+    if loss.how == "left out":
+        thing = words.things[loss.message][loss.thing]
+        return lost(f"{thing.name} {place}", thing.value, where)
+    if loss.how == "order":
+        return refused(f'writes {place} (role "{role}") before what precedes it in the row', where)
+    if loss.how == "empty":
+        fix = f"{SKIP_ROW}; or take the empty message out of the row"
+        return refused(f'writes nothing for {place} (role "{role}"), which is empty', where, fix)
+    fix = f"{SKIP_ROW}; or use a template that writes the role: `dpo-opt preview DATA --model M` shows it"
+    what = f'writes {place}, of the role "{role}", just as one of the role "{loss.how}"'
+    return refused(what, where, fix)

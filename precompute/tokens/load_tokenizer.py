@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dpo_opt.precompute.tokens.special_tokens import stated_special_tokens
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import read_config
@@ -85,13 +84,40 @@ def _refuse_other_ids(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> Non
     found = _difference(tokenizer, folder)
     if found is None:
         return
+    why, fix = _cause(found, tokenizer, folder)
     raise ConfigError(
         f"transformers loads another tokenizer than tokenizer.json is: of {found.text[:40]!r} "
         f"it gives {found.loaded[:_SHOWN]}, tokenizer.json {found.own[:_SHOWN]}",
         where=str(folder),
-        why=f"tokenizer_config.json declares {declared_class(folder) or 'no class'}, as which transformers "
+        why=why,
+        fix=fix,
+    )
+
+
+def _cause(found: "_Difference", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> tuple[str, str]:
+    """Why the ids differ, and what makes them equal."""
+    if tokenizer.split_special_tokens:
+        return (
+            'tokenizer_config.json has "split_special_tokens": true, so the text of a special token becomes '
+            "several ids: the borders of turns and the end of a completion would not be the model's",
+            'set "split_special_tokens" to false in tokenizer_config.json of a copy of the folder',
+        )
+    if found.added is not None:
+        names = (key for key, token in tokenizer.special_tokens_map.items() if token == found.added)
+        key = next(names, None)
+        return (
+            f"the settings beside tokenizer.json make {found.added!r} a token of its own"
+            f"{f' ({key})' if key else ''}, as which that file does not have it; texts are divided around it",
+            f'set "{key}" in tokenizer_config.json of a copy of the folder to the model\'s own: one of '
+            f"{', '.join(map(repr, found.declared[:_SHOWN]))}"
+            if key
+            else f"take {found.added!r} out of the added and special tokens in a copy of the folder: in "
+            f"tokenizer_config.json, special_tokens_map.json and added_tokens.json",
+        )
+    return (
+        f"tokenizer_config.json declares {declared_class(folder) or 'no class'}, as which transformers "
         f"rebuilt it as {type(tokenizer).__name__}; the model was trained on one of the two",
-        fix='set "tokenizer_class" to "PreTrainedTokenizerFast" in tokenizer_config.json of a copy '
+        'set "tokenizer_class" to "PreTrainedTokenizerFast" in tokenizer_config.json of a copy '
         "of the folder, which makes it tokenizer.json"
         if _is_taken_if_declared(folder)
         else "transformers chooses that class by the model's type, so only what it makes can be used, where "
@@ -106,6 +132,10 @@ class _Difference(NamedTuple):
     text: str
     own: list[int]
     loaded: list[int]
+    declared: list[str]
+    """The special tokens of tokenizer.json, by their ids."""
+    added: str | None
+    """A token that stands in the text, and that transformers added to those of tokenizer.json."""
 
 
 def _difference(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> _Difference | None:
@@ -113,18 +143,28 @@ def _difference(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> _Differen
 
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     loaded = tokenizer.backend_tokenizer
-    if loaded.truncation or loaded.padding or loaded.encode_special_tokens:
-        # A copy forgets the last. Made only then: it takes as long as loading.
+    if loaded.truncation or loaded.padding or tokenizer.split_special_tokens:
+        # Made only then: it takes as long as loading.
         loaded = copy.deepcopy(loaded)
+        # A copy forgets it, and the tokenizer's own call says it each time.
+        loaded.encode_special_tokens = tokenizer.split_special_tokens
         loaded.no_truncation()
         loaded.no_padding()
     own.no_truncation()
     own.no_padding()
+    tokens = own.get_added_tokens_decoder()
+    declared = [token.content for _, token in sorted(tokens.items()) if token.special]
     # Each by itself, so that what differs is shown short.
-    special = stated_special_tokens(folder)[:_SPECIAL]
-    texts = [*_PROBE.splitlines(keepends=True), _PROBE, *(f"a {token} b" for token in special)]
-    both = (_Difference(text, own.encode(text).ids, loaded.encode(text).ids) for text in texts)
-    return next((found for found in both if found.own != found.loaded), None)
+    texts = [*_PROBE.splitlines(keepends=True), _PROBE, *(f"a {token} b" for token in declared[:_SPECIAL])]
+    for text in texts:
+        ids = own.encode(text).ids, loaded.encode(text).ids
+        if ids[0] != ids[1]:
+            more = {token.content for token in loaded.get_added_tokens_decoder().values()}
+            more -= {token.content for token in tokens.values()}
+            return _Difference(
+                text, *ids, declared, next((token for token in sorted(more) if token in text), None)
+            )
+    return None
 
 
 def _is_taken_if_declared(folder: Path) -> bool:

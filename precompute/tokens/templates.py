@@ -15,9 +15,11 @@ import random
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dpo_opt.precompute.read.strict_json import SKIP_ROW
+from dpo_opt.precompute.tokens.hidden_losses import Known
 from dpo_opt.precompute.tokens.tool_calls import Form, has_calls, taken, with_arguments
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pairs import Message, PreferencePair
@@ -75,6 +77,17 @@ class Renderer:
         return chat_template(self._tokenizer, self._pair.tools) or ""
 
     @property
+    def known(self) -> Known:
+        """What was found of the template so far."""
+        return _KNOWN.setdefault(self._tokenizer, {}).setdefault(self.template, {})
+
+    def beside(self, tools: list[object] | None, documents: object) -> "Renderer":
+        """This renderer, for other tools and documents."""
+        settings = self._settings if documents is None else {**self._settings, "documents": documents}
+        pair = self._pair._replace(tools=tools, chat_template_kwargs=settings or None)
+        return Renderer(pair, self._tokenizer, self._date)
+
+    @property
     def added_tokens(self) -> list[str]:
         """Texts that are one token wherever they stand."""
         return list(self._tokenizer.get_added_vocab())
@@ -95,7 +108,7 @@ class Renderer:
         """A conversation as text, and the spans of characters that the template marks as generated."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        with _chance_repeats(), _refusals(self._pair.where):
+        with _chance_repeats(), _refusals(self._pair.where, self._tokenizer):
             (text,), (spans,) = render_jinja_template(
                 [self._as_taken(messages)],
                 tools=cast(Any, self._pair.tools),
@@ -116,6 +129,7 @@ class Renderer:
         return with_arguments(messages, takes=_arguments_taken(self.template, self._tokenizer))
 
 
+_KNOWN: weakref.WeakKeyDictionary[object, dict[str, Known]] = weakref.WeakKeyDictionary()
 _FORMS: weakref.WeakKeyDictionary[object, dict[str, Form]] = weakref.WeakKeyDictionary()
 
 
@@ -172,10 +186,19 @@ def render(
         opens_first: False: no conversation ends with the generation prompt.
 
     Raises:
-        ConfigError: The tokenizer has no chat template.
-        DataError: The template refuses the messages.
+        ConfigError: The tokenizer has no chat template, or one that is no template.
+        DataError: The template refuses the messages, or there is one for rows with tools alone.
     """
     template = chat_template(tokenizer, tools)
+    if template is None and (names := ", ".join(chat_templates(tokenizer))):
+        raise DataError(
+            f"the tokenizer has chat templates for rows with tools alone ({names}), and the row has none",
+            where=where,
+            why="transformers renders such a row with a template called default, which is not there",
+            fix=f"{SKIP_ROW}; or save the template for rows without tools with the tokenizer "
+            "(chat_template.jinja), or give the row the tools that the model could call",
+            kind="no_chat_template",
+        )
     if template is None:
         raise ConfigError(
             "the data holds messages, but the tokenizer has no chat template",
@@ -191,7 +214,7 @@ def render(
         **{_CLOCK: _clock(date or today()), **(row_settings or {})},
     )
     texts = []
-    with _refusals(where):
+    with _refusals(where, tokenizer):
         for i, messages in enumerate(conversations):
             with _chance_repeats() if _MENTIONS_CHANCE.search(template) else contextlib.nullcontext():
                 texts.append(render(messages, add_generation_prompt=opens_first and i == 0))
@@ -199,12 +222,20 @@ def render(
 
 
 @contextlib.contextmanager
-def _refusals(where: str) -> Iterator[None]:
-    """Within it, what stops a template is an error of the row."""
-    from jinja2.exceptions import TemplateError
+def _refusals(where: str, tokenizer: "PreTrainedTokenizerFast") -> Iterator[None]:
+    """Within it, what stops a template is an error of the row, unless it is no template at all."""
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
     try:
         yield
+    except TemplateSyntaxError as error:
+        file = Path(tokenizer.name_or_path) / "chat_template.jinja"
+        raise ConfigError(
+            f"the chat template has an error in line {error.lineno} ({error.message})",
+            where=str(file if file.is_file() else tokenizer.name_or_path or where),
+            why="no row of messages can be rendered with it",
+            fix="correct that line, or take the template that was published with the model",
+        ) from error
     # A template is a program of its own: it may add text to a list, ask for what a message does not have, or
     # divide by their number.
     except (

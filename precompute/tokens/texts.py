@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from dpo_opt.precompute.config import TrainOn
 from dpo_opt.precompute.read.strict_json import SKIP_ROW
 from dpo_opt.precompute.tokens.faithful import Part, refuse_losses
-from dpo_opt.precompute.tokens.hidden_losses import refuse_hidden_losses
+from dpo_opt.precompute.tokens.hidden_losses import Beside, refuse_hidden_losses
 from dpo_opt.precompute.tokens.stumbles import Conversation, explained
 from dpo_opt.precompute.tokens.templates import Renderer
 from dpo_opt.precompute.tokens.turns import Located, Span, counted_turns, spans_of
@@ -89,6 +89,8 @@ def rendered_texts(
     try:
         opened, *wholes = rendered(conversations)
     except DataError as error:
+        if error.kind != "template":
+            raise
         raise _explained(error, rendered, prompt, {"chosen": chosen, "rejected": rejected}) from error
     parts = [Part("prompt", prompt, opened)]
     for side, messages, whole in zip(("chosen", "rejected"), (chosen, rejected), wholes, strict=True):
@@ -115,22 +117,23 @@ def rendered_prompt(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast", 
     try:
         (text,) = rendered([prompt])
     except DataError as error:
+        if error.kind != "template":
+            raise
         raise _explained(error, rendered, prompt, {}) from error
     _refuse_all_losses([Part("prompt", prompt, text)], pair, rendered)
     return text
 
 
 def _refuse_all_losses(parts: list[Part], pair: PreferencePair, rendered: Renderer) -> None:
-    prompt = cast(list[Message], pair.prompt)
-    refuse_losses(parts, tools=pair.tools, template=rendered.template, where=pair.where)
+    settings = dict(pair.chat_template_kwargs or {})
+    documents = settings.pop("documents", None)
+    refuse_losses(parts, tools=pair.tools, documents=documents, template=rendered.template, where=pair.where)
 
-    def write(part: Part, messages: list[Message]) -> str:
-        if part.name == "prompt":
-            return rendered([messages])[0]
-        return rendered([prompt + messages], opens_first=False)[0]
+    def write(messages: list[Message], tools: list[object] | None, documents: object, opened: bool) -> str:
+        return rendered.beside(tools, documents)([messages], opens_first=opened)[0]
 
-    tools = json.dumps(pair.tools, ensure_ascii=False)
-    refuse_hidden_losses(parts, beside=tools, write=write, where=pair.where)
+    beside = Beside(pair.tools, documents, json.dumps(settings, sort_keys=True))
+    refuse_hidden_losses(parts, beside=beside, write=write, known=rendered.known, where=pair.where)
 
 
 def _explained(

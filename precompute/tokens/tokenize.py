@@ -306,8 +306,6 @@ _loaded = functools.cache(load_tokenizer)
 def _whole_text_backend(tokenizer: "PreTrainedTokenizerFast") -> Any:
     """The tokenizer's own engine, on its own: it cuts and pads nothing, and returns ids without offsets."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    # A copy forgets it, and the tokenizer's own call says it each time.
-    backend.encode_special_tokens = tokenizer.split_special_tokens
     backend.no_truncation()
     backend.no_padding()
     return backend

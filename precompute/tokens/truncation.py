@@ -58,6 +58,28 @@ class PairIds(NamedTuple):
         """How many tokens both completions begin with."""
         return _common_prefix_length(self.chosen, self.rejected)
 
+    @property
+    def alike(self) -> int:
+        """The most tokens that may be kept of both completions while what is left of them is the same.
+
+        What is cut is followed by what counts no more, so this is ``shared`` and the context behind it.
+        """
+        shared = self.shared
+        if self.chosen_mask is None and self.rejected_mask is None:
+            return shared
+        sides = ((self.chosen, self.chosen_mask), (self.rejected, self.rejected_mask))
+        longer = [mask for ids, mask in sides if len(ids) > shared]
+        return shared + min((_uncounted(None if m is None else m[shared:]) for m in longer), default=0)
+
+    @property
+    def uncounted(self) -> int:
+        """How many tokens stand before the first one that counts, on the side with more of them."""
+        return max(_uncounted(self.chosen_mask), _uncounted(self.rejected_mask))
+
+
+def _uncounted(mask: MaskArray | None) -> int:
+    return 0 if mask is None else int(mask.argmax())
+
 
 def split_ids(
     prompt: IdArray,

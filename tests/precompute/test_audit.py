@@ -28,7 +28,7 @@ from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.tokens.truncation import PairIds
 from dpo_opt.schemas.audit_record import Audit, LengthBias, Problem
 from dpo_opt.schemas.errors import ConfigError
-from dpo_opt.schemas.pairs import PreferencePair, TokenizedPair
+from dpo_opt.schemas.pairs import IdArray, PreferencePair, TokenizedPair
 from dpo_opt.schemas.progress import Silent
 from dpo_opt.schemas.weights import parameter_count
 
@@ -450,6 +450,17 @@ def test_messages_need_a_chat_template_only_where_a_model_is_given(tiny_model: P
     assert not check(path, model=str(tiny_model)).refused
 
 
+def test_a_template_that_is_none_is_said_once_and_not_of_the_rows(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text("{{ messages }}\n{% for %}")
+    row = {"chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}
+    row["rejected"] = [row["chosen"][0], {"role": "assistant", "content": "No"}]
+    path = write_jsonl(tmp_path / "data.jsonl", [row, row])
+    with pytest.raises(ConfigError, match="chat template has an error in line 2") as refused:
+        check(path, model=str(model))
+    assert refused.value.where == str(model / "chat_template.jinja")
+
+
 def test_every_problem_has_words_and_the_worst_come_first(tmp_path: Path) -> None:
     assert not BAD_ROWS.keys() & FOUND.keys()
     lines = [b"{", *(json.dumps(row).encode() for row in repetitive_rows(100))]
@@ -518,8 +529,21 @@ def test_signatures_are_compared_by_the_share_of_equal_values() -> None:
 
 # Few different ids, so that completions begin alike and are often the same.
 IDS = st.lists(st.integers(2, 3), max_size=7).map(lambda ids: np.array(ids, dtype=np.int32))
-# Lengths alone do not say where context inside a completion stands.
-WHOLE = st.builds(PairIds, IDS, IDS, IDS, chosen_mask=st.none(), rejected_mask=st.none())
+
+
+def masked(prompt: IdArray, chosen: IdArray, rejected: IdArray, counts: list[bool] | None) -> PairIds:
+    """A pair whose completions hold context, up to the last token that counts."""
+    if counts is None:
+        return PairIds(prompt, chosen, rejected)
+    mask = np.array(counts)
+    stops = [max(np.flatnonzero(mask[: len(ids)]), default=-1) + 1 for ids in (chosen, rejected)]
+    sides = [ids[:stop] for ids, stop in zip((chosen, rejected), stops, strict=True)]
+    masks = [None if mask[:stop].all() else mask[:stop] for stop in stops]
+    return PairIds(prompt, *sides, False, *masks)
+
+
+COUNTS = st.none() | st.lists(st.booleans(), min_size=7, max_size=7)
+WHOLE = st.builds(masked, IDS, IDS, IDS, COUNTS)
 SOME_PAIR = PreferencePair(0, "", "", "", None, "here")
 
 
@@ -530,8 +554,15 @@ def lengths_of(pairs: list[PairIds]) -> np.ndarray:
     rows = []
     for ids in pairs:
         same = shared(ids)
-        rows.append([*map(len, ids[:3]), min(len(ids.chosen), len(ids.rejected)) if same < 0 else same])
-    return np.array(rows, dtype=np.int32).reshape(len(pairs), 4)
+        same = min(len(ids.chosen), len(ids.rejected)) if same < 0 else same
+        masks = [
+            [True] * len(side) if mask is None else mask.tolist()
+            for side, mask in ((ids.chosen, ids.chosen_mask), (ids.rejected, ids.rejected_mask))
+        ]
+        firsts = [mask.index(True, same) for mask in masks if len(mask) > same]
+        uncounted = max((mask.index(True) for mask in masks if mask), default=0)
+        rows.append([*map(len, ids[:3]), min(firsts, default=same), uncounted])
+    return np.array(rows, dtype=np.int32).reshape(len(pairs), 5)
 
 
 def really_happens(
@@ -657,7 +688,7 @@ def test_data_of_which_nothing_fits_is_an_error(tiny_model: Path, tmp_path: Path
 
 def test_lengths_to_forecast_reach_from_short_to_everything() -> None:
     def lengths(longest: int) -> np.ndarray:
-        return np.array([[longest - 9, 9, 4, 0], [1, 1, 1, 0]], dtype=np.int32)
+        return np.array([[longest - 9, 9, 4, 0, 0], [1, 1, 1, 0, 0]], dtype=np.int32)
 
     assert forecast_lengths(lengths(100), 256) == [256]
     assert forecast_lengths(lengths(256), 1024) == [256, 1024]

@@ -49,6 +49,29 @@ def test_an_empty_end_token_is_none(tmp_path: Path) -> None:
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    ("settings", "why", "fix"),
+    [
+        ({"split_special_tokens": True}, "text of a special token becomes several ids", "to false"),
+        ({"eos_token": "e"}, "make 'e' a token of its own (eos_token)", "one of '<unk>', '<s>', '</s>'"),
+        ({"additional_special_tokens": ["the "]}, "make 'the ' a token of its own,", "take 'the ' out of"),
+    ],
+)
+def test_settings_that_give_other_ids_than_the_file_are_named(
+    tmp_path: Path, settings: dict[str, Any], why: str, fix: str
+) -> None:
+    folder = write_folder(tmp_path, "PreTrainedTokenizerFast")
+    path = folder / "tokenizer_config.json"
+    own = path.read_text()
+    path.write_text(json.dumps(json.loads(own) | settings))
+    with pytest.raises(ConfigError, match="transformers loads another tokenizer") as refused:
+        load_tokenizer(folder)
+    assert why in str(refused.value.why)
+    assert fix in str(refused.value.fix)
+    path.write_text(own)
+    load_tokenizer(folder)
+
+
 @pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
 def test_what_the_refusal_advises_gives_the_ids_of_the_file(tmp_path: Path, declared: str) -> None:
     tokenizer = load_tokenizer(write_folder(tmp_path, declared))

@@ -1,6 +1,5 @@
 """Rows that are pairs, but not for this model: found before anything is scored, and left out on request."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 from dpo_opt.dry_run import plan_precompute
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.read import parallel
-from dpo_opt.precompute.read.datasets import read_pairs
 from dpo_opt.precompute.run import precompute
 from dpo_opt.precompute.shards import make_plan as planning
 from dpo_opt.precompute.shards.make_plan import Planned, make_plan
@@ -176,20 +174,3 @@ def test_one_row_of_each_shape_is_rendered_in_each_plan_anew(
     plan_of(config)
     assert rendered == ["1", "1", "2", "601"]  # the first is the pair that must be usable
     assert 3 <= len(sent) <= (3 if processes == 1 else 3 * (1 + processes))
-
-
-def test_special_tokens_in_a_text_are_split_where_the_tokenizers_own_call_splits_them(
-    tiny_model: Path, config_of: Configs, tmp_path: Path
-) -> None:
-    path = tmp_path / "other" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": True}))
-    rows = [row | {"prompt": "Say </s> now"} for row in preference_rows(4)]
-    config = config_of(rows)
-    tokenizer = make_tokenizer(config, resolve_reference(config))
-    own = load_tokenizer(Path(config.model))
-    expected = own(rows[0]["prompt"])["input_ids"]
-    assert expected != load_tokenizer(tiny_model)(rows[0]["prompt"])["input_ids"]
-    (pair, *_) = read_pairs(config)
-    (ids,) = tokenizer.encode([pair])
-    assert not isinstance(ids, DataError)
-    assert ids.prompt.tolist() == expected
