@@ -117,8 +117,11 @@ class _Template:
         found = self._first_unwritten(words, text)
         if found is not None:
             return found
+        # An answer without a token is a reason of its own to leave the pair out.
+        answer = len(words.messages) - 1 if self._begin else None
         for i, message in enumerate(words.messages[self._begin :], self._begin):
-            if _is_empty(message) and self._renders([*words.messages[:i], *words.messages[i + 1 :]], text):
+            without = [*words.messages[:i], *words.messages[i + 1 :]]
+            if _is_empty(message) and i != answer and self._renders(without, text):
                 return Loss("empty", i)
             other = self._other_role(words.messages, i, text)
             if other is not None:
