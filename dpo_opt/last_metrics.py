@@ -1,12 +1,13 @@
 """What a run ended with: its last evaluations, and the last steps that it logged, each with its pairs."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.schemas.arrow_file import arrow_file
 
 
@@ -24,25 +25,23 @@ def last_metrics(run: Path) -> list[LastMetrics]:
     Args:
         run: A run that came to its end.
     """
-    text = (run / "trainer_state.json").read_text(encoding="utf-8")
-    history: list[dict[str, Any]] = json.loads(text)["log_history"]
+    training, evaluations = RunFolder(run).history()
     found = []
-    for line in [line for line in history if "loss" not in line][-1:]:
+    for line in evaluations[-1:]:
         for prefix in [key.removesuffix("loss") for key in line if key.endswith("_loss")]:
             name = prefix.removeprefix("eval_").removesuffix("_")
             folder = run / "pair_logps" / name
-            pairs = _count(folder, phase="eval", first=line["step"], end=line["step"] + 1)
+            pairs = _count(folder, phase="eval", first=int(line["step"]), end=int(line["step"]) + 1)
             found.append(LastMetrics(name or "held out", pairs, _without(prefix, line)))
-    training = [line for line in history if "loss" in line]
     for last in training[-1:]:
-        before = training[-2]["step"] if len(training) > 1 else 0
-        pairs = _count(run / "pair_logps", phase="train", first=before, end=last["step"])
-        steps = last["step"] - before
+        before, end = (int(training[-2]["step"]) if len(training) > 1 else 0), int(last["step"])
+        pairs = _count(run / "pair_logps", phase="train", first=before, end=end)
+        steps = end - before
         found.append(LastMetrics(f"last {steps} step{'s' if steps > 1 else ''}", pairs, _without("", last)))
     return found
 
 
-def _without(prefix: str, line: dict[str, Any]) -> dict[str, float]:
+def _without(prefix: str, line: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
 
 

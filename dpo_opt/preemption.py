@@ -1,7 +1,9 @@
 """A scheduler or a person takes the machine back: stop at once, leave nothing half done, say what goes on."""
 
 import contextlib
+import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
@@ -10,6 +12,11 @@ from dpo_opt.schemas.errors import Interrupted, Preempted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _OF_SHARDS = "finished shards are committed; the one in work is abandoned"
+
+
+def same_command() -> str:
+    """The command that this process was started with."""
+    return shlex.join(["dpo-opt", *sys.argv[1:]])
 
 
 @contextlib.contextmanager

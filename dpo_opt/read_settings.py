@@ -2,13 +2,13 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.locations import AnyPath
-from dpo_opt.schemas.plain_data import yaml_of
+from dpo_opt.schemas.plain_data import json_of, yaml_of
 from dpo_opt.schemas.settings import Settings
 
 C = TypeVar("C", bound=Settings)
@@ -24,12 +24,7 @@ def read_settings(path: AnyPath, known: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: It is no YAML, no mapping, or has another key.
     """
-    try:
-        values = yaml_of(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"not readable as YAML ({first_line(error, named=False)})", where=str(path)
-        ) from error
+    values = read_document(path)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -37,6 +32,19 @@ def read_settings(path: AnyPath, known: Sequence[str]) -> dict[str, Any]:
     for key in values:
         require_known(key, known, where=str(path))
     return values
+
+
+def read_document(path: AnyPath, *, form: Literal["YAML", "JSON"] = "YAML") -> Any:
+    """The value that a file has.
+
+    Raises:
+        ConfigError: It is not of this form.
+    """
+    try:
+        return (json_of if form == "JSON" else yaml_of)(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        said = first_line(error, named=False)
+        raise ConfigError(f"not readable as {form} ({said})", where=str(path)) from error
 
 
 def require_known(key: object, known: Sequence[str], *, where: str) -> None:

@@ -5,12 +5,12 @@ here.
 A setting that TRL leaves at its default trains as that default says, not as ours does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dpo_opt.schemas.errors import ConfigError, first_line
+from dpo_opt.read_settings import read_document
+from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.locations import AnyPath
-from dpo_opt.schemas.plain_data import json_of, yaml_of
 
 
 class TrlConfig(NamedTuple):
@@ -168,11 +168,7 @@ def _why(name: str) -> str:
 
 
 def _read(path: AnyPath) -> dict[str, Any]:
-    parse: Callable[[str], Any] = json_of if path.name.endswith(".json") else yaml_of
-    try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"not readable ({first_line(error, named=False)})", where=str(path)) from error
+    values = read_document(path, form="JSON" if path.name.endswith(".json") else "YAML")
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError(
             "not a mapping of settings to values",

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -40,6 +40,13 @@ class Written(NamedTuple):
     """Lines of metrics.jsonl."""
     segments: dict[str, int]
     """Number of files of pair log-probs in each folder, relative to the run."""
+
+
+class History(NamedTuple):
+    """What a finished run logged, in its order."""
+
+    training: list[Metrics]
+    evaluations: list[Metrics]
 
 
 class HeldLogps(NamedTuple):
@@ -213,7 +220,17 @@ class RunFolder:
         """Number of updates of a finished run; None if the run is not finished."""
         if not ((self.path / FINAL).is_dir() and (self.path / _STATE).is_file()):
             return None
-        return int(json.loads((self.path / _STATE).read_text(encoding="utf-8"))["global_step"])
+        return int(self._state()["global_step"])
+
+    def history(self) -> History:
+        """The lines of metrics of a finished run."""
+        lines: list[Metrics] = self._state()["log_history"]
+        training = [line for line in lines if "loss" in line]
+        return History(training, [line for line in lines if "loss" not in line])
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads((self.path / _STATE).read_text(encoding="utf-8"))
+        return state
 
     def last_metrics(self) -> Metrics:
         """The newest line of training metrics; empty if there is none."""

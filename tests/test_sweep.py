@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dpo_opt.sweep.grid import SweepRun, named_runs, read_grid, record_runs, rec
 from dpo_opt.sweep.outcomes import best_first, outcomes, write_table
 from dpo_opt.sweep.processes import only_sweep, process_environments
 
+Program = Callable[..., subprocess.Popen[str]]
 GIVEN = {"shards": "shards", "model": "model"}
 
 
@@ -211,21 +213,35 @@ def shards(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "shards"
 
 
-def program(*arguments: object, **named: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dpo_opt", *map(str, arguments)],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **named,
-    )
+@pytest.fixture
+def program() -> Iterator[Program]:
+    """Starts the command line as a process of its own; a test that fails leaves none behind."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "dpo_opt", *map(str, arguments)]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Until it holds; pytest's own limit ends a test that takes too long."""
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
 
 
 SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "batch_size": 4, "eval_split": 0.25, "logging_steps": 1}
 
 
 def test_a_killed_sweep_goes_on_and_each_run_is_the_run_alone(
-    shards: Path, tiny_model: Path, tmp_path: Path
+    program: Program, shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     grid = grid_file(tmp_path, **SETTINGS, max_steps=3, grid={"beta": [0.1, 0.5]})
     # The folder that was scored is not needed, nor any other copy of the reference.
@@ -234,17 +250,13 @@ def test_a_killed_sweep_goes_on_and_each_run_is_the_run_alone(
     command = ["sweep", "--shards", shards, "--model", policy, "--config", grid, "--output-dir", sweep]
     process = program(*command)
     first, second = (sweep / "runs" / name for name in ("beta=0.1", "beta=0.5"))
-    until = time.monotonic() + 120
-    while not second.is_dir():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for(second.is_dir, process)
     process.kill()
     process.communicate()
     before = (first / "metrics.jsonl").stat().st_mtime_ns
     # Its run ends with it, however it was killed: two runs never write one folder.
     process = program(*command)
-    out, said = process.communicate(timeout=240)
+    out, said = process.communicate()
     assert process.returncode == 0, said
     assert "beta=0.1: begins" not in said
     assert (first / "metrics.jsonl").stat().st_mtime_ns == before, "a finished run was repeated"
@@ -270,7 +282,7 @@ def test_a_killed_sweep_goes_on_and_each_run_is_the_run_alone(
         0.5,
     ]
     process = program("train", *arguments, *given)
-    assert process.wait(240) == 0, process.communicate()
+    assert process.wait() == 0, process.communicate()
     weights = [load_file(run / "final" / "model.safetensors") for run in (alone, second)]
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
     assert not all(
@@ -279,7 +291,7 @@ def test_a_killed_sweep_goes_on_and_each_run_is_the_run_alone(
 
 
 def test_one_run_that_fails_is_said_and_the_others_are_trained(
-    shards: Path, tiny_model: Path, tmp_path: Path
+    program: Program, shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     grid = grid_file(
         tmp_path,
@@ -289,7 +301,7 @@ def test_one_run_that_fails_is_said_and_the_others_are_trained(
     )
     command = ["sweep", "--shards", shards, "--model", tiny_model, "--config", grid]
     process = program(*command, "--output-dir", tmp_path / "sweep", "--parallel", 2)
-    _, said = process.communicate(timeout=240)
+    _, said = process.communicate()
     assert process.returncode == 1, said
     assert "1 of 2 runs failed" in said
     assert "eval_x" in said
@@ -310,7 +322,7 @@ def test_what_no_run_can_do_is_said_before_any_begins(tiny_model: Path, tmp_path
 
 
 def test_a_sweep_that_is_told_to_stop_leaves_no_process(
-    shards: Path, tiny_model: Path, tmp_path: Path
+    program: Program, shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     grid = grid_file(tmp_path, **SETTINGS, max_steps=500, grid={"beta": [0.1, 0.5]})
     sweep = tmp_path / "sweep"
@@ -318,13 +330,9 @@ def test_a_sweep_that_is_told_to_stop_leaves_no_process(
         "sweep", "--shards", shards, "--model", tiny_model, "--config", grid, "--output-dir", sweep
     )
     run = sweep / "runs" / "beta=0.1"
-    until = time.monotonic() + 120
-    while not (run / "metrics.jsonl").is_file():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for((run / "metrics.jsonl").is_file, process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate()
     assert process.returncode == 75, said
     assert "dpo-opt sweep" in said
     assert (run / "preempted.json").is_file()

@@ -3,7 +3,6 @@
 The log-probs of every completion token are written to Parquet shards.
 """
 
-import shlex
 import sys
 from typing import Any
 
@@ -26,7 +25,7 @@ _COUNTS = {"rows", "kept", "dropped", "truncated", "tokens", "reuse_check"}
 @json_option
 def command(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
     from dpo_opt.launch import launch, take_place
-    from dpo_opt.preemption import preemptible
+    from dpo_opt.preemption import preemptible, same_command
     from dpo_opt.scorers import make_scorer, reuse_check
 
     config = take_place(config)
@@ -40,8 +39,8 @@ def command(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
         show(plan if as_json else _planned_in_words(plan, config), as_json)
         return
     # The same command, with this run's settings; a launcher's worker has them in a file that goes with it.
-    again = shlex.join(["dpo-opt", *sys.argv[1:]])
-    with preemptible(resume_command(config.shards) if "--worker-index" in sys.argv else again):
+    again = resume_command(config.shards) if "--worker-index" in sys.argv else same_command()
+    with preemptible(again):
         if config.launched:
             launched = launch(config, progress=watched())
             show(launched if as_json else _in_words(launched), as_json)

@@ -4,8 +4,6 @@ Any setting may vary: beta, learning rate, seed. Finished runs are never repeate
 of `dpo-opt train`, and `grid:`, a mapping of settings to lists of values, or `runs:`, a list of mappings.
 """
 
-import shlex
-import sys
 from pathlib import Path
 
 import click
@@ -49,7 +47,7 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    from dpo_opt.preemption import preemptible
+    from dpo_opt.preemption import preemptible, same_command
     from dpo_opt.sweep.grid import read_grid
     from dpo_opt.sweep.live import outcome_lines
     from dpo_opt.sweep.outcomes import TABLE, best_first
@@ -60,8 +58,8 @@ def command(
     if dry_run:
         rows = plan_sweep(output_dir, configs)
     else:
-        again = shlex.join(["dpo-opt", *sys.argv[1:]])
-        with preemptible(again, kept="each run that was at work saved a checkpoint; finished runs are whole"):
+        kept = "each run that was at work saved a checkpoint; finished runs are whole"
+        with preemptible(same_command(), kept=kept):
             rows = run_sweep(output_dir, configs, parallel=parallel)
     if as_json:
         show({"sweep": str(output_dir), "runs": rows}, as_json)

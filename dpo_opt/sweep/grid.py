@@ -108,7 +108,7 @@ def _varied(grid: object, listed: object, file: Path) -> Iterator[dict[str, Any]
 
 def record_runs(sweep: Path, runs: Sequence[SweepRun]) -> None:
     """Write ``sweep.yaml``: the runs that it has already, and these."""
-    known = {run.name: run_settings(run) for run in [*recorded_runs(sweep), *runs]}
+    known = {run.name: settings_of(run.config) for run in [*recorded_runs(sweep), *runs]}
     write_text(sweep / SWEEP, yaml.safe_dump(known, sort_keys=False))
 
 
@@ -125,11 +125,11 @@ def named_runs(sweep: Path, configs: Sequence[TrainConfig]) -> list[SweepRun]:
     Raises:
         DataError: ``sweep.yaml`` is damaged.
     """
-    runs = {run.name: _settings(run.config) for run in recorded_runs(sweep)}
+    runs = {run.name: settings_of(run.config) for run in recorded_runs(sweep)}
     found = []
-    varied = varied_settings([_settings(config) for config in configs])
+    varied = varied_settings([settings_of(config) for config in configs])
     for config in configs:
-        settings = _settings(config)
+        settings = settings_of(config)
         name = next((name for name, known in runs.items() if known == settings), None)
         if name is None:
             name = _free_name(_words({key: settings[key] for key in varied}), runs)
@@ -179,12 +179,8 @@ def varied_settings(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in all_settings[0] if any(s[name] != all_settings[0][name] for s in all_settings)]
 
 
-def run_settings(run: SweepRun) -> dict[str, Any]:
+def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Every setting of a run but its folder, as YAML and JSON write them."""
-    return _settings(run.config)
-
-
-def _settings(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=_OWN)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.results import table
 from dpo_opt.schemas.safe_text import printable
 from dpo_opt.sweep.grid import SweepRun
-from dpo_opt.sweep.outcomes import Row, newest_metrics, outcomes
+from dpo_opt.sweep.outcomes import Row, outcomes
 from dpo_opt.sweep.processes import Ended, last_error
 
 _SHOWN = (
@@ -34,7 +35,7 @@ def outcome_lines(rows: Sequence[Row]) -> Iterator[str]:
 def watching(runs: Sequence[SweepRun]) -> Iterator["_Lines | _Table"]:
     """Show a sweep while the block runs, on stderr."""
     if not sys.stderr.isatty():
-        yield _Lines(runs)
+        yield _Lines()
         return
     from rich.console import Console
     from rich.live import Live
@@ -44,8 +45,7 @@ def watching(runs: Sequence[SweepRun]) -> Iterator["_Lines | _Table"]:
 
 
 class _Lines:
-    def __init__(self, runs: Sequence[SweepRun]) -> None:
-        self._of = len(runs)
+    def __init__(self) -> None:
         self._begun: set[str] = set()
 
     def look(self, at_work: Sequence[SweepRun]) -> None:
@@ -61,21 +61,25 @@ class _Lines:
 class _Table:
     def __init__(self, runs: Sequence[SweepRun], live: Any) -> None:
         self._runs, self._live = runs, live
+        # Of the runs that are not at work: their files are read once, and not at every look.
+        self._rows = outcomes(runs)
 
     def look(self, at_work: Sequence[SweepRun]) -> None:
         from rich.text import Text
 
         names = {run.name for run in at_work}
-        rows = outcomes(self._runs)
-        for row, run in zip(rows, self._runs, strict=True):
+        rows = []
+        for row, run in zip(self._rows, self._runs, strict=True):
+            newest = RunFolder(run.config.output_dir).last_metrics() if run.name in names else {}
             if run.name in names:
-                newest = newest_metrics(run.config.output_dir)
                 step = f"step {newest['step']}" if newest else "starts"
-                row |= {"state": step, "loss": newest.get("loss")}
+                row = row | {"state": step, "loss": newest.get("loss")}
+            rows.append(row)
         # A Text is never read as markup.
         self._live.update(Text("\n".join(map(printable, outcome_lines(rows)))), refresh=True)
 
     def ended(self, ended: Ended) -> None:
+        self._rows = outcomes(self._runs)
         if ended.code != 0:
             _say_ended(ended)
 

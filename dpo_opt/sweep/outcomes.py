@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.storage import publish
-from dpo_opt.sweep.grid import SweepRun, run_settings, varied_settings
+from dpo_opt.sweep.grid import SweepRun, settings_of, varied_settings
 
 TABLE = "sweep.parquet"
 # What depends on the machine and its day: a sweep that was killed must end with the same table.
@@ -27,7 +27,7 @@ def outcomes(runs: Sequence[SweepRun]) -> list[Row]:
     differ between the runs, ``steps``, and the metrics of the last evaluation and of the last logged steps,
     under their names in ``metrics.jsonl``. What a run does not have yet is None.
     """
-    settings = [run_settings(run) for run in runs]
+    settings = [settings_of(run.config) for run in runs]
     varied = varied_settings(settings)
     rows: list[Row] = []
     for run, own in zip(runs, settings, strict=True):
@@ -44,11 +44,6 @@ def state_of(run: SweepRun) -> str:
     if RunFolder(folder).finished_step() is not None:
         return "finished"
     return "unfinished" if folder.is_dir() else "not begun"
-
-
-def newest_metrics(folder: Path) -> Row:
-    """The newest training line of a run's metrics; empty before the first."""
-    return dict(RunFolder(folder).last_metrics())
 
 
 def write_table(sweep: Path, rows: Sequence[Row]) -> None:
@@ -70,13 +65,12 @@ def best_first(rows: Sequence[Row]) -> Iterator[Row]:
 
 def _last_metrics(folder: Path) -> Row:
     """The last evaluation's and the last training line's means of a finished run; empty for another."""
-    steps = RunFolder(folder).finished_step()
+    run = RunFolder(folder)
+    steps = run.finished_step()
     if steps is None:
         return {}
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     found: Row = {"steps": steps}
-    history: list[Row] = state["log_history"]
-    for is_training in (False, True):
-        for line in [line for line in history if ("loss" in line) == is_training][-1:]:
-            found |= {name: value for name, value in line.items() if name not in _NOT_OUTCOMES}
+    training, evaluations = run.history()
+    for line in [*evaluations[-1:], *training[-1:]]:
+        found |= {name: value for name, value in line.items() if name not in _NOT_OUTCOMES}
     return found

@@ -8,16 +8,15 @@ import contextlib
 import fcntl
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import yaml
 
 from dpo_opt.precompute.workers import worker_process
-from dpo_opt.precompute.workers.local import visible_devices
+from dpo_opt.precompute.workers.local import share_of_cores, stop_all, visible_devices
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, quoted
 from dpo_opt.schemas.storage import write_text
 from dpo_opt.sweep.grid import RUNS, SweepRun
@@ -77,8 +76,7 @@ def process_environments(
     if not devices:
         if parallel in (None, 1):
             return [{}]
-        threads = max(1, int(environment.get("OMP_NUM_THREADS") or cores) // parallel)
-        return [{"OMP_NUM_THREADS": str(threads)}] * parallel
+        return [share_of_cores(parallel, environment, cores=cores)] * parallel
     if parallel is not None and parallel > len(devices):
         raise ConfigError(
             f"--parallel {parallel}: this machine has {len(devices)} GPUs",
@@ -112,15 +110,15 @@ def run_processes(
     try:
         while waiting or any(at_work):
             for place, process in enumerate(at_work):
-                if process is not None and (code := process.poll()) is not None:
+                if process is not None and (code := process.running.poll()) is not None:
                     at_work[place] = None
                     yield Ended(process.run, code, process.log)
                 if at_work[place] is None and waiting:
-                    at_work[place] = _Process(sweep, waiting.pop(0), environments[place])
+                    at_work[place] = _start(sweep, waiting.pop(0), environments[place])
             looked([process.run for process in at_work if process is not None])
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     finally:
-        _stop([process for process in at_work if process is not None])
+        stop_all([process.running for process in at_work if process is not None], within=_SECONDS_TO_STOP)
 
 
 def last_error(log: Path) -> str:
@@ -130,53 +128,30 @@ def last_error(log: Path) -> str:
     return "\n".join(lines[begin : begin + 3]).removeprefix("error: ")
 
 
-class _Process:
-    """One run's process. What it says is appended to the run's log."""
+class _Process(NamedTuple):
+    """One run's process."""
 
-    def __init__(self, sweep: Path, run: SweepRun, environment: Mapping[str, str]) -> None:
-        self.run = run
-        self.log = sweep / _LOGS / f"{run.name}.log"
-        config = sweep / _CONFIGS / f"{run.name}.yaml"
-        write_text(config, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._log: TextIO = self.log.open("a", encoding="utf-8")
-        # -P: never import modules from the folder that a job starts in.
-        command = [sys.executable, "-P", worker_process.__file__, str(os.getpid())]
-        self._process = subprocess.Popen(
-            [*command, "train", "--config", str(config)],
+    run: SweepRun
+    log: Path
+    running: subprocess.Popen[bytes]
+
+
+def _start(sweep: Path, run: SweepRun, environment: Mapping[str, str]) -> _Process:
+    """Start a run's process. What it says is appended to the run's log."""
+    config, log = sweep / _CONFIGS / f"{run.name}.yaml", sweep / _LOGS / f"{run.name}.log"
+    write_text(config, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as said:
+        process = subprocess.Popen(
+            worker_process.command("train", "--config", str(config)),
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
+            stdout=said,
+            stderr=said,
             # Ctrl-C on a terminal would end training at once; told by SIGTERM it saves a checkpoint first.
             start_new_session=True,
         )
-
-    def poll(self) -> int | None:
-        code = self._process.poll()
-        if code is not None:
-            self._log.close()
-        return code
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
-    def end(self, until: float) -> None:
-        """Wait for it, and kill it at a time of ``time.monotonic()``."""
-        try:
-            self._process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-
-def _stop(processes: Sequence[_Process]) -> None:
-    for process in processes:
-        process.terminate()
-    until = time.monotonic() + _SECONDS_TO_STOP
-    for process in processes:
-        process.end(until)
+    return _Process(run, log, process)
 
 
 def failed(ended: Sequence[Ended], sweep: Path, *, of: int) -> DpoOptError:

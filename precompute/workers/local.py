@@ -46,6 +46,18 @@ def visible_devices(environment: Mapping[str, str]) -> list[str]:
     return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
+def share_of_cores(processes: int, environment: Mapping[str, str], *, cores: int) -> dict[str, str]:
+    """The variables that give each of several processes its share of the cores.
+
+    Args:
+        processes: How many run at a time.
+        environment: The launcher's; its own number of threads is shared, if it has one.
+        cores: Cores of this machine.
+    """
+    threads = max(1, int(environment.get("OMP_NUM_THREADS") or cores) // processes)
+    return {"OMP_NUM_THREADS": str(threads)}
+
+
 def worker_environments(
     config: PrecomputeConfig, environment: Mapping[str, str], *, cores: int
 ) -> list[dict[str, str]]:
@@ -62,8 +74,7 @@ def worker_environments(
     workers, each = config.num_workers or 1, config.gpus_per_worker
     devices = visible_devices(environment)
     if each == 0 or (not devices and "gpus_per_worker" not in config.model_fields_set):
-        threads = max(1, int(environment.get("OMP_NUM_THREADS") or cores) // workers)
-        return [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}] * workers
+        return [{"CUDA_VISIBLE_DEVICES": "", **share_of_cores(workers, environment, cores=cores)}] * workers
     if workers * each > len(devices):
         if not devices:
             fix = "pass --gpus-per-worker 0 to score on the cores"
@@ -126,14 +137,13 @@ def run_workers(config: PrecomputeConfig, environments: Sequence[Mapping[str, st
         workers: list[_Worker] = []
         try:
             for i, own in enumerate(environments):
-                # -P: never import modules from the folder that a job starts in.
-                command = [sys.executable, "-P", worker_process.__file__, str(os.getpid())]
-                command += ["precompute", "--config", str(file)]
-                command += ["--worker-index", str(i), "--num-workers", str(len(environments)), "--json"]
+                place = ["--worker-index", str(i), "--num-workers", str(len(environments))]
+                command = worker_process.command("precompute", "--config", str(file), *place, "--json")
                 workers.append(_Worker(i, command, {**os.environ, **own}))
             codes = _wait(workers)
         finally:
-            _stop(workers)
+            # Shards that they have not committed are left for the next run.
+            stop_all([worker.process for worker in workers], within=_SECONDS_TO_STOP)
     _require_done(config, codes)
     return [worker.result() for worker in workers if codes[worker.number] == 0]
 
@@ -195,12 +205,12 @@ def _wait(workers: Sequence[_Worker]) -> dict[int, int]:
     return codes
 
 
-def _stop(workers: Sequence[_Worker]) -> None:
-    """End the workers that still run. Shards that they have not committed are left for the next run."""
-    running = [worker.process for worker in workers if worker.process.poll() is None]
+def stop_all(processes: Sequence[subprocess.Popen[Any]], *, within: float) -> None:
+    """Tell the processes that still run to stop, and kill those that have not after so many seconds."""
+    running = [process for process in processes if process.poll() is None]
     for process in running:
         process.terminate()
-    until = time.monotonic() + _SECONDS_TO_STOP
+    until = time.monotonic() + within
     for process in running:
         try:
             process.wait(max(0.0, until - time.monotonic()))

@@ -14,6 +14,12 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
+def command(*arguments: str) -> list[str]:
+    """The command that runs ``dpo-opt`` with these arguments, in a process that ends with this one."""
+    # -P: never import modules from the folder that a job starts in.
+    return [sys.executable, "-P", __file__, str(os.getpid()), *arguments]
+
+
 def end_with(parent: int) -> None:
     """End this process with SIGTERM when its parent ends, or now if the parent has ended already.
 
