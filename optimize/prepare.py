@@ -26,8 +26,12 @@ class Prepared(NamedTuple):
     evaluations: list[Evaluation]
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def prepare(config: TrainConfig, *, compares_model: bool = True) -> Prepared:
     """Check a configuration against its shards and model; no weights are loaded.
+
+    Args:
+        config: Of the run.
+        compares_model: False: this model was compared with these shards a moment ago.
 
     Raises:
         ConfigError: The output folder is in use, an option cannot work, or there is nothing to train on.
@@ -41,14 +45,15 @@ def prepare(config: TrainConfig) -> Prepared:
     model_folder = find_model(config.model)
     require_usable(config)
     # Also with --resume: the reference must be the model that the run started from, not a checkpoint of it.
-    require_same_model(
-        folder,
-        model_folder,
-        fields=TOKENIZER_FIELDS if config.reference_differs else MODEL_FIELDS,
-        adapter=config.adapter,
-        fix="pass the model that was scored as --model, or "
-        f"`dpo-opt precompute --model {quoted(config.model)}` into another --shards folder",
-    )
+    if compares_model:
+        require_same_model(
+            folder,
+            model_folder,
+            fields=TOKENIZER_FIELDS if config.reference_differs else MODEL_FIELDS,
+            adapter=config.adapter,
+            fix="pass the model that was scored as --model, or "
+            f"`dpo-opt precompute --model {quoted(config.model)}` into another --shards folder",
+        )
     with folder.tokenizer():
         pass  # better now than when the trained model is written
     stream = PairStream(

@@ -18,6 +18,7 @@ from fakes import preference_rows, write_jsonl
 from safetensors.torch import load_file
 
 from dpo_opt.cli import main
+from dpo_opt.optimize import prepare
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.sweep.grid import SweepRun, named_runs, read_grid, record_runs, recorded_runs, run_folders
@@ -296,18 +297,70 @@ def test_one_run_that_fails_is_said_and_the_others_are_trained(
     grid = grid_file(
         tmp_path,
         **SETTINGS,
-        max_steps=1,
-        runs=[{"beta": 0.1}, {"beta": 0.2, "metric_for_best_model": "eval_x"}],
+        max_steps=2,
+        runs=[{"beta": 0.1}, {"beta": 0.2, "learning_rate": 1e30}],
     )
     command = ["sweep", "--shards", shards, "--model", tiny_model, "--config", grid]
     process = program(*command, "--output-dir", tmp_path / "sweep", "--parallel", 2)
     _, said = process.communicate()
     assert process.returncode == 1, said
     assert "1 of 2 runs failed" in said
-    assert "eval_x" in said
+    assert "the first is beta=0.2_learning_rate=1e+30" in said
+    assert "is not finite" in said
     assert "Traceback" not in said
     table = pq.read_table(tmp_path / "sweep" / "sweep.parquet").to_pylist()
-    assert [row["state"] for row in table] == ["finished", "not begun"]
+    assert [row["state"] for row in table] == ["finished", "unfinished"]
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "an option of another loss": ({"simpo_gamma": 1.0}, "--simpo-gamma belongs to simpo"),
+    "a loss without its option": ({"loss_type": "rdpo"}, "--loss-type rdpo needs --rdpo-alpha"),
+    "weights of other losses": ({"loss_weights": [1, 2]}, "--loss-weights has 2 and --loss-type 1"),
+    "a column that the data lacks": ({"loss_type": "odpo"}, "margin"),
+    "a metric of no evaluation": ({"metric_for_best_model": "eval_x"}, "'eval_x' is not a metric"),
+    "an evaluation that needs pairs": ({"eval_split": 0.0, "eval_steps": 1}, "nothing to evaluate on"),
+    "another model": ({"model": "nowhere"}, "nowhere"),
+    "an unknown loss": ({"loss_type": "sigmoyd"}, "--loss-type"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_one_run_cannot_do_is_said_before_any_begins(
+    wrong: str, shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    settings, message = WRONG[wrong]
+    right: list[dict[str, Any]] = [{"model": str(tiny_model), "seed": seed} for seed in range(3)]
+    runs = [*right[:2], right[2] | settings]
+    grid = grid_file(tmp_path, **SETTINGS, shards=str(shards), runs=runs)
+    for extra in ([], ["--dry-run"]):
+        result = invoke("sweep", "--config", grid, "--output-dir", tmp_path / "sweep", *extra)
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr
+        assert "seed=2" in result.stderr.splitlines()[0]
+        assert not (tmp_path / "sweep").exists()
+
+
+def test_one_model_is_compared_with_the_shards_once(
+    shards: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[object] = []
+    monkeypatch.setattr(prepare, "require_same_model", lambda *_, **given: compared.append(given["fields"]))
+    runs = [{"seed": 1}, {"seed": 2}, {"seed": 3, "reference_differs": True}, {"seed": 4}]
+    grid = grid_file(tmp_path, **SETTINGS, shards=str(shards), model=str(tiny_model), runs=runs)
+    result = invoke("sweep", "--config", grid, "--output-dir", tmp_path / "sweep", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert len(compared) == 2
+
+
+def test_a_file_in_place_of_a_runs_folder_is_named(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    grid = grid_file(
+        tmp_path, **SETTINGS, shards=str(shards), model=str(tiny_model), grid={"beta": [0.1, 0.2]}
+    )
+    (tmp_path / "sweep" / "runs").mkdir(parents=True)
+    (tmp_path / "sweep" / "runs" / "beta=0.2").touch()
+    result = invoke("sweep", "--config", grid, "--output-dir", tmp_path / "sweep")
+    assert result.exit_code == 2, result.output
+    assert "run beta=0.2: its folder is a file" in result.stderr
 
 
 def test_what_no_run_can_do_is_said_before_any_begins(tiny_model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ A sweep's folder has ``sweep.yaml``, which maps the name of each run to its sett
 settings: a grid that is made larger finds the runs that are there, and adds the others.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dpo_opt.complete_fix import complete_fix
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.read_settings import make_settings, read_settings, require_known
-from dpo_opt.schemas.errors import ConfigError, DataError, quoted
+from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, quoted
 from dpo_opt.schemas.plain_data import yaml_of
 from dpo_opt.schemas.storage import write_text
 
@@ -63,7 +65,8 @@ def read_grid(file: Path, given: Mapping[str, Any], *, sweep: Path) -> list[Trai
     configs: list[TrainConfig] = []
     for settings in varied:
         where = dict.fromkeys({**values, **settings}.keys() - given.keys(), str(file))
-        config = make_settings(TrainConfig, {**common, **settings, "output_dir": sweep}, where=where)
+        with naming(_words(settings)):
+            config = make_settings(TrainConfig, {**common, **settings, "output_dir": sweep}, where=where)
         if config in configs:
             raise ConfigError(
                 f"two runs have the same settings: {_words(settings)}",
@@ -104,6 +107,18 @@ def _varied(grid: object, listed: object, file: Path) -> Iterator[dict[str, Any]
             fix="for example\n    runs:\n      - {beta: 0.1, seed: 1}\n      - {beta: 0.5, seed: 1}",
         )
     yield from listed
+
+
+@contextlib.contextmanager
+def naming(run: str, config: TrainConfig | None = None) -> Iterator[None]:
+    """Name a run in the error that the block raises, and in its fix what the run's settings name."""
+    try:
+        yield
+    except DpoOptError as error:
+        error.what = f"run {quoted(run)}: {error.what}"
+        if config is not None and error.fix is not None:
+            error.fix = complete_fix(error.fix, config)
+        raise
 
 
 def record_runs(sweep: Path, runs: Sequence[SweepRun]) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.prepare import prepare
-from dpo_opt.sweep.grid import SweepRun, named_runs, record_runs, recorded_runs
+from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.sweep.grid import SweepRun, named_runs, naming, record_runs, recorded_runs
 from dpo_opt.sweep.live import watching
 from dpo_opt.sweep.outcomes import Row, outcomes, state_of, write_table
 from dpo_opt.sweep.processes import Ended, failed, only_sweep, process_environments, run_processes
@@ -35,7 +36,7 @@ def run_sweep(sweep: Path, configs: Sequence[TrainConfig], *, parallel: int | No
         The rows of the table: a run each, those of earlier grids too.
 
     Raises:
-        ConfigError: A second sweep is at work in the folder, or the first run cannot work.
+        ConfigError: A second sweep is at work in the folder, or a run cannot work.
         DataError: The shards are incomplete or damaged, or ``sweep.yaml`` is.
         FingerprintError: The shards were scored with another model.
         DpoOptError: Runs failed. The others were trained, and the table is written.
@@ -66,6 +67,16 @@ def _left(runs: Sequence[SweepRun]) -> list[SweepRun]:
 
 
 def _require_trainable(runs: Sequence[SweepRun]) -> None:
-    """Check the first run, so that a folder that is not there is said once, and before any process starts."""
-    for run in runs[:1]:
-        prepare(run.config)
+    """Check every run, so that what one cannot do is said before any begins. No weights are loaded."""
+    compared: set[tuple[object, ...]] = set()
+    for run in runs:
+        config, folder = run.config, run.config.output_dir
+        # Reading a model's weights to compare them takes longest, and most sweeps have one model.
+        model = (config.shards, config.model, config.adapter, config.reference_differs)
+        with naming(run.name, config):
+            if folder.exists() and not folder.is_dir():
+                raise ConfigError(
+                    "its folder is a file", where=str(folder), fix="remove it, or pass another --output-dir"
+                )
+            prepare(config, compares_model=model not in compared)
+        compared.add(model)
