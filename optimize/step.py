@@ -79,7 +79,7 @@ def forward_pairs(
         StopRequested: A signal came; gradients of a part of the step may be left.
     """
     world, device = batching.world, policy.device
-    groups = prompt_groups(pairs, rows=policy.rows, budget=batching.budget)
+    groups = prompt_groups(pairs, rows=policy.rows, budget=batching.budget, ranks=world.size)
     sequences = [group.sequences for group in groups]
     plans = balance(policy, sequences, budget=batching.budget, cost=batching.cost, ranks=world.size)
     plan = plans[world.rank]

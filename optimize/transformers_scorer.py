@@ -20,6 +20,7 @@ from dpo_opt.optimize.forward.load_policy import load_policy
 from dpo_opt.optimize.forward.packing import Group
 from dpo_opt.optimize.forward.policy import Policy, default_device
 from dpo_opt.optimize.forward.precision import computing_in
+from dpo_opt.optimize.forward.prompt_groups import alike
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import context_length
 from dpo_opt.schemas.pairs import (
@@ -81,12 +82,17 @@ class HfScorer:
         return self._policy
 
     def token_logps(self, sequences: Sequence[TokenSequence]) -> list[LogpArray]:
-        """See ``Scorer``. Adjacent sequences with the same prompt share the prompt's forward."""
+        """See ``Scorer``. Adjacent sequences with the same prompt share the prompt's forward.
+
+        Prompts that begin alike share that beginning.
+        """
         groups = _by_prompt(sequences)
         found: list[list[LogpArray]] = [[] for _ in groups]
-        for members in self.policy.bins(groups, _BATCH_ROWS):
-            logps = iter(_forward(self.policy, [groups[i] for i in members]))
-            for i in members:
+        joined = alike(groups, rows=self.policy.rows, most=_BATCH_ROWS)
+        whole: list[Group] = [tuple(s for i in places for s in groups[i]) for places in joined]
+        for members in self.policy.bins(whole, _BATCH_ROWS):
+            logps = iter(_forward(self.policy, [whole[number] for number in members]))
+            for i in (place for number in members for place in joined[number]):
                 found[i] = [next(logps) for _ in groups[i]]
         return [logps for group in found for logps in group]
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dpo_opt.optimize.forward.architecture import decoder_of, head_of
-from dpo_opt.optimize.forward.packing import Group, packed_size, shared_length
+from dpo_opt.optimize.forward.packing import Group, packed_size, shared_lengths
 from dpo_opt.optimize.forward.policy import Policy
 
 
@@ -61,9 +61,8 @@ def _attention_width(decoder: torch.nn.Module, config: PretrainedConfig) -> int:
 
 def group_cost(group: Group, cost: ForwardCost) -> float:
     """Floating-point operations of one forward of a packed group."""
-    shared = shared_length(group)
-    keys = shared**2 / 2
-    for sequence in group:
+    keys = 0.0
+    for shared, sequence in zip(shared_lengths(group), group, strict=True):
         own = len(sequence.prompt_ids) + len(sequence.completion_ids) - 1 - shared
         keys += own * shared + own**2 / 2
     scored = sum(len(sequence.completion_ids) for sequence in group)

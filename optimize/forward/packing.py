@@ -1,13 +1,13 @@
 """Packs pairs into batches without padding, and computes the prompt that a pair shares only once.
 
-Chosen and rejected share their prompt, and often their first words. A packed row holds that common prefix
-once, followed by the rest of each sequence:
+Chosen and rejected share their prompt, and often their first words. A packed row holds the first sequence of
+a group, followed by the rest of each other one, after what it has in common with the first:
 
-    [ prefix | rest of chosen | rest of rejected | next pair ... ]
+    [ chosen | rest of rejected | next pair ... ]
 
-For each rest, position ids continue after the prefix. The attention (attention.py) lets each rest see only
-the prefix and itself. The last token of a sequence is not fed, because it predicts nothing. Packing changes
-how much is computed, never which pairs share an optimizer step.
+For each rest, position ids continue after the common beginning. The attention (attention.py) lets each rest
+see only that beginning and itself. The last token of a sequence is not fed, because it predicts nothing.
+Packing changes how much is computed, never which pairs share an optimizer step.
 
     T = rows of tokens in the batch, S = scored tokens, B = sequences per padded batch
 """
@@ -86,7 +86,8 @@ class Batch:
 
 
 Group = tuple[TokenSequence, ...]
-"""Sequences of one prompt: the two sides of a pair, or all completions of a prompt."""
+"""Sequences that begin alike: the two sides of a pair, all completions of a prompt, or those of prompts of
+which one goes on with the other."""
 
 
 def pair_group(pair: TokenizedPair) -> Group:
@@ -97,22 +98,22 @@ def pair_group(pair: TokenizedPair) -> Group:
     )
 
 
-def shared_length(group: Group) -> int:
-    """Length of the longest common prefix, at least 1 and below every sequence's length."""
-    sequences = [_joined(s) for s in group]
-    limit = min(len(s) for s in sequences) - 1
-    first = sequences[0][:limit]
-    for other in sequences[1:]:
-        different = np.flatnonzero(first != other[: len(first)])
-        if len(different):
-            first = first[: different[0]]
-    return max(1, len(first))
+def shared_lengths(group: Group) -> list[int]:
+    """Rows that each sequence shares with the first: the common prefix, below both lengths. The first: 0."""
+    first = _joined(group[0])
+    return [0, *(_common(first, _joined(sequence)) for sequence in group[1:])]
+
+
+def _common(one: IdArray, other: IdArray) -> int:
+    limit = min(len(one), len(other)) - 1
+    different = np.flatnonzero(one[:limit] != other[:limit])
+    return int(different[0]) if len(different) else limit
 
 
 def packed_size(group: Group) -> int:
     """Rows the group takes in a packed batch."""
-    shared = shared_length(group)
-    return shared + sum(len(s.prompt_ids) + len(s.completion_ids) - 1 - shared for s in group)
+    fed = sum(len(s.prompt_ids) + len(s.completion_ids) - 1 for s in group)
+    return fed - sum(shared_lengths(group))
 
 
 def padded_width(group: Group) -> int:
@@ -166,22 +167,20 @@ def pack(groups: Sequence[Group]) -> Batch:
     lengths: list[int] = []
     end = 0
     for group in groups:
-        shared = shared_length(group)
         prefix_start = end
-        for number, sequence in enumerate(group):
+        # The first sequence of a group is laid out whole; the others go on from its beginning.
+        for begin, sequence in zip(shared_lengths(group), group, strict=True):
             joined = _joined(sequence)
             fed = len(joined) - 1
-            # The first sequence of a group is laid out whole; the others continue its prefix.
-            begin = 0 if number == 0 else shared
             ids.append(joined[begin:fed])
             positions.append(np.arange(begin, fed))
             prefix_stop = prefix_start + begin
             if fed > begin:
                 segments.append(Segment(end, end + fed - begin, prefix_start, prefix_stop))
-            # Position p sits in the prefix, or in this sequence's own rows.
+            # Position p sits in the first sequence's rows, or in this one's own.
             own = end - begin
             scored, tokens = _scored(sequence)
-            rows.append(np.where(scored < shared, scored + prefix_start, scored + own))
+            rows.append(np.where(scored < begin, scored + prefix_start, scored + own))
             targets.append(tokens)
             lengths.append(len(tokens))
             end += fed - begin

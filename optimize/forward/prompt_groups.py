@@ -1,19 +1,28 @@
 """Finds what a step's pairs have in common, so that each sequence and each prompt is computed once.
 
 Four completions of a prompt make six pairs: twelve sequences, of which four differ. The gradient of a
-sequence that several pairs share is the sum over these pairs, so the update is the same.
+sequence that several pairs share is the sum over these pairs, so the update is the same. Prompts that begin
+alike, such as the turns of a conversation or those after one system prompt, share that beginning.
 """
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from dpo_opt.optimize.forward.packing import Group, pair_group
+import numpy as np
+
+from dpo_opt.optimize.forward.packing import Group, packed_size, pair_group
 from dpo_opt.schemas.pairs import TokenizedPair, TokenSequence
+
+# Of a group's rows, what must be saved when it joins another. Groups are not divided among micro-batches and
+# processes, so a few common tokens are not worth a larger one.
+_LEAST_SAVED = 0.25
+# How many groups of different prompts each of several processes should get, so that all have equal work.
+_GROUPS_EACH = 4
 
 
 class PromptGroup(NamedTuple):
-    """Pairs of one prompt, and the different sequences among their sides."""
+    """Pairs whose prompts are equal or begin alike, and the different sequences among their sides."""
 
     sequences: Group
     pairs: list[int]
@@ -23,14 +32,15 @@ class PromptGroup(NamedTuple):
 
 
 def prompt_groups(
-    pairs: Sequence[TokenizedPair], *, rows: Callable[[Group], int], budget: int
+    pairs: Sequence[TokenizedPair], *, rows: Callable[[Group], int], budget: int, ranks: int = 1
 ) -> list[PromptGroup]:
-    """Group pairs by their prompt, in the order of each group's first pair.
+    """Group pairs by their prompt, then prompts that begin alike, in the order of each group's first pair.
 
     Args:
         pairs: The pairs of a step.
         rows: Rows that a group takes in a forward.
         budget: Most rows of a group of several pairs. Other pairs of the prompt form the next group.
+        ranks: Number of processes; of several, each gets its share of the groups of different prompts.
     """
     groups: list[_Growing] = []
     newest: dict[bytes, _Growing] = {}
@@ -41,12 +51,60 @@ def prompt_groups(
             group = newest[prompt] = _Growing()
             groups.append(group)
         group.add(number, pair)
-    return [group.done() for group in groups]
+    done = [group.done() for group in groups]
+    sequences = [group.sequences for group in done]
+    most = budget if ranks == 1 else min(budget, sum(map(rows, sequences)) // (_GROUPS_EACH * ranks))
+    return [_one([done[i] for i in members]) for members in alike(sequences, rows=rows, most=most)]
+
+
+def alike(groups: Sequence[Group], *, rows: Callable[[Group], int], most: int) -> list[list[int]]:
+    """Which groups of sequences to compute as one, because their prompts begin alike.
+
+    Args:
+        groups: Each of one prompt.
+        rows: Rows that a group takes in a forward.
+        most: Most rows of several groups together.
+
+    Returns:
+        Places of groups, those that go together in the order in which they share most; each is in one list.
+    """
+    found: list[list[int]] = []
+    size = 0
+    # In this order prompts that begin alike are neighbours, and one stands before those that it goes on with.
+    for place in sorted(range(len(groups)), key=lambda i: groups[i][0].prompt_ids.tobytes(), reverse=True):
+        own = rows(groups[place])
+        first = groups[found[-1][0]][:1] if found else ()
+        added = own
+        if first and _begin_alike(first[0], groups[place][0]):
+            added = rows((*first, *groups[place])) - rows(first)
+        if own - added >= _LEAST_SAVED * own and size + added <= most:
+            found[-1].append(place)
+            size += added
+        else:
+            found.append([place])
+            size = own
+    return sorted(found, key=min)
+
+
+def _begin_alike(one: TokenSequence, other: TokenSequence) -> bool:
+    """Whether the other's prompt can share as much as is worth it."""
+    part = max(1, int(_LEAST_SAVED * len(other.prompt_ids)))
+    return np.array_equal(one.prompt_ids[:part], other.prompt_ids[:part])
+
+
+def _one(groups: Sequence[PromptGroup]) -> PromptGroup:
+    """Groups of different prompts as one."""
+    sequences: list[TokenSequence] = []
+    sides: list[tuple[int, int]] = []
+    for group in groups:
+        sides += [(len(sequences) + chosen, len(sequences) + rejected) for chosen, rejected in group.sides]
+        sequences += group.sequences
+    return PromptGroup(tuple(sequences), [pair for group in groups for pair in group.pairs], sides)
 
 
 def unique_groups(pairs: Iterable[TokenizedPair]) -> list[Group]:
-    """The sequences of pairs by prompt, each sequence once: the work that the pairs need."""
-    return [group.sequences for group in prompt_groups(list(pairs), rows=len, budget=sys.maxsize)]
+    """The sequences of pairs by what they have in common, each once: the work that the pairs need."""
+    return [group.sequences for group in prompt_groups(list(pairs), rows=packed_size, budget=sys.maxsize)]
 
 
 class _Growing:

@@ -14,7 +14,7 @@ from dpo_opt.optimize.forward.packing import (
     pair_group,
     plan_bins,
     plan_padded_bins,
-    shared_length,
+    shared_lengths,
     varlen_index,
 )
 from dpo_opt.schemas.pairs import TokenizedPair, TokenSequence
@@ -35,31 +35,39 @@ def random_groups(count: int, *, seed: int = 0) -> list[Group]:
         completions = [
             rng.integers(2, 4, size=rng.integers(1, 7)).tolist() for _ in range(rng.integers(1, 5))
         ]
-        groups.append(group(prompt, *completions))
+        found = group(prompt, *completions)
+        for _ in range(rng.integers(0, 3)):
+            # Another turn of the conversation, or another one that begins alike.
+            kept = prompt[: rng.integers(0, len(prompt) + 1)] + rng.integers(2, 4, size=2).tolist()
+            found += group(kept, completions[0])
+        groups.append(found)
     return groups
 
 
 @pytest.mark.parametrize(
     ("completions", "expected"),
     [
-        pytest.param(([5, 6], [7, 8]), 3, id="they part at once"),
-        pytest.param(([5, 6, 7], [5, 6, 8]), 5, id="they share two tokens"),
-        pytest.param(([5, 6], [5, 6, 7]), 4, id="one begins with the other"),
-        pytest.param(([5], [6]), 3, id="one token each"),
-        pytest.param(([5], [5, 6]), 3, id="one token that begins the other"),
-        pytest.param(([5, 6],), 4, id="alone"),
-        pytest.param(([5, 6, 7], [5, 6, 8], [5, 9], [5, 6, 7, 7]), 4, id="four completions"),
-        pytest.param(([5, 6], [5, 6]), 4, id="equal"),
+        pytest.param(([5, 6], [7, 8]), [3], id="they part at once"),
+        pytest.param(([5, 6, 7], [5, 6, 8]), [5], id="they share two tokens"),
+        pytest.param(([5, 6], [5, 6, 7]), [4], id="one begins with the other"),
+        pytest.param(([5], [6]), [3], id="one token each"),
+        pytest.param(([5], [5, 6]), [3], id="one token that begins the other"),
+        pytest.param(([5, 6],), [], id="alone"),
+        pytest.param(([5, 6, 7], [5, 6, 8], [5, 9], [5, 6, 7, 7]), [5, 4, 5], id="four completions"),
+        pytest.param(([5, 6], [5, 6]), [4], id="equal"),
     ],
 )
-def test_shared_length_is_the_common_prefix_below_every_last_token(
-    completions: tuple[list[int], ...], expected: int
+def test_a_sequence_shares_what_it_has_in_common_with_the_first_but_its_last_token(
+    completions: tuple[list[int], ...], expected: list[int]
 ) -> None:
-    assert shared_length(group([1, 2, 3], *completions)) == expected
+    assert shared_lengths(group([1, 2, 3], *completions)) == [0, *expected]
 
 
-def test_one_token_of_prompt_is_always_shared() -> None:
-    assert shared_length(group([1], [5], [6])) == 1
+def test_other_prompts_share_what_they_have_in_common() -> None:
+    first, *others = (
+        group(prompt, [5, 6, 7])[0] for prompt in ([1, 2, 3, 4], [1, 2], [1, 2, 3, 4, 5], [9], [1])
+    )
+    assert shared_lengths((first, *others)) == [0, 2, 5, 0, 1]
 
 
 def test_a_pair_is_laid_out_as_worked_by_hand() -> None:
