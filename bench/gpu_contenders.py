@@ -62,7 +62,7 @@ class Padded(Policy):
     def bins(self, groups: Sequence[Group], budget: int) -> list[list[int]]:
         return [list(range(i, min(i + budget, len(groups)))) for i in range(0, len(groups), budget)]
 
-    def batch_logps(self, batch: Batch) -> Tensor:
+    def batch_logps(self, batch: Batch, *, log_squares: Tensor | None = None) -> Tensor:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             output = self.model.base_model(input_ids=batch.input_ids, use_cache=False, **batch.model_kwargs)
             hidden = output.last_hidden_state.flatten(0, 1)[batch.scored_rows]

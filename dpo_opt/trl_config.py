@@ -26,12 +26,12 @@ _SAME = (
     "output_dir", "beta", "loss_type", "loss_weights", "learning_rate", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "logging_steps", "seed", "use_peft", "lora_r",
     "lora_alpha",
-    "lora_target_modules", "load_in_4bit", "num_train_epochs",
+    "lora_target_modules", "load_in_4bit", "num_train_epochs", "ld_alpha", "use_weighting",
 )  # fmt: skip
 # Settings of one loss. TRL's defaults stand in every file that it writes, whatever the loss is.
 _OF_ONE_LOSS = {"f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "discopop_tau": 0.05}
 # Losses with which TRL 1.16 reads label_smoothing, of those that are here.
-_SMOOTHED = {"robust", "exo_pair"}
+_SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 _OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"), "adamw"),
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), "adamw-8bit"),
@@ -56,7 +56,7 @@ _ELSEWHERE = {
     "router_aux_loss_coef": "no auxiliary loss of routers",
 }
 # Another objective or another reference: without them another run.
-_REFUSED = ("ld_alpha", "use_weighting", "sync_ref_model", "label_smoothing_factor", "neftune_noise_alpha")
+_REFUSED = ("sync_ref_model", "label_smoothing_factor", "neftune_noise_alpha")
 # Of logging, data loading, launching, the Hub and the Trainer class: nothing that is trained depends on them.
 _NO_MATTER = (
     "log", "dataloader_", "ddp_", "hub_", "push_", "trackio_", "include_", "eval_", "fsdp", "deepspeed",

@@ -29,6 +29,7 @@ from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.evaluation import is_comparable
 from dpo_opt.optimize.forward.packing import pair_group
 from dpo_opt.optimize.forward.policy import Policy, compute_dtype
+from dpo_opt.optimize.losses.running import Running
 from dpo_opt.optimize.memory.budget import Device, choose_budget, longest_pair, run_device
 from dpo_opt.optimize.memory.estimate import optimizer_bytes
 from dpo_opt.optimize.parity import Parity
@@ -84,6 +85,7 @@ class RunState:
     at: Counters = field(default_factory=Counters)
     parity: Parity | None = None
     """None until the first step's forward, and with ``reference_differs``."""
+    running: Running = field(default_factory=Running)
     best: Best | None = None
     saved_step: int = 0
     saved_time: float = field(default_factory=time.monotonic)
@@ -109,6 +111,7 @@ class RunState:
         state = TrainState(
             at=self.at.model_copy(),
             window=self.window.state,
+            running=self.running,
             lines=written.lines,
             segments=written.segments,
             best=self.best,
@@ -255,6 +258,7 @@ def _resumed(run: Run, checkpoint: Checkpoint, batching: Batching) -> RunState:
     state.parity = Parity(**known) if known else None
     open_folder(run, state.parity, Written(kept.lines, kept.segments))
     state.at, state.window.state, state.saved_step = kept.at, kept.window, kept.at.step
+    state.running = kept.running
     say(f"continuing from {quoted(checkpoint.path.name)}, {kept.at.consumed} pairs into the run")
     if kept.at.step > run.total_steps:
         say(f"the checkpoint is already past the {run.total_steps} requested steps, so the run ends there")

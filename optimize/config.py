@@ -13,11 +13,13 @@ LossType = Literal[
     "ipo", "ipo_sum", "sppo_hard", "cal_dpo",
     "nca_pair", "apo_zero", "apo_down",
     "rdpo", "dpop", "odpo", "rpo",
+    "bco_pair", "kto_pair", "aot", "aot_unpaired", "beta_dpo",
     "simpo", "cpo", "orpo", "sft", "unlikelihood",
 ]  # fmt: skip
 LOSS_OPTIONS = (
     "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "rdpo_alpha",
-    "dpop_lambda", "margin_scale", "simpo_gamma", "cpo_alpha", "unlikelihood_alpha",
+    "dpop_lambda", "margin_scale", "beta_dpo_alpha", "beta_dpo_filtered", "simpo_gamma", "cpo_alpha",
+    "unlikelihood_alpha",
 )  # fmt: skip
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 _Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -49,6 +51,10 @@ class TrainConfig(Settings):
     """Divergence from the reference, in losses of the difference of both completions. Default: reverse_kl."""
     f_alpha_divergence_coef: float | None = Field(default=None, allow_inf_nan=False)
     """alpha_divergence's coefficient: 0 is forward_kl, 1 reverse_kl. Default: 0.5."""
+    ld_alpha: float | None = Field(default=None, ge=0, le=1)
+    """LD-DPO: weight of the tokens by which a completion is longer than the other. Default: 1."""
+    use_weighting: bool = False
+    """WPO: pairs that the policy would hardly write itself count less."""
     discopop_tau: _Weight | None = None
     """discopop's temperature. Default: 0.05."""
     rdpo_alpha: _Share | None = None
@@ -57,6 +63,10 @@ class TrainConfig(Settings):
     """dpop: what a chosen completion that falls below the reference costs. Default: 50.0."""
     margin_scale: _Weight | None = None
     """odpo and rpo: what the margin of the data is multiplied by. Default: 1.0."""
+    beta_dpo_alpha: _Share | None = None
+    """beta_dpo: how much beta follows the mean margin of a step. Default: 0.6."""
+    beta_dpo_filtered: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """beta_dpo: share of a step's pairs that is left out, unusual margins first. Default: 0.2."""
     simpo_gamma: _Share | None = None
     """simpo: the margin that is aimed at. Default: 0.5."""
     cpo_alpha: _Share | None = None
@@ -155,6 +165,12 @@ class TrainConfig(Settings):
             for name, weight in zip(self.loss_type, weights, strict=True)
         ]
         options = {"beta": self.beta, "label_smoothing": self.label_smoothing} | self.loss_options
+        if self.ld_alpha is not None:
+            options["ld_alpha"] = self.ld_alpha
         return ", ".join(
-            [" + ".join(terms), *(f"{name.replace('_', ' ')} {value}" for name, value in options.items())]
+            [
+                " + ".join(terms),
+                *(f"{name.replace('_', ' ')} {value}" for name, value in options.items()),
+                *["WPO weighting"] * self.use_weighting,
+            ]
         )

@@ -9,6 +9,7 @@ import torch
 from dpo_opt.optimize.checkpoint.checkpoints import Best
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.losses.running import Running
 from dpo_opt.optimize.losses.usable import reads_margins
 from dpo_opt.optimize.run_folder import HeldLogps, Metrics, RunFolder, hold_logps
 from dpo_opt.optimize.step import Batching, MetricsWindow, forward_pairs
@@ -113,6 +114,7 @@ def evaluate(
     run: RunFolder,
     *,
     batching: Batching,
+    running: Running,
     step: int,
     epoch: float,
     stop: StopSignals,
@@ -135,6 +137,7 @@ def evaluate(
                 batching=batching,
                 weights=None,
                 margins=evaluation.stream.margins(pairs),
+                running=running,
                 backward=False,
                 stop=stop,
             )

@@ -19,6 +19,7 @@ from dpo_opt.optimize.begin import Run, RunState, resume_or_begin
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.evaluation import evaluate, is_better, new_best
 from dpo_opt.optimize.first_step import first_step
+from dpo_opt.optimize.losses.preference_loss import NEED_RUNNING
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.prepare import prepare
 from dpo_opt.optimize.processes.distributed import (
@@ -158,6 +159,8 @@ def train_step(
     )
     run.files.add_pair_logps(batch)
     state.window.add(results, grad_norm)
+    if not NEED_RUNNING.isdisjoint(config.loss_type):
+        state.running = state.running.after(results.chosen_rewards, results.rejected_rewards)
     state.throughput.add(pairs)
     at.step += 1
     at.consumed += len(pairs)
@@ -184,6 +187,7 @@ def _forward_and_backward(
                 batching=state.batching,
                 weights=stream.weights(pairs),
                 margins=stream.margins(pairs),
+                running=state.running,
                 backward=True,
                 stop=run.stop,
                 see=see,
@@ -266,6 +270,7 @@ def _evaluate(run: Run, state: RunState) -> bool:
             run.config,
             run.files,
             batching=state.batching,
+            running=state.running,
             step=at.step,
             epoch=epoch,
             stop=run.stop,

@@ -7,7 +7,7 @@ from dpo_opt.optimize.adapters.lora import require_usable
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.evaluation import Evaluation, evaluations
 from dpo_opt.optimize.identity import require_same_model
-from dpo_opt.optimize.losses.usable import reads_margins, require_usable_losses
+from dpo_opt.optimize.losses.usable import reads_margins, require_no_weights, require_usable_losses
 from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.schemas.errors import ConfigError, quoted
@@ -62,6 +62,7 @@ def prepare(config: TrainConfig, *, compares_model: bool = True) -> Prepared:
         by_prompt=config.sample_by == "prompt",
         margins=reads_margins(config),
     )
+    require_no_weights(config, weighted=stream.weighted, where=str(folder.path))
     if stream.train_size == 0:
         raise ConfigError(
             f"--eval-split {config.eval_split} holds out every pair", fix="pass a smaller share"

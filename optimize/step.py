@@ -1,10 +1,11 @@
 """Forward and backward of one step's pairs: log-probs, losses, gradients, and the sums for the metrics."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,9 @@ from dpo_opt.optimize.forward.packing import to_device
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.forward.prompt_groups import PromptGroup, prompt_groups
 from dpo_opt.optimize.losses.pair_inputs import LossInputs
-from dpo_opt.optimize.losses.preference_loss import preference_loss
+from dpo_opt.optimize.losses.preference_loss import WHOLE_STEP, preference_loss
+from dpo_opt.optimize.losses.running import Running
+from dpo_opt.optimize.measured import Measured, measure, reference_sums
 from dpo_opt.optimize.processes.distributed import World, sum_over_ranks
 from dpo_opt.optimize.processes.fsdp import announce_micro_batch, join_empty
 from dpo_opt.optimize.run_folder import Metrics
@@ -53,6 +56,7 @@ def forward_pairs(
     batching: Batching,
     weights: Sequence[float] | None,
     margins: Sequence[float] | None = None,
+    running: Running | None = None,
     backward: bool,
     stop: StopSignals,
     see: SeeLogps | None = None,
@@ -63,6 +67,9 @@ def forward_pairs(
     the number of processes change it. Every process gets the results of all pairs. A sequence that several
     pairs have in common is computed once.
 
+    A loss that looks at all pairs of the step needs all their log-probs first. Where there are several
+    micro-batches, they are computed once more before.
+
     Args:
         policy: Gradients are added to its parameters' gradients.
         pairs: The pairs of one step, the same on every process.
@@ -70,7 +77,8 @@ def forward_pairs(
         batching: How pairs become micro-batches.
         weights: How much each pair counts; None: all alike.
         margins: How much better each pair's chosen is, as the data says; None where no loss reads it.
-        backward: Whether to compute gradients.
+        running: The rewards of the training steps before; None: there were none.
+        backward: Whether to compute gradients, and to count the pairs' rewards among those of training.
         stop: Checked before every micro-batch of a single process. Several processes would have to
             communicate for each check.
         see: Called with the log-probs of each of this process's micro-batches.
@@ -78,87 +86,161 @@ def forward_pairs(
     Raises:
         StopRequested: A signal came; gradients of a part of the step may be left.
     """
-    world, device = batching.world, policy.device
+    world = batching.world
     groups = prompt_groups(pairs, rows=policy.rows, budget=batching.budget, ranks=world.size)
     sequences = [group.sequences for group in groups]
     plans = balance(policy, sequences, budget=batching.budget, cost=batching.cost, ranks=world.size)
-    plan = plans[world.rank]
-    references = [[pair.ref_chosen_logps, pair.ref_rejected_logps] for pair in pairs]
-    ref_logps = to_device(torch.tensor(references, dtype=torch.float64), device)
-    weight, margin = (
-        None if values is None else to_device(torch.tensor(values, dtype=torch.float64), device)
-        for values in (weights, margins)
-    )
-    columns = torch.zeros(len(pairs), len(PairResults._fields), dtype=torch.float64, device=device)
-    for number, members in enumerate(plan):
-        if world.size == 1:
-            stop.check(world)
-        announce_micro_batch(policy, last=number == len(plan) - 1)
-        if not members:
-            join_empty(policy, backward=backward)
-            continue
-        places = to_device(torch.tensor([pair for i in members for pair in groups[i].pairs]), device)
-        batch = policy.layout([sequences[i] for i in members])
-        part = _Part(
-            config,
-            [groups[i] for i in members],
-            batch.lengths,
-            ref_logps[places],
-            None if weight is None else weight[places],
-            None if margin is None else margin[places],
-            len(pairs),
-        )
-        logps = policy.batch_logps(batch.to(device))
-        if see:
-            see(part.groups, torch.split(logps.detach(), batch.lengths))
-        results = part.results(logps)
+    work = _Work(policy, config, groups, plans, world, stop)
+    given = _given(pairs, config, weights, margins, policy.device)
+    if not WHOLE_STEP.isdisjoint(config.loss_type):
+        return _of_whole_step(work, given, running or Running(), backward=backward, see=see)
+    columns = torch.zeros(len(pairs), len(PairResults._fields), dtype=torch.float64, device=policy.device)
+    for places, measured in work.micro_batches(backward=backward, see=see):
+        part = given.at(places)
+        results = _results(measured, part, part.inputs(measured, config), config)
         if backward:
-            torch.autograd.backward(part.loss(results))
+            torch.autograd.backward(results.losses.sum() / len(pairs))
         columns.index_copy_(0, places, torch.stack([column.detach() for column in results], dim=1))
     return PairResults(*sum_over_ranks(columns, world).unbind(1))
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The pairs of one micro-batch, and their share of the step's loss."""
+def _of_whole_step(
+    work: "_Work", given: "_Given", running: Running, *, backward: bool, see: SeeLogps | None
+) -> PairResults:
+    """Results of losses that look at all pairs at once."""
+    count = len(given.ref_logps)
+    # Where every process has one micro-batch, its forward is kept for backward.
+    kept = backward and all(len(plan) == 1 and plan[0] for plan in work.plans)
+    columns = torch.zeros(count, len(Measured._fields), dtype=torch.float64, device=work.policy.device)
+    parts = []
+    with torch.set_grad_enabled(kept):
+        for places, part in work.micro_batches(backward=False, see=see):
+            found = [torch.ones_like(part.chosen_logps) if c is None else c.detach() for c in part]
+            columns.index_copy_(0, places, torch.stack(found, dim=1))
+            if kept:
+                parts.append((places, part))
+    measured = Measured(*sum_over_ranks(columns, work.world).unbind(1))
+    sides = (measured.chosen_weighed, measured.rejected_weighed)
+    seen = [logps.clone().requires_grad_(backward) for logps in sides]
+    measured = measured._replace(chosen_weighed=seen[0], rejected_weighed=seen[1])
+    inputs = given.inputs(measured, work.config)
+    if backward:
+        running = running.after(inputs.chosen_rewards.detach(), inputs.rejected_rewards.detach())
+        draws = np.random.default_rng([work.config.seed, running.steps, 1]).random(count)
+        inputs = inputs._replace(draws=to_device(torch.from_numpy(draws), work.policy.device))
+    results = _results(measured, given, inputs._replace(running=running), work.config)
+    if backward:
+        towards = torch.autograd.grad(results.losses.sum() / count, seen, materialize_grads=True)
+        for places, part in parts if kept else work.micro_batches(backward=True):
+            torch.autograd.backward(
+                [part.chosen_weighed, part.rejected_weighed], [gradient[places] for gradient in towards]
+            )
+    return PairResults(*(column.detach() for column in results))
 
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The forwards of one step, as this process makes them."""
+
+    policy: Policy
     config: TrainConfig
     groups: Sequence[PromptGroup]
-    lengths: Sequence[int]
-    """Scored tokens of each sequence of the groups."""
-    ref_logps: Tensor  # (pairs, 2)
+    plans: Sequence[Sequence[Sequence[int]]]
+    """Of every process, the groups of each micro-batch."""
+    world: World
+    stop: StopSignals
+
+    def micro_batches(
+        self, *, backward: bool, see: SeeLogps | None = None
+    ) -> Iterator[tuple[Tensor, Measured]]:
+        """This process's micro-batches: (pairs,) places among the step's pairs, and what the policy says.
+
+        Args:
+            backward: Whether the caller computes gradients of each before it asks for the next.
+            see: Called with the token log-probs of each.
+        """
+        policy, plan = self.policy, self.plans[self.world.rank]
+        for number, members in enumerate(plan):
+            if self.world.size == 1:
+                self.stop.check(self.world)
+            announce_micro_batch(policy, last=number == len(plan) - 1)
+            if not members:
+                join_empty(policy, backward=backward)
+                continue
+            groups = [self.groups[i] for i in members]
+            places = to_device(
+                torch.tensor([pair for group in groups for pair in group.pairs]), policy.device
+            )
+            yield places, self._measured(groups, see)
+
+    def _measured(self, groups: Sequence[PromptGroup], see: SeeLogps | None) -> Measured:
+        batch = self.policy.layout([group.sequences for group in groups])
+        squares = None
+        if self.config.use_weighting:
+            squares = torch.empty(sum(batch.lengths), device=self.policy.device)
+        logps = self.policy.batch_logps(batch.to(self.policy.device), log_squares=squares)
+        if see:
+            see(groups, torch.split(logps.detach(), batch.lengths))
+        return measure(
+            logps, batch.lengths, _sides(groups), ld_alpha=self.config.ld_alpha, log_squares=squares
+        )
+
+
+class _Given(NamedTuple):
+    """What is known of pairs before any forward, on the device."""
+
+    ref_logps: Tensor  # (pairs, 2) chosen, rejected
+    lengths: Tensor  # (pairs, 2) scored tokens
     weight: Tensor | None  # (pairs,)
     margin: Tensor | None  # (pairs,)
-    step_pairs: int
 
-    def loss(self, results: PairResults) -> Tensor:
-        return results.losses.sum() / self.step_pairs
+    def at(self, places: Tensor) -> "_Given":
+        """Of some of the pairs."""
+        return _Given(*(None if values is None else values[places] for values in self))  # type: ignore[arg-type]
 
-    def results(self, logps: Tensor) -> PairResults:
-        """The results from the pairs' token log-probs; losses and log-probs keep their gradients."""
-        counts = to_device(torch.tensor(self.lengths), logps.device)
-        # Their sum is known here, so a GPU is not waited for.
-        owners = torch.repeat_interleave(counts, output_size=sum(self.lengths))
-        # float64: a margin is a small difference of sums over hundreds of tokens.
-        sums = logps.new_zeros(len(self.lengths), dtype=torch.float64).index_add(0, owners, logps.double())
-        chosen, rejected = to_device(torch.tensor(_sides(self.groups)), logps.device).unbind(1)
-        chosen_logps, rejected_logps = sums.index_select(0, chosen), sums.index_select(0, rejected)
+    def inputs(self, measured: Measured, config: TrainConfig) -> LossInputs:
+        """Joined with what the policy says of the same pairs; its log-probs keep their gradients."""
         ref_chosen_logps, ref_rejected_logps = self.ref_logps.unbind(1)
-        inputs = LossInputs(
-            chosen_logps=chosen_logps,
-            rejected_logps=rejected_logps,
+        chosen_lengths, rejected_lengths = self.lengths.unbind(1)
+        return LossInputs(
+            chosen_logps=measured.chosen_weighed,
+            rejected_logps=measured.rejected_weighed,
             ref_chosen_logps=ref_chosen_logps,
             ref_rejected_logps=ref_rejected_logps,
-            chosen_lengths=counts[chosen],
-            rejected_lengths=counts[rejected],
-            beta=self.config.beta,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            beta=config.beta,
             data_margins=self.margin,
         )
-        loss = preference_loss(
-            self.config.loss_type, inputs, loss_weights=self.config.loss_weights, **self.config.loss_options
-        )
-        losses = loss.losses if self.weight is None else loss.losses * self.weight
-        return PairResults(losses, chosen_logps, rejected_logps, loss.chosen_rewards, loss.rejected_rewards)
+
+
+def _given(
+    pairs: Sequence[ScoredPair],
+    config: TrainConfig,
+    weights: Sequence[float] | None,
+    margins: Sequence[float] | None,
+    device: torch.device,
+) -> _Given:
+    references = [reference_sums(pair, config.ld_alpha) for pair in pairs]
+    lengths = [(pair.chosen_counted, pair.rejected_counted) for pair in pairs]
+    weight, margin = (
+        None if values is None else to_device(torch.tensor(values, dtype=torch.float64), device)
+        for values in (weights, margins)
+    )
+    ref_logps = to_device(torch.tensor(references, dtype=torch.float64), device)
+    return _Given(ref_logps, to_device(torch.tensor(lengths), device), weight, margin)
+
+
+def _results(measured: Measured, given: _Given, inputs: LossInputs, config: TrainConfig) -> PairResults:
+    """The losses keep their gradients."""
+    loss = preference_loss(config.loss_type, inputs, loss_weights=config.loss_weights, **config.loss_options)
+    losses = loss.losses
+    for weight in (measured.agreement if config.use_weighting else None, given.weight):
+        if weight is not None:
+            losses = losses * weight
+    return PairResults(
+        losses, measured.chosen_logps, measured.rejected_logps, loss.chosen_rewards, loss.rejected_rewards
+    )
 
 
 def _sides(groups: Sequence[PromptGroup]) -> list[tuple[int, int]]:

@@ -163,12 +163,24 @@ class PairStream:
         wanted = np.asarray(positions, dtype=np.int32)
         return list(itertools.chain.from_iterable(self.batches(wanted, size=WINDOW_GROUPS)))
 
+    @property
+    def weighted(self) -> bool:
+        """Whether the data says how much each pair counts."""
+        return self._weights is not None
+
     def weights(self, pairs: Sequence[ScoredPair]) -> list[float] | None:
         """How much each pair counts in the loss, 1 on average over the training pairs; None: all alike."""
-        if self._weights is None:
+        return self._of_pairs(self._weights, pairs)
+
+    def margins(self, pairs: Sequence[ScoredPair]) -> list[float] | None:
+        """How much better each pair's chosen is, as the data says; None where no loss reads it."""
+        return self._of_pairs(self._margins, pairs)
+
+    def _of_pairs(self, values: Values | None, pairs: Sequence[ScoredPair]) -> list[float] | None:
+        if values is None:
             return None
         places = np.searchsorted(self._rows, [pair.row for pair in pairs])
-        return [float(weight) for weight in self._weights[places]]
+        return [float(value) for value in values[places]]
 
     def _shuffled(self, rng: np.random.Generator, window: Positions) -> Positions:
         """A window's pairs in a random order; the pairs of a prompt stay together if prompts are drawn."""
@@ -195,13 +207,6 @@ class PairStream:
             ends += range(last + size, end, size)
             begin = end
         return [*ends, len(order)] if len(order) else []
-
-    def margins(self, pairs: Sequence[ScoredPair]) -> list[float] | None:
-        """How much better each pair's chosen is, as the data says; None where no loss reads it."""
-        if self._margins is None:
-            return None
-        places = np.searchsorted(self._rows, [pair.row for pair in pairs])
-        return [float(margin) for margin in self._margins[places]]
 
     @property
     def values_sha256(self) -> str:

@@ -51,6 +51,12 @@ AT_START = {
     "dpop": Start(LN2, "up", "down"),
     "odpo": Start(_logistic(-1.0), "up", "down"),
     "rpo": Start(LN2 - _logistic(1.0) - 1 / (1 + math.e), "up", "down"),
+    # Where no step was before, the shift is 0.
+    "bco_pair": Start(2 * LN2, "up", "down"),
+    "kto_pair": Start(0.5, "up", "down"),
+    "aot": Start(LN2, "up", "down"),
+    "aot_unpaired": Start(LN2, "up", "down"),
+    "beta_dpo": Start(LN2, "up", "down"),
     "simpo": Start(_logistic(0.1 * (CHOSEN - REJECTED) - 0.5), "up", "down"),
     "cpo": Start(LN2 - CHOSEN, "up", "down"),
     "orpo": Start(-CHOSEN + 0.1 * _logistic(_ODDS), "up", "down"),

@@ -50,6 +50,15 @@ NAMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"loss_weights": [1.0, 0.1]},
     ),
     "smoothing that TRL reads": ({"loss_type": "robust", "label_smoothing": 0.1}, {"label_smoothing": 0.1}),
+    "smoothed ranks": ({"loss_type": "aot", "label_smoothing": 0.1}, {"label_smoothing": 0.1}),
+    "MPO": (
+        {"loss_type": ["sigmoid", "bco_pair", "sft"]},
+        {"loss_type": ["sigmoid", "bco_pair", "sft"]},
+    ),
+    "LD-DPO and WPO": (
+        {"ld_alpha": 0.5, "use_weighting": True},
+        {"ld_alpha": 0.5, "use_weighting": True},
+    ),
     "another divergence": ({"f_divergence_type": "js_divergence"}, {"f_divergence_type": "js_divergence"}),
     "its own default": ({"f_divergence_type": "reverse_kl", "discopop_tau": 0.05}, {"discopop_tau": None}),
     "adapter": ({"use_peft": True, "lora_r": 8, "lora_dropout": 0.0}, {"lora_r": 8}),
@@ -78,7 +87,7 @@ def test_what_has_no_effect_is_named_with_what_to_do(tmp_path: Path) -> None:
     assert "dpo-opt precompute" in found.not_taken["max_length"]
 
 
-@pytest.mark.parametrize("name", ["ld_alpha", "use_weighting", "sync_ref_model"])
+@pytest.mark.parametrize("name", ["sync_ref_model", "neftune_noise_alpha"])
 def test_what_would_train_something_else_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=name):
         read(tmp_path, **{name: 0.5})

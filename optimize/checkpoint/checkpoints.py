@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.optimize.losses.running import Running
 from dpo_opt.optimize.processes.distributed import World, from_all, text_from_first
 from dpo_opt.optimize.run_folder import CHECKPOINTS, resume_command
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
@@ -90,6 +91,8 @@ class TrainState(_Record):
     at: Counters
     window: list[float]
     """Sums of the metrics since the last line of metrics (step.MetricsWindow)."""
+    running: Running = Running()
+    """The rewards of training so far, as losses that read them know them."""
     lines: int
     """Lines of metrics that were written."""
     segments: dict[str, int]

@@ -42,7 +42,14 @@ _ON_CPU = _Bytes(block=2**26, kept=2**29)
 _ON_GPU = _Bytes(block=2**28, kept=2**32)
 
 
-def token_logps(hidden: Tensor, head: Head, targets: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def token_logps(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    log_squares: Tensor | None = None,
+) -> Tensor:
     """Log-prob, in nats, of each target.
 
     Args:
@@ -51,6 +58,8 @@ def token_logps(hidden: Tensor, head: Head, targets: Tensor, *, dtype: torch.dty
         targets: (S,) token ids.
         dtype: Compute dtype. In half precision a GPU multiplies on tensor cores. Logits and sums are fp32 all
             the same: logits in bf16 would be off by up to 0.06 nats. A CPU multiplies in fp32.
+        log_squares: (S,) float32 that is filled with the log of each row's sum of squared probabilities; it
+            takes another block's memory. None: they are not computed.
 
     Returns:
         (S,) float32.
@@ -71,6 +80,7 @@ def token_logps(hidden: Tensor, head: Head, targets: Tensor, *, dtype: torch.dty
         head.softcap,
         operands,
         torch.is_grad_enabled(),
+        log_squares,
     )
     return logps
 
@@ -89,6 +99,7 @@ class _TokenLogps(torch.autograd.Function):
         softcap: float | None,
         dtype: torch.dtype,
         differentiable: bool,
+        log_squares: Tensor | None,
     ) -> Tensor:
         ctx.settings = scale, softcap, dtype
         of_hidden, of_weight, of_bias = (differentiable and need for need in ctx.needs_input_grad[:3])
@@ -96,12 +107,13 @@ class _TokenLogps(torch.autograd.Function):
         kept = projector.room_to_keep(len(targets) if of_weight or of_bias else 0)
         room = torch.split(kept, projector.rows) if len(kept) else ()
         narrow = weight.to(dtype) if of_hidden else weight
+        squares = () if log_squares is None else torch.split(log_squares, projector.rows)
         logps, towards_hidden = [], []
-        for states, tokens, into in itertools.zip_longest(
-            torch.split(hidden, projector.rows), torch.split(targets, projector.rows), room
+        for states, tokens, into, squared in itertools.zip_longest(
+            torch.split(hidden, projector.rows), torch.split(targets, projector.rows), room, squares
         ):
             found, derivatives = projector.project(
-                states, tokens, into=into, differentiate=of_hidden or into is not None
+                states, tokens, into=into, differentiate=of_hidden or into is not None, log_squares=squared
             )
             logps.append(found)
             if of_hidden and derivatives is not None:
@@ -132,7 +144,7 @@ class _TokenLogps(torch.autograd.Function):
         # fp32 until here: hundreds of rows are added, and bf16 would lose the small ones.
         sums = ((hidden_sum, hidden), (weight_sum, weight), (bias_sum, bias))
         grads = (None if total is None else total.to(like.dtype) for total, like in sums)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 class _Projector:
@@ -162,7 +174,13 @@ class _Projector:
         return self._weight.new_empty(kept, len(self._weight), dtype=self._dtype)
 
     def project(
-        self, states: Tensor, targets: Tensor, *, into: Tensor | None, differentiate: bool
+        self,
+        states: Tensor,
+        targets: Tensor,
+        *,
+        into: Tensor | None,
+        differentiate: bool,
+        log_squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs of a block, (rows,), and minus their derivatives with respect to the scaled logits.
 
@@ -182,6 +200,8 @@ class _Projector:
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
         torch.log_softmax(logits, -1, out=log_probs)
+        if log_squares is not None:
+            torch.log((2 * log_probs).exp_().sum(-1), out=log_squares)
         columns = targets.unsqueeze(1)
         logps = log_probs.gather(1, columns)
         if not differentiate:

@@ -61,8 +61,11 @@ class Policy:
             return plan_bins([packed_size(group) for group in groups], budget)
         return plan_padded_bins(groups, budget)
 
-    def batch_logps(self, batch: Batch) -> Tensor:
-        """(S,) float32 log-probs, in nats, of the batch's targets; differentiable."""
+    def batch_logps(self, batch: Batch, *, log_squares: Tensor | None = None) -> Tensor:
+        """(S,) float32 log-probs, in nats, of the batch's targets; differentiable.
+
+        ``log_squares`` is filled as ``token_logps`` does.
+        """
         with full_precision_products():
             with computing_in(self.dtype, self.model, self.device):
                 output = decoder_of(self.model)(
@@ -70,7 +73,9 @@ class Policy:
                 )
             hidden = output.last_hidden_state.flatten(0, 1)[batch.scored_rows]
             # Outside autocast, which would round the logits.
-            return token_logps(hidden, head_of(self.model), batch.targets, dtype=self.dtype)
+            return token_logps(
+                hidden, head_of(self.model), batch.targets, dtype=self.dtype, log_squares=log_squares
+            )
 
     def sequence_logps(self, groups: Sequence[Group]) -> list[Tensor]:
         """One (C,) tensor of token log-probs per sequence, on the policy's device."""

@@ -24,5 +24,4 @@ def apo_zero(pairs: LossInputs) -> Tensor:
 
 def apo_down(pairs: LossInputs) -> Tensor:
     """APO-down (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8). As in TRL."""
-    apart = torch.sigmoid(pairs.rejected_rewards - pairs.chosen_rewards)
-    return torch.sigmoid(pairs.chosen_rewards) + apart
+    return torch.sigmoid(pairs.chosen_rewards) + torch.sigmoid(-pairs.margins)

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dpo_opt.optimize.losses.running import Running
+
 
 class LossInputs(NamedTuple):
     """What a loss may need from a batch of pairs. Log-probs are sums over a completion, in nats."""
@@ -18,6 +20,10 @@ class LossInputs(NamedTuple):
     """DPO's beta: how strongly the policy is held to the reference."""
     data_margins: Tensor | None = None  # (pairs,)
     """How much better chosen is than rejected, as the data says; only of losses that read it."""
+    running: Running = Running()
+    """The rewards of training so far; while training, these pairs' included."""
+    draws: Tensor | None = None  # (pairs,)
+    """Random numbers from 0 to 1, by which a loss may leave pairs out; None: it takes all."""
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -39,6 +45,11 @@ class LossInputs(NamedTuple):
     def rejected_rewards(self) -> Tensor:
         """(pairs,) implicit rewards of the rejected completions."""
         return self.beta * self.rejected_logratios
+
+    @property
+    def margins(self) -> Tensor:
+        """(pairs,) reward of chosen minus that of rejected: DPO's margin."""
+        return self.chosen_rewards - self.rejected_rewards
 
     @property
     def chosen_mean_logps(self) -> Tensor:

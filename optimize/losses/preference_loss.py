@@ -1,4 +1,4 @@
-"""The preference losses by name: pure functions of each pair's log-probs, and their weighted sums."""
+"""The preference losses by name: pure functions of pairs' log-probs, and their weighted sums."""
 
 import functools
 import inspect
@@ -21,6 +21,7 @@ from dpo_opt.optimize.losses.pair_inputs import LossInputs
 from dpo_opt.optimize.losses.reference_free import cpo, orpo, sft, simpo, unlikelihood
 from dpo_opt.optimize.losses.regression import cal_dpo, ipo, ipo_sum, sppo_hard
 from dpo_opt.optimize.losses.shifted import dpop, odpo, rdpo, rpo
+from dpo_opt.optimize.losses.whole_step import aot, aot_unpaired, bco_pair, beta_dpo, kto_pair
 
 Function = Callable[..., Tensor]
 
@@ -31,12 +32,17 @@ def _by_name(*functions: Function) -> Mapping[str, Function]:
 
 _WITHOUT_REFERENCE = _by_name(simpo, cpo, orpo, sft, unlikelihood)
 _WITH_MARGINS = _by_name(odpo, rpo)
+_RANKED = _by_name(aot, aot_unpaired)
+_WITH_RUNNING = _by_name(bco_pair, beta_dpo)
+_OF_SEVERAL = _by_name(kto_pair, *_RANKED.values(), beta_dpo)
 LOSSES = {
     **_by_name(sigmoid, robust, hinge, exo_pair, discopop, sigmoid_norm),
     **_by_name(ipo, ipo_sum, sppo_hard, cal_dpo),
     **_by_name(nca_pair, apo_zero, apo_down),
     **_by_name(rdpo, dpop),
     **_WITH_MARGINS,
+    **_by_name(bco_pair),
+    **_OF_SEVERAL,
     **_WITHOUT_REFERENCE,
 }
 DIVERGENCES = _by_name(reverse_kl, forward_kl, js_divergence, alpha_divergence)
@@ -44,6 +50,14 @@ REFERENCE_FREE = frozenset(_WITHOUT_REFERENCE)
 """Losses that do not change with the reference's log-probs."""
 NEED_MARGINS = frozenset(_WITH_MARGINS)
 """Losses that read ``data_margins``."""
+RANKED = frozenset(_RANKED)
+"""Losses of ranks among a step's pairs, so that a term belongs to no one pair."""
+NEED_RUNNING = frozenset(_WITH_RUNNING)
+"""Losses that read ``running``."""
+NEED_SEVERAL = frozenset(_OF_SEVERAL)
+"""Losses that say nothing of a single pair."""
+WHOLE_STEP = NEED_SEVERAL | NEED_RUNNING
+"""Losses that must see all pairs of a step at once."""
 _DIVERGENCE = "divergence"
 
 
@@ -83,7 +97,7 @@ def preference_loss(
 
     Args:
         loss_type: A key of ``LOSSES``, or several, whose losses are added.
-        pairs: A batch of pairs.
+        pairs: A batch of pairs; for losses of ``WHOLE_STEP`` all pairs of a step.
         loss_weights: What each loss is multiplied by; None: 1.
         f_divergence_type: A key of ``DIVERGENCES``, for the losses that take one.
         options: Of the losses and the divergence, such as ``label_smoothing``. Each gets those that it has.

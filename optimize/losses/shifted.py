@@ -16,10 +16,9 @@ def rdpo(pairs: LossInputs, *, rdpo_alpha: float) -> Tensor:
     DPO's derivation with a cost of alpha for each token: what length explains of a preference is added to the
     margin, so the policy has less to explain. With the other sign length would be rewarded.
     """
-    margins = pairs.chosen_rewards - pairs.rejected_rewards
     # In the margins' dtype: a number times a tensor of integers would be float32.
-    longer = (pairs.chosen_lengths - pairs.rejected_lengths).to(margins)
-    return -F.logsigmoid(margins + rdpo_alpha * longer)
+    longer = (pairs.chosen_lengths - pairs.rejected_lengths).to(pairs.chosen_logps)
+    return -F.logsigmoid(pairs.margins + rdpo_alpha * longer)
 
 
 def dpop(pairs: LossInputs, *, dpop_lambda: float = 50.0) -> Tensor:
@@ -30,7 +29,7 @@ def dpop(pairs: LossInputs, *, dpop_lambda: float = 50.0) -> Tensor:
     is the paper's. Lambda stands within beta's bracket, as there.
     """
     fallen = torch.relu(-pairs.chosen_rewards)
-    return -F.logsigmoid(pairs.chosen_rewards - pairs.rejected_rewards - dpop_lambda * fallen)
+    return -F.logsigmoid(pairs.margins - dpop_lambda * fallen)
 
 
 def odpo(pairs: LossInputs, *, margin_scale: float = 1.0) -> Tensor:
@@ -39,7 +38,7 @@ def odpo(pairs: LossInputs, *, margin_scale: float = 1.0) -> Tensor:
     ``margin_scale`` is the paper's alpha, 1 in its code too. The paper may take a log of the difference of
     scores first: then that log is what the data's margin must hold.
     """
-    return -F.logsigmoid(pairs.chosen_rewards - pairs.rejected_rewards - _wanted(pairs, margin_scale))
+    return -F.logsigmoid(pairs.margins - _wanted(pairs, margin_scale))
 
 
 def rpo(pairs: LossInputs, *, margin_scale: float = 1.0) -> Tensor:
@@ -49,7 +48,7 @@ def rpo(pairs: LossInputs, *, margin_scale: float = 1.0) -> Tensor:
     NeMo's `rpo_bwd_kl`; ``margin_scale`` is the paper's eta, NeMo's `gt_reward_scale`. What TRL calls RPO,
     DPO with cross-entropy of chosen, is `--loss-type sigmoid sft`.
     """
-    found, wanted = pairs.chosen_rewards - pairs.rejected_rewards, _wanted(pairs, margin_scale)
+    found, wanted = pairs.margins, _wanted(pairs, margin_scale)
     of_chosen = torch.sigmoid(wanted) * (F.logsigmoid(wanted) - F.logsigmoid(found))
     of_rejected = torch.sigmoid(-wanted) * (F.logsigmoid(-wanted) - F.logsigmoid(-found))
     return of_chosen + of_rejected

@@ -6,6 +6,8 @@ from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.losses.preference_loss import (
     LOSSES,
     NEED_MARGINS,
+    NEED_SEVERAL,
+    RANKED,
     REFERENCE_FREE,
     options_of,
     takes_divergence,
@@ -14,6 +16,8 @@ from dpo_opt.schemas.errors import ConfigError
 
 _EXAMPLES = {"label_smoothing": "0.001", "rdpo_alpha": "0.01"}
 """Of options without a default; exo_pair's is its paper's."""
+_WITHOUT_RANKS = {"aot": "sigmoid", "aot_unpaired": "apo_zero"}
+"""The nearest loss that looks at each pair by itself."""
 
 
 def reads_margins(config: TrainConfig) -> bool:
@@ -41,12 +45,61 @@ def require_usable_losses(config: TrainConfig) -> None:
                     fix=f"add {_flag(option)}, such as {_flag(option)} {_EXAMPLES[option]}",
                 )
     _require_divergence(config, names)
+    _require_pairs(config, names)
     if config.reference_differs and REFERENCE_FREE.issuperset(names):
         raise ConfigError(
             f"--reference-differs says nothing to --loss-type {' '.join(names)}, which reads no reference",
             why="nothing would hold the policy to the shards' model, and its rewards would not begin at 0",
             fix="leave --reference-differs out; a --model that did not score the shards scores its own with "
             "dpo-opt precompute",
+        )
+
+
+def require_no_weights(config: TrainConfig, *, weighted: bool, where: str) -> None:
+    """Check the losses against the weights of the data.
+
+    Args:
+        config: The run's settings.
+        weighted: Whether the pairs have weights.
+        where: The folder of the pairs.
+
+    Raises:
+        ConfigError: A loss has no term of a single pair that a weight could belong to.
+    """
+    ranked = [name for name in config.loss_type if name in RANKED]
+    if weighted and ranked:
+        raise ConfigError(
+            f"--loss-type {ranked[0]} cannot weigh pairs, and the pairs have weights",
+            where=where,
+            why="it compares ranks among all pairs of a step, so a term belongs to no one pair",
+            fix=f"pass another loss, such as --loss-type {_WITHOUT_RANKS[ranked[0]]}",
+        )
+
+
+def _require_pairs(config: TrainConfig, names: list[str]) -> None:
+    """What weighs tokens or pairs, or needs several of them, must find them in the losses."""
+    ranked = [name for name in names if name in RANKED]
+    if config.use_weighting and ranked:
+        raise ConfigError(
+            f"--use-weighting does not go with --loss-type {ranked[0]}",
+            why="it compares ranks among all pairs of a step, so a term belongs to no one pair",
+            fix=f"leave --use-weighting out, or pass --loss-type {_WITHOUT_RANKS[ranked[0]]}",
+        )
+    free = [name for name in names if name in REFERENCE_FREE]
+    if config.ld_alpha is not None and free:
+        raise ConfigError(
+            f"--ld-alpha does not go with --loss-type {free[0]}",
+            why="LD-DPO weighs the tokens of log-ratios, and this loss has none",
+            fix=f"leave --ld-alpha out, or take {free[0]} out of --loss-type"
+            if len(names) > len(free)
+            else "leave --ld-alpha out, or pass --loss-type sigmoid",
+        )
+    several = [name for name in names if name in NEED_SEVERAL]
+    if config.batch_size == 1 and several:
+        raise ConfigError(
+            f"--loss-type {several[0]} compares the pairs of a step, and --batch-size 1 has one",
+            why="the pair would be compared with itself",
+            fix="pass a larger --batch-size; memory depends on --micro-batch-tokens only",
         )
 
 

@@ -41,8 +41,8 @@ class _Root(torch.nn.Module):
         self.model = policy.model
         self._policy = policy
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self._policy.batch_logps(batch)
+    def forward(self, batch: Batch, log_squares: Tensor | None) -> Tensor:
+        return self._policy.batch_logps(batch, log_squares=log_squares)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +55,10 @@ class ShardedPolicy(Policy):
     reduces_once: bool
     """Whether gradients are exchanged only after a step's last micro-batch. After each takes less memory."""
 
-    def batch_logps(self, batch: Batch) -> Tensor:
+    def batch_logps(self, batch: Batch, *, log_squares: Tensor | None = None) -> Tensor:
         """See ``Policy``."""
-        logps: Tensor = cast(torch.nn.Module, self.root)(batch)
+        # FSDP hands a tensor on that is on its device, so the same one is filled.
+        logps: Tensor = cast(torch.nn.Module, self.root)(batch, log_squares)
         if not torch.is_grad_enabled():
             # With gradients, backward does this. Later readers of the parameters must not find gathered ones.
             self.root.reshard()

@@ -33,6 +33,7 @@ def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
             train(TrainConfig(**named("one then two")))
     program = folder / "runs.json"
     again = {"resume": True}
+    whole = {"loss_type": ["bco_pair", "beta_dpo"], "max_steps": 4, "ld_alpha": 0.5, "use_weighting": True}
     program.write_text(
         json.dumps(
             [
@@ -40,6 +41,7 @@ def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
                 # One pair a step: one of the two processes has none.
                 (named("single pairs on two", batch_size=1, max_steps=2, eval_steps=None), 0, 0),
                 # To the process that does not write; in training, then in an evaluation.
+                (named("whole steps on two", **whole), 0, 0),
                 (named("two, stopped"), 1, 4),
                 (named("two, stopped", **again), 1, 2),
                 (named("two, stopped", **again), 0, 0),
@@ -52,6 +54,7 @@ def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     torchrun(2, torchrun_training.__file__, program)
     train(TrainConfig(**named("single pairs on one", batch_size=1, max_steps=2, eval_steps=None)))
     train(TrainConfig(**named("two then one", **again)))
+    train(TrainConfig(**named("whole steps on one", **whole)))
     return folder
 
 
@@ -87,6 +90,18 @@ def test_fewer_pairs_than_processes_train_the_same(runs: Path) -> None:
     found, expected = (contents(runs / f"single pairs on {n}")["metrics"] for n in ("two", "one"))
     for line, other in zip(found, expected, strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_losses_of_whole_steps_see_the_pairs_of_all_processes(runs: Path) -> None:
+    one, two = (runs / f"whole steps on {n}" for n in ("one", "two"))
+    for line, other in zip(contents(two)["metrics"], contents(one)["metrics"], strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+    kept, same = (
+        json.loads((max((run / "checkpoints").iterdir()) / "training_state.json").read_text())["running"]
+        for run in (two, one)
+    )
+    assert kept == pytest.approx(same, rel=1e-3, abs=1e-6)
+    assert kept["steps"] == 4
 
 
 def test_a_checkpoint_of_two_processes_is_a_model_that_transformers_loads(runs: Path) -> None:

@@ -20,7 +20,7 @@ from dpo_opt.optimize.losses.usable import require_usable_losses
 from dpo_opt.optimize.prepare import prepare
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.schemas.shard_folder import ShardFolder
-from dpo_opt.schemas.sidecars import MARGIN, Column, write_column
+from dpo_opt.schemas.sidecars import MARGIN, WEIGHT, Column, write_column
 
 
 def training(**others: Any) -> TrainConfig:
@@ -51,7 +51,8 @@ def test_every_loss_may_stand_alone(name: str) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "smoothing": (
         {"loss_type": "ipo", "label_smoothing": 0.1},
-        "--label-smoothing belongs to sigmoid, robust, exo_pair, simpo and cpo, not to ipo",
+        "--label-smoothing belongs to sigmoid, robust, exo_pair, aot, aot_unpaired, simpo and cpo, "
+        "not to ipo",
         "leave --label-smoothing out, or pass --loss-type sigmoid",
     ),
     "gamma": (
@@ -94,6 +95,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "--loss-type names sft twice",
         "name sft once, and say how much it counts with --loss-weights",
     ),
+    "ranks and WPO": (
+        {"loss_type": ["sigmoid", "aot"], "use_weighting": True},
+        "--use-weighting does not go with --loss-type aot",
+        "leave --use-weighting out, or pass --loss-type sigmoid",
+    ),
+    "tails of cross-entropy": (
+        {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.5},
+        "--ld-alpha does not go with --loss-type sft",
+        "leave --ld-alpha out, or take sft out of --loss-type",
+    ),
+    "tails without log-ratios": (
+        {"loss_type": "orpo", "ld_alpha": 0.5},
+        "--ld-alpha does not go with --loss-type orpo",
+        "leave --ld-alpha out, or pass --loss-type sigmoid",
+    ),
+    "a step of one pair": (
+        {"loss_type": "kto_pair", "batch_size": 1},
+        "--loss-type kto_pair compares the pairs of a step, and --batch-size 1 has one",
+        "pass a larger --batch-size",
+    ),
     "reference": (
         {"loss_type": "simpo", "reference_differs": True},
         "--reference-differs says nothing to --loss-type simpo, which reads no reference",
@@ -117,6 +138,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"loss_type": ["cpo", "sigmoid"], "label_smoothing": 0.1, "cpo_alpha": 0.0},
     {"loss_type": ["ipo", "sft"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
     {"loss_type": "apo_zero", "f_divergence_type": "reverse_kl"},
+    {"loss_type": "bco_pair", "batch_size": 1, "ld_alpha": 0.5, "use_weighting": True},
     {"loss_type": ["sigmoid", "simpo"], "reference_differs": True, "simpo_gamma": 0.5},
 ]
 
@@ -133,6 +155,8 @@ def test_what_goes_together_is_taken(settings: dict[str, Any]) -> None:
         ({"loss_type": ["sigmoid", "none"]}, "'sigmoid', 'robust'"),
         ({"loss_weights": [0.0]}, "greater than 0"),
         ({"discopop_tau": 0.0}, "greater than 0"),
+        ({"ld_alpha": 1.5}, "less than or equal to 1"),
+        ({"beta_dpo_filtered": 1.0}, "less than 1"),
         ({"simpo_gamma": -1.0}, "greater than or equal to 0"),
         ({"f_alpha_divergence_coef": math.inf}, "finite"),
     ],
@@ -164,7 +188,7 @@ def test_a_run_records_its_losses_and_older_runs_are_the_same_run(shards: Path) 
     # A version with one loss recorded its name, and none of the options that came later.
     plain = settings()
     assert plain["loss_type"] == "sigmoid"
-    later = {"loss_weights", *LOSS_OPTIONS} - {"label_smoothing"}
+    later = {"loss_weights", "ld_alpha", "use_weighting", *LOSS_OPTIONS} - {"label_smoothing"}
     again({name: value for name, value in plain.items() if name not in later}, plain)
     for other in (
         {"loss_type": "ipo"},
@@ -172,6 +196,7 @@ def test_a_run_records_its_losses_and_older_runs_are_the_same_run(shards: Path) 
         {"loss_weights": [2.0]},
         {"label_smoothing": 0.1},
         {"f_divergence_type": "forward_kl"},
+        {"ld_alpha": 0.5, "use_weighting": True},
     ):
         error = refusal(lambda other=other: again(plain, settings(**other)))
         assert all(f"\n    {name}: " in error.what for name in other)
@@ -183,6 +208,20 @@ def test_a_loss_is_described_in_words() -> None:
     assert training().described_loss == "sigmoid, beta 0.1, label smoothing 0.0"
     config = training(loss_type=["simpo", "sft"], loss_weights=[1, 0.1], simpo_gamma=0.4, label_smoothing=0.1)
     assert config.described_loss == "simpo + 0.1 x sft, beta 0.1, label smoothing 0.1, simpo gamma 0.4"
+    config = training(ld_alpha=0.5, use_weighting=True)
+    assert config.described_loss == "sigmoid, beta 0.1, label smoothing 0.0, ld alpha 0.5, WPO weighting"
+
+
+def test_ranks_are_refused_where_pairs_have_weights(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(settings["shards"], tmp_path / "shards"))
+    rows = [pair.row for pair in ShardFolder.open(folder).pairs()]
+    write_column(folder, WEIGHT, Column(array("q", rows), array("d", [1.0 + row % 2 for row in rows])))
+    given = {**settings, "shards": folder}
+    error = refusal(lambda: prepare(training(**given, loss_type=["sft", "aot_unpaired"])))
+    assert error.what == "--loss-type aot_unpaired cannot weigh pairs, and the pairs have weights"
+    assert error.where == str(folder)
+    assert error.fix == "pass another loss, such as --loss-type apo_zero"
+    assert prepare(training(**given, loss_type="kto_pair")).stream.weighted
 
 
 # --- The margins of the data

@@ -19,15 +19,19 @@ from dpo_opt.optimize.losses.preference_loss import (
     DIVERGENCES,
     LOSSES,
     NEED_MARGINS,
+    NEED_RUNNING,
     REFERENCE_FREE,
+    WHOLE_STEP,
     options_of,
     takes_divergence,
 )
+from dpo_opt.optimize.losses.running import Running
 
 Values = npt.NDArray[np.float64]
 
 PAIRS = 6
 BETA = 0.3
+RUNNING = Running(steps=3, completions=24, reward=0.4, margin=-0.9, spread=1.5)
 
 
 class Numbers(NamedTuple):
@@ -78,7 +82,8 @@ def numbers() -> Numbers:
 
 def tensors(numbers: Numbers, beta: float = BETA) -> LossInputs:
     given = [torch.from_numpy(values) for values in numbers]
-    return LossInputs(*given[:4], given[4].long(), given[5].long(), beta=beta, data_margins=given[6])
+    lengths = given[4].long(), given[5].long()
+    return LossInputs(*given[:4], *lengths, beta=beta, data_margins=given[6], running=RUNNING)
 
 
 def s(x: Values) -> Values:
@@ -116,6 +121,27 @@ def dpop(n: Numbers, b: float, scale: float) -> Values:
     return -np.log(s(b * (n.h - scale * np.maximum(0, np.log(1 / n.ratio_w)))))
 
 
+def kto_pair(n: Numbers, b: float, at: Numbers) -> Values:
+    """With the points of reference z taken ``at`` other numbers: they have no gradient."""
+    z_w, z_l = (max(0.0, np.log(ratio).mean()) for ratio in (at.ratio_w, at.ratio_l))
+    return ((1 - s(b * (np.log(n.ratio_w) - z_l))) + (1 - s(b * (z_w - np.log(n.ratio_l))))) / 2
+
+
+def beta_dpo(n: Numbers, b: float, at: Numbers) -> Values:
+    """With beta taken ``at`` other numbers. M0 is of log-ratios, the running margin of rewards."""
+    return -np.log(s(b * (1 + 0.5 * (at.h.mean() - RUNNING.margin / b)) * n.h))
+
+
+def by_rank(above: Values, below: Values, share: float) -> Values:
+    """Of each quantile the smoothed loss, at the place where it is found above."""
+    found = np.empty(PAIRS)
+    x = np.sort(above) - np.sort(below)
+    found[np.argsort(above)] = -(1 - share) * np.log(s(x)) - share * np.log(s(-x))
+    return found
+
+
+HELD = {"kto_pair": kto_pair, "beta_dpo": beta_dpo}
+"""A part of them is made of the policy's log-probs, and has no gradient."""
 EQUATIONS: dict[str, tuple[dict[str, float], Callable[[Numbers, float], Values]]] = {
     "sigmoid": ({"label_smoothing": 0.2}, lambda n, b: 0.8 * dpo(n, b) + 0.2 * dpo(swapped(n), b)),
     "robust": ({"label_smoothing": 0.2}, lambda n, b: (0.8 * dpo(n, b) - 0.2 * dpo(swapped(n), b)) / 0.6),
@@ -151,6 +177,23 @@ EQUATIONS: dict[str, tuple[dict[str, float], Callable[[Numbers, float], Values]]
     "dpop": ({"dpop_lambda": 5.0}, lambda n, b: dpop(n, b, 5.0)),
     "odpo": ({"margin_scale": 0.5}, lambda n, b: -np.log(s(b * n.h - 0.5 * n.gap))),
     "rpo": ({"margin_scale": 0.5}, lambda n, b: bernoulli_kl(s(0.5 * n.gap), s(b * n.h))),
+    "bco_pair": (
+        {},
+        lambda n, b: (
+            -np.log(s(b * np.log(n.ratio_w) - RUNNING.reward))
+            - np.log(s(-(b * np.log(n.ratio_l) - RUNNING.reward)))
+        ),
+    ),
+    "kto_pair": ({}, lambda n, b: kto_pair(n, b, n)),
+    "aot": (
+        {"label_smoothing": 0.1},
+        lambda n, b: by_rank(b * (n.pi_w - n.pi_l), b * (n.ref_w - n.ref_l), 0.1),
+    ),
+    "aot_unpaired": (
+        {"label_smoothing": 0.1},
+        lambda n, b: by_rank(b * np.log(n.ratio_w), b * np.log(n.ratio_l), 0.1),
+    ),
+    "beta_dpo": ({"beta_dpo_alpha": 0.5}, lambda n, b: beta_dpo(n, b, n)),
     "simpo": (
         {"simpo_gamma": 0.4},
         lambda n, b: -np.log(s(b / n.len_w * n.pi_w - b / n.len_l * n.pi_l - 0.4)),
@@ -231,7 +274,18 @@ def test_gradients_are_those_of_the_values(name: str, kind: str, numbers: Number
         return preference_loss(name, pairs, f_divergence_type=kind, **EQUATIONS[name][0]).losses
 
     sides = [given.chosen_logps.requires_grad_(), given.rejected_logps.requires_grad_()]
-    assert torch.autograd.gradcheck(losses, sides)
+    if name not in HELD:
+        assert torch.autograd.gradcheck(losses, sides)
+        return
+    found = torch.autograd.grad(losses(*sides).sum(), sides)
+    step = 1e-6
+    for side, gradient in zip(("pi_w", "pi_l"), found, strict=True):
+        # Of one loss each: what is held is of all.
+        up, down = (
+            HELD[name](numbers._replace(**{side: getattr(numbers, side) + by}), BETA, numbers)
+            for by in (step, -step)
+        )
+        np.testing.assert_allclose(gradient.numpy(), (up - down) / (2 * step), rtol=1e-6, atol=1e-9)
 
 
 EXTREMES = (-1e4, -100.0, 0.0, 100.0, 1e4)
@@ -322,6 +376,8 @@ def test_the_reference_and_the_margins_are_read_where_they_are_said_to_be(
     plain = preference_loss(name, pairs, **options).losses
     other = pairs._replace(ref_chosen_logps=pairs.ref_chosen_logps + 1)
     assert torch.equal(plain, preference_loss(name, other, **options).losses) == (name in REFERENCE_FREE)
+    begun = preference_loss(name, pairs._replace(running=Running()), **options).losses
+    assert torch.equal(plain, begun) == (name not in NEED_RUNNING)
     without = pairs._replace(data_margins=None)
     if name in NEED_MARGINS:
         with pytest.raises(ValueError, match="data_margins"):
@@ -355,6 +411,70 @@ def test_rpo_is_least_where_both_margins_are_the_same() -> None:
     losses = [of_one_pair("rpo", 10 * gap, 0.0, margin=0.8).loss for gap in (0.7, 0.8, 0.9)]
     assert losses[1] == pytest.approx(0, abs=1e-12)
     assert min(losses[0], losses[2]) > 1e-4
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_of_single_pairs_does_not_see_the_others(name: str, numbers: Numbers) -> None:
+    given, options = tensors(numbers), EQUATIONS[name][0]
+    together = preference_loss(name, given, **options).losses
+    first = given._replace(**{f: v[:1] for f, v in given._asdict().items() if isinstance(v, Tensor)})
+    alone = preference_loss(name, first, **options).losses
+    # bco_pair looks at the steps before, not at the other pairs.
+    assert torch.equal(together[:1], alone) == (name not in WHOLE_STEP - {"bco_pair"})
+
+
+def test_ranks_need_no_order_of_the_pairs(numbers: Numbers) -> None:
+    given = tensors(numbers)
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    moved = given._replace(**{f: v[order] for f, v in given._asdict().items() if isinstance(v, Tensor)})
+    for name in ("aot", "aot_unpaired"):
+        found, again = (preference_loss(name, pairs).losses for pairs in (given, moved))
+        torch.testing.assert_close(again, found[order], rtol=1e-13, atol=0)
+
+
+def test_running_rewards_are_those_of_all_steps_so_far() -> None:
+    rng = np.random.default_rng(2)
+    steps = [rng.normal(1, 2, (2, count)) for count in (4, 7, 1)]
+    running, margin, spread = Running(), 0.0, 0.0
+    for number, rewards in enumerate(steps, start=1):
+        running = running.after(*torch.from_numpy(rewards))
+        seen = np.concatenate([r.ravel() for r in steps[:number]])
+        apart = rewards[0] - rewards[1]
+        margin = 0.9 * margin + 0.1 * apart.mean()
+        spread = 0.9 * spread + 0.1 * (apart.std(ddof=1) if len(apart) > 1 else 0.0)
+        assert (running.steps, running.completions) == (number, len(seen))
+        assert (running.reward, running.margin, running.spread) == pytest.approx(
+            (seen.mean(), margin, spread), rel=1e-13
+        )
+    # A checkpoint holds it as JSON, exactly.
+    assert Running.model_validate_json(running.model_dump_json()) == running
+
+
+def test_beta_dpo_leaves_out_unusual_pairs_and_counts_the_others() -> None:
+    count, taken = 40, []
+    margins = np.linspace(-1, 1, count)
+    margins[0], margins[7] = 30.0, -25.0
+    chosen = torch.from_numpy(margins).requires_grad_()
+    zeros = torch.zeros(count, dtype=torch.float64)
+    ones = torch.ones(count, dtype=torch.int64)
+    pairs = LossInputs(chosen, zeros, zeros, zeros, ones, ones, beta=1.0, running=Running(spread=0.7))
+    for seed in range(30):
+        draws = torch.from_numpy(np.random.default_rng(seed).random(count))
+        losses = preference_loss("beta_dpo", pairs._replace(draws=draws)).losses
+        (gradient,) = torch.autograd.grad(losses.mean(), chosen)
+        left_in = losses.detach() != 0
+        assert left_in.sum() == 32
+        assert torch.equal(left_in, gradient != 0)
+        kept = margins[left_in.numpy()]
+        expected = np.log1p(np.exp(-max(1e-3, 1 + 0.6 * kept.mean()) * kept)).mean()
+        assert losses.mean().item() == pytest.approx(expected, rel=1e-12)
+        taken.append(left_in)
+    often = torch.stack(taken).double().mean(dim=0)
+    assert often[0] == often[7] == 0
+    # Of the others those at the edges are left out more often.
+    assert often[15:25].mean() > often[[1, 2, 3, 36, 37, 38]].mean() + 0.2
+    none = preference_loss("beta_dpo", pairs._replace(draws=torch.zeros(count))).losses
+    assert torch.isfinite(none).all()
 
 
 def test_several_losses_are_added_with_their_weights(numbers: Numbers) -> None:

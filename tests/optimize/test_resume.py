@@ -105,6 +105,29 @@ def test_a_run_that_is_stopped_at_every_moment_still_ends_the_same(
     assert contents(run) == undisturbed
 
 
+def test_what_losses_keep_from_step_to_step_goes_on_bit_for_bit(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeping = {**settings, "loss_type": ["bco_pair", "beta_dpo"], "beta_dpo_filtered": 0.3, "save_steps": 1}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        counted = Interrupter(patched)
+        train(TrainConfig(**keeping, output_dir=whole))
+    with monkeypatch.context() as patched:
+        Interrupter(patched, at=round(0.6 * counted.asked))
+        with pytest.raises(Preempted):
+            train(TrainConfig(**keeping, output_dir=stopped))
+    train(TrainConfig(**keeping, output_dir=stopped, resume=True))
+    assert contents(stopped) == contents(whole)
+    states = [
+        json.loads((run / "checkpoints" / f"step-{STEPS:08d}" / "training_state.json").read_text())
+        for run in (whole, stopped)
+    ]
+    assert states[0]["running"] == states[1]["running"]
+    assert (states[0]["running"]["steps"], states[0]["running"]["completions"]) == (STEPS, 2 * 44)
+    assert states[0]["running"]["reward"] != 0
+
+
 def stopped_at_step(run: Path, settings: dict[str, Any], step: int) -> Path:
     """A run whose process died, without a word, when ``step`` updates were made."""
 

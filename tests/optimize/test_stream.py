@@ -25,11 +25,10 @@ from dpo_opt.schemas.sidecars import WEIGHT, Column, planned_file, write_column
 PAIRS, PROMPTS, PER_SHARD = 420, 200, 10
 
 
-def score(model: Path, made: Path, *, pairs: int, per_shard: int, word: str) -> ShardFolder:
-    rows = [
-        {"prompt": f"prompt {i % PROMPTS}:", "chosen": f" yes {i}", "rejected": f" {word} {i}"}
-        for i in range(pairs)
-    ]
+Row = dict[str, str]
+
+
+def score(model: Path, made: Path, rows: list[Row], *, per_shard: int) -> ShardFolder:
     (made / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = PrecomputeConfig(
         model=str(model),
@@ -42,11 +41,19 @@ def score(model: Path, made: Path, *, pairs: int, per_shard: int, word: str) -> 
     return ShardFolder.open(config.shards)
 
 
+def recurring(pairs: int, *, word: str) -> list[Row]:
+    """Each prompt comes again after all others."""
+    return [
+        {"prompt": f"prompt {i % PROMPTS}:", "chosen": f" yes {i}", "rejected": f" {word} {i}"}
+        for i in range(pairs)
+    ]
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardFolder:
     """42 shards of one row group each: more blocks than are shuffled together. Prompts recur far apart."""
     made = tmp_path_factory.mktemp("stream")
-    opened = score(tiny_model, made, pairs=PAIRS, per_shard=PER_SHARD, word="no")
+    opened = score(tiny_model, made, recurring(PAIRS, word="no"), per_shard=PER_SHARD)
     assert len(opened.manifest.shards) == 42 > 2 * WINDOW_GROUPS
     return opened
 
@@ -55,7 +62,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardF
 def large_shards(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardFolder:
     """Two shards of two row groups each; other pairs."""
     made = tmp_path_factory.mktemp("large")
-    return score(tiny_model, made, pairs=400, per_shard=200, word="never")
+    return score(tiny_model, made, recurring(400, word="never"), per_shard=200)
 
 
 class CountingFolder(ShardFolder):
@@ -426,16 +433,7 @@ def ranked_folder(model: Path, made: Path) -> ShardFolder:
         for i, count in enumerate(counts)
         for j in range(count)
     ]
-    (made / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = PrecomputeConfig(
-        model=str(model),
-        data=made / "pairs.jsonl",
-        shards=made / "shards",
-        dtype="float32",
-        pairs_per_shard=16,
-    )
-    precompute(config, scorer=ScriptedScorer())
-    return ShardFolder.open(config.shards)
+    return score(model, made, rows, per_shard=16)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,10 @@ Where the two differ on purpose:
 * `simpo` is the paper's; TRL adds `cpo_alpha` times cross-entropy, by default 1.
 * TRL overflows in `forward_kl` below a log-ratio of -88, in `discopop` below a margin of -88.
 * A divergence with `sft` alone is refused here, and ignored by TRL.
+* `bco_pair` is shifted by the mean reward of training so far. TRL has no shift, as here before the first
+  step.
+* `aot` and `aot_unpaired` sort all pairs of a step; TRL sorts those of the micro-batch.
+* `ld_alpha` is refused beside `sft`, whose cross-entropy TRL leaves as it is.
 """
 
 from types import SimpleNamespace
@@ -24,14 +28,17 @@ from torch import Tensor
 from dpo_opt.optimize import TrainConfig, preference_loss
 from dpo_opt.optimize.losses.pair_inputs import LossInputs
 from dpo_opt.optimize.losses.preference_loss import DIVERGENCES, LOSSES, options_of, takes_divergence
+from dpo_opt.optimize.losses.running import Running
 from dpo_opt.optimize.losses.usable import require_usable_losses
+from dpo_opt.optimize.measured import Measured, measure
 from dpo_opt.schemas.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("peers")
 
-THEIRS_ONLY = {"bco_pair", "aot", "aot_unpaired"}
-"""They look at more than one pair at a time."""
-OURS_ONLY = {"ipo_sum", "cal_dpo", "rdpo", "dpop", "odpo", "rpo", "simpo", "cpo", "orpo", "unlikelihood"}
+OURS_ONLY = {
+    "ipo_sum", "cal_dpo", "rdpo", "dpop", "odpo", "rpo", "kto_pair", "beta_dpo", "simpo", "cpo", "orpo",
+    "unlikelihood",
+}  # fmt: skip
 """Not in DPOTrainer; simpo, cpo and orpo are in trainers of their own."""
 SHARED = [name for name in LOSSES if name not in OURS_ONLY]
 BETA = 0.3
@@ -49,11 +56,27 @@ class Batch(NamedTuple):
     def lengths(self) -> Tensor:
         return self.completion_mask.sum(dim=1)
 
-    def ours(self) -> LossInputs:
-        chosen, rejected = self.token_logps.double().sum(dim=1).chunk(2)
+    @property
+    def log_squares(self) -> Tensor:
+        """(2 x pairs, tokens - 1) made up: logs of numbers below 1."""
+        return -torch.arange(1.0, 1 + self.token_logps.numel()).reshape(self.token_logps.shape).sqrt()
+
+    def measured(self, ld_alpha: float | None = None) -> Measured:
+        scored = self.completion_mask[:, 1:].bool()
+        pairs = len(scored) // 2
+        return measure(
+            self.token_logps[scored],
+            self.lengths.tolist(),
+            [(number, pairs + number) for number in range(pairs)],
+            ld_alpha=ld_alpha,
+            log_squares=self.log_squares[scored],
+        )
+
+    def ours(self, ld_alpha: float | None = None) -> LossInputs:
+        measured = self.measured(ld_alpha)
         return LossInputs(
-            chosen,
-            rejected,
+            measured.chosen_weighed,
+            measured.rejected_weighed,
             self.ref_chosen_logps.double(),
             self.ref_rejected_logps.double(),
             *self.lengths.chunk(2),
@@ -101,18 +124,22 @@ def theirs(given: Batch, loss_type: list[str], **settings: Any) -> tuple[float, 
         precompute_ref_logps=True,
         loss_types=args.loss_type,
         loss_weights=args.loss_weights or [1.0] * len(args.loss_type),
-        ld_alpha=None,
+        ld_alpha=args.ld_alpha,
         beta=args.beta,
         label_smoothing=args.label_smoothing,
         f_divergence_type=args.f_divergence_type,
         f_alpha_divergence_coef=args.f_alpha_divergence_coef,
-        use_weighting=False,
+        use_weighting=args.use_weighting,
         _metrics={"eval": defaultdict(list)},
         _total_train_tokens=0,
     )
     nothing = torch.zeros_like(given.token_logps)
     answer = SimpleNamespace(
-        log_probs=given.token_logps, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool()
+        log_probs=given.token_logps,
+        log_sum_sq_probs=given.log_squares,
+        entropy=nothing,
+        mean_logits=nothing,
+        is_top1=nothing.bool(),
     )
     inputs = {
         "input_ids": torch.zeros_like(given.completion_mask),
@@ -138,7 +165,7 @@ def test_every_loss_of_theirs_is_ours_or_named() -> None:
 
     help_text = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
     named = {part.strip("`' ,.") for part in help_text.split() if part.startswith("`'")}
-    assert named == {*SHARED, *THEIRS_ONLY}
+    assert named == set(SHARED)
     kinds = get_args(TrainConfig.model_fields["f_divergence_type"].annotation)[0]
     assert set(get_args(kinds)) == set(DIVERGENCES)
 
@@ -147,7 +174,7 @@ def test_every_loss_of_theirs_is_ours_or_named() -> None:
 def test_losses_are_trls(name: str) -> None:
     given = batch(1 if name == "sft" else 5)
     require_equal(given, [name], **NEEDED.get(name, {}))
-    if name in {"robust", "exo_pair"}:
+    if name in {"robust", "exo_pair", "aot", "aot_unpaired"}:
         require_equal(given, [name], label_smoothing=0.2)
     if name == "discopop":
         require_equal(given, [name], discopop_tau=0.4)
@@ -163,9 +190,29 @@ def test_losses_with_a_divergence_are_trls(name: str, kind: str) -> None:
             require_equal(batch(5), [name], **options, f_alpha_divergence_coef=coefficient)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "aot", "bco_pair"])
+def test_ld_dpo_is_trls(name: str, alpha: float) -> None:
+    given = batch(6)
+    found = preference_loss(name, given.ours(alpha))
+    expected, metrics = theirs(given, [name], ld_alpha=alpha)
+    assert found.losses.mean().item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert metrics["rewards/chosen"] == pytest.approx(found.chosen_rewards.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("names", [["sigmoid"], ["hinge", "ipo"], ["bco_pair", "nca_pair"]])
+def test_wpo_is_trls(names: list[str]) -> None:
+    given = batch(5)
+    agreement = given.measured().agreement
+    assert agreement is not None
+    found = (preference_loss(names, given.ours()).losses * agreement).mean().item()
+    expected, _ = theirs(given, names, use_weighting=True)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
 def test_several_losses_and_metrics_are_trls() -> None:
     """MPO's three, and RPO's two."""
-    require_equal(batch(5), ["sigmoid", "nca_pair", "ipo"], loss_weights=[0.8, 0.2, 1.0])
+    require_equal(batch(1), ["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0])
     require_equal(batch(1), ["sigmoid", "sft"])
     require_equal(batch(1), ["hinge", "sft"], loss_weights=[1.0, 0.1], f_divergence_type="js_divergence")
     given = batch(5)
@@ -240,6 +287,13 @@ def test_trls_sft_weighs_tokens_and_ours_pairs() -> None:
     found = preference_loss("sft", given.ours()).losses
     assert found.mean().item() == pytest.approx(float((-chosen / lengths).mean()))
     assert found.mean().item() != pytest.approx(expected, rel=1e-2)
+
+
+def test_trl_does_not_shift_rewards_in_bco_pair() -> None:
+    given = batch(5)
+    shifted = preference_loss("bco_pair", given.ours()._replace(running=Running(reward=0.5))).losses
+    expected, _ = theirs(given, ["bco_pair"])
+    assert abs(shifted.mean().item() - expected) > 1e-3
 
 
 def test_trl_overflows_where_ours_is_clamped() -> None:
