@@ -13,6 +13,7 @@ from dpo_opt.precompute.shards.gc import (
     wanted,
 )
 from dpo_opt.precompute.shards.read_plan import plan_of, read_plans
+from dpo_opt.precompute.shards.refused_plan import REFUSED
 from dpo_opt.precompute.shards.weights_memo import WEIGHTS
 from dpo_opt.schemas.attempts import AttemptName
 from dpo_opt.schemas.errors import DataError, quoted
@@ -39,7 +40,7 @@ _MOST_LISTED = 20
 
 _EXPECTED = re.compile(
     rf"{MANIFEST}|{PLAN}|{COMMAND}|model_config\.json|{VERDICT}|{WEIGHTS}|plan-\d+\.json|{TOKENIZER}/.+|slurm/.+"
-    rf"|{COLUMNS}/[^/]+\.parquet"
+    rf"|{COLUMNS}/[^/]+\.parquet|{re.escape(REFUSED)}"
 )
 
 

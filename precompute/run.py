@@ -19,6 +19,7 @@ from dpo_opt.precompute.shards.finalize import finalize
 from dpo_opt.precompute.shards.finished import is_finalized
 from dpo_opt.precompute.shards.planned_rows import RowsDigest
 from dpo_opt.precompute.shards.reference import make_tokenizer, pinned, resolve_reference
+from dpo_opt.precompute.shards.refused_plan import refusal_noted
 from dpo_opt.precompute.shards.weights_memo import ScoringModel
 from dpo_opt.precompute.shards.write_plan import settle_plan
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
@@ -94,7 +95,10 @@ def _score_what_is_left(config: PrecomputeConfig, scorer: Scorer, progress: Prog
     reader = RowReader(config)
     scored = 0
     # Closed even on an error, so that other workers do not wait for the shard that this one was scoring.
-    with contextlib.closing(shards_for(worker, plan, config.shards, progress=progress)) as shards:
+    with (
+        refusal_noted(config.shards, plan),
+        contextlib.closing(shards_for(worker, plan, config.shards, progress=progress)) as shards,
+    ):
         for shard in shards:
             commit = score_shard(
                 config,

@@ -6,11 +6,12 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from click.testing import CliRunner
 from fakes import preference_rows, write_jsonl
+from model_edits import change_weights
 
 from dpo_opt.cli import main
 from dpo_opt.precompute.config import PrecomputeConfig
@@ -255,6 +256,14 @@ SITUATIONS |= {
         'the chat template does not know the role "judge"',
         "pass --on-bad-row skip: ",
     ),
+    "precompute: a model that overflows in float16": Situation(
+        lambda place: (shutil.rmtree(place.shards), overflowing(place.base / "large", place.model)),
+        lambda place: with_option(
+            place.precompute("--dtype", "float16"), "--model", str(place.base / "large")
+        ),
+        "logits are not finite in float16",
+        "pass --dtype bfloat16 or ",
+    ),
     "precompute: longer than the model's context": Situation(
         lambda place: shutil.rmtree(place.shards),
         lambda place: place.precompute("--max-length", 100_000),
@@ -301,6 +310,18 @@ SITUATIONS |= {
 
 def row_of_question(number: int) -> dict[str, object]:
     return {"question": f"Question {number}?", "chosen": f" Yes {number}.", "rejected": f" No {number}."}
+
+
+def overflowing(folder: Path, model: Path) -> None:
+    """A model whose activations are beyond the range of float16 alone."""
+    shutil.copytree(model, folder)
+
+    def enlarge(weights: dict[str, Any]) -> None:
+        for name, weight in weights.items():
+            if "_proj" in name and "mlp" in name:
+                weight.mul_(1 / 3000 if "down" in name else 3000)
+
+    change_weights(folder, enlarge)
 
 
 def train(place: Place) -> list[str]:

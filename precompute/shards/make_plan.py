@@ -30,6 +30,7 @@ from dpo_opt.precompute.read.row_blocks import Block
 from dpo_opt.precompute.shards.planned_rows import Encoded, RowFacts, RowsDigest, Shape, read_block
 from dpo_opt.precompute.shards.read_plan import known_plans
 from dpo_opt.precompute.shards.reference import Reference, fingerprint_of, on_the_day_of
+from dpo_opt.precompute.shards.refused_plan import is_refused
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.tokens.truncation import DROP_FIXES
 from dpo_opt.schemas.errors import DataError
@@ -74,7 +75,7 @@ def make_plan(
     """Count and digest the rows, and divide them into shards.
 
     The rows that were added to a folder begin a new shard. A chat template is told the date of the folder's
-    first plan, unless the configuration gives one.
+    first plan, unless the configuration gives one. A plan whose run was refused is no plan to follow.
 
     Args:
         config: Of the run.
@@ -88,6 +89,22 @@ def make_plan(
         DataError: A row is malformed or refused by the tokenizer, or no pair survives tokenization.
     """
     earlier = known_plans(config.shards)
+    planned = _plan_after(earlier, config, reference, tokenizer, numerics, tokenize_all=tokenize_all)
+    if earlier and planned.plan != earlier[-1] and is_refused(config.shards, earlier):
+        return _plan_after([], config, reference, tokenizer, numerics, tokenize_all=tokenize_all)
+    return planned
+
+
+def _plan_after(
+    earlier: Sequence[Plan],
+    config: PrecomputeConfig,
+    reference: Reference,
+    tokenizer: PairTokenizer,
+    numerics: Numerics,
+    *,
+    tokenize_all: bool,
+) -> Planned:
+    """A plan that follows a folder's earlier ones."""
     if earlier:
         tokenizer = on_the_day_of(earlier[-1], config, tokenizer)
     _require_a_usable_pair(config, reference, tokenizer)

@@ -14,18 +14,25 @@ from dpo_opt.precompute.shards.finalize import require_beginning
 from dpo_opt.precompute.shards.finished import is_finalized
 from dpo_opt.precompute.shards.make_plan import Planned, make_plan
 from dpo_opt.precompute.shards.model_tokenizer import put_tokenizer
-from dpo_opt.precompute.shards.other_plan import OTHER_FOLDER, OTHER_VERSION, other_plan
+from dpo_opt.precompute.shards.other_plan import other_plan
 from dpo_opt.precompute.shards.planned_columns import (
     other_columns,
     write_columns,
 )
-from dpo_opt.precompute.shards.read_plan import known_plans, plan_name, read_plan, require_whole
+from dpo_opt.precompute.shards.read_plan import (
+    known_plans,
+    plan_name,
+    read_plan,
+    read_plans,
+    require_whole,
+)
 from dpo_opt.precompute.shards.reference import Reference, fingerprint_of, on_the_day_of
+from dpo_opt.precompute.shards.refused_plan import REFUSED, is_refused, take_back
+from dpo_opt.precompute.shards.same_plan import as_the_folder_has_it, refuse_other_fingerprint
 from dpo_opt.precompute.shards.weights_memo import remember_weights, weight_files
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
-from dpo_opt.schemas.config_keys import differing_keys, keep_model_config
+from dpo_opt.schemas.config_keys import keep_model_config
 from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError, quoted
-from dpo_opt.schemas.fingerprint import ALL_FIELDS, Fingerprint, follows, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
 from dpo_opt.schemas.manifest import (
     COMMAND,
@@ -69,11 +76,12 @@ def settle_plan(
         DataError: A row is malformed, no pair survives tokenization, or the plan is gone.
         FingerprintError: The folder was planned for something else.
     """
-    if config.worker_index is not None and not config.append and is_file(config.shards / PLAN):
+    refused = is_file(config.shards / REFUSED)
+    if config.worker_index is not None and not (config.append or refused) and is_file(config.shards / PLAN):
         plan = read_plan(config.shards)
         tokenizer = on_the_day_of(plan, config, tokenizer)
         current = fingerprint_of(config, reference, tokenizer, numerics)
-        _refuse_other_fingerprint(plan, current, config.shards, model=reference.folder)
+        refuse_other_fingerprint(plan, current, config.shards, model=reference.folder)
         return plan
     refuse_inside(config, config.shards, option="--shards")
     files = weight_files(reference.folder)
@@ -120,9 +128,9 @@ def adopt_plan(config: PrecomputeConfig, planned: Planned, fill: Callable[[Path]
             _write_plan(config, planned, new, fill)
     # Another run may have written its plan first.
     plans = known_plans(shards_dir)
-    new = _as_the_folder_has_it(plans, new, config, model)
+    new = as_the_folder_has_it(plans, new, config, model)
     existing = plans[-1] if plans else new
-    _refuse_other_fingerprint(existing, new.fingerprint, shards_dir, model=model)
+    refuse_other_fingerprint(existing, new.fingerprint, shards_dir, model=model)
     if existing != new:
         meanwhile = len(plans) > len(planned.earlier)
         raise other_plan(existing, new, config, fix=_ONCE_FINALIZED if meanwhile else None)
@@ -146,10 +154,13 @@ def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan
     begun = [folder for folder in (COMMITS, TOKENIZER) if any(map(_is_json, sizes(shards_dir / folder)))]
     claimed = is_file(_claim_of(shards_dir, PLAN))
     plans = known_plans(shards_dir)
-    new = _as_the_folder_has_it(plans, planned.plan, config, model)
+    replaces = not planned.earlier and is_refused(shards_dir, plans)
+    if replaces:
+        plans = []
+    new = as_the_folder_has_it(plans, planned.plan, config, model)
     if plans:
-        _refuse_other_fingerprint(plans[-1], new.fingerprint, shards_dir, model=model)
-    elif begun and not claimed:
+        refuse_other_fingerprint(plans[-1], new.fingerprint, shards_dir, model=model)
+    elif begun and not claimed and not replaces:
         raise DataError(
             f"the folder holds {' and '.join(f'{name}/' for name in begun)}, but no {PLAN}",
             where=str(shards_dir),
@@ -177,42 +188,6 @@ def require_place(config: PrecomputeConfig, planned: Planned) -> tuple[list[Plan
 
 def _is_json(name: str) -> bool:
     return name.endswith(".json")
-
-
-def _as_the_folder_has_it(
-    plans: Sequence[Plan], new: Plan, config: PrecomputeConfig, model: Path | None
-) -> Plan:
-    """A new plan in the spelling of the folder's."""
-    return _as_spelled_by(plans, _with_the_day_of(plans, new, config), config.shards, model)
-
-
-def _with_the_day_of(plans: Sequence[Plan], new: Plan, config: PrecomputeConfig) -> Plan:
-    """A new plan with the date of the folder's plans: they may have been made before midnight."""
-    date = plans[-1].fingerprint.template_date if plans and config.template_date is None else None
-    if date is None or new.fingerprint.template_date is None:
-        return new
-    fingerprint = new.fingerprint.model_copy(update={"template_date": date})
-    return new.model_copy(update={"fingerprint": fingerprint})
-
-
-def _as_spelled_by(plans: Sequence[Plan], new: Plan, shards_dir: AnyPath, model: Path | None) -> Plan:
-    """A new plan with the folder's fingerprint and shard size, if these mean the same as its own."""
-    if not plans:
-        return new
-    if new.shards == plans[-1].shards:
-        new = new.model_copy(update={"pairs_per_shard": plans[-1].pairs_per_shard})
-    cached, current = plans[-1].fingerprint, new.fingerprint
-    if _differing_keys(cached, current, shards_dir, model) == {}:
-        current = current.model_copy(update={"model_config_digest": cached.model_config_digest})
-    return new.model_copy(update={"fingerprint": cached}) if follows(cached, current) else new
-
-
-def _differing_keys(
-    cached: Fingerprint, current: Fingerprint, shards_dir: AnyPath, model: Path | None
-) -> dict[str, tuple[object, object]] | None:
-    if model is None or cached.model_config_digest == current.model_config_digest:
-        return None
-    return differing_keys(shards_dir, cached_digest=cached.model_config_digest, current=read_config(model))
 
 
 def _restore_plans(shards_dir: AnyPath, plans: Sequence[Plan]) -> None:
@@ -257,7 +232,14 @@ def _write_plan(
     shards_dir, claim = config.shards, _claim_of(config.shards, name)
     with contextlib.suppress(FileExistsError):
         write_text(claim, to_json(_Claim(plan=new)), replace=False)
-    said = _read_claim(shards_dir, name)
+    if name == PLAN and is_refused(shards_dir, read_plans(shards_dir)):
+        # Read before the old plan goes, as another run of that plan may remove the claim.
+        said = _claim_there(shards_dir, name)
+        if said is not None:
+            _require_claim(said, new, planned.model, config, name)
+            take_back(shards_dir, first=_WHOLE_TOKENIZER)
+    else:
+        said = _read_claim(shards_dir, name)
     if said is not None:
         plan = _require_claim(said, new, planned.model, config, name)
         if name == PLAN:
@@ -288,10 +270,20 @@ def _read_claim(shards_dir: AnyPath, name: str) -> _Claim | None:
     Raises:
         DataError: The claim is damaged.
     """
+    claim = _claim_there(shards_dir, name)
+    # A run removes its claim after it wrote the plan. So if there is no plan yet, the claim still holds.
+    return None if is_file(shards_dir / name) else claim
+
+
+def _claim_there(shards_dir: AnyPath, name: str) -> _Claim | None:
+    """The claim of a plan, whether or not a plan of that name is written.
+
+    Raises:
+        DataError: The claim is damaged.
+    """
     path = _claim_of(shards_dir, name)
     text = read_all(shards_dir, [path.name]).get(path.name)
-    # A run removes its claim after it wrote the plan. So if there is no plan yet, the claim still holds.
-    if text is None or is_file(shards_dir / name):
+    if text is None:
         return None
     fix = f"rm {quoted(path)}, then run the same command again"
     claim = parse(_Claim, text, where=path, fix=fix)
@@ -310,8 +302,8 @@ def _require_claim(claim: _Claim, own: Plan, model: Path | None, config: Precomp
     if name != PLAN:
         there = f"rm {quoted(_claim_of(shards_dir, name))}"
     fix = f"{_ONCE_FINALIZED}; or, if it was killed, {there}"
-    new = _as_the_folder_has_it([claim.plan], own, config, model)
-    _refuse_other_fingerprint(claim.plan, new.fingerprint, shards_dir, model=model, fix=fix)
+    new = as_the_folder_has_it([claim.plan], own, config, model)
+    refuse_other_fingerprint(claim.plan, new.fingerprint, shards_dir, model=model, fix=fix)
     if claim.plan != new:
         raise other_plan(claim.plan, new, config, fix=fix)
     return claim.plan
@@ -332,17 +324,3 @@ def _require_growth(config: PrecomputeConfig, last: Plan, new: Plan) -> None:
             why="its first rows are those that the folder holds",
             fix="pass --append to score the new rows only, or another --shards folder",
         )
-
-
-def _refuse_other_fingerprint(
-    plan: Plan, current: Fingerprint, shards_dir: AnyPath, *, model: Path | None, fix: str | None = None
-) -> None:
-    same_version = plan.fingerprint.text_to_ids == current.text_to_ids
-    refuse_differences(
-        cached=plan.fingerprint,
-        current=current,
-        fields=ALL_FIELDS,
-        config_keys=_differing_keys(plan.fingerprint, current, shards_dir, model),
-        where=str(shards_dir),
-        fix=fix or (OTHER_FOLDER if same_version else OTHER_VERSION),
-    )
