@@ -15,7 +15,7 @@ from typing import Any
 from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 from dpo_opt.schemas.hub import fetch
 from dpo_opt.schemas.plain_data import json_of
-from dpo_opt.schemas.weights import OTHER_FORMAT, WEIGHTS, loaded_files
+from dpo_opt.schemas.weights import OTHER_FORMAT, WEIGHTS, loaded_files, own_head
 
 VOLATILE_CONFIG_KEYS = frozenset(
     {
@@ -165,6 +165,30 @@ def _require_weights(folder: Path) -> None:
             fix=f"cp -rL {quoted(folder)} MODEL, remove the key and call the file {WEIGHTS}, then pass MODEL",
         )
     loaded_files(folder)
+    _require_one_head(folder)
+
+
+def _require_one_head(folder: Path) -> None:
+    """Refuse a head of its own where the configuration says that the embedding is the head."""
+    config = read_config(folder)
+    stated = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    names = None if stated is False else own_head(folder)
+    if names is None:
+        return
+    if stated is None:
+        from dpo_opt.schemas.model_config import load_model_config
+
+        if not load_model_config(folder).get_text_config().tie_word_embeddings:
+            return
+    change = 'sed -i \'s/"tie_word_embeddings": *true/"tie_word_embeddings": false/\' MODEL/config.json'
+    if stated is None:
+        change = "sed -i '0,/{/s//{\"tie_word_embeddings\": false,/' MODEL/config.json"
+    raise ConfigError(
+        f"{quoted(names[0])} and {quoted(names[1])} hold different weights, and config.json ties them",
+        where=str(folder),
+        why="transformers would take both, vLLM the second for both: two models with other log-probs",
+        fix=f"cp -rL {quoted(folder)} MODEL && {change}, then pass MODEL, which has the head that is there",
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -37,6 +37,14 @@ _EXPONENTS = {
 }
 # Older releases of transformers stored the causal masks of GPT-2, GPT-J, GPT-Neo and GPT-NeoX.
 _STORED_MASK = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
+
+
+_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|embedding)\.weight$"
+)
+# Of a reward or value model, which has the layers of a language model.
+_OTHER_HEAD = re.compile(r"(^|\.)(v_head|value_head|reward_head|score|classifier)\.")
 
 
 class _Tensor(NamedTuple):
@@ -215,6 +223,38 @@ def nonfinite_tensor(folder: Path) -> str | None:
     return None
 
 
+def own_head(folder: Path) -> tuple[str, str] | None:
+    """The names of a head and an embedding of one shape that hold different weights; None where none do.
+
+    Args:
+        folder: In the Hugging Face layout.
+
+    Raises:
+        ConfigError: As ``weights_digest``.
+    """
+    tensors = _loaded_tensors(folder)
+    heads = [tensor for tensor in tensors if _HEAD.search(tensor.name)]
+    tables = [tensor for tensor in tensors if _EMBEDDING.search(tensor.name)]
+    for head in heads:
+        for table in tables:
+            if (head.dtype, head.shape) == (table.dtype, table.shape) and not _same_bytes(head, table):
+                return head.name, table.name
+    return None
+
+
+def _same_bytes(one: _Tensor, other: _Tensor) -> bool:
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.begin)
+        second.seek(other.begin)
+        left = one.end - one.begin
+        while left:
+            count = min(_CHUNK, left)
+            if first.read(count) != second.read(count):
+                return False
+            left -= count
+    return True
+
+
 def refuse_left_over(names: Iterable[str], *, folder: Path) -> None:
     """Refuse a checkpoint for tensors that its class has no place for; stored causal masks are no weights.
 
@@ -232,8 +272,21 @@ def refuse_left_over(names: Iterable[str], *, folder: Path) -> None:
             f"such as {quoted(weights[0])}",
             where=str(folder),
             why="they would be left out of every log-prob, and of a model that is trained from them",
-            fix="correct config.json (number of layers, biases, architectures) until it fits the weights",
+            fix=_way_out_of(weights, folder),
         )
+
+
+def _way_out_of(left_over: Sequence[str], folder: Path) -> str:
+    if any("lora_" in name for name in left_over):
+        return "merge the adapter where it was trained (peft: model.merge_and_unload()), and save it again"
+    if not all(_OTHER_HEAD.search(name) for name in left_over):
+        return "correct config.json (number of layers, biases, architectures) until it fits the weights"
+    own, save = quoted(folder), "A.from_pretrained(sys.argv[1], dtype='auto').save_pretrained('MODEL')"
+    return (
+        f"cp -rL {own} MODEL && rm MODEL/*.safetensors* && "
+        f'python -c "import sys; from transformers import AutoModelForCausalLM as A; {save}" {own}, '
+        "then pass MODEL: the language model without that head"
+    )
 
 
 def parameter_count(folder: Path) -> int:

@@ -4,6 +4,9 @@ import json
 import re
 import resource
 import struct
+import subprocess
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,17 @@ import pytest
 import torch
 import transformers
 from fakes import preference_rows, write_jsonl
-from model_edits import change_config, change_weights
+from model_edits import change_config, change_json, change_weights
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.engine import vllm_model
 from dpo_opt.precompute.engine.checkpoint_keys import require_place_for_all_weights
 from dpo_opt.precompute.engine.vllm_model import VllmModel
 from dpo_opt.precompute.run import precompute
+from dpo_opt.schemas import model_config
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.models import find_model
+from dpo_opt.schemas.weights import refuse_left_over, weights_digest
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -172,3 +178,68 @@ def test_the_engine_does_not_start(model: Path, tmp_path: Path, monkeypatch: pyt
     config = PrecomputeConfig(model=str(model), data=[str(data)], shards=tmp_path / "shards")
     with pytest.raises(ConfigError, match="2 weights that the model has no place for"):
         precompute(config, scorer=VllmModel(model, dtype="float32", max_length=64))
+
+
+def with_head(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], object]:
+    def add_head(weights: dict[str, torch.Tensor]) -> None:
+        weights["lm_head.weight"] = change(weights["model.embed_tokens.weight"])
+
+    return add_head
+
+
+@pytest.mark.parametrize("stated", [True, None])
+def test_a_head_of_its_own_that_config_ties_is_refused_and_the_fix_leads_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stated: bool | None
+) -> None:
+    """transformers scores it untied with a warning, vLLM leaves the head out."""
+    # Where config.json says nothing, the class does: as Gemma's.
+    tied = types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace(tie_word_embeddings=True))
+    monkeypatch.setattr(model_config, "load_model_config", lambda folder: tied)
+    change_weights(model, with_head(lambda table: table + 1))
+    change_json(model / "config.json", lambda config: config.pop("tie_word_embeddings", None))
+    if stated is not None:
+        change_config(model, tie_word_embeddings=stated)
+    with pytest.raises(ConfigError, match=r"lm_head\.weight and model\.embed_tokens\.weight hold") as caught:
+        find_model(str(model))
+    assert find_model(str(model), weights=False) == model
+    command = str(caught.value.fix).partition(", then pass")[0]
+    subprocess.run(["bash", "-ec", command], check=True, cwd=tmp_path)
+    assert find_model(str(tmp_path / "MODEL")) == tmp_path / "MODEL"
+
+
+def test_a_head_that_is_the_embedding_may_be_stored_and_an_untied_one_may_differ(model: Path) -> None:
+    change_weights(model, with_head(torch.clone))
+    change_config(model, tie_word_embeddings=True)
+    assert find_model(str(model)) == model
+    change_weights(model, with_head(lambda table: table + 1))
+    change_config(model, tie_word_embeddings=False)
+    assert find_model(str(model)) == model
+
+
+@pytest.mark.parametrize(
+    ("names", "way"),
+    [
+        (["v_head.summary.weight", "v_head.summary.bias"], "cp -rL "),
+        (["score.weight"], "cp -rL "),
+        (["model.layers.0.self_attn.q_proj.lora_A.weight", "v_head.weight"], "merge the adapter "),
+        (["model.layers.7.mlp.up_proj.weight"], "correct config.json "),
+        (["score.weight", "model.layers.7.mlp.up_proj.weight"], "correct config.json "),
+    ],
+)
+def test_what_is_left_over_is_told_its_own_way_out(names: list[str], way: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="that the model has no place for") as caught:
+        refuse_left_over(names, folder=tmp_path)
+    assert str(caught.value.fix).startswith(way)
+
+
+@pytest.mark.slow
+def test_the_command_takes_a_value_head_out(model: Path, tmp_path: Path) -> None:
+    before = weights_digest(model)
+    add(model, **{"v_head.summary.weight": torch.ones(1, 8)})
+    with pytest.raises(ConfigError, match=r"v_head\.summary") as caught:
+        require_place_for_all_weights(model)
+    command = str(caught.value.fix).partition(", then pass")[0]
+    with_python = f"PATH={Path(sys.executable).parent}:$PATH; {command}"
+    subprocess.run(["bash", "-ec", with_python], check=True, cwd=tmp_path)
+    require_place_for_all_weights(tmp_path / "MODEL")
+    assert weights_digest(tmp_path / "MODEL") == before
