@@ -14,7 +14,7 @@ from dpo_opt.optimize.losses.usable import reads_margins
 from dpo_opt.optimize.run_folder import HeldLogps, Metrics, RunFolder, hold_logps
 from dpo_opt.optimize.step import Batching, MetricsWindow, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
-from dpo_opt.optimize.stream import PairStream
+from dpo_opt.optimize.stream import PairStream, share_that_holds_out
 from dpo_opt.schemas.config_keys import differing_keys, kept_model_config
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS, refuse_differences
@@ -52,16 +52,15 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
         FingerprintError: A folder was scored with another reference or tokenizer.
     """
     if config.eval_split and not len(stream.eval_positions):
-        larger = round(max(0.05, min(2 * config.eval_split, (1 + config.eval_split) / 2)), 2)
-        several = len(folder.index(["prompt_id"])["prompt_id"].unique()) > 1
+        share = share_that_holds_out(folder.index(["prompt_id"])["prompt_id"])
         raise ConfigError(
             f"--eval-split {config.eval_split} holds out none of the prompts",
             where=str(folder.path),
             why="the run would silently never be evaluated on them"
-            if several
-            else "all pairs share one prompt, and all pairs of a prompt are held out together",
-            fix=f"pass a larger share, such as --eval-split {larger}, or leave --eval-split out"
-            if several
+            if share is not None
+            else "all pairs share one prompt, or nearly so, and all pairs of a prompt are held out together",
+            fix=f"pass a larger share, such as --eval-split {share}, or leave --eval-split out"
+            if share is not None
             else "leave --eval-split out, and pass pairs of other prompts as --eval-shards",
         )
     found = [Evaluation(None, stream, None)] if len(stream.eval_positions) else []

@@ -9,7 +9,7 @@ from dpo_opt.optimize.evaluation import Evaluation, evaluations
 from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.losses.usable import reads_margins, require_no_weights, require_usable_losses
 from dpo_opt.optimize.run_folder import RunFolder
-from dpo_opt.optimize.stream import PairStream
+from dpo_opt.optimize.stream import PairStream, share_that_holds_out
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS, TOKENIZER_FIELDS
 from dpo_opt.schemas.models import find_model
@@ -64,8 +64,14 @@ def prepare(config: TrainConfig, *, compares_model: bool = True) -> Prepared:
     )
     require_no_weights(config, weighted=stream.weighted, where=str(folder.path))
     if stream.train_size == 0:
+        share = share_that_holds_out(folder.index(["prompt_id"])["prompt_id"])
         raise ConfigError(
-            f"--eval-split {config.eval_split} holds out every pair", fix="pass a smaller share"
+            f"--eval-split {config.eval_split} holds out every pair",
+            where=str(folder.path),
+            why="nothing would be left to train on",
+            fix="leave --eval-split out, and pass pairs of other prompts as --eval-shards"
+            if share is None
+            else f"pass a smaller share, such as --eval-split {share}",
         )
     total_steps = config.max_steps or stream.count_steps(
         seed=config.seed, size=config.batch_size, epochs=config.num_train_epochs

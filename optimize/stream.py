@@ -262,9 +262,29 @@ def _every(size: int, count: int) -> list[int]:
     return [*range(size, count, size), count] if count else []
 
 
+def share_that_holds_out(prompt_ids: pa.ChunkedArray) -> float | None:
+    """A share that holds out some prompts and not all: 0.05, or the smallest in as few decimals as will do.
+
+    Args:
+        prompt_ids: Of every pair.
+
+    Returns:
+        None where no share of four decimals does.
+    """
+    places = _places(prompt_ids)
+    lowest, highest = float(places.min(initial=1.0)), float(places.max(initial=0.0))
+    least = [math.floor(lowest * 10**decimals + 1) / 10**decimals for decimals in (2, 3, 4)]
+    return next((share for share in (0.05, *least) if lowest < share <= highest), None)
+
+
 def _below(prompt_ids: pa.ChunkedArray, share: float) -> npt.NDArray[np.bool_]:
-    """Whether the first 32 bits of each identifier, read as a number from 0 to 1, are below a share."""
+    """Whether each identifier's place is below a share."""
+    return _places(prompt_ids) < share
+
+
+def _places(prompt_ids: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    """The first 32 bits of each identifier, read as a number from 0 to 1."""
     digits = pc.utf8_slice_codeunits(prompt_ids, 0, 8).combine_chunks().cast(pa.binary()).cast(pa.binary(8))
     # Eight characters are viewed as one int64, so that numpy needs no object per row.
     text = numbers(digits.view(pa.int64())).tobytes().decode("ascii")
-    return np.frombuffer(bytes.fromhex(text), dtype=">u4") / 2**32 < share
+    return np.frombuffer(bytes.fromhex(text), dtype=">u4") / 2**32

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from dpo_opt.dry_run import plan_train
 from dpo_opt.optimize import TrainConfig, begin, run_folder, train
 from dpo_opt.optimize.prepare import prepare
-from dpo_opt.optimize.stream import PairStream
+from dpo_opt.optimize.stream import PairStream, share_that_holds_out
 from dpo_opt.optimize.update.optimizer import learning_rate
 from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, FingerprintError
@@ -441,6 +442,24 @@ def test_an_evaluation_that_cannot_be_is_refused_in_a_dry_run_too(
     # Another folder is something to evaluate on.
     if "eval_split" not in change:
         assert len(prepare(TrainConfig(**settings, **change, eval_shards=[shards])).evaluations) == 1
+
+
+@pytest.mark.parametrize(
+    ("places", "share"),
+    [
+        ([0.01, 0.2, 0.7], 0.05),
+        ([0.3001, 0.7], 0.31),
+        ([0.3001, 0.304, 0.304], 0.301),
+        ([0.30001, 0.30009], None),
+        ([0.4, 0.4], None),
+        ([0.999], None),
+    ],
+)
+def test_a_share_that_is_advised_holds_out_some_prompts_and_not_all(
+    places: list[float], share: float | None
+) -> None:
+    ids = pa.chunked_array([pa.array([f"{int(place * 2**32):08x}" + 56 * "0" for place in places])])
+    assert share_that_holds_out(ids) == share
 
 
 def test_where_all_pairs_share_a_prompt_no_share_is_advised(
