@@ -42,6 +42,7 @@ def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, A
         "truncation": config.truncation,
         "columns": sorted(planned.columns),
         "odd_ends": odd_ends(config, tokenizer, reference.folder),
+        "bad_rows": planned.bad_row_count,
         "bad_rows_skipped": [str(bad.error.where) for bad in planned.bad_rows],
         **numerics._asdict(),
         "forecast": forecast._asdict(),

@@ -43,6 +43,8 @@ class PreferencePair(NamedTuple):
     """Settings of the chat template for this pair."""
     id: str | None = None
     """What the data calls its row."""
+    rated: float | None = None
+    """How much better the data rates chosen than rejected; None where it rates neither, or one alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

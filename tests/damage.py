@@ -371,6 +371,10 @@ def _objects() -> Iterator[tuple[str, str, Row, str, str]]:
     for label in ("tie", "Both"):
         yield "tie", "labelled", {**labelled, "preference": label}, "no completion is preferred", "tie"
     yield "tie", "arena", {**GOOD["arena"](2), "winner": "tie (bothbad)"}, "no completion is", "tie"
+    yield "wrapped pair", "text", {"data": text}, 'the pair stands inside the object "data"', "wrapped"
+    yield "wrapped rows", "text", {"rows": [text]}, 'the rows stand in the list "rows"', "wrapped"
+    two = {**labelled, "winner": "b"}
+    yield "two labels", "labelled", two, '"preference" and "winner" say different things', "two_sources"
     yield "tie", "graded", {**GOOD["graded"](2), "overall_preference": 0}, "no completion is", "tie"
     yield "tie", "ranked", {**ranked, "scores": [1, 1]}, "no completion is preferred", "tie"
     battle, vertex = GOOD["battle"](2), GOOD["vertex"](2)
@@ -558,17 +562,15 @@ def _bad_compression() -> Iterator[Damage]:
         yield file("wrong magic", f"zip as {suffix}", suffix, _zip(plain))
     yield file("wrong magic", "gzip as zst", "zst", packed["gz"])
     yield file("wrong magic", "zst as gzip", "gz", packed["zst"])
-    says, content = "not valid UTF-8 at byte 2", packed["gz"]
+    says = "the file is gzip, whatever its name says"
     yield Damage(
         "compressed without its suffix",
         "gzip as jsonl",
         "data.jsonl",
-        content,
+        packed["gz"],
         says,
-        "encoding",
-        good=(),
-        bad=content.count(b"\n") + 1,
-        place=":1",
+        "unreadable_file",
+        scope="file",
     )
     frame = zstandard.ZstdCompressor(
         compression_params=zstandard.ZstdCompressionParameters(window_log=30)

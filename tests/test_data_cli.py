@@ -87,7 +87,7 @@ def test_check_exits_with_3_where_a_later_command_would_refuse_and_with_0_for_wa
     assert "ERROR   1 lines that are not JSON [json]" in bad.stdout
     assert f"        {data}:14: not valid JSON" in bad.stdout
     assert "12 pairs" not in bad.stdout
-    assert "13 pairs, 1 bad rows" in bad.stdout
+    assert "13 pairs, 1 bad row," in bad.stdout
     assert invoke("check", data, "--on-bad-row", "skip").exit_code == 0
 
 
@@ -358,11 +358,16 @@ def test_start_and_pairs_choose_rows_and_bad_ones_are_shown_as_such(data: Path, 
     assert [e["where"] for e in shown] == [f"{data}:{n}" for n in (3, 4, 5)]
     assert ["error" in e for e in shown] == [False, True, False]
     assert entries(data, tiny_model, start=100) == []
-    report = found("preview", data, "--model", tiny_model, "--start", 2, "--pairs", 3)
+    report = found("preview", data, "--model", tiny_model, "--start", 2, "--pairs", 3, exit_code=3)
     date = {"template_date": None, "template_date_from": None}
     assert report == {**date, "pairs": json.loads(json.dumps(shown))}
-    text = invoke("preview", data, "--model", tiny_model, "--start", 3, "--pairs", 1).stdout
-    assert f"{data}:4\n  not valid JSON" in text
+    refused = invoke("preview", data, "--model", tiny_model, "--start", 3, "--pairs", 1)
+    assert f"{data}:4\n  not valid JSON" in refused.stdout
+    # As a later command would, unless it leaves such rows out.
+    assert refused.exit_code == 3
+    assert invoke("preview", data, "--model", tiny_model, "--pairs", 3).exit_code == 0
+    skips = ("--pairs", 9, "--on-bad-row", "skip")
+    assert invoke("preview", data, "--model", tiny_model, *skips).exit_code == 0
 
 
 def test_messages_are_shown_as_the_template_renders_them(tiny_model: Path, tmp_path: Path) -> None:
@@ -404,12 +409,13 @@ def test_no_text_is_taken_for_markup_or_control_codes(text: str, tiny_model: Pat
     row = {"prompt": f"Say {text}", "chosen": f" a {text}", "rejected": f" b {text}", "source": text}
     path = write_jsonl(tmp_path / "data.jsonl", [row, {**row, "chosen": 3}])
     result = invoke("preview", path, "--model", tiny_model)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output
     for character in "\x1b\x07\u202e\r":
         assert character not in result.stdout
     shown = "".join(c for c in text if c not in "\x1b\x07\u202e\r")
     assert f"Say {shown} a {shown}</s>" in result.stdout
-    assert found("preview", path, "--model", tiny_model)["pairs"][0]["source"] == text
+    shown_pair = found("preview", path, "--model", tiny_model, "--pairs", 1)["pairs"][0]
+    assert shown_pair["source"] == text
 
 
 def test_a_long_text_is_not_broken_into_lines(tiny_model: Path, tmp_path: Path) -> None:

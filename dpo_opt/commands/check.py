@@ -11,7 +11,7 @@ from dpo_opt.complete_fix import complete_fix
 from dpo_opt.console import watched
 from dpo_opt.options import configured, json_option
 from dpo_opt.precompute.config import CheckConfig
-from dpo_opt.results import say, show, table
+from dpo_opt.results import counted, say, show, table
 from dpo_opt.schemas.audit_record import Audit
 from dpo_opt.schemas.errors import DataError
 
@@ -50,8 +50,8 @@ def _lines(audit: Audit) -> Iterator[str]:
     from dpo_opt.precompute.tokens.template_date import ChosenDate
 
     for data in audit.data:
-        bad = f", {data.bad_rows:,} bad rows" if data.bad_rows else ""
-        yield f"{data.name}: {data.pairs:,} pairs{bad}, read as {data.form}"
+        bad = f", {counted(data.bad_rows, 'bad row')}" if data.bad_rows else ""
+        yield f"{data.name}: {counted(data.pairs, 'pair')}{bad}, read as {data.form}"
     yield ""
     if not audit.problems:
         yield "no problem found"
@@ -118,8 +118,9 @@ def _lines(audit: Audit) -> Iterator[str]:
         e = audit.estimate
         yield ""
         yield (
-            f"scoring at --max-length {e.max_length}: {e.sequences:,} distinct sequences, {e.tokens:,} "
-            f"tokens, {e.shards:,} shards, {e.disk_gb:g} GB, {e.gpu_hours:.3g} GPU hours"
+            f"scoring at --max-length {e.max_length}: {counted(e.sequences, 'distinct sequence')}, "
+            f"{counted(e.tokens, 'token')}, {counted(e.shards, 'shard')}, {e.disk_gb:g} GB, "
+            f"{e.gpu_hours:.3g} GPU hours"
         )
         yield f"  ({e.assumption})"
     yield from _reference(audit)

@@ -85,7 +85,9 @@ def _planned_in_words(plan: dict[str, Any], config: PrecomputeConfig) -> dict[st
     skipped, options = plan["bad_rows_skipped"], plan["engine_options"]
     return {
         "rows": f"{plan['rows']:,}",
-        "bad rows": f"left out, the first ones: {', '.join(skipped)}" if skipped else None,
+        "bad rows": f"{plan['bad_rows']:,} left out, the first ones: {', '.join(skipped)}"
+        if skipped
+        else None,
         "columns": ", ".join(plan["columns"]) or None,
         "shards": f"{plan['shards']:,} of up to {config.pairs_per_shard:,} rows, "
         f"{plan['shards_scored']:,} of them scored",

@@ -9,7 +9,7 @@ import click
 
 from dpo_opt.console import duration
 from dpo_opt.options import json_option, shards_option
-from dpo_opt.results import show
+from dpo_opt.results import counted, show
 from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.locations import AnyPath
 
@@ -40,8 +40,9 @@ def _in_words(found: "Status") -> dict[str, Any]:
         "time_left": None if found.seconds_left is None else duration(found.seconds_left),
         "last_commit": _ago(found.seconds_since_commit),
         "workers": [
-            f"{quoted(w.host)}{'' if w.worker is None else f' worker {w.worker}'}: {w.pairs} pairs in "
-            f"{w.shards} shards, {w.pairs_per_second:.3g} pairs/s, last commit {_ago(w.seconds_since_commit)}"
+            f"{quoted(w.host)}{'' if w.worker is None else f' worker {w.worker}'}: "
+            f"{counted(w.pairs, 'pair')} in {counted(w.shards, 'shard')}, {w.pairs_per_second:.3g} pairs/s, "
+            f"last commit {_ago(w.seconds_since_commit)}"
             for w in found.workers
         ],
         "finalized": found.finalized,

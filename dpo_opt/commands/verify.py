@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpo_opt.options import dtype_option, json_option, shards_option
-from dpo_opt.results import say, show, table
+from dpo_opt.results import counted, say, show, table
 from dpo_opt.schemas.locations import AnyPath
 
 if TYPE_CHECKING:
@@ -46,8 +46,9 @@ def command(shards: AnyPath, model: str | None, num_pairs: int, dtype: str, as_j
 def _lines(verdict: "Verdict") -> Iterator[str]:
     manifest = verdict.manifest
     yield (
-        f"{verdict.shards}: {manifest.kept:,} pairs of {manifest.rows:,} rows in {len(manifest.shards):,} "
-        f"shards, scored by {manifest.fingerprint.engine} in {manifest.fingerprint.dtype}"
+        f"{verdict.shards}: {counted(manifest.kept, 'pair')} of {counted(manifest.rows, 'row')} in "
+        f"{counted(len(manifest.shards), 'shard')}, scored by {manifest.fingerprint.engine} in "
+        f"{manifest.fingerprint.dtype}"
     )
     if verdict.problems:
         yield f"integrity FAILED: {len(verdict.problems)} found"

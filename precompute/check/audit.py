@@ -19,8 +19,15 @@ from dpo_opt.precompute.check.pair_statistics import (
     Wanted,
     collect,
 )
-from dpo_opt.precompute.check.problems import by_harm, problem
+from dpo_opt.precompute.check.problems import (
+    LEAVES_NOTHING,
+    MERGED_TURNS,
+    by_harm,
+    problem,
+    without_skipping,
+)
 from dpo_opt.precompute.check.repeats import find_repeats, near_repeats
+from dpo_opt.precompute.check.summaries import lengths_of, percentiles, source_counts
 from dpo_opt.precompute.config import CheckConfig, Truncation
 from dpo_opt.precompute.read.sources import Source, find_sources, merged_splits
 from dpo_opt.precompute.tokens.max_length import resolve_max_length
@@ -31,14 +38,11 @@ from dpo_opt.schemas.audit_record import (
     Audit,
     DataSource,
     Example,
-    Lengths,
-    Part,
     Problem,
-    SourceCount,
     TruncationForecast,
 )
 from dpo_opt.schemas.errors import quoted
-from dpo_opt.schemas.models import find_model
+from dpo_opt.schemas.models import context_length, find_model
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.weights import parameter_count
 
@@ -58,7 +62,8 @@ _FLAG_KINDS: dict[str, int] = {
     "zero_margin": Flag.ZERO_MARGIN,
     **ODD_ENDS,
 }
-_LEAST_WITH_ONE_PROMPT = 4  # pairs; three ranked completions make three of them
+_LEAST_WITH_ONE_COMPLETION = 10  # pairs
+_LEAST_WITH_ONE_PROMPT = 4  # three ranked completions make three of them
 
 
 def audit(
@@ -92,13 +97,14 @@ def audit(
     problems += _merged(named)
     problems += _flagged(facts)
     problems += _repeated(facts)
-    problems += _one_prompt(facts)
+    problems += _one_text(facts)
+    problems += _weightless(facts)
     if config.near_duplicates:
         problems += _nearly_repeated(facts, similarity=config.similarity)
     if config.eval_data:
         problems += _shared_with_eval(facts, config, progress)
-    bias = length_bias(_lengths(facts))
-    sources = _sources(facts)
+    bias = length_bias(lengths_of(facts))
+    sources = source_counts(facts)
     problems += biased(bias, sources)
     if not len(facts):
         problems.append(problem("no_pairs", 0, []))
@@ -107,7 +113,7 @@ def audit(
         pairs=len(facts),
         problems=[],
         unit="tokens" if facts.tokens.shape[1] else "characters",
-        lengths=_percentiles(_lengths(facts)),
+        lengths=percentiles(lengths_of(facts)),
         length_bias=bias,
         sources=sources,
         template_date=date.date,
@@ -117,7 +123,7 @@ def audit(
         max_length = resolve_max_length(folder, config.max_length)
         fits = [
             forecast(facts.tokens, max_length=length, truncation=config.truncation)
-            for length in forecast_lengths(facts.tokens, max_length)
+            for length in forecast_lengths(facts.tokens, max_length, context=context_length(folder))
         ]
         report.truncation_mode = config.truncation
         report.truncation = fits
@@ -134,11 +140,6 @@ def audit(
     return report
 
 
-def _lengths(facts: Facts) -> npt.NDArray[np.int32]:
-    """(P, 3) in the audit's unit."""
-    return facts.tokens[:, :3] if facts.tokens.shape[1] else facts.characters
-
-
 def _examples(facts: Facts, pairs: Indices, detail: Callable[[int], str]) -> list[Example]:
     return [Example(where=facts.places[int(i)], detail=detail(int(i))) for i in pairs[:EXAMPLES]]
 
@@ -149,7 +150,13 @@ def _bad_rows(facts: Facts, *, skipped: bool) -> list[Problem]:
         before = kinds.get(kind, BadRows(0, []))
         kinds[kind] = BadRows(before.rows + count, [*before.examples, *examples][:EXAMPLES])
     return [
-        problem(kind, count, [Example(where=where, detail=what) for where, what in examples], skipped=skipped)
+        problem(
+            kind,
+            count,
+            [Example(where=where, detail=what) for where, what in examples],
+            skipped=skipped,
+            fix=None if len(facts) else without_skipping(kind),
+        )
         for kind, (count, examples) in kinds.items()
     ]
 
@@ -159,7 +166,9 @@ def _flagged(facts: Facts) -> list[Problem]:
     for kind, flag in _FLAG_KINDS.items():
         pairs = np.flatnonzero(facts.flags & flag)
         if len(pairs):
-            problems.append(problem(kind, len(pairs), _examples(facts, pairs, lambda i: _shape_of(facts, i))))
+            of_turns = kind == "merged" and all("message" in facts.forms[s] for s in set(facts.source[pairs]))
+            examples = _examples(facts, pairs, lambda i: _shape_of(facts, i))
+            problems.append(problem(kind, len(pairs), examples, fix=MERGED_TURNS if of_turns else None))
     return problems
 
 
@@ -180,21 +189,40 @@ def _repeated(facts: Facts) -> list[Problem]:
         "contradictory": lambda i: f"the other way round in {facts.places[int(repeats.opposite[i])]}",
         "identical_completions": lambda i: f"{facts.characters[i, 1]} characters, twice",
     }
+    removed = len(np.unique(np.concatenate(list(found.values()))))
+    fix = LEAVES_NOTHING if removed == len(facts) else None
     return [
-        problem(kind, len(pairs), _examples(facts, pairs, details[kind]))
+        problem(kind, len(pairs), _examples(facts, pairs, details[kind]), fix=fix)
         for kind, pairs in found.items()
         if len(pairs)
     ]
 
 
-def _one_prompt(facts: Facts) -> list[Problem]:
-    """The prompt of more than half of the pairs."""
-    _, first, counts = np.unique(facts.prompt, return_index=True, return_counts=True)
-    most = int(counts.argmax()) if len(counts) else 0
-    if len(facts) < _LEAST_WITH_ONE_PROMPT or 2 * counts[most] <= len(facts):
+def _one_text(facts: Facts) -> list[Problem]:
+    """The prompt of more than half of the pairs, and a completion of nearly all."""
+    parts = (
+        ("shared_prompt", facts.prompt, 0.5, _LEAST_WITH_ONE_PROMPT),
+        ("shared_chosen", facts.chosen, 0.9, _LEAST_WITH_ONE_COMPLETION),
+        ("shared_rejected", facts.rejected, 0.9, _LEAST_WITH_ONE_COMPLETION),
+    )
+    problems = []
+    for kind, hashes, share, least in parts:
+        if len(facts) < least:
+            continue
+        # A value that more than half of the pairs have is their median.
+        (median,) = np.partition(hashes, len(hashes) // 2)[[len(hashes) // 2]]
+        pairs = np.flatnonzero(hashes == median)
+        if len(pairs) > share * len(facts):
+            examples = _examples(facts, pairs, lambda i: _shape_of(facts, i))
+            problems.append(problem(kind, len(pairs), examples))
+    return problems
+
+
+def _weightless(facts: Facts) -> list[Problem]:
+    if not len(facts) or not (facts.flags & Flag.NO_WEIGHT).all():
         return []
-    pairs = np.flatnonzero(facts.prompt == facts.prompt[first[most]])
-    return [problem("shared_prompt", len(pairs), _examples(facts, pairs, lambda i: _shape_of(facts, i)))]
+    examples = _examples(facts, np.arange(len(facts)), lambda i: _shape_of(facts, i))
+    return [problem("no_weight", len(facts), examples)]
 
 
 def _nearly_repeated(facts: Facts, *, similarity: float) -> list[Problem]:
@@ -249,54 +277,6 @@ def _data(facts: Facts, named: Sequence[Source]) -> list[DataSource]:
         )
         for i, source in enumerate(named)
     ]
-
-
-def _percentiles(lengths: npt.NDArray[np.int32]) -> list[Lengths]:
-    if not len(lengths):
-        return []
-    whole = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-    parts: dict[Part, npt.NDArray[np.int32]] = {
-        "prompt": lengths[:, 0],
-        "chosen": lengths[:, 1],
-        "rejected": lengths[:, 2],
-        "prompt + longer completion": whole,
-    }
-    rows = []
-    for name, values in parts.items():
-        # The smallest value that this share of the pairs does not exceed: a length that occurs.
-        p50, p90, p95, p99 = np.percentile(values, [50, 90, 95, 99], method="inverted_cdf").tolist()
-        longest = int(values.max())
-        rows.append(
-            Lengths(part=name, mean=float(values.mean()), p50=p50, p90=p90, p95=p95, p99=p99, longest=longest)
-        )
-    return rows
-
-
-def _sources(facts: Facts) -> list[SourceCount]:
-    repeats = find_repeats(facts)
-    repeated = repeats.earlier < np.arange(len(facts))
-    contradicted = repeats.opposite >= 0
-    lengths = _lengths(facts)
-    counts = []
-    for code, label in enumerate(facts.labels):
-        members = facts.label == code
-        if not members.any():
-            continue
-        medians = np.percentile(lengths[members], 50, axis=0, method="inverted_cdf").astype(int).tolist()
-        counts.append(
-            SourceCount(
-                source=label,
-                pairs=int(members.sum()),
-                prompts=len(np.unique(facts.prompt[members])),
-                duplicates=int((members & repeated).sum()),
-                contradictory=int((members & contradicted).sum()),
-                length_bias=length_bias(lengths[members]),
-                median_prompt=medians[0],
-                median_chosen=medians[1],
-                median_rejected=medians[2],
-            )
-        )
-    return sorted(counts, key=lambda count: (-count.pairs, count.source or ""))
 
 
 def _forecast_problems(facts: Facts, fit: TruncationForecast, truncation: Truncation) -> list[Problem]:

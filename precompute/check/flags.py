@@ -32,6 +32,7 @@ class Flag:
     SEVERAL_ENDS = 4096
     ADDED_END = 8192
     PROMPT_END = 16384
+    NO_WEIGHT = 32768
 
 
 ODD_ENDS: dict[str, int] = {
@@ -57,8 +58,11 @@ def flags_of(pair: PreferencePair, ids: PairIds | None, *, folder: Path | None, 
         flags |= Flag.MERGED * ids.merged | Flag.EARLIER_THOUGHT * ids.forgets
         for kind in _ends(folder).odd(ids, plain=isinstance(pair.prompt, str)):
             flags |= ODD_ENDS[kind]
-    if pair.margin is not None and pair.margin <= 0:
-        flags |= Flag.NEGATIVE_MARGIN if pair.margin else Flag.ZERO_MARGIN
+    if pair.weight == 0:
+        flags |= Flag.NO_WEIGHT
+    better = min((found for found in (pair.margin, pair.rated) if found is not None), default=1.0)
+    if better <= 0:
+        flags |= Flag.NEGATIVE_MARGIN if better else Flag.ZERO_MARGIN
     prompt, chosen, rejected = (_contents(text) for text in (pair.prompt, pair.chosen, pair.rejected))
     everything = [*prompt, *chosen, *rejected]
     if any(_CONTROL.search(text) for text in everything):

@@ -64,12 +64,21 @@ def forecast(tokens: npt.NDArray[np.int32], *, max_length: int, truncation: Trun
     return TruncationForecast(max_length=max_length, whole=int(kept.sum()) - cut, cut=cut, dropped=dropped)
 
 
-def forecast_lengths(tokens: npt.NDArray[np.int32], max_length: int) -> list[int]:
-    """Powers of two up to the first that holds everything, and the one that was asked for."""
+def forecast_lengths(
+    tokens: npt.NDArray[np.int32], max_length: int, *, context: int | None = None
+) -> list[int]:
+    """Powers of two up to the first that holds everything, and the one that was asked for.
+
+    Args:
+        tokens: As in ``kept_pairs``.
+        max_length: What was asked for.
+        context: Most tokens that the model takes. It stands in place of all that are larger.
+    """
     longest = int((tokens[:, 0] + tokens[:, 1:3].max(axis=1)).max())
     shorter = [length for length in _FORECAST_LENGTHS if length < longest]
     enough = [length for length in _FORECAST_LENGTHS if length >= longest][:1]
-    return sorted({*shorter, *enough, max_length})
+    lengths = {*shorter, *enough, max_length}
+    return sorted(lengths if context is None else {min(length, context) for length in lengths})
 
 
 def estimate(

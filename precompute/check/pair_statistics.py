@@ -34,7 +34,7 @@ Hashes = npt.NDArray[np.uint64]
 EXAMPLES = 5
 """Places kept for every kind of bad row, and shown for every problem."""
 
-_OWN_FIX = {"prompt_column"}
+_OWN_FIX = {"prompt_column", "two_sources", "unreadable_file", "wrapped"}
 
 
 class BadRows(NamedTuple):

@@ -3,149 +3,31 @@
 pair_statistics.py and audit.py count the problems; the sentences are only here.
 """
 
-from typing import NamedTuple
+import re
 
-from dpo_opt.precompute.read.foreign_forms import PAIR_UP
+from dpo_opt.precompute.check.row_problems import BAD_ROWS, Kind
 from dpo_opt.precompute.tokens.truncation import DROP_FIXES, DROP_REASONS
-from dpo_opt.schemas.audit_record import Example, Problem, Severity
+from dpo_opt.schemas.audit_record import Example, Problem
 
-
-class Kind(NamedTuple):
-    """One kind of problem: how bad it is, and the three texts that a user reads."""
-
-    severity: Severity
-    title: str
-    why: str
-    fix: str
-
-
-_ROW = (
-    "correct or remove the rows, or leave them out: `--on-bad-row skip`, "
-    "or `dpo-opt convert DATA --output DIR`"
+LEAVES_NOTHING = (
+    "nothing would be left without them: look at what is read as chosen and rejected "
+    "(`--column chosen=NAME --column rejected=NAME`)"
 )
-_DEDUPLICATE = "`dpo-opt convert DATA --output DIR` keeps the first of each"
-_UNREAD = "what the row was meant to say cannot be known"
+"""Of pairs that `convert` removes, where it would remove all."""
+MERGED_TURNS = (
+    "nothing to do in the data: a chat template that opens the answer with a line break or a special token "
+    "has no such prompts"
+)
+"""Of conversations: where the prompt ends, the chat template says."""
+_SKIPPING = re.compile(r", or (leave them out: )?`--on-bad-row skip`.*")
 
-BAD_ROWS: dict[str, Kind] = {
-    "unreadable_file": Kind(
-        "error",
-        "files that cannot be read to their end",
-        "the pairs after the damage would be missing",
-        "copy or download the files again",
-    ),
-    "encoding": Kind("error", "text that is not UTF-8", "a guessed encoding would change the text", _ROW),
-    "null_byte": Kind("error", "null bytes", "a crash left a hole in the file, or the file is binary", _ROW),
-    "json": Kind("error", "lines that are not JSON", _UNREAD, _ROW),
-    "not_an_object": Kind("error", "rows that are not JSON objects", _UNREAD, _ROW),
-    "nesting": Kind("error", "values nested too deeply", "no preference pair looks like that", _ROW),
-    "duplicate_key": Kind("error", "keys that appear twice in one object", "either value may be meant", _ROW),
-    "number": Kind(
-        "error", "invalid numbers (NaN, infinite, not allowed)", "they would spoil the loss", _ROW
-    ),
-    "missing_key": Kind(
-        "error",
-        "rows without a part of the pair",
-        "a pair needs a prompt, a chosen and a rejected completion",
-        "`--column PART=NAME` reads a part (such as prompt) from another column; or correct the rows",
-    ),
-    "prompt_column": Kind(
-        "error",
-        "columns that may belong to the prompt, and that nothing would read",
-        "the answers were given to a prompt that includes them",
-        "read them as each row below says, or leave them out with `--ignore-column NAME`",
-    ),
-    "unpaired": Kind(
-        "error",
-        "unpaired feedback (one completion and a label)",
-        "DPO compares two completions of one prompt; which two belong together is yours to say",
-        f"pair each good completion with each bad one of its prompt: {PAIR_UP}",
-    ),
-    "annotations": Kind(
-        "error",
-        "records that Argilla exported",
-        "whose answers count, and what a ranking without ranks prefers, is yours to say",
-        "write each record's prompt, chosen and rejected from its answers, as docs/data.md shows",
-    ),
-    "type": Kind("error", "values of the wrong kind", "they must be text or lists of messages", _ROW),
-    "mixed_row": Kind("error", "rows that mix text and messages", "the two are tokenized differently", _ROW),
-    "other_form": Kind(
-        "error",
-        "rows of another form (text or messages) than the first row of their source",
-        "text and messages are tokenized differently",
-        "give each form a `--data` of its own",
-    ),
-    "empty": Kind("error", "empty completions or prompts", "a text without tokens has no log-prob", _ROW),
-    "surrogate": Kind("error", "half characters", "the text was cut inside a character", _ROW),
-    "message": Kind(
-        "error", "malformed messages", "a chat template would ignore the parts it does not know", _ROW
-    ),
-    "role_order": Kind(
-        "error",
-        "completions that begin with a user's message",
-        "the policy would learn to ask, not to answer",
-        _ROW,
-    ),
-    "no_common_prompt": Kind(
-        "error", "rows without a prompt", "nothing says what the completions answer", _ROW
-    ),
-    "prompt_mismatch": Kind(
-        "error",
-        "prompts that differ from the one in the messages",
-        "it is unclear which prompt the completions answer",
-        _ROW,
-    ),
-    "label": Kind(
-        "error", "labels that name neither side", "nothing says which completion is preferred", _ROW
-    ),
-    "tie": Kind("error", "ties", "DPO learns from preferences, and a tie has none", _ROW),
-    "shape": Kind(
-        "error", "rows of a known dataset with parts missing", "no pair can be made from such a row", _ROW
-    ),
-    "tools": Kind("error", "tools or template settings that cannot be used", _UNREAD, _ROW),
-    "no_chat_template": Kind(
-        "error",
-        "messages, but a tokenizer without a chat template for them",
-        "only the model's own template turns messages into the text it was trained on",
-        "save a chat_template.jinja with the tokenizer, or use rows of text",
-    ),
-    "template": Kind(
-        "error",
-        "conversations that the chat template refuses",
-        "the model was not trained on conversations of this shape",
-        "correct the roles and their order, or `--on-bad-row skip`",
-    ),
-    "template_mismatch": Kind(
-        "error",
-        "prompts that the chat template renders differently when a completion follows",
-        "part of the prompt would be trained on as if the model had written it",
-        "correct the template; `dpo-opt preview DATA --model M` shows what it renders",
-    ),
-    "turns": Kind(
-        "error",
-        "completions in which the assistant's turns cannot be told from the others",
-        "what users and tools say would be trained on as if the model had said it",
-        "cut the conversations after the first answer that differs, or `--on-bad-row skip`",
-    ),
-    "template_loss": Kind(
-        "error",
-        "rows of which the chat template leaves something out",
-        "the pair would be trained on as a conversation that is not in the data",
-        "correct role or key as each row below says, use a template that writes it, or `--on-bad-row skip`",
-    ),
-    "indivisible_text": Kind(
-        "error",
-        "texts of millions of characters without a space between words",
-        "such a text can only be tokenized as a whole, which takes gigabytes of memory",
-        "remove the row, or `--on-bad-row skip`",
-    ),
-    "vocabulary": Kind(
-        "error",
-        "token ids beyond the model's vocabulary",
-        "the tokenizer does not belong to this model",
-        "use the tokenizer that was saved with the model",
-    ),
-}
-"""Problems of single rows, by the ``kind`` of the DataError that the row raises."""
+
+def without_skipping(kind: str) -> str:
+    """The fix of bad rows where no other row is left: to leave them out would leave nothing."""
+    return _SKIPPING.sub("", BAD_ROWS[kind].fix)
+
+
+_DEDUPLICATE = "`dpo-opt convert DATA --output DIR` keeps the first of each"
 
 FOUND: dict[str, Kind] = {
     "no_pairs": Kind(
@@ -195,6 +77,24 @@ FOUND: dict[str, Kind] = {
         "near-copies count several times in the loss",
         "`dpo-opt convert DATA --output DIR --near-duplicates` keeps the first of each",
     ),
+    "no_weight": Kind(
+        "error",
+        "pairs whose weight is 0, and there is no other pair",
+        "no pair would count in the loss",
+        "correct the column `weight`, or leave it out: `--ignore-column weight`",
+    ),
+    "shared_chosen": Kind(
+        "warning",
+        "pairs with one and the same chosen text, which nearly all pairs have",
+        "the policy would learn to write it whatever it is asked",
+        "look at the columns; `--column chosen=NAME` reads the chosen text from another",
+    ),
+    "shared_rejected": Kind(
+        "warning",
+        "pairs with one and the same rejected text, which nearly all pairs have",
+        "a policy can lower the loss by avoiding this one text, whatever it is asked",
+        "look at the columns; `--column rejected=NAME` reads the rejected text from another",
+    ),
     "shared_prompt": Kind(
         "warning",
         "pairs with one and the same prompt, which most pairs have",
@@ -203,13 +103,13 @@ FOUND: dict[str, Kind] = {
     ),
     "negative_margin": Kind(
         "warning",
-        "pairs whose margin is below 0",
+        "pairs whose margin is below 0, or whose rejected completion is rated higher",
         "the data scores the rejected completion higher than the chosen one",
         "exchange the sides where the scores are right, or correct the scores",
     ),
     "zero_margin": Kind(
         "warning",
-        "pairs whose margin is 0",
+        "pairs whose margin is 0, or whose completions are rated alike",
         "the data scores both completions alike, so that it prefers neither",
         "remove the rows, or keep them where the label is right and the scores are coarse",
     ),
@@ -318,7 +218,9 @@ FOUND: dict[str, Kind] = {
 _RANK = {"error": 0, "warning": 1, "note": 2}
 
 
-def problem(kind: str, count: int, examples: list[Example], *, skipped: bool = False) -> Problem:
+def problem(
+    kind: str, count: int, examples: list[Example], *, skipped: bool = False, fix: str | None = None
+) -> Problem:
     """A problem with its texts, ready to be shown.
 
     Args:
@@ -326,6 +228,7 @@ def problem(kind: str, count: int, examples: list[Example], *, skipped: bool = F
         count: How often it was found.
         examples: Some of the places.
         skipped: Bad rows are left out, so they are warnings; files that cannot be read stay errors.
+        fix: In place of the kind's own, where that leads nowhere.
     """
     found = BAD_ROWS.get(kind) or FOUND[kind]
     lowered = skipped and kind in BAD_ROWS and kind != "unreadable_file"
@@ -336,7 +239,7 @@ def problem(kind: str, count: int, examples: list[Example], *, skipped: bool = F
         severity=severity,
         title=found.title,
         why=found.why,
-        fix=found.fix,
+        fix=fix or found.fix,
         examples=examples,
     )
 

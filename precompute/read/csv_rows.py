@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NoReturn
 
 from dpo_opt.precompute.read.messages import TEXT_OF_MESSAGES
+from dpo_opt.precompute.read.numbers_of_rows import RATINGS
 from dpo_opt.precompute.read.row_blocks import LONGEST_ROW, TextBlock, too_long
 from dpo_opt.precompute.read.shape_parts import CARRIED_KEYS
 from dpo_opt.precompute.read.strict_json import escape
 from dpo_opt.precompute.read.tables import columns_to_read
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, quoted
 
-_SCORES = frozenset({"score_chosen", "score_rejected"})
+_SCORES = frozenset({*RATINGS, *RATINGS.values()})
 # Cells of these keys are numbers; all other cells are text.
 _NUMBERS = _SCORES | {
     *("weight", "margin", "labels", "better_response_id", "overall_preference", "preference_strength"),
@@ -67,6 +68,8 @@ def _objects(file: str, stream: BinaryIO, delimiter: str, column: Mapping[str, s
     header = next(rows, None)
     if header is None:
         return
+    if len(header) == 1:
+        _refuse_other_separator(header[0], file, delimiter)
     names = columns_to_read(header, frozenset(), file, frozenset(column.values()))
     places = [(header.index(name), name) for name in names]
     numbers = _with_sources(_NUMBERS, column)
@@ -92,6 +95,20 @@ def _objects(file: str, stream: BinaryIO, delimiter: str, column: Mapping[str, s
                     fix="write the rows as JSON Lines or Parquet, where messages stay messages",
                 )
         yield json.dumps(row, ensure_ascii=False).encode("utf-8")
+
+
+def _refuse_other_separator(header: str, file: str, delimiter: str) -> None:
+    """Refuse a table whose cells are separated by another sign, of which the header is one cell."""
+    separator = next((sign for sign in ";\t|," if sign != delimiter and sign in header), None)
+    if separator is not None:
+        shown = {"\t": "\\t"}.get(separator, separator)
+        _refuse(
+            f'the cells are separated by "{shown}"',
+            f"{file}:header",
+            why=f"a file of this name is read with {'commas' if delimiter == ',' else 'tabs'} between cells",
+            fix='python -c "import csv, sys; csv.writer(sys.stdout).writerows('
+            f"csv.reader(sys.stdin, delimiter='{shown}'))\" < {quoted(file)} > NEW.csv",
+        )
 
 
 def _rows(file: str, stream: BinaryIO, delimiter: str) -> Iterator[list[str]]:

@@ -6,6 +6,7 @@ A block is small whatever the file's size, and raw, so that another process can 
 import codecs
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO, cast
 
@@ -13,15 +14,17 @@ import pyarrow as pa
 
 from dpo_opt.precompute.read.arrow_files import arrow_blocks
 from dpo_opt.precompute.read.csv_rows import csv_blocks
+from dpo_opt.precompute.read.file_kinds import kind_of_file, other_kind, refuse_other_kind
 from dpo_opt.precompute.read.row_blocks import LONGEST_ROW, Block, TextBlock, too_long
 from dpo_opt.precompute.read.sources import SUFFIXES, open_file, reading_errors, reason_of
 from dpo_opt.precompute.read.strict_json import quote
 from dpo_opt.precompute.read.tables import table_blocks
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, quoted
 
 _BLOCK_BYTES = 2**21
 _TABLES = {".parquet": table_blocks, ".arrow": arrow_blocks}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_OBJECT_OVER_LINES = re.compile(rb'\s*\{[ \t\r]*\n[ \t]*"')
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -41,11 +44,12 @@ def read_blocks(
     """
     suffix = next((suffix for suffix in SUFFIXES if file.endswith(suffix)), None)
     if suffix is None:
+        kind = kind_of_file(file)
         raise DataError(
             "the file name does not say what the file holds",
             where=file,
-            why=f"it must end in one of {', '.join(SUFFIXES)}",
-            fix="rename the file, or convert it to JSON Lines: one JSON object per line",
+            why=f"it must end in one of {', '.join(SUFFIXES)}{f'; the file is {kind.name}' if kind else ''}",
+            fix=kind.fix if kind else "write its pairs as JSON Lines: one JSON object per line",
             kind="unreadable_file",
         )
     blocks: Iterator[Block]
@@ -71,17 +75,20 @@ def _text_blocks(file: str, suffix: str, column: Mapping[str, str]) -> Iterator[
     compression = next((name for end, name in _COMPRESSION.items() if suffix.endswith(end)), None)
     place = file
     try:
-        with open_file(file) as raw, _decompressed(raw, compression) as stream:
+        with open_file(file) as raw, _decompressed(raw, compression, file) as stream:
             for block in _divided(file, suffix, stream, column):
                 place = f"{block.prefix}{block.numbers[-1]}" if block.texts else place
                 if block.texts:
                     yield block
     except reading_errors() as error:
+        other = other_kind(file) if place == file else None
         raise DataError(
             f"cannot be read after this ({reason_of(error)})",
             where=place,
-            why="the file is cut off, damaged or not readable for this user",
-            fix="copy or download the file again",
+            why=f"the file is {other.name}, whatever its name says"
+            if other
+            else "the file is cut off, damaged or not readable for this user",
+            fix=other.fix if other else "copy or download the file again",
             kind="unreadable_file",
         ) from error
 
@@ -90,12 +97,22 @@ def _divided(file: str, suffix: str, stream: BinaryIO, column: Mapping[str, str]
     if suffix[:4] in _DELIMITERS:
         return csv_blocks(file, stream, _DELIMITERS[suffix[:4]], column)
     chunk = stream.read(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
+    if _OBJECT_OVER_LINES.match(chunk):
+        raise DataError(
+            "one JSON object over several lines",
+            where=f"{file}:1",
+            why="each line is one row",
+            fix='python -c "import json, sys; print(json.dumps(json.load(sys.stdin)))" '
+            f"< {quoted(file)} > NEW.jsonl",
+            kind="unreadable_file",
+        )
     is_array = not suffix.startswith(".jsonl") and _begins_array(chunk)
     return (_elements if is_array else _lines)(file, chunk, stream)
 
 
-def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
+def _decompressed(raw: BinaryIO, compression: str | None, file: str) -> BinaryIO:
     if compression is None:
+        refuse_other_kind(raw, file)
         return raw
     # Arrow's stream notices a cut-off end in both formats and reads files of several members.
     stream = pa.input_stream(pa.PythonFile(raw, mode="r"), compression=compression)
@@ -114,6 +131,8 @@ def _lines(file: str, chunk: bytes, stream: BinaryIO) -> Iterator[TextBlock]:
         if lines:
             lines[0] = rest + lines[0]
             rest = b""
+            if len(lines[0]) > LONGEST_ROW:
+                raise too_long(f"{file}:{number}", "line", "write one JSON object per line")
             numbered = [(i, line) for i, line in enumerate(lines, number) if line and not line.isspace()]
             number += len(lines)
             yield TextBlock(file, f"{file}:", [i for i, _ in numbered], [line for _, line in numbered])

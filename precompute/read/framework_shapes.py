@@ -1,8 +1,18 @@
 """Rows as training libraries and platforms document them, rewritten as prompt, chosen and rejected."""
 
 from dpo_opt.precompute.read.prompt_columns import refuse_media
-from dpo_opt.precompute.read.shape_parts import MEDIA, Shape, Values, kept, refuse, said
-from dpo_opt.precompute.read.strict_json import escape, kind_of, parse_json
+from dpo_opt.precompute.read.shape_parts import (
+    MEDIA,
+    Shape,
+    Values,
+    agreed,
+    is_empty,
+    kept,
+    refuse,
+    refuse_two,
+    said,
+)
+from dpo_opt.precompute.read.strict_json import escape, kind_of, parse_json, without_nulls
 
 _INPUT_KEYS = {"messages", "tools", "parallel_tool_calls"}  # the last only says how completions are sampled
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}
@@ -12,10 +22,10 @@ def _openai(values: Values, where: str) -> list[Values]:
     given = values["input"]
     if not isinstance(given, dict) or "messages" not in given:
         refuse('"input" is no object with "messages"', where)
-    other = next((key for key in given if key not in _INPUT_KEYS), None)
+    other = next((key for key in given if key not in _INPUT_KEYS and given[key] is not None), None)
     if other is not None:
         refuse(f'"input" has the key "{escape(other)}", which no chat template is given', where)
-    tools = {"tools": given["tools"]} if "tools" in given else {}
+    tools = {"tools": agreed({"input.tools": given.get("tools"), "tools": values.get("tools")}, where)}
     chosen, rejected = values["preferred_output"], values["non_preferred_output"]
     return [{**kept(values), **tools, "prompt": given["messages"], "chosen": chosen, "rejected": rejected}]
 
@@ -23,12 +33,18 @@ def _openai(values: Values, where: str) -> list[Values]:
 def _swift_response(values: Values, where: str) -> list[Values]:
     refuse_media(values, where)
     messages, response = values["messages"], values["rejected_response"]
+    whole = values.get("rejected_messages")
+    if response is None and not is_empty(whole):
+        return _swift_messages(values, where)
     if not isinstance(response, str):
         refuse(f'"rejected_response" is {kind_of(response)} where a text is expected', where)
     last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
     if not isinstance(messages, list) or not isinstance(last, dict) or last.get("role") != "assistant":
         refuse('"messages" is no conversation that ends with an answer of the assistant', where)
-    pair = {"prompt": messages[:-1], "chosen": [last], "rejected": [said("assistant", response)]}
+    answer = said("assistant", response)
+    if not is_empty(whole) and without_nulls(whole) != without_nulls([*messages[:-1], answer]):
+        refuse_two("rejected_response", "rejected_messages", where)
+    pair = {"prompt": messages[:-1], "chosen": [last], "rejected": [answer]}
     return [{**kept(values), **pair}]
 
 
@@ -42,11 +58,12 @@ def _swift_messages(values: Values, where: str) -> list[Values]:
 def _ranking(values: Values, where: str) -> list[Values]:
     """LLaMA-Factory's ShareGPT format: the conversation, and one message for each side."""
     refuse_media(values, where)
-    key = "conversations" if "conversations" in values else "messages"
-    conversation, system = values[key], values.get("system")
-    if not isinstance(conversation, list):
-        refuse(f'"{key}" is {kind_of(conversation)} where a list of messages is expected', where)
-    prompt = [_sharegpt(turn, f'message {i} of "{key}"', where) for i, turn in enumerate(conversation, 1)]
+    keys = [key for key in ("conversations", "messages") if key in values]
+    first_key, *other_keys = [key for key in keys if values[key] is not None] or keys
+    prompt = _turns(values[first_key], first_key, where)
+    for other in other_keys:
+        agreed({first_key: prompt, other: _turns(values[other], other, where)}, where)
+    system = values.get("system")
     first = prompt[0] if prompt else None
     # A system message in the conversation overrides the column.
     if system and not (isinstance(first, dict) and first.get("role") == "system"):
@@ -55,19 +72,38 @@ def _ranking(values: Values, where: str) -> list[Values]:
     return [{**kept(values), **_sharegpt_tools(values, where), "prompt": prompt, **sides}]
 
 
+def _turns(conversation: object, key: str, where: str) -> list[object]:
+    if not isinstance(conversation, list):
+        refuse(f'"{key}" is {kind_of(conversation)} where a list of messages is expected', where)
+    return [_sharegpt(turn, f'message {i} of "{key}"', where) for i, turn in enumerate(conversation, 1)]
+
+
 def _sharegpt(turn: object, name: str, where: str) -> object:
     """A message of ``role`` and ``content``, of one of ``from`` and ``value``."""
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         return turn
     role, value = turn["from"], turn["value"]
     others = {key: member for key, member in turn.items() if key not in ("from", "value")}
+    if role is None and value is None:
+        return others
     if role == "function_call":
-        return {**others, **said("assistant", ""), "tool_calls": _calls(value, name, where)}
+        call = {**said("assistant", ""), "tool_calls": _calls(value, name, where)}
+        return {**others, **_as_alone(call, others, name, where)}
     if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
         known = ", ".join([*_SHAREGPT_ROLES, "function_call"])
         found = f'"{escape(role)}"' if isinstance(role, str) else kind_of(role)
         refuse(f'"from" of {name} is {found}, none of {known}', where)
-    return {**others, **said(_SHAREGPT_ROLES[role], value)}
+    return {**others, **_as_alone(said(_SHAREGPT_ROLES[role], value), others, name, where)}
+
+
+def _as_alone(message: Values, others: Values, name: str, where: str) -> Values:
+    """What ``from`` and ``value`` say, if ``role`` and ``content`` beside them say nothing else."""
+    for key, value in message.items():
+        given = others.get(key)
+        same = _SHAREGPT_ROLES.get(str(given), given) if key == "role" else given
+        if not is_empty(given) and same != value:
+            refuse(f'{name} has "from" and "value", and another "{key}" beside them', where)
+    return message
 
 
 def _calls(value: object, name: str, where: str) -> list[Values]:
@@ -154,7 +190,12 @@ FRAMEWORK_SHAPES = (
         )
         for key in ("conversations", "messages")
     ),
-    Shape("ms-swift", frozenset({"messages", "rejected_response"}), _swift_response, also=frozenset(MEDIA)),
+    Shape(
+        "ms-swift",
+        frozenset({"messages", "rejected_response"}),
+        _swift_response,
+        also=frozenset({*MEDIA, "rejected_messages", "rejected_tools"}),
+    ),
     Shape(
         "ms-swift",
         frozenset({"messages", "rejected_messages"}),

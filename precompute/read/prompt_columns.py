@@ -4,8 +4,11 @@ A column that is left out changes the question that the answers were given to, a
 The rules:
 
 * ``input`` beside a text from ``instruction`` is put under it, after a line end (Alpaca).
-* ``system`` or ``system_prompt`` becomes the first message of a conversation. Plain text has no place for it.
-* Another name of the prompt (``question``, ``context``, ...) counts only where it says what the prompt lacks.
+* ``system``, ``system_prompt`` or ``system_message`` becomes the first message of a conversation. Plain text
+  has no place for it.
+* Another name of the prompt (``question``, ``context``, ...), and what a question is about (``document``,
+  ...), counts only where it says what the prompt lacks. So does ``prompt`` in a form that has its prompt
+  elsewhere.
 * Earlier turns (``history``) belong to a conversation; only the Alpaca form says where they stand.
 * Images, videos and sounds are never read.
 """
@@ -13,18 +16,21 @@ The rules:
 from collections.abc import Mapping
 from typing import NoReturn
 
-from dpo_opt.precompute.read.shape_parts import AROUND_KEYS, MEDIA, PROMPT_KEYS, SYSTEM_KEYS, Values, said
+from dpo_opt.precompute.read.shape_parts import (
+    AROUND_KEYS,
+    BACKGROUND_KEYS,
+    MEDIA,
+    PROMPT_KEYS,
+    SYSTEM_KEYS,
+    Values,
+    agreed,
+    is_empty,
+    said,
+)
 from dpo_opt.precompute.read.strict_json import kind_of
 from dpo_opt.schemas.errors import DataError, quoted
 
 _SPEAKS_FIRST = ("system", "developer")
-
-
-def is_empty(value: object) -> bool:
-    """Whether a column says nothing: null, or no text, list or object but such as hold nothing."""
-    if isinstance(value, dict):
-        return all(map(is_empty, value.values()))
-    return all(map(is_empty, value)) if isinstance(value, list) else value is None or value == ""
 
 
 def joined(row: Values, beside: Values, *, column: Mapping[str, str], is_form: bool, where: str) -> Values:
@@ -43,7 +49,8 @@ def joined(row: Values, beside: Values, *, column: Mapping[str, str], is_form: b
     Raises:
         DataError: A column is not empty, and no rule says how it is part of the prompt.
     """
-    filled = {key: beside[key] for key in beside.keys() & AROUND_KEYS if not is_empty(beside[key])}
+    around = AROUND_KEYS | {"prompt"} if is_form else AROUND_KEYS
+    filled = {key: beside[key] for key in beside.keys() & around if not is_empty(beside[key])}
     if not filled:
         return row
     refuse_media(filled, where)
@@ -52,17 +59,19 @@ def joined(row: Values, beside: Values, *, column: Mapping[str, str], is_form: b
     named = column.get("prompt") or next(same, "")
     if not is_form and "prompt" not in row and not beside.keys().isdisjoint(PROMPT_KEYS):
         return row  # which is refused, with the setting that reads its prompt
-    for key in (key for key in PROMPT_KEYS if key in filled and key != named):
+    for key in (key for key in (*PROMPT_KEYS, *BACKGROUND_KEYS) if key in filled and key != named):
         more = filled[key]
         if (named, key) == ("instruction", "input") and isinstance(prompt, str) and isinstance(more, str):
             row = {**row, "prompt": f"{prompt}\n{more}"}
         elif not _is_said(more, row):
-            _refuse(key, where, why="it may belong to the prompt, and nothing says where in it")
+            _refuse_more(key, where)
     if "history" in filled:
         fix = _read_otherwise(row, named, "history", column, is_form) if named == "instruction" else None
         _refuse("history", where, why="nothing says where these turns stand in the prompt", fix=fix)
-    system = next((key for key in SYSTEM_KEYS if key in filled), None)
-    return row if system is None else _with_system(row, filled[system], system, named, column, is_form, where)
+    systems = {key: filled[key] for key in SYSTEM_KEYS if key in filled}
+    if not systems:
+        return row
+    return _with_system(row, agreed(systems, where), next(iter(systems)), named, column, is_form, where)
 
 
 def refuse_media(values: Mapping[str, object], where: str) -> None:
@@ -152,6 +161,25 @@ def _read_otherwise(
         return f"{leave_out}{f', and pass{system}' if system else ''}, to read a conversation"
     instead = f" instead of --column prompt={quoted(named)}" if "prompt" in column else ""
     return f"pass --column question={quoted(named)}{system}{instead}, to read a conversation"
+
+
+def _refuse_more(key: str, where: str) -> NoReturn:
+    why = "it may belong to the prompt, and nothing says where in it"
+    into = "write it into the prompt"
+    if key == "prompt":
+        why, into = (
+            "the row has its prompt elsewhere, and this is no part of it",
+            "write the row with one prompt",
+        )
+    elif key == "documents":
+        into = 'write it into the prompt, or for a template that shows documents into "chat_template_kwargs"'
+    raise DataError(
+        f'"{key}" is not empty',
+        where=where,
+        why=why,
+        fix=f"{into}, as the answers were given to it, or pass --ignore-column {key} to train without it",
+        kind="prompt_column",
+    )
 
 
 def _refuse(key: str, where: str, *, why: str, fix: str | None = None) -> NoReturn:

@@ -7,20 +7,24 @@ makes 6 pairs of 4); a tie prefers nothing and is refused as such, so that leavi
 import itertools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 from dpo_opt.precompute.read.shape_parts import (
     PROMPT_KEYS,
     Shape,
     Values,
+    agreed,
     kept,
     prompt_of,
     refuse,
     refuse_tie,
+    refuse_two,
     said,
 )
 from dpo_opt.precompute.read.strict_json import kind_of
 
 _LISTS = ("completions", "responses", "answers")
+_LISTS_OF_NUMBERS = ("ranks", "scores", "rewards", "rank", "score")
 _SCORE_KEYS = ("score", "overall_score", "rating", "reward")
 _TEXT_KEYS = ("completion", "response", "text", "content", "answer")
 _MOST_COMPLETIONS = 256  # of one prompt; they are up to 32,640 pairs
@@ -47,15 +51,31 @@ def _ranked(values: Values, where: str) -> list[Values]:
 
 def _goodness(values: Values, completions: list[object], key: str, where: str) -> list[float]:
     """One number per completion, larger is better, from a list of the row or a key of each completion."""
-    for name in ("ranks", "scores", "rewards", "rank", "score"):
-        beside = values.get(name)
-        if isinstance(beside, list):
-            return _numbers(beside, len(completions), name, where)
+    beside = {name: values[name] for name in _LISTS_OF_NUMBERS if isinstance(values.get(name), list)}
+    if beside:
+        first, *others = beside
+        goodness = _numbers(cast(list[object], beside[first]), len(completions), first, where)
+        for other in others:
+            if _is_opposed(goodness, cast(list[object], beside[other]), other):
+                refuse_two(first, other, where)
+        return goodness
     for name in ("rank", *_SCORE_KEYS):
         inside = [c.get(name) for c in completions if isinstance(c, dict)]
         if len(inside) == len(completions) and None not in inside:
             return _numbers(inside, len(completions), name, where)
     refuse(f'"{key}" has neither ranks nor scores', where)
+
+
+def _is_opposed(goodness: list[float], found: list[object], name: str) -> bool:
+    """Whether a list that is not read prefers some completion over one that ``goodness`` puts before it."""
+    numbers = [value for value in found if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) != len(found) or len(found) != len(goodness):
+        return False  # it ranks nothing
+    sign = -1 if name.startswith("rank") else 1
+    both = itertools.combinations(zip(goodness, numbers, strict=True), 2)
+    return any(
+        sign * (read - other_read) * (value - other) < 0 for (read, value), (other_read, other) in both
+    )
 
 
 def _numbers(found: Sequence[object], count: int, name: str, where: str) -> list[float]:
@@ -95,8 +115,9 @@ def _vertex(values: Values, where: str) -> list[Values]:
         refuse('"contents" and "completions" are not two lists', where)
     if len(completions) != 2:
         refuse(f'"completions" has {len(completions)} completions where two are expected', where)
-    system = next((values[key] for key in _INSTRUCTIONS if values.get(key)), None)
-    prompt = [] if system is None else [said("system", _joined_parts(system, "the instruction", where))]
+    given = [key for key in _INSTRUCTIONS if values.get(key)]
+    system = agreed({key: _joined_parts(values[key], "the instruction", where) for key in given}, where)
+    prompt = [said("system", system)] if given else []
     prompt += [_turn(turn, f'turn {i} of "contents"', where) for i, turn in enumerate(contents, 1)]
     sides = []
     for i, completion in enumerate(completions, 1):

@@ -5,7 +5,6 @@ next; each of these reaches the loss as an ordinary number. Here every row is wh
 with its line. ``shared_prompt`` finds the prompt of a row that has no key of it.
 """
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple, NoReturn, cast
 
@@ -17,18 +16,21 @@ from dpo_opt.precompute.read.messages import (
     refuse_text_of_messages,
     refuse_unwritable,
 )
-from dpo_opt.precompute.read.prompt_columns import is_empty, joined
+from dpo_opt.precompute.read.numbers_of_rows import RATINGS, margin_of, number_of, ratings_of
+from dpo_opt.precompute.read.prompt_columns import joined
 from dpo_opt.precompute.read.shape_parts import (
     AROUND_KEYS,
     CARRIED_KEYS,
     PROMPT_KEYS,
     SYSTEM_KEYS,
     Values,
+    is_empty,
     said,
 )
 from dpo_opt.precompute.read.shapes import find_shape
 from dpo_opt.precompute.read.shared_prompt import is_transcript, split_prompt
 from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, parse_json, quote, without_nulls
+from dpo_opt.precompute.read.wrapped_rows import refuse_wrapped
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message, PreferencePair, Text
 
@@ -78,6 +80,7 @@ def to_pairs(
         return [pair], form
     if shape is None:
         refuse_foreign(values.keys(), where)
+        refuse_wrapped(values, where)
         missing = "rejected" if "chosen" in values else "chosen"
         found = quote(", ".join(map(escape, values))) or "none"
         raise DataError(
@@ -88,7 +91,7 @@ def to_pairs(
             kind="missing_key",
         )
     rows = shape.convert(values, where)
-    if not is_alone:
+    if not is_alone or "prompt" in values:
         unread = {key: values[key] for key in values.keys() - shape.keys - shape.also}
         rows = [joined(row, unread, column=column or {}, is_form=True, where=where) for row in rows]
     made = [_to_pair(row, where) for row in rows]
@@ -162,11 +165,12 @@ def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:
         rejected,
         _source(values.get("source"), where),
         where,
-        weight=_number(values.get("weight"), "weight", where, least=0.0),
-        margin=_margin(values, where),
+        weight=number_of(values.get("weight"), "weight", where, least=0.0),
+        margin=margin_of(values, where),
         tools=_tools(values.get("tools"), where),
         chat_template_kwargs=_template_kwargs(values.get("chat_template_kwargs"), where),
         id=_id(values.get("id"), where),
+        rated=ratings_of(values),
     )
     if pair.tools is not None and isinstance(prompt, str):
         _refuse(
@@ -175,7 +179,7 @@ def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:
     return pair, form
 
 
-_CARRIED = frozenset(CARRIED_KEYS) | {"score_chosen"}
+_CARRIED = frozenset(CARRIED_KEYS) | RATINGS.keys()
 _FORMS = {
     (messages, given): Form(name, rules=name)
     for messages, kind in ((False, "text"), (True, "messages"))
@@ -214,30 +218,6 @@ def _id(value: object, where: str) -> str | None:
         refuse_surrogates(value, "id", where)
         return value
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _number(value: object, key: str, where: str, *, least: float = -math.inf) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        _refuse(key, f"is {kind_of(value)}", where, why="it must be a number", kind="number")
-    number = -math.inf if value < -_LARGEST else math.inf if value > _LARGEST else float(value)
-    if not (math.isfinite(number) and number >= least):
-        why = f"it must be finite and at least {least:g}" if math.isfinite(least) else "it must be finite"
-        _refuse(key, f"is {number:g}", where, why=why, kind="number")
-    return number
-
-
-_LARGEST = 1e30  # no weight or margin is; a whole number of hundreds of digits is no float at all
-
-
-def _margin(values: Values, where: str) -> float | None:
-    """The row's own margin, or how much better the chosen completion was scored."""
-    if "margin" in values or "score_chosen" not in values or "score_rejected" not in values:
-        return _number(values.get("margin"), "margin", where)
-    chosen = _number(values["score_chosen"], "score_chosen", where)
-    rejected = _number(values["score_rejected"], "score_rejected", where)
-    return None if chosen is None or rejected is None else chosen - rejected
 
 
 def _tools(value: object, where: str) -> list[object] | None:

@@ -1,6 +1,6 @@
 """What every published form of row has: its keys, how it becomes pairs, and how it is refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, NoReturn
 
 from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of
@@ -11,13 +11,24 @@ Values = dict[str, object]
 PROMPT_KEYS = ("prompt", "instruction", "question", "context", "input", "query")
 """Keys that publishers use for the prompt. In a row with ``chosen`` only ``prompt`` is one."""
 
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-SYSTEM_KEYS = ("system", "system_prompt")
+MEDIA = (
+    *("image", "images", "image_path", "img_path", "image_url", "rejected_images"),
+    *("video", "videos", "video_path", "rejected_videos"),
+    *("audio", "audios", "audio_path", "rejected_audios"),
+)
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+BACKGROUND_KEYS = ("document", "documents", "knowledge")
+"""Keys of what a question is about."""
 
-ADDED_COLUMNS = frozenset({*MEDIA, *SYSTEM_KEYS})
+ADDED_COLUMNS = frozenset(
+    {*("image", "images", "video", "videos", "audio", "audios"), *("system", "system_prompt")}
+)
 """Columns of tables that early versions loaded for some forms only."""
 
-AROUND_KEYS = ADDED_COLUMNS | {*PROMPT_KEYS, "history"} - {"prompt"}
+LATE_COLUMNS = frozenset({*MEDIA, *SYSTEM_KEYS, *BACKGROUND_KEYS}) - ADDED_COLUMNS
+"""Columns of tables that early versions never loaded."""
+
+AROUND_KEYS = ADDED_COLUMNS | LATE_COLUMNS | {*PROMPT_KEYS, "history"} - {"prompt"}
 """Keys beside a pair that may belong to its prompt."""
 
 CARRIED_KEYS = ("source", "id", "weight", "margin", "tools", "chat_template_kwargs")
@@ -50,6 +61,41 @@ class Shape(NamedTuple):
 def kept(values: Values) -> Values:
     """Those values of a row that are carried along with its texts."""
     return {key: values[key] for key in CARRIED_KEYS if key in values}
+
+
+def is_empty(value: object) -> bool:
+    """Whether a column says nothing: null, or no text, list or object but such as hold nothing."""
+    if isinstance(value, dict):
+        return all(map(is_empty, value.values()))
+    return all(map(is_empty, value)) if isinstance(value, list) else value is None or value == ""
+
+
+def agreed(named: Mapping[str, object], where: str) -> object:
+    """What several keys of a row say, each of which alone would be read; None where all are empty.
+
+    Args:
+        named: Key to value. The first that is not empty counts.
+        where: Names the row in messages.
+
+    Raises:
+        DataError: Two of them say different things.
+    """
+    given = [key for key, value in named.items() if not is_empty(value)]
+    for other in given[1:]:
+        if named[other] != named[given[0]]:
+            refuse_two(given[0], other, where)
+    return named[given[0]] if given else None
+
+
+def refuse_two(first: str, second: str, where: str) -> NoReturn:
+    """Refuse a row in which two keys say one part of the pair, each in its way."""
+    raise DataError(
+        f'"{escape(first)}" and "{escape(second)}" say different things',
+        where=where,
+        why="each of them alone would be read, and which is meant cannot be known",
+        fix=f"remove one of them from the row, or pass --ignore-column {second} to read the other",
+        kind="two_sources",
+    )
 
 
 def prompt_of(values: Values, where: str) -> object:

@@ -31,6 +31,7 @@ from collections.abc import Callable, Set
 from typing import NamedTuple
 
 from dpo_opt.precompute.read.framework_shapes import FRAMEWORK_SHAPES
+from dpo_opt.precompute.read.numbers_of_rows import RATINGS
 from dpo_opt.precompute.read.ranked_shapes import RANKED_SHAPES
 from dpo_opt.precompute.read.shape_parts import (
     AROUND_KEYS,
@@ -38,6 +39,7 @@ from dpo_opt.precompute.read.shape_parts import (
     PROMPT_KEYS,
     Shape,
     Values,
+    agreed,
     kept,
     prompt_of,
     refuse,
@@ -95,10 +97,15 @@ class _Comparison(NamedTuple):
     """The completions are an assistant's texts where the prompt is a list of messages."""
     source: str | None = None
     """The pair's source, in a row without the key ``source``."""
+    other_label: str | None = None
+    """Another key that labels such rows; one of them may be null, and both may say the same."""
 
     def convert(self, values: Values, where: str) -> list[Values]:
         """The row's pair."""
-        prefers_first = self.prefers_first(self.label, values[self.label], where)
+        labels = {key: values.get(key) for key in (self.label, self.other_label) if key is not None}
+        given = {key: label for key, label in labels.items() if label is not None} or {self.label: None}
+        found = {key: self.prefers_first(key, label, where) for key, label in given.items()}
+        prefers_first = agreed(found, where)
         prompt = [said("user", values[self.user_text])] if self.user_text else prompt_of(values, where)
         sides = [values[self.first], values[self.second]]
         if self.assistant_texts and isinstance(prompt, list):
@@ -197,7 +204,9 @@ _LABELLED_SHAPES = (
         assistant_texts=True,
         source="domain",
     ).shape("SHP"),
-    _Comparison("response_a", "response_b", "preference", _by_letter).shape("labelled responses"),
+    _Comparison("response_a", "response_b", "preference", _by_letter, other_label="winner").shape(
+        "labelled responses"
+    ),
     _Comparison("response_a", "response_b", "winner", _by_letter).shape("labelled responses"),
     _Comparison("response_0", "response_1", "better_response_id", _first_is_0).shape(
         "safety-labelled responses"
@@ -224,7 +233,9 @@ _PAIR_SHAPES = tuple(shape for shape in SHAPES if shape.keys >= _BOTH)
 # The keys of other forms are loaded where a table has all keys of the form.
 _ALWAYS_READ = frozenset(
     {
-        *("chosen", "rejected", "score_chosen", "score_rejected", "domain"),
+        *("chosen", "rejected", "domain"),
+        *RATINGS.keys(),
+        *RATINGS.values(),
         *("ranks", "scores", "rewards", "rank", "score", "completions", "responses"),
         *PROMPT_KEYS,
         *CARRIED_KEYS,

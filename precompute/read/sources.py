@@ -40,6 +40,8 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
     **dict.fromkeys(("eval", "evaluation"), "eval"),
 }
+# As in train-00000-of-00002-a09b74b3ef9c3b56 and train.part-1.
+_NUMBERING = re.compile(r"[\W_]+(part|shard|chunk|of|\d+|[0-9a-f]{8,})(?![^\W_])", re.IGNORECASE)
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -73,7 +75,9 @@ def merged_splits(source: Source) -> dict[str, str]:
     """Splits that a source reads as one, such as train and test, with the ``--data`` that names each.
 
     Told by the dataset's card, in the folder that holds all of its files or in the one above, else by the
-    files' names below that folder; empty where there are no two.
+    files' names below that folder; empty where there are no two. Where the names know one split alone, what
+    else they say tells parts of it apart (``train_prefs`` and ``train_sft``), and files without its name are
+    another part.
     """
     files = source.files
     if len(files) < 2:
@@ -86,14 +90,27 @@ def merged_splits(source: Source) -> dict[str, str]:
         if len(told) > 1:
             return {name: _name_of(source, *told[name]) for name in sorted(told)}
     splits: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
     for file in files:
         words = _WORD.findall(file.removeprefix(base).lower())
         split = next((_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES), None)
         if split is not None:
             splits.setdefault(split, []).append(file)
+        parts.setdefault(_part_of(file.removeprefix(base)), []).append(file)
+    if len(splits) == 1:
+        splits = parts
     if len(splits) < 2:
         return {}
     return {split: _name_of(source, "", sorted(own)) for split, own in sorted(splits.items())}
+
+
+def _part_of(name: str) -> str:
+    """A file's name up to the part of its path that names a split, without what numbers files."""
+    suffix = next((end for end in SUFFIXES if name.endswith(end)), "")
+    parts = name.removesuffix(suffix).strip("/").split("/")
+    named = [i for i, part in enumerate(parts, 1) if _SPLIT_NAMES.keys() & set(_WORD.findall(part.lower()))]
+    kept = parts[: max(named, default=len(parts))]
+    return "/".join(_NUMBERING.sub("", f"-{part}").removeprefix("-") for part in kept)
 
 
 def _name_of(source: Source, pattern: str, files: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_opt.precompute.read.file_kinds import other_kind
 from dpo_opt.precompute.read.foreign_forms import refuse_foreign
 from dpo_opt.precompute.read.row_blocks import LONGEST_ROW, TableBlock, too_long
 from dpo_opt.precompute.read.shapes import has_form, keys_to_read
@@ -61,11 +62,14 @@ def table_blocks(
 
 def not_readable(file: str, form: str, reason: str) -> DataError:
     """The refusal of a table's file that cannot be read to its end."""
+    other = other_kind(file)
     return DataError(
         f"not readable as {form} ({reason})",
         where=file,
-        why="the file is cut off, damaged or of another format",
-        fix="copy or download the file again",
+        why=f"the file is {other.name}, whatever its name says"
+        if other
+        else "the file is cut off, damaged or of another format",
+        fix=other.fix if other else "copy or download the file again",
         kind="unreadable_file",
     )
 

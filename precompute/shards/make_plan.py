@@ -59,9 +59,14 @@ class Planned(NamedTuple):
     """The folder's plans when this one was made."""
     model: Path | None = None
     """Folder of the reference, whose configuration is stored next to the plan."""
+    bad_row_count: int = 0
+    """How many rows are left out."""
 
 
 _BAD_ROWS_SHOWN = 5
+_ROWS_TRIED = 100
+"""Bad rows at the beginning of the data after which all are taken for bad."""
+_CORRECT_ROWS = "correct the rows as `dpo-opt check DATA --model M` says"
 
 
 def make_plan(
@@ -115,6 +120,7 @@ def _plan_after(
     columns = {name: new_column() for name in named}
     bad_rows: list[BadRow] = []
     shapes: set[Shape] = set()
+    weighted = not_weighted = bad = 0
     for row in _facts_of_rows(config, reference, tokenizer, tokenize_all=tokenize_all):
         error = row.error
         if row.example is not None and row.example.shape not in shapes:
@@ -124,13 +130,24 @@ def _plan_after(
         if error is not None:
             if config.on_bad_row == "error":
                 raise error
+            bad += 1
             if len(bad_rows) < _BAD_ROWS_SHOWN:
                 bad_rows.append(BadRow(division.rows, error, b""))
+        elif row.used:
+            zero = row.numbers.get("weight") == 0
+            weighted, not_weighted = weighted + (not zero), not_weighted + zero
         for name, value in row.numbers.items():
             column = columns.setdefault(name, new_column())
             column.rows.append(division.rows)
             column.values.append(value)
         division.add(row)
+    if not_weighted and not weighted and not earlier:
+        raise DataError(
+            "the weights of all pairs are 0",
+            where=", ".join(config.data),
+            why="no pair would count in the loss, and `train` would refuse the folder",
+            fix="correct the column weight, or pass --ignore-column weight to leave it out",
+        )
     by_message = division.counts_bad_rows_by_message()
     plan = Plan(
         fingerprint=fingerprint_of(config, reference, tokenizer, numerics),
@@ -143,7 +160,14 @@ def _plan_after(
     known = division.known
     known_digest = None if known is None else known.hexdigest(by_message=by_message)
     return Planned(
-        plan, known_digest, columns, _known_columns(columns, earlier), bad_rows, earlier, reference.folder
+        plan,
+        known_digest,
+        columns,
+        _known_columns(columns, earlier),
+        bad_rows,
+        earlier,
+        reference.folder,
+        bad,
     )
 
 
@@ -253,26 +277,31 @@ def _good_blocks(config: PrecomputeConfig) -> Iterator[tuple[Block, Reading]]:
 
 def _require_a_usable_pair(config: PrecomputeConfig, reference: Reference, tokenizer: PairTokenizer) -> None:
     reasons: Counter[str] = Counter()
+    refused: list[DataError] = []
     needed = completion = sys.maxsize
     for item in scan_pairs(config):
+        if len(refused) == _ROWS_TRIED:
+            break
         if isinstance(item, BadRow):
-            if config.on_bad_row == "error":
-                raise item.error
+            refused += [item.error] if config.on_bad_row == "error" else []
             reasons["bad_row"] += 1
             continue
         (ids,) = tokenizer.encode([item])
         if isinstance(ids, DataError):
-            if config.on_bad_row == "error":
-                raise ids
+            refused += [ids] if config.on_bad_row == "error" else []
             reasons[f"bad_row:{ids.kind}"] += 1
             continue
         fitted = tokenizer.fit(item, ids)
         if isinstance(fitted, TokenizedPair):
+            if refused:
+                raise refused[0]
             return
         reasons[fitted.reason] += 1
         if fitted.reason not in DROP_FIXES:
             longest = max(len(ids.chosen), len(ids.rejected))
             needed, completion = min(needed, len(ids.prompt) + longest), min(completion, longest)
+    if refused:
+        raise _as_all_are(refused[0])
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     raise DataError(
         f"none of the {reasons.total()} pairs can be used ({counts})",
@@ -280,6 +309,13 @@ def _require_a_usable_pair(config: PrecomputeConfig, reference: Reference, token
         why="nothing would be left to train on",
         fix=_way_out(config, reference, reasons.most_common(1)[0][0], needed, completion),
     )
+
+
+def _as_all_are(error: DataError) -> DataError:
+    """The error of the first row where every row has one, so that to leave such rows out leaves nothing."""
+    if "--on-bad-row skip" not in (error.fix or ""):
+        return error
+    return DataError(error.what, where=error.where, why=error.why, fix=_CORRECT_ROWS, kind=error.kind)
 
 
 def _way_out(
@@ -295,7 +331,7 @@ def _way_out(
         completion: Tokens of the shortest longer completion among those pairs.
     """
     if reason.startswith("bad_row"):
-        return "correct the rows as `dpo-opt check DATA --model M` says"
+        return _CORRECT_ROWS
     if reason in DROP_FIXES:
         return DROP_FIXES[reason]
     if needed <= (context_length(reference.folder) or needed):

@@ -36,7 +36,8 @@ def refusal_noted(shards_dir: AnyPath, plan: Plan) -> Iterator[None]:
     except DpoOptError:
         # A folder that cannot be written keeps its plan; the refusal matters more.
         with contextlib.suppress(OSError, DpoOptError):
-            if _nothing_scored(shards_dir):
+            # Others may be at shards of it still, and are refused as this run was.
+            if all(name.startswith(".") for name in _work(shards_dir)):
                 write_text(shards_dir / REFUSED, _digest(plan))
         raise
 
@@ -51,7 +52,7 @@ def is_refused(shards_dir: AnyPath, plans: Sequence[Plan]) -> bool:
     if len(plans) != 1:
         return False
     noted = read_all(shards_dir, [REFUSED]).get(REFUSED)
-    return noted == _digest(plans[0]).encode() and _nothing_scored(shards_dir)
+    return noted == _digest(plans[0]).encode() and not _work(shards_dir)
 
 
 def take_back(shards_dir: AnyPath, *, first: str) -> None:
@@ -71,9 +72,9 @@ def take_back(shards_dir: AnyPath, *, first: str) -> None:
     remove(shards_dir / REFUSED)
 
 
-def _nothing_scored(shards_dir: AnyPath) -> bool:
-    """Whether no worker left a file of its work, the mark of the shard that it is scoring included."""
-    return not any(sizes(shards_dir / folder) for folder in (COMMITS, DATA, DROPPED))
+def _work(shards_dir: AnyPath) -> list[str]:
+    """The files of workers: what is scored and, with a dot first, the marks of what is being scored."""
+    return [name for folder in (COMMITS, DATA, DROPPED) for name in sizes(shards_dir / folder)]
 
 
 def _digest(plan: Plan) -> str:

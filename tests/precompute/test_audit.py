@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fakes import write_jsonl
 from hypothesis import given, settings
@@ -19,7 +21,13 @@ from dpo_opt.precompute.check.audit import audit
 from dpo_opt.precompute.check.forecast import estimate, forecast, forecast_lengths, kept_pairs
 from dpo_opt.precompute.check.near_duplicates import nearest_earlier
 from dpo_opt.precompute.check.pair_statistics import Facts, Wanted, collect
-from dpo_opt.precompute.check.problems import BAD_ROWS, FOUND
+from dpo_opt.precompute.check.problems import (
+    BAD_ROWS,
+    FOUND,
+    LEAVES_NOTHING,
+    MERGED_TURNS,
+    without_skipping,
+)
 from dpo_opt.precompute.config import CheckConfig, DataConfig, Truncation
 from dpo_opt.precompute.read import files
 from dpo_opt.precompute.read.datasets import read_pairs
@@ -694,6 +702,9 @@ def test_lengths_to_forecast_reach_from_short_to_everything() -> None:
     assert forecast_lengths(lengths(256), 1024) == [256, 1024]
     assert forecast_lengths(lengths(257), 100) == [100, 256, 512]
     assert forecast_lengths(lengths(40_000), 512)[-1] == 32768
+    # None that the model does not take: its context stands for all that are longer.
+    assert forecast_lengths(lengths(40_000), 512, context=1000) == [256, 512, 1000]
+    assert forecast_lengths(lengths(300), 256, context=512) == [256, 512]
 
 
 @pytest.mark.parametrize("mode", TRUNCATIONS)
@@ -879,3 +890,112 @@ def test_margins_that_prefer_the_other_side_or_neither_are_said(tmp_path: Path) 
         "negative_margin": ("warning", 3),
         "zero_margin": ("warning", 2),
     }
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("score_chosen", "score_rejected"),
+        ("chosen_score", "rejected_score"),
+        ("chosen-rating", "rejected-rating"),
+        ("chosen_rating", "rejected_rating"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_ratings_that_prefer_the_other_side_or_neither_are_said(
+    chosen: str, rejected: str, kind: str, tmp_path: Path
+) -> None:
+    ratings = [(5, 1), (1, 5), (3, 3), (None, 3), (4.5, 4.75), (2, 1)]
+    rows = [
+        {"prompt": f"p{i}", "chosen": f" a{i}", "rejected": f" b{i}", chosen: a, rejected: b}
+        for i, (a, b) in enumerate(ratings)
+    ]
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        write_jsonl(path, rows)
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        lines = [
+            ",".join(rows[0]),
+            *(",".join("" if v is None else str(v) for v in r.values()) for r in rows),
+        ]
+        path.write_text("\n".join(lines) + "\n")
+    found = by_kind(check(path))
+    assert {key: p.count for key, p in found.items()} == {"negative_margin": 2, "zero_margin": 1}
+    # A text that calls itself a rating is compared by nobody, and a margin of the row's own hides nothing.
+    words = [{**row, chosen: "good", rejected: "bad"} for row in rows]
+    if not chosen.startswith("score"):
+        assert not check(write_jsonl(tmp_path / "b.jsonl", words)).problems
+    beside = [{**row, "margin": 1.0} for row in rows]
+    assert by_kind(check(write_jsonl(tmp_path / "c.jsonl", beside))).keys() == found.keys()
+
+
+SKIPPED = "`--on-bad-row skip`"
+
+
+def test_rows_that_are_all_bad_are_not_said_to_be_left_out(tmp_path: Path) -> None:
+    ties = [{"prompt": f"p{i}", "response_a": "a", "response_b": "b", "preference": "tie"} for i in range(3)]
+    found = by_kind(check(write_jsonl(tmp_path / "a.jsonl", ties)))
+    assert found["tie"].fix == "correct or remove the rows"
+    good = {**ties[0], "preference": "a"}
+    assert SKIPPED in by_kind(check(write_jsonl(tmp_path / "b.jsonl", [*ties, good])))["tie"].fix
+    for kind, texts in BAD_ROWS.items():
+        alone = without_skipping(kind)
+        assert "skip" not in alone
+        assert len(alone) > 9
+        assert texts.fix.startswith(alone), kind
+
+
+def test_what_convert_would_leave_nothing_of_is_not_said_to_be_removed_by_it(tmp_path: Path) -> None:
+    def fixes(rows: Rows) -> set[str]:
+        return {p.fix for p in check(write_jsonl(tmp_path / "a.jsonl", rows)).problems}
+
+    same = [{"prompt": f"p{i}", "chosen": " a", "rejected": " a"} for i in range(3)]
+    both = [
+        {"prompt": "p", "chosen": " a", "rejected": " b"},
+        {"prompt": "p", "chosen": " b", "rejected": " a"},
+    ]
+    for rows in (same, both, [*same, *both]):
+        assert fixes(rows) == {LEAVES_NOTHING}
+        good = {"prompt": "q", "chosen": " a", "rejected": " c"}
+        assert LEAVES_NOTHING not in fixes([*rows, good])
+
+
+def test_prompts_that_merge_are_no_fault_of_conversations(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    rows: Rows = [
+        {
+            "prompt": [{"role": "user", "content": "The answer is h"}],
+            "chosen": [{"role": "assistant", "content": "e"}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        }
+    ]
+    found = by_kind(check(write_jsonl(tmp_path / "a.jsonl", rows), model=str(model)))
+    assert found["merged"].fix == MERGED_TURNS
+    plain = [{"prompt": "The answer is h", "chosen": "e", "rejected": "no"}]
+    found = by_kind(check(write_jsonl(tmp_path / "b.jsonl", plain), model=str(model)))
+    assert found["merged"].fix == FOUND["merged"].fix
+
+
+def test_a_completion_that_nearly_all_pairs_have_is_said(tmp_path: Path) -> None:
+    def found(same: str, pairs: int, others: int) -> dict[str, Problem]:
+        rows = [{"prompt": f"p{i}", "chosen": f" a{i}", "rejected": f" b{i}"} for i in range(pairs + others)]
+        for row in rows[:pairs]:
+            row[same] = " The same."
+        return by_kind(check(write_jsonl(tmp_path / "a.jsonl", rows)))
+
+    for side in ("chosen", "rejected"):
+        problem = found(side, 19, 1)[f"shared_{side}"]
+        assert (problem.severity, problem.count) == ("warning", 19)
+        assert not found(side, 18, 2)
+        assert not found(side, 9, 0)
+
+
+def test_weights_that_are_all_0_are_an_error_and_some_are_not(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": f" a{i}", "rejected": f" b{i}", "weight": 0} for i in range(4)]
+    found = by_kind(check(write_jsonl(tmp_path / "a.jsonl", rows)))
+    assert {kind: (p.severity, p.count) for kind, p in found.items()} == {"no_weight": ("error", 4)}
+    assert not check(write_jsonl(tmp_path / "b.jsonl", [*rows[1:], {**rows[0], "weight": 0.1}])).problems

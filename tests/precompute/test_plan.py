@@ -331,3 +331,14 @@ def test_a_folder_without_a_readable_plan_says_so(tmp_path: Path, content: bytes
         read_plan(tmp_path)
     assert caught.value.exit_code == 3
     assert caught.value.where == str(tmp_path if content is None else tmp_path / PLAN)
+
+
+def test_weights_that_are_all_0_are_refused_before_anything_is_scored(plan_of: Plans, tmp_path: Path) -> None:
+    rows = [row | {"weight": 0} for row in preference_rows(4)]
+    data = write_jsonl(tmp_path / "weightless.jsonl", rows)
+    with pytest.raises(DataError, match="the weights of all pairs are 0") as refused:
+        plan_of(data=[str(data)])
+    assert "--ignore-column weight" in str(refused.value.fix)
+    assert plan_of(data=[str(data)], ignore_column=["weight"]).rows == 4
+    write_jsonl(data, [*rows, preference_rows(5)[4]])
+    assert plan_of(data=[str(data)]).rows == 5

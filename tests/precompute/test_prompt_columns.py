@@ -64,6 +64,7 @@ def settings_of(fix: str) -> dict[str, Any]:
     [
         ({**CHAT, "system": "Be kind."}, {}, ([SYSTEM, USER], SO, NO)),
         ({**CHAT, "system_prompt": "Be kind.", "system": ""}, {}, ([SYSTEM, USER], SO, NO)),
+        ({**CHAT, "system_message": "Be kind."}, {}, ([SYSTEM, USER], SO, NO)),
         ({**CHAT, "prompt": USER, "system": "Be kind."}, {}, ([SYSTEM, USER], SO, NO)),
         ({**CHAT, "prompt": "How?", "system": "Be kind."}, {}, ([SYSTEM, USER], SO, NO)),
         ({**CHAT, "prompt": [SYSTEM, USER], "system": "Be kind."}, {}, ([SYSTEM, USER], SO, NO)),
@@ -71,6 +72,8 @@ def settings_of(fix: str) -> dict[str, Any]:
         ({**WHOLE, "prompt": "How?", "system": "Be kind."}, {}, ([SYSTEM, USER], SO, NO)),
         ({**TEXT, "prompt": "Be kind. How?", "system": "Be kind."}, {}, ("Be kind. How?", "So.", "No.")),
         ({**TEXT, "question": "How?", "context": " "}, {}, ("How?", "So.", "No.")),
+        ({**TEXT, "prompt": "A page. How?", "document": "A page."}, {}, ("A page. How?", "So.", "No.")),
+        ({**TEXT, "documents": [], "knowledge": None, "img_path": ""}, {}, ("How?", "So.", "No.")),
         ({**CHAT, "question": "How?", "images": [], "audio": None}, {}, ([USER], SO, NO)),
         ({**CHAT, "images": [None], "image": {"bytes": None, "path": ""}}, {}, ([USER], SO, NO)),
         ({**CHAT, "images": ["a.png"]}, {"ignore_column": ["images"]}, ([USER], SO, NO)),
@@ -113,6 +116,18 @@ REFUSED = [
     ({**TEXT, "input": "The cat sleeps."}, {}, "input", "How?"),
     ({**TEXT, "question": "Why?"}, {}, "question", "How?"),
     ({**CHAT, "context": "A long page."}, {}, "context", [USER]),
+    ({**CHAT, "documents": [{"title": "A", "text": "A long page."}]}, {}, "documents", [USER]),
+    ({**TEXT, "knowledge": "A long page."}, {}, "knowledge", "How?"),
+    ({"instruction": "How?", **SIDES, "document": "A long page."}, {}, "document", [USER]),
+    (
+        {"instruction": "How?", **SIDES, "document": "A long page."},
+        {"prompt": "instruction"},
+        "document",
+        None,
+    ),
+    ({"prompt": "How?", **RANKED, "document": "A long page."}, {}, "document", "How?"),
+    ({**TEXT, "system_message": "Be kind."}, {}, "system_message", [SYSTEM, USER]),
+    ({"messages": [USER, *SO], "rejected_response": "No.", "prompt": "Why?"}, {}, "prompt", [USER]),
     ({**CHAT, "prompt": [said("system", "Be rude."), USER], "system": "Be kind."}, {}, "system", None),
     ({**CHAT, "system": ["Be kind."]}, {}, "system", [USER]),
     ({"prompt": "How?", **RANKED, "system": "Be kind."}, {}, "system", "How?"),
@@ -121,7 +136,8 @@ REFUSED = [
         ({**CHAT, key: value}, {}, key, [USER])
         for key, value in {
             **{"image": "a.png", "images": ["a.png"], "video": {"path": "a.mp4"}, "videos": [{"url": "u"}]},
-            **{"audio": {"bytes": b"b"}, "audios": ["a.wav"]},
+            **{"audio": {"bytes": b"b"}, "audios": ["a.wav"], "img_path": "a.png", "image_url": "u"},
+            **{"rejected_images": ["a.png"], "video_path": "a.mp4"},
         }.items()
     ),
     ({"prompt": "How?", **RANKED, "images": ["a.png"]}, {}, "images", "How?"),
@@ -144,6 +160,15 @@ def test_a_column_that_nothing_would_read_is_refused_and_the_advice_leads_on(
             assert found.prompt == prompt
         ignored = read(path, column=column, ignore_column=[key])
         assert isinstance(ignored, PreferencePair)
+
+
+def test_the_question_beside_a_document_is_not_lost_where_the_document_is_the_prompt(tmp_path: Path) -> None:
+    row = {"instruction": "How?", **SIDES, "document": "A page."}
+    for path in written(tmp_path, row):
+        error = read(path, column={"prompt": "document"})
+        assert isinstance(error, DataError)
+        assert error.what == '"instruction" is not empty'
+        assert str(error.fix).startswith("write it into the prompt")
 
 
 def test_a_row_without_prompt_is_told_the_setting_that_reads_its_system_prompt_too(tmp_path: Path) -> None:
@@ -178,6 +203,8 @@ def test_an_empty_column_leaves_the_digest_of_a_bad_row_as_it_was(tmp_path: Path
         return row_digest(found)
 
     assert digest({**bad, "system": None, "images": []}) == digest(bad)
+    # Early versions did not load these.
+    assert digest({**bad, "document": "", "chosen_score": 2.0, "img_path": None}) == digest(bad)
 
 
 def test_an_ignored_column_is_not_even_loaded(tmp_path: Path) -> None:

@@ -91,6 +91,18 @@ def test_the_refused_run_itself_may_go_on(config_of: Configs) -> None:
     assert (config_of().shards / PLAN).read_text() == planned
 
 
+def test_the_last_of_several_workers_to_leave_makes_way(config_of: Configs) -> None:
+    """One that is stopped meanwhile notes nothing."""
+    mark = config_of().shards / COMMITS / ".00001.00000000.tmp"
+    mark.parent.mkdir(parents=True)
+    mark.write_text("[]")
+    refused(config_of())
+    with pytest.raises(FingerprintError, match="not computed for this run"):
+        precompute(config_of(), scorer=ScriptedScorer())
+    mark.unlink()
+    assert precompute(config_of(), scorer=ScriptedScorer()).kept == 8
+
+
 def test_a_plan_stands_while_a_shard_of_it_is_scored_or_being_scored(config_of: Configs) -> None:
     refused(config_of(), after=1)
     with pytest.raises(FingerprintError, match="not computed for this run"):

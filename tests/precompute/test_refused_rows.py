@@ -123,7 +123,8 @@ def test_a_word_that_the_template_refuses_is_found_by_a_dry_run_and_costs_no_fin
     config = config_of(rows)
     with pytest.raises(DataError, match="roles must alternate"):
         plan_precompute(config, NUMERICS)
-    assert plan_precompute(config_of(rows, on_bad_row="skip"), NUMERICS)["bad_rows_skipped"]
+    planned = plan_precompute(config_of(rows, on_bad_row="skip"), NUMERICS)
+    assert (planned["bad_rows"], len(planned["bad_rows_skipped"])) == (1, 1)
     assert not config.shards.exists()
     scorer = ScriptedScorer()
     with pytest.raises(DataError) as caught:
@@ -174,3 +175,19 @@ def test_one_row_of_each_shape_is_rendered_in_each_plan_anew(
     plan_of(config)
     assert rendered == ["1", "1", "2", "601"]  # the first is the pair that must be usable
     assert 3 <= len(sent) <= (3 if processes == 1 else 3 * (1 + processes))
+
+
+def test_rows_that_are_all_refused_are_not_said_to_be_skipped(config_of: Configs) -> None:
+    """To leave them out would leave nothing, which the same run would then say."""
+    rows = [chat(i) for i in range(7)]
+    for row in rows:
+        row["prompt"][0]["content"] = "never"
+    with pytest.raises(DataError, match="roles must alternate") as caught:
+        precompute(config_of(rows), scorer=ScriptedScorer())
+    assert caught.value.fix == "correct the rows as `dpo-opt check DATA --model M` says"
+    assert str(caught.value.where).endswith(":1")
+    with pytest.raises(DataError) as caught:
+        precompute(config_of([*rows, chat(7)]), scorer=ScriptedScorer())
+    assert str(caught.value.fix).startswith("pass --on-bad-row skip")
+    planned = plan_precompute(config_of([*rows, chat(7)], on_bad_row="skip"), NUMERICS)
+    assert (planned["bad_rows"], len(planned["bad_rows_skipped"])) == (7, 5)

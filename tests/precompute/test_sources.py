@@ -431,6 +431,29 @@ SPLITS: dict[str, tuple[list[str], dict[str, str]]] = {
         {"train": "{base}/training/*.jsonl.gz", "validation": "{base}/dev/a.jsonl.gz"},
     ),
     "one split": (["train-1.jsonl", "train-2.jsonl"], {}),
+    "one split, numbered in other ways": (
+        ["train/a.jsonl", "train/b-00001-of-00002-a09b74b3ef9c3b56.jsonl", "train_part_3.jsonl"],
+        {},
+    ),
+    "two parts of one split": (
+        [
+            "data/train_prefs-0-of-2.jsonl",
+            "data/train_prefs-1-of-2.jsonl",
+            "data/train_sft-a09b74b3ef9c.jsonl",
+        ],
+        {
+            "train_prefs": "{base}/data/train_prefs-*.jsonl",
+            "train_sft": "{base}/data/train_sft-a09b74b3ef9c.jsonl",
+        },
+    ),
+    "one split, and files without its name": (
+        ["pairs_tr.jsonl", "pairs_val.jsonl"],
+        {"pairs_tr": "{base}/pairs_tr.jsonl", "pairs_val": "{base}/pairs_val.jsonl"},
+    ),
+    "two configurations": (
+        ["first/train-0.csv", "second/train-0.csv"],
+        {"first/train": "{base}/first/train-0.csv", "second/train": "{base}/second/train-0.csv"},
+    ),
     "one file": (["test-train.jsonl"], {}),
     "words that only hold the name of one": (["contest.jsonl", "trainers.jsonl", "latest.jsonl"], {}),
     "no split": (["a.jsonl", "b.jsonl"], {}),
