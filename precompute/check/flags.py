@@ -60,9 +60,10 @@ def flags_of(pair: PreferencePair, ids: PairIds | None, *, folder: Path | None, 
             flags |= ODD_ENDS[kind]
     if pair.weight == 0:
         flags |= Flag.NO_WEIGHT
-    better = min((found for found in (pair.margin, pair.rated) if found is not None), default=1.0)
-    if better <= 0:
-        flags |= Flag.NEGATIVE_MARGIN if better else Flag.ZERO_MARGIN
+    if pair.margin is not None or pair.rated is not None:
+        better = min(found for found in (pair.margin, pair.rated) if found is not None)
+        if better <= 0:
+            flags |= Flag.NEGATIVE_MARGIN if better else Flag.ZERO_MARGIN
     prompt, chosen, rejected = (_contents(text) for text in (pair.prompt, pair.chosen, pair.rejected))
     everything = [*prompt, *chosen, *rejected]
     if any(_CONTROL.search(text) for text in everything):

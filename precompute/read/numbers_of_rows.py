@@ -51,6 +51,8 @@ def margin_of(values: Values, where: str) -> float | None:
 
 def ratings_of(values: Values) -> float | None:
     """How much better the chosen completion was rated, at the least; None where nothing rates both."""
+    if values.keys().isdisjoint(RATINGS):
+        return None
     given = [(_rating(values.get(chosen)), _rating(values.get(other))) for chosen, other in RATINGS.items()]
     return min((a - b for a, b in given if a is not None and b is not None), default=None)
 
