@@ -526,8 +526,8 @@ def _bad_arrays() -> Iterator[Damage]:
         "under a key",
         "data.json",
         data,
-        "(found: data)",
-        "missing_key",
+        'the rows stand in the list "data" of one object',
+        "wrapped",
         good=(),
         place=":1",
     )

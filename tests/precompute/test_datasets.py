@@ -368,7 +368,7 @@ def test_a_parquet_file_without_rows_is_refused(tmp_path: Path) -> None:
 def test_the_accepted_file_names_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "data.xlsx"
     path.write_bytes(to_lines(TEXT_ROWS))
-    assert refusal(path).why == f"it must end in one of {', '.join(SUFFIXES)}"
+    assert str(refusal(path).why).startswith(f"it must end in one of {', '.join(SUFFIXES)}")
 
 
 def test_a_missing_file_and_a_folder_without_data_are_refused(tmp_path: Path) -> None:
