@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.precompute.tokens.special_tokens import special_tokens
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.plain_data import json_of
 
 
 def write_folder(folder: Path, declared: str, *, words: str = "Where is the town? It is in Europe.") -> Path:
@@ -39,6 +40,26 @@ def test_a_tokenizer_that_is_rebuilt_with_other_ids_is_refused(tmp_path: Path, d
     assert str(own[:8]) in refused.value.what
     assert refused.value.why is not None
     assert f"declares {declared}" in refused.value.why
+
+
+def test_tokenizer_json_is_parsed_once_beside_the_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have more than ten megabytes."""
+    folder = write_folder(tmp_path, "PreTrainedTokenizerFast")
+    own = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    parsed: list[str] = []
+
+    def recording(text: str) -> Any:
+        parsed.append(text)
+        return json_of(text)
+
+    for module in ("load_tokenizer", "special_tokens"):
+        monkeypatch.setattr(f"dpo_opt.precompute.tokens.{module}.json_of", recording)
+    tokenizer = load_tokenizer(folder)
+    assert own not in parsed
+    assert special_tokens(tokenizer, folder) == special_tokens(tokenizer, folder) == ["<unk>", "<s>", "</s>"]
+    assert parsed.count(own) == 1
 
 
 def test_an_empty_end_token_is_none(tmp_path: Path) -> None:
