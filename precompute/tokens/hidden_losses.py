@@ -69,27 +69,28 @@ def refuse_hidden_losses(
     Raises:
         DataError: Something is not written.
     """
-    prompt = parts[0].messages
+    prompt, *completions = parts
     tools, of_tools = (None, []) if beside.tools is None else worded_tools(beside.tools)
     documents, of_documents = worded_documents(beside.documents)
-    for part in parts:
-        opened = part.name == "prompt"
-        words = worded(prompt, [] if opened else part.messages)
-        key = repr((words.messages, opened, tools, documents, beside.settings))
+    # The whole conversation begins with the prompt's own text, so that the prompt is looked at in it.
+    shapes = worded(prompt.messages, [part.messages for part in completions] or [[]])
+    opened = not completions
+    shown = repr((opened, tools, documents, beside.settings))
+    for part, words in zip(completions or parts, shapes, strict=True):
+        key = repr(words.messages) + shown
         if key not in known:
             found = _Template(
-                lambda messages: write(messages, tools, documents, opened),  # noqa: B023
+                lambda messages: write(messages, tools, documents, opened),
                 known=known,
-                begin=0 if opened else len(prompt),
-                others=[*of_tools, *of_documents] if opened else [],
+                others=[*of_tools, *of_documents],
                 settings=beside.settings,
-            ).loss(words)
+            ).loss(words, answered=not opened)
             if len(known) >= _MOST_KEPT:
                 known.clear()
             known[key] = found
         loss = known[key]
         if loss is not None:
-            raise _error(loss, part, words, len(prompt), of_tools, of_documents, where)
+            raise _error(loss, prompt, part, words, of_tools, of_documents, where)
 
 
 class _Template:
@@ -98,15 +99,13 @@ class _Template:
         write: Callable[[list[Message]], str],
         *,
         known: Known,
-        begin: int,
         others: list[Thing],
         settings: str,
     ) -> None:
-        self._write, self._known, self._begin, self._others = write, known, begin, others
-        self._settings = settings
+        self._write, self._known, self._others, self._settings = write, known, others, settings
 
-    def loss(self, words: Worded) -> Loss | None:
-        """What is lost of the messages that begin at ``begin``, and of others."""
+    def loss(self, words: Worded, *, answered: bool) -> Loss | None:
+        """What is lost of the messages, the last one of them an answer or not, and of others."""
         try:
             text = self._write(words.messages)
         except DataError:
@@ -118,8 +117,8 @@ class _Template:
         if found is not None:
             return found
         # An answer without a token is a reason of its own to leave the pair out.
-        answer = len(words.messages) - 1 if self._begin else None
-        for i, message in enumerate(words.messages[self._begin :], self._begin):
+        answer = len(words.messages) - 1 if answered else None
+        for i, message in enumerate(words.messages):
             without = [*words.messages[:i], *words.messages[i + 1 :]]
             if _is_empty(message) and i != answer and self._renders(without, text):
                 return Loss("empty", i)
@@ -131,10 +130,10 @@ class _Template:
     def _first_unwritten(self, words: Worded, text: str) -> Loss | None:
         wanted = Counter(thing.word for things in words.things for thing in things)
         reached = run = 0
-        for i in range(self._begin, len(words.messages)):
-            role = words.messages[i]["role"]
+        for i, message in enumerate(words.messages):
+            role = message["role"]
             # The results of several calls stand in any order: their ids say which is whose.
-            if role != "tool" or i == self._begin or words.messages[i - 1]["role"] != "tool":
+            if role != "tool" or i == 0 or words.messages[i - 1]["role"] != "tool":
                 run = reached
             ends: dict[str, int] = {}
             for number, thing in enumerate(words.things[i]):
@@ -199,9 +198,9 @@ def _is_empty(message: Message) -> bool:
 
 def _error(
     loss: Loss,
+    prompt: Part,
     part: Part,
     words: Worded,
-    prompt: int,
     of_tools: list[Thing],
     of_documents: list[Thing],
     where: str,
@@ -210,7 +209,11 @@ def _error(
         thing = [*of_tools, *of_documents][loss.thing]
         place = '"tools"' if loss.thing < len(of_tools) else '"documents"'
         return lost(f"{thing.name} in {place}", thing.value, where)
-    number = loss.message if part.name == "prompt" else loss.message - prompt
+    number = loss.message
+    if number < len(prompt.messages):
+        part = prompt
+    else:
+        number -= len(prompt.messages)
     place = f'message {number + 1} of "{part.name}"'
     role = escape(str(part.messages[number]["role"]))
     if loss.how == "left out":

@@ -39,19 +39,25 @@ class Worded(NamedTuple):
     """Of each message, all that a template must write."""
 
 
-def worded(prompt: list[Message], completion: list[Message]) -> Worded:
-    """The words of a prompt and a completion, or of a prompt alone.
+def worded(prompt: list[Message], completions: list[list[Message]]) -> list[Worded]:
+    """The words of a prompt with each completion.
 
     Equal texts have equal words, so that a template which writes the second of two equal messages not at all
     does the same to the words.
     """
-    words = _Words({str(name) for message in (*prompt, *completion) for name in names_of_calls(message)})
+    words = _Words(_called(prompt))
     forgotten = last_user(prompt)
-    changed = [_message(words, message, forgotten=i < forgotten) for i, message in enumerate(prompt)]
-    # A completion's text is its own, also where the prompt has the same.
-    words.begin()
-    changed += [_message(words, message, forgotten=False) for message in completion]
-    return Worded([message for message, _ in changed], [things for _, things in changed])
+    begun = [_message(words, message, forgotten=i < forgotten) for i, message in enumerate(prompt)]
+    found = []
+    for completion in completions:
+        own = words.behind(_called(completion))
+        all_of_it = [*begun, *(_message(own, message, forgotten=False) for message in completion)]
+        found.append(Worded([message for message, _ in all_of_it], [things for _, things in all_of_it]))
+    return found
+
+
+def _called(messages: list[Message]) -> set[str]:
+    return {name for message in messages for name in names_of_calls(message)}
 
 
 def worded_tools(tools: list[object]) -> tuple[list[object], list[Thing]]:
@@ -127,9 +133,11 @@ class _Words:
         self._ids: dict[str, str] = {}
         self._count = 0
 
-    def begin(self) -> None:
-        """From here on texts are not equal to those before."""
-        self._words = {}
+    def behind(self, called: set[str]) -> "_Words":
+        """For a completion: its texts are its own, also where the prompt has the same."""
+        words = _Words(self.called | called)
+        words._ids, words._count = dict(self._ids), self._count
+        return words
 
     def of(self, kind: str, value: str) -> str:
         word = self._words.get((kind, value))
