@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_opt.optimize.forward.varlen import OPERATIONS
+from dpo_opt.optimize.forward.varlen import OPERATION
 from dpo_opt.schemas.errors import ConfigError
 
 _aten = torch.ops.aten
@@ -29,7 +29,7 @@ _KEPT = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._flash_attention_forward.default,
-    *OPERATIONS,
+    OPERATION,
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from dpo_opt.optimize.forward.packing import VarlenIndex
 
@@ -25,26 +26,20 @@ _HEAD_MULTIPLE = 8
 _OLDEST_CAPABILITY = (8, 0)  # Ampere
 
 
-def varlen_kernel() -> Callable[..., Tensor] | None:
-    """torch's ``varlen_attn`` with grouped heads allowed; None if this torch has no suitable one.
+def varlen_kernel() -> Callable[..., Tensor]:
+    """torch's ``varlen_attn`` with grouped heads allowed.
 
-    torch 2.10 introduced it without window and scale. 2.11 accepts fewer key-value than query heads as they
-    are; later versions need ``enable_gqa`` for that (torch/nn/attention/varlen.py of 2.11 to 2.14).
+    It needs ``enable_gqa`` for that. 2.11, older than this package asks for, takes grouped heads
+    as they are: a GPU machine without a package index has the torch that it has.
     """
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
     kernel: Any = varlen_attn  # its declared result depends on arguments that are not passed here
-    parameters = inspect.signature(kernel).parameters
-    if not {"scale", "window_size"} <= parameters.keys():
-        return None
-    return functools.partial(kernel, enable_gqa=True) if "enable_gqa" in parameters else kernel
+    grouped = "enable_gqa" in inspect.signature(kernel).parameters
+    return functools.partial(kernel, enable_gqa=True) if grouped else kernel
 
 
 _KERNEL = varlen_kernel()
 
-OPERATIONS = () if _KERNEL is None else (torch.ops.torch_attn._varlen_attn.default,)
+OPERATION = torch.ops.torch_attn._varlen_attn.default
 """The kernel's name for torch's dispatcher, which decides with it which results are kept for backward."""
 
 
@@ -63,8 +58,7 @@ def choose_kernel(
         ``varlen``: one fused call. ``sdpa``: a call per segment, which works everywhere.
     """
     fused = (
-        _KERNEL is not None
-        and capability is not None
+        capability is not None
         and capability >= _OLDEST_CAPABILITY
         and dtype in _DTYPES
         and head_dim == value_dim
@@ -107,7 +101,6 @@ def varlen_attention(
     Returns:
         (1, T, H, D)
     """
-    assert _KERNEL is not None
     dtype = attention_dtype(query)
     # Under autocast the rotary embedding leaves fp32 queries and keys; this kernel is not on autocast's list.
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))

@@ -40,7 +40,6 @@ def test_fewer_queries_than_keys_are_aligned_to_the_last_key(
     cuda: torch.device, key_value_heads: int, width: int, window: int | None, dtype: torch.dtype
 ) -> None:
     kernel = varlen_kernel()
-    assert kernel is not None
     # As many keys as queries, more keys, one query, and lengths on both sides of the kernel's blocks.
     queries, keys = [70, 5, 1, 1, 128, 130, 3], [70, 133, 1, 90, 256, 131, 300]
     bounds = (starts(queries, cuda), starts(keys, cuda), max(queries), max(keys))
