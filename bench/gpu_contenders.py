@@ -101,7 +101,10 @@ def _measure(policy: Policy, task: Task, budget: int, label: str, *, checkpointi
     """Train with dpo-opt's step, loss and optimizer; the policy decides how pairs become log-probs."""
     checkpoint_activations(policy.model, "full" if checkpointing else "none")
     steps = [_with_references(policy, pairs, budget) for pairs in task.steps]
-    config = TrainConfig(shards="-", model="-", output_dir=Path("-"), batch_size=task.per_step)
+    stored: Any = str(task.param_dtype).removeprefix("torch.")
+    config = TrainConfig(
+        shards="-", model="-", output_dir=Path("-"), batch_size=task.per_step, param_dtype=stored
+    )
     optimizer = make_optimizer(policy.model, config)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     batching = Batching(budget, forward_cost(policy), World(0, 1, 0, task.device, None))
@@ -135,8 +138,17 @@ def _with_references(policy: Policy, pairs: list[TokenizedPair], budget: int) ->
     return [scored[i] for i in range(len(pairs))]
 
 
-def trl(*, checkpointing: bool) -> Contender:
-    """TRL's trainer with its own precomputed references, so many pairs at a time."""
+def liger(task: Task) -> bool:
+    """Whether TRL's models get Liger's fused layers, which are Triton's and need a GPU."""
+    return task.device.type == "cuda" and installed("liger_kernel")
+
+
+def trl(*, checkpointing: bool, offloading: bool = False) -> Contender:
+    """TRL's trainer with its own precomputed references, so many pairs at a time on average.
+
+    Its fused head is always on. ``batch_rebalance`` puts pairs of like length side by side, and fewer where
+    they are long. Kernels of the Hub, which it prefers to Liger's, would need a network.
+    """
 
     def run(task: Task, micro_pairs: int) -> Measured:
         from datasets import Dataset
@@ -150,6 +162,15 @@ def trl(*, checkpointing: bool) -> Contender:
                 if not self.marks:
                     _reset_peak(task.device)
                 self.marks.append(now(task.device))
+
+        class Trainer(DPOTrainer):  # type: ignore[misc]
+            def _get_train_sampler(self, *_: Any) -> Any:
+                # TRL drops a column of lengths that the data brings, and the sampler looks for one.
+                lengths = [
+                    len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+                    for pair in task.pairs
+                ]
+                return super()._get_train_sampler(self.train_dataset.add_column("length", lengths))
 
         def text(ids: np.ndarray) -> str:
             return " ".join(f"w{i}" for i in ids.tolist())
@@ -166,13 +187,16 @@ def trl(*, checkpointing: bool) -> Contender:
                 gradient_accumulation_steps=task.per_step // micro_pairs, optim="adamw_torch_fused",
                 logging_steps=1, save_strategy="no", report_to=[], seed=0, learning_rate=1e-6,
                 max_length=None, use_cpu=task.device.type == "cpu", bf16=task.dtype == torch.bfloat16,
-                gradient_checkpointing=checkpointing, precompute_ref_log_probs=True, disable_tqdm=True,
+                gradient_checkpointing=checkpointing, activation_offloading=offloading,
+                precompute_ref_log_probs=True, disable_tqdm=True, use_liger_kernel=liger(task),
+                train_sampling_strategy="batch_rebalance",
             )  # fmt: skip
-            trainer = DPOTrainer(
+            trainer = Trainer(
                 model=make_model(task, _stock_attention(task)).train(), args=settings, callbacks=[clock],
                 train_dataset=Dataset.from_list([row(pair) for pair in task.pairs]),
                 processing_class=_tokenizer(),
             )  # fmt: skip
+            trainer.remove_callback(transformers.PrinterCallback)  # its lines would stand in the table
             trainer.train()
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return _measured(f"{micro_pairs} pairs", clock.marks, task.device, first_loss=losses[0])

@@ -25,13 +25,21 @@ def _qwen(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, 
     }  # fmt: skip
 
 
+_LLAMA_1B = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+}  # fmt: skip
+
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("Qwen2Config", _qwen(64, 128, 2, 4) | {"vocab_size": 512}),
     "0.5b": ("Qwen2Config", _qwen(896, 4864, 24, 14)),
+    "1b": ("LlamaConfig", _LLAMA_1B),
     "1.5b": ("Qwen2Config", _qwen(1536, 8960, 28, 12)),
     "3b": ("Qwen2Config", _qwen(2048, 11008, 36, 16)),
     "8b": ("LlamaConfig", _LLAMA_8B),
 }
+# With fp32 parameters, gradients and moments these take more than a card has.
+_BF16_PARAMETERS = {"8b"}
 # Medians and spread (of the logarithm) of tokens in HH-RLHF's prompts and completions.
 _HH = {"prompt": (86, 1.05), "completion": (30, 1.0)}
 _HH_LONGEST = 1024
@@ -49,11 +57,21 @@ class Task(NamedTuple):
     per_step: int
     device: torch.device
     dtype: torch.dtype
+    """Of computing."""
+    param_dtype: torch.dtype
 
     @property
     def steps(self) -> list[list[TokenizedPair]]:
         """The pairs of each step."""
         return [self.pairs[i : i + self.per_step] for i in range(0, len(self.pairs), self.per_step)]
+
+
+def make_task(
+    shape: str, mix: str, *, steps: int, per_step: int, device: torch.device, dtype: torch.dtype
+) -> Task:
+    """A shape of ``SHAPES`` on pairs of a mix (``made_up_pairs``)."""
+    param_dtype = torch.bfloat16 if shape in _BF16_PARAMETERS else torch.float32
+    return Task(config_of(shape), made_up_pairs(mix, per_step * steps), per_step, device, dtype, param_dtype)
 
 
 def config_of(shape: str) -> PreTrainedConfig:
@@ -111,11 +129,11 @@ def model_flops(config: PreTrainedConfig, *pairs: TokenizedPair) -> float:
 
 
 def make_model(task: Task, attention: str) -> PreTrainedModel:
-    """Random weights in fp32, the same for every contender."""
+    """Random weights, the same for every contender."""
     torch.manual_seed(0)
     with task.device:
         model = AutoModelForCausalLM.from_config(
-            task.config, dtype=torch.float32, attn_implementation=attention
+            task.config, dtype=task.param_dtype, attn_implementation=attention
         )
     return model.eval()
 

@@ -19,10 +19,10 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
 
 
 def rows(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], baseline: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], baseline: str, *others: str
 ) -> list[list[str]]:
     gpu = module(monkeypatch, "gpu")
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *ARGUMENTS.split(), "--baseline", baseline])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *ARGUMENTS.split(), "--baseline", baseline, *others])
     # A CPU that multiplies large matrices for seconds says nothing here.
     monkeypatch.setattr(gpu, "gemm_rate", lambda *_: 1e10)
     gpu.main()
@@ -42,23 +42,35 @@ def test_every_contender_starts_at_ln_2(
     if torch.cuda.is_available():
         pytest.skip("on a CUDA device the figures are real; run bench/gpu.py itself")
     found = rows(monkeypatch, capsys, baseline)
-    assert [row[2] for row in found] == [
+    contenders = [
         "dpo-opt",
-        "dpo-opt, checkpointing",
-        "dpo-opt, nothing shared",
         baseline,
+        "dpo-opt, checkpointing",
         f"{baseline}, checkpointing",
+        "dpo-opt, nothing shared",
     ]
-    assert {row[-1] for row in found} == {"0.6931"}
-    assert all(float(row[4]) > 0 for row in found)
-    assert "1.00x" in {row[5] for row in found[3:]}
+    # Each run, then the ratios.
+    assert [row[2] for row in found] == 2 * contenders
+    runs, ratios = found[:5], found[5:]
+    assert {row[-1] for row in runs} == {"0.6931"}
+    assert all(float(row[4]) > 0 and float(row[5]) > 0 for row in runs)
+    assert "1.00x" in {ratios[1][5], ratios[3][5]}
+
+
+def test_without_time_nothing_begins_and_each_run_that_is_left_out_has_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = rows(monkeypatch, capsys, "padded", "--seconds", "1")
+    assert len(found) == 5
+    assert all("left out: " in row[3] and row[3].endswith("s are left") for row in found)
 
 
 def test_a_pair_is_worth_the_products_of_its_distinct_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = module(monkeypatch, "gpu_tasks")
     config = tasks.config_of("tiny")
     (pair,) = tasks.made_up_pairs("12/8/6", 1)
-    model = tasks.make_model(tasks.Task(config, [pair], 1, torch.device("cpu"), torch.float32), "sdpa")
+    cpu = torch.device("cpu")
+    model = tasks.make_model(tasks.Task(config, [pair], 1, cpu, torch.float32, torch.float32), "sdpa")
     weights = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
     head = model.get_output_embeddings().weight.numel()
     # Row by row: a product and its two gradients, at 2 FLOPs each, per weight and per attended key.
