@@ -240,6 +240,7 @@ def settings(shards: Path, tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
         {"eval_split": 0.3, "eval_steps": 1},
         {"micro_batch_tokens": 1},
         {"sample_by": "prompt", "loss_type": ["simpo"]},
+        {"loss_type": ["aot"], "micro_batch_tokens": 1},
     ],
     ids=str,
 )
@@ -294,10 +295,10 @@ def test_the_step_that_is_compared_is_the_one_that_is_trained(
     batches: list[int] = []
     exact = Policy.batch_logps
 
-    def counting(self: Policy, batch: Any) -> torch.Tensor:
+    def counting(self: Policy, batch: Any, **others: Any) -> Any:
         if torch.is_grad_enabled():
             batches.append(len(batch.lengths))
-        return exact(self, batch)
+        return exact(self, batch, **others)
 
     train(TrainConfig(**settings))
     plain = (settings["output_dir"] / "final" / "model.safetensors").read_bytes()
