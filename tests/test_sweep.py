@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from dpo_opt.cli import main
 from dpo_opt.optimize import prepare
 from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.precompute.workers import worker_process
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.sweep.grid import SweepRun, named_runs, read_grid, record_runs, recorded_runs, run_folders
 from dpo_opt.sweep.outcomes import best_first, outcomes, write_table
-from dpo_opt.sweep.processes import only_sweep, process_environments
+from dpo_opt.sweep.processes import last_error, only_sweep, process_environments, run_processes
 
 Program = Callable[..., subprocess.Popen[str]]
 GIVEN = {"shards": "shards", "model": "model"}
@@ -130,19 +131,41 @@ def test_a_damaged_record_is_named(text: str, tmp_path: Path) -> None:
 # Where they run -----------------------------------------------------------------------------------------
 
 
-def test_each_run_has_a_gpu_or_its_share_of_the_cores() -> None:
-    two = {"CUDA_VISIBLE_DEVICES": "4,5"}
-    assert process_environments(None, two, cores=8) == [
-        {"CUDA_VISIBLE_DEVICES": "4"},
-        {"CUDA_VISIBLE_DEVICES": "5"},
-    ]
-    assert process_environments(1, two, cores=8) == [{"CUDA_VISIBLE_DEVICES": "4"}]
+def test_each_run_has_its_gpus_or_its_share_of_the_cores() -> None:
+    four = {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+
+    def gpus(*places: str) -> list[dict[str, str]]:
+        return [{"CUDA_VISIBLE_DEVICES": place} for place in places]
+
+    assert process_environments(None, None, four, cores=8) == gpus("4", "5", "6", "7")
+    assert process_environments(1, None, four, cores=8) == gpus("4")
+    assert process_environments(None, 2, four, cores=8) == gpus("4,5", "6,7")
+    assert process_environments(None, 3, four, cores=8) == gpus("4,5,6")
+    assert (
+        process_environments(2, 0, four, cores=8)
+        == [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "4"}] * 2
+    )
     none = {"CUDA_VISIBLE_DEVICES": ""}
     # Alone, a run has the threads that it would have without a sweep: its sums are the same.
-    assert process_environments(None, none, cores=8) == [{}]
-    assert process_environments(4, none, cores=8) == [{"OMP_NUM_THREADS": "2"}] * 4
-    with pytest.raises(ConfigError, match="--parallel 3: this machine has 2 GPUs"):
-        process_environments(3, two, cores=8)
+    assert process_environments(None, None, none, cores=8) == [{}]
+    assert process_environments(4, None, none, cores=8) == [{"OMP_NUM_THREADS": "2"}] * 4
+
+
+@pytest.mark.parametrize(
+    ("parallel", "each", "visible", "what", "fix"),
+    [
+        (3, None, "4,5", "--parallel 3: this machine has 2 GPUs", "--parallel 2"),
+        (2, 2, "4,5", "--parallel 2 --gpus-per-run 2: this machine has 2 GPUs", "--parallel 1"),
+        (None, 4, "4,5", "--gpus-per-run 4: this machine has 2 GPUs", "--gpus-per-run 2"),
+        (None, 2, "", "--gpus-per-run 2: this machine has 0 GPUs", "leave out --gpus-per-run"),
+    ],
+)
+def test_more_gpus_than_there_are_are_refused(
+    parallel: int | None, each: int | None, visible: str, what: str, fix: str
+) -> None:
+    with pytest.raises(ConfigError, match=what) as refused:
+        process_environments(parallel, each, {"CUDA_VISIBLE_DEVICES": visible}, cores=8)
+    assert fix in str(refused.value.fix)
 
 
 def test_a_second_sweep_in_the_folder_is_refused(tmp_path: Path) -> None:
@@ -154,6 +177,33 @@ def test_a_second_sweep_in_the_folder_is_refused(tmp_path: Path) -> None:
         pass
     with only_sweep(tmp_path):
         pass
+
+
+def test_a_sweep_waits_for_runs_of_one_that_was_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with only_sweep(tmp_path) as held:
+        run = subprocess.Popen(["sleep", "0.5"], pass_fds=[held])
+    with only_sweep(tmp_path):
+        assert run.poll() is not None
+    assert "waiting for runs of a sweep that was killed" in capsys.readouterr().err
+
+
+def test_a_run_of_several_processes_ends_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    does = 'echo "error: process $RANK of $WORLD_SIZE"; [ "$RANK" != 1 ] || exit 3; exec sleep 100'
+    waits = f'[ "$RANK" = 1 ] || sleep 0.3; : "$LOCAL_RANK $MASTER_ADDR $MASTER_PORT"; {does}'
+    monkeypatch.setattr(worker_process, "command", lambda *_: ["bash", "-uc", waits])
+    runs = sweep_of(tmp_path, grid={"beta": [0.1, 0.2]})
+    sweep = tmp_path / "sweep"
+    for run in runs:
+        log = sweep / "logs" / f"{run.name}.log"
+        log.parent.mkdir(exist_ok=True)
+        log.write_text("error: of an earlier attempt\n")
+    with only_sweep(sweep) as held:
+        found = list(run_processes(sweep, runs, [{}], processes=2, held=held, looked=lambda _: None))
+    assert [(ended.run, ended.code, last_error(ended).splitlines()[0]) for ended in found] == [
+        (run, 3, "process 1 of 2") for run in runs
+    ]
 
 
 # What came out ------------------------------------------------------------------------------------------
@@ -199,6 +249,42 @@ def test_a_sweep_stands_for_its_runs_in_a_report(tmp_path: Path) -> None:
     finish(runs[1], accuracy=1.0)
     assert run_folders(tmp_path / "sweep") == [runs[1].config.output_dir]
     assert run_folders(tmp_path) == [tmp_path]
+
+
+def test_the_table_is_written_from_the_folders_alone(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    refused = invoke("sweep", "--output-dir", sweep)
+    assert (refused.exit_code, sweep.exists()) == (2, False)
+    assert "there is no sweep here" in refused.stderr
+    runs = sweep_of(tmp_path, grid={"beta": [0.1, 0.2]})
+    finish(runs[1], accuracy=1.0)
+    assert invoke("sweep", "--output-dir", sweep, "--dry-run").exit_code == 0
+    assert not (sweep / "sweep.parquet").exists()
+    result = invoke("sweep", "--output-dir", sweep)
+    assert [line.split()[:2] for line in result.stdout.splitlines()[1:3]] == [
+        ["beta=0.2", "finished"],
+        ["beta=0.1", "not"],
+    ]
+    states = pq.read_table(sweep / "sweep.parquet")["state"].to_pylist()
+    assert states == ["not begun", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--shards", "shards"], "--shards is given, and --config is not"),
+        (["--scheduler", "slurm"], "--scheduler is given, and --config is not"),
+        (["--submit"], "--submit is an option of --scheduler slurm"),
+        (["--job-option", "a=b"], "--job-option is an option of --scheduler slurm"),
+        (["--time-limit", "1"], "--time-limit is an option of --scheduler slurm"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(
+    given: list[str], message: str, tmp_path: Path
+) -> None:
+    result = invoke("sweep", "--output-dir", tmp_path, *given)
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 # Real runs ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from dpo_opt.schemas.plain_data import yaml_of
 from dpo_opt.schemas.storage import write_text
 
 RUNS = "runs"
+CONFIGS = "configs"
 SWEEP = "sweep.yaml"
 _GRID, _LIST = "grid", "runs"
 # A sweep sets these itself.
@@ -125,6 +126,13 @@ def record_runs(sweep: Path, runs: Sequence[SweepRun]) -> None:
     """Write ``sweep.yaml``: the runs that it has already, and these."""
     known = {run.name: settings_of(run.config) for run in [*recorded_runs(sweep), *runs]}
     write_text(sweep / SWEEP, yaml.safe_dump(known, sort_keys=False))
+
+
+def write_config(sweep: Path, run: SweepRun) -> Path:
+    """Write the configuration that a run is started with; returns the file."""
+    file = sweep / CONFIGS / f"{run.name}.yaml"
+    write_text(file, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
+    return file
 
 
 def named_runs(sweep: Path, configs: Sequence[TrainConfig]) -> list[SweepRun]:

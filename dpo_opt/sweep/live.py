@@ -88,7 +88,7 @@ def _say_ended(ended: Ended) -> None:
     if ended.code == 0:
         click.echo(f"{printable(ended.run.name)}: finished", err=True)
     else:
-        said = printable(last_error(ended.log))
+        said = printable(last_error(ended))
         click.echo(f"{printable(ended.run.name)}: exit code {ended.code}: {said}", err=True)
 
 

@@ -1,20 +1,19 @@
-import contextlib
 import os
-import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from fakes import ScriptedScorer, preference_rows, write_jsonl
+from slurm_cluster import Cluster, fake_command, running_cluster, until
 
 from dpo_opt.launch import launch
 from dpo_opt.precompute.config import PrecomputeConfig
@@ -287,18 +286,8 @@ def test_each_launch_carries_its_own_settings(
 def path_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
     """Puts a command on the PATH; what it is called with is listed in the file that is returned."""
     folder = tmp_path / "bin"
-    folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-    def put(name: str, body: str) -> Path:
-        called = tmp_path / f"{name}.called"
-        called.touch()
-        script = folder / name
-        script.write_text(f'#!/bin/bash\necho "$*" >> {called}\n{body}\n')
-        script.chmod(0o755)
-        return called
-
-    return put
+    return partial(fake_command, folder)
 
 
 Commands = Callable[[str, str], Path]
@@ -425,124 +414,9 @@ def test_a_task_is_run_again_only_if_it_was_stopped(
     assert ("no shard was finished" in said) == (end == "out_of_time_with_nothing_done")
 
 
-def until(condition: Callable[[], object], *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
-
-
-# A real Slurm of one node.
-
-
-class Cluster:
-    """A controller, a node and its credentials, all in one folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        host = socket.gethostname().partition(".")[0]
-        controller, node = free_ports(2)
-        for name in ("state", "spool", "munge"):
-            (folder / name).mkdir()
-        # munged refuses a socket that others cannot reach.
-        (folder / "munge").chmod(0o755)
-        key = folder / "munge" / "key"
-        key.write_bytes(os.urandom(1024))
-        key.chmod(0o400)
-        self.conf = folder / "slurm.conf"
-        # cred_expire is also how long a requeued task waits. Four tasks shall run at once on any machine.
-        self.conf.write_text(f"""\
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={controller}
-SlurmdPort={node}
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=5
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-SlurmdParameters=config_overrides
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-SchedulerParameters=sched_interval=2
-ReturnToService=2
-KillWait=10
-MpiDefault=none
-NodeName={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
-""")
-        self.environment = os.environ | {"SLURM_CONF": str(self.conf)}
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        munge = self.folder / "munge"
-        paths = [
-            f"--{n}={munge / f}" for n, f in (("key-file", "key"), ("socket", "socket"), ("log-file", "log"))
-        ]
-        paths += [f"--pid-file={munge}/pid", f"--seed-file={munge}/seed"]
-        with (
-            self._daemon("munged", "--foreground", "--force", *paths),
-            self._daemon("slurmctld", "-D"),
-            self._daemon("slurmd", "-D"),
-        ):
-            try:
-                until(lambda: self.say("sinfo", "-h", "-o", "%T", check=False) == "idle", seconds=60)
-                yield
-            finally:
-                self.say("scancel", "--user=root", check=False)
-                with contextlib.suppress(AssertionError):
-                    until(lambda: not self.say("squeue", "-h", check=False), seconds=30)
-
-    @contextlib.contextmanager
-    def _daemon(self, *command: str) -> Iterator[None]:
-        with (
-            (self.folder / f"{command[0]}.out").open("wb") as output,
-            subprocess.Popen(
-                command, env=self.environment, stdout=output, stderr=subprocess.STDOUT
-            ) as process,
-        ):
-            try:
-                yield
-            finally:
-                process.terminate()
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-
-    def say(self, *command: str, check: bool = True) -> str:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0 or not check, done.stderr
-        return done.stdout.strip()
-
-    def job(self, job: str) -> dict[str, str]:
-        """What Slurm knows of a job; it forgets after some minutes."""
-        return dict(re.findall(r"(\w+)=(\S*)", self.say("scontrol", "show", "job", "-o", job)))
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
-
-
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} missing: apt-get install slurm-wlm munge")
-    if os.geteuid() != 0:
-        pytest.skip("only root can start Slurm's daemons; they come with: apt-get install slurm-wlm munge")
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    made = Cluster(folder)
-    monkeypatch.setenv("SLURM_CONF", str(made.conf))
-    with made.running():
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with running_cluster(tmp_path / "slurm") as made:
         yield made
 
 
