@@ -1,5 +1,6 @@
 """What a run would do and need, said before it starts."""
 
+import contextlib
 from typing import Any
 
 from dpo_opt.optimize.config import TrainConfig
@@ -49,22 +50,54 @@ def plan_precompute(config: PrecomputeConfig, numerics: Numerics) -> dict[str, A
     }
 
 
-def plan_train(config: TrainConfig) -> dict[str, Any]:
+def plan_train(config: TrainConfig, gpus: str | None = None) -> dict[str, Any]:
     """Pairs, steps and memory of a training run; loads no weights, writes nothing.
+
+    Args:
+        config: The run.
+        gpus: The GPUs to forecast its memory on (see ``parse_gpus``); None: this machine, one process.
 
     Raises:
         DpoOptError: The run could not start; see ``optimize.prepare.prepare``.
     """
-    from dpo_opt.optimize.forward.policy import default_device
-    from dpo_opt.optimize.memory.budget import least_budget, longest_pair
-    from dpo_opt.optimize.memory.estimate import estimate_memory
-    from dpo_opt.optimize.prepare import prepare
+    import torch
 
+    from dpo_opt.optimize.forward.policy import default_device
+    from dpo_opt.optimize.memory.advice import advise, fits
+    from dpo_opt.optimize.memory.budget import least_budget, longest_pair, run_device
+    from dpo_opt.optimize.memory.count import count_memory
+    from dpo_opt.optimize.memory.gpus import parse_gpus
+    from dpo_opt.optimize.prepare import prepare
+    from dpo_opt.optimize.processes.distributed import World
+
+    cards = None if gpus is None else parse_gpus(gpus)
     prepared = prepare(config)
-    device = default_device()
+    device = cards.device if cards else run_device(World(0, 1, 0, default_device(), None))
     longest = longest_pair(prepared.folder)
-    rows = config.micro_batch_tokens or least_budget(longest, device)
-    memory = estimate_memory(config, prepared.model_folder, rows=rows, device=device)
+    rows = config.micro_batch_tokens or least_budget(longest, torch.device(device.type))
+    with contextlib.closing(prepared.stream.steps(seed=config.seed, size=config.batch_size)) as steps:
+        pairs = [longest, *next(steps)[1:]]
+    memory = count_memory(
+        config,
+        prepared.model_folder,
+        pairs,
+        rows=rows,
+        device=device,
+        processes=cards.number if cards else 1,
+    )
+    forecast: dict[str, Any] | None = None
+    if cards is not None:
+        others = [] if fits(memory, cards) else advise(config, prepared.model_folder, pairs, cards)
+        forecast = {
+            "name": cards.name,
+            "number": cards.number,
+            "usable_gb": _gb(cards.usable),
+            "fits": fits(memory, cards),
+            "changes": [
+                {"options": found.change, "total_gb": _gb(found.memory.total), "fits": found.fits}
+                for found in others
+            ],
+        }
     return {
         "pairs_train": prepared.stream.train_size,
         "pairs_eval": len(prepared.stream.eval_positions),
@@ -90,6 +123,7 @@ def plan_train(config: TrainConfig) -> dict[str, Any]:
             "reference model": 0.0,
             "an online reference would add": _gb(memory.online_reference),
         },
+        "gpus": forecast,
     }
 
 

@@ -31,7 +31,6 @@ from dpo_opt.optimize.forward.packing import pair_group
 from dpo_opt.optimize.forward.policy import Policy, compute_dtype
 from dpo_opt.optimize.losses.running import Running
 from dpo_opt.optimize.memory.budget import Device, choose_budget, longest_pair, run_device
-from dpo_opt.optimize.memory.estimate import optimizer_bytes
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.prepare import Prepared
 from dpo_opt.optimize.processes.distributed import World
@@ -39,7 +38,7 @@ from dpo_opt.optimize.run_folder import RunFolder, Written
 from dpo_opt.optimize.step import Batching, MetricsWindow
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.optimize.throughput import Throughput
-from dpo_opt.optimize.update.optimizer import make_optimizer
+from dpo_opt.optimize.update.optimizer import make_optimizer, optimizer_bytes
 from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.progress import Progress
 

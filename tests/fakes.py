@@ -11,7 +11,7 @@ import numpy as np
 from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.schemas.fingerprint import Fingerprint
 from dpo_opt.schemas.manifest import MANIFEST, load_manifest
-from dpo_opt.schemas.pairs import IdArray, LogpArray, Numerics, TokenSequence
+from dpo_opt.schemas.pairs import IdArray, LogpArray, Numerics, ScoredPair, TokenSequence
 from dpo_opt.schemas.sidecars import COLUMNS, read_column
 
 NUMERICS = Numerics(engine="scripted", engine_version="1", strategy="hash", dtype="float32")
@@ -107,4 +107,21 @@ def preference_rows(count: int) -> list[dict[str, object]]:
             "source": ["web", "books"][i % 2],
         }
         for i in range(count)
+    ]
+
+
+def scored_pairs(*lengths: tuple[int, int, int]) -> list[ScoredPair]:
+    """Pairs of random tokens, with so many of prompt, chosen and rejected, whose log-probs are all 0."""
+    rng = np.random.default_rng(0)
+    return [
+        ScoredPair(
+            row=row,
+            source=None,
+            prompt_ids=rng.integers(3, 100, size=prompt).astype(np.int32),
+            chosen_ids=rng.integers(3, 100, size=chosen).astype(np.int32),
+            rejected_ids=rng.integers(3, 100, size=rejected).astype(np.int32),
+            ref_chosen_token_logps=np.zeros(chosen, dtype=np.float32),
+            ref_rejected_token_logps=np.zeros(rejected, dtype=np.float32),
+        )
+        for row, (prompt, chosen, rejected) in enumerate(lengths)
     ]

@@ -13,7 +13,7 @@ from dpo_opt.console import watched
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import ListsCommand, OtherFile, configured, dry_run_option, json_option
 from dpo_opt.results import say, show, table
-from dpo_opt.schemas.errors import Interrupted
+from dpo_opt.schemas.errors import ConfigError, Interrupted
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.models import checkpoint_dtype
 from dpo_opt.schemas.safe_text import printable
@@ -51,12 +51,22 @@ def _trl_settings(path: AnyPath) -> dict[str, Any]:
     ),
 )
 @dry_run_option
+@click.option(
+    "--gpus",
+    help="With --dry-run: the GPUs to forecast for, such as 1xH100-80GB, 2xA100-40GB or 1x24GB.",
+)
 @json_option
-def command(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
+def command(config: TrainConfig, dry_run: bool, gpus: str | None, as_json: bool) -> None:
+    if gpus is not None and not dry_run:
+        raise ConfigError(
+            "--gpus works only with --dry-run",
+            why="it only forecasts; a run uses the GPUs of its processes",
+            fix="add --dry-run, or leave --gpus out",
+        )
     if dry_run:
         from dpo_opt.dry_run import plan_train
 
-        plan = plan_train(config)
+        plan = plan_train(config, gpus)
         if as_json:
             show(plan, as_json)
         else:
@@ -128,10 +138,11 @@ def _planned_lines(plan: dict[str, Any]) -> list[str]:
     remarks = {
         "weights": f"{plan['parameters']:,} parameters, {plan['trained']:,} trained",
         "activations": f"{plan['micro_batch_tokens']} token rows per micro-batch, on {plan['device']}",
-        "head": "its fp32 gradient, summed over tiles",
+        "head": "logits, their derivatives and fp32 sums",
         "copy of a save": "in main memory, while a checkpoint is written in the background",
         "total": "without Python, its libraries and what the allocator wastes",
     }
+    forecast = plan["gpus"]
     parts = ("weights", "gradients", "optimizer state", "activations", "head", "copy of a save", "total")
     rows = [
         [name, "not known" if memory[name] is None else f"{memory[name]:.3f} GB", remarks.get(name, "")]
@@ -145,6 +156,30 @@ def _planned_lines(plan: dict[str, Any]) -> list[str]:
         "",
         *table(["memory at the peak of a step", "size", ""], rows),
         "",
+        *(_forecast_lines(forecast, memory["activations"] is not None) if forecast else ()),
         f"reference model: 0 GB, cached (online it would cost "
         f"{memory['an online reference would add']:.3f} GB)",
     ]
+
+
+def _forecast_lines(forecast: dict[str, Any], counted: bool) -> Iterator[str]:
+    """Whether the run fits on the GPUs, and what would make it smaller."""
+    where = f"{forecast['number']} x {forecast['name']}"
+    each = "on each of " if forecast["number"] > 1 else "on "
+    if not counted:
+        yield f"whether it fits {each}{where} is not known: the model does not run without weights"
+    elif forecast["fits"]:
+        yield f"it fits {each}{where} ({forecast['usable_gb']:.1f} GB can be used)"
+    else:
+        yield f"it does NOT fit {each}{where} ({forecast['usable_gb']:.1f} GB can be used)"
+        changes = forecast["changes"]
+        rows = [
+            [change["options"], f"{change['total_gb']:.3f} GB", "fits" if change["fits"] else ""]
+            for change in changes
+        ]
+        yield ""
+        yield from table(["with", "size", ""], rows)
+        if not any(change["fits"] for change in changes):
+            yield ""
+            yield "none of these fits: use more or larger GPUs, or a smaller model"
+    yield ""

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dpo_opt.optimize.forward.device_path import takes_gpu_path
 from dpo_opt.optimize.forward.packing import Segment, VarlenIndex
 from dpo_opt.optimize.forward.varlen import takes_varlen, varlen_attention
 from dpo_opt.optimize.forward.written_attention import written_attention
@@ -82,7 +83,7 @@ def segment_attention(
     if varlen is not None and not written and takes_varlen(query, value):
         return varlen_attention(query, key, value, varlen, scale=scaling, window=sliding_window), None
     grouped = query.shape[1] != key.shape[1]
-    if grouped and query.is_cuda and not written:
+    if grouped and takes_gpu_path(query.device) and not written:
         # On CUDA the only kernel for grouped heads with fp32 or a mask keeps all scores for backward.
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         grouped = False
@@ -105,7 +106,7 @@ def segment_attention(
             k = torch.cat([keys[first][:, :, :offset], k], dim=2)
             v = torch.cat([values[first][:, :, :offset], v], dim=2)
         stop = offset
-        for block in torch.split(q, q.shape[2] if q.is_cuda else _CPU_ROWS, dim=2):
+        for block in torch.split(q, q.shape[2] if takes_gpu_path(q.device) else _CPU_ROWS, dim=2):
             rows = block.shape[2]
             stop += rows
             windowed = sliding_window is not None and stop > sliding_window
@@ -135,6 +136,16 @@ def _mask(rows: int, columns: int, window: int | None, device: torch.device) -> 
 
 
 _kept_mask = functools.lru_cache(maxsize=64)(_mask)
+
+
+@contextlib.contextmanager
+def without_kept_masks() -> Iterator[None]:
+    """No mask that was made before the block is used in it, and none of the block's after it."""
+    _kept_mask.cache_clear()
+    try:
+        yield
+    finally:
+        _kept_mask.cache_clear()
 
 
 def _is_windowed(module: torch.nn.Module) -> bool:

@@ -4,9 +4,9 @@ Each layout is tried on probe sequences (probe.py) when the model is loaded.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from dpo_opt.optimize.forward.attention import (
     STOCK_ATTENTION,
     attention_calls,
 )
+from dpo_opt.optimize.forward.packing import Group
 from dpo_opt.optimize.forward.precision import HALF, full_precision_products, in_fp32
 from dpo_opt.optimize.forward.probe import (
     EXACT_WITHIN,
@@ -35,8 +36,13 @@ from dpo_opt.optimize.forward.probe import (
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.pairs import TokenSequence
 
+if TYPE_CHECKING:
+    from dpo_opt.optimize.forward.policy import Policy
+
 # Names in configurations of limits on what a row sees that are applied only in masks.
 _OTHER_LIMITS = ("attention_chunk_size",)
+# Whether rows are packed, and the attention, in the order in which they are tried.
+_LAYOUTS = ((True, SEGMENT_ATTENTION), (False, PADDED_ATTENTION), (False, STOCK_ATTENTION))
 
 
 def choose_layout(
@@ -80,11 +86,7 @@ def choose_layout(
         rounding = (rounded - expected).abs()
         probe = Probe(groups, changed, expected, float(rounding.mean()), float(rounding.max()))
         reasons = []
-        for packs, attention in (
-            (True, SEGMENT_ATTENTION),
-            (False, PADDED_ATTENTION),
-            (False, STOCK_ATTENTION),
-        ):
+        for packs, attention in _LAYOUTS:
             if packs and (unknown := _unknown_layers(model)):
                 reasons.append(f"packed rows have no {', '.join(unknown)}")
                 continue
@@ -102,6 +104,35 @@ def choose_layout(
         why="its decoder or head does something that is not supported, so every log-prob would be wrong",
         fix=f"train {SUPPORTED}",
     )
+
+
+def layout_by_structure(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool | None:
+    """The first layout that the model runs in. Its log-probs are not compared, so it may have no weights.
+
+    Leaves the model with the attention that the layout needs.
+
+    Args:
+        model: Its tensors may be without data.
+        device: The model's device.
+        dtype: The dtype that it will compute in.
+
+    Returns:
+        Whether batches are packed; None if the model runs in no layout.
+
+    Raises:
+        ConfigError: The model has no head that is one matrix.
+    """
+    from dpo_opt.optimize.forward.policy import Policy
+
+    groups, _ = questions(model, None)
+    for packs, attention in _LAYOUTS:
+        if (packs and _unknown_layers(model)) or not _use_attention(model, attention):
+            continue
+        with torch.no_grad():
+            found = _logps_in_layout(Policy(model, device, dtype, packs), groups)
+        if not isinstance(found, str):
+            return packs
+    return None
 
 
 def _what_is_unknown(model: PreTrainedModel, probe: Probe, device: torch.device) -> list[str]:
@@ -132,16 +163,27 @@ def _is_causal(model: PreTrainedModel, probe: Probe, device: torch.device) -> bo
 
 
 def _difference(model: PreTrainedModel, device: torch.device, probe: Probe, *, packs: bool) -> str | None:
-    """Why a layout does not give the model's own log-probs, in words; None if it does.
+    """Why a layout does not give the model's own log-probs, in words; None if it does."""
+    from dpo_opt.optimize.forward.policy import Policy
+
+    found = _logps_in_layout(Policy(model, device, _dtype(model), packs), probe.groups)
+    if isinstance(found, str):
+        return found
+    difference = (found - probe.expected).abs()
+    limit = difference.new_tensor(EXACT_WITHIN if _dtype(model) == torch.float32 else HALF_MAX)
+    if not bool((difference <= limit).all()):
+        return f"off by up to {float(difference.max()):.3g} nats per token"
+    return None
+
+
+def _logps_in_layout(policy: "Policy", groups: Sequence[Group]) -> Tensor | str:
+    """All log-probs in the policy's layout, on the CPU, or why there are none, in words.
 
     Packed rows are right only if nothing except our attention mixes them, so every layer must call it.
     """
-    from dpo_opt.optimize.forward.policy import Policy
-
-    policy = Policy(model, device, _dtype(model), packs)
     try:
         with attention_calls() as calls:
-            found = torch.cat(policy.sequence_logps(probe.groups)).float().cpu()
+            found = torch.cat(policy.sequence_logps(groups)).float().cpu()
     except torch.OutOfMemoryError:
         raise
     except (
@@ -155,13 +197,9 @@ def _difference(model: PreTrainedModel, device: torch.device, probe: Probe, *, p
     ) as error:
         # The model does not accept this layout's arguments, or does not expose its decoder.
         return first_line(error)
-    if packs and (idle := _layers_without(calls, model)):
+    if policy.packs and (idle := _layers_without(calls, policy.model)):
         return f"{idle} layers do not use the attention of packed rows"
-    difference = (found - probe.expected).abs()
-    limit = difference.new_tensor(EXACT_WITHIN if _dtype(model) == torch.float32 else HALF_MAX)
-    if not bool((difference <= limit).all()):
-        return f"off by up to {float(difference.max()):.3g} nats per token"
-    return None
+    return found
 
 
 def _unknown_layers(model: PreTrainedModel) -> list[str]:

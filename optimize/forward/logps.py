@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dpo_opt.optimize.forward.device_path import takes_gpu_path
+
 
 class Head(NamedTuple):
     """The last projection of a causal language model: logits = softcap(scale * (h W^T + b))."""
@@ -70,7 +72,7 @@ def token_logps(
     # An asynchronous assertion: the CPU does not wait for the GPU.
     known = ((targets >= 0) & (targets < head.weight.shape[0])).all()
     torch._assert_async(known, f"a token to be scored is not among the head's {head.weight.shape[0]}")
-    operands = dtype if hidden.device.type == "cuda" else torch.float32
+    operands = dtype if takes_gpu_path(hidden.device) else torch.float32
     logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
         hidden,
         head.weight,
@@ -160,7 +162,7 @@ class _Projector:
         self._dtype = dtype
         self._operands = dtype if hidden.dtype == head.weight.dtype == dtype else torch.float32
         self._weight = head.weight.to(self._operands)
-        self._bytes = _ON_GPU if hidden.device.type == "cuda" else _ON_CPU
+        self._bytes = _ON_GPU if takes_gpu_path(hidden.device) else _ON_CPU
         self.rows = max(1, self._bytes.block // (4 * len(head.weight)))
         # The same memory for all blocks: new memory would have to be mapped and zeroed each time.
         shape = min(len(hidden), self.rows), len(head.weight)

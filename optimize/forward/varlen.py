@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from dpo_opt.optimize.forward.device_path import stands_for_gpu
 from dpo_opt.optimize.forward.packing import VarlenIndex
 
 # What flash attention supports. Wider or uneven heads, fp32 and older devices use another kernel.
@@ -71,7 +72,7 @@ def choose_kernel(
 def takes_varlen(query: Tensor, value: Tensor) -> bool:
     """Whether ``varlen_attention`` computes these heads, (1, H, T, D) and (1, K, T, D), as they are."""
     kernel = choose_kernel(
-        capability=_capability(query.device),
+        capability=_OLDEST_CAPABILITY if stands_for_gpu() else _capability(query.device),
         dtype=attention_dtype(query),
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],

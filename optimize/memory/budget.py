@@ -96,7 +96,7 @@ def choose_budget(
     Args:
         policy: Ready to train, with checkpointing and sharding. Its gradients are None before and after.
         longest: The longest pair that will be trained on.
-        optimizer_bytes: Bytes that the optimizer will still allocate (``estimate.optimizer_bytes``).
+        optimizer_bytes: Bytes that the optimizer will still allocate (``optimizer.optimizer_bytes``).
         world: The run's processes; None: a single process.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -65,7 +65,7 @@ class ShardedPolicy(Policy):
         return logps
 
 
-def shard_policy(policy: Policy, world: World) -> Policy:
+def shard_policy(policy: Policy, world: World, mesh: DeviceMesh | None = None) -> Policy:
     """Shard a policy's parameters over all processes. A single process gets it back as it is.
 
     Gradients are summed over the processes in fp32, not averaged: the loss is divided by the step's pairs.
@@ -74,6 +74,7 @@ def shard_policy(policy: Policy, world: World) -> Policy:
         policy: The same on every process, with activation checkpointing set up. Its model is changed. It may
             be on the CPU while the world's device is a GPU: the layers are then moved and sharded one by one.
         world: The run's processes.
+        mesh: The processes as torch's mesh of one dimension; None: it is made.
 
     Raises:
         ConfigError: This version of torch is too old.
@@ -87,7 +88,7 @@ def shard_policy(policy: Policy, world: World) -> Policy:
         )
     shard = partial(
         fully_shard,
-        mesh=init_device_mesh(world.device.type, (world.size,)),
+        mesh=mesh or init_device_mesh(world.device.type, (world.size,)),
         # Batches hold integers, and the inputs of a layer already have its dtype.
         mp_policy=MixedPrecisionPolicy(
             param_dtype=policy.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -117,9 +118,17 @@ def _room_for_gradients(model: PreTrainedModel, world: World) -> bool:
     if world.device.type != "cuda":
         return True
     _, memory = torch.cuda.mem_get_info(world.device)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # All processes must exchange gradients alike, also when their GPUs differ in size.
-    return not any_rank(4 * trained > _WHOLE_GRADIENTS_SHARE * memory, world)
+    return not any_rank(not has_room_for_gradients(_trained(model), memory), world)
+
+
+def has_room_for_gradients(trained: int, memory: int) -> bool:
+    """Whether a GPU of ``memory`` bytes keeps the whole fp32 gradients of so many weights during a step."""
+    return 4 * trained <= _WHOLE_GRADIENTS_SHARE * memory
+
+
+def _trained(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def announce_micro_batch(policy: Policy, *, last: bool) -> None:

@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from dpo_opt.optimize.forward.device_path import takes_gpu_path
+
 # Elements per block: so many stay in a CPU's cache. They change no result.
 _BLOCK = 1 << 18
 
@@ -66,7 +68,7 @@ class RoundedAdamW(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    if parameter.device.type != "cuda" and parameter.device not in workspaces:
+                    if not takes_gpu_path(parameter.device) and parameter.device not in workspaces:
                         workspaces[parameter.device] = _Workspace(parameter.device)
                     self._update(parameter, group, position, workspaces.get(parameter.device))
                 position += 1

@@ -7,7 +7,7 @@ because at DPO's learning rates rounding to the nearest silently loses most upda
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ from dpo_opt.optimize.update.bf16_adamw import RoundedAdamW, mixed
 from dpo_opt.schemas.errors import ConfigError
 
 Groups = list[dict[str, Any]]
+
+# Moments per trained parameter. In 8 bits, AdamW's two moments also have a scale per block of 256.
+_MOMENTS = {"adamw": 2, "rmsprop": 1}
+_EIGHT_BIT_STATE = 2 * (1 + 4 / 256)
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> Optimizer:
@@ -73,6 +77,14 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> Optimizer:
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True
     )
+
+
+def optimizer_bytes(parameters: Iterable[Tensor], config: TrainConfig) -> int:
+    """Bytes of optimizer state for these parameters, or for this process's part of them."""
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    if config.optim == "adamw-8bit":
+        return int(_EIGHT_BIT_STATE * sum(p.numel() for p in local))
+    return _MOMENTS[config.optim] * sum(p.numel() * p.itemsize for p in local)
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
