@@ -99,8 +99,8 @@ def line(recipe: Recipe) -> str:
     kind, sizes = MODELS[recipe.model]
     with tempfile.TemporaryDirectory() as folder:
         getattr(transformers, kind)(**sizes).save_pretrained(folder)
-        # Two micro-batches: gradients are kept while the second runs.
-        pairs = scored_pairs(recipe.lengths, recipe.lengths)
+        # Two micro-batches of each process: gradients are kept while the second runs.
+        pairs = scored_pairs(*[recipe.lengths] * 2 * gpus.number)
         memory = count_memory(config, Path(folder), pairs, rows=1, device=gpus.device, processes=gpus.number)
     parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations or 0, memory.head)
     return (

@@ -175,7 +175,8 @@ def _peak(
             if mesh is not None:
                 policy = _sharded(policy, mesh, device)
                 live.name([*model.parameters(), *model.buffers()], "weights")
-            _make_steps(policy, config, _largest(policy, step, rows), rows=rows, live=live)
+            pairs = _largest(policy, step, rows, processes)
+            _make_steps(policy, config, pairs, rows=rows, live=live)
         return live.peak()
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
@@ -236,7 +237,7 @@ def _counted(live: LiveBytes) -> type[Policy]:
     return CountedPolicy
 
 
-def _largest(policy: Policy, step: Sequence[ScoredPair], rows: int) -> list[ScoredPair]:
+def _largest(policy: Policy, step: Sequence[ScoredPair], rows: int, processes: int) -> list[ScoredPair]:
     """The pairs of a step's first micro-batch and of its largest other one.
 
     The first has the longest pair. Gradients are kept while the others run.
@@ -244,6 +245,8 @@ def _largest(policy: Policy, step: Sequence[ScoredPair], rows: int) -> list[Scor
     groups = prompt_groups(step, rows=policy.rows, budget=rows)
     sizes = [policy.rows(group.sequences) + _scored(group.sequences) for group in groups]
     first, *others = policy.bins([group.sequences for group in groups], rows)
+    if len(others) < processes:
+        others = []  # each process has at most one
     chosen = first + max(others, key=lambda members: sum(sizes[i] for i in members), default=[])
     return [step[pair] for i in chosen for pair in groups[i].pairs]
 

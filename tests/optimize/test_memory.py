@@ -137,14 +137,14 @@ def test_memory_is_what_a_real_step_takes(tmp_path: Path, name: str, changes: di
 def test_memory_of_one_of_several_processes_is_what_it_takes(tmp_path: Path, recomputed: str) -> None:
     save_random(*MODELS["tied"], tmp_path)
     changes = {"dtype": "bfloat16", "activation_checkpointing": recomputed}
-    found = counted(tmp_path, processes=4, **changes).total
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    found = counted(tmp_path, processes=2, **changes)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        real = allocated(tmp_path, processes=4, **changes)
+        real = allocated(tmp_path, processes=2, **changes)
     finally:
         dist.destroy_process_group()
-    assert found == pytest.approx(real, rel=0.1)
-    assert found < 0.7 * counted(tmp_path, **changes).total
+    assert found.total == pytest.approx(real, rel=0.1)
+    assert found.weights == pytest.approx(counted(tmp_path, **changes).weights / 2, rel=0.01)
 
 
 @pytest.mark.parametrize(
