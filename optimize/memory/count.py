@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
 from dpo_opt.optimize.adapters.lora import add_adapter, plan_adapter
-from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.optimize.config import LOSS_OPTIONS, TrainConfig
 from dpo_opt.optimize.forward.activations import checkpoint_activations
 from dpo_opt.optimize.forward.architecture import decoder_of, model_without_weights, projection_of
 from dpo_opt.optimize.forward.attention import without_kept_masks
@@ -221,18 +221,21 @@ def _counted(live: LiveBytes) -> type[Policy]:
     """``Policy`` that tells the counter which part allocates. Backward enters the parts in reverse order."""
 
     class CountedPolicy(Policy):
-        def batch_logps(self, batch: Batch) -> Tensor:
+        def batch_logps(self, batch: Batch, *, log_squares: Tensor | None = None) -> Tensor:
             live.enter("activations")
             hook = decoder_of(self.model).register_forward_hook(head_begins)
-            logps = super().batch_logps(batch)
+            logps = super().batch_logps(batch, log_squares=log_squares)
             hook.remove()
             live.enter("activations")
-            logps.register_hook(lambda _: live.enter("head"))  # type: ignore[no-untyped-call]
+            if logps.requires_grad:
+                logps.register_hook(lambda _: live.enter("head"))  # type: ignore[no-untyped-call]
             return logps
 
     def head_begins(_module: Any, _inputs: Any, output: Any) -> None:
         live.enter("head")
-        output.last_hidden_state.register_hook(lambda _: live.enter("activations"))
+        hidden = output.last_hidden_state
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: live.enter("activations"))
 
     return CountedPolicy
 
@@ -274,14 +277,16 @@ def _make_steps(
         optimizer.zero_grad(set_to_none=True)
         held = [value for state in optimizer.state.values() for value in state.values()]
         live.name([value for value in held if isinstance(value, Tensor)], "optimizer")
+    # Losses take a few numbers for each pair, and some need data.
+    plain = {"loss_type": ["sigmoid"], "loss_weights": None, "label_smoothing": 0.0}
+    options = dict.fromkeys(name for name in LOSS_OPTIONS if name not in plain)
     live.start()
     forward_pairs(
         policy,
         pairs,
-        config,
+        config.model_copy(update=plain | options),
         batching=Batching(rows, ForwardCost(0, 0, 0), World(0, 1, 0, _CPU, None)),
         weights=None,
-        margins=[0.0] * len(pairs),
         backward=True,
         stop=StopSignals(),
     )

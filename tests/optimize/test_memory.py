@@ -230,6 +230,13 @@ def test_gradients_are_kept_while_other_micro_batches_run(tmp_path: Path) -> Non
     assert counted(tmp_path, long, rows=1).gradients == whole
 
 
+@pytest.mark.parametrize("loss", ["exo_pair", "kto_pair", "rdpo"])
+def test_a_loss_that_needs_data_is_no_obstacle(tmp_path: Path, loss: str) -> None:
+    save_config(tmp_path, "LlamaConfig", HEADS)
+    options = {"rdpo_alpha": 0.1} if loss == "rdpo" else {}
+    assert counted(tmp_path, ONE, loss_type=loss, **options) == counted(tmp_path, ONE)
+
+
 def test_eight_bit_state_is_counted_without_its_package(tmp_path: Path) -> None:
     save_random("LlamaConfig", LARGER, tmp_path)
     eight, full = counted(tmp_path, ONE, optim="adamw-8bit"), counted(tmp_path, ONE)
