@@ -183,9 +183,10 @@ def test_a_sweep_waits_for_runs_of_one_that_was_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with only_sweep(tmp_path) as held:
-        run = subprocess.Popen(["sleep", "0.5"], pass_fds=[held])
+        run = subprocess.Popen(["sh", "-c", 'sleep 0.5; touch "$0"', tmp_path / "saved"], pass_fds=[held])
     with only_sweep(tmp_path):
-        assert run.poll() is not None
+        assert (tmp_path / "saved").exists()
+    run.wait()
     assert "waiting for runs of a sweep that was killed" in capsys.readouterr().err
 
 
