@@ -88,8 +88,8 @@ BAD_ROWS: dict[str, Kind] = {
     ),
     "role_order": Kind(
         "error",
-        "completions that begin with a user's message",
-        "the policy would learn to ask, not to answer",
+        "completions that a user begins, or in which the assistant says nothing",
+        "the policy would learn to speak as a user or a tool, not to answer",
         _ROW,
     ),
     "no_common_prompt": Kind(

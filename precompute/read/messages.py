@@ -4,15 +4,21 @@ import json
 import re
 from typing import NoReturn
 
-from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, quote, without_nulls
+from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, parse_json, quote, without_nulls
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message
 
 TEXT_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 """The beginning of a list of messages as JSON, or as Python prints it."""
 _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-# Who may speak first in a completion; whoever comes before is prompt.
-_NOT_COMPLETING = {"user", "human", "system", "developer"}
+# Who speaks first in a completion is none of these; they are prompt.
+_NOT_COMPLETING = frozenset({"user", "human", "system", "developer"})
+_RESULTS = ("tool", "function", "ipython", "observation", "environment", "tool_response", "tool_result")
+OTHER_ROLES = _NOT_COMPLETING.union(_RESULTS)
+"""All roles that are known and not the assistant's."""
+_CALL_KEYS = ("id", "type", "index")
+"""Beside what is called, as an API gives it."""
+_ARGUMENTS_ELSEWHERE = ("args", "input")  # as LangChain and Anthropic write them
 
 
 def read_messages(values: list[object], key: str, where: str) -> list[Message]:
@@ -41,10 +47,10 @@ def refuse_text_of_messages(text: str, key: str, where: str) -> None:
 
 
 def refuse_roles(completion: list[Message], key: str, where: str) -> None:
-    """Refuse a completion that the user or the system begins.
+    """Refuse a completion that the user or the system begins, or in which the assistant says nothing.
 
     Raises:
-        DataError: It does.
+        DataError: It is one.
     """
     role = completion[0]["role"]
     if role in _NOT_COMPLETING:
@@ -53,6 +59,14 @@ def refuse_roles(completion: list[Message], key: str, where: str) -> None:
             where=where,
             why="a completion is what the model says after the prompt; this would train it to ask",
             fix='move the message to "prompt", or leave "prompt" out where both sides contain it',
+            kind="role_order",
+        )
+    if all(message["role"] in OTHER_ROLES for message in completion):
+        raise DataError(
+            f'"{key}" has no message of the assistant, but of the role "{role}"',
+            where=where,
+            why="what a tool says would be trained on as if the model had said it",
+            fix=f'end "{key}" with what the assistant said then; or {FIX_ROW}',
             kind="role_order",
         )
 
@@ -119,7 +133,7 @@ def _message(value: object, name: str, where: str) -> Message:
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             _refuse(f'"tool_calls" in {name} is {kind_of(calls)}', where, why="it must be a list of objects")
         refuse_unwritable(calls, "tool_calls", where, kind="message")
-        message["tool_calls"] = without_nulls(calls)
+        message["tool_calls"] = [_call(without_nulls(call), name, where) for call in calls]
         message.setdefault("content", "")
     else:
         message.pop("tool_calls", None)
@@ -134,6 +148,55 @@ def _message(value: object, name: str, where: str) -> Message:
             )
         refuse_surrogates(member, key, where)
     return message
+
+
+def _call(call: object, name: str, where: str) -> object:
+    """A tool call, whose arguments stand where templates and this program look for them."""
+    if not isinstance(call, dict):
+        return call
+    function = call
+    if "function" in call:
+        function = call["function"]
+        if not isinstance(function, dict):
+            what = f'"function" in "tool_calls" of {name} is {kind_of(function)}'
+            _refuse(what, where, why='it must be an object with "name" and "arguments"')
+        _refuse_other_keys(call, ("function", *_CALL_KEYS), name, where)
+    arguments = "arguments" if "arguments" in function else "parameters"
+    beside = _CALL_KEYS if function is call else ()
+    _refuse_other_keys(function, ("name", arguments, *beside), name, where)
+    if isinstance(function.get(arguments), str):
+        _refuse_text_of_arguments(function[arguments], name, where)
+    return call
+
+
+def _refuse_other_keys(call: dict[str, object], known: tuple[str, ...], name: str, where: str) -> None:
+    unknown = next((key for key in call if key not in known), None)
+    if unknown is not None:
+        moved = unknown in _ARGUMENTS_ELSEWHERE and "function" not in call and "arguments" not in call
+        _refuse(
+            f'a call in "tool_calls" of {name} has the key "{escape(unknown)}", which few templates read',
+            where,
+            why="what it says would be left out: the call would be trained on without it",
+            fix=f'rename it to "arguments", which templates read; or {FIX_ROW}' if moved else FIX_ROW,
+        )
+
+
+def _refuse_text_of_arguments(text: str, name: str, where: str) -> None:
+    """Refuse a text that templates would write as no JSON, or as another object than it says."""
+    if not text.strip():
+        _refuse(
+            f'the arguments in "tool_calls" of {name} are an empty text',
+            where,
+            why="some templates write no JSON then, and some no arguments",
+            fix='write a call without arguments with "arguments": {}',
+        )
+    try:
+        parse_json(text)
+    except json.JSONDecodeError:
+        return  # which some templates write as it is
+    except (ValueError, RecursionError) as error:
+        what = f'the arguments in "tool_calls" of {name} are not readable as JSON ({quote(str(error))})'
+        _refuse(what, where, why="templates that take an object would write another one")
 
 
 def _joined_parts(parts: list[object], name: str, where: str) -> str:

@@ -2,7 +2,8 @@
 
 A completion of several messages is a conversation. What users, systems and tools say in it is context, and so
 is the header of a turn: what the template writes before an assistant's turn to ask for one. A completion of
-one message is the assistant's as a whole, as the ids divide it from the prompt, and needs no mask.
+one message is the assistant's as a whole, as the ids divide it from the prompt, and needs no mask; rows in
+which it is a tool's are refused when they are read.
 
 Where the turn of message ``n`` stands is measured by rendering:
 
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple, assert_never
 import numpy as np
 
 from dpo_opt.precompute.config import TrainOn
+from dpo_opt.precompute.read.messages import OTHER_ROLES
 from dpo_opt.precompute.read.strict_json import SKIP_ROW
 from dpo_opt.precompute.tokens.long_texts import LONGEST_PIECE
 from dpo_opt.precompute.tokens.templates import Renderer
@@ -30,18 +32,6 @@ from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import IdArray, MaskArray, Message
 
 _ASSISTANTS = {"assistant", "model", "gpt", "bot", "chatbot", "ai"}
-_OTHERS = {
-    "user",
-    "human",
-    "system",
-    "developer",
-    "tool",
-    "function",
-    "ipython",
-    "observation",
-    "environment",
-}
-_OTHERS |= {"tool_response", "tool_result"}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OTHER_WORDS = "§"
 _PROBES = ("wordone", "wordtwo")
@@ -90,7 +80,7 @@ def _assistants(completion: list[Message], where: str) -> list[int]:
         return [0]
     roles = [str(message["role"]) for message in completion]
     for role in roles:
-        if role not in _ASSISTANTS | _OTHERS:
+        if role not in _ASSISTANTS | OTHER_ROLES:
             raise _refused(f'whether a turn of the role "{role}" is the assistant\'s is not known', where)
     return [i for i, role in enumerate(roles) if role in _ASSISTANTS]
 

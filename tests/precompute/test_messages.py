@@ -47,6 +47,10 @@ def test_an_empty_list_of_tool_calls_is_none() -> None:
     assert pair_of({**ROW, "chosen": [{**GOOD, "tool_calls": []}]}).chosen == [GOOD]
 
 
+def calling(**call: Any) -> dict[str, Any]:
+    return {**CALLING, "tool_calls": [call]}
+
+
 @pytest.mark.parametrize(
     ("message", "what"),
     [
@@ -55,12 +59,50 @@ def test_an_empty_list_of_tool_calls_is_none() -> None:
         ({"role": "assistant", "tool_calls": []}, 'message 1 of "chosen" lacks "content"'),
         ({**GOOD, "tool_call_id": 7}, '"tool_call_id" in message 1 of "chosen" is a number'),
         ({**GOOD, "reasoning_content": ["x"]}, '"reasoning_content" in message 1 of "chosen" is a list'),
+        (calling(function="weather"), '"function" in "tool_calls" of message 1 of "chosen" is a string'),
+        (
+            calling(function={"name": "weather", "arguments": " "}),
+            'the arguments in "tool_calls" of message 1 of "chosen" are an empty text',
+        ),
+        (
+            calling(function={"name": "weather", "arguments": '{"a": 1, "a": 2}'}),
+            'the arguments in "tool_calls" of message 1 of "chosen" are not readable as JSON '
+            '(the key "a" appears twice in one object)',
+        ),
         ({"from": "gpt", "value": "x"}, 'message 1 of "chosen" lacks "role" (it has "from" and "value")'),
     ],
 )
 def test_a_message_that_no_template_could_show_is_refused(message: dict[str, Any], what: str) -> None:
     error = refusal({**ROW, "chosen": [message]})
     assert (error.kind, error.what) == ("message", what)
+
+
+AT_ROME = {"city": "Rome"}
+
+
+@pytest.mark.parametrize(
+    ("call", "key", "renames"),
+    [
+        ({"type": "tool_call", "name": "weather", "args": AT_ROME}, "args", True),
+        ({"type": "tool_use", "name": "weather", "input": AT_ROME}, "input", True),
+        ({"function": {"name": "weather", "input": AT_ROME}}, "input", True),
+        ({**CALL, "result": "31"}, "result", False),
+        ({**CALL, "args": AT_ROME}, "args", False),
+        ({"function": {"name": "weather"}, "arguments": AT_ROME}, "arguments", False),
+        ({"name": "weather", "arguments": AT_ROME, "parameters": AT_ROME}, "parameters", False),
+    ],
+)
+def test_a_key_of_a_call_that_no_template_reads_is_refused(call: Any, key: str, renames: bool) -> None:
+    error = refusal({**ROW, "chosen": [calling(**call), ANSWER, GOOD]})
+    assert f'"tool_calls" of message 1 of "chosen" has the key "{key}"' in error.what
+    assert ('rename it to "arguments"' in str(error.fix)) == renames
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters"])
+def test_a_call_may_stand_in_function_or_alone_with_what_an_api_adds(key: str) -> None:
+    function = {"name": "weather", key: AT_ROME}
+    for call in ({**function, "id": "1"}, {"function": {**function, "args": None}, "index": 0}):
+        assert pair_of({**ROW, "chosen": [calling(**call)]}).chosen[0]["role"] == "assistant"  # type: ignore[index]
 
 
 def in_parts(*texts: str, **others: object) -> list[dict[str, object]]:
@@ -115,6 +157,15 @@ def test_a_completion_that_the_user_begins_is_refused(role: str) -> None:
         error = refusal({**ROW, side: [{"role": role, "content": "And tomorrow?"}, GOOD]})
         assert error.kind == "role_order"
         assert error.what == f'"{side}" begins with a message of the role "{role}"'
+
+
+@pytest.mark.parametrize("role", ["tool", "ipython", "observation"])
+def test_a_completion_in_which_the_assistant_says_nothing_is_refused(role: str) -> None:
+    result = {"role": role, "content": "31"}
+    for completion in ([result], result, [result, result], [result, USER]):
+        error = refusal({**ROW, "rejected": completion})
+        assert error.kind == "role_order"
+        assert error.what == f'"rejected" has no message of the assistant, but of the role "{role}"'
 
 
 def test_a_completion_may_begin_with_a_tools_answer_and_go_on_with_the_user() -> None:
