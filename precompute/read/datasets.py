@@ -6,7 +6,7 @@ joins the rows into one sequence, whose numbers stay the same while the data doe
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -16,7 +16,13 @@ from dpo_opt.precompute.read.files import read_blocks
 from dpo_opt.precompute.read.numbers_of_rows import RATINGS
 from dpo_opt.precompute.read.row_blocks import Block, TextBlock
 from dpo_opt.precompute.read.rows import Form, PromptRow, to_pairs, to_prompts
-from dpo_opt.precompute.read.shape_parts import ADDED_COLUMNS, LATE_COLUMNS, Values, is_empty
+from dpo_opt.precompute.read.shape_parts import (
+    ADDED_COLUMNS,
+    CONVERSATION_KEYS,
+    LATE_COLUMNS,
+    Values,
+    is_empty,
+)
 from dpo_opt.precompute.read.sources import Source, find_sources
 from dpo_opt.precompute.read.strict_json import escape
 from dpo_opt.schemas.errors import DataError
@@ -203,8 +209,9 @@ def _content(block: Block, number: int) -> bytes:
     if isinstance(block, TextBlock):
         return block.texts[number].strip()
     found: dict[str, object] = {}
+    unread = _not_loaded(block.batch.schema)
     for name, column in zip(block.batch.schema.names, block.batch.columns, strict=True):
-        if name in _UNCOUNTED:
+        if name in _UNCOUNTED or name in unread:
             continue
         try:
             value = column[number].as_py()
@@ -214,6 +221,13 @@ def _content(block: Block, number: int) -> bytes:
         if name not in ADDED_COLUMNS or not is_empty(value):
             found[name] = value
     return json.dumps(found, sort_keys=True, default=str).encode()
+
+
+def _not_loaded(schema: pa.Schema) -> Set[str]:
+    """The conversation of a table of pairs, which early versions loaded beside sides of one message only."""
+    if not {"chosen", "rejected"} <= set(schema.names) or pa.types.is_struct(schema.field("chosen").type):
+        return frozenset()
+    return frozenset(CONVERSATION_KEYS)
 
 
 def _source_blocks(source: Source, config: DataConfig) -> Iterator[Block | DataError]:

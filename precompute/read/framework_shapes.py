@@ -1,7 +1,9 @@
 """Rows as training libraries and platforms document them, rewritten as prompt, chosen and rejected."""
 
+from dpo_opt.precompute.read.messages import ASKING_ROLES, refuse_text_of_messages
 from dpo_opt.precompute.read.prompt_columns import refuse_media
 from dpo_opt.precompute.read.shape_parts import (
+    CONVERSATION_KEYS,
     MEDIA,
     Shape,
     Values,
@@ -58,11 +60,7 @@ def _swift_messages(values: Values, where: str) -> list[Values]:
 def _ranking(values: Values, where: str) -> list[Values]:
     """LLaMA-Factory's ShareGPT format: the conversation, and one message for each side."""
     refuse_media(values, where)
-    keys = [key for key in ("conversations", "messages") if key in values]
-    first_key, *other_keys = [key for key in keys if values[key] is not None] or keys
-    prompt = _turns(values[first_key], first_key, where)
-    for other in other_keys:
-        agreed({first_key: prompt, other: _turns(values[other], other, where)}, where)
+    _, prompt = _conversation_of(values, where)
     system = values.get("system")
     first = prompt[0] if prompt else None
     # A system message in the conversation overrides the column.
@@ -70,6 +68,42 @@ def _ranking(values: Values, where: str) -> list[Values]:
         prompt.insert(0, said("system", system))
     sides = {side: [_sharegpt(values[side], f'"{side}"', where)] for side in ("chosen", "rejected")}
     return [{**kept(values), **_sharegpt_tools(values, where), "prompt": prompt, **sides}]
+
+
+def _asked(values: Values, where: str) -> list[Values]:
+    """The conversation that two answers were given to; they may contain it, or it the chosen one."""
+    key, prompt = _conversation_of(values, where)
+    sides: dict[str, object] = {}
+    for side in ("chosen", "rejected"):
+        value = values[side]
+        if isinstance(value, str):
+            refuse_text_of_messages(value, side, where)
+            value = [said("assistant", value)]
+        sides[side] = _turns(value, side, where) if isinstance(value, list) else value
+    chosen, rejected = (without_nulls(side) for side in sides.values())
+    conversation, last = without_nulls(prompt), len(prompt)
+    row = {**kept(values), **_sharegpt_tools(values, where), **sides}
+    if not isinstance(chosen, list) or not isinstance(rejected, list) or not isinstance(conversation, list):
+        return [{**row, "prompt": prompt}]  # which is refused
+    if conversation == chosen or chosen[:last] == conversation == rejected[:last]:
+        return [row]
+    if len(chosen) < last and conversation[-len(chosen) :] == chosen:
+        return [{**row, "prompt": prompt[: -len(chosen)]}]
+    if any(
+        isinstance(m, dict) and m.get("role") in ASKING_ROLES for side in (chosen, rejected) for m in side[:1]
+    ):
+        refuse_two("chosen", key, where)
+    return [{**row, "prompt": prompt}]
+
+
+def _conversation_of(values: Values, where: str) -> tuple[str, list[object]]:
+    """The conversation of a row, and its key; where it stands under two, they say the same."""
+    keys = [key for key in CONVERSATION_KEYS if key in values]
+    first_key, *other_keys = [key for key in keys if values[key] is not None] or keys
+    conversation = _turns(values[first_key], first_key, where)
+    for other in other_keys:
+        agreed({first_key: conversation, other: _turns(values[other], other, where)}, where)
+    return first_key, conversation
 
 
 def _turns(conversation: object, key: str, where: str) -> list[object]:
@@ -188,7 +222,7 @@ FRAMEWORK_SHAPES = (
             objects=_PAIR,
             also=frozenset({*MEDIA, "system"}),
         )
-        for key in ("conversations", "messages")
+        for key in CONVERSATION_KEYS
     ),
     Shape(
         "ms-swift",
@@ -217,4 +251,15 @@ FRAMEWORK_SHAPES = (
         also=frozenset({*MEDIA, "input", "system", "history"}),
     ),
     Shape("question with image", _PAIR | {"question", "image"}, _question_with_image, absent=_WITHOUT_PROMPT),
+    *(
+        Shape(
+            "conversation and answers",
+            _PAIR | {key},
+            _asked,
+            absent=_WITHOUT_PROMPT,
+            filled=frozenset({key}),
+            also=frozenset({*CONVERSATION_KEYS}),
+        )
+        for key in CONVERSATION_KEYS
+    ),
 )

@@ -11,10 +11,10 @@ from dpo_opt.schemas.pairs import Message
 TEXT_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 """The beginning of a list of messages as JSON, or as Python prints it."""
 _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-# Who speaks first in a completion is none of these; they are prompt.
-_NOT_COMPLETING = frozenset({"user", "human", "system", "developer"})
+ASKING_ROLES = frozenset({"user", "human", "system", "developer"})
+"""Who may not speak first in a completion; whoever comes before is prompt."""
 _RESULTS = ("tool", "function", "ipython", "observation", "environment", "tool_response", "tool_result")
-OTHER_ROLES = _NOT_COMPLETING.union(_RESULTS)
+OTHER_ROLES = ASKING_ROLES.union(_RESULTS)
 """All roles that are known and not the assistant's."""
 _CALL_KEYS = ("id", "type", "index")
 """Beside what is called, as an API gives it."""
@@ -53,7 +53,7 @@ def refuse_roles(completion: list[Message], key: str, where: str) -> None:
         DataError: It is one.
     """
     role = completion[0]["role"]
-    if role in _NOT_COMPLETING:
+    if role in ASKING_ROLES:
         raise DataError(
             f'"{key}" begins with a message of the role "{role}"',
             where=where,

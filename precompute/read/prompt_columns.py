@@ -9,6 +9,8 @@ The rules:
 * Another name of the prompt (``question``, ``context``, ...), and what a question is about (``document``,
   ...), counts only where it says what the prompt lacks. So does ``prompt`` in a form that has its prompt
   elsewhere.
+* A conversation (``messages``) counts only where it says what prompt and completions lack; without a prompt
+  it is one.
 * Earlier turns (``history``) belong to a conversation; only the Alpaca form says where they stand.
 * Images, videos and sounds are never read.
 """
@@ -19,6 +21,7 @@ from typing import NoReturn
 from dpo_opt.precompute.read.shape_parts import (
     AROUND_KEYS,
     BACKGROUND_KEYS,
+    CONVERSATION_KEYS,
     MEDIA,
     PROMPT_KEYS,
     SYSTEM_KEYS,
@@ -27,6 +30,7 @@ from dpo_opt.precompute.read.shape_parts import (
     is_empty,
     said,
 )
+from dpo_opt.precompute.read.shared_prompt import answered
 from dpo_opt.precompute.read.strict_json import kind_of
 from dpo_opt.schemas.errors import DataError, quoted
 
@@ -65,6 +69,9 @@ def joined(row: Values, beside: Values, *, column: Mapping[str, str], is_form: b
             row = {**row, "prompt": f"{prompt}\n{more}"}
         elif not _is_said(more, row):
             _refuse_more(key, where)
+    for key in (key for key in CONVERSATION_KEYS if key in filled and "chosen" in row):
+        if not _is_repeated(filled[key], row):
+            _refuse_more(key, where)
     if "history" in filled:
         fix = _read_otherwise(row, named, "history", column, is_form) if named == "instruction" else None
         _refuse("history", where, why="nothing says where these turns stand in the prompt", fix=fix)
@@ -99,6 +106,22 @@ def _is_said(more: object, row: Values) -> bool:
     return all(any(more.strip() in text for text in _texts(part)) for part in parts)
 
 
+def _is_repeated(conversation: object, row: Values) -> bool:
+    """Whether all turns of a conversation are in the prompt, or in the chosen side, too."""
+    parts = [row[key] for key in ("prompt", "chosen") if key in row]
+    if not isinstance(conversation, list) or conversation in parts:
+        return isinstance(conversation, list)
+    known = [turn for part in parts for turn in (part if isinstance(part, list) else [part])]
+    texts = {text.strip() for text in _texts(known)}
+    for turn in conversation:
+        if turn in known:
+            continue
+        text = (turn.get("content") or turn.get("value")) if isinstance(turn, dict) else turn
+        if not isinstance(text, str) or text.strip() not in texts:
+            return False
+    return True
+
+
 def _texts(part: object) -> list[str]:
     messages = part if isinstance(part, list) else [part]
     contents = [m.get("content") if isinstance(m, dict) else m for m in messages]
@@ -123,10 +146,11 @@ def _with_system(
     if isinstance(prompt, list | dict):
         return {**row, "prompt": _begun(_messages(prompt) or [], system, key, where)}
     if all(sides.values()):
-        first = [messages[0] for messages in sides.values() if messages]
-        answers = all(isinstance(m, dict) and m.get("role") == "assistant" for m in first)
-        if isinstance(prompt, str) and answers:
-            return {**row, "prompt": [said("system", system), said("user", prompt)]}
+        chosen, rejected = ([m for m in side or [] if isinstance(m, dict)] for side in sides.values())
+        answers = all(side and side[0].get("role") == "assistant" for side in (chosen, rejected))
+        if isinstance(prompt, str) and answers and [chosen, rejected] == list(sides.values()):
+            parts = answered([said("system", system), said("user", prompt)], chosen, rejected)
+            return {**row, **dict(zip(("prompt", "chosen", "rejected"), parts, strict=True))}
         begun = {side: _begun(messages or [], system, key, where) for side, messages in sides.items()}
         return {**row, **begun}
     if isinstance(prompt, str) and system.strip() in prompt:

@@ -28,7 +28,7 @@ from dpo_opt.precompute.read.shape_parts import (
     said,
 )
 from dpo_opt.precompute.read.shapes import find_shape
-from dpo_opt.precompute.read.shared_prompt import is_transcript, split_prompt
+from dpo_opt.precompute.read.shared_prompt import answered, is_transcript, split_prompt
 from dpo_opt.precompute.read.strict_json import FIX_ROW, escape, kind_of, parse_json, quote, without_nulls
 from dpo_opt.precompute.read.wrapped_rows import refuse_wrapped
 from dpo_opt.schemas.errors import DataError
@@ -125,7 +125,8 @@ def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:
     prompt: Text | None = None
     if isinstance(given, str) and isinstance(chosen, list):
         if _are_answers(chosen, rejected):
-            prompt = _text([said("user", given)], "prompt", where)
+            asked = read_messages([said("user", given)], "prompt", where)
+            prompt, chosen, rejected = answered(asked, chosen, cast(list[Message], rejected))
             form = _TEXT_BESIDE_MESSAGES
         else:
             # UltraFeedback has the prompt twice: as text, and as the messages that both sides begin with.
@@ -277,21 +278,25 @@ def _as_prompt(values: Values, key: str) -> str:
 
 
 def _refuse_other_prompt(given: str, prompt: list[Message], where: str) -> None:
-    if given not in {message["content"] for message in prompt}:
+    asked = [message["content"] for message in prompt if message["role"] != "assistant"]
+    if given not in asked:
+        is_asked = any(message["role"] in ("user", "human") for message in prompt)
         raise DataError(
             '"prompt" is no message of the conversation that both sides begin with',
             where=where,
             why='the text in "prompt" and the messages would ask for different things',
-            fix='remove "prompt", or correct the messages',
+            fix='remove "prompt", or correct the messages'
+            if is_asked
+            else 'write "prompt" into both sides, as the message of the user that it is',
             kind="prompt_mismatch",
         )
 
 
 def _are_answers(chosen: list[Message], rejected: Text) -> bool:
-    """Whether the sides begin with different answers, so that a text beside them is what was asked."""
+    """Whether both sides begin with an answer, so that a text beside them is what was asked."""
     if isinstance(rejected, str) or not chosen or not rejected:
         return False
-    return chosen[0] != rejected[0] and chosen[0]["role"] == rejected[0]["role"] == "assistant"
+    return chosen[0]["role"] == rejected[0]["role"] == "assistant"
 
 
 def _refuse_mixture(texts: dict[str, Text], where: str) -> None:

@@ -19,6 +19,8 @@ MEDIA = (
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 BACKGROUND_KEYS = ("document", "documents", "knowledge")
 """Keys of what a question is about."""
+CONVERSATION_KEYS = ("conversations", "messages")
+"""Keys of a conversation beside a pair."""
 
 ADDED_COLUMNS = frozenset(
     {*("image", "images", "video", "videos", "audio", "audios"), *("system", "system_prompt")}
@@ -28,7 +30,7 @@ ADDED_COLUMNS = frozenset(
 LATE_COLUMNS = frozenset({*MEDIA, *SYSTEM_KEYS, *BACKGROUND_KEYS}) - ADDED_COLUMNS
 """Columns of tables that early versions never loaded."""
 
-AROUND_KEYS = ADDED_COLUMNS | LATE_COLUMNS | {*PROMPT_KEYS, "history"} - {"prompt"}
+AROUND_KEYS = ADDED_COLUMNS | LATE_COLUMNS | {*PROMPT_KEYS, *CONVERSATION_KEYS, "history"} - {"prompt"}
 """Keys beside a pair that may belong to its prompt."""
 
 CARRIED_KEYS = ("source", "id", "weight", "margin", "tools", "chat_template_kwargs")
@@ -48,12 +50,16 @@ class Shape(NamedTuple):
     """A row of this form has none of them: with them it is another form."""
     objects: frozenset[str] = frozenset()
     """Those of ``keys`` whose values are objects; other forms have text or lists there."""
+    filled: frozenset[str] = frozenset()
+    """Those of ``keys`` that are not empty; a row in which they are is of another form."""
     also: frozenset[str] = frozenset()
     """Further keys that the form reads where a row has them."""
 
     def is_form_of(self, values: Values) -> bool:
         """Whether a row is of this form."""
         if not (self.keys <= values.keys() and self.absent.isdisjoint(values)):
+            return False
+        if any(is_empty(values[key]) for key in self.filled):
             return False
         return all(isinstance(values[key], dict) for key in self.objects)
 

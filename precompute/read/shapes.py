@@ -18,6 +18,7 @@ ranked completions      prompt, completions, responses or answers, with ranks (1
 Vertex AI preferences   contents, completions with score                                        Vertex AI
 OpenAI preferences      input.messages, preferred_output, non_preferred_output                  OpenAI
 ShareGPT ranking        conversations or messages; chosen and rejected, one message each        LLaMA-Factory
+conversation, answers   conversations or messages; chosen and rejected, texts or messages       most, renamed
 ms-swift                messages, rejected_response or rejected_messages                        ms-swift
 system and question     system, question, chosen, rejected                                      Orca pairs
 Alpaca preferences      instruction, input, system, history, chosen, rejected                   LLaMA-Factory
@@ -36,6 +37,7 @@ from dpo_opt.precompute.read.ranked_shapes import RANKED_SHAPES
 from dpo_opt.precompute.read.shape_parts import (
     AROUND_KEYS,
     CARRIED_KEYS,
+    CONVERSATION_KEYS,
     PROMPT_KEYS,
     Shape,
     Values,
@@ -239,7 +241,7 @@ _ALWAYS_READ = frozenset(
         *("ranks", "scores", "rewards", "rank", "score", "completions", "responses"),
         *PROMPT_KEYS,
         *CARRIED_KEYS,
-        *AROUND_KEYS,
+        *(AROUND_KEYS - {*CONVERSATION_KEYS}),
         *(key for shape in _LABELLED_SHAPES for key in shape.keys),
     }
 )

@@ -10,8 +10,9 @@
 
 from typing import cast
 
+from dpo_opt.precompute.read.messages import ASKING_ROLES
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.pairs import Text
+from dpo_opt.schemas.pairs import Message, Text
 
 _HUMAN = "\n\nHuman:"
 _ASSISTANT = "\n\nAssistant:"
@@ -41,6 +42,17 @@ def split_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, 
             kind="no_common_prompt",
         )
     return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def answered(asked: list[Message], chosen: list[Message], rejected: list[Message]) -> tuple[Text, Text, Text]:
+    """(prompt, chosen, rejected) of answers to what was asked; turns that both begin with are prompt too.
+
+    What is left to either side begins with an answer, and is at least one message.
+    """
+    shared = min(common_prefix_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    while shared and {chosen[shared].get("role"), rejected[shared].get("role")} & ASKING_ROLES:
+        shared -= 1
+    return [*asked, *chosen[:shared]], chosen[shared:], rejected[shared:]
 
 
 def is_transcript(text: str) -> bool:

@@ -14,7 +14,7 @@ from fakes import write_jsonl
 
 from dpo_opt.precompute.check.audit import audit
 from dpo_opt.precompute.config import CheckConfig, DataConfig
-from dpo_opt.precompute.read.datasets import BadRow, read_pairs, row_digest, scan_pairs
+from dpo_opt.precompute.read.datasets import BadRow, read_pairs, read_prompts, row_digest, scan_pairs
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 
@@ -76,6 +76,9 @@ def settings_of(fix: str) -> dict[str, Any]:
         ({**TEXT, "documents": [], "knowledge": None, "img_path": ""}, {}, ("How?", "So.", "No.")),
         ({**CHAT, "question": "How?", "images": [], "audio": None}, {}, ([USER], SO, NO)),
         ({**CHAT, "images": [None], "image": {"bytes": None, "path": ""}}, {}, ([USER], SO, NO)),
+        ({**CHAT, "messages": [USER, *SO]}, {}, ([USER], SO, NO)),
+        ({**WHOLE, "prompt": "How?", "messages": [USER, *SO]}, {}, ([USER], SO, NO)),
+        ({**TEXT, "conversations": [{"from": "human", "value": "How?"}]}, {}, ("How?", "So.", "No.")),
         ({**CHAT, "images": ["a.png"]}, {"ignore_column": ["images"]}, ([USER], SO, NO)),
         ({"instruction": "Do", "input": "it", **RANKED}, {}, ("Do\nit", "So.", "No.")),
         (
@@ -162,6 +165,23 @@ def test_a_column_that_nothing_would_read_is_refused_and_the_advice_leads_on(
         assert isinstance(ignored, PreferencePair)
 
 
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+@pytest.mark.parametrize("row", [TEXT, CHAT, {"prompt": "How?", **RANKED}, {"instruction": "How?", **SIDES}])
+def test_a_conversation_that_says_more_than_the_pair_is_refused(row: Row, key: str, tmp_path: Path) -> None:
+    more = [said("user", "I am five."), said("assistant", "I see.")]
+    path = write_jsonl(tmp_path / "a.jsonl", [{**row, key: more}])
+    error = read(path)
+    assert isinstance(error, DataError)
+    assert (error.kind, error.what) == ("prompt_column", f'"{key}" is not empty')
+    assert isinstance(read(path, **settings_of(str(error.fix))), PreferencePair)
+
+
+def test_a_prompt_alone_may_have_its_whole_conversation_beside_it(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "How?", "messages": [USER, *SO]}])
+    (found,) = read_prompts(DataConfig(data=[str(path)]))
+    assert found.prompt == "How?"
+
+
 def test_the_question_beside_a_document_is_not_lost_where_the_document_is_the_prompt(tmp_path: Path) -> None:
     row = {"instruction": "How?", **SIDES, "document": "A page."}
     for path in written(tmp_path, row):
@@ -205,6 +225,8 @@ def test_an_empty_column_leaves_the_digest_of_a_bad_row_as_it_was(tmp_path: Path
     assert digest({**bad, "system": None, "images": []}) == digest(bad)
     # Early versions did not load these.
     assert digest({**bad, "document": "", "chosen_score": 2.0, "img_path": None}) == digest(bad)
+    bare = {key: value for key, value in bad.items() if key != "prompt"}
+    assert digest({**bare, "conversations": None}) == digest(bare)
 
 
 def test_an_ignored_column_is_not_even_loaded(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ RANKING: dict[str, Any] = {
     "chosen": {"from": "gpt", "value": "So."},
     "rejected": {"from": "gpt", "value": "No."},
 }
+ASKED = {"conversations": [HUMAN], "chosen": "So.", "rejected": "No."}
 OBJECTS = {"messages": [user("How?")], "chosen": assistant("So."), "rejected": assistant("No.")}
 SWIFT: dict[str, Any] = {"messages": [user("How?"), assistant("So.")], "rejected_response": "No."}
 SWIFT_MESSAGES: dict[str, Any] = {
@@ -158,6 +159,20 @@ ONE_PAIR: list[tuple[str, dict[str, Any], tuple[Any, Any, Any]]] = [
         WITH_SYSTEM,
     ),
     ("ShareGPT ranking", OBJECTS, CHAT_SO_NO),
+    *(
+        ("conversation and answers", {**ASKED, **sides}, CHAT_SO_NO)
+        for sides in (
+            {},
+            {"conversations": None, "messages": [user("How?")]},
+            {"messages": [user("How?")]},
+            {"chosen": [assistant("So.")], "rejected": [assistant("No.")]},
+            {"chosen": [{"from": "gpt", "value": "So."}], "rejected": [assistant("No.")]},
+            {"conversations": [HUMAN, {"from": "gpt", "value": "So."}]},
+            {"chosen": CHAT_SO_NO[0] + CHAT_SO_NO[1], "rejected": CHAT_SO_NO[0] + CHAT_SO_NO[2]},
+        )
+    ),
+    ("conversation and answers", {**ASKED, "system": "Be kind."}, WITH_SYSTEM),
+    ("conversation and answers", {"messages": A, "chosen": A, "rejected": B}, (A[:1], A[1:], B[1:])),
     ("ms-swift", SWIFT, CHAT_SO_NO),
     ("ms-swift", SWIFT_MESSAGES, CHAT_SO_NO),
     ("system and question", ORCA, WITH_SYSTEM),
@@ -226,13 +241,15 @@ def test_a_table_of_pairs_is_read_without_the_columns_of_other_forms() -> None:
     ultra = {"prompt", "chosen", "rejected", "messages", "images"}
     assert keys_to_read(ultra, set()) == keys_to_read(set(), set())
     lists = {"chosen", "rejected", "conversations", "messages"}
-    assert keys_to_read(lists, set()) == keys_to_read(set(), set())
+    assert keys_to_read(lists, set()) == keys_to_read(set(), set()) | lists
     assert keys_to_read({"chosen", "rejected", "image"}, set()) == keys_to_read(set(), set())
 
 
 def test_no_row_is_of_two_forms_by_the_keys_of_one() -> None:
     for one, other in itertools.permutations(SHAPES, 2):
-        if one.keys <= other.keys:
+        if one.keys == other.keys:
+            assert one.objects or other.objects  # and beside texts and lists it is the other
+        elif one.keys <= other.keys:
             # The smaller form asks for a prompt, which the larger one does not allow.
             assert (one.name, other.name) == ("ranked completions", "Vertex AI preferences")
             assert "prompt" in other.absent
@@ -500,14 +517,45 @@ def test_a_text_prompt_beside_answers_is_what_the_user_said() -> None:
 def test_one_message_may_stand_where_a_list_of_them_does(prompt: Any) -> None:
     row = {"prompt": prompt, "chosen": assistant("So."), "rejected": assistant("No.")}
     assert texts_of(row) == [CHAT_SO_NO]
-    assert texts_of({**row, "conversations": [HUMAN], "messages": A}) == [CHAT_SO_NO]
+    assert texts_of({**row, "conversations": [HUMAN], "messages": [user("How?")]}) == [CHAT_SO_NO]
 
 
-def test_messages_beside_a_pair_are_not_its_prompt() -> None:
-    row = {"chosen": A, "rejected": B, "conversations": [HUMAN], "messages": [user("How?")]}
-    assert texts_of(row) == [(A[:1], A[1:], B[1:])]
-    row = {"chosen": "Hi there", "rejected": "Hi you", "conversations": [HUMAN], "messages": A}
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [
+        ({"chosen": A, "rejected": B, "messages": [user("How?")]}, ("chosen", "messages")),
+        ({"chosen": A, "rejected": B, "conversations": [HUMAN]}, ("chosen", "conversations")),
+        ({**ASKED, "messages": A}, ("conversations", "messages")),
+    ],
+)
+def test_a_conversation_that_the_pair_contradicts_is_refused(
+    row: dict[str, Any], keys: tuple[str, str]
+) -> None:
+    error = refusal(row)
+    assert error.kind == "two_sources"
+    assert error.what == f'"{keys[0]}" and "{keys[1]}" say different things'
+    assert f"--ignore-column {keys[1]}" in str(error.fix)
+    assert pairs_of({key: value for key, value in row.items() if key != keys[1]})
+
+
+def test_an_empty_conversation_beside_a_pair_says_nothing() -> None:
+    row = {"chosen": "Hi there", "rejected": "Hi you", "conversations": [], "messages": None}
     assert texts_of(row) == [("Hi", " there", " you")]
+
+
+@pytest.mark.parametrize("asks", ["user", "tool"])
+@pytest.mark.parametrize("system", [{}, {"system": "Be kind."}])
+def test_turns_that_answers_share_follow_the_text_that_was_asked(asks: str, system: dict[str, str]) -> None:
+    shared = [assistant("How?"), {"role": asks, "content": "Go on."}]
+    row = {"prompt": "How?", "chosen": [*shared, assistant("So.")], "rejected": [*shared, assistant("No.")]}
+    prompt = [*(WITH_SYSTEM if system else CHAT_SO_NO)[0], *shared]
+    assert texts_of({**row, **system}) == [(prompt, [assistant("So.")], [assistant("No.")])]
+
+
+def test_what_is_left_to_answers_begins_with_an_answer() -> None:
+    sides = [[assistant("Hm."), user(text), assistant(text)] for text in ("So.", "No.")]
+    row = {"prompt": "How?", "chosen": sides[0], "rejected": sides[1]}
+    assert texts_of(row) == [([user("How?")], *sides)]
 
 
 def test_pairs_of_ranked_rows_are_numbered_through(tmp_path: Path) -> None:
@@ -560,6 +608,10 @@ def test_a_prompt_that_is_no_message_of_the_conversation_is_refused() -> None:
     error = refusal({**ULTRA, "prompt": "Hello there"})
     assert error.kind == "prompt_mismatch"
     assert error.what.startswith('"prompt" is no message')
+    assert str(error.fix).startswith('remove "prompt"')
+    sides = {side: [{"role": "system", "content": "Be kind."}, *ULTRA[side][1:]] for side in SIDES}
+    fix = refusal({**ULTRA, **sides}).fix  # without "prompt" nothing would be asked
+    assert fix == 'write "prompt" into both sides, as the message of the user that it is'
 
 
 def test_ultrafeedback_and_message_lists_without_prompt_may_stand_in_one_source(tmp_path: Path) -> None:
