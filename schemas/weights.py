@@ -281,11 +281,11 @@ def _way_out_of(left_over: Sequence[str], folder: Path) -> str:
         return "merge the adapter where it was trained (peft: model.merge_and_unload()), and save it again"
     if not all(_OTHER_HEAD.search(name) for name in left_over):
         return "correct config.json (number of layers, biases, architectures) until it fits the weights"
-    own, save = quoted(folder), "A.from_pretrained(sys.argv[1], dtype='auto').save_pretrained('MODEL')"
+    save = "A.from_pretrained(sys.argv[1], dtype='auto').save_pretrained('MODEL')"
     return (
-        f"cp -rL {own} MODEL && rm MODEL/*.safetensors* && "
-        f'python -c "import sys; from transformers import AutoModelForCausalLM as A; {save}" {own}, '
-        "then pass MODEL: the language model without that head"
+        f"cp -rL {quoted(folder)} MODEL && rm MODEL/*.safetensors* && "
+        f'python -c "import sys; from transformers import AutoModelForCausalLM as A; {save}" '
+        f"{quoted(folder)}, then pass MODEL: the language model without that head"
     )
 
 

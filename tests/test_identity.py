@@ -147,7 +147,6 @@ CHANGED: dict[str, tuple[str, Edit]] = {
     "key heads": ("config.num_key_value_heads", config(num_key_value_heads=4)),
     "the head's width": ("config.head_dim", config(head_dim=16)),
     "the activation": ("config.hidden_act", config(hidden_act="gelu")),
-    "a tied head": ("config.tie_word_embeddings", config(tie_word_embeddings=True)),
     "a bias": ("config.attention_bias", config(attention_bias=True)),
     "a quantization": ("config.quantization_config.bits", config(quantization_config={"bits": 4})),
     "another kind of model": ("config.model_type", config(model_type="mistral")),

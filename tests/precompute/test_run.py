@@ -496,7 +496,7 @@ def test_a_row_with_tools_is_rendered_by_the_template_that_the_tokenizer_has_for
         assert ("look" in tokenizer.decode(pair.prompt_ids)) == (tools is not None)
     if not named:
         write_jsonl(data, [row])
-        with pytest.raises(ConfigError, match="no chat template"):
+        with pytest.raises(DataError, match="templates for rows with tools alone"):
             precompute(config_of(model=str(model), data=data, shards=tmp_path / "s"), scorer=ScriptedScorer())
 
 
