@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.model_config import load_model_config
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 _PROBE = (
     "Where is the town?\n\n  It is in\tEurope, 1234567 km away.\r\nÉté, naïve; 中文。 Ωμέγα 🙂\n"
-    "def f(x):\n        return {'a': x**2}  # don't\n<think>\n</think> "
+    "def f(x):\n        return {'a': x**2}  # don't\n<think>\n</think> \n"
+    # Accents apart, forms that normalizers replace, characters without a width, control characters.
+    "Cafe\u0301, E\u0301te\u0301\nनमस्ते\nＡＢＣ ﬁ ½ ² ३४\n"
+    "a\u00a0b\u3000c\na\u200bb\ufeffc\u00add\na\x07b\x00c\nDON'T\n▁a ▁"
 )
-"""A text on which tokenizers that divide text differently give different ids."""
+"""A text on which tokenizers that divide or normalize text differently give different ids."""
 
 
 # What transformers reads beside tokenizer.json, keeps, and writes again with the tokenizer.
@@ -102,18 +105,8 @@ def _cause(found: "_Difference", tokenizer: "PreTrainedTokenizerFast", folder: P
             "several ids: the borders of turns and the end of a completion would not be the model's",
             'set "split_special_tokens" to false in tokenizer_config.json of a copy of the folder',
         )
-    if found.added is not None:
-        names = (key for key, token in tokenizer.special_tokens_map.items() if token == found.added)
-        key = next(names, None)
-        return (
-            f"the settings beside tokenizer.json make {found.added!r} a token of its own"
-            f"{f' ({key})' if key else ''}, as which that file does not have it; texts are divided around it",
-            f'set "{key}" in tokenizer_config.json of a copy of the folder to the model\'s own: one of '
-            f"{', '.join(map(repr, found.declared[:_SHOWN]))}"
-            if key
-            else f"take {found.added!r} out of the added and special tokens in a copy of the folder: in "
-            f"tokenizer_config.json, special_tokens_map.json and added_tokens.json",
-        )
+    if found.token is not None and _is_named(found.token, folder):
+        return _cause_in_settings(found, found.token, tokenizer)
     return (
         f"tokenizer_config.json declares {declared_class(folder) or 'no class'}, as which transformers "
         f"rebuilt it as {type(tokenizer).__name__}; the model was trained on one of the two",
@@ -126,6 +119,37 @@ def _cause(found: "_Difference", tokenizer: "PreTrainedTokenizerFast", folder: P
     )
 
 
+def _cause_in_settings(
+    found: "_Difference", token: str, tokenizer: "PreTrainedTokenizerFast"
+) -> tuple[str, str]:
+    """As ``_cause``, where the settings name a token that tokenizer.json has otherwise or not at all."""
+    if found.flags:
+        own = ", ".join(f"{name} {str(value).lower()}" for name, value in found.flags.items())
+        return (
+            f"the settings beside tokenizer.json say otherwise than that file where {token!r} is a token: "
+            f"that file has {own}",
+            f"set {own} for {token!r} in a copy of the folder wherever tokenizer_config.json and "
+            "special_tokens_map.json have it",
+        )
+    key = next((key for key, named in tokenizer.special_tokens_map.items() if named == token), None)
+    return (
+        f"the settings beside tokenizer.json make {token!r} a token of its own"
+        f"{f' ({key})' if key else ''}, as which that file does not have it; texts are divided around it",
+        f'set "{key}" in tokenizer_config.json of a copy of the folder to the model\'s own: one of '
+        f"{', '.join(map(repr, found.declared[:_SHOWN]))}"
+        if key in _USUAL
+        else f"take {token!r} out of the added and special tokens in a copy of the folder: in "
+        f"tokenizer_config.json, special_tokens_map.json and added_tokens.json",
+    )
+
+
+def _is_named(token: str, folder: Path) -> bool:
+    """Whether the settings beside tokenizer.json have a token's text."""
+    text = json.dumps(token)[1:-1]
+    files = [folder / name for name in _SETTINGS if (folder / name).is_file()]
+    return any(text in json.dumps(json_of(file.read_text(encoding="utf-8"))) for file in files)
+
+
 class _Difference(NamedTuple):
     """A text, and its ids by tokenizer.json and by transformers."""
 
@@ -134,8 +158,10 @@ class _Difference(NamedTuple):
     loaded: list[int]
     declared: list[str]
     """The special tokens of tokenizer.json, by their ids."""
-    added: str | None
-    """A token that stands in the text, and that transformers added to those of tokenizer.json."""
+    token: str | None
+    """One in the text that tokenizer.json does not have, or has otherwise."""
+    flags: dict[str, bool]
+    """What tokenizer.json has otherwise of it."""
 
 
 def _difference(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> _Difference | None:
@@ -154,17 +180,47 @@ def _difference(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> _Differen
     own.no_padding()
     tokens = own.get_added_tokens_decoder()
     declared = [token.content for _, token in sorted(tokens.items()) if token.special]
+    odd = _odd_tokens(tokenizer, own, loaded)
     # Each by itself, so that what differs is shown short.
     texts = [*_PROBE.splitlines(keepends=True), _PROBE, *(f"a {token} b" for token in declared[:_SPECIAL])]
+    for token in odd:
+        texts += (f"a {token} b", f"a{token}b", f"a  {token}  b", f"{token.lower()} {token.upper()} {token}")
     for text in texts:
         ids = own.encode(text).ids, loaded.encode(text).ids
         if ids[0] != ids[1]:
-            more = {token.content for token in loaded.get_added_tokens_decoder().values()}
-            more -= {token.content for token in tokens.values()}
-            return _Difference(
-                text, *ids, declared, next((token for token in sorted(more) if token in text), None)
-            )
+            name = next((token for token in odd if token in text), None)
+            return _Difference(text, *ids, declared, name, odd.get(name or "", {}))
     return None
+
+
+# Those that every tokenizer may have; settings name others too (image_token).
+_USUAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+def _odd_tokens(tokenizer: "PreTrainedTokenizerFast", own: Any, loaded: Any) -> dict[str, dict[str, bool]]:
+    """The added tokens that tokenizer.json has otherwise or not at all, with what it has otherwise of them.
+
+    Whether a token is special changes no id. Many folders name a padding or another usual token in brackets
+    that their tokenizer.json does not have, which no text is about; it is left out.
+    """
+    ours = {token.content: token for token in own.get_added_tokens_decoder().values()}
+    named = tokenizer.special_tokens_map
+    usual = {named.get(key) for key in _USUAL}
+    found: dict[str, dict[str, bool]] = {}
+    for token in loaded.get_added_tokens_decoder().values():
+        text = token.content
+        if text not in ours:
+            bare = text[:1].isalnum() or text[-1:].isalnum() or text != text.strip()
+            if bare or text not in usual:
+                found[text] = {}
+        elif flags := {
+            name: getattr(ours[text], name)
+            for name in _FLAGS
+            if getattr(ours[text], name) != getattr(token, name)
+        }:
+            found[text] = flags
+    return dict(sorted(found.items()))
 
 
 def _is_taken_if_declared(folder: Path) -> bool:

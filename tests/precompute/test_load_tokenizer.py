@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
+from dpo_opt.precompute.tokens.load_tokenizer import _refuse_other_ids, load_tokenizer
 from dpo_opt.precompute.tokens.special_tokens import special_tokens
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.plain_data import json_of
@@ -70,12 +70,31 @@ def test_an_empty_end_token_is_none(tmp_path: Path) -> None:
         load_tokenizer(folder)
 
 
+def said(content: str, **flags: bool) -> dict[str, Any]:
+    """An added token, as settings have it."""
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return {"content": content, **dict.fromkeys(names, False), **flags}
+
+
 @pytest.mark.parametrize(
     ("settings", "why", "fix"),
     [
         ({"split_special_tokens": True}, "text of a special token becomes several ids", "to false"),
         ({"eos_token": "e"}, "make 'e' a token of its own (eos_token)", "one of '<unk>', '<s>', '</s>'"),
         ({"additional_special_tokens": ["the "]}, "make 'the ' a token of its own,", "take 'the ' out of"),
+        ({"image_token": "<call>"}, "make '<call>' a token of its own (image_token)", "take '<call>' out of"),
+        ({"pad_token": "zebra"}, "make 'zebra' a token of its own (pad_token)", "one of '<unk>'"),
+        ({"added_tokens_decoder": {"300": said("<call>")}}, "make '<call>' a token", "take '<call>' out of"),
+        (
+            {"added_tokens_decoder": {"2": said("</s>", special=True, single_word=True)}},
+            "say otherwise than that file where '</s>' is a token: that file has single_word false",
+            "set single_word false for '</s>'",
+        ),
+        (
+            {"added_tokens_decoder": {"2": said("</s>", special=True, lstrip=True, rstrip=True)}},
+            "that file has lstrip false, rstrip false",
+            "set lstrip false, rstrip false for '</s>'",
+        ),
     ],
 )
 def test_settings_that_give_other_ids_than_the_file_are_named(
@@ -90,6 +109,46 @@ def test_settings_that_give_other_ids_than_the_file_are_named(
     assert why in str(refused.value.why)
     assert fix in str(refused.value.fix)
     path.write_text(own)
+    load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "special_tokens_map.json"])
+def test_tokens_that_another_file_adds_are_refused(tmp_path: Path, file: str) -> None:
+    folder = write_folder(tmp_path, "PreTrainedTokenizerFast")
+    adds = {"<call>": 300} if file == "added_tokens.json" else {"additional_special_tokens": ["<call>"]}
+    (folder / file).write_text(json.dumps(adds))
+    with pytest.raises(ConfigError, match="of 'a <call> b' it gives") as refused:
+        load_tokenizer(folder)
+    assert "take '<call>' out of the added and special tokens" in str(refused.value.fix)
+
+
+NORMALIZERS = {
+    "accents put together": normalizers.NFC(),
+    "forms replaced": normalizers.NFKC(),
+    "capitals": normalizers.Lowercase(),
+    "accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.NFC()]),
+    "control characters": normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=False, strip_accents=False, lowercase=False
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NORMALIZERS)
+def test_a_normalizer_that_tokenizer_json_does_not_have_is_noticed(tmp_path: Path, kind: str) -> None:
+    folder = write_folder(tmp_path, "PreTrainedTokenizerFast")
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    _refuse_other_ids(loaded, folder)
+    loaded.backend_tokenizer.normalizer = NORMALIZERS[kind]
+    with pytest.raises(ConfigError, match="transformers loads another tokenizer"):
+        _refuse_other_ids(loaded, folder)
+
+
+def test_a_flag_that_changes_no_id_is_no_other_tokenizer(tmp_path: Path) -> None:
+    """As of many folders, whose settings say that a token is normalized, and nothing normalizes."""
+    folder = write_folder(tmp_path, "PreTrainedTokenizerFast")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    other = {"added_tokens_decoder": {"2": said("</s>", normalized=True)}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **other}))
     load_tokenizer(folder)
 
 
