@@ -49,7 +49,10 @@ LAZY: dict[str, set[str]] = {
 }
 """Inside functions only, so that importing the module does not load them."""
 
-IMPORTED_LATE: dict[str, set[str]] = {"optimize/update/rounding_kernel.py": {"triton"}}
+IMPORTED_LATE: dict[str, set[str]] = {
+    "optimize/update/rounding_kernel.py": {"triton"},
+    "precompute/tokens/known_roles.py": {"jinja2"},
+}
 """At the top of files that are themselves imported inside functions only."""
 
 

@@ -12,6 +12,7 @@ The rules:
 * A conversation (``messages``) counts only where it says what prompt and completions lack; without a prompt
   it is one.
 * Earlier turns (``history``) belong to a conversation; only the Alpaca form says where they stand.
+* Tools count under ``tools`` alone; ``functions`` may say the same.
 * Images, videos and sounds are never read.
 """
 
@@ -22,6 +23,7 @@ from dpo_opt.precompute.read.shape_parts import (
     AROUND_KEYS,
     BACKGROUND_KEYS,
     CONVERSATION_KEYS,
+    FUNCTIONS,
     MEDIA,
     PROMPT_KEYS,
     SYSTEM_KEYS,
@@ -75,6 +77,9 @@ def joined(row: Values, beside: Values, *, column: Mapping[str, str], is_form: b
     if "history" in filled:
         fix = _read_otherwise(row, named, "history", column, is_form) if named == "instruction" else None
         _refuse("history", where, why="nothing says where these turns stand in the prompt", fix=fix)
+    if FUNCTIONS in filled and filled[FUNCTIONS] != row.get("tools"):
+        fix = 'rename it to "tools", with each function as {"type": "function", "function": ...}'
+        _refuse(FUNCTIONS, where, why='chat templates are shown what is in "tools"', fix=fix)
     systems = {key: filled[key] for key in SYSTEM_KEYS if key in filled}
     if not systems:
         return row

@@ -21,13 +21,15 @@ BACKGROUND_KEYS = ("document", "documents", "knowledge")
 """Keys of what a question is about."""
 CONVERSATION_KEYS = ("conversations", "messages")
 """Keys of a conversation beside a pair."""
+FUNCTIONS = "functions"
+"""Where OpenAI's first form of calls has the tools."""
 
 ADDED_COLUMNS = frozenset(
     {*("image", "images", "video", "videos", "audio", "audios"), *("system", "system_prompt")}
 )
 """Columns of tables that early versions loaded for some forms only."""
 
-LATE_COLUMNS = frozenset({*MEDIA, *SYSTEM_KEYS, *BACKGROUND_KEYS}) - ADDED_COLUMNS
+LATE_COLUMNS = frozenset({*MEDIA, *SYSTEM_KEYS, *BACKGROUND_KEYS, FUNCTIONS}) - ADDED_COLUMNS
 """Columns of tables that early versions never loaded."""
 
 AROUND_KEYS = ADDED_COLUMNS | LATE_COLUMNS | {*PROMPT_KEYS, *CONVERSATION_KEYS, "history"} - {"prompt"}

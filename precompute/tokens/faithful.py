@@ -4,14 +4,14 @@ A template leaves out what it does not know: a tool call, a thought, a role. The
 a conversation that is not in the data, so such a row is an error that names the part.
 
 A part is found if the text holds it, without the white space around it (templates trim), as it is or as JSON
-writes it. What only seems to be there, because other parts have the same words, ``hidden_losses`` finds.
+or Python writes it in quotes. What only seems to be there, because other parts have the same words,
+``hidden_losses`` finds.
 
 One omission is the template's own design: templates of reasoning models leave the thoughts of turns before
 the user's last message out of the prompt, as they do whenever the model answers. A thought in a completion is
 what is trained on, and must be there.
 """
 
-import functools
 import json
 import re
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ from dpo_opt.schemas.pairs import Message
 THOUGHT_KEYS = ("reasoning_content", "thinking")
 FIRST_ROLES = ("system", "developer")
 """Who speaks before all others, so that a template may move the text, or write none for an empty one."""
+_IN_SINGLE_QUOTES = str.maketrans({"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r"})
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 
 
@@ -45,7 +46,7 @@ def refuse_losses(
         parts: The prompt first; the text of a completion is what follows the prompt's.
         tools: The row's.
         documents: The row's, of its settings of the template; None if it has none.
-        template: The chat template's source; a role that it names is known to it.
+        template: The chat template's source; a role that it reads or writes as one is known to it.
         where: For the message of an error.
 
     Raises:
@@ -97,7 +98,11 @@ def forgets(prompt: Part) -> bool:
 def _refuse_unknown_role(role: str, template: str, place: str, where: str) -> None:
     # A template that writes any role as a header, or none at all, was made for those that chat models have in
     # common. What it leaves out of them is noticed by their content.
-    if role in ("user", "assistant", "system", "tool") or _names(template, role):
+    if role in ("user", "assistant", "system", "tool"):
+        return
+    from dpo_opt.precompute.tokens.known_roles import knows_role
+
+    if knows_role(template, role):
         return
     raise DataError(
         f'the chat template does not know the role "{escape(role)}" of {place}',
@@ -106,11 +111,6 @@ def _refuse_unknown_role(role: str, template: str, place: str, where: str) -> No
         fix=f"{SKIP_ROW}; or correct the role: system, user, assistant or tool",
         kind="template_loss",
     )
-
-
-@functools.lru_cache(maxsize=64)
-def _names(template: str, role: str) -> bool:
-    return f"'{role}'" in template or f'"{role}"' in template
 
 
 def _after_content(
@@ -182,14 +182,23 @@ def refused(what: str, where: str, fix: str | None = None) -> DataError:
 
 
 def _holds(text: str, value: str) -> bool:
-    """Whether a text holds a value without the white space around it, as it is or as JSON."""
+    """Whether a text holds a value without the white space around it, as it is or in quotes."""
     value = value.strip()
-    return value in text or any(form in text for form in _as_json(value))
+    return value in text or any(form in text for form in _quoted(value))
 
 
-def _as_json(value: str) -> tuple[str, str]:
-    """A text as JSON writes it between its escapes, with letters of all scripts or in ASCII."""
-    return json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1]
+def _quoted(value: str) -> Iterator[str]:
+    """A text as it stands in quotes of JSON, with letters of all scripts or in ASCII, and of Python.
+
+    LFM2's templates write a text of a call in single quotes, and a tab as it is; ``repr`` takes the quotes
+    that the text does not have.
+    """
+    yield json.dumps(value, ensure_ascii=False)[1:-1]
+    yield json.dumps(value)[1:-1]
+    yield repr(value)[1:-1]
+    single = value.translate(_IN_SINGLE_QUOTES)
+    yield single
+    yield single.replace("\t", "\\t")
 
 
 def call_texts(message: Message) -> Iterator[tuple[str, str]]:

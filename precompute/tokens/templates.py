@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dpo_opt.precompute.read.strict_json import SKIP_ROW
+from dpo_opt.precompute.read.strict_json import SKIP_ROW, escape
 from dpo_opt.precompute.tokens.hidden_losses import Known
 from dpo_opt.precompute.tokens.tool_calls import Form, has_calls, taken, with_arguments
 from dpo_opt.schemas.errors import ConfigError, DataError
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _LONGEST_TEMPLATE_MESSAGE = 120
 _CLOCK = "strftime_now"
+# What transformers passes to a template, or to its own function that renders one, under these names.
+_PASSED = frozenset({"self", "messages", "conversations", _CLOCK})
 _MENTIONS_CHANCE = re.compile(r"\b(random|lipsum)\b")
 
 
@@ -62,6 +64,7 @@ class Renderer:
     """Renders conversations as those of a pair are.
 
     Raises:
+        DataError: The row has a setting that the template does not read, or may not have it.
         ConfigError, DataError: As ``render``, of each call.
     """
 
@@ -70,6 +73,15 @@ class Renderer:
     ) -> None:
         self._pair, self._tokenizer, self._date = pair, tokenizer, date
         self._settings = _template_settings(pair, tokenizer)
+        unread = next((name for name in self._settings if not _reads(self.template, name)), None)
+        if unread is not None:
+            raise DataError(
+                f'the chat template does not read "{escape(unread)}" of "chat_template_kwargs"',
+                where=pair.where,
+                why="the row would be rendered as if it did not say so",
+                fix="correct the name, or pass --ignore-column chat_template_kwargs if it is another model's",
+                kind="template_loss",
+            )
 
     @property
     def template(self) -> str:
@@ -151,8 +163,8 @@ def _template_settings(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast
     """The row's settings of the template. A row may not set those that the call itself passes."""
     settings = pair.chat_template_kwargs or {}
     if settings:
-        arguments = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
-        taken = next((name for name in settings if name in arguments), None)
+        arguments = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | _PASSED
+        taken = next((name for name in settings if name in arguments and name != "documents"), None)
         if taken is not None:
             raise DataError(
                 f'"chat_template_kwargs" sets {taken}, which is no setting of a template',
@@ -162,6 +174,13 @@ def _template_settings(pair: PreferencePair, tokenizer: "PreTrainedTokenizerFast
                 kind="tools",
             )
     return settings
+
+
+@functools.lru_cache(maxsize=64)
+def _reads(template: str, name: str) -> bool:
+    """Whether a template names a setting; what it does with documents is looked for in the text."""
+    named = name == "documents" or re.search(rf"\b{re.escape(name)}\b", template)
+    return bool(named) or not template
 
 
 def render(

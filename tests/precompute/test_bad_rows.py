@@ -128,15 +128,16 @@ def test_conversations_that_the_template_cannot_render_are_bad_rows(
 
     # What the call that renders is given is not a row's to change: its ids would be others.
     spoilt = [{"tokenize": True}, {"add_generation_prompt": True}, {"chat_template": "x"}, {"tools": []}]
+    spoilt += [{"messages": []}, {"self": 1}, {"conversations": 1}, {"strftime_now": "1"}]
     rows = [
         talk(),
         *(talk(chat_template_kwargs=settings) for settings in spoilt),
-        talk(chat_template_kwargs={"x": 1}),
+        talk(source="web"),
     ]
     config = config_of(data=write_jsonl(tmp_path / "chat.jsonl", rows), pairs_per_shard=2)
     manifest = run(config)
-    assert manifest.dropped == {"bad_row:tools": 4}
-    assert [p["row"] for p in content(config)] == [0, 5]
+    assert manifest.dropped == {"bad_row:tools": 8}
+    assert [p["row"] for p in content(config)] == [0, 9]
     with pytest.raises(DataError, match='"chat_template_kwargs" sets tokenize') as caught:
         run(config_of(data=tmp_path / "chat.jsonl", on_bad_row="error", shards=tmp_path / "strict"))
     assert caught.value.where == f"{tmp_path / 'chat.jsonl'}:2"

@@ -22,6 +22,7 @@ from template_table import (
     user,
 )
 
+from dpo_opt.precompute.tokens.known_roles import knows_role
 from dpo_opt.precompute.tokens.texts import rendered_texts
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
@@ -108,6 +109,59 @@ def test_arguments_that_a_template_takes_in_both_forms_stay_as_they_are() -> Non
     write = "{% set a = c.function.arguments %}{{ a if a is string else a | tojson }}"
     pair = pair_of(RAIN, [assistant(tool_calls=call('{"town":"Ghent"}'))], tools=True)
     assert '{"town":"Ghent"}</s>' in texts_of(CALLING.replace("WRITE", write), pair)[1]
+
+
+@pytest.mark.parametrize("town", ["L'Aquila", "a\\b", "Ghent\nBruges", '\'s "Gravenhage"', "a\tb'c"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        "{{ c.function.arguments }}",
+        "{% for k, v in c.function.arguments.items() %}{{ k }}='"
+        "{{ v | replace(B, B + B) | replace(A, B + A) | replace(E, B + 'n') }}'{% endfor %}",
+    ],
+)
+def test_a_text_that_stands_in_quotes_of_python_is_there(town: str, write: str) -> None:
+    """As LFM2's templates write the arguments of calls, and those that print an object."""
+    signs = '{% set A = "\'" %}{% set B = "\\\\" %}{% set E = "\\n" %}'
+    template = signs + CALLING.replace("WRITE", write)
+    texts_of(template, pair_of(RAIN, [assistant(tool_calls=call({"town": town}))], tools=True))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ tools[0]['function'].name if tools }}{{ tools[0].get('name') if tools }}",
+        "{% if tools and 'function' in tools %}{% endif %}",
+        "{% set kind = 'function' %}{{ {'role': 'user', 'content': 'name'}['content'] }}",
+        "{# 'function' #}function",
+    ],
+)
+def test_a_word_that_stands_in_a_template_is_no_role_that_it_knows(source: str) -> None:
+    template = source + "{% for m in messages %}[{{ m['role'] }}] {{ m.content }}</s>{% endfor %}"
+    for role in ("function", "content", "name"):
+        with pytest.raises(DataError, match=f'does not know the role "{role}"') as refused:
+            texts_of(template, pair_of([*ASKED, {"role": role, "content": "22 C"}], BELGIUM))
+        assert refused.value.kind == "template_loss"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{% if m.role == 'critic' %}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if m['role'] in ['tool', 'critic'] %}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% set who = m.get('role') %}{{ 'C' if who is eq 'critic' }}{% endfor %}",
+        "{% set known = ('user', 'critic') %}",
+        "{% set headers = {'user': 'U', 'critic': 'C'} %}",
+        "{% set role = 'critic' %}",
+        "{% for m in messages %}{{ '' if m.role == 'user' else 'critic' }}{% endfor %}",
+        "{% for m in messages | selectattr('role', 'eq', 'critic') %}{% generation %}{% endgeneration %}"
+        "{% endfor %}",
+    ],
+)
+def test_a_role_is_known_that_a_template_compares_or_writes(source: str) -> None:
+    template = source + "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+    assert knows_role(template, "critic")
+    assert not knows_role(template, "narrator")
 
 
 def test_a_null_in_an_object_is_absent() -> None:

@@ -145,7 +145,10 @@ def test_a_role_that_neither_a_header_nor_its_place_says_is_lost(
 
 def test_a_template_without_headers_takes_who_speaks_in_turn() -> None:
     texts_of(NO_HEADERS, pair_of([SYSTEM, *GOES_ON], [*BELGIUM, user("Sure?"), assistant("Yes.")]))
-    texts_of(NO_HEADERS + "{# 'developer' #}", pair_of([DEVELOPER, *GOES_ON], BELGIUM))
+    texts_of(
+        "{% set first = messages[0].role == 'developer' %}" + NO_HEADERS,
+        pair_of([DEVELOPER, *GOES_ON], BELGIUM),
+    )
 
 
 def test_a_result_may_be_written_as_the_users_behind_a_call_alone() -> None:
@@ -173,6 +176,16 @@ def test_documents_that_a_template_does_not_write_are_lost() -> None:
     with pytest.raises(DataError, match=r'leaves out a text in "documents" \(Ghent\)'):
         texts_of("{% for d in documents %}{{ d.text }}{% endfor %}" + PLAIN, pair)
     texts_of("{{ documents | tojson }}" + PLAIN, pair)
+
+
+def test_a_setting_that_a_template_does_not_name_is_refused() -> None:
+    reads = "{{ 'Think!' if enable_thinking }}" + PLAIN
+    texts_of(reads, with_settings(ASKED, enable_thinking=True))
+    for template, name in ((reads, "enable_thinkng"), (reads, "thinking"), (PLAIN, "custom_tools")):
+        with pytest.raises(DataError, match=f'does not read "{name}" of "chat_template_kwargs"') as refused:
+            texts_of(template, with_settings(ASKED, **{name: False}))
+        assert refused.value.kind == "template_loss"
+        assert "--ignore-column chat_template_kwargs" in str(refused.value.fix)
 
 
 def test_a_name_that_a_template_does_not_write_is_lost_unless_a_call_has_it() -> None:

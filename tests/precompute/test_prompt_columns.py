@@ -182,6 +182,18 @@ def test_a_prompt_alone_may_have_its_whole_conversation_beside_it(tmp_path: Path
     assert found.prompt == "How?"
 
 
+def test_tools_under_another_name_are_refused_unless_tools_are_the_same(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    for path in written(tmp_path, {**CHAT, "functions": tools}):
+        error = read(path)
+        assert isinstance(error, DataError)
+        assert (error.what, error.kind) == ('"functions" is not empty', "prompt_column")
+        assert str(error.fix).startswith('rename it to "tools"')
+        assert isinstance(read(path, ignore_column=["functions"]), PreferencePair)
+    for row in ({**CHAT, "functions": tools, "tools": tools}, {**CHAT, "functions": [{}]}):
+        assert isinstance(read(write_jsonl(tmp_path / "same.jsonl", [row])), PreferencePair)
+
+
 def test_the_question_beside_a_document_is_not_lost_where_the_document_is_the_prompt(tmp_path: Path) -> None:
     row = {"instruction": "How?", **SIDES, "document": "A page."}
     for path in written(tmp_path, row):

@@ -247,7 +247,7 @@ REFUSES_PARTS = "{% if messages | length == 4 %}{{ raise_exception('too short') 
         (BARE, [("|", "U")], None, "the token '|U' belongs to two turns"),
         (REFUSES_PARTS, [], None, "of a part of the conversation alone, the chat template refuses"),
         (
-            "{# 'narrator' #}" + CHATML,
+            "{% set roles = ['user', 'narrator'] %}" + CHATML,
             [],
             [assistant("a"), {"role": "narrator", "content": "b"}, assistant("c")],
             '"narrator"',
