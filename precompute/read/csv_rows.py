@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NoReturn
 
 from dpo_opt.precompute.read.messages import TEXT_OF_MESSAGES
-from dpo_opt.precompute.read.numbers_of_rows import RATINGS
 from dpo_opt.precompute.read.row_blocks import LONGEST_ROW, TextBlock, too_long
-from dpo_opt.precompute.read.shape_parts import CARRIED_KEYS
+from dpo_opt.precompute.read.shape_parts import CARRIED_KEYS, RATINGS
 from dpo_opt.precompute.read.strict_json import escape
 from dpo_opt.precompute.read.tables import columns_to_read
 from dpo_opt.schemas.errors import DataError, quoted

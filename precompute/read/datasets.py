@@ -13,13 +13,13 @@ import pyarrow as pa
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.files import read_blocks
-from dpo_opt.precompute.read.numbers_of_rows import RATINGS
 from dpo_opt.precompute.read.row_blocks import Block, TextBlock
 from dpo_opt.precompute.read.rows import Form, PromptRow, to_pairs, to_prompts
 from dpo_opt.precompute.read.shape_parts import (
     ADDED_COLUMNS,
     CONVERSATION_KEYS,
     LATE_COLUMNS,
+    RATINGS,
     Values,
     is_empty,
 )

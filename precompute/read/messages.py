@@ -1,5 +1,6 @@
 """Checks chat messages before a template renders them: a template silently ignores keys it does not know."""
 
+import ast
 import json
 import re
 from typing import NoReturn
@@ -10,12 +11,14 @@ from dpo_opt.schemas.pairs import Message
 
 TEXT_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 """The beginning of a list of messages as JSON, or as Python prints it."""
+_TEXT_OF_MESSAGE = re.compile(r"""\s*\{\s*["'](role|content|from|value)["']\s*:""")
 _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 ASKING_ROLES = frozenset({"user", "human", "system", "developer"})
 """Who may not speak first in a completion; whoever comes before is prompt."""
 _RESULTS = ("tool", "function", "ipython", "observation", "environment", "tool_response", "tool_result")
 OTHER_ROLES = ASKING_ROLES.union(_RESULTS)
 """All roles that are known and not the assistant's."""
+_SPEAKERS = OTHER_ROLES | {"assistant", "gpt", "model"}
 _CALL_KEYS = ("id", "type", "index")
 """Beside what is called, as an API gives it."""
 _ARGUMENTS_ELSEWHERE = ("args", "input")  # as LangChain and Anthropic write them
@@ -36,14 +39,42 @@ def refuse_text_of_messages(text: str, key: str, where: str) -> None:
     Raises:
         DataError: The text begins as a list of messages does.
     """
-    if text[:1] in ("[", " ", "\n") and TEXT_OF_MESSAGES.match(text):
+    if text[:1] not in ("[", "{", " ", "\n"):
+        return
+    is_list = TEXT_OF_MESSAGES.match(text) is not None
+    if is_list or _TEXT_OF_MESSAGE.match(text):
+        read = "json.loads"
+        try:
+            value = parse_json(text)
+        except (ValueError, RecursionError):
+            read, value = "ast.literal_eval", _as_python(text)
+        if not is_list and not _is_message(value):
+            return
         raise DataError(
-            f'"{key}" holds messages as text',
+            f'"{key}" holds {"messages" if is_list else "a message"} as text',
             where=where,
             why="it would be trained on with its brackets and quotes",
-            fix=f'write it as a list, which json.loads makes of the text of "{key}"',
+            fix=f"write it as {'a list' if is_list else 'an object'}, "
+            f'which {read if value is not None else "json.loads"} makes of the text of "{key}"',
             kind="type",
         )
+
+
+def _as_python(text: str) -> object:
+    """The value that Python prints as a text; None where it is none."""
+    try:
+        value: object = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return value
+
+
+def _is_message(value: object) -> bool:
+    """Whether a value is a message, and no answer that happens to be an object."""
+    if not isinstance(value, dict):
+        return False
+    speaks = value.get("role", value.get("from"))
+    return ("content" in value or "value" in value) and isinstance(speaks, str) and speaks in _SPEAKERS
 
 
 def refuse_roles(completion: list[Message], key: str, where: str) -> None:

@@ -2,19 +2,9 @@
 
 import math
 
-from dpo_opt.precompute.read.shape_parts import Values
+from dpo_opt.precompute.read.shape_parts import RATINGS, Values
 from dpo_opt.precompute.read.strict_json import FIX_ROW, kind_of
 from dpo_opt.schemas.errors import DataError
-
-RATINGS = {
-    "score_chosen": "score_rejected",
-    "chosen_score": "rejected_score",
-    "chosen-rating": "rejected-rating",
-    "chosen_rating": "rejected_rating",
-}
-"""Keys under which publishers rate the chosen completion, each with that of the rejected one.
-
-Of the first pair the margin is made; the others are compared by ``check`` alone."""
 
 _LARGEST = 1e30  # no weight or margin is; a whole number of hundreds of digits is no float at all
 

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from typing import cast
 
 from dpo_opt.precompute.read.shape_parts import (
+    AROUND_KEYS,
+    CARRIED_KEYS,
     PROMPT_KEYS,
     Shape,
     Values,
     agreed,
+    is_empty,
     kept,
     prompt_of,
     refuse,
@@ -21,12 +24,14 @@ from dpo_opt.precompute.read.shape_parts import (
     refuse_two,
     said,
 )
-from dpo_opt.precompute.read.strict_json import kind_of
+from dpo_opt.precompute.read.strict_json import escape, kind_of, without_nulls
+from dpo_opt.schemas.errors import DataError
 
 _LISTS = ("completions", "responses", "answers")
 _LISTS_OF_NUMBERS = ("ranks", "scores", "rewards", "rank", "score")
 _SCORE_KEYS = ("score", "overall_score", "rating", "reward")
 _TEXT_KEYS = ("completion", "response", "text", "content", "answer")
+_SHARED_BY_ALL = AROUND_KEYS | {"prompt", "tools", "chat_template_kwargs"}
 _MOST_COMPLETIONS = 256  # of one prompt; they are up to 32,640 pairs
 _INSTRUCTIONS = ("system_instruction", "systemInstruction")  # Vertex documents the first; its API takes both
 
@@ -39,13 +44,19 @@ def _ranked(values: Values, where: str) -> list[Values]:
     if len(completions) > _MOST_COMPLETIONS:
         refuse(f'"{key}" has {len(completions)} completions, and {_MOST_COMPLETIONS} is the most', where)
     goodness = _goodness(values, completions, key, where)
-    texts = [_completion_text(c, f'completion {i} of "{key}"', where) for i, c in enumerate(completions, 1)]
     prompt = prompt_of(values, where)
+    texts = []
+    for i, completion in enumerate(completions, 1):
+        name = f'completion {i} of "{key}"'
+        texts.append(_completion_text(completion, name, where))
+        if isinstance(completion, dict):
+            _refuse_own_prompt(completion, {**values, "prompt": prompt}, name, where)
     order = sorted(range(len(texts)), key=lambda i: -goodness[i])
     pairs = [(i, j) for i, j in itertools.combinations(order, 2) if goodness[i] > goodness[j]]
     if not pairs:
         refuse_tie(where)
-    common = {**kept(values), "prompt": prompt}
+    # What the row rates as chosen and rejected is not each of its pairs.
+    common = {**{key: values[key] for key in CARRIED_KEYS if key in values}, "prompt": prompt}
     return [{**common, "chosen": texts[i], "rejected": texts[j]} for i, j in pairs]
 
 
@@ -59,11 +70,18 @@ def _goodness(values: Values, completions: list[object], key: str, where: str) -
             if _is_opposed(goodness, cast(list[object], beside[other]), other):
                 refuse_two(first, other, where)
         return goodness
-    for name in ("rank", *_SCORE_KEYS):
-        inside = [c.get(name) for c in completions if isinstance(c, dict)]
-        if len(inside) == len(completions) and None not in inside:
-            return _numbers(inside, len(completions), name, where)
-    refuse(f'"{key}" has neither ranks nor scores', where)
+    inside = {
+        name: [c.get(name) if isinstance(c, dict) else None for c in completions]
+        for name in ("rank", *_SCORE_KEYS)
+    }
+    given = [name for name, numbers in inside.items() if None not in numbers]
+    if not given:
+        refuse(f'"{key}" has neither ranks nor scores', where)
+    goodness = _numbers(inside[given[0]], len(completions), given[0], where)
+    for other in given[1:]:
+        if _is_opposed(goodness, inside[other], other):
+            refuse_two(given[0], other, where, inside=f'each completion of "{key}"')
+    return goodness
 
 
 def _is_opposed(goodness: list[float], found: list[object], name: str) -> bool:
@@ -94,10 +112,28 @@ def _numbers(found: Sequence[object], count: int, name: str, where: str) -> list
 def _completion_text(completion: object, name: str, where: str) -> object:
     if not isinstance(completion, dict):
         return completion
-    for key in _TEXT_KEYS:
-        if key in completion:
-            return completion[key]
-    refuse(f"{name} has none of the keys {', '.join(_TEXT_KEYS)}", where)
+    found = [key for key in _TEXT_KEYS if key in completion]
+    if not found:
+        refuse(f"{name} has none of the keys {', '.join(_TEXT_KEYS)}", where)
+    first, *others = [key for key in found if not is_empty(completion[key])] or found
+    for other in others:
+        if completion[other] != completion[first]:
+            refuse_two(first, other, where, inside=name)
+    return completion[first]
+
+
+def _refuse_own_prompt(completion: Values, row: Values, name: str, where: str) -> None:
+    """Refuse a completion that was given to something else than the prompt of all."""
+    for key in sorted(completion.keys() & _SHARED_BY_ALL):
+        value = completion[key]
+        if not is_empty(value) and value not in (row.get(key), row["prompt"]):
+            raise DataError(
+                f'{name} has the key "{key}", and the row says nothing like it',
+                where=where,
+                why="all completions of a row have one prompt; what one alone was given would be left out",
+                fix=f'write it as "{key}" of the row if all were given it, or remove it from the completions',
+                kind="prompt_column",
+            )
 
 
 def _nectar(values: Values, where: str) -> list[Values]:
@@ -131,16 +167,22 @@ def _vertex(values: Values, where: str) -> list[Values]:
 def _turn(turn: object, name: str, where: str) -> Values:
     roles = {"user": "user", "model": "assistant"}
     role = turn.get("role") if isinstance(turn, dict) else None
-    if not isinstance(role, str) or role not in roles:
+    if not isinstance(turn, dict) or not isinstance(role, str) or role not in roles:
         refuse(f'{name} has neither the role "user" nor "model"', where)
-    return said(roles[role], _joined_parts(turn, name, where))
+    others = {key: value for key, value in turn.items() if key not in ("role", "parts", "name")}
+    other = next((key for key, value in others.items() if not is_empty(value)), None)
+    if other is not None:
+        refuse(f'{name} has the key "{escape(other)}", which no chat template is given', where)
+    named = {} if is_empty(turn.get("name")) else {"name": turn["name"]}
+    return {**said(roles[role], _joined_parts(turn, name, where)), **named}
 
 
 def _joined_parts(turn: object, name: str, where: str) -> str:
     parts = turn.get("parts") if isinstance(turn, dict) else None
     if not isinstance(parts, list) or not parts:
         refuse(f'{name} has no "parts"', where)
-    texts = [part["text"] for part in parts if isinstance(part, dict) and part.keys() == {"text"}]
+    found = [without_nulls(part) for part in parts]
+    texts = [part["text"] for part in found if isinstance(part, dict) and part.keys() == {"text"}]
     if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
         refuse(f"{name} has a part that is not text", where)
     return "".join(texts)

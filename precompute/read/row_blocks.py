@@ -66,12 +66,29 @@ def too_long(where: str, what: str, fix: str) -> DataError:
     )
 
 
+def _with_objects(value: object, kind: pa.DataType) -> object:
+    """A value whose maps are objects. Arrow gives lists of keys and values, which a template would write."""
+    if isinstance(value, dict):
+        return {key: _with_objects(member, kind.field(key).type) for key, member in value.items()}
+    if not isinstance(value, list):
+        return value
+    if not pa.types.is_map(kind):
+        return [_with_objects(member, kind.value_type) for member in value]
+    members = {key: _with_objects(member, kind.item_type) for key, member in value}
+    if len(members) < len(value):
+        raise ValueError("a key twice in a map")
+    return members
+
+
 def _values(batch: pa.RecordBatch, i: int, where: str) -> dict[str, object]:
     name = ""
     try:
         values = {}
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            values[name] = without_nulls(column[i].as_py())
+            value = column[i].as_py()
+            if "map<" in str(column.type):
+                value = _with_objects(value, column.type)
+            values[name] = without_nulls(value)
         return values
     except UnicodeDecodeError as error:
         raise DataError(

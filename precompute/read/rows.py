@@ -16,12 +16,13 @@ from dpo_opt.precompute.read.messages import (
     refuse_text_of_messages,
     refuse_unwritable,
 )
-from dpo_opt.precompute.read.numbers_of_rows import RATINGS, margin_of, number_of, ratings_of
+from dpo_opt.precompute.read.numbers_of_rows import margin_of, number_of, ratings_of
 from dpo_opt.precompute.read.prompt_columns import joined
 from dpo_opt.precompute.read.shape_parts import (
     AROUND_KEYS,
     CARRIED_KEYS,
     PROMPT_KEYS,
+    RATINGS,
     SYSTEM_KEYS,
     Values,
     is_empty,

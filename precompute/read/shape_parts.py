@@ -38,6 +38,19 @@ AROUND_KEYS = ADDED_COLUMNS | LATE_COLUMNS | {*PROMPT_KEYS, *CONVERSATION_KEYS, 
 CARRIED_KEYS = ("source", "id", "weight", "margin", "tools", "chat_template_kwargs")
 """What a row may have in addition to prompt and completions."""
 
+RATINGS = {
+    "score_chosen": "score_rejected",
+    "chosen_score": "rejected_score",
+    "chosen-rating": "rejected-rating",
+    "chosen_rating": "rejected_rating",
+}
+"""Keys under which publishers rate the chosen completion, each with that of the rejected one.
+
+Of the first pair the margin is made; the others are compared by ``check`` alone."""
+
+
+_KEPT = (*CARRIED_KEYS, *RATINGS, *RATINGS.values())
+
 
 class Shape(NamedTuple):
     """A recognised form of row."""
@@ -67,8 +80,8 @@ class Shape(NamedTuple):
 
 
 def kept(values: Values) -> Values:
-    """Those values of a row that are carried along with its texts."""
-    return {key: values[key] for key in CARRIED_KEYS if key in values}
+    """Those values of a row of one pair that are carried along with its texts."""
+    return {key: values[key] for key in _KEPT if key in values}
 
 
 def is_empty(value: object) -> bool:
@@ -95,13 +108,22 @@ def agreed(named: Mapping[str, object], where: str) -> object:
     return named[given[0]] if given else None
 
 
-def refuse_two(first: str, second: str, where: str) -> NoReturn:
-    """Refuse a row in which two keys say one part of the pair, each in its way."""
+def refuse_two(first: str, second: str, where: str, *, inside: str | None = None) -> NoReturn:
+    """Refuse a row in which two keys say one part of the pair, each in its way.
+
+    Args:
+        first: One key.
+        second: The other.
+        where: Names the row in messages.
+        inside: The part of the row that has them; None: the row itself.
+    """
     raise DataError(
         f'"{escape(first)}" and "{escape(second)}" say different things',
         where=where,
         why="each of them alone would be read, and which is meant cannot be known",
-        fix=f"remove one of them from the row, or pass --ignore-column {second} to read the other",
+        fix=f"remove one of them from {inside}"
+        if inside
+        else f"remove one of them from the row, or pass --ignore-column {second} to read the other",
         kind="two_sources",
     )
 

@@ -32,13 +32,13 @@ from collections.abc import Callable, Set
 from typing import NamedTuple
 
 from dpo_opt.precompute.read.framework_shapes import FRAMEWORK_SHAPES
-from dpo_opt.precompute.read.numbers_of_rows import RATINGS
 from dpo_opt.precompute.read.ranked_shapes import RANKED_SHAPES
 from dpo_opt.precompute.read.shape_parts import (
     AROUND_KEYS,
     CARRIED_KEYS,
     CONVERSATION_KEYS,
     PROMPT_KEYS,
+    RATINGS,
     Shape,
     Values,
     agreed,
@@ -53,7 +53,7 @@ from dpo_opt.precompute.read.strict_json import parse_json
 
 _FIRST = {"a", "model_a", "response_a"}
 _SECOND = {"b", "model_b", "response_b"}
-_TIES = {"tie", "tie (bothbad)", "both", "neither"}
+_TIES = {"tie", "tie (bothbad)", "tie (both bad)", "bothbad", "both_bad", "both bad", "both", "neither"}
 _GRADES = range(-3, 4)
 _VOTES = ("winner_model_a", "winner_model_b", "winner_tie")
 _BOTH = frozenset({"chosen", "rejected"})
@@ -125,14 +125,26 @@ class _Comparison(NamedTuple):
 
 def _conversations(values: Values, where: str) -> list[Values]:
     first = _by_letter("winner", values["winner"], where)
-    sides = (values["conversation_a"], values["conversation_b"])
+    sides = [_uncounted(values[key]) for key in ("conversation_a", "conversation_b")]
     chosen, rejected = sides if first else reversed(sides)
     return [{**kept(values), "chosen": chosen, "rejected": rejected}]
 
 
+def _uncounted(conversation: object) -> object:
+    """A conversation without the numbers of tokens that the arena's messages say (its 100k votes of 2025)."""
+    if not isinstance(conversation, list):
+        return conversation
+    return [
+        {key: value for key, value in turn.items() if key != "num_tokens" or isinstance(value, str)}
+        if isinstance(turn, dict)
+        else turn
+        for turn in conversation
+    ]
+
+
 def _arena(values: Values, where: str) -> list[Values]:
     """A battle whose cells hold one text per turn."""
-    votes = [values[key] for key in _VOTES]
+    votes = [_whole(values[key]) for key in _VOTES]
     for key, vote in zip(_VOTES, votes, strict=True):
         if type(vote) is not int or vote not in (0, 1):
             refuse_label(key, vote, where, expected="0 or 1")
@@ -176,19 +188,27 @@ def _by_letter(key: str, label: object, where: str) -> bool:
     return text in _FIRST
 
 
+def _whole(label: object) -> object:
+    """A whole number that a table with empty cells holds as a float, as a whole number."""
+    return int(label) if isinstance(label, float) and label.is_integer() else label
+
+
 def _first_is_1(key: str, label: object, where: str) -> bool:
+    label = _whole(label)
     if type(label) is not int or label not in (0, 1):
         refuse_label(key, label, where, expected="1 (A is preferred) or 0 (B is)")
     return label == 1
 
 
 def _first_is_0(key: str, label: object, where: str) -> bool:
+    label = _whole(label)
     if type(label) is not int or label not in (0, 1):
         refuse_label(key, label, where, expected="0 or 1")
     return label == 0
 
 
 def _by_grade(key: str, label: object, where: str) -> bool:
+    label = _whole(label)
     if type(label) is not int or label not in _GRADES:
         refuse_label(key, label, where, expected="a whole number from -3 to 3")
     if label == 0:

@@ -500,3 +500,26 @@ def test_published_transcripts_split_as_their_explicit_prompts_say() -> None:
     }
     assert len(split_by_others) > 2000
     assert split_by_others <= split_by_us
+
+
+def test_a_map_of_a_table_is_an_object(tmp_path: Path) -> None:
+    arguments = pa.map_(pa.string(), pa.list_(pa.map_(pa.string(), pa.string())))
+    call = pa.struct({"function": pa.struct({"name": pa.string(), "arguments": arguments})})
+    message = pa.struct({"role": pa.string(), "content": pa.string(), "tool_calls": pa.list_(call)})
+    schema = pa.schema([(key, pa.list_(message)) for key in ("prompt", "chosen", "rejected")])
+
+    def read_back(given: list[tuple[str, Any]]) -> Any:
+        calls = [{"function": {"name": "f", "arguments": given}}]
+        said = {"role": "assistant", "content": "a"}
+        row = {"prompt": [{"role": "user", "content": "q"}], "chosen": [{**said, "tool_calls": calls}]}
+        pq.write_table(
+            pa.Table.from_pylist([{**row, "rejected": [said]}], schema=schema), tmp_path / "a.parquet"
+        )
+        (found,) = scan_pairs(DataConfig(data=[str(tmp_path / "a.parquet")]))
+        return found
+
+    found = read_back([("cities", [[("name", "Lima")], []]), ("none", None)])
+    (written,) = found.chosen[0]["tool_calls"]
+    assert written["function"]["arguments"] == {"cities": [{"name": "Lima"}, {}]}
+    twice = read_back([("city", None), ("city", None)])
+    assert "a key twice in a map" in twice.error.what

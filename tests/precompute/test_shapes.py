@@ -10,6 +10,7 @@ import pytest
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.datasets import BadRow, read_pairs, row_content, scan_pairs
 from dpo_opt.precompute.read.rows import to_pairs
+from dpo_opt.precompute.read.shape_parts import RATINGS
 from dpo_opt.precompute.read.shapes import SHAPES, find_shape, keys_to_read
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
@@ -284,6 +285,99 @@ def test_what_any_row_may_carry_is_kept_by_every_form() -> None:
         assert kept == ("made", 2.0, 0.5, {"thinking": True})
 
 
+def test_how_a_row_rates_its_pair_is_kept_by_every_form_of_one_pair() -> None:
+    for name, row, _ in ONE_PAIR:
+        for key, other in RATINGS.items():
+            (pair,) = pairs_of({**row, key: 1, other: 5})
+            expected = None if name in ("ranked completions", "Vertex AI preferences") else -4
+            assert (pair.rated, pair.margin) == (expected, expected if key == "score_chosen" else None)
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ({**SHP, "labels": 0.0}, CHAT_NO_SO),
+        ({**SAFETY, "better_response_id": 1.0}, NO_SO),
+        ({**GRADED, "overall_preference": -2.0}, SO_NO),
+        ({**HELPSTEER2, "preference_strength": 3.0}, NO_SO),
+        ({**BATTLE, **{key: float(vote) for key, vote in A_WINS.items()}}, CHAT_SO_NO),
+    ],
+)
+def test_a_label_may_be_the_float_of_a_whole_number(row: dict[str, Any], pair: tuple[Any, Any, Any]) -> None:
+    assert texts_of(row) == [pair]
+
+
+def test_numbers_of_tokens_in_messages_of_the_arena_are_no_part_of_them() -> None:
+    a, b = ([{**message, "num_tokens": 3} for message in side] for side in (A, B))
+    row = {"conversation_a": a, "conversation_b": b, "winner": "model_a"}
+    assert texts_of(row) == [(A[:1], A[1:], B[1:])]
+    assert "num_tokens" in refusal({"chosen": a, "rejected": b}).what
+
+
+OWN = {"system_prompt": "Be kind.", "tools": [{"name": "f"}], "images": ["a.png"], "context": "A page."}
+
+
+@pytest.mark.parametrize("key", OWN)
+def test_a_completion_that_was_given_more_than_the_prompt_is_refused(key: str) -> None:
+    row = nemo(0, 1)
+    row["completions"][1][key] = OWN[key]
+    error = refusal(row)
+    assert (error.kind, error.what[:43]) == (
+        "prompt_column",
+        f'completion 2 of "completions" has the key "{key}'[:43],
+    )
+    row["completions"][1][key] = None
+    assert texts_of(row) == [CHAT_SO_NO]
+
+
+def test_a_completion_may_say_what_its_row_says() -> None:
+    row = {"instruction": "How?", "system": "Be kind.", "completions": []}
+    for rank, text in enumerate(("So.", "No.")):
+        own = {"rank": rank, "text": text, "response": text, "content": "", "model": "m"}
+        row["completions"].append({**own, "prompt": "How?", "system": "Be kind."})
+    assert refusal(row).what == '"system" is not empty'  # for which plain text has no place
+    assert texts_of(
+        {
+            **row,
+            "instruction": [user("How?")],
+            "completions": [
+                {**own, "text": [assistant(own["text"])], "response": "", "prompt": None}
+                for own in row["completions"]
+            ],
+        }
+    ) == [WITH_SYSTEM]
+
+
+@pytest.mark.parametrize(
+    ("beside", "keys"),
+    [({"text": "Else."}, ("completion", "text")), ({"score": 0.5}, ("rank", "score"))],
+)
+def test_completions_that_contradict_themselves_are_refused(
+    beside: dict[str, Any], keys: tuple[str, str]
+) -> None:
+    row = nemo(0, 1)
+    for i, completion in enumerate(row["completions"]):
+        completion.update({key: value + i if key == "score" else value for key, value in beside.items()})
+    error = refusal(row)
+    assert (error.kind, error.what) == ("two_sources", f'"{keys[0]}" and "{keys[1]}" say different things')
+    assert str(error.fix).startswith("remove one of them from ")
+
+
+def test_what_a_turn_of_vertex_says_beside_its_text_is_read_or_refused() -> None:
+    def asked(**others: Any) -> dict[str, Any]:
+        return {**vertex(1, 0), "contents": [{**turn("user", "How?"), **others}]}
+
+    assert texts_of(asked(thought=None, name=None)) == [CHAT_SO_NO]
+    assert pairs_of(asked(name="Bo"))[0].prompt == [{**user("How?"), "name": "Bo"}]
+    assert refusal(asked(thought="Hm.")).what.startswith('turn 1 of "contents" has the key "thought"')
+    assert texts_of(asked(parts=[{"text": "How?", "inlineData": None}])) == [CHAT_SO_NO]
+    assert refusal(asked(parts=[{"text": "How?", "inlineData": {}}])).kind == "shape"
+    row = vertex(1, 0)
+    for rank, completion in enumerate(row["completions"]):
+        completion["rank"] = 2 - rank
+    assert refusal(row).what == '"rank" and "score" say different things'
+
+
 @pytest.mark.parametrize("key", ["prompt", "instruction", "question", "context", "input", "query"])
 def test_a_prompt_is_found_under_every_name_that_publishers_use(key: str) -> None:
     row = {key: "How?", "response_a": "So.", "response_b": "No.", "preference": "a"}
@@ -303,7 +397,8 @@ def test_a_prompt_is_found_under_every_name_that_publishers_use(key: str) -> Non
         ({**SAFETY, "better_response_id": -1}, '"better_response_id" is "-1"'),
         ({**SAFETY, "better_response_id": False}, '"better_response_id" is "False"'),
         ({**GRADED, "overall_preference": 4}, '"overall_preference" is "4"'),
-        ({**GRADED, "overall_preference": 1.0}, '"overall_preference" is "1.0"'),
+        ({**GRADED, "overall_preference": 1.5}, '"overall_preference" is "1.5"'),
+        ({**GRADED, "overall_preference": float("nan")}, '"overall_preference" is "nan"'),
         ({**ARENA, "winner": "model_c"}, '"winner" is "model_c"'),
         ({**HELPSTEER2, "preference_strength": -4}, '"preference_strength" is "-4"'),
         ({**HELPSTEER2, "preference_strength": "1"}, '"preference_strength" is "1"'),
@@ -325,7 +420,8 @@ def test_a_label_that_names_no_side_is_refused(row: dict[str, Any], what: str) -
         {**LABELLED, "preference": "tie"},
         {**LABELLED, "winner": "Neither"},
         {**GRADED, "overall_preference": 0},
-        {**ARENA, "winner": "tie (bothbad)"},
+        *({**ARENA, "winner": winner} for winner in ("tie (bothbad)", "both_bad", "tie (both bad)")),
+        {**GRADED, "overall_preference": 0.0},
         {**HELPSTEER2, "preference_strength": 0},
         {**BATTLE, "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1},
         nemo(1, 1),
@@ -653,9 +749,33 @@ def test_messages_that_were_written_as_text_are_refused(key: str, text: str) -> 
     row = {"prompt": "a", "chosen": " b", "rejected": " c"} | {key: text}
     error = refusal(row)
     assert error.what == f'"{key}" holds messages as text'
-    assert "json.loads" in str(error.fix)
+    assert ("ast.literal_eval" if "'" in text else "json.loads") in str(error.fix)
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", '[{"x": 1}]', "[citation needed]", '{"role": "user"}'])
+@pytest.mark.parametrize(
+    ("text", "reads"),
+    [
+        ('{"role": "assistant", "content": "a"}', "json.loads"),
+        (' {"content": "it\'s", "role": "assistant"}', "json.loads"),
+        ("{'role': 'assistant', 'content': 'a'}", "ast.literal_eval"),
+        ('{"from": "gpt", "value": "a"}', "json.loads"),
+    ],
+)
+def test_one_message_that_was_written_as_text_is_refused(text: str, reads: str) -> None:
+    error = refusal({"prompt": "a", "chosen": text, "rejected": " c"})
+    assert (error.kind, error.what) == ("type", '"chosen" holds a message as text')
+    assert f"write it as an object, which {reads} makes" in str(error.fix)
+
+
+ANSWERS = ["[1, 2]", '[{"x": 1}]', "[citation needed]", '{"role": "user"}']
+OBJECTS_AS_ANSWERS = [
+    '{"value": 3}',
+    '{"from": "Rome", "value": 3}',
+    '{"content": "a"}',
+    '{"role": "assistant", "content": ',
+]
+
+
+@pytest.mark.parametrize("text", ANSWERS + OBJECTS_AS_ANSWERS)
 def test_other_texts_in_brackets_are_texts(text: str) -> None:
     assert pairs_of({"prompt": "a", "chosen": text, "rejected": " c"})[0].chosen == text
