@@ -114,6 +114,11 @@ GOOD: dict[str, Callable[[int], Row]] = {
         "system": "s",
         "images": [],
     },
+    "asked": lambda i: {
+        "conversations": [{"from": "human", "value": f"q {i}"}],
+        "chosen": "x",
+        "rejected": "y",
+    },
     "swift": lambda i: {"messages": _conversation(i, "x"), "rejected_response": "y", "images": []},
     "swift messages": lambda i: {
         "messages": _conversation(i, "x"),
