@@ -236,7 +236,9 @@ def render(
     with _refusals(where, tokenizer):
         for i, messages in enumerate(conversations):
             with _chance_repeats() if _MENTIONS_CHANCE.search(template) else contextlib.nullcontext():
-                texts.append(render(messages, add_generation_prompt=opens_first and i == 0))
+                text = render(messages, add_generation_prompt=opens_first and i == 0)
+            text.encode()  # which no half of a character is: a ValueError, where a tokenizer would stop
+            texts.append(text)
     return texts
 
 
@@ -245,18 +247,26 @@ def _refusals(where: str, tokenizer: "PreTrainedTokenizerFast") -> Iterator[None
     """Within it, what stops a template is an error of the row, unless it is no template at all."""
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
+    file = Path(tokenizer.name_or_path) / "chat_template.jinja"
     try:
         yield
     except TemplateSyntaxError as error:
-        file = Path(tokenizer.name_or_path) / "chat_template.jinja"
         raise ConfigError(
             f"the chat template has an error in line {error.lineno} ({error.message})",
             where=str(file if file.is_file() else tokenizer.name_or_path or where),
             why="no row of messages can be rendered with it",
             fix="correct that line, or take the template that was published with the model",
         ) from error
-    # A template is a program of its own: it may add text to a list, ask for what a message does not have, or
-    # divide by their number.
+    # Python compiles what jinja makes of a template, and has limits of its own.
+    except SyntaxError as error:
+        raise ConfigError(
+            f"the chat template cannot be compiled ({error.msg})",
+            where=str(file if file.is_file() else tokenizer.name_or_path or where),
+            why="no row of messages can be rendered with it",
+            fix="take the template that was published with the model",
+        ) from error
+    # A template is a program of its own: it may add text to a list, ask for what a message does not have,
+    # divide by their number, or want more memory than there is.
     except (
         TemplateError,
         TypeError,
@@ -265,9 +275,11 @@ def _refusals(where: str, tokenizer: "PreTrainedTokenizerFast") -> Iterator[None
         AttributeError,
         ArithmeticError,
         RecursionError,
+        MemoryError,
     ) as error:
+        said = str(error) or type(error).__name__
         raise DataError(
-            f"the chat template refuses the messages ({str(error)[:_LONGEST_TEMPLATE_MESSAGE]})",
+            f"the chat template refuses the messages ({said[:_LONGEST_TEMPLATE_MESSAGE]})",
             where=where,
             why="the model was not trained on conversations of this shape",
             fix=f"{SKIP_ROW}; or correct the roles and their order",

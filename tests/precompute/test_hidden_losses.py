@@ -223,6 +223,21 @@ def test_a_template_that_is_none_is_not_the_rows_fault(broken: str, says: str) -
     assert "in line 2" in refused.value.what
 
 
+def test_a_template_that_python_cannot_compile_is_not_the_rows_fault() -> None:
+    deep = "{% for a in [1] %}" * 25 + PLAIN + "{% endfor %}" * 25
+    with pytest.raises(ConfigError, match="cannot be compiled"):
+        texts_of(deep, pair_of(ASKED, BELGIUM))
+
+
+@pytest.mark.parametrize(
+    ("writes", "says"), [("'\\ud800'", "surrogates not allowed"), ("'a' * 10 ** 13", "MemoryError")]
+)
+def test_a_template_that_writes_no_text_refuses_the_row(writes: str, says: str) -> None:
+    with pytest.raises(DataError, match=says) as refused:
+        texts_of(PLAIN + "{{ " + writes + " }}", pair_of(ASKED, BELGIUM))
+    assert refused.value.kind == "template"
+
+
 def test_a_template_for_rows_with_tools_alone_is_said_to_be_one() -> None:
     tokenizer = tokenizer_with({"tool_use": WITH_TOOLS})
     rendered_texts(pair_of(RAIN, BELGIUM, tools=True), tokenizer)
