@@ -13,6 +13,7 @@ Where the turn of message ``n`` stands is measured by rendering:
   turn for generation as no finished one is (with a thought); to write an empty thought into the last turn
   alone; to end the last turn, or the conversation, as no other.
 * Every border must be one between two tokens.
+* No turn may reach to the next message's words over a header, nor hold them.
 
 Otherwise the row is refused: nobody could say whose a token is.
 """
@@ -35,6 +36,8 @@ _ASSISTANTS = {"assistant", "model", "gpt", "bot", "chatbot", "ai"}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OTHER_WORDS = "§"
 _PROBES = ("wordone", "wordtwo")
+_MARKS = "{% generation %} in the chat template marks"
+_SHOWN = 40  # characters in a message
 
 
 class Span(NamedTuple):
@@ -115,7 +118,10 @@ def spans_of(side: Located, turns: list[int]) -> list[Span] | None:
     try:
         if _GENERATION.search(side.render.template):
             return _marked_spans(side, turns)
-        return [_span(side, side.prompt + turn, first=turn == 0) for turn in turns]
+        spans = [_span(side, side.prompt + turn, first=turn == 0) for turn in turns]
+        for turn, span in zip(turns, spans, strict=True):
+            _refuse_next_header(side, side.prompt + turn, span.stop)
+        return spans
     except DataError as error:
         if error.kind != "template":
             raise
@@ -126,12 +132,17 @@ def _marked_spans(side: Located, turns: list[int]) -> list[Span]:
     """What the template itself says is generated."""
     marked = side.render.marked
     text, spans = marked(side.messages)
-    counts: dict[int, int] = {}
+    parts: dict[int, list[str]] = {0: []}
+
+    def alone(number: int) -> list[str]:
+        """What is marked of the first messages by themselves."""
+        if number not in parts:
+            part, found = marked(side.messages[:number])
+            parts[number] = [part[start:stop] for start, stop in found]
+        return parts[number]
 
     def before(number: int) -> int:
-        if number not in counts:
-            counts[number] = len(marked(side.messages[:number])[1]) if number else 0
-        return counts[number]
+        return len(alone(number))
 
     last = max(i for i, message in enumerate(side.messages) if str(message["role"]) in _ASSISTANTS)
     found: list[tuple[int, int]] = []
@@ -143,8 +154,54 @@ def _marked_spans(side: Located, turns: list[int]) -> list[Span]:
         its_own = said in "".join(text[start:stop] for start, stop in own) and before(last) < before(last + 1)
         if text != side.text or not own or not its_own:
             raise _refused("{% generation %} in the chat template marks no part of some turn", side.where)
+        in_all = "".join(text[start:stop] for start, stop in own)
+        by_itself = "".join(alone(number + 1)[before(number) :])
+        more = in_all[len(by_itself) :].strip()
+        if in_all.startswith(by_itself) and more:
+            raise _refused(f"{_MARKS} {more[:_SHOWN]!r} behind a turn, where more follows", side.where)
+        _refuse_next_header(side, number, own[-1][1])
         found += own
+    _refuse_words_of_others(side, found)
     return [Span(start, stop, exact=False) for start, stop in found]
+
+
+def _refuse_words_of_others(side: Located, spans: list[tuple[int, int]]) -> None:
+    """Refuse spans that hold what others say; the answers may have the same words, so others are tried."""
+    said = "".join(side.text[start:stop] for start, stop in spans)
+    others = {
+        i: f"{_PROBES[0]}{i}x"
+        for i, message in enumerate(side.messages)
+        if str(message["role"]) not in _ASSISTANTS
+        and (content := str(message["content"]).strip())
+        and content in said
+    }
+    if not others:
+        return
+    worded = [{**m, "content": others[i]} if i in others else m for i, m in enumerate(side.messages)]
+    try:
+        text, marked = side.render.marked(worded)
+    except DataError:
+        return  # it takes only what the row says
+    for i, word in others.items():
+        if any(word in text[start:stop] for start, stop in marked):
+            role = str(side.messages[i]["role"])
+            raise _refused(f'{_MARKS} the words of message {i + 1}, of the role "{role}"', side.where)
+
+
+def _refuse_next_header(side: Located, number: int, stop: int) -> None:
+    """Refuse a turn that reaches to the user's next words, where the user's first words have a header."""
+    first, following = side.messages[0], side.messages[number + 1 : number + 2]
+    if first["role"] != "user" or not following or following[0]["role"] != "user":
+        return
+    said = str(following[0]["content"]).strip()
+    if not said or not side.text[stop:].lstrip().startswith(said):
+        return
+    before = side.text.partition(str(first["content"]).strip())[0]
+    header = before[len(before) - _common_length(before[::-1], side.text[:stop][::-1]) :].strip()
+    if header:
+        raise _refused(
+            f"the chat template writes {header!r}, the next user's header, into the turn", side.where
+        )
 
 
 def _span(side: Located, number: int, *, first: bool) -> Span:

@@ -207,6 +207,52 @@ def test_a_template_that_marks_what_is_generated_is_believed(trims: bool) -> Non
     )
 
 
+HEADER = "<|im_start|>user\n"
+# What the next user says, or the header before it, is marked with the assistant's turn or written in it.
+MARKS_THE_NEXT = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
+    "{% generation %}{{ m['content'] }}<|im_end|>\n{% if not loop.last %}" + HEADER + "{% endif %}NEXT"
+    "{% endgeneration %}ELSE{% elif loop.first %}" + HEADER + "{{ m['content'] }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NEXT = "{% if not loop.last %}{{ messages[loop.index]['content'] }}<|im_end|>\n{% endif %}"
+EAGER = (
+    "{% for m in messages %}{% if loop.first %}" + HEADER + "{% endif %}"
+    "{% if m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>\n" + HEADER + "{% else %}"
+    "{{ m['content'] }}<|im_end|>\n<|im_start|>assistant\n{% endif %}{% endfor %}"
+)
+REPEATS = MARKED.replace("{% generation %}", "{% generation %}{{ messages[loop.index0 - 1]['content'] }} ")
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (MARKS_THE_NEXT.replace("NEXT", NEXT).replace("ELSE", ""), "behind a turn, where more follows"),
+        (MARKS_THE_NEXT.replace("NEXT", "").replace("ELSE", NEXT), "behind a turn, where more follows"),
+        (REPEATS, 'marks the words of message 1, of the role "user"'),
+        (EAGER, "the next user's header, into the turn"),
+        (
+            EAGER.replace(
+                "{{ m['content'] }}<|im_end|>\n" + HEADER,
+                "{% generation %}{{ m['content'] }}<|im_end|>\n" + HEADER + "{% endgeneration %}",
+            ),
+            "the next user's header, into the turn",
+        ),
+    ],
+)
+def test_a_turn_that_holds_anothers_words_or_header_is_refused(template: str, says: str) -> None:
+    found = encoded(pair_of(CHOSEN[:3], REJECTED), tokenizer_of(template))
+    assert isinstance(found, DataError)
+    assert found.kind == "turns"
+    assert says in found.what
+
+
+def test_a_turn_may_say_what_another_said() -> None:
+    chosen = [assistant("Hi"), user("Hi"), assistant("Hi, More? Hi")]
+    turns, _ = counted(pair_of(chosen, REJECTED), tokenizer_of(MARKED))
+    assert turns == ["Hi<|im_end|>", "Hi, More? Hi<|im_end|>"]
+
+
 LAST_MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['role'] == 'assistant' and loop.last %}{% generation %}{{ m['content'] }}{% endgeneration %}"
