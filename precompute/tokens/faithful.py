@@ -25,6 +25,7 @@ THOUGHT_KEYS = ("reasoning_content", "thinking")
 FIRST_ROLES = ("system", "developer")
 """Who speaks before all others, so that a template may move the text, or write none for an empty one."""
 _IN_SINGLE_QUOTES = str.maketrans({"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r"})
+_SCHEMAS_IN = ("items", "prefixItems", "anyOf", "oneOf", "allOf", "additionalProperties")
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 
 
@@ -245,10 +246,22 @@ def _tool_texts(tools: list[object]) -> Iterator[tuple[str, str]]:
         for key in ("name", "description"):
             if isinstance(function.get(key), str):
                 yield f"the {key} of a tool", function[key]
-        parameters = function.get("parameters")
-        properties = parameters.get("properties") if isinstance(parameters, dict) else None
-        for name in properties if isinstance(properties, dict) else ():
-            yield "a parameter of a tool", str(name)
+        for parameter in _parameters(function.get("parameters")):
+            yield "a parameter of a tool", parameter
+
+
+def _parameters(schema: object) -> Iterator[str]:
+    """The names of all properties in a JSON schema, those in others too."""
+    parts = schema if isinstance(schema, list) else []
+    if isinstance(schema, dict):
+        properties = schema.get("properties")
+        named = properties if isinstance(properties, dict) else {}
+        yield from map(str, named)
+        definitions = (schema.get(key) for key in ("$defs", "definitions"))
+        inside = [member for found in definitions if isinstance(found, dict) for member in found.values()]
+        parts = [*named.values(), *inside, *(schema.get(key) for key in _SCHEMAS_IN)]
+    for part in parts:
+        yield from _parameters(part)
 
 
 def _texts_in(value: object) -> Iterator[str]:

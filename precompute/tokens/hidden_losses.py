@@ -10,16 +10,29 @@ messages in the first. So the conversation is rendered again, with a word of its
   write all roles alike. The result of a call may be written as the user's, as some models are trained on it.
 * An empty message must leave a trace, unless it is a system's.
 
+A template may write a call as the list of tools says: with its arguments in that order, or only if the tool
+is there. So words that are lost of a call are looked for once more, with the words that the tools have; they
+must be in the text as often as before, and once for each call.
+
 Rows of one shape become the same words, and are rendered once.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, MutableMapping
 from typing import NamedTuple
 
 from dpo_opt.precompute.read.strict_json import SKIP_ROW, escape
 from dpo_opt.precompute.tokens.faithful import FIRST_ROLES, THOUGHT_KEYS, Part, lost, refused
-from dpo_opt.precompute.tokens.worded import Thing, Worded, worded, worded_documents, worded_tools
+from dpo_opt.precompute.tokens.tool_calls import has_calls
+from dpo_opt.precompute.tokens.worded import (
+    Thing,
+    Worded,
+    names_of_tools,
+    worded,
+    worded_documents,
+    worded_tools,
+)
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message
 
@@ -31,7 +44,10 @@ class Loss(NamedTuple):
     """What a template does to conversations of a shape."""
 
     how: str
-    """``left out``, ``order``, ``empty``, or the role as which it writes another."""
+    """``left out``, ``order``, ``empty``, ``refused``, or the role as which it writes another.
+
+    ``refused``: it takes only what the row says, or calls of tools that the row has.
+    """
     message: int | None
     """Its index; None: it is a tool or a document."""
     thing: int = 0
@@ -76,7 +92,7 @@ def refuse_hidden_losses(
     shapes = worded(prompt.messages, [part.messages for part in completions] or [[]])
     opened = not completions
     shown = repr((opened, tools, documents, beside.settings))
-    for part, words in zip(completions or parts, shapes, strict=True):
+    for side, (part, words) in enumerate(zip(completions or parts, shapes, strict=True)):
         key = repr(words.messages) + shown
         if key not in known:
             found = _Template(
@@ -89,8 +105,44 @@ def refuse_hidden_losses(
                 known.clear()
             known[key] = found
         loss = known[key]
-        if loss is not None:
+        if loss is not None and tools and has_calls(words.messages) and _may_be_of_words(loss):
+            messages = [item.messages for item in completions] or [[]]
+            alike_tools, alike_things = worded_tools(beside.tools or [], alike=True)
+            alike = worded(prompt.messages, messages, named=names_of_tools(alike_things))[side]
+
+            def write_alike(given: list[Message], *, tools: list[object] = alike_tools) -> str:
+                return write(given, tools, documents, opened)
+
+            key = repr((alike.messages, alike_tools)) + shown
+            if key not in known:
+                before = _counts(words, of_tools, alike_things, lambda m: write(m, tools, documents, opened))
+                found = _Template(
+                    write_alike, known=known, others=[*alike_things, *of_documents], settings=beside.settings
+                ).loss(alike, answered=not opened, before=before)
+                known[key] = loss if found is not None and found.how == "refused" else found
+            loss = known[key]
+        if loss is not None and loss.how != "refused":
             raise _error(loss, prompt, part, words, of_tools, of_documents, where)
+
+
+def _counts(
+    words: Worded, of_tools: list[Thing], alike: list[Thing], write: Callable[[list[Message]], str]
+) -> Counter[str]:
+    """How often a template writes each word of the tools where no call has it; at least once for each."""
+    text = ""
+    without = [{key: m[key] for key in m.keys() - {"tool_calls"}} for m in words.messages]
+    for messages in (words.messages, without):
+        with contextlib.suppress(DataError):
+            text = text or write(messages)
+    found: Counter[str] = Counter()
+    for own, shared in zip(of_tools, alike, strict=True):
+        found[shared.word] += max(1, text.count(own.word))
+    return found
+
+
+def _may_be_of_words(loss: Loss) -> bool:
+    """Whether what is lost may be only the words that a call does not share with the tools."""
+    return loss.how == "refused" or (loss.how == "left out" and loss.message is not None)
 
 
 class _Template:
@@ -104,16 +156,22 @@ class _Template:
     ) -> None:
         self._write, self._known, self._others, self._settings = write, known, others, settings
 
-    def loss(self, words: Worded, *, answered: bool) -> Loss | None:
-        """What is lost of the messages, the last one of them an answer or not, and of others."""
+    def loss(self, words: Worded, *, answered: bool, before: Counter[str] | None = None) -> Loss | None:
+        """What is lost of the messages, the last one of them an answer or not, and of others.
+
+        Args:
+            words: The messages.
+            answered: Whether the last one is an answer.
+            before: Words that others have too, and how often they stand in the text without a message's.
+        """
         try:
             text = self._write(words.messages)
         except DataError:
-            return None  # it takes only what the row says
+            return Loss("refused", None)
         for i, thing in enumerate(self._others):
             if thing.word not in text:
                 return Loss("left out", None, i)
-        found = self._first_unwritten(words, text)
+        found = (_too_few(words, text, before) if before else None) or self._first_unwritten(words, text)
         if found is not None:
             return found
         # An answer without a token is a reason of its own to leave the pair out.
@@ -180,6 +238,16 @@ class _Template:
             return self._write(messages) == text
         except DataError:
             return False
+
+
+def _too_few(words: Worded, text: str, before: Counter[str]) -> Loss | None:
+    """The first thing with a word that stands in the text less often than before and in the messages."""
+    wanted = before + Counter(thing.word for things in words.things for thing in things)
+    for i, things in enumerate(words.things):
+        for number, thing in enumerate(things):
+            if thing.word in before and text.count(thing.word) < wanted[thing.word]:
+                return Loss("left out", i, number)
+    return None
 
 
 def _speaker(message: Message) -> str:

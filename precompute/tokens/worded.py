@@ -4,7 +4,7 @@ What a chat template does to such words, it does to every conversation of the sa
 and calls in the same order, the same messages empty, the same texts equal.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from dpo_opt.precompute.tokens.faithful import (
@@ -39,13 +39,24 @@ class Worded(NamedTuple):
     """Of each message, all that a template must write."""
 
 
-def worded(prompt: list[Message], completions: list[list[Message]]) -> list[Worded]:
+Named = Mapping[tuple[str, str], str]
+"""Words that are given: of a kind of text, and a text."""
+
+
+def worded(
+    prompt: list[Message], completions: list[list[Message]], *, named: Named | None = None
+) -> list[Worded]:
     """The words of a prompt with each completion.
 
     Equal texts have equal words, so that a template which writes the second of two equal messages not at all
     does the same to the words.
+
+    Args:
+        prompt: Messages.
+        completions: Messages that follow them.
+        named: Words that the calls of these tools and parameters have, too.
     """
-    words = _Words(_called(prompt))
+    words = _Words(_called(prompt), named or {})
     forgotten = last_user(prompt)
     begun = [_message(words, message, forgotten=i < forgotten) for i, message in enumerate(prompt)]
     found = []
@@ -60,14 +71,29 @@ def _called(messages: list[Message]) -> set[str]:
     return {name for message in messages for name in names_of_calls(message)}
 
 
-def worded_tools(tools: list[object]) -> tuple[list[object], list[Thing]]:
-    """A row's tools with words for their names, descriptions and parameters."""
+_KINDS = {"the name of a tool": "name", "a parameter of a tool": "argument"}
+
+
+def names_of_tools(things: list[Thing]) -> Named:
+    """The words of tools' names and parameters, for those who call them."""
+    return {(_KINDS[thing.name], thing.value): thing.word for thing in things if thing.name in _KINDS}
+
+
+def worded_tools(tools: list[object], *, alike: bool = False) -> tuple[list[object], list[Thing]]:
+    """A row's tools with words for their names, descriptions and parameters.
+
+    Args:
+        tools: The row's.
+        alike: Whether equal names have equal words.
+    """
     things: list[Thing] = []
+    known: dict[tuple[str, str], str] = {}
 
     def new(name: str, value: object) -> object:
         if not isinstance(value, str) or not value.strip():
             return value
-        things.append(Thing(f"tool{len(things)}x", name, value))
+        word = f"tool{len(things)}x"
+        things.append(Thing(known.setdefault((name, value), word) if alike else word, name, value))
         return things[-1].word
 
     def of_function(function: dict[str, object]) -> dict[str, object]:
@@ -125,17 +151,18 @@ class _Words:
 
     Args:
         called: The names of the tools that the conversation calls.
+        named: Words that are given.
     """
 
-    def __init__(self, called: set[str]) -> None:
-        self.called = called
-        self._words: dict[tuple[str, str], str] = {}
+    def __init__(self, called: set[str], named: Named) -> None:
+        self.called, self._named = called, named
+        self._words: dict[tuple[str, str], str] = dict(named)
         self._ids: dict[str, str] = {}
         self._count = 0
 
     def behind(self, called: set[str]) -> "_Words":
         """For a completion: its texts are its own, also where the prompt has the same."""
-        words = _Words(self.called | called)
+        words = _Words(self.called | called, self._named)
         words._ids, words._count = dict(self._ids), self._count
         return words
 

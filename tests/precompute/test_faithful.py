@@ -164,6 +164,27 @@ def test_a_role_is_known_that_a_template_compares_or_writes(source: str) -> None
     assert not knows_role(template, "narrator")
 
 
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        {"type": "object", "properties": {"street": {"type": "string"}}},
+        {"type": "array", "items": {"type": "object", "properties": {"street": {}}}},
+        {"anyOf": [{"type": "null"}, {"properties": {"in": {"properties": {"street": {}}}}}]},
+        {"$defs": {"Address": {"properties": {"street": {}}}}, "$ref": "#/$defs/Address"},
+    ],
+)
+def test_a_parameter_of_any_depth_is_lost_where_a_template_writes_the_outer_ones(parameter: Any) -> None:
+    parameters = {"type": "object", "properties": {"address": parameter, "properties": {"type": "string"}}}
+    tools: list[object] = [{"type": "function", "function": {"name": "find", "parameters": parameters}}]
+    pair = pair_of(RAIN, BELGIUM)._replace(tools=tools)
+    outer = (
+        "{% for t in tools %}{{ t.function.name }} {{ t.function.parameters.properties | list }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r'a parameter of a tool in "tools" \((street|in)\)'):
+        texts_of(outer + CALLING[len("{{ tools | tojson if tools }}") :], pair)
+    texts_of(CALLING, pair)
+
+
 def test_a_null_in_an_object_is_absent() -> None:
     """As in a table, which gives every object the keys of all others."""
     pair = pair_of(RAIN, [assistant(tool_calls=call({"town": "Ghent", "on": None}))], tools=True)

@@ -56,6 +56,37 @@ def test_a_tool_that_stands_in_a_call_alone_is_lost() -> None:
     assert 'a parameter of a tool in "tools" (town)' in refusal(names_only, asked, BELGIUM, tools=True)
 
 
+LOOKS_UP = (
+    "{% for c in m.tool_calls or [] %}{% for t in tools if t.function.name == c.function.name %}"
+    "{{ t.function.name }}{% for p in t.function.parameters.properties if p in c.function.arguments %}"
+    " {{ p }}={{ c.function.arguments[p] }}{% endfor %}{% endfor %}{% endfor %}"
+)
+KNOWS = (
+    "{% for c in m.tool_calls or [] %}{{ raise_exception('?') if c.function.name not in names }}{% endfor %}"
+)
+NAMES = "{% set names = tools | map(attribute='function') | map(attribute='name') | list %}"
+
+
+@pytest.mark.parametrize("listing", ["{{ tools | tojson }}", "{{ tools | tojson }}{{ tools | tojson }}"])
+def test_a_call_may_be_written_as_the_list_of_tools_says(listing: str) -> None:
+    begin = listing + NAMES + "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+    again = [*RAIN, CALLED, RESULT, *BELGIUM, *RAIN]
+    for calls in (LOOKS_UP, KNOWS + CALLS):
+        template = begin + calls + "</s>{% endfor %}"
+        texts_of(template, pair_of(RAIN, [CALLED], tools=True))
+        texts_of(template, pair_of(again, [CALLED], tools=True))
+    for drops in (KNOWS, LOOKS_UP.replace("{{ t.function.name }}", "")):
+        says = refusal(begin + drops + "</s>{% endfor %}", again, BELGIUM, tools=True)
+        assert 'in "tool_calls" of message 2 of "prompt"' in says
+    # A row of the same shape that calls what is not among the tools says nothing of one that does.
+    template = begin + LOOKS_UP + "</s>{% endfor %}"
+    other = assistant(tool_calls=[{"function": {"name": "get_rain", "arguments": {"town": "Ghent"}}}])
+    pair = pair_of([user("get_rain town Ghent get_weather")], [CALLED], tools=True)
+    rendered_texts(pair, tokenizer := tokenizer_with(template))
+    with pytest.raises(DataError, match='leaves out the name in "tool_calls"'):
+        rendered_texts(pair._replace(chosen=[other]), tokenizer)
+
+
 @pytest.mark.parametrize("arguments", [{"at": {"town": "Ghent"}}, {"towns": ["Ghent", "Bruges"]}, {"day": 3}])
 def test_an_argument_of_any_depth_is_lost_where_only_the_user_has_its_words(arguments: Any) -> None:
     drops = PLAIN.replace(
