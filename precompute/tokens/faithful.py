@@ -274,7 +274,7 @@ def _texts_in(value: object) -> Iterator[str]:
 
 
 def _leaves(value: object) -> Iterator[str]:
-    """The keys, texts and whole numbers in a JSON value; others are written in many ways."""
+    """The keys, texts and whole numbers in a JSON value; ``hidden_losses`` looks for fractions."""
     if isinstance(value, dict):
         for key, member in value.items():
             yield str(key)

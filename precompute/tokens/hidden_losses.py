@@ -18,6 +18,7 @@ Rows of one shape become the same words, and are rendered once.
 """
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, MutableMapping
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from dpo_opt.precompute.tokens.tool_calls import has_calls
 from dpo_opt.precompute.tokens.worded import (
     Thing,
     Worded,
+    has_zeros,
     names_of_tools,
     worded,
     worded_documents,
@@ -89,11 +91,15 @@ def refuse_hidden_losses(
     tools, of_tools = (None, []) if beside.tools is None else worded_tools(beside.tools)
     documents, of_documents = worded_documents(beside.documents)
     # The whole conversation begins with the prompt's own text, so that the prompt is looked at in it.
-    shapes = worded(prompt.messages, [part.messages for part in completions] or [[]])
+    messages = [part.messages for part in completions] or [[]]
+    kinds = (False, True) if any(has_zeros(part.messages) for part in parts) else (False,)
+    shapes = {zeros: worded(prompt.messages, messages, zeros=zeros) for zeros in kinds}
     opened = not completions
     shown = repr((opened, tools, documents, beside.settings))
-    for side, (part, words) in enumerate(zip(completions or parts, shapes, strict=True)):
-        key = repr(words.messages) + shown
+    for zeros, (side, part) in itertools.product(shapes, enumerate(completions or parts)):
+        words = shapes[zeros][side]
+        # Of the same messages, a thought may be left out in a prompt and not in a completion.
+        key = repr((words.messages, _words_of(words))) + shown
         if key not in known:
             found = _Template(
                 lambda messages: write(messages, tools, documents, opened),
@@ -106,14 +112,13 @@ def refuse_hidden_losses(
             known[key] = found
         loss = known[key]
         if loss is not None and tools and has_calls(words.messages) and _may_be_of_words(loss):
-            messages = [item.messages for item in completions] or [[]]
             alike_tools, alike_things = worded_tools(beside.tools or [], alike=True)
-            alike = worded(prompt.messages, messages, named=names_of_tools(alike_things))[side]
+            alike = worded(prompt.messages, messages, named=names_of_tools(alike_things), zeros=zeros)[side]
 
             def write_alike(given: list[Message], *, tools: list[object] = alike_tools) -> str:
                 return write(given, tools, documents, opened)
 
-            key = repr((alike.messages, alike_tools)) + shown
+            key = repr((alike.messages, alike_tools, _words_of(alike))) + shown
             if key not in known:
                 before = _counts(words, of_tools, alike_things, lambda m: write(m, tools, documents, opened))
                 found = _Template(
@@ -123,6 +128,10 @@ def refuse_hidden_losses(
             loss = known[key]
         if loss is not None and loss.how != "refused":
             raise _error(loss, prompt, part, words, of_tools, of_documents, where)
+
+
+def _words_of(words: Worded) -> list[list[str]]:
+    return [[thing.word for thing in things] for things in words.things]
 
 
 def _counts(
@@ -188,12 +197,14 @@ class _Template:
     def _first_unwritten(self, words: Worded, text: str) -> Loss | None:
         wanted = Counter(thing.word for things in words.things for thing in things)
         reached = run = 0
+        first: dict[str, int] = {}
         for i, message in enumerate(words.messages):
             role = message["role"]
             # The results of several calls stand in any order: their ids say which is whose.
             if role != "tool" or i == 0 or words.messages[i - 1]["role"] != "tool":
                 run = reached
-            ends: dict[str, int] = {}
+            # A system's may stand anywhere, and the second of two equal ones behind the first.
+            ends = first if role in FIRST_ROLES else {}
             for number, thing in enumerate(words.things[i]):
                 start = ends.get(thing.word, 0 if role in FIRST_ROLES else run)
                 at = text.find(thing.word, start)
@@ -203,6 +214,10 @@ class _Template:
                 ends[thing.word] = at + len(thing.word)
             if role not in FIRST_ROLES:
                 reached = max(reached, *ends.values(), 0)
+        for i, things in reversed(list(enumerate(words.things))):
+            for number, thing in enumerate(things):
+                if text.count(thing.word) < wanted[thing.word]:
+                    return Loss("left out", i, number)
         return None
 
     def _other_role(self, messages: list[Message], number: int, text: str) -> str | None:

@@ -4,11 +4,11 @@ What a chat template does to such words, it does to every conversation of the sa
 and calls in the same order, the same messages empty, the same texts equal.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from dpo_opt.precompute.tokens.faithful import (
-    FIRST_ROLES,
     THOUGHT_KEYS,
     arguments_of,
     divided_thought,
@@ -19,7 +19,7 @@ from dpo_opt.precompute.tokens.faithful import (
 from dpo_opt.schemas.pairs import Message
 
 _NUMBERS = 734_000_000
-"""Whole numbers from here on stand for whole numbers; nothing else is likely to write them."""
+"""Numbers from here on stand for numbers; nothing else is likely to write them."""
 
 
 class Thing(NamedTuple):
@@ -44,7 +44,11 @@ Named = Mapping[tuple[str, str], str]
 
 
 def worded(
-    prompt: list[Message], completions: list[list[Message]], *, named: Named | None = None
+    prompt: list[Message],
+    completions: list[list[Message]],
+    *,
+    named: Named | None = None,
+    zeros: bool = False,
 ) -> list[Worded]:
     """The words of a prompt with each completion.
 
@@ -55,8 +59,9 @@ def worded(
         prompt: Messages.
         completions: Messages that follow them.
         named: Words that the calls of these tools and parameters have, too.
+        zeros: Keep an argument that is 0: a template may leave out what is, as its key shows then.
     """
-    words = _Words(_called(prompt), named or {})
+    words = _Words(_called(prompt), named or {}, zeros)
     forgotten = last_user(prompt)
     begun = [_message(words, message, forgotten=i < forgotten) for i, message in enumerate(prompt)]
     found = []
@@ -152,17 +157,18 @@ class _Words:
     Args:
         called: The names of the tools that the conversation calls.
         named: Words that are given.
+        zeros: An argument that is 0 stays.
     """
 
-    def __init__(self, called: set[str], named: Named) -> None:
-        self.called, self._named = called, named
+    def __init__(self, called: set[str], named: Named, zeros: bool) -> None:
+        self.called, self._named, self.zeros = called, named, zeros
         self._words: dict[tuple[str, str], str] = dict(named)
         self._ids: dict[str, str] = {}
         self._count = 0
 
     def behind(self, called: set[str]) -> "_Words":
         """For a completion: its texts are its own, also where the prompt has the same."""
-        words = _Words(self.called | called, self._named)
+        words = _Words(self.called | called, self._named, self.zeros)
         words._ids, words._count = dict(self._ids), self._count
         return words
 
@@ -170,7 +176,9 @@ class _Words:
         word = self._words.get((kind, value))
         if word is None:
             self._count += 1
-            word = f"word{self._count}x" if kind != "number" else str(_NUMBERS + self._count)
+            sign, number = "-" if value.startswith("-") else "", _NUMBERS + self._count
+            numbers = {"number": f"{sign}{number}", "fraction": f"{sign}{number}.25"}
+            word = numbers.get(kind, f"word{self._count}x")
             self._words[kind, value] = word
         return word
 
@@ -186,7 +194,7 @@ class _Words:
 
 
 def _message(words: _Words, message: Message, *, forgotten: bool) -> tuple[Message, list[Thing]]:
-    role, content = str(message["role"]), str(message["content"])
+    content = str(message["content"])
     things: list[Thing] = []
 
     def new(kind: str, name: str, value: str, *, must: bool = True) -> str:
@@ -197,16 +205,16 @@ def _message(words: _Words, message: Message, *, forgotten: bool) -> tuple[Messa
             things.append(Thing(word, name, value))
         return word
 
-    # A template may write the first of these elsewhere, so that equal texts have no order.
-    kind = "instruction" if role in FIRST_ROLES else "content"
     changed = dict(message)
     divided = divided_thought(message)
     if divided is None:
-        changed["content"] = new(kind, '"content" of', content)
+        changed["content"] = new("content", '"content" of', content)
     else:
         thought = new("thought", 'the thought in "content" of', divided[0], must=not forgotten)
-        answer = new(kind, '"content" after the thought of', divided[1])
-        changed["content"] = f"<think>\n{thought}\n</think>\n\n{answer}"
+        answer = new("content", '"content" after the thought of', divided[1])
+        # As the row has them around the words: a template may look for a tag or a line end.
+        begun = content.strip().removesuffix(divided[1]).removesuffix(f"{divided[0]}</think>")
+        changed["content"] = f"{begun}{_in_place(thought, divided[0])}</think>{_in_place(answer, divided[1])}"
     if len(message) == len(("role", "content")):
         return changed, things
     for key in THOUGHT_KEYS:
@@ -221,6 +229,12 @@ def _message(words: _Words, message: Message, *, forgotten: bool) -> tuple[Messa
     if "tool_call_id" in message:
         changed["tool_call_id"] = words.of_id(str(message["tool_call_id"]), None)
     return changed, things
+
+
+def _in_place(word: str, value: str) -> str:
+    """A word with the white space that stands around a text."""
+    bare = value.strip()
+    return value.replace(bare, word, 1) if bare else value
 
 
 _IN_CALLS = 'in "tool_calls" of'
@@ -243,19 +257,44 @@ def _call(words: _Words, call: object, new: Callable[[str, str, str], str]) -> o
     if isinstance(arguments, str):
         changed[key] = new("argument", f"the arguments {_IN_CALLS}", arguments)
     elif key in call:
-        changed[key] = _argument(arguments, new)
+        changed[key] = _argument(arguments, new, words.zeros)
     return changed
 
 
-def _argument(value: object, new: Callable[[str, str, str], str]) -> object:
-    """A JSON value with words for its keys and texts, and other whole numbers."""
+def _argument(value: object, new: Callable[[str, str, str], str], zeros: bool) -> object:
+    """A JSON value with words for its keys and texts, and other numbers of the same sign and kind."""
     name = f"an argument {_IN_CALLS}"
     if isinstance(value, dict):
-        return {new("argument", name, str(key)): _argument(member, new) for key, member in value.items()}
+        return {
+            new("argument", name, str(key)): _argument(member, new, zeros) for key, member in value.items()
+        }
     if isinstance(value, list):
-        return [_argument(member, new) for member in value]
+        return [_argument(member, new, zeros) for member in value]
     if isinstance(value, str):
         return new("argument", name, value)
+    if is_zero(value) and zeros:
+        return value
     if isinstance(value, int) and not isinstance(value, bool):
         return int(new("number", name, str(value)))
+    if isinstance(value, float) and math.isfinite(value):
+        return float(new("fraction", name, str(value)))
     return value
+
+
+def is_zero(value: object) -> bool:
+    """Whether a JSON value is a number that a template may take for nothing."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+
+
+def has_zeros(messages: list[Message]) -> bool:
+    """Whether an argument of a call is 0."""
+
+    def within(value: object) -> bool:
+        members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return is_zero(value) or any(map(within, members))
+
+    return any(
+        within(arguments_of(function))
+        for message in messages
+        for function in functions_of(message.get("tool_calls"))
+    )

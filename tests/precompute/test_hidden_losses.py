@@ -108,6 +108,69 @@ def test_two_equal_messages_that_are_written_once_are_lost(turns: list[Any]) -> 
     texts_of(PLAIN, pair_of(turns, BELGIUM))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "changes", "lost"),
+    [
+        ({"day": 0, "town": "Ghent"}, "{% if v %}{{ k }}: {{ v }}{% endif %}", "(day)"),
+        ({"rain": False, "town": "Ghent"}, "{% if v %}{{ k }}: {{ v }}{% endif %}", "(rain)"),
+        ({"day": 0}, "{{ k }}", "(0)"),
+        ({"day": -7}, "{{ k }}: {{ v | abs }}", "(-7)"),
+        ({"rain": 1.5}, "{{ k }}: {{ v if v is not float }}", "(1.5)"),
+        ({"rain": [0.0, -2.5]}, "{{ k }}: {{ v | map('abs') | list }}", "(-2.5)"),
+    ],
+)
+def test_an_argument_is_lost_that_a_template_leaves_out_for_its_value(
+    arguments: Any, changes: str, lost: str
+) -> None:
+    writes = "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}" + changes + "{% endfor %}"
+    asked = [user("Set the day to 0, -7, 1.5, 0.0 or -2.5, and the rain?")]
+    says = refusal(
+        PLAIN.replace("{{ c.function | tojson }}", writes), asked, [assistant(tool_calls=call(arguments))]
+    )
+    assert says.startswith("the chat template leaves out an argument")
+    assert says.endswith(lost)
+    texts_of(PLAIN, pair_of(asked, [assistant(tool_calls=call(arguments))]))
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [SYSTEM, user("Hi."), assistant("Yes?"), SYSTEM, user("Well?")],
+        [SYSTEM, user(str(SYSTEM["content"]))],
+    ],
+)
+def test_the_second_of_two_equal_texts_is_lost_whoever_says_it(turns: list[Any]) -> None:
+    once = PLAIN.replace("in messages", "in messages | unique(attribute='content')")
+    assert 'leaves out "content" of message' in refusal(once, turns, BELGIUM)
+    texts_of(PLAIN, pair_of(turns, BELGIUM))
+
+
+@pytest.mark.parametrize(
+    "says", ["Ghent</think>Ghent", "<think>Ghent</think>Ghent", "Ghent\n</think>\n\nGhent"]
+)
+def test_a_thought_is_lost_where_only_the_answer_has_its_words(says: str) -> None:
+    last = PLAIN.replace("m.content", "m.content.split('</think>')[-1]")
+    tagged = "m.content if '<think>\n' in m.content else m.content.split('</think>')[-1]"
+    for template in (last, PLAIN.replace("m.content", f"({tagged})")):
+        assert 'leaves out the thought in "content"' in refusal(template, ASKED, [assistant(says)])
+    texts_of(PLAIN, pair_of(ASKED, [assistant(says)]))
+
+
+def test_what_is_lost_does_not_depend_on_the_rows_before() -> None:
+    forgets = PLAIN.replace("m.content", "(m.content if loop.last else m.content.split('</think>')[-1])")
+    thought = [assistant("<think>\nIs it?\n</think>\n\nYes."), user("Sure?")]
+    in_completion = pair_of(ASKED, [*thought, assistant("Quite.")])
+    in_prompt = pair_of([*ASKED, *thought], [assistant("Quite.")])
+    for pairs in ([in_completion, in_prompt], [in_prompt, in_completion]):
+        tokenizer = tokenizer_with(forgets)
+        for pair in pairs:
+            if pair is in_prompt:
+                rendered_texts(pair, tokenizer, date="2026-03-31")
+            else:
+                with pytest.raises(DataError, match='leaves out the thought in "content" of message 1'):
+                    rendered_texts(pair, tokenizer, date="2026-03-31")
+
+
 def test_messages_stand_in_the_order_of_the_row() -> None:
     last = "{% for m in messages | sort(attribute='role', reverse=true) %}" + WRITES + "</s>{% endfor %}"
     says = refusal(last, GOES_ON, BELGIUM)
