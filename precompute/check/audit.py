@@ -57,6 +57,7 @@ _FLAG_KINDS: dict[str, int] = {
     "repeated_prompt": Flag.REPEATED_PROMPT,
     "short_prompt": Flag.SHORT_PROMPT,
     "empty_turn": Flag.EMPTY_TURN,
+    "answered_prompt": Flag.ANSWERED_PROMPT,
     "control_character": Flag.CONTROL_CHARACTER,
     "negative_margin": Flag.NEGATIVE_MARGIN,
     "zero_margin": Flag.ZERO_MARGIN,

@@ -33,6 +33,7 @@ class Flag:
     ADDED_END = 8192
     PROMPT_END = 16384
     NO_WEIGHT = 32768
+    ANSWERED_PROMPT = 65536
 
 
 ODD_ENDS: dict[str, int] = {
@@ -73,6 +74,8 @@ def flags_of(pair: PreferencePair, ids: PairIds | None, *, folder: Path | None, 
     for completion in (pair.chosen, pair.rejected):
         if isinstance(completion, str) and not completion.strip():
             flags |= Flag.BLANK_COMPLETION
+    if all(_speaks(part, place) for part, place in ((pair.prompt, -1), (pair.chosen, 0), (pair.rejected, 0))):
+        flags |= Flag.ANSWERED_PROMPT
     if isinstance(pair.prompt, str):
         if len(pair.prompt) >= _SHORT_PROMPT and (
             chosen[0].startswith(pair.prompt) or rejected[0].startswith(pair.prompt)
@@ -88,6 +91,11 @@ def flags_of(pair: PreferencePair, ids: PairIds | None, *, folder: Path | None, 
     ):
         flags |= Flag.EMPTY_TURN
     return flags
+
+
+def _speaks(part: Text, place: int) -> bool:
+    """Whether a message is the assistant's."""
+    return not isinstance(part, str) and bool(part) and part[place]["role"] == "assistant"
 
 
 def _contents(text: Text) -> list[str]:

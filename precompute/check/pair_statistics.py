@@ -60,7 +60,7 @@ class Facts(NamedTuple):
     tokens: Int32s
     """(P, 5): of prompt, chosen, rejected, then ``alike`` and ``uncounted`` of ``PairIds``; (P, 0) without
     model."""
-    flags: npt.NDArray[np.uint16]
+    flags: npt.NDArray[np.uint32]
     signatures: npt.NDArray[np.uint32]
     """(P, permutations) MinHash signatures; (P, 0) if near duplicates are not searched."""
     labels: list[str | None]
@@ -197,7 +197,7 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
         tokens=_table(
             [[*map(len, e[:3]), e.alike, e.uncounted] for e in ids], 5 if ids else 0, height=len(pairs)
         ),
-        flags=np.array(flags, dtype=np.uint16),
+        flags=np.array(flags, dtype=np.uint32),
         signatures=signatures(pairs if wanted.near_duplicates else [], rows=len(pairs)),
         labels=list(labels),
         bad_rows=bad_rows,
@@ -284,7 +284,7 @@ def _joined(blocks: Sequence[_BlockFacts], unreadable: dict[tuple[int, str], Bad
         rejected=column("rejected", np.uint64),
         characters=column("characters", np.int32, (3,)),
         tokens=column("tokens", np.int32, (0,)),
-        flags=column("flags", np.uint16),
+        flags=column("flags", np.uint32),
         signatures=column("signatures", np.uint32, (0,)),
         labels=list(labels),
         bad_rows=bad_rows,

@@ -180,6 +180,12 @@ FOUND: dict[str, Kind] = {
         "without a prompt column, the text that both completions begin with is taken as the prompt",
         "`--column prompt=NAME`, or remove the rows",
     ),
+    "answered_prompt": Kind(
+        "warning",
+        "prompts that end with an answer of the assistant, behind which both completions answer again",
+        "the policy would learn to answer twice; often the conversation holds the chosen answer already",
+        "end the prompt with what was asked",
+    ),
     "length_bias": Kind(
         "warning",
         "pairs of a set where length tells which completion is chosen",

@@ -13,8 +13,8 @@ from typing import BinaryIO, NoReturn
 
 from dpo_opt.precompute.read.messages import TEXT_OF_MESSAGES
 from dpo_opt.precompute.read.row_blocks import LONGEST_ROW, TextBlock, too_long
-from dpo_opt.precompute.read.shape_parts import CARRIED_KEYS, RATINGS
-from dpo_opt.precompute.read.strict_json import escape
+from dpo_opt.precompute.read.shape_parts import CARRIED_KEYS, HISTORY_KEYS, MEDIA, RATINGS
+from dpo_opt.precompute.read.strict_json import escape, parse_json
 from dpo_opt.precompute.read.tables import columns_to_read
 from dpo_opt.schemas.errors import DataError, quoted
 
@@ -27,6 +27,10 @@ _NUMBERS = _SCORES | {
 _NUMBER = re.compile(r"[+-]?[0-9]+(?P<fraction>\.[0-9]*)?(?P<power>[eE][+-]?[0-9]+)?")
 # An empty cell of these keys is no value; of others it is an empty text, as in JSON.
 _MAY_BE_ABSENT = _SCORES.union(CARRIED_KEYS)
+# Cells of these keys may be the JSON text of a list.
+_LISTS = frozenset(
+    {*MEDIA, *HISTORY_KEYS, *("completions", "responses", "answers", "ranks", "scores", "rewards")}
+)
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _BLOCK_BYTES = 2**20
 _FIX_QUOTES = "write a cell that holds separators, quotes or line ends in quotes, and each quote in it twice"
@@ -72,6 +76,7 @@ def _objects(file: str, stream: BinaryIO, delimiter: str, column: Mapping[str, s
     names = columns_to_read(header, frozenset(), file, frozenset(column.values()))
     places = [(header.index(name), name) for name in names]
     numbers = _with_sources(_NUMBERS, column)
+    lists = _with_sources(_LISTS, column)
     may_be_absent = _with_sources(_MAY_BE_ABSENT, column)
     for number, cells in enumerate(rows, start=1):
         if len(cells) != len(header):
@@ -85,7 +90,7 @@ def _objects(file: str, stream: BinaryIO, delimiter: str, column: Mapping[str, s
         for place, name in places:
             cell = cells[place]
             if cell or name not in may_be_absent:
-                row[name] = _number(cell) if name in numbers else cell
+                row[name] = _number(cell) if name in numbers else _list(cell) if name in lists else cell
             if number == 1 and TEXT_OF_MESSAGES.match(cell):
                 _refuse(
                     f'the column "{escape(name)}" holds messages as text',
@@ -157,6 +162,17 @@ def _number(cell: str) -> int | float | str:
         return cell
     is_whole = found["fraction"] is None and found["power"] is None
     return int(cell) if is_whole and len(cell) < 18 else float(cell)
+
+
+def _list(cell: str) -> object:
+    """The list whose JSON text a cell is; other text stays text."""
+    if not cell.startswith("["):
+        return cell
+    try:
+        found = parse_json(cell)
+    except (ValueError, RecursionError):
+        return cell
+    return found
 
 
 def _refuse_bytes(cell: str, where: str) -> NoReturn:

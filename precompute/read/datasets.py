@@ -225,9 +225,10 @@ def _content(block: Block, number: int) -> bytes:
 
 def _not_loaded(schema: pa.Schema) -> Set[str]:
     """The conversation of a table of pairs, which early versions loaded beside sides of one message only."""
-    if not {"chosen", "rejected"} <= set(schema.names) or pa.types.is_struct(schema.field("chosen").type):
+    if not {"chosen", "rejected"} <= set(schema.names):
         return frozenset()
-    return frozenset(CONVERSATION_KEYS)
+    was_loaded = pa.types.is_struct(schema.field("chosen").type) and "prompt" not in schema.names
+    return frozenset() if was_loaded else frozenset(CONVERSATION_KEYS)
 
 
 def _source_blocks(source: Source, config: DataConfig) -> Iterator[Block | DataError]:

@@ -1,7 +1,9 @@
 """Rows as training libraries and platforms document them, rewritten as prompt, chosen and rejected."""
 
+from typing import cast
+
 from dpo_opt.precompute.read.messages import ASKING_ROLES, refuse_text_of_messages
-from dpo_opt.precompute.read.prompt_columns import refuse_media
+from dpo_opt.precompute.read.prompt_columns import begun_with, refuse_media
 from dpo_opt.precompute.read.shape_parts import (
     CONVERSATION_KEYS,
     MEDIA,
@@ -197,9 +199,22 @@ def _alpaca(values: Values, where: str) -> list[Values]:
     sides = {side: values[side] for side in ("chosen", "rejected")}
     if all(isinstance(text, str) for text in sides.values()):
         sides = {side: [said("assistant", text)] for side, text in sides.items()}
-    elif not prompt:
-        return [{**kept(values), "prompt": request, **sides}]  # which may stand in both sides
+    elif not turns and all(isinstance(side, list) for side in sides.values()):
+        if isinstance(system, str) and system and all(map(_is_asking, sides.values())):
+            sides = {
+                side: begun_with(cast(list[object], messages), system, "system", where)
+                for side, messages in sides.items()
+            }
+            prompt = []
+        if not prompt:
+            return [{**kept(values), "prompt": request, **sides}]  # which may stand in both sides
     return [{**kept(values), "prompt": [*prompt, said("user", request)], **sides}]
+
+
+def _is_asking(side: object) -> bool:
+    """Whether a side begins with what was asked, and not with an answer."""
+    first = side[0] if isinstance(side, list) and side else None
+    return isinstance(first, dict) and first.get("role") in ASKING_ROLES
 
 
 def _question_with_image(values: Values, where: str) -> list[Values]:

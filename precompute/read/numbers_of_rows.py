@@ -1,6 +1,7 @@
 """The numbers of a row: its weight, its margin, and how its completions were rated."""
 
 import math
+from decimal import Decimal
 
 from dpo_opt.precompute.read.shape_parts import RATINGS, Values
 from dpo_opt.precompute.read.strict_json import FIX_ROW, kind_of
@@ -17,6 +18,8 @@ def number_of(value: object, key: str, where: str, *, least: float = -math.inf) 
     """
     if value is None:
         return None
+    if isinstance(value, Decimal):
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _refused(key, kind_of(value), where, why="it must be a number")
     number = -math.inf if value < -_LARGEST else math.inf if value > _LARGEST else float(value)
@@ -49,10 +52,11 @@ def ratings_of(values: Values) -> float | None:
 
 def _rating(value: object) -> float | None:
     """A rating; texts and lists of them are compared by nobody."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return None
     return float(value) if -_LARGEST < value < _LARGEST else None
 
 
 def _refused(key: str, found: str, where: str, *, why: str) -> DataError:
-    return DataError(f'"{key}" is {found}', where=where, why=why, fix=FIX_ROW, kind="number")
+    fix = f"{FIX_ROW}; or pass --ignore-column {key} to read the data without it"
+    return DataError(f'"{key}" is {found}', where=where, why=why, fix=fix, kind="number")

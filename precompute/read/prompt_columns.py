@@ -12,7 +12,7 @@ The rules:
 * A conversation (``messages``) counts only where it says what prompt and completions lack; without a prompt
   it is one.
 * Earlier turns (``history``) belong to a conversation; only the Alpaca form says where they stand.
-* Tools count under ``tools`` alone; ``functions`` may say the same.
+* Tools count under ``tools`` alone; ``functions`` or ``chosen_tools`` may say the same.
 * Images, videos and sounds are never read.
 """
 
@@ -23,10 +23,11 @@ from dpo_opt.precompute.read.shape_parts import (
     AROUND_KEYS,
     BACKGROUND_KEYS,
     CONVERSATION_KEYS,
-    FUNCTIONS,
+    HISTORY_KEYS,
     MEDIA,
     PROMPT_KEYS,
     SYSTEM_KEYS,
+    TOOL_KEYS,
     Values,
     agreed,
     is_empty,
@@ -37,6 +38,8 @@ from dpo_opt.precompute.read.strict_json import kind_of
 from dpo_opt.schemas.errors import DataError, quoted
 
 _SPEAKS_FIRST = ("system", "developer")
+_LONGEST_PHRASE = 40  # characters; what is longer stands in a text by no chance
+_SENTENCE_ENDS = frozenset(".!?:\u3002\uff01\uff1f\u2026\n")
 
 
 def joined(row: Values, beside: Values, *, column: Mapping[str, str], is_form: bool, where: str) -> Values:
@@ -74,12 +77,13 @@ def joined(row: Values, beside: Values, *, column: Mapping[str, str], is_form: b
     for key in (key for key in CONVERSATION_KEYS if key in filled and "chosen" in row):
         if not _is_repeated(filled[key], row):
             _refuse_more(key, where)
-    if "history" in filled:
-        fix = _read_otherwise(row, named, "history", column, is_form) if named == "instruction" else None
-        _refuse("history", where, why="nothing says where these turns stand in the prompt", fix=fix)
-    if FUNCTIONS in filled and filled[FUNCTIONS] != row.get("tools"):
+    for key in (key for key in HISTORY_KEYS if key in filled):
+        reads = named == "instruction" and key == "history"
+        fix = _read_otherwise(row, named, key, column, is_form) if reads else None
+        _refuse(key, where, why="nothing says where these turns stand in the prompt", fix=fix)
+    for key in (key for key in TOOL_KEYS if key in filled and filled[key] != row.get("tools")):
         fix = 'rename it to "tools", with each function as {"type": "function", "function": ...}'
-        _refuse(FUNCTIONS, where, why='chat templates are shown what is in "tools"', fix=fix)
+        _refuse(key, where, why='chat templates are shown what is in "tools"', fix=fix)
     systems = {key: filled[key] for key in SYSTEM_KEYS if key in filled}
     if not systems:
         return row
@@ -108,7 +112,22 @@ def _is_said(more: object, row: Values) -> bool:
     if not isinstance(more, str):
         return more == row.get("prompt")
     parts = [row["prompt"]] if "prompt" in row else [row["chosen"], row["rejected"]]
-    return all(any(more.strip() in text for text in _texts(part)) for part in parts)
+    return all(any(_stands_in(more, text) for text in _texts(part)) for part in parts)
+
+
+def _stands_in(more: str, text: str) -> bool:
+    """Whether a text is contained in another as a part of its own, and not as words of a sentence."""
+    more = more.strip()
+    if len(more) > _LONGEST_PHRASE:
+        return more in text
+    at = text.find(more)
+    while at >= 0:
+        before, behind = text[:at].rstrip(" \t")[-1:], text[at + len(more) :].lstrip(" \t")[:1]
+        ended = more[-1:] in _SENTENCE_ENDS or not (behind.isalnum() or behind == ",")
+        if ended and not (before.isalnum() or before == ","):
+            return True
+        at = text.find(more, at + 1)
+    return False
 
 
 def _is_repeated(conversation: object, row: Values) -> bool:
@@ -118,11 +137,14 @@ def _is_repeated(conversation: object, row: Values) -> bool:
         return isinstance(conversation, list)
     known = [turn for part in parts for turn in (part if isinstance(part, list) else [part])]
     texts = {text.strip() for text in _texts(known)}
+    whole = [part for part in parts if isinstance(part, str)]
     for turn in conversation:
         if turn in known:
             continue
         text = (turn.get("content") or turn.get("value")) if isinstance(turn, dict) else turn
-        if not isinstance(text, str) or text.strip() not in texts:
+        if not isinstance(text, str):
+            return False
+        if text.strip() not in texts and not any(_stands_in(text, part) for part in whole):
             return False
     return True
 
@@ -149,16 +171,16 @@ def _with_system(
     sides = {side: _messages(row.get(side)) for side in ("chosen", "rejected")}
     prompt = row.get("prompt")
     if isinstance(prompt, list | dict):
-        return {**row, "prompt": _begun(_messages(prompt) or [], system, key, where)}
+        return {**row, "prompt": begun_with(_messages(prompt) or [], system, key, where)}
     if all(sides.values()):
         chosen, rejected = ([m for m in side or [] if isinstance(m, dict)] for side in sides.values())
         answers = all(side and side[0].get("role") == "assistant" for side in (chosen, rejected))
         if isinstance(prompt, str) and answers and [chosen, rejected] == list(sides.values()):
             parts = answered([said("system", system), said("user", prompt)], chosen, rejected)
             return {**row, **dict(zip(("prompt", "chosen", "rejected"), parts, strict=True))}
-        begun = {side: _begun(messages or [], system, key, where) for side, messages in sides.items()}
+        begun = {side: begun_with(messages or [], system, key, where) for side, messages in sides.items()}
         return {**row, **begun}
-    if isinstance(prompt, str) and system.strip() in prompt:
+    if isinstance(prompt, str) and _stands_in(system, prompt):
         return row
     fix = _read_otherwise(row, named, key, column, is_form)
     _refuse(key, where, why="plain text has no place for it, and the answers were given under it", fix=fix)
@@ -168,12 +190,16 @@ def _messages(part: object) -> list[object] | None:
     return part if isinstance(part, list) else [part] if isinstance(part, dict) else None
 
 
-def _begun(conversation: list[object], system: str, key: str, where: str) -> list[object]:
-    """The conversation under a system prompt, which it may begin with already."""
+def begun_with(conversation: list[object], system: str, key: str, where: str) -> list[object]:
+    """The conversation under a system prompt, which it may begin with already.
+
+    Raises:
+        DataError: It begins with another one.
+    """
     first = conversation[0] if conversation else None
     if not isinstance(first, dict) or first.get("role") not in _SPEAKS_FIRST:
         return [said("system", system), *conversation]
-    if system.strip() not in "".join(_texts(first)):
+    if not _stands_in(system, "".join(_texts(first))):
         _refuse(key, where, why="the conversation begins with another system prompt")
     return conversation
 

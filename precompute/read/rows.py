@@ -73,6 +73,11 @@ def to_pairs(
         DataError: A key is missing, a value is of the wrong kind or empty, or there is no common prompt.
     """
     shape = find_shape(values)
+    if shape is None and "prompt" in values and values["prompt"] is None:
+        # A table has the column in every row; a row of another form leaves it empty.
+        others = {key: value for key, value in values.items() if key != "prompt"}
+        shape = find_shape(others)
+        values = values if shape is None else others
     is_alone = values.keys().isdisjoint(AROUND_KEYS)
     if shape is None and "chosen" in values and "rejected" in values:
         if not is_alone:

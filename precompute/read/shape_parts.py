@@ -13,6 +13,7 @@ PROMPT_KEYS = ("prompt", "instruction", "question", "context", "input", "query")
 
 MEDIA = (
     *("image", "images", "image_path", "img_path", "image_url", "rejected_images"),
+    *("image_urls", "image_file", "img", "picture", "pixel_values", "media"),
     *("video", "videos", "video_path", "rejected_videos"),
     *("audio", "audios", "audio_path", "rejected_audios"),
 )
@@ -21,15 +22,20 @@ BACKGROUND_KEYS = ("document", "documents", "knowledge")
 """Keys of what a question is about."""
 CONVERSATION_KEYS = ("conversations", "messages")
 """Keys of a conversation beside a pair."""
-FUNCTIONS = "functions"
-"""Where OpenAI's first form of calls has the tools."""
+TOOL_KEYS = ("functions", "chosen_tools")
+"""Where OpenAI's first form of calls, and pairs with tools for each side, have the tools."""
+HISTORY_KEYS = ("history", "chat_history", "conversation_history")
+"""Keys of earlier turns."""
 
 ADDED_COLUMNS = frozenset(
     {*("image", "images", "video", "videos", "audio", "audios"), *("system", "system_prompt")}
 )
 """Columns of tables that early versions loaded for some forms only."""
 
-LATE_COLUMNS = frozenset({*MEDIA, *SYSTEM_KEYS, *BACKGROUND_KEYS, FUNCTIONS}) - ADDED_COLUMNS
+LATE_COLUMNS = frozenset({*MEDIA, *SYSTEM_KEYS, *BACKGROUND_KEYS, *TOOL_KEYS, *HISTORY_KEYS}) - {
+    *ADDED_COLUMNS,
+    "history",  # which is SHP's prompt
+}
 """Columns of tables that early versions never loaded."""
 
 AROUND_KEYS = ADDED_COLUMNS | LATE_COLUMNS | {*PROMPT_KEYS, *CONVERSATION_KEYS, "history"} - {"prompt"}

@@ -75,7 +75,13 @@ def keys_to_read(names: Set[str], objects: Set[str]) -> frozenset[str]:
         names: Its columns, without those that ``--column`` names.
         objects: Those of them that hold objects.
     """
-    found = [s for s in SHAPES if s.keys <= names and s.absent.isdisjoint(names) and s.objects <= objects]
+    found = [
+        shape
+        for shape in SHAPES
+        if shape.keys <= names and shape.objects <= objects
+        # Of a form known by its objects too, a key that it lacks may be null in every row.
+        if shape.objects or shape.absent.isdisjoint(names)
+    ]
     return _ALWAYS_READ.union(*(shape.keys | shape.also for shape in found))
 
 

@@ -388,6 +388,20 @@ def test_a_short_shared_beginning_is_no_prompt(tmp_path: Path) -> None:
     assert (problem.count, [e.where for e in problem.examples]) == (1, [f"{path}:2"])
 
 
+def test_a_prompt_that_ends_with_an_answer_is_said_where_answers_follow(tmp_path: Path) -> None:
+    user, so, no = (
+        {"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "So."), ("assistant", "No."))
+    )
+    rows = [
+        {"prompt": [user, so], "chosen": [so], "rejected": [no]},
+        {"prompt": [user, so, user], "chosen": [so], "rejected": [no]},
+        {"prompt": [user, so], "chosen": [{**user, "role": "tool"}, so], "rejected": [no]},
+    ]
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    problem = by_kind(check(path))["answered_prompt"]
+    assert (problem.severity, [e.where for e in problem.examples]) == ("warning", [f"{path}:1"])
+
+
 def test_the_same_texts_with_other_tools_are_another_pair(tmp_path: Path) -> None:
     def row(name: str | None, good: str, bad: str) -> dict[str, Any]:
         tools = {} if name is None else {"tools": [{"type": "function", "function": {"name": name}}]}

@@ -13,7 +13,7 @@ import zstandard
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read import csv_rows
-from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
+from dpo_opt.precompute.read.datasets import BadRow, read_pairs, scan_pairs
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 
@@ -245,3 +245,20 @@ def test_only_columns_of_a_pair_are_read(tmp_path: Path) -> None:
     rows = [{"": "0", "prompt": "p", "chosen": "c", "rejected": "r", "note": "[{'role': 'x'}]"}]
     plain = [{"prompt": "p", "chosen": "c", "rejected": "r"}]
     assert pairs_of(tmp_path / "rows.csv", to_csv(rows)) == pairs_of_lines(tmp_path, plain)
+
+
+@pytest.mark.parametrize(
+    ("header", "cells", "prompt"),
+    [
+        ("prompt,chosen,rejected,history,images", 'q,a,b,[],"[]"', "q"),
+        ("instruction,chosen,rejected,history", 'q,a,b,"[[""x"", ""y""]]"', ["x", "y", "q"]),
+        ("prompt,completions,ranks", 'q,"[""b"", ""a""]","[2, 1]"', "q"),
+        ("history,human_ref_A,human_ref_B,labels", "[q] Why?,a,b,1", ["[q] Why?"]),
+        ("prompt,response_1,response_2,preference_strength", "q,a,b,-2.0", "q"),
+    ],
+)
+def test_lists_as_json_text_in_a_cell_are_lists(header: str, cells: str, prompt: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\n{cells}\n")
+    (pair,) = read_pairs(DataConfig(data=[str(tmp_path / "a.csv")]))
+    found = [message["content"] for message in pair.prompt] if isinstance(prompt, list) else pair.prompt
+    assert found == prompt

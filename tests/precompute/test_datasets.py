@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -523,3 +524,14 @@ def test_a_map_of_a_table_is_an_object(tmp_path: Path) -> None:
     assert written["function"]["arguments"] == {"cities": [{"name": "Lima"}, {}]}
     twice = read_back([("city", None), ("city", None)])
     assert "a key twice in a map" in twice.error.what
+
+
+def test_a_decimal_of_a_table_is_a_number_and_another_is_told_the_way_out(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    pq.write_table(pa.Table.from_pylist([{**row, "weight": Decimal("0.5")}]), tmp_path / "a.parquet")
+    (pair,) = read_pairs(DataConfig(data=[str(tmp_path / "a.parquet")]))
+    assert pair.weight == 0.5
+    pq.write_table(pa.Table.from_pylist([{**row, "margin": float("nan")}]), tmp_path / "b.parquet")
+    (bad,) = scan_pairs(DataConfig(data=[str(tmp_path / "b.parquet")]))
+    assert isinstance(bad, BadRow)
+    assert "--ignore-column margin" in str(bad.error.fix)

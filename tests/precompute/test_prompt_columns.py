@@ -140,7 +140,9 @@ REFUSED = [
         for key, value in {
             **{"image": "a.png", "images": ["a.png"], "video": {"path": "a.mp4"}, "videos": [{"url": "u"}]},
             **{"audio": {"bytes": b"b"}, "audios": ["a.wav"], "img_path": "a.png", "image_url": "u"},
-            **{"rejected_images": ["a.png"], "video_path": "a.mp4"},
+            **{"rejected_images": ["a.png"], "video_path": "a.mp4", "image_urls": ["u"], "image_file": "a"},
+            **{"img": "a.png", "picture": "a.png", "pixel_values": [[0.5]], "media": ["a.png"]},
+            **{"chat_history": [["Hi", "Yo"]], "conversation_history": "Hi"},
         }.items()
     ),
     ({"prompt": "How?", **RANKED, "images": ["a.png"]}, {}, "images", "How?"),
@@ -174,6 +176,70 @@ def test_a_conversation_that_says_more_than_the_pair_is_refused(row: Row, key: s
     assert isinstance(error, DataError)
     assert (error.kind, error.what) == ("prompt_column", f'"{key}" is not empty')
     assert isinstance(read(path, **settings_of(str(error.fix))), PreferencePair)
+
+
+TALE = "A cat sat on a mat, and the mat was warm."
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "is_part"),
+    [
+        ("cat", "What is a cat?", False),
+        ("be nice", "do not be nice", False),
+        ("be nice", "be nice, or not", False),
+        ("Be nice", "Be nice to no one.", False),
+        ("Be nice.", "Be nice. Be brief.", True),
+        ("cat", "Concatenate: cat", True),
+        ("cat", "Word: cat\nTask: rhyme", True),
+        ("cat", "Translate <b>cat</b>", True),
+        (TALE, f"Sum up {TALE} in a word", True),
+        (" ", "How?", True),
+    ],
+)
+def test_a_column_is_said_by_a_prompt_that_has_it_as_a_part_of_its_own(
+    part: str, whole: str, is_part: bool, tmp_path: Path
+) -> None:
+    rows = [
+        {**TEXT, "prompt": whole, "context": part},
+        {"question": whole, "input": part, **RANKED},
+        {**CHAT, "prompt": [said("system", whole), USER], "system": part},
+        {**TEXT, "prompt": whole, "system": part},
+    ]
+    for number, row in enumerate(rows):
+        found = read(write_jsonl(tmp_path / f"{number}.jsonl", [row]))
+        assert isinstance(found, PreferencePair) is is_part, row
+
+
+def test_tools_of_one_side_are_refused_unless_they_are_those_of_the_row(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    error = read(write_jsonl(tmp_path / "a.jsonl", [{**CHAT, "chosen_tools": tools}]))
+    assert isinstance(error, DataError)
+    assert error.what == '"chosen_tools" is not empty'
+    found = read(write_jsonl(tmp_path / "b.jsonl", [{**CHAT, "chosen_tools": tools, "tools": tools}]))
+    assert isinstance(found, PreferencePair)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"conversations": [{"from": "human", "value": "How?"}], "chosen": SO[0], "rejected": NO[0]},
+            ([USER], SO, NO),
+        ),
+        ({"instruction": "How?", **SIDES}, ([USER], SO, NO)),
+        ({"instruction": "How?", "system": "Be kind.", **WHOLE}, ([SYSTEM, USER], SO, NO)),
+    ],
+)
+def test_a_row_of_another_form_may_have_an_empty_prompt(
+    row: Row, expected: tuple[Any, Any, Any], tmp_path: Path
+) -> None:
+    for path in written(tmp_path, {**row, "prompt": None}):
+        found = read(path)
+        assert isinstance(found, PreferencePair), found
+        assert (found.prompt, found.chosen, found.rejected) == expected
+    error = read(write_jsonl(tmp_path / "b.jsonl", [{**SIDES, "prompt": None}]))
+    assert isinstance(error, DataError)
+    assert error.what == '"prompt" is null'
 
 
 def test_a_prompt_alone_may_have_its_whole_conversation_beside_it(tmp_path: Path) -> None:

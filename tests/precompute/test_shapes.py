@@ -193,6 +193,11 @@ ONE_PAIR: list[tuple[str, dict[str, Any], tuple[Any, Any, Any]]] = [
         CHAT_SO_NO,
     ),
     ("Alpaca preferences", {"instruction": "Hi", "chosen": A, "rejected": B}, (A[:1], A[1:], B[1:])),
+    (
+        "Alpaca preferences",
+        {"instruction": "Hi", "system": "Be kind.", "chosen": A, "rejected": B},
+        ([{"role": "system", "content": "Be kind."}, *A[:1]], A[1:], B[1:]),
+    ),
 ]
 
 
