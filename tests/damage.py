@@ -822,11 +822,10 @@ def _bad_table_columns() -> Iterator[Damage]:
     yield column(kind, "rejected", pa.array([["a"], ["b"]]), '"rejected" is a string', "message")
     yield column(kind, "source", pa.array([1, 2]), '"source" is a number', "type")
     yield column(kind, "weight", pa.array(["1", "2"]), '"weight" is a string', "number")
-    yield column(kind, "weight", pa.array([decimal.Decimal("1.5")] * 2), "type Decimal", "number")
-    pairs = [[("role", "user"), ("content", "a")]] * 2
-    yield column(
-        kind, "prompt", pa.array(pairs, pa.map_(pa.string(), pa.string())), "tuple", "message", "chat"
-    )
+    yield column(kind, "weight", pa.array([decimal.Decimal("-1.5")] * 2), '"weight" is -1.5', "number")
+    # A map is read as an object.
+    lacking = pa.array([[("role", "user")]] * 2, pa.map_(pa.string(), pa.string()))
+    yield column(kind, "prompt", lacking, 'lacks "content"', "message", "chat")
     far = pa.array([2**60], pa.int64())
     for unit in (pa.timestamp("us"), pa.timestamp("ms"), pa.duration("ms"), pa.time64("us")):
         says = '"margin" holds a value that cannot be read'
