@@ -609,7 +609,7 @@ def test_what_transformers_makes_of_the_tokenizers_files_is_compared_with_a_mode
     shards: Path, tiny_model: Path
 ) -> None:
     path = shards / TOKENIZER / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "additional_special_tokens": ["<extra>"]}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<s>"}))
     forge(shards, lambda m: m.model_copy(update={"tokenizer_sha256": sha256_folder(shards / TOKENIZER)}))
     (problem,) = check(shards, tiny_model).problems
     assert problem == f"{shards / TOKENIZER}: it is not the tokenizer whose ids were scored"
