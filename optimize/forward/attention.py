@@ -166,17 +166,26 @@ def padded_attention(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention through torch's kernel. The mask holds padding and window.
+    """transformers' attention through torch's kernel, or written out. The mask holds padding and window.
 
     Raises:
-        NotImplementedError: The model needs something that the kernel silently ignores, such as soft-capping.
+        NotImplementedError: The model needs something that the kernel silently ignores.
     """
     refuse_unknown(others, dropout=dropout)
     _note_call(module)
+    if softcap is not None or s_aux is not None:
+        if attention_mask is None:
+            attention_mask = _mask(query.shape[2], key.shape[2], None, query.device)
+        written = written_attention(
+            query, key, value, attention_mask, scale=scaling, softcap=softcap, sinks=s_aux
+        )
+        return written.transpose(1, 2).contiguous(), None
     output: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal
     )

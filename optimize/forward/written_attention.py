@@ -26,7 +26,7 @@ def written_attention(
         query: (1, H, R, D).
         key: (1, K, S, D).
         value: (1, K, S, D).
-        mask: (R, S) bool, true if a query sees a key; None: all see all.
+        mask: (R, S) bool or with leading dimensions, true if a query sees a key; None: all see all.
         scale: Factor of the scores; None: 1 / sqrt(D).
         softcap: Scores s become softcap * tanh(s / softcap), as in Gemma 2 (arXiv 2408.00118, section 2).
         sinks: (H,) One more score for each head, which takes its share of the softmax and has no value, as in
@@ -54,10 +54,11 @@ def _attend(
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.float()
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        # Not minus infinity: a row of padding may see nothing, and would be NaN in the backward.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is None:
         shares = torch.softmax(scores, dim=-1)
     else:
-        extra = sinks.float().view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
+        extra = sinks.float().view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)
         shares = torch.softmax(torch.cat([scores, extra], dim=-1), dim=-1)[..., :-1]
     return torch.matmul(shares.to(value.dtype), value)

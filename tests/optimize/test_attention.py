@@ -1,10 +1,15 @@
+import itertools
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from architectures import PACKED, groups, load, save_random
 from torch import Tensor, nn
 
 from dpo_opt.optimize.forward.attention import segment_attention
 from dpo_opt.optimize.forward.packing import Segment
+from dpo_opt.optimize.forward.policy import one_by_one
 
 ROWS, QUERY_HEADS, WIDTH = 17, 4, 8
 # A prefix of 6 rows and two sequences that go on from it, then another sequence alone.
@@ -99,6 +104,17 @@ def test_soft_capped_scores_and_sinks_are_written_out(
         torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-5)
     plain = row_by_row(*given, scale=0.9, window=window)
     assert window == 1 or (plain - expected).abs().max() > 0.01, "neither shows in these numbers"
+
+
+@pytest.mark.parametrize("name", ["gemma2-softcapped", "gpt-oss-sinks"])
+def test_one_sequence_at_a_time_is_computed_with_them_too(tmp_path: Path, name: str) -> None:
+    save_random(*PACKED[name], tmp_path)
+    policy = load(tmp_path)
+    assert policy.packs
+    packed = policy.sequence_logps(groups())
+    with one_by_one(policy) as alone:
+        for found, sequence in zip(packed, itertools.chain(*groups()), strict=True):
+            torch.testing.assert_close(alone(sequence), found, rtol=0, atol=1e-4)
 
 
 def test_no_scores_are_kept_for_the_backward() -> None:
