@@ -51,8 +51,8 @@ def loss_curve(train: pl.DataFrame, evals: pl.DataFrame, *, untrained: float | N
 @styled
 def reward_curves(train: pl.DataFrame, evals: pl.DataFrame) -> Figure:
     """Implicit rewards of chosen and rejected against steps; columns as training logs them."""
-    chosen, which = _result(train, evals, "rewards/chosen")
-    rejected, _ = _result(train, evals, "rewards/rejected")
+    _, chosen, which = _first_and_last(train, evals, "rewards/chosen")
+    _, rejected, _ = _first_and_last(train, evals, "rewards/rejected")
     figure, axes = new_figure(
         f"Rewards end at {signed(chosen)} (chosen) and {signed(rejected)} (rejected), {which}",
         y="implicit reward (nats)",
@@ -64,7 +64,7 @@ def reward_curves(train: pl.DataFrame, evals: pl.DataFrame) -> Figure:
 @styled
 def margin_curve(train: pl.DataFrame, evals: pl.DataFrame) -> Figure:
     """Reward margin against steps."""
-    margin, which = _result(train, evals, "rewards/margins")
+    _, margin, which = _first_and_last(train, evals, "rewards/margins")
     figure, axes = new_figure(f"The margin ends at {signed(margin)}, {which}", y="reward margin (nats)")
     baseline(axes, 0, None)
     _line(axes, train, "rewards/margins", INK, "training")
@@ -75,7 +75,7 @@ def margin_curve(train: pl.DataFrame, evals: pl.DataFrame) -> Figure:
 @styled
 def accuracy_curve(train: pl.DataFrame, evals: pl.DataFrame, *, reference: float | None) -> Figure:
     """Reward accuracy against steps, with the share of pairs that the reference alone ranks correctly."""
-    accuracy, which = _result(train, evals, "rewards/accuracies")
+    _, accuracy, which = _first_and_last(train, evals, "rewards/accuracies")
     figure, axes = new_figure(f"Accuracy ends at {accuracy:.0%}, {which}", y="pairs with margin > 0")
     baseline(axes, 0.5, None)
     if reference is not None:
@@ -186,14 +186,11 @@ def _both_sides(axes: Axes, train: pl.DataFrame, evals: pl.DataFrame, column: st
         _points(axes, evals, eval_column.format(side=side), colour, f"{side}, held-out")
 
 
-def _result(train: pl.DataFrame, evals: pl.DataFrame, column: str) -> tuple[float, str]:
-    """The last value of a metric, held-out if there are evaluations, and the words for which it is."""
-    _, last, which = _first_and_last(train, evals, column)
-    return last, which
-
-
 def _first_and_last(train: pl.DataFrame, evals: pl.DataFrame, column: str) -> tuple[float, float, str]:
-    """Both of one kind: of the evaluations, or else of the line that is drawn for training."""
+    """A metric's first and last value, held-out if there are evaluations, and the words for which it is.
+
+    Both are of one kind: of the evaluations, or else of the line that is drawn for training.
+    """
     if f"eval_{column}" in evals.columns:
         return *_ends(evals, f"eval_{column}"), "held-out"
     line = smoothed(train, [column]) if column in train.columns else train

@@ -78,6 +78,24 @@ def shard_slices(shards_dir: AnyPath | str) -> list[ShardSlice]:
     ]
 
 
+def kept_pairs(shards_dir: AnyPath | str, *columns: str | pl.Expr) -> pl.DataFrame:
+    """Some columns of every kept pair, slice by slice: only the result is in memory whole.
+
+    Raises:
+        DataError: See :func:`scan_shards`; or no pair was kept.
+    """
+    slices = shard_slices(shards_dir)
+    pairs = pl.concat([s.shards.select(*columns).collect(engine="streaming") for s in slices])
+    if not len(pairs):
+        raise DataError(
+            "no pair was kept",
+            where=str(shards_dir),
+            why="there are no log-probs of the reference to look at",
+            fix=f"dpo-opt status --shards {quoted(shards_dir)}",
+        )
+    return pairs
+
+
 def scan_pair_logps(path: Path | str) -> pl.LazyFrame:
     """Policy log-probs in nats: the columns of ``PAIR_LOGPS_SCHEMA``.
 

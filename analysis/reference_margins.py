@@ -6,16 +6,14 @@ labelled the wrong way round.
 """
 
 import math
-from collections.abc import Sequence
 
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.load import ShardSlice, counted_tokens, scan_shards, shard_slices
+from dpo_opt.analysis.load import counted_tokens, kept_pairs, scan_shards
 from dpo_opt.analysis.outcomes import means_by_source, shares_over_prompts
 from dpo_opt.analysis.token_texts import TokenDecoder, pair_texts, plain
 from dpo_opt.schemas.audit_record import HardPair, ReferenceView, SourceRanking
-from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.locations import AnyPath
 
 _QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
@@ -35,14 +33,7 @@ def reference_view(shards_dir: AnyPath, *, hardest: int = 8) -> ReferenceView:
         DataError: The folder has no valid manifest, a file is not the one the manifest names, or no pair
             was kept.
     """
-    pairs = _reference_pairs(shard_slices(shards_dir))
-    if not len(pairs):
-        raise DataError(
-            "no pair was kept",
-            where=str(shards_dir),
-            why="there are no log-probs of the reference to look at",
-            fix=f"dpo-opt status --shards {quoted(shards_dir)}",
-        )
+    pairs = _reference_pairs(shards_dir)
     normalised = rewards.normalised_reference_ranking_accuracy()
     margin = rewards.reference_ranking_margin()
     _, (accuracy,) = shares_over_prompts(pairs, rewards.reference_ranking_accuracy())
@@ -60,8 +51,9 @@ def reference_view(shards_dir: AnyPath, *, hardest: int = 8) -> ReferenceView:
     )
 
 
-def _reference_pairs(slices: Sequence[ShardSlice]) -> pl.DataFrame:
-    columns = (
+def _reference_pairs(shards_dir: AnyPath) -> pl.DataFrame:
+    return kept_pairs(
+        shards_dir,
         "row",
         pl.col("prompt_id").hash().alias("prompt"),
         pl.col("source").cast(pl.Categorical),
@@ -70,7 +62,6 @@ def _reference_pairs(slices: Sequence[ShardSlice]) -> pl.DataFrame:
         counted_tokens("chosen"),
         counted_tokens("rejected"),
     )
-    return pl.concat([s.shards.select(*columns).collect(engine="streaming") for s in slices])
 
 
 def _by_source(pairs: pl.DataFrame) -> list[SourceRanking]:

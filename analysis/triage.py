@@ -10,8 +10,7 @@ from typing import NamedTuple
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.load import counted_tokens, shard_slices
-from dpo_opt.schemas.errors import DataError, quoted
+from dpo_opt.analysis.load import counted_tokens, kept_pairs
 from dpo_opt.schemas.locations import AnyPath
 
 HARD_TO_FLIP = "hard_to_flip"
@@ -66,7 +65,17 @@ def triage(shards_dir: AnyPath, *, beta: float = 0.1, suspects: float = 0.05) ->
     """
     chosen, rejected = (pl.col(f"{side}_ids").list.unique() for side in ("chosen", "rejected"))
     shared = chosen.list.set_intersection(rejected).list.len()
-    columns = (
+    pairs = kept_pairs(
+        shards_dir,
+        "row",
+        "pair_id",
+        "source",
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+        counted_tokens("chosen"),
+        counted_tokens("rejected"),
+        (2 * shared / (chosen.list.len() + rejected.list.len())).alias("token_overlap"),
+    ).select(
         "row",
         "pair_id",
         "source",
@@ -74,24 +83,6 @@ def triage(shards_dir: AnyPath, *, beta: float = 0.1, suspects: float = 0.05) ->
         (-rewards.reference_ranking_margin_per_token()).alias("perplexity_difference"),
         "token_overlap",
     )
-    frames = [
-        s.shards.with_columns(
-            counted_tokens("chosen"),
-            counted_tokens("rejected"),
-            (2 * shared / (chosen.list.len() + rejected.list.len())).alias("token_overlap"),
-        )
-        .select(*columns)
-        .collect(engine="streaming")
-        for s in shard_slices(shards_dir)
-    ]
-    pairs = pl.concat(frames)
-    if not len(pairs):
-        raise DataError(
-            "no pair was kept",
-            where=str(shards_dir),
-            why="there are no log-probs of the reference to look at",
-            fix=f"dpo-opt status --shards {quoted(shards_dir)}",
-        )
     # sigma(-beta c) is a hundredth of its value at the start, 1/2, at this margin.
     hard = -math.log(2 / _LEAST_SHARE - 1) / beta
     above = _bound(pairs["perplexity_difference"], suspects)
