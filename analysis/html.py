@@ -19,11 +19,11 @@ def render(template: str, **values: object) -> str:
     """A whole page.
 
     Args:
-        template: File name of a template in this folder.
+        template: File name in ``templates``.
         values: What the template shows, in addition to ``version`` (of this package) and ``written`` (now).
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import polars as pl
 
-from dpo_opt.analysis import curves, distributions
-from dpo_opt.analysis.drawing import svg
+from dpo_opt.analysis.figures import curves, distributions
+from dpo_opt.analysis.figures.drawing import svg
 from dpo_opt.analysis.generalization import Overfitting, overfitting
 from dpo_opt.analysis.kl import KLEstimate, estimate_kl
 from dpo_opt.analysis.load import (

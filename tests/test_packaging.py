@@ -113,9 +113,11 @@ def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     expected = {"dpo_opt/schemas/new_room/__init__.py"}
     for package, folder in package_folders().items():
         for pattern in ["*.py", *data.get(package, [])]:
-            expected |= {f"{package.replace('.', '/')}/{path.name}" for path in folder.glob(pattern)}
+            expected |= {
+                f"{package.replace('.', '/')}/{path.relative_to(folder)}" for path in folder.glob(pattern)
+            }
     assert "dpo_opt/schemas/FORMAT.md" in expected
-    assert "dpo_opt/analysis/page.html.jinja" in expected
+    assert "dpo_opt/analysis/templates/page.html.jinja" in expected
     assert held == expected
 
 

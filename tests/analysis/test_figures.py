@@ -7,8 +7,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dpo_opt.analysis import curves, distributions
-from dpo_opt.analysis.drawing import svg
+from dpo_opt.analysis.figures import curves, distributions
+from dpo_opt.analysis.figures.drawing import svg
 
 
 @pytest.fixture

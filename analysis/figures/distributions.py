@@ -10,7 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.drawing import CHOSEN, HELD_OUT, INK, MUTED, baseline, new_figure, styled, with_legend
+from dpo_opt.analysis.figures.drawing import (
+    CHOSEN,
+    HELD_OUT,
+    INK,
+    MUTED,
+    baseline,
+    new_figure,
+    styled,
+    with_legend,
+)
 from dpo_opt.analysis.intervals import FloatArray
 
 _MAX_BINS = 60

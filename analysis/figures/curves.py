@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from dpo_opt.analysis.drawing import (
+from dpo_opt.analysis.figures.drawing import (
     CHOSEN,
     HELD_OUT,
     INK,
