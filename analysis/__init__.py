@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpo_opt.analysis.check_page import write_check_page
-    from dpo_opt.analysis.intervals import Interval, bootstrap_ratio, bootstrap_share, wilson
+    from dpo_opt.analysis.intervals import Interval, ratio_interval, share_interval, wilson
     from dpo_opt.analysis.kl import KLEstimate, estimate_kl
     from dpo_opt.analysis.load import join_reference, scan_kl_samples, scan_pair_logps, scan_shards
     from dpo_opt.analysis.page import report
@@ -20,15 +20,15 @@ __all__ = [
     "Interval",
     "KLEstimate",
     "Summary",
-    "bootstrap_ratio",
-    "bootstrap_share",
     "estimate_kl",
     "join_reference",
+    "ratio_interval",
     "reference_view",
     "report",
     "scan_kl_samples",
     "scan_pair_logps",
     "scan_shards",
+    "share_interval",
     "wilson",
     "write_check_page",
 ]
@@ -37,8 +37,8 @@ _HOMES = {
     "Interval": "intervals",
     "KLEstimate": "kl",
     "Summary": "summary",
-    "bootstrap_ratio": "intervals",
-    "bootstrap_share": "intervals",
+    "ratio_interval": "intervals",
+    "share_interval": "intervals",
     "estimate_kl": "kl",
     "join_reference": "load",
     "reference_view": "reference_margins",

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.intervals import Interval, bootstrap_ratio, cluster_starts
+from dpo_opt.analysis.intervals import Interval, cluster_starts, ratio_interval
 
 
 class Difference(NamedTuple):
@@ -48,7 +48,7 @@ def difference(own: pl.DataFrame, baseline: pl.DataFrame) -> Difference | None:
         values = (
             pairs[name].cast(pl.Float64).to_numpy() - pairs[f"{name}_baseline"].cast(pl.Float64).to_numpy()
         )
-        return bootstrap_ratio(numerators=np.add.reduceat(values, starts), denominators=sizes)
+        return ratio_interval(numerators=np.add.reduceat(values, starts), denominators=sizes)
 
     return Difference(
         pairs=len(pairs),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from dpo_opt.analysis.intervals import Interval, bootstrap_ratio, bootstrap_share
+from dpo_opt.analysis.intervals import Interval, ratio_interval, share_interval
 from dpo_opt.schemas.errors import DataError, quoted
 
 
@@ -57,8 +57,6 @@ def estimate_kl(samples: pl.LazyFrame) -> KLEstimate:
         .agg(
             pl.len().alias("samples"), (~pl.col("finished")).sum().alias("cut"), pl.sum("tokens", "k1", "k3")
         )
-        # group_by returns groups in any order, and the bootstrap draws them by position.
-        .sort("prompt_id")
         .collect(engine="streaming")
     )
     if not len(by_prompt):
@@ -68,8 +66,8 @@ def estimate_kl(samples: pl.LazyFrame) -> KLEstimate:
         samples=int(by_prompt["samples"].sum()),
         prompts=len(by_prompt),
         tokens=int(by_prompt["tokens"].sum()),
-        unfinished=bootstrap_share(successes=sums["cut"], trials=sums["samples"]),
-        k1_sequence=bootstrap_ratio(numerators=sums["k1"], denominators=sums["samples"]),
-        k1_token=bootstrap_ratio(numerators=sums["k1"], denominators=sums["tokens"]),
-        k3_token=bootstrap_ratio(numerators=sums["k3"], denominators=sums["tokens"]),
+        unfinished=share_interval(successes=sums["cut"], trials=sums["samples"]),
+        k1_sequence=ratio_interval(numerators=sums["k1"], denominators=sums["samples"]),
+        k1_token=ratio_interval(numerators=sums["k1"], denominators=sums["tokens"]),
+        k3_token=ratio_interval(numerators=sums["k3"], denominators=sums["tokens"]),
     )

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.intervals import IntArray, Interval, bootstrap_share, cluster_starts, wilson
+from dpo_opt.analysis.intervals import IntArray, Interval, cluster_starts, share_interval
 from dpo_opt.analysis.load import ShardSlice, join_reference
 
 
@@ -47,7 +47,6 @@ class SourceOutcome(NamedTuple):
     pairs: int
     prompts: int
     reward_accuracy: Interval
-    """With Wilson's interval over prompts, because sources may be small."""
     ranking_accuracy: float
     reference_ranking_accuracy: float
     mean_margin: float
@@ -203,15 +202,9 @@ def by_source(pairs: pl.DataFrame, *, beta: float) -> list[SourceOutcome]:
         rewards.reference_ranking_accuracy().alias("reference_ranking_accuracy"),
         rewards.margin(beta=beta).alias("mean_margin"),
     )
-    if table.is_empty():
-        return []
-    prompts = _prompts_by_source(pairs).with_columns(pl.col("source").cast(pl.String))
-    table = table.join(prompts, on="source", nulls_equal=True, maintain_order="left")
+    accuracies = {} if table.is_empty() else _accuracies_by_source(pairs)
     return [
-        SourceOutcome(
-            **{**row, "reward_accuracy": wilson(share=row["reward_accuracy"], trials=row["prompts"])}
-        )
-        for row in table.iter_rows(named=True)
+        SourceOutcome(**{**row, **accuracies[row["source"]]._asdict()}) for row in table.iter_rows(named=True)
     ]
 
 
@@ -260,13 +253,24 @@ def hardest_pairs(pairs: pl.DataFrame, *, beta: float, count: int) -> pl.DataFra
     )
 
 
-def _prompts_by_source(pairs: pl.DataFrame) -> pl.DataFrame:
+class _Accuracy(NamedTuple):
+    prompts: int
+    reward_accuracy: Interval
+
+
+def _accuracies_by_source(pairs: pl.DataFrame) -> dict[str | None, _Accuracy]:
     sources = pairs["source"].to_physical()
     codes = sources.fill_null(sources.max() + 1).to_numpy()  # type: ignore[operator]
     prompts = pairs["prompt"].to_numpy()
     order = np.lexsort((prompts, codes))
-    distinct = order[cluster_starts(codes[order], prompts[order])]
-    return pairs.select(pl.col("source").gather(distinct)).group_by("source").agg(pl.len().alias("prompts"))
+    starts = cluster_starts(codes[order], prompts[order])
+    right = pairs.select(holds=rewards.reward_accuracy().cast(pl.Int32))["holds"].to_numpy()
+    right = np.add.reduceat(right[order], starts)
+    sizes = np.diff(starts, append=len(pairs))
+    first = cluster_starts(codes[order][starts])
+    names = pairs["source"].gather(order[starts[first]]).cast(pl.String).to_list()
+    parts = zip(np.split(right, first[1:]), np.split(sizes, first[1:]), strict=True)
+    return {name: _Accuracy(len(k), _share(k, n)) for name, (k, n) in zip(names, parts, strict=True)}
 
 
 def _share(right: IntArray, pairs: IntArray) -> Interval:
@@ -274,6 +278,6 @@ def _share(right: IntArray, pairs: IntArray) -> Interval:
     base = int(pairs.max()) + 1
     distinct, counts = np.unique(pairs * base + right, return_counts=True)
     trials, successes = np.divmod(distinct, base)
-    return bootstrap_share(
+    return share_interval(
         successes=successes.astype(np.float64), trials=trials.astype(np.float64), multiplicities=counts
     )

@@ -172,13 +172,13 @@ def _read_samples(path: Path, model: Path, analyser: Any) -> list[list[_Written]
 def _compare(
     before: list[list[_Written]], after: list[list[_Written]], run: dict[str, Any]
 ) -> dict[str, dict[str, float | None]]:
-    """What the table shows; intervals are 95%, by bootstrap over openings or prompts."""
+    """What the table shows; intervals are 95%, over openings or prompts."""
     import numpy as np
 
-    from dpo_opt.analysis.intervals import bootstrap_ratio
+    from dpo_opt.analysis.intervals import ratio_interval
 
     def mean_sentiment(written: list[list[_Written]]) -> dict[str, float | None]:
-        interval = bootstrap_ratio(
+        interval = ratio_interval(
             numerators=np.array([sum(w.sentiment for w in group) for group in written]),
             denominators=np.array([float(len(group)) for group in written]),
         )
