@@ -5,7 +5,6 @@ The missing parts are then None or empty.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,12 +12,12 @@ import polars as pl
 
 from dpo_opt.analysis.figures import curves, distributions
 from dpo_opt.analysis.figures.drawing import svg
+from dpo_opt.analysis.final_state import FinalState, final_state, held_out_rows
 from dpo_opt.analysis.generalization import Overfitting, overfitting
 from dpo_opt.analysis.kl import KLEstimate, estimate_kl
 from dpo_opt.analysis.load import (
     KL_FOLDER,
     PAIR_LOGPS_FOLDER,
-    ShardSlice,
     scan_kl_samples,
     scan_pair_logps,
     scan_shards,
@@ -26,13 +25,10 @@ from dpo_opt.analysis.load import (
 )
 from dpo_opt.analysis.outcomes import (
     LengthBias,
-    Outcome,
     SourceOutcome,
     by_source,
-    final_pairs,
     hardest_pairs,
     length_bias,
-    outcome,
     reference_accuracy,
 )
 from dpo_opt.analysis.run_files import Run
@@ -46,9 +42,7 @@ from dpo_opt.analysis.token_texts import (
 )
 from dpo_opt.analysis.trajectories import logratio_trajectories
 from dpo_opt.schemas.manifest import Manifest, load_manifest
-from dpo_opt.schemas.pair_logps import dtype_of_logps
 
-SCORES_FOLDER = "scores"
 HARDEST = 8
 SAMPLES = 4
 
@@ -97,33 +91,6 @@ class LastEvaluation(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FinalState:
-    """The pairs under the last state of the policy for which their log-probs are known."""
-
-    pairs: pl.DataFrame
-    scored: bool
-    """True if the log-probs are from ``scores/``, False if they are from the last evaluation."""
-    step: int
-    """After how many updates."""
-    label: str
-    """Which state, in words."""
-    dtype: str | None
-    """What the scored checkpoint computed in; None if it is not known."""
-    splits: dict[str, Outcome]
-    """``all``, ``training``, ``held-out``: those that can be told apart."""
-
-    @property
-    def judged_by(self) -> str:
-        """The pairs that say how good the policy is: those that it was not trained on, if there are any."""
-        return "held-out" if "held-out" in self.splits else "all"
-
-    @property
-    def judging(self) -> pl.DataFrame:
-        """The pairs of :attr:`judged_by`."""
-        return self.pairs.filter("held_out") if self.judged_by == "held-out" else self.pairs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunView:
     """One run as the template shows it. The figures are SVG."""
 
@@ -153,9 +120,9 @@ def view_run(run: Run) -> RunView:
     manifest = load_manifest(run.shards)
     slices = shard_slices(run.shards)
     logps = scan_pair_logps(run.path) if run.tables(PAIR_LOGPS_FOLDER) else None
-    held_out = _held_out_rows(logps)
+    held_out = held_out_rows(logps)
     trajectories = logratio_trajectories(logps, slices) if logps is not None else None
-    final = _final_state(run, logps, slices, held_out)
+    final = final_state(run, logps, slices, held_out)
     kl = [KLFile(file.name, estimate_kl(scan_kl_samples(file))) for file in run.tables(KL_FOLDER)]
     reference = reference_accuracy(slices)
     decoder = TokenDecoder(run.shards)
@@ -175,55 +142,6 @@ def view_run(run: Run) -> RunView:
         hardest=_hardest(run, final, decoder) if final else [],
         text_problem=decoder.problem,
     )
-
-
-def _held_out_rows(logps: pl.LazyFrame | None) -> pl.Series:
-    if logps is None:
-        return pl.Series("row", [], dtype=pl.Int64)
-    rows = logps.filter(pl.col("phase") == "eval").select(pl.col("row").unique())
-    return rows.collect(engine="streaming")["row"]
-
-
-def _final_state(
-    run: Run, logps: pl.LazyFrame | None, slices: Sequence[ShardSlice], held_out: pl.Series
-) -> FinalState | None:
-    scored = bool(run.tables(SCORES_FOLDER))
-    if scored:
-        # If several checkpoints were scored, the one that was trained longest is shown.
-        scores = scan_pair_logps(run.path / SCORES_FOLDER)
-        states = scores.select("step", "checkpoint").unique().sort("step", "checkpoint")
-        chosen = states.last().collect(engine="streaming")
-        if not len(chosen):
-            return None
-        step, checkpoint = chosen.row(0)
-        dtypes = {dtype_of_logps(file) for file in run.tables(SCORES_FOLDER)}
-        same = (pl.col("step") == step) & pl.col("checkpoint").eq_missing(pl.lit(checkpoint, dtype=pl.String))
-        table = scores.filter(same)
-        where = str(run.path / SCORES_FOLDER)
-        label = f"the scored checkpoint {checkpoint or ''}".strip() + f" (step {step:,})"
-    elif logps is not None and len(held_out):
-        evaluated = logps.filter(pl.col("phase") == "eval")
-        step = evaluated.select(pl.col("step").max()).collect(engine="streaming").item()
-        table = evaluated.filter(pl.col("step") == step)
-        dtypes = set()
-        where = str(run.path / PAIR_LOGPS_FOLDER)
-        label = f"the held-out pairs at the last evaluation (step {step:,})"
-    else:
-        return None
-    pairs = final_pairs(table, slices, held_out=held_out, where=where)
-    parts = {"all": pairs} if scored else {}
-    if len(held_out):
-        parts["training"] = pairs.filter(~pl.col("held_out"))
-        parts["held-out"] = pairs.filter(pl.col("held_out"))
-    splits = {
-        name: outcome(part, beta=run.beta, noise=run.margin_noise)
-        for name, part in parts.items()
-        if len(part)
-    }
-    if not splits:
-        return None
-    dtype = dtypes.pop() if len(dtypes) == 1 else None
-    return FinalState(pairs=pairs, scored=scored, step=step, label=label, dtype=dtype, splits=splits)
 
 
 def _last_evaluation(run: Run, final: FinalState) -> LastEvaluation | None:
