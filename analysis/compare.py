@@ -6,11 +6,11 @@ both (paired differences, Miller, arXiv 2411.00640).
 
 from typing import NamedTuple
 
-import numpy as np
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.intervals import Interval, cluster_starts, ratio_interval
+from dpo_opt.analysis.intervals import Interval
+from dpo_opt.analysis.outcomes import means_over_prompts
 
 
 class Difference(NamedTuple):
@@ -40,23 +40,13 @@ def difference(own: pl.DataFrame, baseline: pl.DataFrame) -> Difference | None:
     pairs = unseen if held_out else pairs
     if not len(pairs):
         return None
-    pairs = pairs.sort("prompt")
-    starts = cluster_starts(pairs["prompt"].to_numpy())
-    sizes = np.diff(starts, append=len(pairs)).astype(np.float64)
-
-    def over_prompts(name: str) -> Interval:
-        values = (
-            pairs[name].cast(pl.Float64).to_numpy() - pairs[f"{name}_baseline"].cast(pl.Float64).to_numpy()
-        )
-        return ratio_interval(numerators=np.add.reduceat(values, starts), denominators=sizes)
-
+    names = ("reward_accuracy", "ranking_accuracy", "chosen_fell")
+    gains = (pl.col(name).cast(pl.Int8) - pl.col(f"{name}_baseline").cast(pl.Int8) for name in names)
     return Difference(
         pairs=len(pairs),
-        prompts=len(starts),
+        prompts=pairs["prompt"].n_unique(),
         held_out=held_out,
-        reward_accuracy=over_prompts("reward_accuracy"),
-        ranking_accuracy=over_prompts("ranking_accuracy"),
-        chosen_fell=over_prompts("chosen_fell"),
+        **dict(zip(names, means_over_prompts(pairs, *gains), strict=True)),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.intervals import IntArray, Interval, cluster_starts, share_interval
+from dpo_opt.analysis.intervals import IntArray, Interval, cluster_starts, ratio_interval, share_interval
 from dpo_opt.analysis.load import ShardSlice, join_reference
 
 
@@ -177,6 +177,25 @@ def shares_over_prompts(pairs: pl.DataFrame, *conditions: pl.Expr) -> tuple[int,
         return _share(np.add.reduceat(values[order], starts), sizes)
 
     return len(starts), [share(condition) for condition in conditions]
+
+
+def means_over_prompts(pairs: pl.DataFrame, *values: pl.Expr) -> list[Interval]:
+    """The mean of each value over the pairs, with its interval over prompts; NaN without pairs.
+
+    Args:
+        pairs: With ``prompt`` and the columns of the values.
+        values: A number for each pair.
+    """
+    pairs = pairs.sort("prompt")
+    starts = cluster_starts(pairs["prompt"].to_numpy())
+    sizes = np.diff(starts, append=len(pairs)).astype(np.float64)
+
+    def mean(value: pl.Expr) -> Interval:
+        numbers = pairs.select(value.cast(pl.Float64).alias("value"))["value"].to_numpy()
+        sums = np.add.reduceat(numbers, starts) if len(pairs) else sizes
+        return ratio_interval(numerators=sums, denominators=sizes)
+
+    return [mean(value) for value in values]
 
 
 def means_by_source(pairs: pl.DataFrame, *values: pl.Expr) -> pl.DataFrame:

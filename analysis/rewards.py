@@ -49,6 +49,23 @@ def margin_per_token(*, beta: float) -> pl.Expr:
     return beta * (chosen_logratio_per_token() - rejected_logratio_per_token())
 
 
+def effective_weight(*, beta: float) -> pl.Expr:
+    """sigma(-margin), a pair's weight in DPO's gradient (eq. 7): 1/2 at first, 0 once it is learned."""
+    return 1 / (1 + margin(beta=beta).exp())
+
+
+def sigmoid_loss(*, beta: float) -> pl.Expr:
+    """-log sigma(margin), DPO's loss of a pair in nats (eq. 7), whatever loss is trained; at first ln 2."""
+    # The larger of 0 and -margin is taken out, so that no exponential overflows.
+    value = margin(beta=beta)
+    return (-value).clip(lower_bound=0) + (-value.abs()).exp().log1p()
+
+
+def distance_per_token() -> pl.Expr:
+    """Mean size of both log-ratios per token: how far the policy is from its reference, in nats per token."""
+    return (chosen_logratio_per_token().abs() + rejected_logratio_per_token().abs()) / 2
+
+
 def reward_accuracy() -> pl.Expr:
     """True if the margin is above 0, for any beta; a tie is False."""
     return _above_zero(chosen_logratio() - rejected_logratio())

@@ -19,7 +19,7 @@ NEAR_IDENTICAL = "near_identical"
 NO_INFORMATION = "no_information"
 
 _LEAST_SHARE = 0.01
-_MOST_OVERLAP = 0.9
+MOST_OVERLAP = 0.9
 _LEAST_MARGIN = 0.5
 
 KINDS = {
@@ -63,8 +63,6 @@ def triage(shards_dir: AnyPath, *, beta: float = 0.1, suspects: float = 0.05) ->
         DataError: The folder has no valid manifest, a file is not the one the manifest names, or no pair was
             kept.
     """
-    chosen, rejected = (pl.col(f"{side}_ids").list.unique() for side in ("chosen", "rejected"))
-    shared = chosen.list.set_intersection(rejected).list.len()
     pairs = kept_pairs(
         shards_dir,
         "row",
@@ -74,7 +72,7 @@ def triage(shards_dir: AnyPath, *, beta: float = 0.1, suspects: float = 0.05) ->
         "ref_rejected_logps",
         counted_tokens("chosen"),
         counted_tokens("rejected"),
-        (2 * shared / (chosen.list.len() + rejected.list.len())).alias("token_overlap"),
+        token_overlap(),
     ).select(
         "row",
         "pair_id",
@@ -86,7 +84,7 @@ def triage(shards_dir: AnyPath, *, beta: float = 0.1, suspects: float = 0.05) ->
     # sigma(-beta c) is a hundredth of its value at the start, 1/2, at this margin.
     hard = -math.log(2 / _LEAST_SHARE - 1) / beta
     above = _bound(pairs["perplexity_difference"], suspects)
-    alike = pl.col("token_overlap") >= _MOST_OVERLAP
+    alike = pl.col("token_overlap") >= MOST_OVERLAP
     suspect = pl.lit(False) if above is None else pl.col("perplexity_difference") >= above
     return Triage(
         pairs.with_columns(
@@ -97,6 +95,13 @@ def triage(shards_dir: AnyPath, *, beta: float = 0.1, suspects: float = 0.05) ->
         ),
         above,
     )
+
+
+def token_overlap() -> pl.Expr:
+    """How alike two completions are, of a scan of shards: Dice's coefficient of their distinct tokens."""
+    chosen, rejected = (pl.col(f"{side}_ids").list.unique() for side in ("chosen", "rejected"))
+    shared = chosen.list.set_intersection(rejected).list.len()
+    return (2 * shared / (chosen.list.len() + rejected.list.len())).alias("token_overlap")
 
 
 def _bound(differences: pl.Series, share: float) -> float | None:

@@ -1,0 +1,134 @@
+"""Reads what a diagnosis looks at: pairs before training, before they were seen, and after it."""
+
+from dataclasses import dataclass, replace
+
+import polars as pl
+
+from dpo_opt.analysis.diagnosis.finding import Finding, Missing, PairName
+from dpo_opt.analysis.final_state import FinalState, final_state, held_out_rows
+from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER, ShardSlice, scan_pair_logps, shard_slices
+from dpo_opt.analysis.outcomes import final_pairs
+from dpo_opt.analysis.run_files import Run
+from dpo_opt.analysis.triage import token_overlap
+from dpo_opt.schemas.manifest import Manifest, load_manifest
+
+FEWEST = 40
+"""Fewer pairs say nothing."""
+MOST_PAIRS = 20
+"""Of a finding."""
+FEW = Missing(f"fewer than {FEWEST} pairs have log-probs from before they were trained on")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What is known of a run. All frames have the columns of ``final_pairs``; they may be empty."""
+
+    run: Run
+    manifest: Manifest
+    start: pl.DataFrame
+    """Pairs of the first step, before any update."""
+    fresh: pl.DataFrame
+    """Pairs of the later half of the first epoch, each before it was trained on: no pair was seen twice."""
+    seen: pl.DataFrame
+    """Pairs of the last epoch, each trained on in the epochs before; empty if there was one epoch."""
+    evaluated: pl.DataFrame
+    """Held-out pairs at the last evaluation."""
+    final: FinalState | None
+    slices: list[ShardSlice]
+
+    @property
+    def unseen(self) -> pl.DataFrame:
+        """The pairs that the run is judged by: held-out ones at its end, or else those of :attr:`fresh`."""
+        held_out = self.final.pairs.filter("held_out") if self.final else self.fresh.clear()
+        return held_out if len(held_out) >= FEWEST else self.fresh
+
+    @property
+    def steps(self) -> int:
+        """Updates that were logged."""
+        return int(self.run.train["step"].max() or 0)  # type: ignore[arg-type]
+
+    @property
+    def losses(self) -> list[str]:
+        """Names of the losses that were trained."""
+        named = self.run.config.get("loss_type")
+        return [str(name) for name in (named if isinstance(named, list) else [named])]
+
+    def about(self, pairs: pl.DataFrame) -> pl.DataFrame:
+        """The pairs with their ``token_overlap``, from the token ids in the shards."""
+        rows = pairs["row"].implode()
+        found = [
+            s.shards.filter(pl.col("row").is_in(rows))
+            .select("row", token_overlap())
+            .collect(engine="streaming")
+            for s in self.slices
+        ]
+        return pairs.join(pl.concat(found), on="row", maintain_order="left")
+
+    def truncated_rows(self, most: int) -> list[int]:
+        """Some rows of pairs with a completion that was cut."""
+        cut = pl.any_horizontal("chosen_truncated", "rejected_truncated")
+        found: list[int] = []
+        for s in self.slices:
+            if len(found) < most:
+                found += s.shards.filter(cut).select("row").head(most).collect(engine="streaming")["row"]
+        return found[:most]
+
+    def named(self, finding: Finding) -> Finding:
+        """The finding with the ids of its first pairs, at most 20."""
+        rows = list(finding.rows[:MOST_PAIRS])
+        wanted = pl.Series(rows, dtype=pl.Int64).implode()
+        ids: dict[int, str] = {}
+        for s in self.slices:
+            table = s.shards.filter(pl.col("row").is_in(wanted)).select("row", "pair_id")
+            ids.update(table.collect(engine="streaming").iter_rows())
+        return replace(finding, rows=tuple(rows), pairs=tuple(PairName(row, ids[row]) for row in rows))
+
+
+def gather(run: Run) -> Evidence:
+    """Read a run's tables: about 60 bytes per pair of an epoch in memory.
+
+    Raises:
+        DataError: A table is damaged, or its pairs are not those of the run's shards.
+    """
+    slices = shard_slices(run.shards)
+    logps = scan_pair_logps(run.path) if run.tables(PAIR_LOGPS_FOLDER) else None
+    held_out = held_out_rows(logps)
+    final = final_state(run, logps, slices, held_out)
+    parts: dict[str, pl.DataFrame] = {}
+    for name, rows in _parts(logps).items():
+        where = str(run.path / PAIR_LOGPS_FOLDER)
+        part = pl.LazyFrame(schema=_SCHEMA) if logps is None else logps.filter(rows)
+        parts[name] = final_pairs(part, slices, held_out=held_out, where=where)
+    return Evidence(run=run, manifest=load_manifest(run.shards), final=final, slices=slices, **parts)
+
+
+_SCHEMA = {
+    "row": pl.Int64,
+    "pair_id": pl.String,
+    "chosen_logps": pl.Float64,
+    "rejected_logps": pl.Float64,
+    "chosen_length": pl.Int32,
+    "rejected_length": pl.Int32,
+}
+
+
+def _parts(logps: pl.LazyFrame | None) -> dict[str, pl.Expr]:
+    """Which rows of a run's table each frame is made of."""
+    trained, step, epoch = pl.col("phase") == "train", pl.col("step"), pl.col("epoch")
+    evaluated = pl.col("phase") == "eval"
+    last_epoch, last_eval = 0.0, -1
+    if logps is not None:
+        last_epoch, last_eval = (
+            logps.select(
+                epoch.filter(trained).max().fill_null(0.0), step.filter(evaluated).max().fill_null(-1)
+            )
+            .collect(engine="streaming")
+            .row(0)
+        )
+    return {
+        "start": trained & (step == 0),
+        "fresh": trained & (step > 0) & (epoch < 1) & (epoch >= min(1.0, last_epoch) / 2),
+        # The epoch of the last step that was logged: its pairs were all seen before, at most once less.
+        "seen": trained & (epoch >= max(1.0, last_epoch - 1)),
+        "evaluated": evaluated & (step == last_eval),
+    }

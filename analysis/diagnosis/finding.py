@@ -1,0 +1,96 @@
+"""What a diagnosis says: plain data, for the terminal, the report and scripts."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from dpo_opt.analysis.intervals import Interval
+
+
+class Measure(NamedTuple):
+    """One number that speaks for a finding."""
+
+    name: str
+    value: Interval
+    """With its 95% interval over prompts; the bounds are NaN where the number is counted, not estimated."""
+    unit: str = ""
+    limit: str = ""
+    """What the number is in a run without this cause, in words."""
+
+    @property
+    def line(self) -> str:
+        """The measure as a line of text."""
+        bounds = f" [{self._shown(self.value.low)}, {self._shown(self.value.high)}]"
+        known = bounds if math.isfinite(self.value.low) else ""
+        limit = f" ({self.limit})" if self.limit else ""
+        unit = f" {self.unit}" if self.unit and self.unit != "%" else ""
+        return f"{self.name}: {self._shown(self.value.value)}{known}{unit}{limit}"
+
+    def _shown(self, value: float) -> str:
+        return f"{value:.1%}" if self.unit == "%" else f"{value:.3g}"
+
+
+def counted(value: float) -> Interval:
+    """A number that is known, and not estimated."""
+    return Interval(value, math.nan, math.nan)
+
+
+class Missing(NamedTuple):
+    """Why a cause could not be looked for."""
+
+    reason: str
+
+
+class PairName(NamedTuple):
+    """One of the pairs behind a finding."""
+
+    row: int
+    pair_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One cause that was found."""
+
+    cause: str
+    """Its name: that of the function which looks for it."""
+    title: str
+    evidence: tuple[Measure, ...]
+    rows: tuple[int, ...] = ()
+    """Rows of the pairs behind it, the clearest first."""
+    action: str
+    """The one thing to do."""
+    pairs: tuple[PairName, ...] = ()
+    """:attr:`rows` with their ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A cause that was looked for."""
+
+    cause: str
+    asked: str
+    """What was looked for, in words."""
+    result: Literal["found", "clear", "unknown"]
+    reason: str | None = None
+    """Why it is unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """What was found of a run, and what was checked."""
+
+    run: str
+    findings: tuple[Finding, ...]
+    """At most three, the one to mend first at the top."""
+    checks: tuple[Check, ...]
+    """Every cause that was looked for."""
+    pairs: int
+    """How many pairs that training had not seen the run was judged by."""
+
+    @property
+    def verdict(self) -> Literal["found", "healthy", "unknown"]:
+        """``unknown``: nothing was found, but the pairs that would show it are missing."""
+        if self.findings:
+            return "found"
+        return "healthy" if self.pairs else "unknown"

@@ -1,0 +1,137 @@
+"""Causes that lie in how far and how long the policy was moved: learning rate, beta, epochs.
+
+Each function returns what it found, None if there is nothing, or why that is not known. Thresholds were set
+on other seeds than those of the experiment that tests them (bench/planted_causes.py).
+"""
+
+import math
+
+from dpo_opt.analysis import generalization, rewards
+from dpo_opt.analysis.diagnosis.evidence import FEW, FEWEST, Evidence
+from dpo_opt.analysis.diagnosis.finding import Finding, Measure, Missing, counted
+from dpo_opt.analysis.diagnosis.setup import REFERENCE_FREE
+from dpo_opt.analysis.outcomes import means_over_prompts, shares_over_prompts
+
+_UNTRAINED = math.log(2)
+_NOTHING = 0.02
+"""Nats of reward: a pair's weight in the gradient is then within a hundredth of what it was at the start."""
+_HARM = 0.1
+_CLEAR_SIGNAL = 0.75
+_FAR = 0.15
+_UNSATURATED = 0.5
+_MEMORIZED = 0.1
+
+
+def nothing_learnt(evidence: Evidence) -> Finding | Missing | None:
+    """the policy hardly moved"""
+    pairs = evidence.unseen
+    if len(pairs) < FEWEST:
+        return FEW
+    (moved,) = means_over_prompts(pairs, rewards.margin(beta=evidence.run.beta).abs())
+    if not moved.high < _NOTHING:
+        return None
+    train = evidence.run.train
+    rate = train["learning_rate"].max() if "learning_rate" in train.columns else None
+    return Finding(
+        cause="nothing_learnt",
+        title="Nothing was learnt: the policy is still its reference",
+        evidence=(
+            Measure(
+                "mean size of the reward margin of unseen pairs",
+                moved,
+                "nats",
+                f"found below {_NOTHING:g}",
+            ),
+            *([Measure("highest learning rate", counted(rate))] if isinstance(rate, float) else []),
+            Measure("steps", counted(evidence.steps)),
+        ),
+        action="raise --learning-rate tenfold; if the margins then grow but stay small, train for more steps",
+    )
+
+
+def learning_rate_too_high(evidence: Evidence) -> Finding | Missing | None:
+    """within the first epoch pairs got worse than they began"""
+    pairs = evidence.fresh
+    if len(pairs) < FEWEST:
+        return FEW
+    beta = evidence.run.beta
+    loss = rewards.sigmoid_loss(beta=beta)
+    mean_loss, size = means_over_prompts(pairs, loss, rewards.margin(beta=beta).abs())
+    _, (right,) = shares_over_prompts(pairs, rewards.reward_accuracy())
+    if not mean_loss.low > _UNTRAINED + _HARM or right.low > _CLEAR_SIGNAL:
+        return None
+    return Finding(
+        cause="learning_rate_too_high",
+        title="The learning rate is too high: training makes pairs worse that it has not seen yet",
+        evidence=(
+            Measure(
+                "loss of pairs in the first epoch, before they are trained on",
+                mean_loss,
+                "nats",
+                f"{_UNTRAINED:.3f} before training; found above {_UNTRAINED + _HARM:.3f}",
+            ),
+            Measure("mean size of their reward margin", size, "nats"),
+            Measure("ranked right among them", right, "%"),
+        ),
+        rows=tuple(pairs.sort(loss, descending=True)["row"].to_list()),
+        action="lower --learning-rate to a tenth",
+    )
+
+
+def beta_too_low(evidence: Evidence) -> Finding | Missing | None:
+    """the policy drifts far from the reference and the loss does not stop it"""
+    if REFERENCE_FREE.intersection(evidence.losses):
+        return Missing("the loss has no reference")
+    pairs = evidence.unseen
+    if len(pairs) < FEWEST:
+        return FEW
+    drift = rewards.distance_per_token()
+    far, size = means_over_prompts(pairs, drift, rewards.margin(beta=evidence.run.beta).abs())
+    if not (far.low > _FAR and size.high < _UNSATURATED):
+        return None
+    return Finding(
+        cause="beta_too_low",
+        title="Beta is too low: the policy drifts from its reference and nothing holds it",
+        evidence=(
+            Measure("distance from the reference", far, "nats per token", f"found above {_FAR:g}"),
+            Measure(
+                "mean size of the reward margin, which holds the policy once it is above 1",
+                size,
+                "nats",
+                f"found below {_UNSATURATED:g}",
+            ),
+            Measure("beta", counted(evidence.run.beta)),
+        ),
+        rows=tuple(pairs.sort(drift, descending=True)["row"].to_list()),
+        action="raise --beta tenfold",
+    )
+
+
+def overfitting(evidence: Evidence) -> Finding | Missing | None:
+    """pairs that were trained on are ranked better than held-out ones, whose loss rises"""
+    seen, held_out = evidence.seen, evidence.evaluated
+    if len(seen) < FEWEST:
+        return None
+    if len(held_out) < FEWEST:
+        return Missing("too few prompts were held out (--eval-split)")
+    _, (trained,) = shares_over_prompts(seen, rewards.reward_accuracy())
+    _, (unseen,) = shares_over_prompts(held_out, rewards.reward_accuracy())
+    loss = rewards.sigmoid_loss(beta=evidence.run.beta)
+    seen_loss, loss_now = (*means_over_prompts(seen, loss), *means_over_prompts(held_out, loss))
+    known = generalization.overfitting({}, evidence.run.evals)
+    if known is None or known.lowest is None or not trained.low > unseen.high + _MEMORIZED:
+        return None
+    step, lowest = known.lowest
+    return Finding(
+        cause="overfitting",
+        title="The run learned its pairs by heart: held-out pairs get worse",
+        evidence=(
+            Measure("ranked right, pairs trained on before", trained, "%"),
+            Measure("ranked right, held-out pairs", unseen, "%"),
+            Measure("held-out loss at the end", loss_now, "nats"),
+            Measure("lowest held-out loss", counted(lowest), "nats", f"at step {step:,}"),
+            Measure("loss of pairs trained on before", seen_loss, "nats"),
+        ),
+        rows=tuple(held_out.sort(loss, descending=True)["row"].to_list()),
+        action=f"stop earlier: --max-steps {step}, or --num-train-epochs 1",
+    )

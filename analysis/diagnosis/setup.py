@@ -1,0 +1,105 @@
+"""Causes that lie in how a run was set up: its reference, its precision, its lengths.
+
+Each function returns what it found, None if there is nothing, or why that is not known. Thresholds were set
+on other seeds than those of the experiment that tests them (bench/planted_causes.py).
+"""
+
+import math
+
+import polars as pl
+
+from dpo_opt.analysis import rewards
+from dpo_opt.analysis.diagnosis.evidence import FEWEST, MOST_PAIRS, Evidence
+from dpo_opt.analysis.diagnosis.finding import Finding, Measure, Missing
+from dpo_opt.analysis.intervals import wilson
+from dpo_opt.analysis.outcomes import means_over_prompts
+
+_ANOTHER_REFERENCE = 0.01
+"""Nats per token and completion. Rounding in bf16 moves a completion by less, other weights by more."""
+_TRUNCATED = 0.2
+_LOST = 0.5
+
+REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo", "sft", "unlikelihood"})
+
+
+def wrong_reference(evidence: Evidence) -> Finding | Missing | None:
+    """the policy differs from the reference before its first update"""
+    start = evidence.start
+    if not len(start):
+        return Missing("the log-probs of the first step are not there")
+    shift = rewards.distance_per_token()
+    (moved,) = means_over_prompts(start, shift)
+    bound = moved.value if math.isnan(moved.low) else moved.low
+    if not bound > _ANOTHER_REFERENCE:
+        return None
+    farthest = start.sort(shift, descending=True)["row"].to_list()
+    return Finding(
+        cause="wrong_reference",
+        title="The cached log-probs are not those of the model that training began with",
+        evidence=(
+            Measure(
+                "log-ratio of the first step's pairs, before any update",
+                moved,
+                "nats per token",
+                f"0 where the policy begins as the reference; found above {_ANOTHER_REFERENCE:g}",
+            ),
+        ),
+        rows=tuple(farthest),
+        action="score the pairs again with the model that is trained (dpo-opt precompute --model MODEL), "
+        "unless --reference-differs was meant",
+    )
+
+
+def precision_lost(evidence: Evidence) -> Finding | Missing | None:
+    """what training learned is missing from the saved model, or drowns in rounding"""
+    final, evaluated = evidence.final, evidence.evaluated
+    if final is None or not final.scored:
+        return Missing(f"the saved model was not scored: {evidence.run.score_command}")
+    if not len(evaluated):
+        return Missing(
+            "no held-out pair was evaluated while training, which the saved model could differ from"
+        )
+    both = evaluated.join(
+        final.pairs.select("row", saved_chosen="chosen_logps", saved_rejected="rejected_logps"), on="row"
+    )
+    if len(both) < FEWEST:
+        return Missing("too few held-out pairs were scored")
+    beta = evidence.run.beta
+    trained = rewards.margin(beta=beta)
+    saved = beta * (
+        (pl.col("saved_chosen") - pl.col("ref_chosen_logps"))
+        - (pl.col("saved_rejected") - pl.col("ref_rejected_logps"))
+    )
+    before, after, lost = means_over_prompts(both, trained, saved, trained - saved)
+    if not (before.low > 0 and lost.low > _LOST * before.value):
+        return None
+    return Finding(
+        cause="precision_lost",
+        title="The saved model lacks what training had learned: its weights were rounded",
+        evidence=(
+            Measure("mean margin of held-out pairs at the last evaluation", before, "nats"),
+            Measure("mean margin of the same pairs under the saved model", after, "nats"),
+            Measure("lost", lost, "nats", f"found where more than {_LOST:.0%} is lost"),
+        ),
+        rows=tuple(both.sort(trained - saved, descending=True)["row"].to_list()),
+        action="save in full precision (--save-dtype float32), or train with a higher --learning-rate",
+    )
+
+
+def truncated_completions(evidence: Evidence) -> Finding | Missing | None:
+    """completions were cut off"""
+    manifest = evidence.manifest
+    if not manifest.kept:
+        return Missing("no pair was kept")
+    share = wilson(share=manifest.truncated / manifest.kept, trials=manifest.kept)
+    if not share.low > _TRUNCATED:
+        return None
+    return Finding(
+        cause="truncated_completions",
+        title="Many completions are cut off: the policy learns from texts without their ends",
+        evidence=(
+            Measure("pairs with a completion that was cut", share, "%", f"found above {_TRUNCATED:.0%}"),
+        ),
+        rows=tuple(evidence.truncated_rows(MOST_PAIRS)),
+        action="score again with a larger --max-length, or leave such pairs out with --truncation drop",
+    )

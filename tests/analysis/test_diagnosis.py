@@ -1,0 +1,179 @@
+"""Every cause is found where it is planted in made-up log-probs, and not without it."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from dpo_opt.analysis.diagnosis import labels, pace, setup
+from dpo_opt.analysis.diagnosis.diagnose import CAUSES, diagnose
+from dpo_opt.analysis.diagnosis.evidence import Evidence
+from dpo_opt.analysis.diagnosis.finding import Finding, Missing
+from dpo_opt.analysis.run_files import Run
+
+PAIRS = 300
+LENGTH = 100
+BETA = 0.1
+
+
+def table(*, margin, chosen=-2.0, difference=None, source=None):
+    """Pairs whose rewards' margins and chosen log-ratio in nats are given, numbers or one for each pair."""
+    count = len(margin) if np.ndim(margin) else PAIRS
+    margin, chosen = np.broadcast_to(margin, count), np.broadcast_to(chosen, count)
+    difference = np.zeros(count, dtype=int) if difference is None else np.asarray(difference)
+    return pl.DataFrame(
+        {
+            "row": np.arange(count),
+            "prompt": np.arange(count),
+            "source": source or [None] * count,
+            "chosen_logps": -150 + chosen,
+            "rejected_logps": -150 + chosen - margin / BETA,
+            "ref_chosen_logps": np.full(count, -150.0),
+            "ref_rejected_logps": np.full(count, -150.0),
+            "chosen_length": LENGTH + difference,
+            "rejected_length": np.full(count, LENGTH),
+            "held_out": [False] * count,
+        }
+    ).with_columns(pl.col("source").cast(pl.Categorical))
+
+
+def healthy(count=PAIRS):
+    """Margins of a run that learned something clear."""
+    return np.random.default_rng(0).normal(1.5, 0.6, count)
+
+
+def evidence(fresh=None, *, evals=(0.6, 0.4), **parts):
+    run = Run(
+        path=Path("run"),
+        shards=Path("shards"),
+        config={"beta": parts.pop("beta", BETA), "loss_type": parts.pop("loss_type", "sigmoid")},
+        train=pl.DataFrame({"step": [10, 20], "learning_rate": [1e-6, 5e-7]}),
+        evals=pl.DataFrame({"step": [10, 20], "eval_loss": list(evals)}),
+        parity=None,
+    )
+    fresh = table(margin=healthy()) if fresh is None else fresh
+    frames = dict.fromkeys(("start", "seen", "evaluated"), fresh.clear()) | parts
+    return Evidence(run=run, manifest=None, fresh=fresh, final=None, slices=[], **frames)
+
+
+def swapped(share):
+    margins = healthy()
+    return np.where(np.arange(PAIRS) < share * PAIRS, -margins, margins)
+
+
+def confused():
+    return np.random.default_rng(0).normal(0.5, 4, PAIRS)
+
+
+SOURCES = [("a", "b", "c")[i % 3] for i in range(PAIRS)]
+REVERSED = np.where([s == "c" for s in SOURCES], -healthy(), healthy())
+DIFFERENCE = np.where(np.arange(PAIRS) % 5 == 0, -20, 20)
+BY_LENGTH = np.where(DIFFERENCE > 0, healthy(), -healthy())
+
+PLANTED = {
+    "wrong_reference": (setup.wrong_reference, evidence(start=table(margin=0.5, chosen=-9.0))),
+    "nothing_learnt": (pace.nothing_learnt, evidence(table(margin=0.004))),
+    "learning_rate_too_high": (pace.learning_rate_too_high, evidence(table(margin=confused()))),
+    "beta_too_low": (pace.beta_too_low, evidence(table(margin=0.2, chosen=-40.0))),
+    "overfitting": (
+        pace.overfitting,
+        evidence(seen=table(margin=healthy()), evaluated=table(margin=confused()), evals=(0.6, 1.5)),
+    ),
+    "one_source_against": (labels.one_source_against, evidence(table(margin=REVERSED, source=SOURCES))),
+    "length_exploited": (labels.length_exploited, evidence(table(margin=BY_LENGTH, difference=DIFFERENCE))),
+    "swapped_labels": (labels.swapped_labels, evidence(table(margin=swapped(0.1)))),
+}
+CONTROL = evidence(
+    table(margin=healthy(), source=SOURCES, difference=DIFFERENCE),
+    start=table(margin=0.0, chosen=0.0),
+    seen=table(margin=healthy()),
+    evaluated=table(margin=healthy()),
+)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_cause_is_found_and_a_healthy_run_has_none(name):
+    cause, planted = PLANTED[name]
+    found = cause(planted)
+    assert isinstance(found, Finding)
+    assert found.cause == name == cause.__name__
+    assert found.action
+    assert all(measure.line for measure in found.evidence)
+    assert cause(CONTROL) is None
+
+
+def test_the_pairs_behind_swapped_labels_are_those_that_were_swapped():
+    found = labels.swapped_labels(PLANTED["swapped_labels"][1])
+    assert set(found.rows) <= set(range(PAIRS // 10))
+    assert len(found.rows) > PAIRS // 20
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02])
+def test_few_swapped_labels_are_no_finding(share):
+    assert labels.swapped_labels(evidence(table(margin=swapped(share)))) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_honest_noise_is_no_swapped_label(seed):
+    # A weak signal ranks many pairs wrongly, but none as surely as most are ranked right.
+    margins = np.random.default_rng(seed).normal(0.5, 0.5, PAIRS)
+    assert labels.swapped_labels(evidence(table(margin=margins))) is None
+
+
+def test_swapped_labels_are_no_high_learning_rate():
+    sure = 6 * swapped(0.12)
+    assert pace.learning_rate_too_high(evidence(table(margin=sure))) is None
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_without_pairs_nothing_is_claimed(cause):
+    if cause in (setup.truncated_completions, pace.overfitting):
+        return
+    result = cause(evidence(table(margin=healthy(5))))
+    assert isinstance(result, Missing)
+
+
+def test_every_cause_says_what_it_asks():
+    assert all(cause.__doc__ and not cause.__doc__.endswith(".") for cause in CAUSES)
+    assert len({cause.__name__ for cause in CAUSES}) == len(CAUSES) >= 11
+
+
+def test_a_loss_without_a_reference_does_not_drift_from_it():
+    drifting = evidence(table(margin=0.2, chosen=-40.0), loss_type=["simpo", "sft"])
+    assert isinstance(pace.beta_too_low(drifting), Missing)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_is_read_from_its_folder(tmp_path, shards_writer, run_writer, texts, finished):
+    pairs = shards_writer(tmp_path / "shards", texts(400))
+    run = run_writer(tmp_path / "run", tmp_path / "shards", pairs, finished=finished, scored=finished)
+    found = diagnose(run)
+    assert found.pairs > 50
+    assert {check.cause for check in found.checks} == {cause.__name__ for cause in CAUSES}
+    precision = next(check for check in found.checks if check.cause == "precision_lost")
+    assert precision.result == ("clear" if finished else "unknown")
+    assert [f.cause for f in found.findings] == [c.cause for c in found.checks if c.result == "found"][:3]
+
+
+def test_a_model_that_lost_what_was_learned_is_found(tmp_path, shards_writer, run_writer, texts, fake_policy):
+    from dpo_opt.schemas.pair_logps import write_pair_logps
+
+    pairs = shards_writer(tmp_path / "shards", texts(400))
+    run = run_writer(tmp_path / "run", tmp_path / "shards", pairs, scored=False)
+    rows = fake_policy(pairs, strength=0.05).rows([p.row for p in pairs], step=60, steps=60, phase="score")
+    write_pair_logps(run / "scores" / "final.parquet", [rows])
+    first = diagnose(run).findings[0]
+    assert first.cause == "precision_lost"
+    assert {(pair.row, pair.pair_id) for pair in first.pairs} <= {(p.row, p.pair_id) for p in pairs}
+    assert len(first.pairs) == 20
+
+
+def test_a_run_that_has_just_begun_is_not_called_healthy(tmp_path, shards_writer, run_writer, texts):
+    pairs = shards_writer(tmp_path / "shards", texts(40))
+    run = run_writer(tmp_path / "run", tmp_path / "shards", pairs, steps=1, finished=False, scored=False)
+    for file in (run / "pair_logps").iterdir():
+        file.unlink()
+    found = diagnose(run)
+    assert found.verdict == "unknown"
+    assert {check.result for check in found.checks} == {"unknown", "clear"}
