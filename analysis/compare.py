@@ -25,7 +25,7 @@ class Difference(NamedTuple):
     chosen_fell: Interval
 
 
-def difference(own: pl.DataFrame, baseline: pl.DataFrame) -> Difference | None:
+def difference(own: pl.LazyFrame, baseline: pl.LazyFrame) -> Difference | None:
     """How a run differs from another one; None if they have no pair in common.
 
     Pairs that were held out of both are compared where there are any, or else all that both have.
@@ -50,7 +50,7 @@ def difference(own: pl.DataFrame, baseline: pl.DataFrame) -> Difference | None:
     )
 
 
-def _shared(own: pl.DataFrame, baseline: pl.DataFrame) -> pl.DataFrame:
+def _shared(own: pl.LazyFrame, baseline: pl.LazyFrame) -> pl.DataFrame:
     # By row and reference: the same row of other shards has other log-probs.
     keys = ["row", "ref_chosen_logps", "ref_rejected_logps"]
     values = {
@@ -60,4 +60,4 @@ def _shared(own: pl.DataFrame, baseline: pl.DataFrame) -> pl.DataFrame:
     }
     left = own.select(*keys, "prompt", "held_out", **values)
     right = baseline.select(*keys, "held_out", **values)
-    return left.join(right, on=keys, suffix="_baseline")
+    return left.join(right, on=keys, suffix="_baseline").collect(engine="streaming")

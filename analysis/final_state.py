@@ -1,15 +1,17 @@
-"""The last known state of a run's policy: from ``scores/``, or else from the last evaluation.
+"""Finds the last state of the policy whose log-probs are known, and joins its pairs with the reference's.
 
-The report and the diagnosis both judge a run by it.
+The joined pairs lie in files of a scratch folder and are scanned there, so that a report of any number of
+pairs needs the same memory.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import polars as pl
 
-from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER, ShardSlice, scan_pair_logps
-from dpo_opt.analysis.outcomes import Outcome, final_pairs, outcome
+from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER, ShardSlice, join_reference, scan_pair_logps
+from dpo_opt.analysis.outcomes import Outcome, outcome
 from dpo_opt.analysis.run_files import Run
 from dpo_opt.schemas.pair_logps import dtype_of_logps
 
@@ -20,7 +22,11 @@ SCORES_FOLDER = "scores"
 class FinalState:
     """The pairs under the last state of the policy for which their log-probs are known."""
 
-    pairs: pl.DataFrame
+    pairs: pl.LazyFrame
+    """From :func:`final_pairs`."""
+    table: pl.LazyFrame
+    """The policy's log-probs of these pairs as they were written: ``PAIR_LOGPS_SCHEMA``."""
+    count: int
     scored: bool
     """True if the log-probs are from ``scores/``, False if they are from the last evaluation."""
     step: int
@@ -38,7 +44,7 @@ class FinalState:
         return "held-out" if "held-out" in self.splits else "all"
 
     @property
-    def judging(self) -> pl.DataFrame:
+    def judging(self) -> pl.LazyFrame:
         """The pairs of :attr:`judged_by`."""
         return self.pairs.filter("held_out") if self.judged_by == "held-out" else self.pairs
 
@@ -52,18 +58,23 @@ def held_out_rows(logps: pl.LazyFrame | None) -> pl.Series:
 
 
 def final_state(
-    run: Run, logps: pl.LazyFrame | None, slices: Sequence[ShardSlice], held_out: pl.Series
+    run: Run,
+    logps: pl.LazyFrame | None,
+    slices: Sequence[ShardSlice],
+    held_out: pl.Series,
+    scratch: Path | None = None,
 ) -> FinalState | None:
-    """The last state of a run's policy with known log-probs; None if there is none.
+    """The run's final state; None if no pair's log-probs are known.
 
     Args:
         run: The run.
-        logps: Its pair log-probs, if there are any.
-        slices: From ``shard_slices``, of the run's shards.
+        logps: What training and evaluations wrote; None if nothing.
+        slices: From ``shard_slices``.
         held_out: From :func:`held_out_rows`.
+        scratch: See :func:`final_pairs`.
 
     Raises:
-        DataError: A table is damaged, or its pairs are not those of the run's shards.
+        DataError: The pairs are not those of the shards.
     """
     scored = bool(run.tables(SCORES_FOLDER))
     if scored:
@@ -88,17 +99,76 @@ def final_state(
         label = f"the held-out pairs at the last evaluation (step {step:,})"
     else:
         return None
-    pairs = final_pairs(table, slices, held_out=held_out, where=where)
+    pairs = final_pairs(table, slices, held_out=held_out, where=where, scratch=scratch)
     parts = {"all": pairs} if scored else {}
     if len(held_out):
         parts["training"] = pairs.filter(~pl.col("held_out"))
-        parts["held-out"] = pairs.filter(pl.col("held_out"))
-    splits = {
-        name: outcome(part, beta=run.beta, noise=run.margin_noise)
-        for name, part in parts.items()
-        if len(part)
-    }
+        parts["held-out"] = pairs.filter("held_out")
+    outcomes = {name: outcome(part, beta=run.beta, noise=run.margin_noise) for name, part in parts.items()}
+    splits = {name: found for name, found in outcomes.items() if found is not None}
     if not splits:
         return None
-    dtype = dtypes.pop() if len(dtypes) == 1 else None
-    return FinalState(pairs=pairs, scored=scored, step=step, label=label, dtype=dtype, splits=splits)
+    return FinalState(
+        pairs=pairs,
+        table=table,
+        count=sum(splits[name].pairs for name in ("training", "held-out") if name in splits)
+        or splits["all"].pairs,
+        scored=scored,
+        step=step,
+        label=label,
+        dtype=dtypes.pop() if len(dtypes) == 1 else None,
+        splits=splits,
+    )
+
+
+def final_pairs(
+    pair_logps: pl.LazyFrame,
+    slices: Sequence[ShardSlice],
+    *,
+    held_out: pl.Series,
+    where: str,
+    scratch: Path | None = None,
+) -> pl.LazyFrame:
+    """The final log-probs of each pair with the reference's, in row order.
+
+    Args:
+        pair_logps: At most one state of the policy; a pair that was scored twice is kept once.
+        slices: From ``shard_slices``.
+        held_out: Row numbers of the pairs that training did not see.
+        where: Name of the pair log-probs, for messages.
+        scratch: An empty folder, where about 90 bytes per pair are written, which stays as long as the pairs
+            are used. None keeps them in memory.
+
+    Returns:
+        A scan of ``row``, ``pair_id``, ``prompt`` (a hash of prompt_id), ``source``, ``held_out``, the four
+        log-probs and the two lengths.
+
+    Raises:
+        DataError: The pairs are not those of the shards.
+    """
+    reference = (
+        "row",
+        "pair_id",
+        pl.col("prompt_id").hash().alias("prompt"),
+        "source",
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+    )
+    policy = ("row", "pair_id", "chosen_logps", "rejected_logps", "chosen_length", "rejected_length")
+    parts = []
+    for number, part in enumerate(slices):
+        wanted = pair_logps.filter(part.rows).select(policy)
+        joined = (
+            join_reference(wanted, part.shards.select(*reference), where=where)
+            .unique("row", keep="any")
+            .sort("row")
+            .with_columns(pl.col("row").is_in(held_out.implode()).alias("held_out"))
+            .collect(engine="streaming")
+        )
+        if scratch is None:
+            parts.append(joined)
+        else:
+            joined.write_parquet(scratch / f"{number:05d}.parquet", compression="lz4")
+    if scratch is None:
+        return pl.concat(parts).lazy()
+    return pl.scan_parquet(sorted(scratch.glob("*.parquet")), glob=False)

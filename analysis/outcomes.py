@@ -12,7 +12,10 @@ import polars as pl
 
 from dpo_opt.analysis import rewards
 from dpo_opt.analysis.intervals import IntArray, Interval, cluster_starts, ratio_interval, share_interval
-from dpo_opt.analysis.load import ShardSlice, join_reference
+from dpo_opt.analysis.load import ShardSlice
+
+GROUPS = 65_536
+_MOST_SINGLE = 1_000_000
 
 
 class Outcome(NamedTuple):
@@ -47,8 +50,8 @@ class SourceOutcome(NamedTuple):
     pairs: int
     prompts: int
     reward_accuracy: Interval
-    ranking_accuracy: float
-    reference_ranking_accuracy: float
+    ranking_accuracy: Interval
+    reference_ranking_accuracy: Interval
     mean_margin: float
 
 
@@ -84,56 +87,18 @@ def reference_accuracy(slices: Sequence[ShardSlice]) -> float | None:
     return sum(frame["right"].item() for frame in sums) / pairs if pairs else None
 
 
-def final_pairs(
-    pair_logps: pl.LazyFrame, slices: Sequence[ShardSlice], *, held_out: pl.Series, where: str
-) -> pl.DataFrame:
-    """The final log-probs of each pair with the reference's: about 60 bytes per pair in memory.
+def outcome(pairs: pl.LazyFrame, *, beta: float, noise: float | None = None) -> Outcome | None:
+    """Summarize final pairs; None if there are none.
 
     Args:
-        pair_logps: At most one state of the policy; a pair that was scored twice is kept once.
-        slices: From ``shard_slices``.
-        held_out: Row numbers of the pairs that training did not see.
-        where: Name of the pair log-probs, for messages.
-
-    Returns:
-        ``row``, ``prompt`` (a hash of prompt_id), ``source``, ``held_out``, the four log-probs and the
-        two lengths.
-
-    Raises:
-        DataError: The pairs are not those of the shards.
-    """
-    # Hashed before the join: as text, the identifiers would take most of its memory.
-    reference = (
-        "row",
-        "pair_id",
-        pl.col("prompt_id").hash().alias("prompt"),
-        pl.col("source").cast(pl.Categorical),
-        "ref_chosen_logps",
-        "ref_rejected_logps",
-    )
-    policy = ("row", "pair_id", "chosen_logps", "rejected_logps", "chosen_length", "rejected_length")
-    parts = [
-        join_reference(pair_logps.filter(s.rows).select(policy), s.shards.select(*reference), where=where)
-        .drop("pair_id")
-        .unique("row", keep="any")
-        .sort("row")
-        .collect(engine="streaming")
-        for s in slices
-    ]
-    return pl.concat(parts).with_columns(pl.col("row").is_in(held_out.implode()).alias("held_out"))
-
-
-def outcome(pairs: pl.DataFrame, *, beta: float, noise: float | None = None) -> Outcome:
-    """Summarize final pairs.
-
-    Args:
-        pairs: From :func:`final_pairs`, at least one.
+        pairs: From ``final_pairs``.
         beta: The run's beta.
         noise: Standard deviation of rounding in a pair's log-prob margin, in nats. Margins below twice it
             are counted as ``within_noise``.
     """
     policy, reference = rewards.ranking_accuracy(), rewards.reference_ranking_accuracy()
-    means = pairs.lazy().select(
+    means = pairs.select(
+        pl.len().alias("pairs"),
         flipped_right=(policy & ~reference).mean(),
         flipped_wrong=(~policy & reference).mean(),
         mean_margin=rewards.margin(beta=beta).mean(),
@@ -146,37 +111,44 @@ def outcome(pairs: pl.DataFrame, *, beta: float, noise: float | None = None) -> 
         if noise is None
         else (rewards.margin(beta=1.0).abs() < 2 * noise).sum().cast(pl.Int64),
     )
+    found = means.collect(engine="streaming").row(0, named=True)
+    if not found["pairs"]:
+        return None
     prompts, (reward_accuracy, ranking_accuracy, reference_accuracy) = shares_over_prompts(
         pairs, rewards.reward_accuracy(), policy, reference
     )
     return Outcome(
-        pairs=len(pairs),
         prompts=prompts,
         reward_accuracy=reward_accuracy,
         ranking_accuracy=ranking_accuracy,
         reference_ranking_accuracy=reference_accuracy,
-        **means.collect(engine="streaming").row(0, named=True),
+        **found,
     )
 
 
-def shares_over_prompts(pairs: pl.DataFrame, *conditions: pl.Expr) -> tuple[int, list[Interval]]:
+def shares_over_prompts(
+    pairs: pl.LazyFrame | pl.DataFrame, *conditions: pl.Expr
+) -> tuple[int, list[Interval]]:
     """The number of prompts, and the share of the pairs for which each condition holds.
+
+    Of more than a million pairs the prompts are counted to about 1%. A cluster then is a group of prompts
+    that their hash decides: with 65,536 of them the intervals keep their width to 1%, and memory is bounded
+    (random groups: Wolter 2007, "Introduction to Variance Estimation", chapter 2).
 
     Args:
         pairs: At least one pair, with ``prompt`` (a hash of prompt_id) and the columns of the conditions.
         conditions: True or False for each pair.
     """
-    # numpy, because a hash table of a million prompts would outweigh the frame itself.
-    prompts = pairs["prompt"].to_numpy()
-    order = np.argsort(prompts)
-    starts = cluster_starts(prompts[order])
-    sizes = np.diff(starts, append=len(pairs))
+    pairs = pairs.lazy()
+    clusters = _cluster_sums(pairs, conditions)
+    return _prompts(pairs, clusters)[None], _shares(clusters)
 
-    def share(condition: pl.Expr) -> Interval:
-        values = pairs.select(condition.cast(pl.Int32).alias("holds"))["holds"].to_numpy()
-        return _share(np.add.reduceat(values[order], starts), sizes)
 
-    return len(starts), [share(condition) for condition in conditions]
+def cluster(pairs: pl.LazyFrame) -> pl.Expr:
+    """What is drawn as one when pairs are resampled: their prompt, or its group if the pairs are many."""
+    many = pairs.select(pl.len()).collect(engine="streaming").item() > _MOST_SINGLE
+    prompt = pl.col("prompt")
+    return (prompt % GROUPS if many else prompt).alias("cluster")
 
 
 def means_over_prompts(pairs: pl.DataFrame, *values: pl.Expr) -> list[Interval]:
@@ -198,45 +170,46 @@ def means_over_prompts(pairs: pl.DataFrame, *values: pl.Expr) -> list[Interval]:
     return [mean(value) for value in values]
 
 
-def means_by_source(pairs: pl.DataFrame, *values: pl.Expr) -> pl.DataFrame:
+def means_by_source(pairs: pl.LazyFrame, *values: pl.Expr) -> pl.DataFrame:
     """Number of pairs and means of values per source, largest first; empty if no pair has a source."""
-    if pairs["source"].null_count() == len(pairs):
-        pairs = pairs.clear()
-    return (
-        pairs.lazy()
-        .group_by("source")
+    table = (
+        pairs.group_by(pl.col("source").cast(pl.String))
         .agg(pl.len().alias("pairs"), *(value.mean() for value in values))
-        .with_columns(pl.col("source").cast(pl.String))
         .sort("pairs", "source", descending=[True, False])
         .collect(engine="streaming")
     )
+    return table.clear() if table["source"].null_count() == len(table) else table
 
 
-def by_source(pairs: pl.DataFrame, *, beta: float) -> list[SourceOutcome]:
+def by_source(pairs: pl.LazyFrame | pl.DataFrame, *, beta: float) -> list[SourceOutcome]:
     """One outcome per source, largest first; empty if no pair has a source."""
-    table = means_by_source(
+    pairs = pairs.lazy().with_columns(pl.col("source").cast(pl.String))
+    table = means_by_source(pairs, rewards.margin(beta=beta).alias("mean_margin"))
+    if table.is_empty():
+        return []
+    clusters = _cluster_sums(
         pairs,
-        rewards.reward_accuracy().alias("reward_accuracy"),
-        rewards.ranking_accuracy().alias("ranking_accuracy"),
-        rewards.reference_ranking_accuracy().alias("reference_ranking_accuracy"),
-        rewards.margin(beta=beta).alias("mean_margin"),
+        (rewards.reward_accuracy(), rewards.ranking_accuracy(), rewards.reference_ranking_accuracy()),
+        by=("source",),
     )
-    accuracies = {} if table.is_empty() else _accuracies_by_source(pairs)
-    return [
-        SourceOutcome(**{**row, **accuracies[row["source"]]._asdict()}) for row in table.iter_rows(named=True)
-    ]
+    prompts = _prompts(pairs, clusters, by="source")
+    shares = {of["source"][0]: _shares(of.drop("source")) for of in clusters.partition_by("source")}
+    found = []
+    for source, count, mean_margin in table.select("source", "pairs", "mean_margin").iter_rows():
+        right, ranked, reference = shares[source]
+        found.append(SourceOutcome(source, count, prompts[source], right, ranked, reference, mean_margin))
+    return found
 
 
-def length_bias(pairs: pl.DataFrame, *, beta: float) -> LengthBias:
+def length_bias(pairs: pl.LazyFrame, *, beta: float) -> LengthBias:
     """How often the longer completion is chosen, and how the margin depends on length."""
     difference, margin = rewards.length_difference(), rewards.margin(beta=beta)
     correlation = (
-        pairs.lazy().select(pl.corr(margin, difference.cast(pl.Float64))).collect(engine="streaming").item()
+        pairs.select(pl.corr(margin, difference.cast(pl.Float64))).collect(engine="streaming").item()
     )
     names = {1: "longer", -1: "shorter", 0: "as long"}
     table = (
-        pairs.lazy()
-        .group_by(difference.sign().alias("sign"))
+        pairs.group_by(difference.sign().alias("sign"))
         .agg(
             pl.len().alias("pairs"),
             rewards.reward_accuracy().mean().alias("reward_accuracy"),
@@ -257,41 +230,6 @@ def length_bias(pairs: pl.DataFrame, *, beta: float) -> LengthBias:
     )
 
 
-def hardest_pairs(pairs: pl.DataFrame, *, beta: float, count: int) -> pl.DataFrame:
-    """The pairs with the lowest final margin, lowest first, with ``margin`` and both ranking margins."""
-    return (
-        pairs.lazy()
-        .with_columns(
-            margin=rewards.margin(beta=beta),
-            ranking_margin=rewards.ranking_margin(),
-            reference_ranking_margin=rewards.reference_ranking_margin(),
-        )
-        .bottom_k(count, by=["margin", "row"])
-        .sort("margin", "row")
-        .collect(engine="streaming")
-    )
-
-
-class _Accuracy(NamedTuple):
-    prompts: int
-    reward_accuracy: Interval
-
-
-def _accuracies_by_source(pairs: pl.DataFrame) -> dict[str | None, _Accuracy]:
-    sources = pairs["source"].to_physical()
-    codes = sources.fill_null(sources.max() + 1).to_numpy()  # type: ignore[operator]
-    prompts = pairs["prompt"].to_numpy()
-    order = np.lexsort((prompts, codes))
-    starts = cluster_starts(codes[order], prompts[order])
-    right = pairs.select(holds=rewards.reward_accuracy().cast(pl.Int32))["holds"].to_numpy()
-    right = np.add.reduceat(right[order], starts)
-    sizes = np.diff(starts, append=len(pairs))
-    first = cluster_starts(codes[order][starts])
-    names = pairs["source"].gather(order[starts[first]]).cast(pl.String).to_list()
-    parts = zip(np.split(right, first[1:]), np.split(sizes, first[1:]), strict=True)
-    return {name: _Accuracy(len(k), _share(k, n)) for name, (k, n) in zip(names, parts, strict=True)}
-
-
 def _share(right: IntArray, pairs: IntArray) -> Interval:
     # Most prompts have equal counts, so a million prompts have only dozens of distinct ones.
     base = int(pairs.max()) + 1
@@ -300,3 +238,34 @@ def _share(right: IntArray, pairs: IntArray) -> Interval:
     return share_interval(
         successes=successes.astype(np.float64), trials=trials.astype(np.float64), multiplicities=counts
     )
+
+
+def _cluster_sums(
+    pairs: pl.LazyFrame, conditions: Sequence[pl.Expr], *, by: Sequence[str] = ()
+) -> pl.DataFrame:
+    """``cluster``, ``pairs`` and the number of pairs for which each condition holds."""
+    return (
+        pairs.group_by(*by, cluster(pairs))
+        .agg(
+            pl.len().cast(pl.Int64).alias("pairs"),
+            *(holds.sum().cast(pl.Int64).alias(f"holds {i}") for i, holds in enumerate(conditions)),
+        )
+        .collect(engine="streaming")
+    )
+
+
+def _shares(clusters: pl.DataFrame) -> list[Interval]:
+    sizes = clusters["pairs"].to_numpy()
+    return [_share(clusters[name].to_numpy(), sizes) for name in clusters.columns if name.startswith("holds")]
+
+
+def _prompts(pairs: pl.LazyFrame, clusters: pl.DataFrame, *, by: str | None = None) -> dict[str | None, int]:
+    """Number of prompts by the value of a column, or of all under None."""
+    group = pl.lit(None, pl.String) if by is None else pl.col(by)
+    grouped = clusters["pairs"].sum() > _MOST_SINGLE
+    counted = (
+        pairs.group_by(group.alias("of")).agg(pl.col("prompt").approx_n_unique()).collect(engine="streaming")
+        if grouped
+        else clusters.group_by(group.alias("of")).agg(pl.len().alias("prompt"))
+    )
+    return dict(counted.select("of", "prompt").iter_rows())

@@ -4,6 +4,7 @@ The page has no script and loads no other file. A content security policy in its
 text of a model or a dataset ever gets past the escaping.
 """
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,23 +12,28 @@ import polars as pl
 from markupsafe import Markup
 
 from dpo_opt.analysis.compare import difference
+from dpo_opt.analysis.export_pairs import export_pairs
 from dpo_opt.analysis.html import render
+from dpo_opt.analysis.quadrants import MOVEMENTS
 from dpo_opt.analysis.run_files import open_run
+from dpo_opt.analysis.run_summary import run_summary
 from dpo_opt.analysis.summary import RunDifference, Summary
 from dpo_opt.analysis.view import RunView, view_run
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
 from dpo_opt.schemas.storage import write_text
 
 
-def report(run_dirs: Sequence[Path], output: Path) -> Summary:
+def report(run_dirs: Sequence[Path], output: Path, *, pairs: Path | None = None) -> Summary:
     """Write the report of one or more runs, and its numbers beside it: ``NAME.summary.json``.
 
     Args:
         run_dirs: Folders that ``dpo-opt train`` wrote.
         output: The HTML file.
+        pairs: A Parquet file for every pair's final numbers; see ``export_pairs``.
 
     Raises:
-        ConfigError: A folder is not a run folder, its shards are gone, or the output cannot be written there.
+        ConfigError: A folder is not a run folder, its shards are gone, the output cannot be written there, or
+            no pair's final numbers are known where they are asked for.
         DataError: A table is damaged, or holds other pairs than the run's shards.
     """
     if not run_dirs:
@@ -38,10 +44,33 @@ def report(run_dirs: Sequence[Path], output: Path) -> Summary:
             why="it is a folder",
             fix="dpo-opt report RUN --output report.html",
         )
+    with tempfile.TemporaryDirectory(prefix="dpo-opt-report-") as scratch:
+        views = _views(run_dirs, Path(scratch))
+        if pairs is not None:
+            _export(views, pairs)
+        summary = Summary(runs=[run_summary(view) for view in views], differences=_differences(views))
+    write_text(output, _page(views, summary, numbers=summary_file(output).name))
+    write_text(summary_file(output), summary.model_dump_json(indent=1) + "\n")
+    return summary
+
+
+def _export(views: Sequence[RunView], output: Path) -> None:
+    if not any(view.final for view in views):
+        raise ConfigError(
+            f"there are no pairs to write to {quoted(output)}",
+            why="no pair's final log-probs are known",
+            fix=views[0].run.score_command,
+        )
+    export_pairs(views, output)
+
+
+def _views(run_dirs: Sequence[Path], scratch: Path) -> list[RunView]:
     views = []
-    for run_dir in run_dirs:
+    for number, run_dir in enumerate(run_dirs):
+        own = scratch / str(number)
+        own.mkdir()
         try:
-            views.append(view_run(open_run(Path(run_dir))))
+            views.append(view_run(open_run(Path(run_dir)), own))
         except pl.exceptions.ComputeError as error:
             # The files' footers were readable, but their data pages are not.
             raise DataError(
@@ -49,10 +78,7 @@ def report(run_dirs: Sequence[Path], output: Path) -> Summary:
                 where=str(run_dir),
                 why="one of its Parquet files is damaged",
             ) from error
-    summary = Summary(runs=[view.summary for view in views], differences=_differences(views))
-    write_text(output, _page(views, summary, numbers=summary_file(output).name))
-    write_text(summary_file(output), summary.model_dump_json(indent=1) + "\n")
-    return summary
+    return views
 
 
 def summary_file(output: Path) -> Path:
@@ -73,5 +99,11 @@ def _differences(views: Sequence[RunView]) -> list[RunDifference]:
 def _page(views: Sequence[RunView], summary: Summary, *, numbers: str) -> str:
     figures = [{name: Markup(svg) for name, svg in view.figures.items()} for view in views]
     return render(
-        "page.html.jinja", views=views, figures=figures, differences=summary.differences, numbers=numbers
+        "report.html.jinja",
+        views=views,
+        summaries=summary.runs,
+        movements=MOVEMENTS,
+        figures=figures,
+        differences=summary.differences,
+        numbers=numbers,
     )

@@ -36,7 +36,7 @@ def reference_view(shards_dir: AnyPath, *, hardest: int = 8) -> ReferenceView:
     pairs = _reference_pairs(shards_dir)
     normalised = rewards.normalised_reference_ranking_accuracy()
     margin = rewards.reference_ranking_margin()
-    _, (accuracy,) = shares_over_prompts(pairs, rewards.reference_ranking_accuracy())
+    _, (accuracy,) = shares_over_prompts(pairs.lazy(), rewards.reference_ranking_accuracy())
     spread = {name: margin.quantile(q, interpolation="linear") for name, q in _QUANTILES.items()}
     decoder = TokenDecoder(shards_dir)
     return ReferenceView(
@@ -66,7 +66,7 @@ def _reference_pairs(shards_dir: AnyPath) -> pl.DataFrame:
 
 def _by_source(pairs: pl.DataFrame) -> list[SourceRanking]:
     table = means_by_source(
-        pairs,
+        pairs.lazy(),
         rewards.reference_ranking_accuracy().alias("ranking_accuracy"),
         rewards.reference_ranking_margin().alias("mean_ranking_margin"),
     )

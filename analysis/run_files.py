@@ -86,6 +86,11 @@ class Run:
             "kl", model=self.path / FINAL, reference=reference, prompts=self.shards, output=output
         )
 
+    @property
+    def pairs_command(self) -> str:
+        """The command that writes every pair with its final numbers."""
+        return f"dpo-opt report {quoted(self.path)} --pairs {quoted(f'{self.name}.pairs.parquet')}"
+
     def tables(self, folder: str) -> list[Path]:
         """The finished Parquet files of one of the run's folders; none if there is no such folder."""
         return sorted(p for p in (self.path / folder).glob("*.parquet") if not p.name.startswith("."))
@@ -117,6 +122,13 @@ def open_run(path: Path) -> Run:
         evals=evals,
         parity=_read_parity(path / PARITY),
     )
+
+
+def last_entry(metrics: pl.DataFrame) -> dict[str, float]:
+    """The last row of a metrics frame, without its nulls."""
+    if not len(metrics):
+        return {}
+    return {name: value for name, value in metrics.row(-1, named=True).items() if value is not None}
 
 
 def _command(name: str, **options: object) -> str:

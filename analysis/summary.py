@@ -3,8 +3,7 @@
 import math
 from collections.abc import Mapping
 
-import polars as pl
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from dpo_opt.analysis.compare import Difference
 from dpo_opt.analysis.intervals import Interval
@@ -110,6 +109,19 @@ class RunSummary(_Record):
     kl: KLSummary | None
     """The last file of ``kl/``."""
     parity: dict[str, bool | int | float | None] | None
+    movements: dict[str, float | None] | None
+    """Share of the judged pairs in each quadrant of movement. Judged are the held-out pairs, or else all."""
+    rankings: JsonValue
+    """Reference margin against trained margin: quadrants with counts, mean margins and rows."""
+    calibration: JsonValue
+    lengths: JsonValue
+    sources: JsonValue
+    notable_pairs: dict[str, list[str]] | None
+    """Identifiers of the pairs that the page shows, by list."""
+    smallest_margin: float | None
+    """5th percentile of the size of log-prob margins, in nats."""
+    points: JsonValue
+    """The pairs against steps: means, quantiles of log-ratios and their margin, shares of movements."""
 
 
 class RunDifference(_Record):
@@ -150,13 +162,21 @@ def known(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def last_entry(metrics: pl.DataFrame) -> dict[str, int | float | None]:
-    """The last row of a metrics frame, without its nulls."""
-    if not len(metrics):
-        return {}
-    return {name: known(value) for name, value in metrics.row(-1, named=True).items() if value is not None}
-
-
-def known_values(values: Mapping[str, float] | None) -> dict[str, bool | int | float | None] | None:
+def known_values(values: Mapping[str, float]) -> dict[str, bool | int | float | None]:
     """The mapping, with None for every number that is not finite."""
-    return None if values is None else {name: known(value) for name, value in values.items()}
+    return {name: known(value) for name, value in values.items()}
+
+
+def numbers_of(value: object) -> JsonValue:
+    """Named tuples as objects and unknown numbers as null, as deep as they go."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return numbers_of(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(name): numbers_of(of) for name, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [numbers_of(of) for of in value]
+    if isinstance(value, float):
+        return known(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise TypeError(f"{type(value).__name__} is no number of a report")

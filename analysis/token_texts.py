@@ -1,15 +1,18 @@
-"""Decodes a pair's token ids to text that is safe to show in a report.
+"""Decodes a pair's token ids to text that is safe to show in a report, with what training did to each token.
 
 The text may come from a model or a stranger. Control characters are removed here, and the template escapes
 markup.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import polars as pl
 
+from dpo_opt.analysis.intervals import FloatArray
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import TOKENIZER
 from dpo_opt.schemas.safe_text import printable
@@ -19,20 +22,40 @@ _CHARACTERS = 900
 _IDS = 2000
 
 
+# In nats. A token whose log-prob moved by less than the first stays without a colour.
+_SHADES = (0.05, 0.2, 0.5, 1.0)
+
+
 class Part(NamedTuple):
     """A piece of a completion."""
 
     text: str
     context: bool
     """Whether it is what users and tools say, which does not count."""
+    logratio: float | None = None
+    """log policy - log reference of its tokens, in nats; None if it is not known."""
+
+    @property
+    def shade(self) -> str:
+        """How far its log-prob moved: ``up1`` to ``up4``, ``down1`` to ``down4``, or nothing."""
+        if self.logratio is None or not math.isfinite(self.logratio):
+            return ""
+        level = sum(abs(self.logratio) >= least for least in _SHADES)
+        return f"{'up' if self.logratio > 0 else 'down'}{level}" if level else ""
 
 
 class PairText(NamedTuple):
-    """One pair as text, each side cut to a length that fits on a page."""
+    """One pair as text, each side cut to a length that fits on a page; its log-ratios are cut nowhere."""
 
+    pair_id: str
     prompt: str
     chosen: list[Part]
     rejected: list[Part]
+
+    @property
+    def has_logratios(self) -> bool:
+        """Whether every token that counts has its log-ratio."""
+        return all(part.logratio is not None for part in (*self.chosen, *self.rejected) if not part.context)
 
 
 class TokenDecoder:
@@ -65,31 +88,45 @@ class TokenDecoder:
         return printable(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
-def pair_texts(shards: pl.LazyFrame, rows: Sequence[int], decoder: TokenDecoder) -> dict[int, PairText]:
-    """The text of some pairs, by row: the end of the prompt and the start of both completions."""
+def pair_texts(
+    shards: pl.LazyFrame, rows: Sequence[int], decoder: TokenDecoder, policy: pl.LazyFrame | None = None
+) -> dict[int, PairText]:
+    """The text of some pairs, by row: the end of the prompt and the start of both completions.
+
+    Args:
+        shards: From ``scan_shards``.
+        rows: Row numbers.
+        decoder: Of the same shards.
+        policy: One state of the policy, from ``scan_pair_logps``. Where it has the log-probs of single
+            tokens, each part gets its log-ratio, and those of a side sum to the side's.
+    """
+    wanted = pl.col("row").is_in(list(rows))
     found = (
-        shards.filter(pl.col("row").is_in(list(rows)))
+        shards.filter(wanted)
         .select(
             "row",
+            "pair_id",
             "prompt_length",
-            "chosen_length",
-            "rejected_length",
             pl.col("prompt_ids").list.tail(_IDS),
-            pl.col("chosen_ids").list.head(_IDS),
-            pl.col("rejected_ids").list.head(_IDS),
-            pl.col("chosen_mask").list.head(_IDS),
-            pl.col("rejected_mask").list.head(_IDS),
+            *(f"{side}_ids" for side in ("chosen", "rejected")),
+            *(f"{side}_mask" for side in ("chosen", "rejected")),
+            *(f"ref_{side}_token_logps" for side in ("chosen", "rejected")),
         )
         .collect(engine="streaming")
     )
+    moved = {}
+    if policy is not None:
+        columns = ("row", "chosen_token_logps", "rejected_token_logps")
+        scored = policy.filter(wanted).select(columns).unique("row", keep="any").collect(engine="streaming")
+        moved = {row: (chosen, rejected) for row, chosen, rejected in scored.iter_rows()}
     texts = {}
     for row in found.iter_rows(named=True):
         chosen, rejected = (
-            _head(_parts(row[f"{side}_ids"], row[f"{side}_mask"], decoder), more=row[f"{side}_length"] > _IDS)
-            for side in ("chosen", "rejected")
+            _side(row[f"{side}_ids"], row[f"{side}_mask"], row[f"ref_{side}_token_logps"], logps, decoder)
+            for side, logps in zip(("chosen", "rejected"), moved.get(row["row"], (None, None)), strict=True)
         )
         prompt = _tail(decoder.text(row["prompt_ids"]), more=row["prompt_length"] > _IDS)
-        texts[row["row"]] = PairText(prompt, chosen, rejected)
+        texts[row["row"]] = PairText(row["pair_id"], prompt, chosen, rejected)
     return texts
 
 
@@ -106,6 +143,48 @@ def completion_start(ids: Sequence[int], decoder: TokenDecoder) -> str:
 def plain(parts: Sequence[Part]) -> str:
     """The text of a side."""
     return "".join(part.text for part in parts)
+
+
+def _side(
+    ids: Sequence[int],
+    mask: Sequence[bool] | None,
+    ref: Sequence[float],
+    policy: Sequence[float] | None,
+    decoder: TokenDecoder,
+) -> list[Part]:
+    counts = np.ones(len(ids), dtype=bool) if mask is None else np.array(mask)
+    if policy is None or len(policy) != counts.sum():
+        shown = None if mask is None else mask[:_IDS]
+        return _head(_parts(ids[:_IDS], shown, decoder), more=len(ids) > _IDS)
+    logratio = np.zeros(len(ids))
+    logratio[counts] = np.array(policy, dtype=np.float64) - np.array(ref, dtype=np.float64)[counts]
+    return _coloured(ids, counts.tolist(), logratio, decoder)
+
+
+def _coloured(
+    ids: Sequence[int], counts: Sequence[bool], logratio: FloatArray, decoder: TokenDecoder
+) -> list[Part]:
+    """A part for every token, or for several that are one character; the last one is all that is cut."""
+    parts: list[Part] = []
+    start, written = 0, ""
+    for stop in range(1, len(ids) + 1):
+        if len(written) >= _CHARACTERS:
+            break
+        text = decoder.text(ids[:stop])
+        last = stop == len(ids) or counts[stop] != counts[start]
+        # Half a character decodes to a mark of its own, which the next token replaces.
+        if not last and (text.endswith("\N{REPLACEMENT CHARACTER}") or not text.startswith(written)):
+            continue
+        piece = text[len(written) :] if text.startswith(written) else text
+        parts.append(
+            Part(piece, not counts[start], float(logratio[start:stop].sum()) if counts[start] else None)
+        )
+        start, written = stop, text
+    if start < len(ids):
+        rest = float(logratio[start:].sum())
+        cut = f" [… {len(ids) - start} more tokens: {rest:+.2f}]".replace("-", "−")
+        parts.append(Part(cut, False, rest))
+    return parts
 
 
 def _parts(ids: Sequence[int], mask: Sequence[bool] | None, decoder: TokenDecoder) -> list[Part]:

@@ -117,7 +117,7 @@ def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
                 f"{package.replace('.', '/')}/{path.relative_to(folder)}" for path in folder.glob(pattern)
             }
     assert "dpo_opt/schemas/FORMAT.md" in expected
-    assert "dpo_opt/analysis/templates/page.html.jinja" in expected
+    assert "dpo_opt/analysis/templates/report.html.jinja" in expected
     assert held == expected
 
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 import polars as pl
 
 from dpo_opt.analysis.diagnosis.finding import Finding, Missing, PairName
-from dpo_opt.analysis.final_state import FinalState, final_state, held_out_rows
+from dpo_opt.analysis.final_state import FinalState, final_pairs, final_state, held_out_rows
 from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER, ShardSlice, scan_pair_logps, shard_slices
-from dpo_opt.analysis.outcomes import final_pairs
 from dpo_opt.analysis.run_files import Run
 from dpo_opt.analysis.triage import token_overlap
 from dpo_opt.schemas.manifest import Manifest, load_manifest
@@ -39,7 +38,7 @@ class Evidence:
     @property
     def unseen(self) -> pl.DataFrame:
         """The pairs that the run is judged by: held-out ones at its end, or else those of :attr:`fresh`."""
-        held_out = self.final.pairs.filter("held_out") if self.final else self.fresh.clear()
+        held_out = self.final.pairs.filter("held_out").collect() if self.final else self.fresh.clear()
         return held_out if len(held_out) >= FEWEST else self.fresh
 
     @property
@@ -98,7 +97,7 @@ def gather(run: Run) -> Evidence:
     for name, rows in _parts(logps).items():
         where = str(run.path / PAIR_LOGPS_FOLDER)
         part = pl.LazyFrame(schema=_SCHEMA) if logps is None else logps.filter(rows)
-        parts[name] = final_pairs(part, slices, held_out=held_out, where=where)
+        parts[name] = final_pairs(part, slices, held_out=held_out, where=where).collect()
     return Evidence(run=run, manifest=load_manifest(run.shards), final=final, slices=slices, **parts)
 
 

@@ -60,7 +60,8 @@ def precision_lost(evidence: Evidence) -> Finding | Missing | None:
             "no held-out pair was evaluated while training, which the saved model could differ from"
         )
     both = evaluated.join(
-        final.pairs.select("row", saved_chosen="chosen_logps", saved_rejected="rejected_logps"), on="row"
+        final.pairs.select("row", saved_chosen="chosen_logps", saved_rejected="rejected_logps").collect(),
+        on="row",
     )
     if len(both) < FEWEST:
         return Missing("too few held-out pairs were scored")

@@ -49,24 +49,41 @@ def loss_curve(train: pl.DataFrame, evals: pl.DataFrame, *, untrained: float | N
 
 
 @styled
-def reward_curves(train: pl.DataFrame, evals: pl.DataFrame) -> Figure:
-    """Implicit rewards of chosen and rejected against steps; columns as training logs them."""
+def reward_curves(
+    train: pl.DataFrame, evals: pl.DataFrame, points: pl.DataFrame | None = None, *, beta: float = 1.0
+) -> Figure:
+    """Implicit rewards of chosen and rejected against steps; columns as training logs them.
+
+    Args:
+        train: Logged values of training.
+        evals: Those of evaluations.
+        points: Of ``Trajectories``, for ribbons from the 25th to the 75th percentile of the pairs.
+        beta: The run's beta, for the ribbons.
+    """
     _, chosen, which = _first_and_last(train, evals, "rewards/chosen")
     _, rejected, _ = _first_and_last(train, evals, "rewards/rejected")
     figure, axes = new_figure(
         f"Rewards end at {signed(chosen)} (chosen) and {signed(rejected)} (rejected), {which}",
         y="implicit reward (nats)",
     )
+    _ribbons(axes, points, "chosen_logratio", CHOSEN, beta=beta, wide=False)
+    _ribbons(axes, points, "rejected_logratio", REJECTED, beta=beta, wide=False)
     _both_sides(axes, train, evals, "rewards/{side}", "eval_rewards/{side}")
     return with_legend(figure, axes)
 
 
 @styled
-def margin_curve(train: pl.DataFrame, evals: pl.DataFrame) -> Figure:
-    """Reward margin against steps."""
+def margin_curve(
+    train: pl.DataFrame, evals: pl.DataFrame, points: pl.DataFrame | None = None, *, beta: float = 1.0
+) -> Figure:
+    """Reward margin against steps, with ribbons of the pairs' 5th to 95th and 25th to 75th percentile.
+
+    Args: see :func:`reward_curves`.
+    """
     _, margin, which = _first_and_last(train, evals, "rewards/margins")
     figure, axes = new_figure(f"The margin ends at {signed(margin)}, {which}", y="reward margin (nats)")
     baseline(axes, 0, None)
+    _ribbons(axes, points, "margin", HELD_OUT, beta=beta, wide=True)
     _line(axes, train, "rewards/margins", INK, "training")
     _points(axes, evals, "eval_rewards/margins", HELD_OUT, "held-out")
     return with_legend(figure, axes)
@@ -176,6 +193,25 @@ def _points(axes: Axes, evals: pl.DataFrame, column: str, colour: str, label: st
         markeredgewidth=0.8,
         label=label,
     )
+
+
+def _ribbons(
+    axes: Axes, points: pl.DataFrame | None, value: str, colour: str, *, beta: float, wide: bool
+) -> None:
+    """Percentiles of held-out pairs where they were evaluated twice or more, else of those in training."""
+    if points is None:
+        return
+    evals = points.filter(pl.col("phase") == "eval")
+    shown = evals if len(evals) > 1 else points.filter(pl.col("phase") == "train")
+    for low, high, alpha in ((("p5", "p95", 0.12),) if wide else ()) + (("p25", "p75", 0.2),):
+        axes.fill_between(
+            shown["step"].to_numpy(),
+            beta * shown[f"{value}_{low}"].to_numpy(),
+            beta * shown[f"{value}_{high}"].to_numpy(),
+            color=colour,
+            alpha=alpha,
+            linewidth=0,
+        )
 
 
 def _both_sides(axes: Axes, train: pl.DataFrame, evals: pl.DataFrame, column: str, eval_column: str) -> None:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dpo_opt.analysis import rewards
+from dpo_opt.analysis.binned import bin_of, counts, drawn, equal_groups, finite
 from dpo_opt.analysis.figures.drawing import (
     CHOSEN,
     HELD_OUT,
@@ -27,50 +28,52 @@ _LENGTH_GROUPS = 12
 
 
 @styled
-def margin_histogram(pairs: pl.DataFrame) -> Figure:
+def margin_histogram(pairs: pl.LazyFrame) -> Figure:
     """log p(chosen) - log p(rejected) under the reference and under the final policy.
 
     Args:
         pairs: From ``final_pairs``. The outermost 2% of each distribution is counted in the edge bars.
     """
-    before = _finite(pairs, rewards.reference_ranking_margin())
-    after = _finite(pairs, rewards.ranking_margin())
+    before, after = rewards.reference_ranking_margin(), rewards.ranking_margin()
     figure, axes = new_figure(
-        f"Ranked correctly: {_share_right(before):.0%} of pairs before, {_share_right(after):.0%} after",
+        f"Ranked correctly: {_share_right(pairs, before):.0%} of pairs before, "
+        f"{_share_right(pairs, after):.0%} after",
         x="log p(chosen) − log p(rejected), in nats",
         y="pairs",
     )
-    _histogram(axes, (before, after), colours=(MUTED, CHOSEN), labels=("reference", "final policy"))
+    _histogram(axes, pairs, (before, after), colours=(MUTED, CHOSEN), labels=("reference", "final policy"))
     return with_legend(figure, axes)
 
 
 @styled
-def reward_margin_histogram(pairs: pl.DataFrame, *, beta: float) -> Figure:
+def reward_margin_histogram(pairs: pl.LazyFrame, *, beta: float) -> Figure:
     """The final reward margins, all 0 before training.
 
     Args:
         pairs: From ``final_pairs``. The outermost 2% is counted in the edge bars.
         beta: The run's beta.
     """
-    margins = _finite(pairs, rewards.margin(beta=beta))
+    margin = rewards.margin(beta=beta)
     figure, axes = new_figure(
-        f"Moved the right way: {_share_right(margins):.0%} of pairs", x="reward margin (nats)", y="pairs"
+        f"Moved the right way: {_share_right(pairs, margin):.0%} of pairs",
+        x="reward margin (nats)",
+        y="pairs",
     )
-    _histogram(axes, (margins,), colours=(HELD_OUT,), labels=(None,))
+    _histogram(axes, pairs, (margin,), colours=(HELD_OUT,), labels=(None,))
     return figure
 
 
 @styled
-def margin_by_length(pairs: pl.DataFrame, *, beta: float) -> Figure:
+def margin_by_length(pairs: pl.LazyFrame, *, beta: float) -> Figure:
     """Mean reward margin against the length difference of the two completions, in up to 12 equal groups."""
-    values = pairs.select(difference=rewards.length_difference(), margin=rewards.margin(beta=beta))
-    difference = values["difference"].to_numpy()
-    edges = np.unique(np.quantile(difference, np.linspace(0, 1, _LENGTH_GROUPS + 1)[1:-1]))
+    difference = rewards.length_difference()
+    edges = equal_groups(finite(drawn(pairs, difference.alias("value"))["value"]), _LENGTH_GROUPS)
     groups = (
-        values.with_columns(group=np.searchsorted(edges, difference, side="right"))
-        .group_by("group")
+        pairs.select(difference=difference, margin=rewards.margin(beta=beta))
+        .group_by(bin_of(pl.col("difference").cast(pl.Float64), edges).alias("group"))
         .agg(pl.col("difference").mean(), pl.col("margin").mean())
         .sort("group")
+        .collect(engine="streaming")
     )
     span = float(groups["margin"].max() - groups["margin"].min())  # type: ignore[operator, arg-type]
     figure, axes = new_figure(
@@ -84,26 +87,34 @@ def margin_by_length(pairs: pl.DataFrame, *, beta: float) -> Figure:
 
 
 def _histogram(
-    axes: Axes, samples: Sequence[FloatArray], *, colours: Sequence[str], labels: Sequence[str | None]
+    axes: Axes,
+    pairs: pl.LazyFrame,
+    values: Sequence[pl.Expr],
+    *,
+    colours: Sequence[str],
+    labels: Sequence[str | None],
 ) -> None:
-    # A few far outliers would squeeze all other values into a few bars.
-    outer = [np.quantile(values, [0.01, 0.99]) for values in samples if len(values)]
-    low, high = min((q[0] for q in outer), default=0.0), max((q[1] for q in outer), default=0.0)
-    bins = int(min(_MAX_BINS, 4 + 2 * math.sqrt(len(samples[0]))))
-    edges = np.linspace(low, max(high, low + 1e-6), bins + 1)
-    for values, colour, label in zip(samples, colours, labels, strict=True):
-        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
-        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22)
-        axes.stairs(counts, edges, color=colour, linewidth=1.4, label=label)
+    some = drawn(pairs, *(value.alias(str(i)) for i, value in enumerate(values)))
+    samples = [finite(some[name]) for name in some.columns]
+    edges = _edges(samples)
+    for value, colour, label in zip(values, colours, labels, strict=True):
+        found = counts(pairs, value, edges)
+        axes.stairs(found, edges, fill=True, color=colour, alpha=0.22)
+        axes.stairs(found, edges, color=colour, linewidth=1.4, label=label)
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.axvline(0, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
 
 
-def _finite(pairs: pl.DataFrame, value: pl.Expr) -> FloatArray:
-    values: FloatArray = pairs.select(value.alias("value"))["value"].to_numpy()
-    finite: FloatArray = values[np.isfinite(values)]
-    return finite
+def _edges(samples: Sequence[FloatArray]) -> FloatArray:
+    # A few far outliers would squeeze all other values into a few bars.
+    outer = [np.quantile(values, [0.01, 0.99]) for values in samples if len(values)]
+    low, high = min((q[0] for q in outer), default=0.0), max((q[1] for q in outer), default=0.0)
+    bins = int(min(_MAX_BINS, 4 + 2 * math.sqrt(len(samples[0]))))
+    return np.linspace(low, max(high, low + 1e-6), bins + 1)
 
 
-def _share_right(margins: FloatArray) -> float:
-    return float((margins > 0).mean()) if len(margins) else math.nan
+def _share_right(pairs: pl.LazyFrame, margin: pl.Expr) -> float:
+    """Of the pairs with a finite margin."""
+    found = pairs.select(margin.alias("m")).filter(pl.col("m").is_finite())
+    share = found.select((pl.col("m") > 0).mean()).collect(engine="streaming").item()
+    return math.nan if share is None else float(share)

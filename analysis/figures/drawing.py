@@ -23,7 +23,18 @@ REJECTED = "#D55E00"
 HELD_OUT = "#009E73"
 INK = "#1f2933"
 MUTED = "#7b8794"
+BENIGN = ("#0072B2", "#56B4E9", "#A6CEE3", "#c8ced6")
+ALARMING = ("#F0C419", "#D55E00", "#8C2D04")
 _GRID = "#e4e7eb"
+# In a page these follow its colours, light or dark; the others are readable on both.
+_NAMED = {
+    INK: "ink",
+    MUTED: "muted",
+    _GRID: "line",
+    CHOSEN: "chosen",
+    REJECTED: "rejected",
+    HELD_OUT: "held-out",
+}
 
 _STYLE: Any = {  # matplotlib types each key as a literal
     "axes.axisbelow": True,
@@ -61,8 +72,9 @@ _STYLE: Any = {  # matplotlib types each key as a literal
     "ytick.major.size": 0,
 }
 
-_SIZE = (6.0, 3.4)
-_TITLE_CHARACTERS = 56
+# Small, so that text is as large on the screen of a phone as it is in print.
+_SIZE = (4.2, 3.1)
+_TITLE_CHARACTERS = 42
 
 P = ParamSpec("P")
 
@@ -94,6 +106,8 @@ def svg(figure: Figure, *, label: str) -> str:
     # Several figures share a page: ids would repeat, and each figure's style would apply to all of them.
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r"<style type=.*?</style>", "", body, flags=re.DOTALL)
+    for colour, name in _NAMED.items():
+        body = body.replace(colour.lower(), f"var(--{name}, {colour.lower()})")
     safe = re.sub(r'[&<>"]', " ", label)
     return body.replace("<svg", f'<svg role="img" aria-label="{safe}"', 1)
 
@@ -108,7 +122,7 @@ def new_figure(title: str, *, y: str, x: str = "step (optimizer updates)") -> tu
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(axis="x", visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(6))
     return figure, axes
 
@@ -117,7 +131,7 @@ def with_legend(figure: Figure, axes: Axes) -> Figure:
     """Add a legend below the axes, if a line has a label."""
     # Below the axes, where it covers no data.
     if entries := len(axes.get_legend_handles_labels()[1]):
-        figure.legend(loc="outside lower left", ncols=2 if entries == 4 else 3)
+        figure.legend(loc="outside lower left", ncols=2 if entries > 1 else 1)
     return figure
 
 

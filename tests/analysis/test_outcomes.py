@@ -1,13 +1,16 @@
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
 
 from dpo_opt.analysis import load
+from dpo_opt.analysis.final_state import final_pairs
 from dpo_opt.analysis.load import scan_pair_logps, shard_slices
+from dpo_opt.analysis.notable_pairs import hardest_pairs
 from dpo_opt.analysis.outcomes import (
     by_source,
-    final_pairs,
-    hardest_pairs,
     length_bias,
     outcome,
     reference_accuracy,
@@ -33,12 +36,14 @@ def scored(tmp_path, shards_writer, texts, fake_policy):
     return tmp_path, arrays
 
 
-def final(folder, held_out=()):
+def final(folder, held_out=(), scores=None):
+    scratch = Path(tempfile.mkdtemp(dir=folder))
     return final_pairs(
-        scan_pair_logps(folder / "scores.parquet"),
+        scan_pair_logps(folder / "scores.parquet") if scores is None else scores,
         shard_slices(folder / "shards"),
         held_out=pl.Series("row", held_out, dtype=pl.Int64),
         where="scores",
+        scratch=scratch,
     )
 
 
@@ -86,22 +91,19 @@ def test_reference_accuracy_needs_no_policy(scored):
 
 def test_slicing_does_not_change_the_final_pairs(scored, monkeypatch):
     folder, _ = scored
-    whole = final(folder, held_out=[3, 77])
+    whole = final(folder, held_out=[3, 77]).collect()
     monkeypatch.setattr(load, "_SLICE_ROWS", 30)
     assert len(shard_slices(folder / "shards")) == 4
-    assert final(folder, held_out=[3, 77]).equals(whole)
+    assert final(folder, held_out=[3, 77]).collect().equals(whole)
     assert whole["row"].to_list() == list(range(120))
     assert whole.filter("held_out")["row"].to_list() == [3, 77]
 
 
 def test_a_pair_scored_twice_counts_once(scored, fake_policy):
     folder, _ = scored
-    whole = final(folder)
     table = scan_pair_logps(folder / "scores.parquet")
-    twice = pl.concat([table, table])
-    slices = shard_slices(folder / "shards")
-    again = final_pairs(twice, slices, held_out=pl.Series("row", [], dtype=pl.Int64), where="scores")
-    assert again.equals(whole)
+    again = final(folder, scores=pl.concat([table, table]))
+    assert again.collect().equals(final(folder).collect())
 
 
 def test_sources_are_counted_apart_and_none_is_one_of_them(scored):
@@ -117,7 +119,7 @@ def test_sources_are_counted_apart_and_none_is_one_of_them(scored):
 
 def test_without_sources_there_is_no_table(scored):
     folder, _ = scored
-    none = final(folder).with_columns(source=pl.lit(None, dtype=pl.Categorical))
+    none = final(folder).with_columns(source=pl.lit(None, dtype=pl.String))
     assert by_source(none, beta=0.3) == []
 
 

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import yaml
 
@@ -121,10 +122,10 @@ def test_page_shows_every_part(make_run):
         "By source",
         "k3 per token",
         "This is not a KL",
-        "The 8 hardest pairs",
+        "The 6 hardest pairs",
     ):
         assert words in page
-    assert page.tags.count("svg") == 9
+    assert page.tags.count("svg") == 12
 
 
 def test_every_figure_states_n(make_run):
@@ -133,7 +134,8 @@ def test_every_figure_states_n(make_run):
     captions = re.findall(
         r"<figcaption>(.*?)</figcaption>", (run.parent / "report.html").read_text(), re.DOTALL
     )
-    assert len(captions) == 9
+    assert len(captions) == 12
+    assert all("Healthy:" in caption for caption in captions)
     assert all(re.search(r"n = \d", caption) for caption in captions)
 
 
@@ -146,7 +148,9 @@ def test_context_inside_a_completion_is_marked(tmp_path, shards_writer, run_writ
     for article in text.split('<article class="pair"')[1:]:
         row = int(re.search(r"<b>row ([\d,]+)</b>", article)[1])
         chosen, rejected = (
-            re.search(rf'<div class="{side}">.*?<div class="text">(.*?)</div>', article, re.DOTALL)[1]
+            re.search(
+                rf'<div class="{side}">.*?<div class="text" dir="auto">(.*?)</div>', article, re.DOTALL
+            )[1]
             for side in ("chosen", "rejected")
         )
         whole = texts(20)[row][1]  # a token for each letter
@@ -411,3 +415,25 @@ def test_a_damaged_score_file_is_an_explained_error(make_run):
 def test_importing_the_package_loads_no_polars():
     code = "import sys, dpo_opt.analysis; sys.exit('polars' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_pair_is_written_with_its_quadrants(make_run, shards, tmp_path):
+    run = make_run()
+    report([run], tmp_path / "report.html", pairs=tmp_path / "pairs.parquet")
+    written = pl.read_parquet(tmp_path / "pairs.parquet").sort("row")
+    scores = scan_pair_logps(run / "scores" / "final.parquet").collect().sort("row")
+    before = np.array([p.ref_chosen_logps - p.ref_rejected_logps for p in shards[1]])
+    after = (scores["chosen_logps"] - scores["rejected_logps"]).to_numpy()
+    names = np.array([["stayed wrong", "turned right"], ["turned wrong", "stayed right"]])
+    assert written["pair_id"].to_list() == [p.pair_id for p in shards[1]]
+    assert written["reference_margin"].to_numpy() == pytest.approx(before)
+    assert written["ranking"].to_list() == names[(before > 0).astype(int), (after > 0).astype(int)].tolist()
+    assert written["margin"].to_numpy() == pytest.approx(0.1 * (after - before))
+
+
+def test_pairs_that_are_not_known_are_asked_for_with_the_command(make_run, tmp_path):
+    run = make_run(scored=False, eval_every=0)
+    with pytest.raises(ConfigError, match="no pairs to write"):
+        report([run], tmp_path / "report.html", pairs=tmp_path / "pairs.parquet")
+    assert not (tmp_path / "pairs.parquet").exists()
+    assert not (tmp_path / "report.html").exists()

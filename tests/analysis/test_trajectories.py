@@ -3,7 +3,7 @@ import pytest
 
 from dpo_opt.analysis import load
 from dpo_opt.analysis.load import scan_pair_logps, shard_slices
-from dpo_opt.analysis.trajectories import logratio_trajectories
+from dpo_opt.analysis.trajectories import trajectories
 from dpo_opt.schemas.pair_logps import write_pair_logps
 
 
@@ -20,9 +20,9 @@ def test_points_are_means_over_the_pairs_of_an_interval(run, tmp_path, fake_poli
     rows = [r for step, at in steps.items() for r in policy.rows(at, step=step, steps=300, phase="train")]
     rows += policy.rows([20, 21], step=150, steps=300, phase="eval")
     write_pair_logps(tmp_path / "one.parquet", [rows])
-    frame = logratio_trajectories(
-        scan_pair_logps(tmp_path / "one.parquet"), shard_slices(tmp_path / "shards")
-    )
+    frame = trajectories(
+        scan_pair_logps(tmp_path / "one.parquet"), shard_slices(tmp_path / "shards"), beta=0.1
+    ).points
     # 301 steps in 24 intervals of 13: steps 0, 7 and 8 are one point.
     assert frame["phase"].to_list() == ["train", "eval", "train"]
     assert frame["step"].to_list() == pytest.approx([(0 * 3 + 7 * 2 + 8) / 6, 150, 300])
@@ -38,11 +38,12 @@ def test_points_are_means_over_the_pairs_of_an_interval(run, tmp_path, fake_poli
 def test_slicing_does_not_change_the_curves(run, monkeypatch):
     path, _ = run
     logps = scan_pair_logps(path)
-    whole = logratio_trajectories(logps, shard_slices(path.parent / "shards"))
+    whole = trajectories(logps, shard_slices(path.parent / "shards"), beta=0.1, drivers=5)
     monkeypatch.setattr(load, "_SLICE_ROWS", 20)
     slices = shard_slices(path.parent / "shards")
     assert len(slices) == 4
-    sliced = logratio_trajectories(logps, slices)
-    assert whole.columns == sliced.columns
-    for name in whole.columns[1:]:
-        assert sliced[name].to_numpy() == pytest.approx(whole[name].to_numpy())
+    sliced = trajectories(logps, slices, beta=0.1, drivers=5)
+    for one, other in zip(whole, sliced, strict=True):
+        assert one.columns == other.columns
+        for name in one.columns[1:]:
+            assert other[name].to_numpy() == pytest.approx(one[name].to_numpy())
