@@ -1,4 +1,4 @@
-"""Analysis of shards and training runs: polars frames, estimates, figures and HTML reports.
+"""Analysis of shards and training runs: frames, metrics, estimates, figures, diagnosis, reports.
 
 Names are imported when they are first used, so that importing the package is fast: polars and matplotlib are
 loaded only with the functions that need them.
@@ -9,46 +9,138 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpo_opt.analysis.check_page import write_check_page
+    from dpo_opt.analysis.diagnosis.diagnose import diagnose
+    from dpo_opt.analysis.diagnosis.finding import Diagnosis, Finding
+    from dpo_opt.analysis.figures.curves import (
+        accuracy_curve,
+        logratio_curves,
+        loss_curve,
+        margin_curve,
+        reward_curves,
+        update_curves,
+    )
+    from dpo_opt.analysis.figures.distributions import (
+        margin_by_length,
+        margin_histogram,
+        reward_margin_histogram,
+    )
     from dpo_opt.analysis.intervals import Interval, ratio_interval, share_interval, wilson
     from dpo_opt.analysis.kl import KLEstimate, estimate_kl
-    from dpo_opt.analysis.load import join_reference, scan_kl_samples, scan_pair_logps, scan_shards
+    from dpo_opt.analysis.load import (
+        join_reference,
+        scan_kl_samples,
+        scan_pair_logps,
+        scan_run,
+        scan_shards,
+    )
+    from dpo_opt.analysis.outcomes import means_over_prompts, shares_over_prompts
     from dpo_opt.analysis.page import report
     from dpo_opt.analysis.reference_margins import reference_view
+    from dpo_opt.analysis.rewards import (
+        accuracy,
+        chosen_fell,
+        chosen_logratio,
+        displacement,
+        distance_per_token,
+        effective_weight,
+        implicit_reward,
+        length_difference,
+        margin,
+        ranking_accuracy,
+        reference_margin,
+        rejected_logratio,
+        sigmoid_loss,
+    )
+    from dpo_opt.analysis.run_files import open_run
     from dpo_opt.analysis.summary import Summary
+    from dpo_opt.analysis.triage import token_overlap
 
 __all__ = [
+    "Diagnosis",
+    "Finding",
     "Interval",
     "KLEstimate",
     "Summary",
+    "accuracy",
+    "accuracy_curve",
+    "chosen_fell",
+    "chosen_logratio",
+    "diagnose",
+    "displacement",
+    "distance_per_token",
+    "effective_weight",
     "estimate_kl",
+    "implicit_reward",
     "join_reference",
+    "length_difference",
+    "logratio_curves",
+    "loss_curve",
+    "margin",
+    "margin_by_length",
+    "margin_curve",
+    "margin_histogram",
+    "means_over_prompts",
+    "open_run",
+    "ranking_accuracy",
     "ratio_interval",
+    "reference_margin",
     "reference_view",
+    "rejected_logratio",
     "report",
+    "reward_curves",
+    "reward_margin_histogram",
     "scan_kl_samples",
     "scan_pair_logps",
+    "scan_run",
     "scan_shards",
     "share_interval",
+    "shares_over_prompts",
+    "sigmoid_loss",
+    "token_overlap",
+    "update_curves",
     "wilson",
     "write_check_page",
 ]
 
-_HOMES = {
-    "Interval": "intervals",
-    "KLEstimate": "kl",
-    "Summary": "summary",
-    "ratio_interval": "intervals",
-    "share_interval": "intervals",
-    "estimate_kl": "kl",
-    "join_reference": "load",
-    "reference_view": "reference_margins",
-    "report": "page",
-    "scan_kl_samples": "load",
-    "scan_pair_logps": "load",
-    "scan_shards": "load",
-    "wilson": "intervals",
-    "write_check_page": "check_page",
+_NAMES = {
+    "check_page": ("write_check_page",),
+    "diagnosis.diagnose": ("diagnose",),
+    "diagnosis.finding": ("Diagnosis", "Finding"),
+    "figures.curves": (
+        "accuracy_curve",
+        "logratio_curves",
+        "loss_curve",
+        "margin_curve",
+        "reward_curves",
+        "update_curves",
+    ),
+    "figures.distributions": ("margin_by_length", "margin_histogram", "reward_margin_histogram"),
+    "intervals": ("Interval", "ratio_interval", "share_interval", "wilson"),
+    "kl": ("KLEstimate", "estimate_kl"),
+    "load": ("join_reference", "scan_kl_samples", "scan_pair_logps", "scan_run", "scan_shards"),
+    "outcomes": ("means_over_prompts", "shares_over_prompts"),
+    "page": ("report",),
+    "reference_margins": ("reference_view",),
+    "rewards": (
+        "accuracy",
+        "chosen_fell",
+        "chosen_logratio",
+        "displacement",
+        "distance_per_token",
+        "effective_weight",
+        "implicit_reward",
+        "length_difference",
+        "margin",
+        "ranking_accuracy",
+        "reference_margin",
+        "rejected_logratio",
+        "sigmoid_loss",
+    ),
+    "run_files": ("open_run",),
+    "summary": ("Summary",),
+    "triage": ("token_overlap",),
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:

@@ -60,7 +60,7 @@ def calibration(pairs: pl.LazyFrame, *, beta: float) -> Calibration | None:
         .agg(
             pl.len().alias("pairs"),
             (1 / (1 + (-size).exp())).mean().alias("confidence"),
-            rewards.reward_accuracy().mean().alias("accuracy"),
+            rewards.accuracy().mean().alias("accuracy"),
             rewards.sigmoid_loss(beta=beta).mean().alias("loss"),
         )
         .sort("group")
@@ -70,7 +70,7 @@ def calibration(pairs: pl.LazyFrame, *, beta: float) -> Calibration | None:
         return None
     groups = []
     for number, count, confidence in table.select("group", "pairs", "confidence").iter_rows():
-        _, (accuracy,) = shares_over_prompts(pairs.filter(group == number), rewards.reward_accuracy())
+        _, (accuracy,) = shares_over_prompts(pairs.filter(group == number), rewards.accuracy())
         groups.append(CalibrationGroup(count, confidence, accuracy))
     weights = table["pairs"].to_numpy() / table["pairs"].sum()
     right, sure = table["accuracy"].to_numpy(), table["confidence"].to_numpy()

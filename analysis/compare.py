@@ -54,7 +54,7 @@ def _shared(own: pl.LazyFrame, baseline: pl.LazyFrame) -> pl.DataFrame:
     # By row and reference: the same row of other shards has other log-probs.
     keys = ["row", "ref_chosen_logps", "ref_rejected_logps"]
     values = {
-        "reward_accuracy": rewards.reward_accuracy(),
+        "reward_accuracy": rewards.accuracy(),
         "ranking_accuracy": rewards.ranking_accuracy(),
         "chosen_fell": rewards.chosen_fell(),
     }

@@ -25,7 +25,7 @@ def export_pairs(views: Sequence[RunView], output: Path) -> None:
             "pair_id",
             pl.col("source").cast(pl.String),
             "held_out",
-            rewards.reference_ranking_margin().alias("reference_margin"),
+            rewards.reference_margin().alias("reference_margin"),
             rewards.ranking_margin().alias("trained_margin"),
             _named(ranking_quadrant(), RANKINGS).alias("ranking"),
             rewards.chosen_logratio().alias("chosen_logratio"),

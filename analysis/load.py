@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_opt.analysis.run_files import shards_of_run
 from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA
@@ -106,6 +107,24 @@ def scan_pair_logps(path: Path | str) -> pl.LazyFrame:
         DataError: There is no such file, or one is not a table of pair log-probs.
     """
     return _scan(parquet_files(path, inside=PAIR_LOGPS_FOLDER), PAIR_LOGPS_SCHEMA, what="pair log-probs")
+
+
+def scan_run(path: Path | str) -> pl.LazyFrame:
+    """Every pair log-prob of a run beside its reference: what the expressions of ``rewards`` read.
+
+    Args:
+        path: A run folder, or a Parquet file in one (such as ``RUN/scores/final.parquet``).
+
+    Returns:
+        The columns of ``PAIR_LOGPS_SCHEMA``, and those columns of ``SHARD_SCHEMA`` that it has not.
+
+    Raises:
+        ConfigError: It is not a run folder, or its shards are not found.
+        DataError: There are no pair log-probs, or they are not those of the run's shards.
+    """
+    path = Path(path)
+    shards = scan_shards(shards_of_run(path.parent.parent if path.is_file() else path))
+    return join_reference(scan_pair_logps(path), shards, where=str(path))
 
 
 def scan_kl_samples(path: Path | str) -> pl.LazyFrame:

@@ -130,5 +130,5 @@ def _with_margins(pairs: pl.LazyFrame, *, beta: float) -> pl.LazyFrame:
         chosen_logratio=rewards.chosen_logratio(),
         rejected_logratio=rewards.rejected_logratio(),
         ranking_margin=rewards.ranking_margin(),
-        reference_ranking_margin=rewards.reference_ranking_margin(),
+        reference_ranking_margin=rewards.reference_margin(),
     )

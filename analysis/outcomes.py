@@ -106,7 +106,7 @@ def outcome(pairs: pl.LazyFrame, *, beta: float, noise: float | None = None) -> 
         mean_rejected_logratio=rewards.rejected_logratio().mean(),
         chosen_fell=rewards.chosen_fell().mean(),
         rejected_fell=rewards.rejected_fell().mean(),
-        fell_without_margin=(rewards.chosen_fell() & ~rewards.reward_accuracy()).mean(),
+        fell_without_margin=(rewards.chosen_fell() & ~rewards.accuracy()).mean(),
         within_noise=pl.lit(None)
         if noise is None
         else (rewards.margin(beta=1.0).abs() < 2 * noise).sum().cast(pl.Int64),
@@ -115,7 +115,7 @@ def outcome(pairs: pl.LazyFrame, *, beta: float, noise: float | None = None) -> 
     if not found["pairs"]:
         return None
     prompts, (reward_accuracy, ranking_accuracy, reference_accuracy) = shares_over_prompts(
-        pairs, rewards.reward_accuracy(), policy, reference
+        pairs, rewards.accuracy(), policy, reference
     )
     return Outcome(
         prompts=prompts,
@@ -189,7 +189,7 @@ def by_source(pairs: pl.LazyFrame | pl.DataFrame, *, beta: float) -> list[Source
         return []
     clusters = _cluster_sums(
         pairs,
-        (rewards.reward_accuracy(), rewards.ranking_accuracy(), rewards.reference_ranking_accuracy()),
+        (rewards.accuracy(), rewards.ranking_accuracy(), rewards.reference_ranking_accuracy()),
         by=("source",),
     )
     prompts = _prompts(pairs, clusters, by="source")
@@ -212,7 +212,7 @@ def length_bias(pairs: pl.LazyFrame, *, beta: float) -> LengthBias:
         pairs.group_by(difference.sign().alias("sign"))
         .agg(
             pl.len().alias("pairs"),
-            rewards.reward_accuracy().mean().alias("reward_accuracy"),
+            rewards.accuracy().mean().alias("reward_accuracy"),
             rewards.reference_ranking_accuracy().mean().alias("reference_ranking_accuracy"),
             margin.mean().alias("mean_margin"),
         )

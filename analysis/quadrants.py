@@ -134,7 +134,7 @@ class MarginGrid(NamedTuple):
 
 def margin_grid(pairs: pl.LazyFrame) -> MarginGrid:
     """Count pairs on a grid that reaches to the 95th percentile of both margins' size."""
-    before, after = rewards.reference_ranking_margin(), rewards.ranking_margin()
+    before, after = rewards.reference_margin(), rewards.ranking_margin()
     some = drawn(pairs, before.alias("before"), after.alias("after"))
     sizes = np.abs(np.concatenate([finite(some["before"]), finite(some["after"])]))
     reach = float(np.quantile(sizes, 0.95)) if len(sizes) else 1.0

@@ -35,7 +35,7 @@ def reference_view(shards_dir: AnyPath, *, hardest: int = 8) -> ReferenceView:
     """
     pairs = _reference_pairs(shards_dir)
     normalised = rewards.normalised_reference_ranking_accuracy()
-    margin = rewards.reference_ranking_margin()
+    margin = rewards.reference_margin()
     _, (accuracy,) = shares_over_prompts(pairs.lazy(), rewards.reference_ranking_accuracy())
     spread = {name: margin.quantile(q, interpolation="linear") for name, q in _QUANTILES.items()}
     decoder = TokenDecoder(shards_dir)
@@ -68,7 +68,7 @@ def _by_source(pairs: pl.DataFrame) -> list[SourceRanking]:
     table = means_by_source(
         pairs.lazy(),
         rewards.reference_ranking_accuracy().alias("ranking_accuracy"),
-        rewards.reference_ranking_margin().alias("mean_ranking_margin"),
+        rewards.reference_margin().alias("mean_ranking_margin"),
     )
     return [SourceRanking(**row) for row in table.iter_rows(named=True)]
 
@@ -79,7 +79,7 @@ def _hardest(
     columns = ("row", "source", "ranking_margin", "chosen_length", "rejected_length")
     lowest = (
         pairs.lazy()
-        .with_columns(pl.col("source").cast(pl.String), ranking_margin=rewards.reference_ranking_margin())
+        .with_columns(pl.col("source").cast(pl.String), ranking_margin=rewards.reference_margin())
         .bottom_k(count, by=["ranking_margin", "row"])
         .sort("ranking_margin", "row")
         .select(columns)

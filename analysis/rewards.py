@@ -6,7 +6,11 @@ They read the columns ``chosen_logps`` and ``rejected_logps`` (policy), ``ref_ch
 (arXiv 2305.18290). Names are TRL's if TRL has one.
 """
 
+from typing import Literal
+
 import polars as pl
+
+Side = Literal["chosen", "rejected"]
 
 
 def chosen_logratio() -> pl.Expr:
@@ -29,32 +33,27 @@ def rejected_logratio_per_token() -> pl.Expr:
     return rejected_logratio() / pl.col("rejected_length")
 
 
-def chosen_reward(*, beta: float) -> pl.Expr:
-    """Implicit reward of the chosen completion, beta x log-ratio (eq. 5 without the prompt's constant)."""
-    return beta * chosen_logratio()
+def implicit_reward(beta: float, *, side: Side = "chosen") -> pl.Expr:
+    """Implicit reward of one completion, beta x log-ratio (eq. 5 without the prompt's constant)."""
+    return beta * (chosen_logratio() if side == "chosen" else rejected_logratio())
 
 
-def rejected_reward(*, beta: float) -> pl.Expr:
-    """Implicit reward of the rejected completion, beta x log-ratio."""
-    return beta * rejected_logratio()
-
-
-def margin(*, beta: float) -> pl.Expr:
+def margin(beta: float) -> pl.Expr:
     """Chosen reward minus rejected reward, TRL's ``rewards/margins``."""
     return beta * (chosen_logratio() - rejected_logratio())
 
 
-def margin_per_token(*, beta: float) -> pl.Expr:
+def margin_per_token(beta: float) -> pl.Expr:
     """Margin of the rewards per token: how far the policy moved the two apart, regardless of length."""
     return beta * (chosen_logratio_per_token() - rejected_logratio_per_token())
 
 
-def effective_weight(*, beta: float) -> pl.Expr:
+def effective_weight(beta: float) -> pl.Expr:
     """sigma(-margin), a pair's weight in DPO's gradient (eq. 7): 1/2 at first, 0 once it is learned."""
     return 1 / (1 + margin(beta=beta).exp())
 
 
-def sigmoid_loss(*, beta: float) -> pl.Expr:
+def sigmoid_loss(beta: float) -> pl.Expr:
     """-log sigma(margin), DPO's loss of a pair in nats (eq. 7), whatever loss is trained; at first ln 2."""
     # The larger of 0 and -margin is taken out, so that no exponential overflows.
     value = margin(beta=beta)
@@ -66,7 +65,7 @@ def distance_per_token() -> pl.Expr:
     return (chosen_logratio_per_token().abs() + rejected_logratio_per_token().abs()) / 2
 
 
-def reward_accuracy() -> pl.Expr:
+def accuracy() -> pl.Expr:
     """True if the margin is above 0, for any beta; a tie is False."""
     return _above_zero(chosen_logratio() - rejected_logratio())
 
@@ -81,17 +80,17 @@ def ranking_accuracy() -> pl.Expr:
     return _above_zero(ranking_margin())
 
 
-def reference_ranking_margin() -> pl.Expr:
+def reference_margin() -> pl.Expr:
     """log reference(chosen) - log reference(rejected), in nats: known before any training."""
     return pl.col("ref_chosen_logps") - pl.col("ref_rejected_logps")
 
 
 def reference_ranking_accuracy() -> pl.Expr:
     """True if the reference already finds the chosen completion more likely."""
-    return _above_zero(reference_ranking_margin())
+    return _above_zero(reference_margin())
 
 
-def reference_ranking_margin_per_token() -> pl.Expr:
+def reference_margin_per_token() -> pl.Expr:
     """Mean log-prob of chosen's tokens minus that of rejected's, in nats per token."""
     chosen = pl.col("ref_chosen_logps") / pl.col("chosen_length")
     return chosen - pl.col("ref_rejected_logps") / pl.col("rejected_length")
@@ -99,12 +98,17 @@ def reference_ranking_margin_per_token() -> pl.Expr:
 
 def normalised_reference_ranking_accuracy() -> pl.Expr:
     """:func:`reference_ranking_accuracy` per token, so that a completion gains nothing by being short."""
-    return _above_zero(reference_ranking_margin_per_token())
+    return _above_zero(reference_margin_per_token())
 
 
 def chosen_fell() -> pl.Expr:
     """True if the chosen completion is less likely under the policy than under the reference."""
     return _above_zero(-chosen_logratio())
+
+
+def displacement() -> pl.Expr:
+    """True if the chosen completion became less likely although the margin grew (arXiv 2410.08847)."""
+    return chosen_fell() & accuracy()
 
 
 def rejected_fell() -> pl.Expr:

@@ -105,13 +105,14 @@ def shards_of_run(path: Path) -> AnyPath:
     return _find_shards(path, _read_config(path))
 
 
-def open_run(path: Path) -> Run:
+def open_run(path: Path | str) -> Run:
     """Open a run folder.
 
     Raises:
         ConfigError: It is not a run folder, or its shards are not found.
         DataError: One of its files is damaged.
     """
+    path = Path(path)
     config = _read_config(path)
     train, evals = _read_metrics(path / METRICS)
     return Run(

@@ -77,8 +77,8 @@ def triage(shards_dir: AnyPath, *, beta: float = 0.1, suspects: float = 0.05) ->
         "row",
         "pair_id",
         "source",
-        rewards.reference_ranking_margin().alias("reference_margin"),
-        (-rewards.reference_ranking_margin_per_token()).alias("perplexity_difference"),
+        rewards.reference_margin().alias("reference_margin"),
+        (-rewards.reference_margin_per_token()).alias("perplexity_difference"),
         "token_overlap",
     )
     # sigma(-beta c) is a hundredth of its value at the start, 1/2, at this margin.

@@ -31,7 +31,7 @@ CAUSES: tuple[Cause, ...] = (
 """In the order in which they are to be mended: what changes the meaning of later numbers comes first."""
 
 
-def diagnose(run: Run | Path) -> Diagnosis:
+def diagnose(run: Run | Path | str) -> Diagnosis:
     """Look for every known cause of a bad run.
 
     Args:

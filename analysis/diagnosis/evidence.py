@@ -37,9 +37,11 @@ class Evidence:
 
     @property
     def unseen(self) -> pl.DataFrame:
-        """The pairs that the run is judged by: held-out ones at its end, or else those of :attr:`fresh`."""
+        """The pairs that the run is judged by: held-out ones at its end, and in one epoch :attr:`fresh`."""
         held_out = self.final.pairs.filter("held_out").collect() if self.final else self.fresh.clear()
-        return held_out if len(held_out) >= FEWEST else self.fresh
+        # After several epochs the policy is another one than in the first.
+        enough = len(self.seen) and len(held_out) >= FEWEST
+        return held_out if enough else pl.concat([held_out, self.fresh])
 
     @property
     def steps(self) -> int:

@@ -16,7 +16,10 @@ from dpo_opt.analysis.outcomes import by_source, means_over_prompts, shares_over
 from dpo_opt.analysis.triage import MOST_OVERLAP
 from dpo_opt.schemas.errors import quoted
 
-_SWAPPED = 0.03
+_SWAPPED = 0.02
+"""More of the pairs than chance."""
+_SURELY = 0.5
+"""Of the median margin, below 0."""
 _LEAST_SEPARATION = 1.0
 _LENGTH_GAP = 0.3
 _LEAST_SIDE = 10
@@ -34,7 +37,7 @@ def one_source_against(evidence: Evidence) -> Finding | Missing | None:
         return Missing("the pairs do not name two sources")
     against = min(sources, key=lambda s: s.reward_accuracy.high)
     rest = pairs.filter(pl.col("source").cast(pl.String) != against.source)
-    _, (others,) = shares_over_prompts(rest, rewards.reward_accuracy())
+    _, (others,) = shares_over_prompts(rest, rewards.accuracy())
     if not (against.reward_accuracy.high < 0.5 < others.low):
         return None
     margin = rewards.margin(beta=evidence.run.beta)
@@ -58,9 +61,7 @@ def length_exploited(evidence: Evidence) -> Finding | Missing | None:
     sides = [pairs.filter(difference > 0), pairs.filter(difference < 0)]
     if min(map(len, sides)) < _LEAST_SIDE:
         return Missing("too few unseen pairs have completions of different lengths on either side")
-    longer, shorter = (
-        share for side in sides for share in shares_over_prompts(side, rewards.reward_accuracy())[1]
-    )
+    longer, shorter = (share for side in sides for share in shares_over_prompts(side, rewards.accuracy())[1])
     high, low, name = (
         (longer, shorter, "longer") if longer.value > shorter.value else (shorter, longer, "shorter")
     )
@@ -115,7 +116,7 @@ def likelihood_displacement(evidence: Evidence) -> Finding | Missing | None:
 
 
 def swapped_labels(evidence: Evidence) -> Finding | Missing | None:
-    """some pairs are ranked wrongly with as much confidence as the typical pair is ranked right"""
+    """more pairs than chance are ranked wrongly, and as surely as others are ranked right"""
     pairs = evidence.unseen
     if len(pairs) < FEWEST:
         return FEW
@@ -126,9 +127,9 @@ def swapped_labels(evidence: Evidence) -> Finding | Missing | None:
     separation = float(middle / max(upper - middle, 1e-12))
     if middle <= 0 or separation < _LEAST_SEPARATION:
         return None
-    mirrored = margin < -float(middle)
+    mirrored = margin < -_SURELY * float(middle)
     _, (share,) = shares_over_prompts(pairs, mirrored)
-    chance = 0.5 * math.erfc(2 * separation / math.sqrt(2))
+    chance = 0.5 * math.erfc((1 + _SURELY) * separation / math.sqrt(2))
     if not share.low > chance + _SWAPPED:
         return None
     return Finding(
@@ -136,7 +137,7 @@ def swapped_labels(evidence: Evidence) -> Finding | Missing | None:
         title=f"About {share.value:.0%} of the labels look swapped",
         evidence=(
             Measure(
-                "unseen pairs ranked as surely wrong as the typical pair is ranked right",
+                "unseen pairs ranked wrong, at least half as surely as the typical pair is ranked right",
                 share,
                 "%",
                 f"{chance:.1%} were expected by chance",

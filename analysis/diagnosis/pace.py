@@ -57,7 +57,7 @@ def learning_rate_too_high(evidence: Evidence) -> Finding | Missing | None:
     beta = evidence.run.beta
     loss = rewards.sigmoid_loss(beta=beta)
     mean_loss, size = means_over_prompts(pairs, loss, rewards.margin(beta=beta).abs())
-    _, (right,) = shares_over_prompts(pairs, rewards.reward_accuracy())
+    _, (right,) = shares_over_prompts(pairs, rewards.accuracy())
     if not mean_loss.low > _UNTRAINED + _HARM or right.low > _CLEAR_SIGNAL:
         return None
     return Finding(
@@ -114,8 +114,8 @@ def overfitting(evidence: Evidence) -> Finding | Missing | None:
         return None
     if len(held_out) < FEWEST:
         return Missing("too few prompts were held out (--eval-split)")
-    _, (trained,) = shares_over_prompts(seen, rewards.reward_accuracy())
-    _, (unseen,) = shares_over_prompts(held_out, rewards.reward_accuracy())
+    _, (trained,) = shares_over_prompts(seen, rewards.accuracy())
+    _, (unseen,) = shares_over_prompts(held_out, rewards.accuracy())
     loss = rewards.sigmoid_loss(beta=evidence.run.beta)
     seen_loss, loss_now = (*means_over_prompts(seen, loss), *means_over_prompts(held_out, loss))
     known = generalization.overfitting({}, evidence.run.evals)

@@ -1,7 +1,7 @@
 """Draws what training logged against its steps.
 
 Titles state the fact that is shown, and axes have units. Held-out and training lines differ in their marks,
-not only in colour.
+not only in colour. Each function draws into ``axes`` if they are given, or else into a figure of its own.
 """
 
 import math
@@ -29,7 +29,9 @@ _LINE_POINTS = 24
 
 
 @styled
-def loss_curve(train: pl.DataFrame, evals: pl.DataFrame, *, untrained: float | None) -> Figure:
+def loss_curve(
+    train: pl.DataFrame, evals: pl.DataFrame, *, untrained: float | None, axes: Axes | None = None
+) -> Figure:
     """Loss against steps.
 
     Args:
@@ -39,7 +41,7 @@ def loss_curve(train: pl.DataFrame, evals: pl.DataFrame, *, untrained: float | N
     """
     first, last, which = _first_and_last(train, evals, "loss")
     figure, axes = new_figure(
-        f"Loss ends at {last:.3g}, {which} (first logged: {first:.3g})", y="loss (nats)"
+        f"Loss ends at {last:.3g}, {which} (first logged: {first:.3g})", axes, y="loss (nats)"
     )
     if untrained is not None:
         baseline(axes, untrained, f"policy = reference ({untrained:.3f})")
@@ -50,7 +52,12 @@ def loss_curve(train: pl.DataFrame, evals: pl.DataFrame, *, untrained: float | N
 
 @styled
 def reward_curves(
-    train: pl.DataFrame, evals: pl.DataFrame, points: pl.DataFrame | None = None, *, beta: float = 1.0
+    train: pl.DataFrame,
+    evals: pl.DataFrame,
+    points: pl.DataFrame | None = None,
+    *,
+    beta: float = 1.0,
+    axes: Axes | None = None,
 ) -> Figure:
     """Implicit rewards of chosen and rejected against steps; columns as training logs them.
 
@@ -64,6 +71,7 @@ def reward_curves(
     _, rejected, _ = _first_and_last(train, evals, "rewards/rejected")
     figure, axes = new_figure(
         f"Rewards end at {signed(chosen)} (chosen) and {signed(rejected)} (rejected), {which}",
+        axes,
         y="implicit reward (nats)",
     )
     _ribbons(axes, points, "chosen_logratio", CHOSEN, beta=beta, wide=False)
@@ -74,14 +82,19 @@ def reward_curves(
 
 @styled
 def margin_curve(
-    train: pl.DataFrame, evals: pl.DataFrame, points: pl.DataFrame | None = None, *, beta: float = 1.0
+    train: pl.DataFrame,
+    evals: pl.DataFrame,
+    points: pl.DataFrame | None = None,
+    *,
+    beta: float = 1.0,
+    axes: Axes | None = None,
 ) -> Figure:
     """Reward margin against steps, with ribbons of the pairs' 5th to 95th and 25th to 75th percentile.
 
     Args: see :func:`reward_curves`.
     """
     _, margin, which = _first_and_last(train, evals, "rewards/margins")
-    figure, axes = new_figure(f"The margin ends at {signed(margin)}, {which}", y="reward margin (nats)")
+    figure, axes = new_figure(f"The margin ends at {signed(margin)}, {which}", axes, y="reward margin (nats)")
     baseline(axes, 0, None)
     _ribbons(axes, points, "margin", HELD_OUT, beta=beta, wide=True)
     _line(axes, train, "rewards/margins", INK, "training")
@@ -90,10 +103,12 @@ def margin_curve(
 
 
 @styled
-def accuracy_curve(train: pl.DataFrame, evals: pl.DataFrame, *, reference: float | None) -> Figure:
+def accuracy_curve(
+    train: pl.DataFrame, evals: pl.DataFrame, *, reference: float | None, axes: Axes | None = None
+) -> Figure:
     """Reward accuracy against steps, with the share of pairs that the reference alone ranks correctly."""
     _, accuracy, which = _first_and_last(train, evals, "rewards/accuracies")
-    figure, axes = new_figure(f"Accuracy ends at {accuracy:.0%}, {which}", y="pairs with margin > 0")
+    figure, axes = new_figure(f"Accuracy ends at {accuracy:.0%}, {which}", axes, y="pairs with margin > 0")
     baseline(axes, 0.5, None)
     if reference is not None:
         baseline(axes, reference, f"reference ranks {reference:.0%} correctly", dashes=(5, 2))
@@ -104,7 +119,7 @@ def accuracy_curve(train: pl.DataFrame, evals: pl.DataFrame, *, reference: float
 
 
 @styled
-def logratio_curves(trajectories: pl.DataFrame) -> Figure:
+def logratio_curves(trajectories: pl.DataFrame, *, axes: Axes | None = None) -> Figure:
     """Mean log-ratios of both sides against steps, from ``logratio_trajectories``."""
     train = trajectories.filter(pl.col("phase") == "train")
     evals = trajectories.filter(pl.col("phase") == "eval")
@@ -114,6 +129,7 @@ def logratio_curves(trajectories: pl.DataFrame) -> Figure:
     fact = "Both went down" if down else "Both went up" if up else "Mean log-ratios"
     figure, axes = new_figure(
         f"{fact}: chosen {signed(chosen)}, rejected {signed(rejected)} nats",
+        axes,
         y="mean log-ratio (nats per completion)",
     )
     _both_sides(axes, train, evals, "{side}_logratio", "{side}_logratio")
@@ -121,11 +137,12 @@ def logratio_curves(trajectories: pl.DataFrame) -> Figure:
 
 
 @styled
-def update_curves(train: pl.DataFrame) -> Figure:
+def update_curves(train: pl.DataFrame, *, axes: Axes | None = None) -> Figure:
     """Gradient norm and learning rate against steps; both are logged by training."""
     norms = train["grad_norm"].drop_nulls().to_numpy()
     figure, axes = new_figure(
         f"The gradient norm is {np.median(norms):.3g} at the median, {norms.max():.3g} at most",
+        axes,
         y="gradient norm, before clipping",
     )
     _line(axes, train, "grad_norm", INK, "gradient norm")

@@ -1,4 +1,7 @@
-"""Draws how the values of single pairs are spread after training."""
+"""Draws how the values of single pairs are spread after training.
+
+Each function draws into ``axes`` if they are given, or else into a figure of its own.
+"""
 
 import math
 from collections.abc import Sequence
@@ -28,16 +31,18 @@ _LENGTH_GROUPS = 12
 
 
 @styled
-def margin_histogram(pairs: pl.LazyFrame) -> Figure:
+def margin_histogram(pairs: pl.LazyFrame | pl.DataFrame, *, axes: Axes | None = None) -> Figure:
     """log p(chosen) - log p(rejected) under the reference and under the final policy.
 
     Args:
         pairs: From ``final_pairs``. The outermost 2% of each distribution is counted in the edge bars.
     """
-    before, after = rewards.reference_ranking_margin(), rewards.ranking_margin()
+    pairs = pairs.lazy()
+    before, after = rewards.reference_margin(), rewards.ranking_margin()
     figure, axes = new_figure(
         f"Ranked correctly: {_share_right(pairs, before):.0%} of pairs before, "
         f"{_share_right(pairs, after):.0%} after",
+        axes,
         x="log p(chosen) − log p(rejected), in nats",
         y="pairs",
     )
@@ -46,16 +51,20 @@ def margin_histogram(pairs: pl.LazyFrame) -> Figure:
 
 
 @styled
-def reward_margin_histogram(pairs: pl.LazyFrame, *, beta: float) -> Figure:
+def reward_margin_histogram(
+    pairs: pl.LazyFrame | pl.DataFrame, *, beta: float, axes: Axes | None = None
+) -> Figure:
     """The final reward margins, all 0 before training.
 
     Args:
         pairs: From ``final_pairs``. The outermost 2% is counted in the edge bars.
         beta: The run's beta.
     """
+    pairs = pairs.lazy()
     margin = rewards.margin(beta=beta)
     figure, axes = new_figure(
         f"Moved the right way: {_share_right(pairs, margin):.0%} of pairs",
+        axes,
         x="reward margin (nats)",
         y="pairs",
     )
@@ -64,8 +73,9 @@ def reward_margin_histogram(pairs: pl.LazyFrame, *, beta: float) -> Figure:
 
 
 @styled
-def margin_by_length(pairs: pl.LazyFrame, *, beta: float) -> Figure:
+def margin_by_length(pairs: pl.LazyFrame | pl.DataFrame, *, beta: float, axes: Axes | None = None) -> Figure:
     """Mean reward margin against the length difference of the two completions, in up to 12 equal groups."""
+    pairs = pairs.lazy()
     difference = rewards.length_difference()
     edges = equal_groups(finite(drawn(pairs, difference.alias("value"))["value"]), _LENGTH_GROUPS)
     groups = (
@@ -78,6 +88,7 @@ def margin_by_length(pairs: pl.LazyFrame, *, beta: float) -> Figure:
     span = float(groups["margin"].max() - groups["margin"].min())  # type: ignore[operator, arg-type]
     figure, axes = new_figure(
         f"Between length groups the mean margin varies by {span:.2g}",
+        axes,
         x="chosen length − rejected length (tokens)",
         y="mean reward margin (nats)",
     )

@@ -9,7 +9,7 @@ import io
 import re
 import textwrap
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -112,11 +112,16 @@ def svg(figure: Figure, *, label: str) -> str:
     return body.replace("<svg", f'<svg role="img" aria-label="{safe}"', 1)
 
 
-def new_figure(title: str, *, y: str, x: str = "step (optimizer updates)") -> tuple[Figure, Axes]:
-    """A figure with one pair of axes, its title and the labels of the axes."""
-    figure = Figure(figsize=_SIZE)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+def new_figure(
+    title: str, axes: Axes | None, *, y: str, x: str = "step (optimizer updates)"
+) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, or the one that ``axes`` belong to, with title and labels."""
+    if axes is None:
+        figure = Figure(figsize=_SIZE)
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+    else:
+        figure = cast(Figure, axes.get_figure(root=True))
     # A browser's font may be wider than matplotlib's, and a title is never made smaller to fit.
     axes.set_title(textwrap.fill(title, _TITLE_CHARACTERS))
     axes.set_xlabel(x)
@@ -128,9 +133,14 @@ def new_figure(title: str, *, y: str, x: str = "step (optimizer updates)") -> tu
 
 
 def with_legend(figure: Figure, axes: Axes) -> Figure:
-    """Add a legend below the axes, if a line has a label."""
-    # Below the axes, where it covers no data.
-    if entries := len(axes.get_legend_handles_labels()[1]):
+    """Add a legend, if a line has a label: below the axes if these are alone in the figure, or in them."""
+    entries = len(axes.get_legend_handles_labels()[1])
+    # An axis on the right has the same place.
+    alone = len({other.get_subplotspec() for other in figure.axes}) == 1
+    if entries and not (alone and figure.get_constrained_layout()):
+        axes.legend()
+    elif entries:
+        # Below the axes, where it covers no data.
         figure.legend(loc="outside lower left", ncols=2 if entries > 1 else 1)
     return figure
 

@@ -1,7 +1,11 @@
-"""Draws quadrants: which way completions moved over the steps, and reference margins against trained ones."""
+"""Draws quadrants: which way completions moved over the steps, and reference margins against trained ones.
+
+Each function draws into ``axes`` if they are given, or else into a figure of its own.
+"""
 
 import numpy as np
 import polars as pl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -19,7 +23,7 @@ from dpo_opt.analysis.quadrants import MOVEMENTS, MarginGrid
 
 
 @styled
-def movement_areas(points: pl.DataFrame) -> Figure:
+def movement_areas(points: pl.DataFrame, *, axes: Axes | None = None) -> Figure:
     """Shares of the pairs in each movement against steps: benign ones below the line, alarming ones above.
 
     Args:
@@ -32,7 +36,9 @@ def movement_areas(points: pl.DataFrame) -> Figure:
     alarming = sum(s[-1] for s, m in zip(shares, MOVEMENTS, strict=True) if m.alarming) / total[-1]
     steps = shown["step"].to_numpy()
     which = "held-out" if len(evals) > 1 else "training"
-    figure, axes = new_figure(f"Alarming at the end: {alarming:.0%} of {which} pairs", y="share of pairs")
+    figure, axes = new_figure(
+        f"Alarming at the end: {alarming:.0%} of {which} pairs", axes, y="share of pairs"
+    )
     lower = np.zeros(len(shown))
     colours = iter([*BENIGN, *ALARMING])
     for share, movement in zip(shares, MOVEMENTS, strict=True):
@@ -49,7 +55,7 @@ def movement_areas(points: pl.DataFrame) -> Figure:
 
 
 @styled
-def margin_map(grid: MarginGrid) -> Figure:
+def margin_map(grid: MarginGrid, *, axes: Axes | None = None) -> Figure:
     """Reference margin against trained margin: a dot per cell, its area the number of pairs."""
     centres = (grid.edges[1:] + grid.edges[:-1]) / 2
     before, after = np.nonzero(grid.counts)
@@ -59,6 +65,7 @@ def margin_map(grid: MarginGrid) -> Figure:
     total = max(grid.counts.sum(), 1)
     figure, axes = new_figure(
         f"Turned right: {count[right].sum() / total:.0%}; turned wrong: {count[wrong].sum() / total:.0%}",
+        axes,
         x="reference: log p(chosen) − log p(rejected), nats",
         y="final policy (nats)",
     )

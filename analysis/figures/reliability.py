@@ -1,6 +1,10 @@
-"""Draws whether the probabilities that the implicit reward states come true."""
+"""Draws whether the probabilities that the implicit reward states come true.
+
+Each function draws into ``axes`` if they are given, or else into a figure of its own.
+"""
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -9,12 +13,13 @@ from dpo_opt.analysis.figures.drawing import HELD_OUT, MUTED, new_figure, styled
 
 
 @styled
-def reliability_diagram(found: Calibration) -> Figure:
+def reliability_diagram(found: Calibration, *, axes: Axes | None = None) -> Figure:
     """Accuracy against stated confidence, group by group, with intervals over prompts."""
     sure = found.confidence - found.accuracy
     fact = "Too sure" if sure > 0 else "Not sure enough"
     figure, axes = new_figure(
         f"{fact}: states {found.confidence:.0%}, right in {found.accuracy:.0%}",
+        axes,
         x="stated probability, σ(|margin|)",
         y="share ranked as labelled",
     )

@@ -271,21 +271,21 @@ def plain_texts(count: int, *, prompts: int | None = None) -> list[tuple[str, st
     return texts
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shards_writer() -> Callable[..., list[ScoredPair]]:
     return write_shards
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_writer() -> Callable[..., Path]:
     return write_run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def texts() -> Callable[..., list[tuple[str, str, str]]]:
     return plain_texts
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fake_policy() -> type[FakePolicy]:
     return FakePolicy

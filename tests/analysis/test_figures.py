@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 import polars as pl
 import pytest
+from matplotlib.figure import Figure
 
 from dpo_opt.analysis.figures import curves, distributions
 from dpo_opt.analysis.figures.drawing import svg
@@ -156,3 +157,34 @@ def test_drawing_leaves_the_callers_style_and_figures_alone(train, evals):
     assert dict(matplotlib.rcParams) == before
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_every_figure_draws_into_given_axes_or_into_its_own_and_keeps_its_docstring(train, evals, pairs):
+    train = train.with_columns(grad_norm=pl.lit(1.0), learning_rate=pl.lit(1e-6))
+    trajectories = pl.DataFrame(
+        {"phase": ["train"], "step": [1.0], "chosen_logratio": [-1.0], "rejected_logratio": [-2.0]}
+    )
+    given = {
+        curves.loss_curve: ((train, evals), {"untrained": None}),
+        curves.reward_curves: ((train, evals), {}),
+        curves.margin_curve: ((train, evals), {}),
+        curves.accuracy_curve: ((train, evals), {"reference": 0.5}),
+        curves.logratio_curves: ((trajectories,), {}),
+        curves.update_curves: ((train,), {}),
+        distributions.margin_histogram: ((pairs,), {}),
+        distributions.reward_margin_histogram: ((pairs,), {"beta": 0.1}),
+        distributions.margin_by_length: ((pairs,), {"beta": 0.1}),
+    }
+    every = {f for m in (curves, distributions) for f in vars(m).values() if hasattr(f, "__wrapped__")}
+    assert set(given) == every
+    for draw, (frames, options) in given.items():
+        assert draw.__doc__
+        assert draw.__name__ in vars(sys.modules[draw.__module__])
+        outer = Figure()
+        left, right = outer.subplots(1, 2)
+        assert draw(*frames, **options, axes=right) is outer
+        assert right.get_title(loc="left")
+        assert not left.has_data()
+        own = draw(*frames, **options)
+        assert own is not outer
+        assert axes(own).get_title(loc="left") == right.get_title(loc="left")

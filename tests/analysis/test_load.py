@@ -8,10 +8,12 @@ from dpo_opt.analysis.load import (
     join_reference,
     scan_kl_samples,
     scan_pair_logps,
+    scan_run,
     scan_shards,
     shard_slices,
 )
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.analysis.rewards import margin
+from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.manifest import load_manifest, write_manifest
 from dpo_opt.schemas.pair_logps import write_pair_logps
 from dpo_opt.schemas.shard_folder import ShardFolder
@@ -140,3 +142,21 @@ def test_a_folder_of_a_later_format_is_refused(folder):
     for read in (scan_shards, shard_slices):
         with pytest.raises(DataError, match="format version 99, this program reads 1"):
             read(folder)
+
+
+def test_a_run_is_scanned_beside_its_reference_lazily(tmp_path, folder, pairs, run_writer):
+    run = run_writer(tmp_path / "run", folder, pairs)
+    for path in (run, str(run), run / "scores" / "final.parquet"):
+        found = scan_run(path)
+        assert isinstance(found, pl.LazyFrame)
+        assert {"chosen_logps", "ref_chosen_logps", "prompt_id", "source"} <= set(found.collect_schema())
+    rewards = found.select("row", margin=margin(0.1)).sort("row").collect()
+    assert rewards["row"].to_list() == [p.row for p in pairs]
+    assert rewards["margin"].is_finite().all()
+
+
+def test_what_is_no_run_is_not_scanned(tmp_path, folder):
+    with pytest.raises(ConfigError, match=r"there is no config\.resolved\.yaml"):
+        scan_run(folder)
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        scan_run(tmp_path / "nothing")
