@@ -59,6 +59,7 @@ def diagnose(run: Run | Path | str) -> Diagnosis:
         findings=tuple(evidence.named(finding) for finding in findings),
         checks=_checks(found),
         pairs=len(evidence.unseen),
+        unfinished=None if run.finished else run.resume_command,
     )
 
 

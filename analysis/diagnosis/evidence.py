@@ -11,7 +11,7 @@ from dpo_opt.analysis.run_files import Run
 from dpo_opt.analysis.triage import token_overlap
 from dpo_opt.schemas.manifest import Manifest, load_manifest
 
-FEWEST = 40
+FEWEST = 30
 """Fewer pairs say nothing."""
 MOST_PAIRS = 20
 """Of a finding."""
@@ -71,7 +71,8 @@ class Evidence:
         found: list[int] = []
         for s in self.slices:
             if len(found) < most:
-                found += s.shards.filter(cut).select("row").head(most).collect(engine="streaming")["row"]
+                cut_here = s.shards.filter(cut).select("row").head(most).collect(engine="streaming")
+                found += cut_here["row"].to_list()
         return found[:most]
 
     def named(self, finding: Finding) -> Finding:

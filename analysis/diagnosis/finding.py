@@ -87,6 +87,8 @@ class Diagnosis:
     """Every cause that was looked for."""
     pairs: int
     """How many pairs that training had not seen the run was judged by."""
+    unfinished: str | None
+    """The command that goes on with a run that is not finished; None for a finished one."""
 
     @property
     def verdict(self) -> Literal["found", "healthy", "unknown"]:

@@ -12,6 +12,7 @@ import polars as pl
 from dpo_opt.analysis import rewards
 from dpo_opt.analysis.diagnosis.evidence import FEW, FEWEST, Evidence
 from dpo_opt.analysis.diagnosis.finding import Finding, Measure, Missing, counted
+from dpo_opt.analysis.intervals import wilson
 from dpo_opt.analysis.outcomes import by_source, means_over_prompts, shares_over_prompts
 from dpo_opt.analysis.triage import MOST_OVERLAP
 from dpo_opt.schemas.errors import quoted
@@ -21,10 +22,14 @@ _SWAPPED = 0.02
 _SURELY = 0.5
 """Of the median margin, below 0."""
 _LEAST_SEPARATION = 1.0
-_LENGTH_GAP = 0.3
+"""Median margin, in standard deviations: a weaker signal cannot tell a wrong label from a hard pair."""
+_BIASED = 0.6
+"""Share of the pairs whose labels prefer the same length as the policy."""
 _LEAST_SIDE = 10
 _FELL = 0.02
+"""Nats per token."""
 _ALIKE = 0.2
+"""Of the unseen pairs; with fewer, displacement cannot come from near-identical completions."""
 
 
 def one_source_against(evidence: Evidence) -> Finding | Missing | None:
@@ -44,13 +49,13 @@ def one_source_against(evidence: Evidence) -> Finding | Missing | None:
     own = pairs.filter(pl.col("source").cast(pl.String) == against.source)
     return Finding(
         cause="one_source_against",
-        title=f"The source {against.source} pulls against the others",
+        title=f"The source {quoted(against.source)} pulls against the others",
         evidence=(
-            Measure(f"ranked right, unseen pairs of {against.source}", against.reward_accuracy, "%"),
+            Measure(f"ranked right, unseen pairs of {quoted(against.source)}", against.reward_accuracy, "%"),
             Measure("ranked right, unseen pairs of the others", others, "%"),
         ),
         rows=tuple(own.sort(margin)["row"].to_list()),
-        action=f"read these pairs of {against.source}; swap its labels or leave it out",
+        action=f"read these pairs of {quoted(against.source)}; swap its labels or leave it out",
     )
 
 
@@ -65,19 +70,26 @@ def length_exploited(evidence: Evidence) -> Finding | Missing | None:
     high, low, name = (
         (longer, shorter, "longer") if longer.value > shorter.value else (shorter, longer, "shorter")
     )
-    if not (low.high < 0.5 and high.low > 0.5 and high.low - low.high > _LENGTH_GAP):
-        return None
     other = "shorter" if name == "longer" else "longer"
     margin = rewards.margin(beta=evidence.run.beta)
     wrong = sides[1] if name == "longer" else sides[0]
-    share = len(sides[0]) / (len(sides[0]) + len(sides[1]))
+    trials = len(sides[0]) + len(sides[1])
+    labelled = wilson(share=len(sides[0] if name == "longer" else sides[1]) / trials, trials=trials)
+    # A policy that learned little ranks by length too: log-ratios are sums over tokens.
+    if not (labelled.low > _BIASED and low.value < 0.5 and high.low > max(0.5, low.high)):
+        return None
     return Finding(
         cause="length_exploited",
         title=f"Length is exploited: the policy learned to prefer the {name} completion",
         evidence=(
             Measure(f"ranked right where the {name} completion was chosen", high, "%"),
             Measure(f"ranked right where the {other} completion was chosen", low, "%"),
-            Measure("unseen pairs of unequal length whose longer completion was chosen", counted(share), "%"),
+            Measure(
+                f"unseen pairs of unequal length whose {name} completion was chosen",
+                labelled,
+                "%",
+                f"found above {_BIASED:.0%}",
+            ),
         ),
         rows=tuple(wrong.sort(margin)["row"].to_list()),
         action="weigh length down: --ld-alpha 0.5, or --loss-type sigmoid_norm",

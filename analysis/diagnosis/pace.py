@@ -16,10 +16,15 @@ _UNTRAINED = math.log(2)
 _NOTHING = 0.02
 """Nats of reward: a pair's weight in the gradient is then within a hundredth of what it was at the start."""
 _HARM = 0.1
+"""Nats of loss above that of an untrained policy."""
 _CLEAR_SIGNAL = 0.75
+"""Where so many are ranked right, a high loss comes from a few wrong labels."""
 _FAR = 0.15
+"""Nats per token."""
 _UNSATURATED = 0.5
+"""Nats of reward: pairs then still have three quarters of the weight that they began with."""
 _MEMORIZED = 0.1
+"""Of the pairs, between the intervals of those that were trained on and those that were not."""
 
 
 def nothing_learnt(evidence: Evidence) -> Finding | Missing | None:

@@ -17,7 +17,9 @@ from dpo_opt.analysis.outcomes import means_over_prompts
 _ANOTHER_REFERENCE = 0.01
 """Nats per token and completion. Rounding in bf16 moves a completion by less, other weights by more."""
 _TRUNCATED = 0.2
+"""Of the kept pairs."""
 _LOST = 0.5
+"""Of the margin that training had reached."""
 
 REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo", "sft", "unlikelihood"})
 

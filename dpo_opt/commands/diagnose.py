@@ -40,6 +40,8 @@ def _lines(diagnosis: "Diagnosis") -> Iterator[str]:
         "unknown": "nothing was found, but no pair shows how the policy does on pairs it has not seen",
     }
     yield f"{diagnosis.run}: {verdicts[diagnosis.verdict]}"
+    if diagnosis.unfinished:
+        yield f"the run is not finished, and is judged as far as it came; to go on: {diagnosis.unfinished}"
     for number, finding in enumerate(diagnosis.findings, start=1):
         yield ""
         yield f"{number}. {finding.title}"
