@@ -4,7 +4,7 @@ All other files of this stage work on these frames. Scans are lazy: token lists 
 them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from dpo_opt.analysis.run_files import shards_of_run
 from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, first_line, quoted
-from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA
+from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA, LATER_COLUMNS
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import ShardCommit, load_manifest
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA
@@ -40,7 +40,7 @@ class ShardSlice(NamedTuple):
     @property
     def shards(self) -> pl.LazyFrame:
         """A new scan at each access: a scan that is kept holds its files' footers, megabytes per slice."""
-        return _lazy_shards(self.files)
+        return _lazy_of_versions(self.files, SHARD_SCHEMA)
 
 
 def scan_shards(shards_dir: AnyPath | str) -> pl.LazyFrame:
@@ -50,7 +50,7 @@ def scan_shards(shards_dir: AnyPath | str) -> pl.LazyFrame:
         DataError: The folder has no valid manifest, or a file is not the one the manifest names.
     """
     shards_dir = location(shards_dir)
-    return _lazy_shards(_verified(shards_dir, _commits(shards_dir)))
+    return _lazy_of_versions(_verified(shards_dir, _commits(shards_dir)), SHARD_SCHEMA)
 
 
 def shard_slices(shards_dir: AnyPath | str) -> list[ShardSlice]:
@@ -130,13 +130,20 @@ def scan_run(path: Path | str) -> pl.LazyFrame:
 def scan_kl_samples(path: Path | str) -> pl.LazyFrame:
     """Completions sampled from the policy, scored under both models: the columns of ``KL_SAMPLES_SCHEMA``.
 
+    What a table of an earlier version does not have is null.
+
     Args:
         path: A Parquet file, a folder of them, or a run folder (its ``kl/``).
 
     Raises:
         DataError: There is no such file, or one is not a table of on-policy samples.
     """
-    return _scan(parquet_files(path, inside=KL_FOLDER), KL_SAMPLES_SCHEMA, what="on-policy samples")
+    return _scan(
+        parquet_files(path, inside=KL_FOLDER),
+        KL_SAMPLES_SCHEMA,
+        what="on-policy samples",
+        later=LATER_COLUMNS,
+    )
 
 
 def join_reference(
@@ -245,7 +252,10 @@ def _check_once(shards_dir: AnyPath, name: str, sha256: str, state: tuple[int, i
     return check_file(shards_dir, name, sha256)
 
 
-def _scan(files: Sequence[Path], schema: pa.Schema, *, what: str) -> pl.LazyFrame:
+def _scan(
+    files: Sequence[Path], schema: pa.Schema, *, what: str, later: Collection[str] = ()
+) -> pl.LazyFrame:
+    """The tables of some files, of which earlier versions lack the columns ``later``."""
     for file in files:
         try:
             with arrow_file(file) as raw:
@@ -256,21 +266,21 @@ def _scan(files: Sequence[Path], schema: pa.Schema, *, what: str) -> pl.LazyFram
                 where=str(file),
                 why="the file is truncated, damaged or not Parquet",
             ) from error
-        missing = [name for name in schema.names if name not in names]
+        missing = [name for name in schema.names if name not in names and name not in later]
         if missing:
             raise DataError(
                 f"this is not a table of {what}: it lacks the columns {', '.join(missing)}", where=str(file)
             )
-    return _lazy(files, schema)
+    return _lazy_of_versions(files, schema) if later else _lazy(files, schema)
 
 
-def _lazy_shards(files: Sequence[Path]) -> pl.LazyFrame:
+def _lazy_of_versions(files: Sequence[Path], schema: pa.Schema) -> pl.LazyFrame:
     if not files:
-        return _lazy(files, SHARD_SCHEMA)
-    # Older shards lack a column, newer ones may have more.
+        return _lazy(files, schema)
+    # Older tables lack a column, newer ones may have more.
     return pl.scan_parquet(
-        list(files),
-        schema=pl.DataFrame(pl.from_arrow(SHARD_SCHEMA.empty_table())).schema,
+        [file.absolute() for file in files],
+        schema=pl.DataFrame(pl.from_arrow(schema.empty_table())).schema,
         missing_columns="insert",
         extra_columns="ignore",
         glob=False,

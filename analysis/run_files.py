@@ -81,10 +81,8 @@ class Run:
     @property
     def kl_command(self) -> str:
         """The command whose output the report reads from ``kl/``."""
-        reference, output = self.config.get("model", "MODEL"), self.path / "kl" / "final.parquet"
-        return _command(
-            "kl", model=self.path / FINAL, reference=reference, prompts=self.shards, output=output
-        )
+        held_out = self.config.get("eval_split") or self.config.get("eval_shards")
+        return f"dpo-opt kl {quoted(self.path)}" + ("" if held_out else f" --prompts {quoted(self.shards)}")
 
     @property
     def pairs_command(self) -> str:
@@ -102,7 +100,7 @@ def shards_of_run(path: Path) -> AnyPath:
     Raises:
         ConfigError: It is not a run folder, or its shards are not found.
     """
-    return _find_shards(path, _read_config(path))
+    return _find_shards(path, read_run_config(path))
 
 
 def open_run(path: Path | str) -> Run:
@@ -113,7 +111,7 @@ def open_run(path: Path | str) -> Run:
         DataError: One of its files is damaged.
     """
     path = Path(path)
-    config = _read_config(path)
+    config = read_run_config(path)
     train, evals = _read_metrics(path / METRICS)
     return Run(
         path=path,
@@ -137,7 +135,13 @@ def _command(name: str, **options: object) -> str:
     return " ".join(words)
 
 
-def _read_config(path: Path) -> Mapping[str, object]:
+def read_run_config(path: Path) -> Mapping[str, object]:
+    """The settings that a run was made with.
+
+    Raises:
+        ConfigError: It is not a run folder, or names no shards.
+        DataError: The file is damaged.
+    """
     file = path / CONFIG
     if not file.is_file():
         raise ConfigError(

@@ -29,7 +29,7 @@ def run_summary(view: RunView) -> RunSummary:
         reference_ranking_accuracy=known(view.reference),
         scored=PairsSummary.of(splits["all"]) if "all" in splits else None,
         held_out=PairsSummary.of(splits["held-out"]) if "held-out" in splits else None,
-        kl=KLSummary.of(*view.kl[-1]) if view.kl else None,
+        kl=KLSummary.of(view.kl[-1]) if view.kl else None,
         parity=None if run.parity is None else known_values(run.parity),
         finished=run.finished,
         movements=known_values(judged.movements) if judged else None,

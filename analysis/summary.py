@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from dpo_opt.analysis.compare import Difference
 from dpo_opt.analysis.intervals import Interval
-from dpo_opt.analysis.kl import KLEstimate
+from dpo_opt.analysis.kl import KLFile
 from dpo_opt.analysis.outcomes import Outcome
 
 
@@ -62,25 +62,36 @@ class KLSummary(_Record):
     """KL(policy || reference) on the policy's own samples, in nats."""
 
     file: str
+    step: int | None
+    """Optimizer updates of the policy; null where the samples do not say."""
     samples: int
     prompts: int
     tokens: int
     share_unfinished: float | None
     k1_sequence: Bounds
     k1_token: Bounds
+    k3_sequence: Bounds
     k3_token: Bounds
+    rb_sequence: Bounds | None
+    """Rao-Blackwellised; null in tables of versions that did not measure it."""
+    rb_token: Bounds | None
 
     @classmethod
-    def of(cls, file: str, estimate: KLEstimate) -> "KLSummary":
+    def of(cls, kl: KLFile) -> "KLSummary":
+        estimate = kl.estimate
         return cls(
-            file=file,
+            file=kl.file,
+            step=kl.step,
             samples=estimate.samples,
             prompts=estimate.prompts,
             tokens=estimate.tokens,
             share_unfinished=known(estimate.unfinished.value),
             k1_sequence=Bounds.of(estimate.k1_sequence),
             k1_token=Bounds.of(estimate.k1_token),
+            k3_sequence=Bounds.of(estimate.k3_sequence),
             k3_token=Bounds.of(estimate.k3_token),
+            rb_sequence=None if estimate.rb_sequence is None else Bounds.of(estimate.rb_sequence),
+            rb_token=None if estimate.rb_token is None else Bounds.of(estimate.rb_token),
         )
 
 

@@ -18,7 +18,7 @@ from dpo_opt.analysis.calibration import Calibration, calibration
 from dpo_opt.analysis.final_state import FinalState, final_state, held_out_rows
 from dpo_opt.analysis.generalization import Overfitting, overfitting
 from dpo_opt.analysis.intervals import FloatArray
-from dpo_opt.analysis.kl import KLEstimate, estimate_kl
+from dpo_opt.analysis.kl import KLFile, kl_of_run
 from dpo_opt.analysis.load import (
     KL_FOLDER,
     PAIR_LOGPS_FOLDER,
@@ -53,13 +53,6 @@ class Sample(NamedTuple):
     completion: str
     finished: bool
     tokens: int
-
-
-class KLFile(NamedTuple):
-    """One table of on-policy samples."""
-
-    file: str
-    estimate: KLEstimate
 
 
 class LastEvaluation(NamedTuple):
@@ -128,7 +121,7 @@ def view_run(run: Run, scratch: Path) -> RunView:
         noise = run.margin_noise or 0.0
         found = trajectories(logps, slices, beta=run.beta, noise=noise, drivers=drivers)
     final = final_state(run, logps, slices, held_out, scratch)
-    kl = [KLFile(file.name, estimate_kl(scan_kl_samples(file))) for file in run.tables(KL_FOLDER)]
+    kl = kl_of_run(run.path)
     reference = reference_accuracy(slices)
     decoder = TokenDecoder(run.shards)
     judged = _judged(run, final, found, decoder) if final else None
@@ -143,7 +136,7 @@ def view_run(run: Run, scratch: Path) -> RunView:
         last_evaluation=_last_evaluation(run, final) if final else None,
         overfitting=overfitting(final.splits if final else {}, run.evals),
         kl=kl,
-        samples=_samples(run, decoder) if kl else [],
+        samples=_samples(run.path / KL_FOLDER / kl[-1].file, decoder) if kl else [],
         text_problem=decoder.problem,
     )
 
@@ -189,9 +182,9 @@ def _last_evaluation(run: Run, final: FinalState) -> LastEvaluation | None:
     return LastEvaluation(final.step, accuracy, margin)
 
 
-def _samples(run: Run, decoder: TokenDecoder) -> list[Sample]:
-    """The first sample of some prompts of the last table, one after the other."""
-    first = scan_kl_samples(run.tables(KL_FOLDER)[-1]).filter(pl.col("sample") == 0).head(SAMPLES)
+def _samples(table: Path, decoder: TokenDecoder) -> list[Sample]:
+    """The first sample of some prompts of a table, one after the other."""
+    first = scan_kl_samples(table).filter(pl.col("sample") == 0).head(SAMPLES)
     return [
         Sample(
             prompt=prompt_end(row["prompt_ids"], decoder),

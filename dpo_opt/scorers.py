@@ -33,7 +33,7 @@ def make_engine(
     Raises:
         ConfigError: vLLM is asked for and is not there, or an engine gets options that it does not have.
     """
-    if backend == "vllm" or (backend == "auto" and vllm_version() is not None):
+    if runs_vllm(backend):
         prepare_environment()
         return VllmModel(folder, dtype=dtype, max_length=max_length, engine_options=engine_options)
     if engine_options:
@@ -45,6 +45,11 @@ def make_engine(
     from dpo_opt.optimize.transformers_scorer import HfScorer
 
     return HfScorer(folder, dtype=dtype, max_length=max_length)
+
+
+def runs_vllm(backend: Backend) -> bool:
+    """Whether ``make_engine`` takes vLLM."""
+    return backend == "vllm" or (backend == "auto" and vllm_version() is not None)
 
 
 def make_scorer(config: PrecomputeConfig) -> Scorer:

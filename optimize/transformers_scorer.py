@@ -5,18 +5,20 @@ vLLM's are compared with.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
-from dpo_opt.optimize.forward.architecture import decoder_of
+from dpo_opt.optimize.forward.architecture import decoder_of, head_of
 from dpo_opt.optimize.forward.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
 from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.next_tokens import States
 from dpo_opt.optimize.forward.packing import Group
 from dpo_opt.optimize.forward.policy import Policy, default_device
 from dpo_opt.optimize.forward.precision import computing_in
@@ -35,6 +37,8 @@ from dpo_opt.schemas.rope import FIXED, describe_rope
 # Rows per forward without gradients: enough to keep the cores busy, small in memory.
 _BATCH_ROWS = 2048
 _SAMPLING_BATCH = 64
+
+T = TypeVar("T")
 
 
 class HfScorer:
@@ -86,15 +90,29 @@ class HfScorer:
 
         Prompts that begin alike share that beginning.
         """
+        return self._per_sequence(sequences, _logps)
+
+    def states(self, sequences: Sequence[TokenSequence]) -> States:
+        """What the model's head makes the distributions of all the completions' tokens of.
+
+        Sequences are grouped as in ``token_logps``.
+        """
+        hidden = torch.cat(self._per_sequence(sequences, _hidden))
+        return States(hidden, head_of(self.policy.model), self.policy.dtype)
+
+    def _per_sequence(
+        self, sequences: Sequence[TokenSequence], forward: Callable[[Policy, Sequence[Group]], Iterator[T]]
+    ) -> list[T]:
+        """What a forward of groups gives for each of their sequences, in the order of ``sequences``."""
         groups = _by_prompt(sequences)
-        found: list[list[LogpArray]] = [[] for _ in groups]
+        found: list[list[T]] = [[] for _ in groups]
         joined = alike(groups, rows=self.policy.rows, most=_BATCH_ROWS)
         whole: list[Group] = [tuple(s for i in places for s in groups[i]) for places in joined]
         for members in self.policy.bins(whole, _BATCH_ROWS):
-            logps = iter(_forward(self.policy, [whole[number] for number in members]))
+            values = forward(self.policy, [whole[number] for number in members])
             for i in (place for number in members for place in joined[number]):
-                found[i] = [next(logps) for _ in groups[i]]
-        return [logps for group in found for logps in group]
+                found[i] = [next(values) for _ in groups[i]]
+        return [value for group in found for value in group]
 
     def sample(
         self,
@@ -149,9 +167,16 @@ class HfScorer:
 
 
 @torch.no_grad()
-def _forward(policy: Policy, groups: Sequence[Group]) -> Iterator[LogpArray]:
+def _logps(policy: Policy, groups: Sequence[Group]) -> Iterator[LogpArray]:
     for logps in policy.sequence_logps(groups):
         yield logps.cpu().numpy()
+
+
+@torch.no_grad()
+def _hidden(policy: Policy, groups: Sequence[Group]) -> Iterator[Tensor]:
+    batch = policy.layout(groups).to(policy.device)
+    # One copy to the CPU: of tens of thousands of tokens, a GPU has no room beside a model.
+    yield from torch.split(policy.batch_states(batch).cpu(), batch.lengths)
 
 
 def _by_prompt(sequences: Sequence[TokenSequence]) -> list[Group]:

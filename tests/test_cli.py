@@ -573,11 +573,14 @@ def test_kl_of_a_model_from_itself_is_nothing(shards: Path, tiny_model: Path, tm
     result = invoke(*arguments, *small, "--max-new-tokens", 8, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert found["output"] == str(tmp_path / "kl.parquet")
+    (entry,) = found["kl"]
+    assert entry["output"] == str(tmp_path / "kl.parquet")
+    assert (entry["rb_sequence"]["value"], entry["k1_sequence"]["value"]) == (0, 0)
     samples = pq.read_table(tmp_path / "kl.parquet").to_pylist()
     assert len(samples) == 6
     for sample in samples:
         assert sample["policy_token_logps"] == sample["ref_token_logps"]
+    (tmp_path / "kl.parquet").unlink()
     long = refused(2, *arguments, *small, "--max-new-tokens", 250, unchanged=tmp_path)
     assert "the model's context has 256" in long
 

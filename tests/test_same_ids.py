@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from dpo_opt.cli import main
 from dpo_opt.commands.kl import KLConfig
-from dpo_opt.measure_kl import _prompts
+from dpo_opt.kl.prompts import choose_prompts
 from dpo_opt.precompute.config import PreviewConfig
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.preview import preview
@@ -53,7 +53,7 @@ def kl_prompts(model: Path, file: Path, **options: Any) -> list[list[int]]:
     config = KLConfig(
         model=str(model), reference=str(model), prompts=file, output=file.parent / "kl.parquet", **options
     )
-    return [ids.tolist() for ids in _prompts(config, model)[1]]
+    return [ids.tolist() for ids in choose_prompts(config, model=model, run=None)[1]]
 
 
 def precomputed(model: Path, file: Path, *options: str) -> list[dict[str, list[int]]]:

@@ -39,6 +39,7 @@ from dpo_opt.precompute import PrecomputeConfig, precompute
 from dpo_opt.precompute.shards.repair import Repair
 from dpo_opt.schemas.errors import DpoOptError, quoted
 from dpo_opt.schemas.fingerprint import short_value
+from dpo_opt.schemas.kl_samples import LATER_COLUMNS
 from dpo_opt.schemas.locations import location
 from dpo_opt.schemas.manifest import load_manifest, write_manifest
 from dpo_opt.schemas.models import find_model
@@ -216,7 +217,8 @@ def test_tables_of_strange_content(tmp_path: Path) -> None:
     logps = pl.LazyFrame({"row": [1], "pair_id": [STRANGE]})
     message(lambda: join_reference(logps, logps.with_columns(pair_id=pl.lit("other"))))
     sample = {"prompt_id": STRANGE, "sample": 0, "policy_token_logps": [1.0], "ref_token_logps": [1.0, 2.0]}
-    message(lambda: estimate_kl(pl.LazyFrame([sample])))
+    later = dict.fromkeys(LATER_COLUMNS)
+    message(lambda: estimate_kl(pl.LazyFrame([sample | later])))
 
 
 def test_a_shard_folder_with_a_file_of_a_strange_name(model: Path, tmp_path: Path) -> None:

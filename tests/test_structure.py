@@ -20,7 +20,7 @@ SOURCES = {
 } | {path.stem: path for path in sorted((ROOT / "dpo_opt").glob("*.py"))}
 COMMANDS = {
     f"{room}.{path.stem}": path
-    for room in ("commands", "sweep")
+    for room in ("commands", "kl", "sweep")
     for path in sorted((ROOT / "dpo_opt" / room).glob("*.py"))
 }
 MODULES = {name.removesuffix(".__init__"): path for name, path in (SOURCES | COMMANDS).items()}

@@ -105,7 +105,7 @@ class _TokenLogps(torch.autograd.Function):
     ) -> Tensor:
         ctx.settings = scale, softcap, dtype
         of_hidden, of_weight, of_bias = (differentiable and need for need in ctx.needs_input_grad[:3])
-        projector = _Projector(hidden, Head(weight, bias, scale, softcap), dtype)
+        projector = Projector(hidden, Head(weight, bias, scale, softcap), dtype)
         kept = projector.room_to_keep(len(targets) if of_weight or of_bias else 0)
         room = torch.split(kept, projector.rows) if len(kept) else ()
         narrow = weight.to(dtype) if of_hidden else weight
@@ -149,7 +149,7 @@ class _TokenLogps(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-class _Projector:
+class Projector:
     """Projects blocks of rows, and takes the derivatives. Holds the buffers of a block.
 
     In half precision, only the derivatives and what they are multiplied with are rounded to it. Logits are
@@ -175,6 +175,24 @@ class _Projector:
         kept = rows if rows <= most else most - most % self.rows
         return self._weight.new_empty(kept, len(self._weight), dtype=self._dtype)
 
+    def log_probs(self, states: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """(rows, V) float32 log-probs of all tokens after each of a block's states.
+
+        They are written to ``out``. Without it they last until the next block.
+        """
+        _, bias, scale, softcap = self._head
+        logits = self._logits.narrow(0, 0, len(states))
+        with contextlib.nullcontext() if self._dtype == torch.float32 else _tf32():
+            _product(states.to(self._operands), self._weight.t(), out=logits)
+        if bias is not None:
+            logits += bias.float()
+        if scale != 1.0:
+            logits *= scale
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        found = self._log_probs.narrow(0, 0, len(states)) if out is None else out
+        return torch.log_softmax(logits, -1, out=found)
+
     def project(
         self,
         states: Tensor,
@@ -188,20 +206,8 @@ class _Projector:
 
         The derivatives, (rows, V), are written to ``into``. Without it they last until the next block.
         """
-        _, bias, scale, softcap = self._head
-        logits, log_probs = (t.narrow(0, 0, len(states)) for t in (self._logits, self._log_probs))
         in_fp32 = self._dtype == torch.float32
-        if into is not None and in_fp32:
-            log_probs = into
-        with contextlib.nullcontext() if in_fp32 else _tf32():
-            _product(states.to(self._operands), self._weight.t(), out=logits)
-        if bias is not None:
-            logits += bias.float()
-        if scale != 1.0:
-            logits *= scale
-        if softcap is not None:
-            logits.div_(softcap).tanh_().mul_(softcap)
-        torch.log_softmax(logits, -1, out=log_probs)
+        log_probs = self.log_probs(states, out=into if in_fp32 else None)
         if log_squares is not None:
             torch.log((2 * log_probs).exp_().sum(-1), out=log_squares)
         columns = targets.unsqueeze(1)
@@ -213,7 +219,8 @@ class _Projector:
         # softmax - onehot. Where the model is sure of the target, their difference is a small number.
         torch.exp(log_probs, out=into)
         into.scatter_(1, columns, torch.expm1(logps).to(into.dtype))
-        if softcap is not None:
+        if (softcap := self._head.softcap) is not None:
+            logits = self._logits.narrow(0, 0, len(states))
             into.mul_(logits.div_(softcap).square_().neg_().add_(1))
         return logps.squeeze(1), into
 
@@ -228,7 +235,7 @@ def _derivatives(
     if not rest:
         return
     hidden, targets, factors = (t.narrow(0, len(kept), rest) for t in (hidden, targets, factors))
-    projector = _Projector(hidden, head, dtype)
+    projector = Projector(hidden, head, dtype)
     blocks = (torch.split(t, projector.rows) for t in (hidden, targets, factors))
     for states, tokens, factor in zip(*blocks, strict=True):
         _, derivatives = projector.project(states, tokens, into=None, differentiate=True)

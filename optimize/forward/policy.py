@@ -67,15 +67,18 @@ class Policy:
         ``log_squares`` is filled as ``token_logps`` does.
         """
         with full_precision_products():
-            with computing_in(self.dtype, self.model, self.device):
-                output = decoder_of(self.model)(
-                    input_ids=batch.input_ids, use_cache=False, **batch.model_kwargs
-                )
-            hidden = output.last_hidden_state.flatten(0, 1)[batch.scored_rows]
+            hidden = self.batch_states(batch)
             # Outside autocast, which would round the logits.
             return token_logps(
                 hidden, head_of(self.model), batch.targets, dtype=self.dtype, log_squares=log_squares
             )
+
+    def batch_states(self, batch: Batch) -> Tensor:
+        """(S, d) hidden states that predict the batch's targets."""
+        with full_precision_products(), computing_in(self.dtype, self.model, self.device):
+            output = decoder_of(self.model)(input_ids=batch.input_ids, use_cache=False, **batch.model_kwargs)
+        states: Tensor = output.last_hidden_state.flatten(0, 1)[batch.scored_rows]
+        return states
 
     def sequence_logps(self, groups: Sequence[Group]) -> list[Tensor]:
         """One (C,) tensor of token log-probs per sequence, on the policy's device."""

@@ -120,7 +120,7 @@ def test_page_shows_every_part(make_run):
         "Loss ends at",
         "The longer one is chosen in",
         "By source",
-        "k3 per token",
+        "exact steps per token",
         "This is not a KL",
         "The 6 hardest pairs",
     ):
@@ -221,7 +221,7 @@ def test_a_bare_run_says_what_is_missing_and_how_to_get_it(make_run):
     assert (entry.scored, entry.held_out, entry.kl, entry.parity, entry.eval) == (None, None, None, None, {})
     assert "No pair's final log-probs are known." in page
     assert "dpo-opt score --shards" in page
-    assert "dpo-opt kl --model" in page
+    assert f"dpo-opt kl {run} --prompts" in page
     assert "no parity.json" in page
 
 

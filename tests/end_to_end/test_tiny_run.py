@@ -167,7 +167,7 @@ def test_kl_is_measured_on_the_policys_own_samples(work: Path) -> None:
     samples = pq.read_table(work / KL).to_pylist()
     assert len(samples) == 8 * 4
     ratios = [sum(row["policy_token_logps"]) - sum(row["ref_token_logps"]) for row in samples]
-    value = estimate_value(printed(work, "kl")["k1_sequence"])
+    value = estimate_value(printed(work, "kl")["kl"][0]["k1_sequence"])
     assert value == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
     assert value > 0.05, "the policy did not move"
 
@@ -191,7 +191,7 @@ def test_the_report_stands_alone_and_has_the_runs_numbers(work: Path) -> None:
     ]
     assert run["scored"]["reward_accuracy"] == pytest.approx(sum(rewards) / len(rewards))
     assert run["kl"]["k1_sequence"]["value"] == pytest.approx(
-        estimate_value(printed(work, "kl")["k1_sequence"])
+        estimate_value(printed(work, "kl")["kl"][0]["k1_sequence"])
     )
 
 

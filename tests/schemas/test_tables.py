@@ -1,10 +1,17 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA, KLSample, write_kl_samples
+from dpo_opt.schemas.kl_samples import (
+    KL_SAMPLES_SCHEMA,
+    KLRecord,
+    KLSample,
+    read_kl_record,
+    write_kl_samples,
+)
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA, PairLogps, write_pair_logps
 
 
@@ -78,8 +85,17 @@ def test_kl_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
         completion_ids=np.array([6, 7, 1], np.int32),
         policy_token_logps=np.array([-0.5, -1, -2], np.float32),
         ref_token_logps=np.array([-1, -1, -4], np.float32),
+        policy_token_entropies=np.array([0.5, 2, 1], np.float32),
+        token_kl=np.array([0, 0.25, 1], np.float32),
+        prompt="<s>a",
+        completion="bc",
     )
-    write_kl_samples(tmp_path / "kl.parquet", [sample, sample])
+    record = KLRecord(
+        policy="a", reference="b", prompts="c", num_samples=2, max_new_tokens=3, seed=0, engine="vllm",
+        dtype="float32", step=7,
+    )  # fmt: skip
+    write_kl_samples(tmp_path / "kl.parquet", [sample, sample], record=record)
+    assert read_kl_record(tmp_path / "kl.parquet") == record
     table = pq.read_table(tmp_path / "kl.parquet")
     assert table.schema.remove_metadata().equals(KL_SAMPLES_SCHEMA.remove_metadata())
     expected = {
@@ -90,5 +106,13 @@ def test_kl_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
         "completion_ids": [6, 7, 1],
         "policy_token_logps": [-0.5, -1.0, -2.0],
         "ref_token_logps": [-1.0, -1.0, -4.0],
+        "policy_token_entropies": [0.5, 2.0, 1.0],
+        "token_kl": [0.0, 0.25, 1.0],
+        "prompt": "<s>a",
+        "completion": "bc",
     }
     assert table.to_pylist() == [expected, expected]
+    bare = replace(sample, policy_token_entropies=None, token_kl=None, prompt=None, completion=None)
+    write_kl_samples(tmp_path / "kl.parquet", [bare])
+    assert read_kl_record(tmp_path / "kl.parquet") is None
+    assert pq.read_table(tmp_path / "kl.parquet")["token_kl"].to_pylist() == [None]
