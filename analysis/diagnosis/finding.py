@@ -1,7 +1,7 @@
 """What a diagnosis says: plain data, for the terminal, the report and scripts."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 from dpo_opt.analysis.intervals import Interval
@@ -25,6 +25,11 @@ class Measure(NamedTuple):
         limit = f" ({self.limit})" if self.limit else ""
         unit = f" {self.unit}" if self.unit and self.unit != "%" else ""
         return f"{self.name}: {self._shown(self.value.value)}{known}{unit}{limit}"
+
+    def record(self) -> dict[str, object]:
+        """The measure as JSON has it."""
+        bounds = {k: v if math.isfinite(v) else None for k, v in self.value._asdict().items()}
+        return {"name": self.name, **bounds, "unit": self.unit, "limit": self.limit}
 
     def _shown(self, value: float) -> str:
         return f"{value:.1%}" if self.unit == "%" else f"{value:.3g}"
@@ -89,6 +94,26 @@ class Diagnosis:
     """How many pairs that training had not seen the run was judged by."""
     unfinished: str | None
     """The command that goes on with a run that is not finished; None for a finished one."""
+
+    def record(self) -> dict[str, object]:
+        """The diagnosis as JSON has it; a number that is counted and not estimated has null bounds."""
+        return {
+            "run": self.run,
+            "verdict": self.verdict,
+            "pairs": self.pairs,
+            "unfinished": self.unfinished,
+            "findings": [
+                {
+                    "cause": finding.cause,
+                    "title": finding.title,
+                    "evidence": [measure.record() for measure in finding.evidence],
+                    "pairs": [pair._asdict() for pair in finding.pairs],
+                    "action": finding.action,
+                }
+                for finding in self.findings
+            ],
+            "checks": [asdict(check) for check in self.checks],
+        }
 
     @property
     def verdict(self) -> Literal["found", "healthy", "unknown"]:

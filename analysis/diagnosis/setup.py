@@ -15,7 +15,9 @@ from dpo_opt.analysis.intervals import wilson
 from dpo_opt.analysis.outcomes import means_over_prompts
 
 _ANOTHER_REFERENCE = 0.01
-"""Nats per token and completion. Rounding in bf16 moves a completion by less, other weights by more."""
+"""Nats per token."""
+_ROUNDING = 0.1
+"""Twice the largest sd of a token's log-prob between bf16 engines (``optimize/parity.py``), in nats."""
 _TRUNCATED = 0.2
 """Of the kept pairs."""
 _LOST = 0.5
@@ -32,7 +34,10 @@ def wrong_reference(evidence: Evidence) -> Finding | Missing | None:
     shift = rewards.distance_per_token()
     (moved,) = means_over_prompts(start, shift)
     bound = moved.value if math.isnan(moved.low) else moved.low
-    if not bound > _ANOTHER_REFERENCE:
+    (length,) = means_over_prompts(start, pl.min_horizontal("chosen_length", "rejected_length"))
+    # Rounding errors of a completion's tokens cancel each other.
+    limit = max(_ANOTHER_REFERENCE, _ROUNDING / math.sqrt(length.value))
+    if not bound > limit:
         return None
     farthest = start.sort(shift, descending=True)["row"].to_list()
     return Finding(
@@ -43,7 +48,7 @@ def wrong_reference(evidence: Evidence) -> Finding | Missing | None:
                 "log-ratio of the first step's pairs, before any update",
                 moved,
                 "nats per token",
-                f"0 where the policy begins as the reference; found above {_ANOTHER_REFERENCE:g}",
+                f"0 where the policy begins as the reference, up to rounding; found above {limit:.2g}",
             ),
         ),
         rows=tuple(farthest),

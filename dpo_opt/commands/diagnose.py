@@ -4,7 +4,6 @@ RUNS are folders of runs or of sweeps. Nothing but the run and its shards is nee
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ def command(runs: tuple[Path, ...], as_json: bool) -> None:
 
     found = [diagnose(run) for path in runs for run in run_folders(path)]
     if as_json:
-        show({"runs": [{"verdict": each.verdict, **asdict(each)} for each in found]}, as_json)
+        show({"runs": [each.record() for each in found]}, as_json)
     else:
         say(line for each in found for line in _lines(each))
 

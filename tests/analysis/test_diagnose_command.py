@@ -39,6 +39,24 @@ def test_what_is_said_in_words_is_what_json_has(run):
         assert finding["action"] in text
 
 
+def test_json_has_names_for_its_numbers_and_no_nan(run):
+    rows = pl.read_parquet(run / "scores" / "final.parquet")
+    rows.with_columns(chosen_logps=pl.col("chosen_logps") - 300).write_parquet(
+        run / "scores" / "final.parquet"
+    )
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    (found,) = json.loads(said(run, "--json"), parse_constant=refuse)["runs"]
+    measures = [measure for finding in found["findings"] for measure in finding["evidence"]]
+    assert measures
+    for measure in measures:
+        assert set(measure) == {"name", "value", "low", "high", "unit", "limit"}
+        assert measure["low"] is None or measure["low"] <= measure["value"] <= measure["high"]
+    assert {"row", "pair_id"} == set(found["findings"][0]["pairs"][0])
+
+
 def test_a_run_that_goes_on_or_crashed_is_judged_as_far_as_it_came(run):
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "scores")

@@ -1,5 +1,6 @@
 """Every cause is found where it is planted in made-up log-probs, and not without it."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,16 @@ def test_the_pairs_behind_swapped_labels_are_those_that_were_swapped():
     found = labels.swapped_labels(PLANTED["swapped_labels"][1])
     assert set(found.rows) <= set(range(PAIRS // 10))
     assert len(found.rows) > PAIRS // 20
+
+
+@pytest.mark.parametrize("length", [5, 100, 2000])
+@pytest.mark.parametrize(("sd", "found"), [(0.05, False), (1.0, True)])
+def test_rounding_in_bf16_is_no_other_reference(length, sd, found):
+    noise = sd * math.sqrt(length) * np.random.default_rng(0).normal(size=(2, PAIRS))
+    start = table(margin=BETA * (noise[0] - noise[1]), chosen=noise[0]).with_columns(
+        chosen_length=pl.lit(length), rejected_length=pl.lit(length)
+    )
+    assert isinstance(setup.wrong_reference(evidence(start=start)), Finding) == found
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02])
