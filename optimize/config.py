@@ -97,8 +97,8 @@ class TrainConfig(Settings):
     """What is drawn at random: pairs, or whole prompts, so that all pairs of a prompt meet in one step."""
     micro_batch_tokens: PositiveInt | None = None
     """Most tokens per forward and backward. Changes memory and speed only. Default: from free GPU memory."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Saves memory: recompute nothing, only cheap operations (selective) or whole layers in backward."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "selective"
+    """What backward computes again to save memory: nothing, only cheap operations (selective), whole layers."""
     num_train_epochs: PositiveInt = 1
     """How often training goes through all pairs."""
     max_steps: PositiveInt | None = None

@@ -94,7 +94,7 @@ def test_the_options_that_save_memory_are_seen_to_save_it(
         return found
 
     plain = memory()
-    assert memory("--activation-checkpointing", "full")["activations"] < 0.7 * plain["activations"]
+    assert memory("--activation-checkpointing", "full")["activations"] < 0.9 * plain["activations"]
     assert memory("--optim", "rmsprop")["optimizer state"] < plain["optimizer state"]
 
 
@@ -118,7 +118,7 @@ def test_each_change_that_is_proposed_was_counted(
     assert not forecast["fits"]
     *others, last = forecast["changes"]
     assert [change["fits"] for change in forecast["changes"]] == [False] * len(others) + [True]
-    assert forecast["changes"][0]["options"] == "--activation-checkpointing selective"
+    assert forecast["changes"][0]["options"] == "--activation-checkpointing full"
     changed = plan(*last["options"].split())
     assert changed["gpus"]["fits"]
     assert changed["memory_gb"]["total"] == last["total_gb"]

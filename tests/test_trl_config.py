@@ -43,7 +43,7 @@ NAMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "steps": ({"max_steps": 7}, {"max_steps": 7}),
     "no saving by steps": ({"save_strategy": "no"}, {"save_steps": None}),
     "the best": ({"metric_for_best_model": "loss"}, {"metric_for_best_model": "eval_loss"}),
-    "no recomputation": ({"gradient_checkpointing": False}, {"activation_checkpointing": "none"}),
+    "no recomputation": ({"gradient_checkpointing": False}, {"activation_checkpointing": "selective"}),
     "bf16": ({"bf16": True}, {"dtype": "bfloat16"}),
     "several losses": (
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.1]},

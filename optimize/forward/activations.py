@@ -5,32 +5,16 @@ layer's forward is wrapped here. Log-probs and gradients are exactly those of th
 """
 
 from collections.abc import Callable
-from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_opt.optimize.forward.varlen import OPERATION
+from dpo_opt.optimize.forward.elementwise import recompute_elementwise
 from dpo_opt.schemas.errors import ConfigError
-
-_aten = torch.ops.aten
-# Results that are costly to recompute and small to keep: products with weights, and fused attention. A plain
-# batched product is not kept, because in eager attention it makes the (T, T) scores.
-_KEPT = {
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten._grouped_mm.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._flash_attention_forward.default,
-    OPERATION,
-}
 
 
 def checkpoint_activations(model: PreTrainedModel, mode: Literal["none", "selective", "full"]) -> None:
@@ -38,14 +22,16 @@ def checkpoint_activations(model: PreTrainedModel, mode: Literal["none", "select
 
     Args:
         model: Changed in place. Call this only once per model.
-        mode: ``full`` keeps only each layer's input. ``selective`` also keeps the outputs of matrix products
-            and attention, and recomputes only norms, rotary embeddings and activation functions. ``none``
-            changes nothing.
+        mode: ``full`` keeps only each layer's input. ``selective`` keeps the outputs of matrix products and
+            attention, and recomputes norms, activation functions and gates. ``none`` changes nothing.
 
     Raises:
         ConfigError: transformers does not say which modules of this model are its layers.
     """
     if mode == "none":
+        return
+    if mode == "selective":
+        recompute_elementwise(model)
         return
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -54,30 +40,11 @@ def checkpoint_activations(model: PreTrainedModel, mode: Literal["none", "select
             fix="train with --activation-checkpointing none, and a smaller --micro-batch-tokens",
         )
     for layer in layers:
-        kept = _KEPT
-        if any(getattr(module, "has_bias", False) for module in layer.modules()):
-            # transformers adds the bias of experts into their product, which a kept result must not suffer.
-            kept = _KEPT - {_aten._grouped_mm.default}
-        layer.forward = partial(_recomputed, layer.forward, mode, kept)
+        layer.forward = partial(_recomputed, layer.forward)
 
 
-def _recomputed(
-    forward: Callable[..., Any], mode: str, kept: AbstractSet[Any], *args: Any, **kwargs: Any
-) -> Any:
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    contexts: dict[str, Any] = (
-        {"context_fn": partial(_selective_contexts, kept)} if mode == "selective" else {}
-    )
     # There is no dropout, so there is no random state to restore.
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts, **kwargs)
-
-
-def _selective_contexts(kept: AbstractSet[Any]) -> Any:
-    return create_selective_checkpoint_contexts(partial(_policy, kept))  # type: ignore[no-untyped-call]
-
-
-def _policy(
-    kept: AbstractSet[Any], _context: Any, operation: Any, *_args: Any, **_kwargs: Any
-) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -38,27 +38,28 @@ def round_weights_at_use(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 class _NarrowLinear(torch.autograd.Function):
-    """``hidden @ weight.T + bias`` in ``dtype``; keeps the rounded input and the weight itself."""
+    """``hidden @ weight.T + bias`` in ``dtype``; keeps input and weight themselves."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         narrow = hidden.to(dtype)
-        ctx.save_for_backward(narrow, weight)
-        ctx.input_dtype, ctx.bias_dtype = hidden.dtype, None if bias is None else bias.dtype
+        # Several layers read a norm's output: kept as it is, it is kept once.
+        ctx.save_for_backward(hidden, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         with torch.autocast(hidden.device.type, enabled=False):
             return functional.linear(narrow, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad,) = grads
-        narrow, weight = ctx.saved_tensors
+        hidden, weight = ctx.saved_tensors
         to_input = to_weight = to_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                to_input = (grad @ weight.to(grad.dtype)).to(ctx.input_dtype)
+                to_input = (grad @ weight.to(grad.dtype)).to(hidden.dtype)
             rows = grad.flatten(0, -2)
             if ctx.needs_input_grad[1]:
-                to_weight = (rows.t() @ narrow.flatten(0, -2)).to(weight.dtype)
+                to_weight = (rows.t() @ hidden.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
             if ctx.needs_input_grad[2]:
                 to_bias = rows.sum(0).to(ctx.bias_dtype)
         return to_input, to_weight, to_bias, None

@@ -17,7 +17,6 @@ _EIGHT_BIT = {"optim": "adamw-8bit"}
 _HALF_AS_LONG = "half_as_long"
 # What to try, in this order: first what changes only the speed, last what trains less.
 _CHANGES: tuple[dict[str, Any], ...] = (
-    {"activation_checkpointing": "selective"},
     _RECOMPUTED,
     _NARROW,
     _RECOMPUTED | _NARROW,

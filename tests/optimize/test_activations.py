@@ -83,13 +83,17 @@ def kept_by_autograd() -> Iterator[dict[int, int]]:
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_log_probs_and_gradients_are_the_same_bit_for_bit(tmp_path: Path, name: str, mode: Mode) -> None:
+def test_log_probs_and_gradients_are_the_same(tmp_path: Path, name: str, mode: Mode) -> None:
+    """Bit by bit, but that a norm gives its input one gradient, where autograd adds its parts one by one."""
     save_random(*ARCHITECTURES[name], tmp_path)
     expected_logps, expected = gradients(load(tmp_path))
     logps, found = gradients(checkpointed(tmp_path, mode))
     assert all(torch.equal(a, b) for a, b in zip(logps, expected_logps, strict=True))
     assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    for name, gradient in found.items():
+        size = float(expected[name].abs().max())
+        difference = float((gradient - expected[name]).abs().max())
+        assert difference <= (2e-6 * size if mode == "selective" else 0), name
     assert max(float(grad.abs().max()) for grad in found.values()) > 1
 
 
@@ -119,9 +123,10 @@ def test_what_is_kept_shrinks_and_what_is_computed_again_is_what_was_promised(tm
     assert backward["selective"]["mm"] == backward["none"]["mm"]
     # All of a layer's seven products but the last, which nothing in backward reads.
     assert backward["full"]["mm"] == backward["none"]["mm"] + 4 * 6
-    # Norms and SwiGLU are computed again in both.
-    for name in ("rsqrt", "silu"):
-        assert backward["selective"][name] == backward["full"][name] >= 4
+    # Norms and SwiGLU are computed again in both, once each; the last norm belongs to no layer.
+    for name, once in (("rsqrt", 2 * 4), ("silu", 4)):
+        assert backward["full"][name] == once
+        assert backward["selective"][name] == once + (name == "rsqrt")
         assert name not in backward["none"]
 
 
@@ -159,7 +164,10 @@ def test_bf16_is_computed_again_in_bf16(tmp_path: Path, mode: Mode) -> None:
         policy = load(tmp_path, dtype=torch.bfloat16)
         checkpoint_activations(policy.model, each)
         found.append(gradients(policy)[1])
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    for name, expected in found[0].items():
+        assert float((found[1][name] - expected).norm()) <= (2e-3 if mode == "selective" else 0) * float(
+            expected.norm()
+        )
 
 
 def test_without_gradients_nothing_is_set_up(tmp_path: Path) -> None:

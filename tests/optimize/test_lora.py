@@ -254,7 +254,11 @@ def test_activation_checkpointing_keeps_the_gradients(tiny_model: Path, mode: An
     expected = gradients(plain.model)
     assert set(expected) == set(trainable_names(plain.model))
     for name, grad in gradients(checkpointed.model).items():
-        assert torch.equal(grad, expected.pop(name))
+        # Rounding alone: a norm gives its input one gradient, where autograd adds its parts one by one.
+        same = expected.pop(name)
+        assert float((grad - same).abs().max()) <= (
+            2e-6 * float(same.abs().max()) if mode == "selective" else 0
+        )
     assert expected == {}
 
 

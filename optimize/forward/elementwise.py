@@ -1,0 +1,196 @@
+"""Elementwise results that backward computes again: norms, activation functions, gated products.
+
+A matrix product keeps its input for the gradient of its weight. Nearly always that is such a result: as wide
+as the product, but made at no cost from a tensor that is kept anyway. Autograd keeps it all the same, and
+what it was made through. Here backward makes it again, once for all that need it.
+"""
+
+import dis
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import PreTrainedModel
+from transformers.activations import ACT2CLS
+
+from dpo_opt.optimize.forward.architecture import decoder_of
+
+_ACTIVATIONS = tuple({made[0] if isinstance(made, tuple) else made for made in ACT2CLS.values()})
+_GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")
+
+
+def recompute_elementwise(model: PreTrainedModel) -> None:
+    """Let backward compute elementwise results again. Log-probs and gradients stay exactly the same.
+
+    Args:
+        model: Changed in place: its norms, activation functions, gated MLPs and gates of experts, as far as
+            they are written as in most models. What is written otherwise is kept as before.
+    """
+    decoder = decoder_of(model)
+    for module in decoder.modules():
+        if _is_gated(module):
+            module.forward = MethodType(_gated, module)
+        elif hasattr(module, "_apply_gate"):
+            module._apply_gate = partial(_method, module._apply_gate, getattr(module, "act_fn", None))
+        elif isinstance(module, (torch.nn.LayerNorm, *_ACTIVATIONS)) or _is_rms_norm(module):
+            module.forward = partial(_method, module.forward, module)
+    decoder.forward = partial(_watched, decoder.forward)
+
+
+def _watched(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    token = _results.set({})
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+            return forward(*args, **kwargs)
+    finally:
+        _results.reset(token)
+
+
+def _is_gated(module: torch.nn.Module) -> bool:
+    """Whether a module is ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` and nothing else."""
+    if not all(isinstance(getattr(module, name, None), torch.nn.Module) for name in _GATED):
+        return False
+    code = type(module).forward.__code__
+    products = [step.argrepr for step in dis.get_instructions(code) if step.opname == "BINARY_OP"]
+    return code.co_names == _GATED and products == ["*"] and code.co_argcount == 2
+
+
+def _is_rms_norm(module: torch.nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
+
+
+def _gated(module: Any, hidden: Tensor) -> Any:
+    def product(gate: Tensor, up: Tensor) -> Tensor:
+        result: Tensor = module.act_fn(gate) * up
+        return result
+
+    gate, up = module.gate_proj(hidden), module.up_proj(hidden)
+    return module.down_proj(_recomputed(product, (gate, up), tuple(module.act_fn.parameters())))
+
+
+def _method(plain: Callable[..., Any], owner: torch.nn.Module | None, *inputs: Any, **options: Any) -> Any:
+    """A method's result, recomputed; it reads the parameters of ``owner``."""
+    if len(inputs) != 1 or options:  # norms with a gate of their own
+        return plain(*inputs, **options)
+    # Read at each call: sharding gives a module other parameters.
+    return _recomputed(plain, inputs, () if owner is None else tuple(owner.parameters()))
+
+
+def _recomputed(
+    compute: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> Tensor:
+    """``compute(*inputs)``, which reads ``parameters``."""
+    needed = any(tensor.requires_grad for tensor in (*inputs, *parameters))
+    if _results.get() is None or not needed or not torch.is_grad_enabled():
+        return compute(*inputs)
+    value: Tensor = _Recomputed.apply(  # type: ignore[no-untyped-call]
+        compute, len(inputs), *inputs, *parameters
+    )
+    return value
+
+
+class _Recomputed(torch.autograd.Function):
+    """Keeps the inputs of a computation, and lets what it gives be kept as a ``_Result``."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[..., Tensor], count: int, *tensors: Tensor) -> Tensor:
+        inputs, parameters = tensors[:count], tensors[count:]
+        value = compute(*inputs)
+        ctx.result = _Result(compute, inputs, ctx.needs_input_grad[2 : 2 + count])
+        ctx.parameters = parameters
+        results = _results.get()
+        assert results is not None
+        storage = value.untyped_storage()
+        # The reference keeps the storage's number from being given to another.
+        here = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        results[storage._cdata] = _Made(ctx.result, here, value.dtype)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        leaves, value = ctx.result.computed()
+        # Nothing asks for it any more: all that the value went into had its backward before.
+        ctx.result.forget()
+        wanted = [leaf for leaf in (*leaves, *ctx.parameters) if leaf.requires_grad]
+        found = iter(torch.autograd.grad(value, wanted, grad))
+        return None, None, *(next(found) if needed else None for needed in ctx.needs_input_grad[2:])
+
+
+class _Result:
+    """A result that is not kept, but what it is computed from."""
+
+    def __init__(
+        self, compute: Callable[..., Tensor], inputs: Sequence[Tensor], differentiable: Sequence[bool]
+    ) -> None:
+        self._compute = compute
+        self._inputs = [(_pack(tensor.detach()), tensor._version) for tensor in inputs]
+        self._differentiable = differentiable
+        self._computed: tuple[list[Tensor], Tensor] | None = None
+        self._device = inputs[0].device.type
+        # Backward runs outside the forward's context.
+        self._autocast = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
+
+    def computed(self) -> tuple[list[Tensor], Tensor]:
+        """The inputs, and the result with its graph down to them; computed at the first call.
+
+        Raises:
+            RuntimeError: An input was changed in place since the forward.
+        """
+        if self._computed is None:
+            leaves = []
+            for (packed, version), differentiable in zip(self._inputs, self._differentiable, strict=True):
+                tensor = _unpack(packed)
+                if isinstance(packed, Tensor) and packed._version != version:
+                    raise RuntimeError("a tensor that backward needs was changed in place")
+                leaves.append(tensor.detach().requires_grad_(differentiable))
+            enabled, dtype = self._autocast
+            with torch.enable_grad(), torch.autocast(self._device, dtype, enabled, cache_enabled=False):
+                self._computed = leaves, self._compute(*leaves)
+        return self._computed
+
+    def forget(self) -> None:
+        """Free the inputs and the result: a graph's nodes live until all of its backward is done."""
+        self._inputs, self._computed = [], None
+
+
+class _Made(NamedTuple):
+    """Where a result lies during the forward."""
+
+    result: _Result
+    storage: StorageWeakRef
+    dtype: torch.dtype
+
+
+class _View(NamedTuple):
+    """Stands for a tensor that is a result, or a view of one."""
+
+    result: _Result
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+_results: ContextVar[dict[int, _Made] | None] = ContextVar("results", default=None)
+"""The results of the running forward, by their storage."""
+
+
+def _pack(tensor: Tensor) -> Tensor | _View:
+    made = (_results.get() or {}).get(tensor.untyped_storage()._cdata)
+    # Version 0: it is as it was computed.
+    if made is None or tensor.dtype != made.dtype or tensor._version:
+        return tensor
+    return _View(made.result, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+
+def _unpack(packed: Tensor | _View) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    _, value = packed.result.computed()
+    return value.detach().as_strided(packed.size, packed.stride, packed.offset)
