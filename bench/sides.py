@@ -25,6 +25,8 @@ class Trained(NamedTuple):
     ends: list[float]
     """Of each step."""
     losses: list[float]
+    scored: int = 0
+    """Batches whose reference was scored while the run was prepared, where the trainer does that."""
 
 
 def command_line(documentation: str | None) -> argparse.ArgumentParser:

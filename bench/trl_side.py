@@ -1,8 +1,9 @@
 """TRL's part in the training benches: its trainer on the same pairs in the same order, with a clock in it."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sides import Trained
@@ -19,6 +20,7 @@ def train(
     checkpointing: bool,
     precompute: bool,
     precompute_batch: int | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Trained:
     """One epoch.
 
@@ -32,13 +34,14 @@ def train(
         checkpointing: Whether activations are computed again in backward.
         precompute: Whether the reference's log-probs are computed beforehand.
         precompute_batch: Pairs scored at a time; None: as many as trained at a time.
+        settings: Others of ``DPOConfig``; they win.
     """
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    preparing, marks = [], []
+    preparing, marks, scored = [], [], []
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -61,6 +64,11 @@ def train(
         def _precompute_ref_logps(self, *args: Any) -> Any:
             return _timed(super()._precompute_ref_logps, *args)
 
+        def compute_ref_log_probs(self, *args: Any) -> Any:
+            if not marks:
+                scored.append(1)
+            return super().compute_ref_log_probs(*args)
+
         def _get_train_sampler(self, *args: Any) -> Any:
             return super()._get_train_sampler(*args) if order is None else Order()
 
@@ -70,13 +78,15 @@ def train(
         preparing.append(time.perf_counter() - began)
         return result
 
-    config = DPOConfig(
-        output_dir=str(output), per_device_train_batch_size=micro_batch, num_train_epochs=1,
-        gradient_accumulation_steps=pairs_per_step // micro_batch, gradient_checkpointing=checkpointing,
-        precompute_ref_log_probs=precompute, precompute_ref_batch_size=precompute_batch, learning_rate=1e-6,
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=0,
-        use_cpu=True, bf16=False,
-    )  # fmt: skip
+    chosen: dict[str, Any] = {
+        "output_dir": str(output), "per_device_train_batch_size": micro_batch, "num_train_epochs": 1,
+        "gradient_accumulation_steps": pairs_per_step // micro_batch,
+        "gradient_checkpointing": checkpointing, "precompute_ref_log_probs": precompute,
+        "precompute_ref_batch_size": precompute_batch, "learning_rate": 1e-6, "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 0, "use_cpu": True,
+        "bf16": False,
+    }  # fmt: skip
+    config = DPOConfig(**{**chosen, **settings})
     trainer = Trainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=config,
@@ -86,4 +96,4 @@ def train(
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return Trained(sum(preparing), marks[0], marks[1:], losses)
+    return Trained(sum(preparing), marks[0], marks[1:], losses, len(scored))
