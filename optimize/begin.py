@@ -173,10 +173,12 @@ def resume_or_begin(
         require_same_run(checkpoint.state, data=data, settings=settings, run=files.path)
 
     torch.manual_seed(config.seed)
-    policy, cost = start(config, folder, model_folder, checkpoint, world=world, say=progress.say)
+    device = run_device(world)
+    policy, cost = start(
+        config, folder, model_folder, checkpoint, world=world, device=device, say=progress.say
+    )
     optimizer = make_optimizer(policy.model, config)
     parameters: list[Tensor] = [p for p in policy.model.parameters() if p.requires_grad]
-    device = run_device(world)
     budget = config.micro_batch_tokens
     if checkpoint is not None:
         budget = kept_budget(checkpoint.state, config, device, world, progress.say)

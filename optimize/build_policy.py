@@ -13,10 +13,13 @@ from dpo_opt.optimize.forward.balance import ForwardCost, forward_cost
 from dpo_opt.optimize.forward.load_policy import load_policy
 from dpo_opt.optimize.forward.policy import Policy, compute_dtype
 from dpo_opt.optimize.forward.probe import require_same_in_compute_dtype
+from dpo_opt.optimize.memory.budget import Device
 from dpo_opt.optimize.processes.distributed import World
-from dpo_opt.optimize.processes.fsdp import shard_policy
+from dpo_opt.optimize.processes.fsdp import mesh_of, shard_policy
+from dpo_opt.optimize.processes.turns import in_turns
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.shard_folder import ShardFolder
+from dpo_opt.schemas.weights import parameter_count
 
 
 def start(
@@ -26,6 +29,7 @@ def start(
     checkpoint: Checkpoint | None,
     *,
     world: World,
+    device: Device,
     say: Callable[[str], None],
 ) -> tuple[Policy, ForwardCost]:
     """Load the policy, and spread it over the processes.
@@ -36,6 +40,7 @@ def start(
         model_folder: The model that the run started from.
         checkpoint: The checkpoint to resume from; None for a new run.
         world: The run's processes.
+        device: Their kind of device.
         say: Called with each line that the user should read.
 
     Returns:
@@ -46,18 +51,47 @@ def start(
     """
     dtype = compute_dtype(config.dtype, world.device)
     _require_together(config, dtype, world)
+    longest = folder.manifest.fingerprint.max_length
+    if world.size == 1:
+        policy = _load(config, model_folder, checkpoint, dtype, world.device, longest, say=say)
+        return policy, forward_cost(policy)
+    mesh = mesh_of(world)
+
+    def load() -> tuple[Policy, ForwardCost]:
+        # Each process copies its part of the model from main memory.
+        policy = _load(config, model_folder, checkpoint, dtype, torch.device("cpu"), longest, say=say)
+        cost = forward_cost(policy)
+        return shard_policy(policy, world, mesh, memory=device.memory), cost
+
+    # Stored in fp32, or less.
+    policy, cost = in_turns(load, world, memory=4 * parameter_count(model_folder))
+    # Loading checked the model on the CPU with whole parameters; now it is sharded and on its device.
+    require_same_in_compute_dtype(policy, where=str(model_folder))
+    return policy, cost
+
+
+def _load(
+    config: TrainConfig,
+    model_folder: Path,
+    checkpoint: Checkpoint | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    longest: int | None,
+    *,
+    say: Callable[[str], None],
+) -> Policy:
+    """The whole policy on one device."""
     adapted = config.use_peft
     four_bit = adapted and config.load_in_4bit
     policy = load_policy(
         checkpoint.path if checkpoint and not adapted else model_folder,
         dtype=dtype,
-        # With several processes, each one copies its part of the model from main memory.
-        device=world.device if world.size == 1 else torch.device("cpu"),
+        device=device,
         trainable=not adapted,
-        max_length=folder.manifest.fingerprint.max_length,
+        max_length=longest,
         # An adapter's base is not updated, so the compute dtype is exact enough; in bf16 activations halve.
         param_dtype=dtype if adapted else getattr(torch, config.param_dtype),
-        options=four_bit_options(world.device, dtype) if four_bit else None,
+        options=four_bit_options(device, dtype) if four_bit else None,
     )
     if adapted:
         # A checkpoint's adapter is trained further, as one that --adapter names.
@@ -67,12 +101,7 @@ def start(
         if plan.note:
             say(plan.note)
     checkpoint_activations(policy.model, config.activation_checkpointing)
-    cost = forward_cost(policy)
-    policy = shard_policy(policy, world)
-    if world.size > 1:
-        # Loading checked the model on the CPU with whole parameters; now it is sharded and on its device.
-        require_same_in_compute_dtype(policy, where=str(model_folder))
-    return policy, cost
+    return policy
 
 
 def _require_together(config: TrainConfig, dtype: torch.dtype, world: World) -> None:

@@ -98,7 +98,7 @@ class TrainConfig(Settings):
     micro_batch_tokens: PositiveInt | None = None
     """Most tokens per forward and backward. Changes memory and speed only. Default: from free GPU memory."""
     activation_checkpointing: Literal["none", "selective", "full"] = "selective"
-    """What backward computes again to save memory: nothing, only cheap operations (selective), whole layers."""
+    """Saves memory: backward computes nothing again, cheap operations (selective), or whole layers."""
     num_train_epochs: PositiveInt = 1
     """How often training goes through all pairs."""
     max_steps: PositiveInt | None = None

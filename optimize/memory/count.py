@@ -8,7 +8,6 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +36,7 @@ from dpo_opt.optimize.forward.prompt_groups import prompt_groups
 from dpo_opt.optimize.memory.budget import Device
 from dpo_opt.optimize.memory.live_bytes import LiveBytes
 from dpo_opt.optimize.processes.distributed import World, clip_gradients
-from dpo_opt.optimize.processes.fsdp import ShardedPolicy, has_room_for_gradients, shard_policy
+from dpo_opt.optimize.processes.fsdp import shard_policy
 from dpo_opt.optimize.step import Batching, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.optimize.update.optimizer import make_optimizer, optimizer_bytes
@@ -210,11 +209,7 @@ def _mesh(processes: int) -> Iterator[DeviceMesh | None]:
 
 
 def _sharded(policy: Policy, mesh: DeviceMesh, device: Device) -> Policy:
-    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    sharded = shard_policy(policy, World(0, mesh.size(), 0, _CPU, None), mesh)
-    assert isinstance(sharded, ShardedPolicy)
-    once = device.memory is None or has_room_for_gradients(trained, device.memory)
-    return replace(sharded, reduces_once=once)
+    return shard_policy(policy, World(0, mesh.size(), 0, _CPU, None), mesh, memory=device.memory)
 
 
 def _counted(live: LiveBytes) -> type[Policy]:

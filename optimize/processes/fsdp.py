@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from dpo_opt.optimize.forward.architecture import decoder_layers
 from dpo_opt.optimize.forward.packing import Batch
 from dpo_opt.optimize.forward.policy import Policy
-from dpo_opt.optimize.processes.distributed import World, any_rank
+from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import TokenSequence
 
@@ -65,7 +65,14 @@ class ShardedPolicy(Policy):
         return logps
 
 
-def shard_policy(policy: Policy, world: World, mesh: DeviceMesh | None = None) -> Policy:
+def mesh_of(world: World) -> DeviceMesh:
+    """The run's processes as torch's mesh of one dimension. All of them must call this."""
+    return init_device_mesh(world.device.type, (world.size,))
+
+
+def shard_policy(
+    policy: Policy, world: World, mesh: DeviceMesh | None = None, *, memory: int | None = None
+) -> Policy:
     """Shard a policy's parameters over all processes. A single process gets it back as it is.
 
     Gradients are summed over the processes in fp32, not averaged: the loss is divided by the step's pairs.
@@ -74,7 +81,8 @@ def shard_policy(policy: Policy, world: World, mesh: DeviceMesh | None = None) -
         policy: The same on every process, with activation checkpointing set up. Its model is changed. It may
             be on the CPU while the world's device is a GPU: the layers are then moved and sharded one by one.
         world: The run's processes.
-        mesh: The processes as torch's mesh of one dimension; None: it is made.
+        mesh: The processes as torch's mesh of one dimension. With it, nothing is exchanged; None: it is made.
+        memory: Bytes of the smallest of the processes' GPUs; None on a CPU.
 
     Raises:
         ConfigError: This version of torch is too old.
@@ -88,7 +96,7 @@ def shard_policy(policy: Policy, world: World, mesh: DeviceMesh | None = None) -
         )
     shard = partial(
         fully_shard,
-        mesh=mesh or init_device_mesh(world.device.type, (world.size,)),
+        mesh=mesh or mesh_of(world),
         # Batches hold integers, and the inputs of a layer already have its dtype.
         mp_policy=MixedPrecisionPolicy(
             param_dtype=policy.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -110,25 +118,14 @@ def shard_policy(policy: Policy, world: World, mesh: DeviceMesh | None = None) -
         **{field.name: getattr(on_device, field.name) for field in fields(on_device)},
         root=root,
         shell=shell,
-        reduces_once=_room_for_gradients(policy.model, world),
+        reduces_once=_room_for_gradients(policy.model, memory),
     )
 
 
-def _room_for_gradients(model: PreTrainedModel, world: World) -> bool:
-    if world.device.type != "cuda":
-        return True
-    _, memory = torch.cuda.mem_get_info(world.device)
-    # All processes must exchange gradients alike, also when their GPUs differ in size.
-    return not any_rank(not has_room_for_gradients(_trained(model), memory), world)
-
-
-def has_room_for_gradients(trained: int, memory: int) -> bool:
-    """Whether a GPU of ``memory`` bytes keeps the whole fp32 gradients of so many weights during a step."""
-    return 4 * trained <= _WHOLE_GRADIENTS_SHARE * memory
-
-
-def _trained(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+def _room_for_gradients(model: PreTrainedModel, memory: int | None) -> bool:
+    """Whether a GPU of ``memory`` bytes keeps the model's whole fp32 gradients during a step."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return memory is None or 4 * trained <= _WHOLE_GRADIENTS_SHARE * memory
 
 
 def announce_micro_batch(policy: Policy, *, last: bool) -> None:
