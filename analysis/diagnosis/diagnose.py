@@ -16,6 +16,7 @@ MOST_FINDINGS = 3
 Cause = Callable[[Evidence], Finding | Missing | None]
 
 CAUSES: tuple[Cause, ...] = (
+    setup.values_not_finite,
     setup.wrong_reference,
     setup.precision_lost,
     pace.nothing_learnt,

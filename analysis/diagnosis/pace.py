@@ -32,8 +32,10 @@ def nothing_learnt(evidence: Evidence) -> Finding | Missing | None:
     pairs = evidence.unseen
     if len(pairs) < FEWEST:
         return FEW
-    (moved,) = means_over_prompts(pairs, rewards.margin(beta=evidence.run.beta).abs())
-    if not moved.high < _NOTHING:
+    size = rewards.margin(beta=evidence.run.beta).abs()
+    moved, distance = means_over_prompts(pairs, size, rewards.distance_per_token())
+    # With a tiny beta a policy may go far, and its rewards stay small.
+    if not moved.high < _NOTHING or distance.high > _FAR:
         return None
     train = evidence.run.train
     rate = train["learning_rate"].max() if "learning_rate" in train.columns else None
@@ -47,6 +49,7 @@ def nothing_learnt(evidence: Evidence) -> Finding | Missing | None:
                 "nats",
                 f"found below {_NOTHING:g}",
             ),
+            Measure("distance from the reference", distance, "nats per token"),
             *([Measure("highest learning rate", counted(rate))] if isinstance(rate, float) else []),
             Measure("steps", counted(evidence.steps)),
         ),

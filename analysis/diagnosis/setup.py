@@ -10,9 +10,11 @@ import polars as pl
 
 from dpo_opt.analysis import rewards
 from dpo_opt.analysis.diagnosis.evidence import FEWEST, MOST_PAIRS, Evidence
-from dpo_opt.analysis.diagnosis.finding import Finding, Measure, Missing
+from dpo_opt.analysis.diagnosis.finding import Finding, Measure, Missing, counted
 from dpo_opt.analysis.intervals import wilson
 from dpo_opt.analysis.outcomes import means_over_prompts
+from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.plain_data import json_of
 
 _ANOTHER_REFERENCE = 0.01
 """Nats per token."""
@@ -57,8 +59,35 @@ def wrong_reference(evidence: Evidence) -> Finding | Missing | None:
     )
 
 
+def values_not_finite(evidence: Evidence) -> Finding | Missing | None:
+    """a loss or a gradient was not finite, and training stopped"""
+    run = evidence.run
+    dumps = sorted(run.path.glob("not-finite-step-*.jsonl"))
+    if not dumps or run.finished:
+        return None
+    try:
+        pairs = [json_of(line) for line in dumps[-1].read_text(encoding="utf-8").splitlines()]
+        # Numbers that are not finite stand there as words.
+        rows = [(isinstance(pair["loss"], float), int(pair["row"])) for pair in pairs]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError("not the pairs of a step, one JSON object in a line", where=str(dumps[-1])) from error
+    dtype = str(run.config.get("dtype"))
+    return Finding(
+        cause="values_not_finite",
+        title="Values were not finite: training stopped before the update that would have destroyed the policy",
+        evidence=(
+            Measure("step", counted(int(dumps[-1].stem.rpartition("-")[2]))),
+            Measure("pairs in it whose loss was not finite", counted(sum(not finite for finite, _ in rows))),
+            Measure("pairs in it", counted(len(rows))),
+        ),
+        rows=tuple(row for _, row in sorted(rows)),
+        action="lower --learning-rate to a tenth"
+        + ("" if dtype == "float32" else ", or use --dtype float32"),
+    )
+
+
 def precision_lost(evidence: Evidence) -> Finding | Missing | None:
-    """what training learned is missing from the saved model, or drowns in rounding"""
+    """what training learned is missing from the model that it saved"""
     final, evaluated = evidence.final, evidence.evaluated
     if final is None or not final.scored:
         return Missing(f"the saved model was not scored: {evidence.run.score_command}")
@@ -66,6 +95,8 @@ def precision_lost(evidence: Evidence) -> Finding | Missing | None:
         return Missing(
             "no held-out pair was evaluated while training, which the saved model could differ from"
         )
+    if evidence.run.evals["step"].max() != final.step:
+        return Missing("the model that was scored is not that of the last evaluation")
     both = evaluated.join(
         final.pairs.select("row", saved_chosen="chosen_logps", saved_rejected="rejected_logps").collect(),
         on="row",

@@ -31,7 +31,7 @@ def test_what_is_said_in_words_is_what_json_has(run):
     assert len(found) == 1
     assert found[0]["run"] == str(run)
     assert found[0]["verdict"] in ("healthy", "found")
-    assert len(found[0]["checks"]) == 11
+    assert len(found[0]["checks"]) == 12
     for check in found[0]["checks"]:
         assert check["asked"] in text
     for finding in found[0]["findings"]:
@@ -67,6 +67,26 @@ def test_a_run_that_goes_on_or_crashed_is_judged_as_far_as_it_came(run):
     assert "the run is not finished" in text
     assert "--resume" in text
     assert "the saved model was not scored: dpo-opt score" in text
+
+
+def test_values_that_were_not_finite_are_found_with_their_pairs(run):
+    shutil.rmtree(run / "final")
+    pairs = [{"row": row, "pair_id": "x", "loss": "nan" if row == 7 else 0.5} for row in range(8)]
+    dump = run / "not-finite-step-00000031.jsonl"
+    dump.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (found,) = json.loads(said(run, "--json"))["runs"]
+    first = found["findings"][0]
+    assert first["cause"] == "values_not_finite"
+    assert [measure["value"] for measure in first["evidence"]] == [31, 1, 8]
+    assert [pair["row"] for pair in first["pairs"]] == [7, *range(7)]
+    dump.write_text('{"row": 7}\n')
+    assert str(dump) in said(run, code=3)
+
+
+def test_a_checkpoint_of_another_step_is_not_compared_with_the_last_evaluation(run):
+    file = run / "scores" / "final.parquet"
+    pl.read_parquet(file).with_columns(step=pl.lit(20, pl.Int64)).write_parquet(file)
+    assert "the model that was scored is not that of the last evaluation" in said(run)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path, shards):

@@ -139,7 +139,7 @@ def test_swapped_labels_are_no_high_learning_rate():
 
 @pytest.mark.parametrize("cause", CAUSES)
 def test_without_pairs_nothing_is_claimed(cause):
-    if cause in (setup.truncated_completions, pace.overfitting):
+    if cause in (setup.truncated_completions, setup.values_not_finite, pace.overfitting):
         return
     result = cause(evidence(table(margin=healthy(5))))
     assert isinstance(result, Missing)
@@ -147,7 +147,13 @@ def test_without_pairs_nothing_is_claimed(cause):
 
 def test_every_cause_says_what_it_asks():
     assert all(cause.__doc__ and not cause.__doc__.endswith(".") for cause in CAUSES)
-    assert len({cause.__name__ for cause in CAUSES}) == len(CAUSES) >= 11
+    assert len({cause.__name__ for cause in CAUSES}) == len(CAUSES) == 12
+
+
+def test_a_policy_that_went_far_under_a_tiny_beta_learned_something():
+    far = evidence(table(margin=0.01, chosen=-40.0))
+    assert pace.nothing_learnt(far) is None
+    assert isinstance(pace.beta_too_low(far), Finding)
 
 
 def test_a_loss_without_a_reference_does_not_drift_from_it():

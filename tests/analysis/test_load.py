@@ -150,7 +150,10 @@ def test_a_run_is_scanned_beside_its_reference_lazily(tmp_path, folder, pairs, r
         found = scan_run(path)
         assert isinstance(found, pl.LazyFrame)
         assert {"chosen_logps", "ref_chosen_logps", "prompt_id", "source"} <= set(found.collect_schema())
-    rewards = found.select("row", margin=margin(0.1)).sort("row").collect()
+    metrics = found.select("row", margin=margin(0.1))
+    read, of = zip(*re.findall(r"PROJECT (\d+)/(\d+)", metrics.explain()), strict=True)
+    assert max(map(int, read)) <= 4 < min(map(int, of)), "columns are read that the query does not use"
+    rewards = metrics.sort("row").collect()
     assert rewards["row"].to_list() == [p.row for p in pairs]
     assert rewards["margin"].is_finite().all()
 
