@@ -83,7 +83,9 @@ class Evidence:
         for s in self.slices:
             table = s.shards.filter(pl.col("row").is_in(wanted)).select("row", "pair_id")
             ids.update(table.collect(engine="streaming").iter_rows())
-        return replace(finding, rows=tuple(rows), pairs=tuple(PairName(row, ids[row]) for row in rows))
+        return replace(
+            finding, rows=tuple(rows), pairs=tuple(PairName(row, ids[row]) for row in rows if row in ids)
+        )
 
 
 def gather(run: Run) -> Evidence:

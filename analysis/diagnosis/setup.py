@@ -71,18 +71,17 @@ def values_not_finite(evidence: Evidence) -> Finding | Missing | None:
         rows = [(isinstance(pair["loss"], float), int(pair["row"])) for pair in pairs]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError("not the pairs of a step, one JSON object in a line", where=str(dumps[-1])) from error
-    dtype = str(run.config.get("dtype"))
+    other = "" if run.config.get("dtype") == "float32" else ", or use --dtype float32"
     return Finding(
         cause="values_not_finite",
-        title="Values were not finite: training stopped before the update that would have destroyed the policy",
+        title="Values were not finite: training stopped before an update that would destroy the policy",
         evidence=(
             Measure("step", counted(int(dumps[-1].stem.rpartition("-")[2]))),
             Measure("pairs in it whose loss was not finite", counted(sum(not finite for finite, _ in rows))),
             Measure("pairs in it", counted(len(rows))),
         ),
         rows=tuple(row for _, row in sorted(rows)),
-        action="lower --learning-rate to a tenth"
-        + ("" if dtype == "float32" else ", or use --dtype float32"),
+        action=f"lower --learning-rate to a tenth{other}",
     )
 
 
