@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dpo_opt.optimize.forward.architecture import decoder_of, head_of
 from dpo_opt.optimize.forward.attention import PADDED_ATTENTION, SEGMENT_ATTENTION
@@ -31,6 +31,7 @@ from dpo_opt.schemas.pairs import (
     LogpArray,
     Numerics,
     TokenSequence,
+    sampling_seed,
 )
 from dpo_opt.schemas.rope import FIXED, describe_rope
 
@@ -130,10 +131,7 @@ class HfScorer:
         # generate() takes every setting it is not given from the checkpoint (repetition penalty, top-k, ...),
         # and the samples would not be the model's own.
         model.generation_config = GenerationConfig(
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
+            do_sample=False,  # ``_OwnStreams`` draws
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(eos) or None,
             pad_token_id=0,
@@ -141,8 +139,8 @@ class HfScorer:
         # The packed attention has no key-value cache; generation needs the stock one.
         if self.policy.packs:
             decoder_of(model).set_attn_implementation(PADDED_ATTENTION)
-        torch.manual_seed(seed)
         jobs = [prompt for prompt in prompts for _ in range(num_samples)]
+        seeds = [sampling_seed(seed, prompt) + n for prompt in prompts for n in range(num_samples)]
         written: list[Completion] = []
         try:
             for i in range(0, len(jobs), _SAMPLING_BATCH):
@@ -153,10 +151,12 @@ class HfScorer:
                 for row, prompt in enumerate(batch):
                     ids[row, width - len(prompt) :] = prompt
                     mask[row, width - len(prompt) :] = 1
+                drawn = _OwnStreams(seeds[i : i + _SAMPLING_BATCH], temperature, self.policy.device)
                 with computing_in(self.policy.dtype, model, self.policy.device):
                     out = cast(Any, model).generate(
                         input_ids=torch.from_numpy(ids).to(self.policy.device),
                         attention_mask=torch.from_numpy(mask).to(self.policy.device),
+                        logits_processor=LogitsProcessorList([drawn]),
                     )
                 written += [_completion(row, eos) for row in out[:, width:].cpu().numpy()]
         finally:
@@ -164,6 +164,27 @@ class HfScorer:
             if self.policy.packs:
                 decoder_of(model).set_attn_implementation(SEGMENT_ATTENTION)
         return [written[i : i + num_samples] for i in range(0, len(written), num_samples)]
+
+
+class _OwnStreams(LogitsProcessor):  # type: ignore[misc]
+    """Makes the largest logit of each row a draw from its softmax, by a random stream of the row's own.
+
+    The largest of ``logits / temperature - log E`` with exponential ``E`` is such a draw (Gumbel-max trick;
+    Maddison et al. 2014, arXiv 1411.0030, section 2). In float64, since float32 has no small enough ``E``.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
+        self._temperature = temperature
+        self._streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Args: input_ids (B, L), not used; scores (B, V). Returns (B, V)."""
+        if self._temperature == 0:
+            return scores
+        noise = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
+        for row, stream in zip(noise, self._streams, strict=True):
+            row.exponential_(generator=stream)
+        return scores.double() / self._temperature - noise.log()
 
 
 @torch.no_grad()

@@ -173,6 +173,22 @@ class Scorer(Protocol):
         ...
 
 
+def sampling_seed(seed: int, prompt_ids: IdArray) -> int:
+    """Seed of a prompt's first completion; the n-th one has this seed plus n.
+
+    It is made of the prompt's ids, so a prompt's completions are the same whatever is sampled beside it.
+
+    Args:
+        seed: Seed of the run.
+        prompt_ids: (P,).
+
+    Returns:
+        A number below 2**62, so that seeds fit into 63 bits.
+    """
+    digest = hashlib.sha256(f"{seed} {content_hash(prompt_ids)}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 2
+
+
 class Completion(NamedTuple):
     """One sampled completion."""
 
@@ -193,5 +209,16 @@ class Sampler(Protocol):
         temperature: float,
         seed: int,
     ) -> list[list[Completion]]:
-        """``num_samples`` completions of every prompt, in order: whole vocabulary, no top-k, no top-p."""
+        """``num_samples`` completions of every prompt, in order: whole vocabulary, no top-k, no top-p.
+
+        Each completion has a random stream of its own (``sampling_seed``). So equal prompts get equal
+        completions, and what else is sampled changes them by rounding at most.
+
+        Args:
+            prompts: (P,) each.
+            num_samples: Completions per prompt.
+            max_new_tokens: Longest completion.
+            temperature: 0 takes the most likely token each time.
+            seed: Seed of the run.
+        """
         ...

@@ -21,7 +21,7 @@ from dpo_opt.schemas import errors
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), ROOT / "schemas" / "FORMAT.md"])
-STAGES = ("precompute", "optimize", "analysis", "schemas")
+STAGES = ("feedback", "precompute", "optimize", "analysis", "schemas")
 _FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from import_statements import Import, imports_of
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("precompute", "optimize", "analysis")
+STAGES = ("feedback", "precompute", "optimize", "analysis")
 FOLDERS = {"dpo_opt": "dpo_opt", "schemas": "dpo_opt.schemas", **{s: f"dpo_opt.{s}" for s in STAGES}}
 
 ANYWHERE = {"numpy", "pydantic", "pyarrow", "fsspec", "upath"}
 ALLOWED: dict[str, set[str]] = {
     "schemas": set(),
+    "feedback": set(),
     "precompute": {"yaml"},
     "optimize": {"torch", "transformers", "safetensors", "yaml"},
     "analysis": {"polars", "matplotlib", "jinja2", "markupsafe", "yaml"},
@@ -40,10 +41,12 @@ LAZY: dict[str, set[str]] = {
     "precompute/tokens/ends.py": {"transformers"},
     "precompute/engine/engine_arguments.py": {"vllm"},
     "precompute/engine/vllm_model.py": {"vllm", "torch"},
+    "feedback/judging/endpoint.py": {"openai"},
     "analysis/token_texts.py": {"tokenizers"},
     "dpo_opt": {"torch"},
     "dpo_opt/demo_model.py": {"torch", "transformers", "gguf"},
     "dpo_opt/preview.py": {"transformers"},
+    "dpo_opt/sample.py": {"transformers"},
     "dpo_opt/trl.py": {"datasets", "filelock"},
     "dpo_opt/demo.py": {"torch", "transformers", "safetensors", "vaderSentiment"},
 }

@@ -18,7 +18,7 @@ import dpo_opt
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-STAGES = ("precompute", "optimize", "analysis", "schemas")
+STAGES = ("feedback", "precompute", "optimize", "analysis", "schemas")
 
 
 def package_folders() -> dict[str, Path]:

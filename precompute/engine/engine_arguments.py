@@ -38,7 +38,7 @@ def engine_arguments(
             (``schemas.rope``).
         options: The user's own arguments.
     """
-    found = {**_defaults(options), **options}
+    found = {**_defaults(options, max_length), **options}
     if fixes_rope:
         others = options.get("hf_overrides", {})
         found["hf_overrides"] = functools.partial(_with_fixed_rope, max_length=max_length, others=others)
@@ -66,13 +66,18 @@ def accepted_arguments() -> set[str]:
     return {field.name for field in dataclasses.fields(EngineArgs)}
 
 
-def _defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+def _defaults(options: Mapping[str, Any], max_length: int) -> dict[str, Any]:
     """Default arguments, which the user's options replace."""
     found: dict[str, Any] = {"max_num_batched_tokens": _STEP_TOKENS}
     if not is_cpu_build():
         return {**found, "gpu_memory_utilization": _GPU_MEMORY_UTILIZATION}
     # With the small models that a CPU can score, compiling takes longer than it saves.
     found |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
+    if "max_num_batched_tokens" not in options:
+        # A seeded request that is prefilled in two steps stops the engine: CPU generators have no offset to
+        # take back. So each sequence is prefilled in one step.
+        found["enable_chunked_prefill"] = False
+        found["max_num_batched_tokens"] = max(_STEP_TOKENS, max_length + 1)
     if "gpu_memory_utilization" not in options:
         found["kv_cache_memory_bytes"] = _CPU_KV_CACHE_BYTES
     return found

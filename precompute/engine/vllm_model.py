@@ -29,7 +29,7 @@ from dpo_opt.precompute.engine.vllm_strategy import choose_strategy, read_answer
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped, first_line
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import read_config
-from dpo_opt.schemas.pairs import Completion, IdArray, LogpArray, Numerics, TokenSequence
+from dpo_opt.schemas.pairs import Completion, IdArray, LogpArray, Numerics, TokenSequence, sampling_seed
 from dpo_opt.schemas.rope import FIXED, describe_rope
 
 # Older versions can be made to run a model folder's code (CVE-2026-27893), or lack features used here.
@@ -136,7 +136,7 @@ class VllmModel:
             {"prompt_token_ids": np.concatenate([s.prompt_ids, s.completion_ids]).tolist()} for s in sequences
         ]
         params = [SamplingParams(**request_settings(self._strategy, s, reuse=reuse)) for s in sequences]
-        outputs = self._generate(prompts, params, seed=0)
+        outputs = self._generate(prompts, params)
         answers = [read_answer(self._strategy, s, o) for s, o in zip(sequences, outputs, strict=True)]
         again = [i for i, answer in enumerate(answers) if answer is None]
         if again and not reuse:
@@ -188,12 +188,19 @@ class VllmModel:
         """See ``Sampler``."""
         from vllm import SamplingParams
 
-        # No seed per request: on a CPU, a seeded request that is prefilled in two steps stops the engine.
-        params = SamplingParams(
-            n=num_samples, max_tokens=max_new_tokens, temperature=temperature, detokenize=False
-        )
+        # The n-th completion of a request has the request's seed plus n.
+        params = [
+            SamplingParams(
+                n=num_samples,
+                max_tokens=max_new_tokens,
+                temperature=temperature,
+                detokenize=False,
+                seed=sampling_seed(seed, prompt),
+            )
+            for prompt in prompts
+        ]
         requests = [{"prompt_token_ids": p.tolist()} for p in prompts]
-        outputs = self._generate(requests, params, seed=seed)
+        outputs = self._generate(requests, params)
         return [
             [
                 Completion(np.asarray(c.token_ids, dtype=np.int32), c.finish_reason == "stop")
@@ -202,12 +209,8 @@ class VllmModel:
             for output in outputs
         ]
 
-    def _generate(self, prompts: list[dict[str, list[int]]], params: Any, *, seed: int) -> Any:
-        import torch
-
+    def _generate(self, prompts: list[dict[str, list[int]]], params: Any) -> Any:
         engine = self._started()
-        # The engine runs in this process and draws from torch's generator.
-        torch.manual_seed(seed)
         try:
             with death_is_noticed(engine):
                 return engine.generate(prompts, params, use_tqdm=False)

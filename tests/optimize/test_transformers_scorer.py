@@ -110,6 +110,24 @@ def test_sampling_is_reproducible_and_depends_on_the_seed(scorer: HfScorer) -> N
     assert [c.tolist() for c in first[0]] != [c.tolist() for c in other[0]]
 
 
+def test_a_prompts_samples_depend_on_nothing_beside_it(scorer: HfScorer) -> None:
+    prompts = [ids(0, 5, 6), ids(0, 9, 40, 41, 42), ids(0, 12, 13, 14)]
+    together = sample(scorer, prompts, num_samples=30)  # more than one batch
+    for prompt, expected in zip(prompts, together, strict=True):
+        (alone,) = sample(scorer, [prompt], num_samples=3)
+        assert [c.tolist() for c in alone] == [c.tolist() for c in expected[:3]]
+
+
+def test_a_temperature_of_0_takes_the_most_likely_token(
+    scorer: HfScorer, stock_model: PreTrainedModel
+) -> None:
+    prompt = ids(0, 5, 6)
+    with torch.no_grad():
+        best = int(stock_model(input_ids=torch.tensor([prompt.tolist()])).logits[0, -1].argmax())
+    (written,) = sample(scorer, [prompt], num_samples=3, temperature=0.0, max_new_tokens=1)
+    assert [int(c[0]) for c in written] == [best] * 3
+
+
 def test_sampling_leaves_scoring_as_it_was(scorer: HfScorer) -> None:
     sequences = [TokenSequence(ids(0, 5, 6), ids(7, 8)), TokenSequence(ids(0, 5, 6), ids(9))]
     before = scorer.token_logps(sequences)

@@ -13,7 +13,7 @@ from dpo_opt.precompute.engine.vllm_build import prepare_environment, vllm_versi
 from dpo_opt.precompute.engine.vllm_model import VllmModel
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
 from dpo_opt.schemas.models import checkpoint_dtype, context_length
-from dpo_opt.schemas.pairs import TokenSequence
+from dpo_opt.schemas.pairs import IdArray, TokenSequence
 
 # In fp32 only the order of additions differs.
 LIMIT = 5e-3
@@ -130,6 +130,20 @@ def test_the_seed_decides_the_samples(engine: VllmModel) -> None:
     assert sample(1) == first
     assert sample(2) != first
     assert len({c for w in first for c in w}) == 12
+
+
+@pytest.mark.vllm
+def test_a_prompts_samples_depend_on_nothing_beside_it(engine: VllmModel) -> None:
+    """120 seeded requests of 90 tokens are more than a step takes: none is prefilled in two of them."""
+    prompts = [s.prompt_ids for s in random_sequences([(90, 1)] * 30, vocabulary=270)]
+
+    def sample(chosen: list[IdArray]) -> list[list[list[int]]]:
+        written = engine.sample(chosen, num_samples=4, max_new_tokens=8, temperature=1.0, seed=5)
+        return [[c.completion_ids.tolist() for c in w] for w in written]
+
+    together = sample(prompts)
+    assert sample(prompts[::-1])[::-1] == together
+    assert sample(prompts[7:8]) == together[7:8]
 
 
 @pytest.mark.vllm

@@ -1,0 +1,1 @@
+"""Completions of prompts become ranked completions, by numbers or by comparisons."""
