@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dpo_opt.feedback.judging.answer_log import ANSWERS, AnswerLog
+from dpo_opt.feedback.judging.answer_log import ANSWERS, AnswerLog, has_answers
 from dpo_opt.feedback.judging.candidates import Candidates, gather
 from dpo_opt.feedback.judging.comparisons import (
     COMPARISONS_SCHEMA,
@@ -61,7 +61,7 @@ def judge(config: "JudgeConfig", *, progress: Progress | None = None) -> dict[st
     progress = progress or Silent()
     gathered = gather(config.samples, finished_only=config.finished_only)
     prepared = _prepare(config)
-    begin_or_resume(config.output, prepared.identity)
+    begin_or_resume(config.output, prepared.identity, has_results=has_answers(config.output))
     with AnswerLog(config.output, prepared.schema) as log:
         scores, found = prepared.run(gathered.candidates, log, progress)
         log.finish()

@@ -69,8 +69,8 @@ def sample_prompts(
         "prompts_sha256": _digest(prompts),
         "parts": len(parts),
     }
-    begin_or_resume(folder, settings)
     there = finished_parts(folder)
+    begin_or_resume(folder, settings, has_results=bool(there))
     before = sum(len(part) for number, part in enumerate(parts) if number in there) * num_samples
     progress.start("sampling", total=len(prompts) * num_samples, unit="completions", done=before)
     for number, part in enumerate(parts):

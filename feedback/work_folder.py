@@ -13,16 +13,22 @@ SETTINGS = "settings.json"
 """What decides the content of a folder: written first, and compared by every later run."""
 
 
-def begin_or_resume(folder: Path, settings: Mapping[str, Any]) -> None:
+def begin_or_resume(folder: Path, settings: Mapping[str, Any], *, has_results: bool) -> None:
     """Begin a folder with settings, or require that it was begun with the same.
+
+    Args:
+        folder: New, or begun before.
+        settings: Of plain JSON.
+        has_results: Something was kept in it. What failed before that may be begun otherwise.
 
     Raises:
         ConfigError: The folder holds other files.
         FingerprintError: It was begun with other settings.
         DataError: Its settings cannot be read.
     """
-    if not (folder / SETTINGS).exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    begun_before = (folder / SETTINGS).exists()
+    if not begun_before or not has_results:
+        if not begun_before and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(
                 f"there is no {SETTINGS}, and other files are there",
                 where=str(folder),

@@ -14,7 +14,9 @@ from dpo_opt.feedback import sample_prompts
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.schemas.pairs import content_hash, sampling_seed
 
-PROMPTS: list[dict[str, Any]] = [{"prompt": f"the {word}"} for word in ("sea", "hill", "town", "bird", "king")]
+PROMPTS: list[dict[str, Any]] = [
+    {"prompt": f"the {word}"} for word in ("sea", "hill", "town", "bird", "king")
+]
 
 
 def sample(model: Path, prompts: Path, output: Path, *options: object) -> Result:
@@ -68,7 +70,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_completions(
 ) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert sample(tiny_model, prompts, tmp_path / name, "--seed", seed).exit_code == 0
-    a, b, c = (tmp_path / name / "data" / "00000.parquet" for name in "abc")
+    a, b = (tmp_path / name / "data" / "00000.parquet" for name in "ab")
     assert a.read_bytes() == b.read_bytes()
     one, other = ([row["completion_ids"] for row in rows(tmp_path / name)] for name in "ac")
     assert sum(x == y for x, y in zip(one, other, strict=True)) < 3

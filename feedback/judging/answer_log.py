@@ -23,6 +23,12 @@ ANSWERS = "answers.parquet"
 _LINES = "answers.jsonl"
 
 
+def has_answers(folder: Path) -> bool:
+    """Whether any answer was kept in a folder."""
+    lines = folder / _LINES
+    return (folder / ANSWERS).exists() or (lines.exists() and lines.stat().st_size > 0)
+
+
 class AnswerLog:
     """The answers of a folder, by key. Use it as a context: one process at a time may have it.
 

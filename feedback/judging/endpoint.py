@@ -82,9 +82,11 @@ class Endpoint:
         Raises:
             DpoOptError: The server refuses, does not answer, or answers in another form.
         """
-        fields = {"model": self._model, "messages": question.messages, **self._fields}
         try:
-            found = await client.chat.completions.create(**fields)
+            # Servers have fields that the client does not know, such as vLLM's structured_outputs.
+            found = await client.chat.completions.create(
+                model=self._model, messages=question.messages, extra_body=self._fields
+            )
             choice = found.choices[0]
             usage = found.usage
             return Answer(

@@ -1,0 +1,171 @@
+"""``dpo-opt judge`` with a function, a reward model and a chat model of this machine, up to the shards."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from fakes import write_jsonl
+from model_edits import change_config
+from transformers import AutoConfig, LlamaForSequenceClassification
+
+from dpo_opt.cli import main
+from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
+
+PROMPTS: list[dict[str, Any]] = [{"prompt": f"the {word}"} for word in ("sea", "hill", "town")]
+CONVERSATIONS = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in PROMPTS]
+LONGER = "def longer(prompts, completions):\n    return [len(text) for text in completions]\n"
+
+
+def run(*words: object) -> Result:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    return result
+
+
+def sampled(model: Path, folder: Path, rows: list[dict[str, Any]]) -> Path:
+    prompts = write_jsonl(folder / "prompts.jsonl", rows)
+    small = ["--backend", "hf", "--num-samples", 3, "--max-new-tokens", 8]
+    result = run("sample", "--model", model, "--prompts", prompts, "--output", folder / "samples", *small)
+    assert result.exit_code == 0, result.output
+    return folder / "samples"
+
+
+@pytest.fixture
+def samples(tiny_model: Path, tmp_path: Path) -> Path:
+    return sampled(tiny_model, tmp_path, PROMPTS)
+
+
+@pytest.fixture
+def function(tmp_path: Path) -> str:
+    (tmp_path / "reward.py").write_text(LONGER)
+    return f"{tmp_path / 'reward.py'}:longer"
+
+
+def ranked(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "ranked.jsonl").read_text().splitlines()]
+
+
+def test_a_functions_ranking_becomes_shards(
+    samples: Path, function: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--function", function, "--json")
+    said = json.loads(result.stdout)
+    rows = ranked(tmp_path / "j")
+    assert rows
+    assert all(row["scores"] == [len(text) for text in row["completions"]] for row in rows)
+    assert said["rows"] == len(rows)
+    again = run("judge", "--samples", samples, "--output", tmp_path / "j", "--function", function, "--json")
+    assert json.loads(again.stdout) == said
+    shards = ["--shards", tmp_path / "shards", "--backend", "hf", "--json"]
+    scored = run("precompute", "--model", tiny_model, "--data", tmp_path / "j" / "ranked.jsonl", *shards)
+    assert json.loads(scored.stdout)["rows"] == said["pairs"]
+    (tmp_path / "reward.py").write_text(LONGER.replace("len(text)", "-len(text)"))
+    other = run("judge", "--samples", samples, "--output", tmp_path / "j", "--function", function)
+    assert other.exit_code == 4
+    assert "sha256" in other.stderr
+
+
+def test_a_function_that_fails_leaves_no_ranking(samples: Path, tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text("def broken(prompts, completions):\n    return [float('nan')] * 99\n")
+    named = f"{tmp_path / 'reward.py'}:broken"
+    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--function", named)
+    assert result.exit_code == 3
+    assert "99 numbers for" in result.stderr
+    assert not (tmp_path / "j" / "ranked.jsonl").exists()
+
+
+def reward_model(model: Path, folder: Path, *, labels: int = 1) -> Path:
+    """A sequence classifier with the tokenizer of ``model`` and weights of its own."""
+    config = AutoConfig.from_pretrained(model, num_labels=labels, pad_token_id=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        LlamaForSequenceClassification(config).save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("rows", [PROMPTS, CONVERSATIONS], ids=["text", "messages"])
+def test_a_reward_models_scores_are_its_logits(
+    tiny_model: Path, tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    samples = sampled(tiny_model, tmp_path, rows)
+    folder = reward_model(tiny_model, tmp_path / "reward")
+    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--reward-model", folder)
+    assert result.exit_code == 0, result.output
+    model = LlamaForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = load_tokenizer(folder)
+    for row in ranked(tmp_path / "j"):
+        for completion, score in zip(row["completions"], row["scores"], strict=True):
+            if isinstance(row["prompt"], str):
+                ids = tokenizer(row["prompt"] + completion + "</s>")["input_ids"]
+            else:
+                text = tokenizer.apply_chat_template([*row["prompt"], *completion], tokenize=False)
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                expected = model(input_ids=torch.tensor([ids])).logits.item()
+            assert score == pytest.approx(expected, abs=1e-5)
+    assert len({score for row in ranked(tmp_path / "j") for score in row["scores"]}) > 5
+
+
+def test_a_model_without_a_head_of_one_reward_is_refused(
+    samples: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    for folder, said in (
+        (tiny_model, "no weights for score.weight"),
+        (reward_model(tiny_model, tmp_path / "two", labels=2), "2 labels"),
+    ):
+        result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--reward-model", folder)
+        assert result.exit_code == 2
+        assert said in result.stderr
+        assert not (tmp_path / "j" / "ranked.jsonl").exists()
+
+
+@pytest.mark.parametrize("backend", ["hf", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])])
+def test_a_chat_model_is_asked_in_both_orders(
+    samples: Path, model: Path, tmp_path: Path, backend: str
+) -> None:
+    change_config(model, max_position_embeddings=4096)
+    judge = ["judge", "--samples", samples, "--output", tmp_path / "j", "--judge-model", model, "--json"]
+    judge += ["--backend", backend, "--max-new-tokens", 4]
+    result = run(*judge)
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    answers = pq.read_table(tmp_path / "j" / "answers.parquet").to_pylist()
+    assert said["asked"] == len(answers) == 18  # 3 prompts, 3 pairs each, both orders
+    assert said["comparisons"] == 9
+    assert said["malformed_answers"] == 18  # of a model of random weights
+    assert said["position_bias"] is None
+    assert (said["rows"], said["tied_prompts"]) == (0, 3)
+    assert all(json.loads(row["request"])[0]["role"] == "system" for row in answers)
+    assert json.loads(run(*judge).stdout)["asked"] == 0
+
+
+def test_questions_longer_than_the_judges_context_are_refused(
+    samples: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--judge-model", tiny_model)
+    assert result.exit_code == 2
+    assert "the judge's context has 256" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "one of --function, --reward-model, --judge-model is needed, and none is given"),
+        (["--function", "a.py:f", "--judge-model", "m"], "--function and --judge-model are given"),
+        (["--function", "a.py:f", "--criteria", "x"], "--criteria has no effect with --function"),
+        (["--function", "a.py:f", "--endpoint", "http://h"], "--endpoint has no effect with --function"),
+        (["--judge-model", "m", "--key-variable", "K"], "--key-variable has no effect with --judge-model"),
+        (["--judge-model", "m", "--endpoint", "http://h", "--dtype", "float32"], "--dtype has no effect"),
+    ],
+)
+def test_settings_that_the_judge_does_not_read_are_refused(
+    tmp_path: Path, options: list[str], said: str
+) -> None:
+    result = run("judge", "--samples", tmp_path, "--output", tmp_path / "j", *options)
+    assert result.exit_code == 2
+    assert said in result.stderr
