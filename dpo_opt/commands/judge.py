@@ -1,4 +1,4 @@
-"""Judge sampled completions: they become ranked completions, which precompute reads.
+"""Rank sampled completions, as data for precompute.
 
 The judge is a Python function, a reward model, or a chat model that compares two completions in both orders:
 one in this process, or one behind an OpenAI-compatible server.
