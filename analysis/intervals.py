@@ -25,6 +25,10 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def as_record(self) -> dict[str, float | None]:
+        """As JSON has it: what is not a number is null."""
+        return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
+
 
 class _Spread(NamedTuple):
     """A ratio of sums over clusters, and how far it varies."""

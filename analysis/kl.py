@@ -63,12 +63,7 @@ class KLEstimate(NamedTuple):
 
     def as_record(self) -> dict[str, Any]:
         """Its fields as JSON has them: an interval is an object, and what is not a number is null."""
-        return {
-            name: {n: v if math.isfinite(v) else None for n, v in value._asdict().items()}
-            if isinstance(value, Interval)
-            else value
-            for name, value in self._asdict().items()
-        }
+        return {n: v.as_record() if isinstance(v, Interval) else v for n, v in self._asdict().items()}
 
 
 class KLFile(NamedTuple):

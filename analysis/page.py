@@ -13,6 +13,8 @@ from markupsafe import Markup
 
 from dpo_opt.analysis.compare import difference
 from dpo_opt.analysis.export_pairs import export_pairs
+from dpo_opt.analysis.figures.drawing import svg
+from dpo_opt.analysis.figures.frontier import frontier_figure
 from dpo_opt.analysis.html import render
 from dpo_opt.analysis.quadrants import MOVEMENTS
 from dpo_opt.analysis.run_files import open_run
@@ -104,6 +106,21 @@ def _page(views: Sequence[RunView], summary: Summary, *, numbers: str) -> str:
         summaries=summary.runs,
         movements=MOVEMENTS,
         figures=figures,
+        frontiers=_frontiers(views),
         differences=summary.differences,
         numbers=numbers,
     )
+
+
+def _frontiers(views: Sequence[RunView]) -> dict[str, Markup]:
+    """A figure for each kind of reward, over all runs that were rated by it."""
+    points = [point for view in views for point in view.frontier]
+    return {
+        rated_by: Markup(
+            svg(
+                frontier_figure([point for point in points if point.rated_by == rated_by]),
+                label=f"Mean reward against KL, rated by {rated_by}",
+            )
+        )
+        for rated_by in dict.fromkeys(point.rated_by for point in points)
+    }

@@ -130,6 +130,13 @@ def last_entry(metrics: pl.DataFrame) -> dict[str, float]:
     return {name: value for name, value in metrics.row(-1, named=True).items() if value is not None}
 
 
+def losses_in_words(recorded: object) -> str | None:
+    """A run's ``loss_type`` as its settings record it; several as their sum."""
+    if recorded is None:
+        return None
+    return " + ".join(map(str, recorded)) if isinstance(recorded, list) else str(recorded)
+
+
 def _command(name: str, **options: object) -> str:
     words = [f"dpo-opt {name}", *(f"--{k} {quoted(v)}" for k, v in options.items())]
     return " ".join(words)

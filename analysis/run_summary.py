@@ -5,7 +5,7 @@ from pydantic import JsonValue
 
 from dpo_opt.analysis.notable_pairs import NotablePairs
 from dpo_opt.analysis.quadrants import MOVEMENTS
-from dpo_opt.analysis.run_files import last_entry
+from dpo_opt.analysis.run_files import last_entry, losses_in_words
 from dpo_opt.analysis.summary import KLSummary, PairsSummary, RunSummary, known, known_values, numbers_of
 from dpo_opt.analysis.view import RunView
 
@@ -19,7 +19,7 @@ def run_summary(view: RunView) -> RunSummary:
     return RunSummary(
         run=str(run.path),
         model=None if model is None else str(model),
-        loss_type=_losses(run.config.get("loss_type")),
+        loss_type=losses_in_words(run.config.get("loss_type")),
         beta=run.beta,
         steps=None if steps is None else int(steps),
         epochs=last.get("epoch"),
@@ -30,6 +30,7 @@ def run_summary(view: RunView) -> RunSummary:
         scored=PairsSummary.of(splits["all"]) if "all" in splits else None,
         held_out=PairsSummary.of(splits["held-out"]) if "held-out" in splits else None,
         kl=KLSummary.of(view.kl[-1]) if view.kl else None,
+        frontier=[point.as_record() for point in view.frontier] or None,
         parity=None if run.parity is None else known_values(run.parity),
         finished=run.finished,
         movements=known_values(judged.movements) if judged else None,
@@ -50,10 +51,3 @@ def _identifiers(notable: NotablePairs) -> dict[str, list[str]]:
 def _points(points: pl.DataFrame) -> JsonValue:
     named = {f"movement_{i}": movement.name for i, movement in enumerate(MOVEMENTS)}
     return numbers_of(points.rename(named).to_dicts())
-
-
-def _losses(recorded: object) -> str | None:
-    """A run's loss; several as their sum."""
-    if recorded is None:
-        return None
-    return " + ".join(map(str, recorded)) if isinstance(recorded, list) else str(recorded)

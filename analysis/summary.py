@@ -119,6 +119,8 @@ class RunSummary(_Record):
     """Pairs that training did not see, under the scored checkpoint, or else at the last evaluation."""
     kl: KLSummary | None
     """The last file of ``kl/``."""
+    frontier: JsonValue
+    """Reward and KL of each measured policy, from ``dpo-opt frontier``."""
     parity: dict[str, bool | int | float | None] | None
     movements: dict[str, float | None] | None
     """Share of the judged pairs in each quadrant of movement. Judged are the held-out pairs, or else all."""

@@ -16,6 +16,7 @@ from dpo_opt.analysis import rewards
 from dpo_opt.analysis.binned import drawn, finite
 from dpo_opt.analysis.calibration import Calibration, calibration
 from dpo_opt.analysis.final_state import FinalState, final_state, held_out_rows
+from dpo_opt.analysis.frontier import FrontierPoint, read_frontier
 from dpo_opt.analysis.generalization import Overfitting, overfitting
 from dpo_opt.analysis.intervals import FloatArray
 from dpo_opt.analysis.kl import KLFile, kl_of_run
@@ -96,6 +97,8 @@ class RunView:
     """Where it differs from what the scored checkpoint says of the same pairs."""
     overfitting: Overfitting | None
     kl: list[KLFile]
+    frontier: list[FrontierPoint]
+    """What ``dpo-opt frontier`` found."""
     samples: list[Sample]
     text_problem: str | None
 
@@ -136,6 +139,7 @@ def view_run(run: Run, scratch: Path) -> RunView:
         last_evaluation=_last_evaluation(run, final) if final else None,
         overfitting=overfitting(final.splits if final else {}, run.evals),
         kl=kl,
+        frontier=read_frontier(run.path),
         samples=_samples(run.path / KL_FOLDER / kl[-1].file, decoder) if kl else [],
         text_problem=decoder.problem,
     )

@@ -1,0 +1,129 @@
+"""The frontier: what reward a policy's samples get, against how far it moved from the reference to get it.
+
+Reward and KL are taken from the same samples. Policies compare at equal KL: a higher reward that a larger KL
+bought may only be the result of longer or harder training (Rafailov et al., arXiv 2305.18290, section 6.1).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from dpo_opt.analysis.intervals import Interval, ratio_interval
+from dpo_opt.analysis.kl import KLFile
+from dpo_opt.analysis.load import KL_FOLDER, scan_kl_samples
+from dpo_opt.analysis.run_files import losses_in_words, read_run_config
+from dpo_opt.schemas.errors import DataError, first_line
+from dpo_opt.schemas.storage import publish
+
+FRONTIER_TABLE = "frontier.parquet"
+_INTERVALS = ("kl", "reward")
+
+
+class FrontierPoint(NamedTuple):
+    """One policy: its KL and its reward, on its own samples, with intervals over prompts."""
+
+    run: str
+    """Name of the run's folder."""
+    file: str
+    """Table of the samples, in the run's folder ``kl/``."""
+    step: int | None
+    beta: float | None
+    loss_type: str | None
+    rated_by: str
+    """What gave the rewards."""
+    rated_by_sha256: str | None
+    """Of the file or the weights that gave them; None for a column."""
+    samples: int
+    prompts: int
+    unfinished: float
+    """Share of samples that the token limit cut off."""
+    kl: Interval
+    """Per completion, in nats; the best estimate of the table."""
+    reward: Interval
+    """Mean over the samples."""
+
+    def as_record(self) -> dict[str, Any]:
+        """Its fields as JSON has them."""
+        return {n: v.as_record() if isinstance(v, Interval) else v for n, v in self._asdict().items()}
+
+
+def frontier_point(
+    run: Path, kl: KLFile, rewards: Sequence[float], *, rated_by: str, rated_by_sha256: str | None
+) -> FrontierPoint:
+    """The point of one table of samples.
+
+    Args:
+        run: The run's folder.
+        kl: One of ``kl_of_run``.
+        rewards: (samples,) in the order of the table.
+        rated_by: What gave them.
+        rated_by_sha256: Of the file or the weights that gave them.
+    """
+    samples = scan_kl_samples(run / KL_FOLDER / kl.file).select("prompt_id").collect()
+    sums = (
+        samples.with_columns(reward=pl.Series(rewards, dtype=pl.Float64))
+        .group_by("prompt_id")
+        .agg(pl.sum("reward"), pl.len().cast(pl.Float64).alias("samples"))
+        .sort("prompt_id")
+    )
+    settings = read_run_config(run)
+    beta = settings.get("beta")
+    return FrontierPoint(
+        run=run.absolute().name,
+        file=kl.file,
+        step=kl.step,
+        beta=float(beta) if isinstance(beta, int | float) else None,
+        loss_type=losses_in_words(settings.get("loss_type")),
+        rated_by=rated_by,
+        rated_by_sha256=rated_by_sha256,
+        samples=kl.estimate.samples,
+        prompts=kl.estimate.prompts,
+        unfinished=kl.estimate.unfinished.value,
+        kl=kl.estimate.best,
+        reward=ratio_interval(numerators=sums["reward"].to_numpy(), denominators=sums["samples"].to_numpy()),
+    )
+
+
+def write_frontier(run: Path, points: Iterable[FrontierPoint]) -> None:
+    """Write a run's points to ``RUN/frontier.parquet``, in place of those that are there."""
+    rows = [
+        {name: value for name, value in point._asdict().items() if name not in _INTERVALS}
+        | {
+            f"{name}{bound}": value
+            for name in _INTERVALS
+            for bound, value in zip(("", "_low", "_high"), getattr(point, name), strict=True)
+        }
+        for point in points
+    ]
+    with publish(run / FRONTIER_TABLE) as private:
+        pl.DataFrame(rows, infer_schema_length=None).write_parquet(private)
+
+
+def read_frontier(run: Path) -> list[FrontierPoint]:
+    """A run's points, in the order of their steps; none where none were measured.
+
+    Raises:
+        DataError: The table is damaged.
+    """
+    file = run / FRONTIER_TABLE
+    if not file.is_file():
+        return []
+    try:
+        return [_point(row) for row in pl.read_parquet(file, glob=False).iter_rows(named=True)]
+    except (pl.exceptions.PolarsError, KeyError) as error:
+        raise DataError(
+            f"this is not a table of a frontier ({first_line(error)})",
+            where=str(file),
+            fix="measure it again with `dpo-opt frontier`",
+        ) from error
+
+
+def _point(row: Mapping[str, object]) -> FrontierPoint:
+    intervals = {
+        name: Interval(*(row[f"{name}{bound}"] for bound in ("", "_low", "_high")))  # type: ignore[arg-type]
+        for name in _INTERVALS
+    }
+    plain = {name: row[name] for name in FrontierPoint._fields if name not in _INTERVALS}
+    return FrontierPoint(**plain, **intervals)  # type: ignore[arg-type]

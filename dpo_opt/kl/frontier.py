@@ -1,0 +1,83 @@
+"""Rates the samples that ``dpo-opt kl`` took, and writes what reward each policy gets for its KL."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_opt.analysis.frontier import FrontierPoint, frontier_point, write_frontier
+from dpo_opt.analysis.kl import kl_of_run
+from dpo_opt.analysis.load import KL_FOLDER
+from dpo_opt.analysis.run_files import read_run_config
+from dpo_opt.kl.rewards import make_rater
+from dpo_opt.schemas.errors import ConfigError, DataError, quoted
+from dpo_opt.schemas.kl_samples import read_kl_record
+from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.storage import write_text
+from dpo_opt.sweep.grid import run_folders
+
+if TYPE_CHECKING:
+    from dpo_opt.commands.frontier import FrontierConfig
+
+
+def measure_frontier(config: "FrontierConfig", *, progress: Progress | None = None) -> list[FrontierPoint]:
+    """Rate all samples of the runs, and write each run's table and the figure.
+
+    Returns:
+        The points, run by run, in the order of their steps.
+
+    Raises:
+        ConfigError: A run has no samples, or the settings name no reward.
+        DataError: A table is damaged, or a sample gets no reward.
+        FingerprintError: The reward model has another tokenizer than a run.
+    """
+    progress = progress or Silent()
+    runs = [run for named in config.runs for run in run_folders(named)]
+    if not runs:
+        raise ConfigError("no run is named", fix="dpo-opt frontier RUN --reward-function FILE.py:NAME")
+    rater = make_rater(config)
+    measured = {run: kl_of_run(run) for run in runs if read_run_config(run)}
+    for run in runs:
+        if not measured[run]:
+            raise ConfigError(
+                "no samples of this run's policies are there",
+                where=str(run),
+                why="reward and KL are taken from the policies' own samples",
+                fix=f"dpo-opt kl {quoted(run)}",
+            )
+    _require_one_length([run / KL_FOLDER / kl.file for run in runs for kl in measured[run]])
+    progress.start("rating", total=sum(map(len, measured.values())), unit="tables")
+    found = []
+    for run in runs:
+        points = []
+        for kl in measured[run]:
+            rewards = rater.rate(run / KL_FOLDER / kl.file, run=run)
+            points.append(frontier_point(run, kl, rewards, rated_by=rater.name, rated_by_sha256=rater.sha256))
+            progress.advance(1)
+        write_frontier(run, points)
+        found += points
+    progress.finish()
+    if config.output is not None:
+        from dpo_opt.analysis.figures.drawing import svg
+        from dpo_opt.analysis.figures.frontier import frontier_figure
+
+        write_text(config.output, svg(frontier_figure(found), label="Mean reward against KL"))
+    return found
+
+
+def _require_one_length(tables: list[Path]) -> None:
+    """Refuse tables whose completions may have other lengths: their KL would not compare.
+
+    Raises:
+        DataError: Two differ.
+    """
+    records = ((table, read_kl_record(table)) for table in tables)
+    limits = [(table, record.max_new_tokens) for table, record in records if record is not None]
+    for table, limit in limits:
+        first, usual = limits[0]
+        if limit != usual:
+            again = f"dpo-opt kl {quoted(table.parent.parent)} --max-new-tokens {usual}"
+            raise DataError(
+                f"its completions have up to {limit} tokens, those of {quoted(first)} up to {usual}",
+                where=str(table),
+                why="a longer completion has more KL, so the policies do not compare",
+                fix=f"rm {quoted(table)}, then {again}",
+            )
