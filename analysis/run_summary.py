@@ -3,6 +3,7 @@
 import polars as pl
 from pydantic import JsonValue
 
+from dpo_opt.analysis.diagnosis.finding import Diagnosis
 from dpo_opt.analysis.notable_pairs import NotablePairs
 from dpo_opt.analysis.quadrants import MOVEMENTS
 from dpo_opt.analysis.run_files import last_entry, losses_in_words
@@ -33,6 +34,7 @@ def run_summary(view: RunView) -> RunSummary:
         frontier=[point.as_record() for point in view.frontier] or None,
         parity=None if run.parity is None else known_values(run.parity),
         finished=run.finished,
+        diagnosis=_diagnosis(view.diagnosis),
         movements=known_values(judged.movements) if judged else None,
         rankings=numbers_of(judged.rankings) if judged else None,
         calibration=numbers_of(judged.calibration) if judged else None,
@@ -42,6 +44,20 @@ def run_summary(view: RunView) -> RunSummary:
         smallest_margin=known(judged.smallest_margin) if judged else None,
         points=_points(view.trajectories.points) if view.trajectories else None,
     )
+
+
+def _diagnosis(diagnosis: Diagnosis) -> JsonValue:
+    findings = [
+        {
+            "cause": finding.cause,
+            "title": finding.title,
+            "evidence": numbers_of(finding.evidence),
+            "action": finding.action,
+            "pairs": [pair.pair_id for pair in finding.pairs],
+        }
+        for finding in diagnosis.findings
+    ]
+    return {"verdict": diagnosis.verdict, "pairs": diagnosis.pairs, "findings": numbers_of(findings)}
 
 
 def _identifiers(notable: NotablePairs) -> dict[str, list[str]]:

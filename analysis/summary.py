@@ -122,6 +122,8 @@ class RunSummary(_Record):
     frontier: JsonValue
     """Reward and KL of each measured policy, from ``dpo-opt frontier``."""
     parity: dict[str, bool | int | float | None] | None
+    diagnosis: JsonValue
+    """What ``dpo-opt diagnose`` says: verdict, findings with their evidence and the ids of their pairs."""
     movements: dict[str, float | None] | None
     """Share of the judged pairs in each quadrant of movement. Judged are the held-out pairs, or else all."""
     rankings: JsonValue

@@ -15,6 +15,8 @@ import polars as pl
 from dpo_opt.analysis import rewards
 from dpo_opt.analysis.binned import drawn, finite
 from dpo_opt.analysis.calibration import Calibration, calibration
+from dpo_opt.analysis.diagnosis.diagnose import diagnose
+from dpo_opt.analysis.diagnosis.finding import Diagnosis
 from dpo_opt.analysis.final_state import FinalState, final_state, held_out_rows
 from dpo_opt.analysis.frontier import FrontierPoint, read_frontier
 from dpo_opt.analysis.generalization import Overfitting, overfitting
@@ -91,6 +93,7 @@ class RunView:
     """Share of all kept pairs that the reference ranks correctly."""
     figures: dict[str, str]
     trajectories: Trajectories | None
+    diagnosis: Diagnosis
     final: FinalState | None
     judged: Judged | None
     last_evaluation: LastEvaluation | None
@@ -134,6 +137,7 @@ def view_run(run: Run, scratch: Path) -> RunView:
         reference=reference,
         figures=run_figures(run, reference, found, final, judged.calibration if judged else None),
         trajectories=found,
+        diagnosis=diagnose(run, final),
         final=final,
         judged=judged,
         last_evaluation=_last_evaluation(run, final) if final else None,

@@ -8,6 +8,7 @@ import polars as pl
 from dpo_opt.analysis.diagnosis import labels, pace, setup
 from dpo_opt.analysis.diagnosis.evidence import Evidence, gather
 from dpo_opt.analysis.diagnosis.finding import Check, Diagnosis, Finding, Missing
+from dpo_opt.analysis.final_state import FinalState
 from dpo_opt.analysis.run_files import Run, open_run
 from dpo_opt.schemas.errors import DataError, first_line
 
@@ -32,12 +33,13 @@ CAUSES: tuple[Cause, ...] = (
 """In the order in which they are to be mended: what changes the meaning of later numbers comes first."""
 
 
-def diagnose(run: Run | Path | str) -> Diagnosis:
+def diagnose(run: Run | Path | str, final: FinalState | None = None) -> Diagnosis:
     """Look for every known cause of a bad run.
 
     Args:
         run: A run, or the folder that ``dpo-opt train`` wrote. It may be unfinished: what is missing is then
             named in :attr:`Diagnosis.checks`.
+        final: The run's final state, where it is known already.
 
     Raises:
         ConfigError: It is not a run folder, or its shards are not found.
@@ -45,7 +47,7 @@ def diagnose(run: Run | Path | str) -> Diagnosis:
     """
     run = run if isinstance(run, Run) else open_run(run)
     try:
-        evidence = gather(run)
+        evidence = gather(run, final)
         found = {cause: cause(evidence) for cause in CAUSES}
     except pl.exceptions.ComputeError as error:
         # The files' footers were readable, but their data pages are not.

@@ -15,6 +15,7 @@ FEWEST = 30
 """Fewer pairs say nothing."""
 MOST_PAIRS = 20
 """Of a finding."""
+_DRAWN = 500_000
 FEW = Missing(f"fewer than {FEWEST} pairs have log-probs from before they were trained on")
 
 
@@ -33,15 +34,16 @@ class Evidence:
     evaluated: pl.DataFrame
     """Held-out pairs at the last evaluation."""
     final: FinalState | None
+    held_out: pl.DataFrame
+    """Held-out pairs under :attr:`final`."""
     slices: list[ShardSlice]
 
     @property
     def unseen(self) -> pl.DataFrame:
         """The pairs that the run is judged by: held-out ones at its end, and in one epoch :attr:`fresh`."""
-        held_out = self.final.pairs.filter("held_out").collect() if self.final else self.fresh.clear()
         # After several epochs the policy is another one than in the first.
-        enough = len(self.seen) and len(held_out) >= FEWEST
-        return held_out if enough else pl.concat([held_out, self.fresh])
+        enough = len(self.seen) and len(self.held_out) >= FEWEST
+        return self.held_out if enough else pl.concat([self.held_out, self.fresh])
 
     @property
     def steps(self) -> int:
@@ -88,22 +90,28 @@ class Evidence:
         )
 
 
-def gather(run: Run) -> Evidence:
-    """Read a run's tables: about 60 bytes per pair of an epoch in memory.
+def gather(run: Run, final: FinalState | None = None) -> Evidence:
+    """Read a run's tables: about 60 bytes per pair in memory, of at most half a million, drawn by a hash.
+
+    Args:
+        run: The run.
+        final: Its final state, where it is known already.
 
     Raises:
         DataError: A table is damaged, or its pairs are not those of the run's shards.
     """
-    slices = shard_slices(run.shards)
+    manifest, slices = load_manifest(run.shards), shard_slices(run.shards)
+    drawn = pl.col("row").hash(seed=1) % max(1, -(-manifest.kept // _DRAWN)) == 0
     logps = scan_pair_logps(run.path) if run.tables(PAIR_LOGPS_FOLDER) else None
     held_out = held_out_rows(logps)
-    final = final_state(run, logps, slices, held_out)
+    final = final or final_state(run, logps, slices, held_out)
     parts: dict[str, pl.DataFrame] = {}
     for name, rows in _parts(logps).items():
         where = str(run.path / PAIR_LOGPS_FOLDER)
-        part = pl.LazyFrame(schema=_SCHEMA) if logps is None else logps.filter(rows)
+        part = pl.LazyFrame(schema=_SCHEMA) if logps is None else logps.filter(rows & drawn)
         parts[name] = final_pairs(part, slices, held_out=held_out, where=where).collect()
-    return Evidence(run=run, manifest=load_manifest(run.shards), final=final, slices=slices, **parts)
+    unseen = final.pairs.filter("held_out", drawn).collect() if final else parts["fresh"].clear()
+    return Evidence(run=run, manifest=manifest, final=final, held_out=unseen, slices=slices, **parts)
 
 
 _SCHEMA = {

@@ -96,10 +96,8 @@ def precision_lost(evidence: Evidence) -> Finding | Missing | None:
         )
     if evidence.run.evals["step"].max() != final.step:
         return Missing("the model that was scored is not that of the last evaluation")
-    both = evaluated.join(
-        final.pairs.select("row", saved_chosen="chosen_logps", saved_rejected="rejected_logps").collect(),
-        on="row",
-    )
+    saved_logps = final.pairs.select("row", saved_chosen="chosen_logps", saved_rejected="rejected_logps")
+    both = evaluated.lazy().join(saved_logps, on="row").collect(engine="streaming")
     if len(both) < FEWEST:
         return Missing("too few held-out pairs were scored")
     beta = evidence.run.beta
