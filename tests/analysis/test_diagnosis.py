@@ -54,7 +54,7 @@ def evidence(fresh=None, *, evals=(0.6, 0.4), **parts):
         parity=None,
     )
     fresh = table(margin=healthy()) if fresh is None else fresh
-    frames = dict.fromkeys(("start", "seen", "evaluated"), fresh.clear()) | parts
+    frames = dict.fromkeys(("start", "seen", "evaluated", "held_out"), fresh.clear()) | parts
     return Evidence(run=run, manifest=None, fresh=fresh, final=None, slices=[], **frames)
 
 
