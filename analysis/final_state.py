@@ -10,7 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
-from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER, ShardSlice, join_reference, scan_pair_logps
+from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER, ShardSlice, collect_joined, scan_pair_logps
 from dpo_opt.analysis.outcomes import Outcome, outcome
 from dpo_opt.analysis.run_files import Run
 from dpo_opt.schemas.pair_logps import dtype_of_logps
@@ -146,24 +146,10 @@ def final_pairs(
     Raises:
         DataError: The pairs are not those of the shards.
     """
-    reference = (
-        "row",
-        "pair_id",
-        pl.col("prompt_id").hash().alias("prompt"),
-        "source",
-        "ref_chosen_logps",
-        "ref_rejected_logps",
-    )
-    policy = ("row", "pair_id", "chosen_logps", "rejected_logps", "chosen_length", "rejected_length")
     parts = []
     for number, part in enumerate(slices):
-        wanted = pair_logps.filter(part.rows).select(policy)
-        joined = (
-            join_reference(wanted, part.shards.select(*reference), where=where)
-            .unique("row", keep="any")
-            .sort("row")
-            .with_columns(pl.col("row").is_in(held_out.implode()).alias("held_out"))
-            .collect(engine="streaming")
+        joined = with_reference(
+            pair_logps.filter(part.rows), reference_columns(part.shards), held_out=held_out, where=where
         )
         if scratch is None:
             parts.append(joined)
@@ -172,3 +158,38 @@ def final_pairs(
     if scratch is None:
         return pl.concat(parts).lazy()
     return pl.scan_parquet(sorted(scratch.glob("*.parquet")), glob=False)
+
+
+def reference_columns(shards: pl.LazyFrame) -> pl.LazyFrame:
+    """What a final pair has of the reference, from a scan of shards."""
+    return shards.select(
+        "row",
+        "pair_id",
+        pl.col("prompt_id").hash().alias("prompt"),
+        "source",
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+    )
+
+
+def with_reference(
+    pair_logps: pl.LazyFrame, reference: pl.LazyFrame, *, held_out: pl.Series, where: str
+) -> pl.DataFrame:
+    """:func:`final_pairs` of one part of the shards, in memory.
+
+    Args:
+        pair_logps: Rows of this part.
+        reference: From :func:`reference_columns`.
+        held_out: See :func:`final_pairs`.
+        where: See :func:`final_pairs`.
+
+    Raises:
+        DataError: The pairs are not those of the shards.
+    """
+    policy = ("row", "pair_id", "chosen_logps", "rejected_logps", "chosen_length", "rejected_length")
+    return (
+        collect_joined(pair_logps.select(policy), reference, where=where)
+        .unique("row", keep="any")
+        .sort("row")
+        .with_columns(pl.col("row").is_in(held_out.implode()).alias("held_out"))
+    )

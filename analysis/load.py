@@ -7,7 +7,7 @@ them.
 from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import polars as pl
 import pyarrow as pa
@@ -28,6 +28,7 @@ KL_FOLDER = "kl"
 
 _SLICE_ROWS = 25_000
 _MAX_SLICES = 40
+_SORTED_ROWS = 500_000
 
 
 class ShardSlice(NamedTuple):
@@ -172,18 +173,48 @@ def join_reference(
         .collect(engine="streaming")
     )
     if len(foreign):
-        row, pair_id, reference_hash = foreign.row(0)
-        state = "no such row" if reference_hash is None else "another pair at this row"
-        raise DataError(
-            f"row {row} is pair {quoted(pair_id)}, but the shards have {state}",
-            where=where,
-            why="the difference of log-probs of two different pairs would mean nothing",
-            fix="score again with `dpo-opt score --model CKPT --shards SHARDS --output FILE.parquet`, "
-            "or pass the shards that these log-probs belong to",
-        )
+        _refuse(foreign, where)
     # The policy's lengths stay: they are of the tokens that count.
     own = ["pair_id", "chosen_length", "rejected_length"]
     return pair_logps.join(shards.drop(own, strict=False), on="row")
+
+
+def collect_joined(
+    pair_logps: pl.LazyFrame, shards: pl.LazyFrame, *, where: str = "pair log-probs"
+) -> pl.DataFrame:
+    """:func:`join_reference` in memory, with the same checks: each table is read once.
+
+    Args: see :func:`join_reference`.
+
+    Raises:
+        DataError: A row is not in the shards, or is another pair there.
+    """
+    own = ["pair_id", "chosen_length", "rejected_length"]
+    reference = shards.with_columns(reference_hash=pl.col("pair_id").hash()).drop(own, strict=False)
+    joined = pair_logps.join(reference, on="row", how="left").collect(engine="streaming")
+    known = joined["reference_hash"].eq_missing(joined["pair_id"].hash())
+    if not known.all():
+        _refuse(joined.filter(~known).select("row", "pair_id", "reference_hash"), where)
+    return joined.drop("reference_hash")
+
+
+def sorted_by_row(pair_logps: pl.LazyFrame, folder: Path) -> pl.LazyFrame:
+    """A table whose slices are read without the rest of it: the same rows, ordered in parts.
+
+    Training visits pairs in random order, so a slice of the shards would need a pass over the whole table.
+
+    Args:
+        pair_logps: From :func:`scan_pair_logps`; the lists of token log-probs are left out.
+        folder: An empty folder, which stays as long as the table is used.
+    """
+    columns = [name for name in PAIR_LOGPS_SCHEMA.names if not name.endswith("token_logps")]
+    rows = pair_logps.select(pl.len()).collect(engine="streaming").item()
+    for start in range(0, max(rows, 1), _SORTED_ROWS):
+        part = pair_logps.select(columns).slice(start, _SORTED_ROWS).sort("row")
+        part.collect(engine="streaming").write_parquet(
+            folder / f"{start:012d}.parquet", compression="lz4", row_group_size=_SORTED_ROWS // _MAX_SLICES
+        )
+    return pl.scan_parquet(sorted(folder.glob("*.parquet")), glob=False)
 
 
 def counted_tokens(side: str) -> pl.Expr:
@@ -214,6 +245,18 @@ def parquet_files(path: Path | str, *, inside: str) -> list[Path]:
             fix=f"name a .parquet file, a folder of them, or a run folder with {inside}/",
         )
     return files
+
+
+def _refuse(foreign: pl.DataFrame, where: str) -> NoReturn:
+    row, pair_id, reference_hash = foreign.row(0)
+    state = "no such row" if reference_hash is None else "another pair at this row"
+    raise DataError(
+        f"row {row} is pair {quoted(pair_id)}, but the shards have {state}",
+        where=where,
+        why="the difference of log-probs of two different pairs would mean nothing",
+        fix="score again with `dpo-opt score --model CKPT --shards SHARDS --output FILE.parquet`, "
+        "or pass the shards that these log-probs belong to",
+    )
 
 
 def _between(start: int | None, stop: int | None) -> pl.Expr:

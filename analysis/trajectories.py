@@ -10,7 +10,7 @@ from typing import NamedTuple
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.load import ShardSlice, join_reference
+from dpo_opt.analysis.load import ShardSlice, collect_joined
 from dpo_opt.analysis.quadrants import MOVEMENTS, movement
 
 INTERVALS = 24
@@ -64,7 +64,7 @@ def trajectories(
     every = -(-rows // _DRAWN) or 1
     sums, some, heaviest = [], [], []
     for part in slices:
-        pairs = _joined(join_reference(pair_logps.filter(part.rows), part.shards), point, noise)
+        pairs = _joined(pair_logps.filter(part.rows), part.shards, point, noise)
         sums.append(_sums(pairs))
         some.append(
             pairs.filter(pl.struct("row", "step").hash(seed=1) % every == 0).select("phase", "point", *SPREAD)
@@ -93,10 +93,13 @@ def trajectories(
     )
 
 
-def _joined(joined: pl.LazyFrame, point: pl.Expr, noise: float) -> pl.DataFrame:
+def _joined(pair_logps: pl.LazyFrame, shards: pl.LazyFrame, point: pl.Expr, noise: float) -> pl.DataFrame:
     chosen, rejected = rewards.chosen_logratio(), rewards.rejected_logratio()
+    wanted = pair_logps.select("row", "pair_id", "phase", "step", "chosen_logps", "rejected_logps")
+    reference = shards.select("row", "pair_id", "ref_chosen_logps", "ref_rejected_logps")
     return (
-        joined.filter(pl.col("phase").is_in(["train", "eval"]))
+        collect_joined(wanted, reference)
+        .filter(pl.col("phase").is_in(["train", "eval"]))
         .select(
             "row",
             "phase",
@@ -108,7 +111,6 @@ def _joined(joined: pl.LazyFrame, point: pl.Expr, noise: float) -> pl.DataFrame:
             rewards.chosen_fell().alias("chosen_fell"),
             movement(noise).alias("movement"),
         )
-        .collect(engine="streaming")
     )
 
 

@@ -29,6 +29,7 @@ from dpo_opt.analysis.load import (
     scan_pair_logps,
     scan_shards,
     shard_slices,
+    sorted_by_row,
 )
 from dpo_opt.analysis.notable_pairs import NotablePairs, notable_pairs
 from dpo_opt.analysis.outcomes import (
@@ -119,6 +120,9 @@ def view_run(run: Run, scratch: Path) -> RunView:
     manifest = load_manifest(run.shards)
     slices = shard_slices(run.shards)
     logps = scan_pair_logps(run.path) if run.tables(PAIR_LOGPS_FOLDER) else None
+    if logps is not None and len(slices) > 1:
+        (scratch / PAIR_LOGPS_FOLDER).mkdir()
+        logps = sorted_by_row(logps, scratch / PAIR_LOGPS_FOLDER)
     held_out = held_out_rows(logps)
     found = None
     if logps is not None:

@@ -36,6 +36,8 @@ PAIR_LOGPS_SCHEMA = pa.schema(
     metadata={"dpo_opt.schema_version": "1"},
 )
 _DTYPE = b"dpo_opt.dtype"
+ROW_GROUP_ROWS = 4096
+"""At least, but for the last: a file of ten million rows has a footer of megabytes, and is read by column."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,7 @@ class PairLogps:
 
 
 def write_pair_logps(path: Path, batches: Iterable[Sequence[PairLogps]], *, dtype: str | None = None) -> None:
-    """Publish one segment of the table; each batch is a row group, and only one is in memory.
+    """Publish one segment of the table; only one batch and one row group are in memory.
 
     Args:
         path: The Parquet file.
@@ -73,9 +75,19 @@ def write_pair_logps(path: Path, batches: Iterable[Sequence[PairLogps]], *, dtyp
         arrow_file(private, "wb") as sink,
         pq.ParquetWriter(sink, schema, compression="zstd") as writer,
     ):
+        held: list[PairLogps] = []
         for rows in batches:
-            columns = {name: [getattr(row, name) for row in rows] for name in PAIR_LOGPS_SCHEMA.names}
-            writer.write_table(pa.Table.from_pydict(columns, schema=schema))
+            held += rows
+            if len(held) >= ROW_GROUP_ROWS:
+                writer.write_table(_table(held, schema))
+                held = []
+        if held:
+            writer.write_table(_table(held, schema))
+
+
+def _table(rows: Sequence[PairLogps], schema: pa.Schema) -> pa.Table:
+    columns = {name: [getattr(row, name) for row in rows] for name in PAIR_LOGPS_SCHEMA.names}
+    return pa.Table.from_pydict(columns, schema=schema)
 
 
 def dtype_of_logps(path: Path) -> str | None:

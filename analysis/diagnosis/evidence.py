@@ -5,7 +5,13 @@ from dataclasses import dataclass, replace
 import polars as pl
 
 from dpo_opt.analysis.diagnosis.finding import Finding, Missing, PairName
-from dpo_opt.analysis.final_state import FinalState, final_pairs, final_state, held_out_rows
+from dpo_opt.analysis.final_state import (
+    FinalState,
+    final_state,
+    held_out_rows,
+    reference_columns,
+    with_reference,
+)
 from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER, ShardSlice, scan_pair_logps, shard_slices
 from dpo_opt.analysis.run_files import Run
 from dpo_opt.analysis.triage import token_overlap
@@ -105,11 +111,18 @@ def gather(run: Run, final: FinalState | None = None) -> Evidence:
     logps = scan_pair_logps(run.path) if run.tables(PAIR_LOGPS_FOLDER) else None
     held_out = held_out_rows(logps)
     final = final or final_state(run, logps, slices, held_out)
+    reference = pl.concat(
+        [reference_columns(s.shards.filter(drawn)).collect(engine="streaming") for s in slices]
+    )
+    wanted = {name: rows & drawn for name, rows in _parts(logps).items()}
+    table = pl.DataFrame(schema=_SCHEMA)
+    if logps is not None:
+        table = logps.filter(pl.any_horizontal(*wanted.values())).select(*_SCHEMA).collect(engine="streaming")
     parts: dict[str, pl.DataFrame] = {}
-    for name, rows in _parts(logps).items():
+    for name, rows in wanted.items():
         where = str(run.path / PAIR_LOGPS_FOLDER)
-        part = pl.LazyFrame(schema=_SCHEMA) if logps is None else logps.filter(rows & drawn)
-        parts[name] = final_pairs(part, slices, held_out=held_out, where=where).collect()
+        part = table.lazy().filter(rows)
+        parts[name] = with_reference(part, reference.lazy(), held_out=held_out, where=where)
     unseen = final.pairs.filter("held_out", drawn).collect() if final else parts["fresh"].clear()
     return Evidence(run=run, manifest=manifest, final=final, held_out=unseen, slices=slices, **parts)
 
@@ -117,6 +130,9 @@ def gather(run: Run, final: FinalState | None = None) -> Evidence:
 _SCHEMA = {
     "row": pl.Int64,
     "pair_id": pl.String,
+    "step": pl.Int64,
+    "epoch": pl.Float64,
+    "phase": pl.String,
     "chosen_logps": pl.Float64,
     "rejected_logps": pl.Float64,
     "chosen_length": pl.Int32,
