@@ -7,6 +7,7 @@ pairs needs the same memory.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 
@@ -57,6 +58,60 @@ def held_out_rows(logps: pl.LazyFrame | None) -> pl.Series:
     return rows.collect(engine="streaming")["row"]
 
 
+class LastLogps(NamedTuple):
+    """The policy's last known log-probs, as they were written."""
+
+    table: pl.LazyFrame
+    """``PAIR_LOGPS_SCHEMA``, of one state of the policy."""
+    step: int
+    scored: bool
+    """See :class:`FinalState`; so are the next two."""
+    label: str
+    dtype: str | None
+    where: str
+    """Name of the table, for messages."""
+
+
+def last_logps(run: Run, logps: pl.LazyFrame | None, held_out: pl.Series) -> LastLogps | None:
+    """What was scored last, or else evaluated last; None if no log-probs are known.
+
+    Args:
+        run: The run.
+        logps: What training and evaluations wrote; None if nothing.
+        held_out: From :func:`held_out_rows`.
+    """
+    if run.tables(SCORES_FOLDER):
+        # If several checkpoints were scored, the one that was trained longest is shown.
+        scores = scan_pair_logps(run.path / SCORES_FOLDER)
+        states = scores.select("step", "checkpoint").unique().sort("step", "checkpoint")
+        chosen = states.last().collect(engine="streaming")
+        if not len(chosen):
+            return None
+        step, checkpoint = chosen.row(0)
+        dtypes = {dtype_of_logps(file) for file in run.tables(SCORES_FOLDER)}
+        same = (pl.col("step") == step) & pl.col("checkpoint").eq_missing(pl.lit(checkpoint, dtype=pl.String))
+        return LastLogps(
+            scores.filter(same),
+            step,
+            scored=True,
+            label=f"the scored checkpoint {checkpoint or ''}".strip() + f" (step {step:,})",
+            dtype=dtypes.pop() if len(dtypes) == 1 else None,
+            where=str(run.path / SCORES_FOLDER),
+        )
+    if logps is None or not len(held_out):
+        return None
+    evaluated = logps.filter(pl.col("phase") == "eval")
+    step = evaluated.select(pl.col("step").max()).collect(engine="streaming").item()
+    return LastLogps(
+        evaluated.filter(pl.col("step") == step),
+        step,
+        scored=False,
+        label=f"the held-out pairs at the last evaluation (step {step:,})",
+        dtype=None,
+        where=str(run.path / PAIR_LOGPS_FOLDER),
+    )
+
+
 def final_state(
     run: Run,
     logps: pl.LazyFrame | None,
@@ -76,49 +131,35 @@ def final_state(
     Raises:
         DataError: The pairs are not those of the shards.
     """
-    scored = bool(run.tables(SCORES_FOLDER))
-    if scored:
-        # If several checkpoints were scored, the one that was trained longest is shown.
-        scores = scan_pair_logps(run.path / SCORES_FOLDER)
-        states = scores.select("step", "checkpoint").unique().sort("step", "checkpoint")
-        chosen = states.last().collect(engine="streaming")
-        if not len(chosen):
-            return None
-        step, checkpoint = chosen.row(0)
-        dtypes = {dtype_of_logps(file) for file in run.tables(SCORES_FOLDER)}
-        same = (pl.col("step") == step) & pl.col("checkpoint").eq_missing(pl.lit(checkpoint, dtype=pl.String))
-        table = scores.filter(same)
-        where = str(run.path / SCORES_FOLDER)
-        label = f"the scored checkpoint {checkpoint or ''}".strip() + f" (step {step:,})"
-    elif logps is not None and len(held_out):
-        evaluated = logps.filter(pl.col("phase") == "eval")
-        step = evaluated.select(pl.col("step").max()).collect(engine="streaming").item()
-        table = evaluated.filter(pl.col("step") == step)
-        dtypes = set()
-        where = str(run.path / PAIR_LOGPS_FOLDER)
-        label = f"the held-out pairs at the last evaluation (step {step:,})"
-    else:
+    last = last_logps(run, logps, held_out)
+    if last is None:
         return None
-    pairs = final_pairs(table, slices, held_out=held_out, where=where, scratch=scratch)
-    parts = {"all": pairs} if scored else {}
-    if len(held_out):
-        parts["training"] = pairs.filter(~pl.col("held_out"))
-        parts["held-out"] = pairs.filter("held_out")
+    pairs = final_pairs(last.table, slices, held_out=held_out, where=last.where, scratch=scratch)
+    parts = split_pairs(pairs, scored=last.scored, held_out=held_out)
     outcomes = {name: outcome(part, beta=run.beta, noise=run.margin_noise) for name, part in parts.items()}
     splits = {name: found for name, found in outcomes.items() if found is not None}
     if not splits:
         return None
     return FinalState(
         pairs=pairs,
-        table=table,
+        table=last.table,
         count=sum(splits[name].pairs for name in ("training", "held-out") if name in splits)
         or splits["all"].pairs,
-        scored=scored,
-        step=step,
-        label=label,
-        dtype=dtypes.pop() if len(dtypes) == 1 else None,
+        scored=last.scored,
+        step=last.step,
+        label=last.label,
+        dtype=last.dtype,
         splits=splits,
     )
+
+
+def split_pairs(pairs: pl.LazyFrame, *, scored: bool, held_out: pl.Series) -> dict[str, pl.LazyFrame]:
+    """The pairs of :func:`final_pairs` as ``all``, ``training`` and ``held-out``, where these are known."""
+    parts = {"all": pairs} if scored else {}
+    if len(held_out):
+        parts["training"] = pairs.filter(~pl.col("held_out"))
+        parts["held-out"] = pairs.filter("held_out")
+    return parts
 
 
 def final_pairs(

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_opt.analysis.run_files import shards_of_run
+from dpo_opt.analysis.unpaired_rows import is_unpaired, own_sides, require_pairs
 from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA, LATER_COLUMNS
@@ -21,7 +22,7 @@ from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import ShardCommit, load_manifest
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA
 from dpo_opt.schemas.shard_folder import check_file
-from dpo_opt.schemas.shards import SCHEMA_VERSION, SHARD_SCHEMA
+from dpo_opt.schemas.shards import SHARD_SCHEMA, UNPAIRED_SCHEMA
 
 PAIR_LOGPS_FOLDER = "pair_logps"
 KL_FOLDER = "kl"
@@ -37,21 +38,31 @@ class ShardSlice(NamedTuple):
     files: list[Path]
     rows: pl.Expr
     """True for the rows of a pair log-prob table that belong to this slice."""
+    unpaired: bool = False
+    """The rows have one completion and a label each."""
 
     @property
     def shards(self) -> pl.LazyFrame:
-        """A new scan at each access: a scan that is kept holds its files' footers, megabytes per slice."""
-        return _lazy_of_versions(self.files, SHARD_SCHEMA)
+        """A new scan at each access: a scan that is kept holds its files' footers, megabytes per slice.
+
+        Of unpaired rows, the reference's log-prob of the completion that answers another prompt is null.
+        """
+        scan = _lazy_of_versions(self.files, UNPAIRED_SCHEMA if self.unpaired else SHARD_SCHEMA)
+        return own_sides(scan) if self.unpaired else scan
 
 
 def scan_shards(shards_dir: AnyPath | str) -> pl.LazyFrame:
     """Every kept pair with its reference log-probs in nats: the columns of ``SHARD_SCHEMA``, in row order.
 
+    Unpaired rows have the column ``label`` too.
+
     Raises:
         DataError: The folder has no valid manifest, or a file is not the one the manifest names.
     """
     shards_dir = location(shards_dir)
-    return _lazy_of_versions(_verified(shards_dir, _commits(shards_dir)), SHARD_SCHEMA)
+    manifest = load_manifest(shards_dir)
+    schema = UNPAIRED_SCHEMA if is_unpaired(manifest) else SHARD_SCHEMA
+    return _lazy_of_versions(_verified(shards_dir, manifest.shards), schema)
 
 
 def shard_slices(shards_dir: AnyPath | str) -> list[ShardSlice]:
@@ -64,7 +75,8 @@ def shard_slices(shards_dir: AnyPath | str) -> list[ShardSlice]:
         DataError: See :func:`scan_shards`.
     """
     shards_dir = location(shards_dir)
-    commits = _commits(shards_dir)
+    manifest = load_manifest(shards_dir)
+    commits, unpaired = manifest.shards, is_unpaired(manifest)
     # Each slice is one pass over the other table, whose rows may be in any order.
     wanted = max(_SLICE_ROWS, -(-sum(c.rows for c in commits) // _MAX_SLICES))
     groups: list[list[ShardCommit]] = [[]]
@@ -75,7 +87,7 @@ def shard_slices(shards_dir: AnyPath | str) -> list[ShardSlice]:
     starts = [group[0].start for group in groups[1:]]
     bounds = zip([None, *starts], [*starts, None], strict=True)
     return [
-        ShardSlice(_verified(shards_dir, group), _between(start, stop))
+        ShardSlice(_verified(shards_dir, group), _between(start, stop), unpaired)
         for group, (start, stop) in zip(groups, bounds, strict=True)
     ]
 
@@ -84,8 +96,10 @@ def kept_pairs(shards_dir: AnyPath | str, *columns: str | pl.Expr) -> pl.DataFra
     """Some columns of every kept pair, slice by slice: only the result is in memory whole.
 
     Raises:
+        ConfigError: The rows are no pairs.
         DataError: See :func:`scan_shards`; or no pair was kept.
     """
+    require_pairs(shards_dir, fix="pass a folder of pairs, or leave --shards out")
     slices = shard_slices(shards_dir)
     pairs = pl.concat([s.shards.select(*columns).collect(engine="streaming") for s in slices])
     if not len(pairs):
@@ -117,14 +131,18 @@ def scan_run(path: Path | str) -> pl.LazyFrame:
         path: A run folder, or a Parquet file in one (such as ``RUN/scores/final.parquet``).
 
     Returns:
-        The columns of ``PAIR_LOGPS_SCHEMA``, and those columns of ``SHARD_SCHEMA`` that it has not.
+        The columns of ``PAIR_LOGPS_SCHEMA``, and those columns of ``SHARD_SCHEMA`` that it has not. Of
+        unpaired rows also ``label``; the reference's log-prob of a mismatched completion is null.
 
     Raises:
         ConfigError: It is not a run folder, or its shards are not found.
         DataError: There are no pair log-probs, or they are not those of the run's shards.
     """
     path = Path(path)
-    shards = scan_shards(shards_of_run(path.parent.parent if path.is_file() else path))
+    folder = shards_of_run(path.parent.parent if path.is_file() else path)
+    shards = scan_shards(folder)
+    if is_unpaired(load_manifest(folder)):
+        shards = own_sides(shards)
     return join_reference(scan_pair_logps(path), shards, where=str(path))
 
 
@@ -263,19 +281,6 @@ def _between(start: int | None, stop: int | None) -> pl.Expr:
     rows = pl.col("row")
     at_least = pl.lit(True) if start is None else rows >= start
     return at_least if stop is None else at_least & (rows < stop)
-
-
-def _commits(shards_dir: AnyPath) -> list[ShardCommit]:
-    manifest = load_manifest(shards_dir)
-    # No model is compared with the fingerprint here, so the version must be checked explicitly.
-    if manifest.fingerprint.schema_version > SCHEMA_VERSION:
-        raise DataError(
-            f"the folder has format version {manifest.fingerprint.schema_version}, but "
-            f"this program reads up to {SCHEMA_VERSION}",
-            where=str(shards_dir),
-            fix="pip install --upgrade dpo-opt",
-        )
-    return manifest.shards
 
 
 def _verified(shards_dir: AnyPath, commits: Sequence[ShardCommit]) -> list[Path]:

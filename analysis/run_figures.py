@@ -65,9 +65,10 @@ def _logged(run: Run, reference: float | None, points: pl.DataFrame | None) -> d
     if "rewards/margins" in run.train.columns:
         reward = curves.reward_curves(run.train, run.evals, points, beta=run.beta)
         margin = curves.margin_curve(run.train, run.evals, points, beta=run.beta)
-        accuracy = curves.accuracy_curve(run.train, run.evals, reference=reference)
         figures["rewards"] = svg(reward, label="Implicit rewards against steps")
         figures["margin"] = svg(margin, label="Margin against steps")
+    if "rewards/accuracies" in run.train.columns:
+        accuracy = curves.accuracy_curve(run.train, run.evals, reference=reference)
         figures["accuracy"] = svg(accuracy, label="Accuracy against steps")
     if "grad_norm" in run.train.columns and run.train["grad_norm"].is_finite().any():
         update = curves.update_curves(run.train)

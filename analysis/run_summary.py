@@ -7,13 +7,21 @@ from dpo_opt.analysis.diagnosis.finding import Diagnosis
 from dpo_opt.analysis.notable_pairs import NotablePairs
 from dpo_opt.analysis.quadrants import MOVEMENTS
 from dpo_opt.analysis.run_files import last_entry, losses_in_words
-from dpo_opt.analysis.summary import KLSummary, PairsSummary, RunSummary, known, known_values, numbers_of
+from dpo_opt.analysis.summary import (
+    KLSummary,
+    LabelledSummary,
+    PairsSummary,
+    RunSummary,
+    known,
+    known_values,
+    numbers_of,
+)
 from dpo_opt.analysis.view import RunView
 
 
 def run_summary(view: RunView) -> RunSummary:
     """Every number that the page shows of the run."""
-    run, judged = view.run, view.judged
+    run, judged, labelled = view.run, view.judged, view.labelled
     splits = view.final.splits if view.final else {}
     last = last_entry(run.train)
     steps, model = last.get("step"), run.config.get("model")
@@ -30,11 +38,12 @@ def run_summary(view: RunView) -> RunSummary:
         reference_ranking_accuracy=known(view.reference),
         scored=PairsSummary.of(splits["all"]) if "all" in splits else None,
         held_out=PairsSummary.of(splits["held-out"]) if "held-out" in splits else None,
+        labelled={name: LabelledSummary.of(o) for name, o in labelled.splits.items()} if labelled else None,
         kl=KLSummary.of(view.kl[-1]) if view.kl else None,
         frontier=[point.as_record() for point in view.frontier] or None,
         parity=None if run.parity is None else known_values(run.parity),
         finished=run.finished,
-        diagnosis=_diagnosis(view.diagnosis),
+        diagnosis=_diagnosis(view.diagnosis) if view.diagnosis else None,
         movements=known_values(judged.movements) if judged else None,
         rankings=numbers_of(judged.rankings) if judged else None,
         calibration=numbers_of(judged.calibration) if judged else None,

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from dpo_opt.analysis.compare import Difference
 from dpo_opt.analysis.intervals import Interval
 from dpo_opt.analysis.kl import KLFile
+from dpo_opt.analysis.labelled import LabelledOutcome
 from dpo_opt.analysis.outcomes import Outcome
 
 
@@ -55,6 +56,33 @@ class PairsSummary(_Record):
             mean_margin=known(outcome.mean_margin),
             share_chosen_logps_fell=known(outcome.chosen_fell),
             within_noise=outcome.within_noise,
+        )
+
+
+class LabelledSummary(_Record):
+    """Results for some rows of one completion and a label, under the final policy."""
+
+    desirable: int
+    undesirable: int
+    prompts: int
+    mean_desirable_logratio: float | None
+    mean_undesirable_logratio: float | None
+    share_desirable_logps_fell: float | None
+    share_undesirable_logps_fell: float | None
+    separated: float | None
+    """How often, of a desirable and an undesirable row, the desirable one has the higher reward."""
+
+    @classmethod
+    def of(cls, outcome: LabelledOutcome) -> "LabelledSummary":
+        return cls(
+            desirable=outcome.desirable,
+            undesirable=outcome.undesirable,
+            prompts=outcome.prompts,
+            mean_desirable_logratio=known(outcome.mean_desirable_logratio),
+            mean_undesirable_logratio=known(outcome.mean_undesirable_logratio),
+            share_desirable_logps_fell=known(outcome.desirable_fell),
+            share_undesirable_logps_fell=known(outcome.undesirable_fell),
+            separated=known(outcome.separated),
         )
 
 
@@ -117,6 +145,8 @@ class RunSummary(_Record):
     """All pairs under the scored checkpoint, from ``scores/``."""
     held_out: PairsSummary | None
     """Pairs that training did not see, under the scored checkpoint, or else at the last evaluation."""
+    labelled: dict[str, LabelledSummary] | None
+    """Of unpaired rows, in place of both: ``all``, ``training`` and ``held-out``, those that are known."""
     kl: KLSummary | None
     """The last file of ``kl/``."""
     frontier: JsonValue

@@ -22,6 +22,7 @@ from dpo_opt.analysis.frontier import FrontierPoint, read_frontier
 from dpo_opt.analysis.generalization import Overfitting, overfitting
 from dpo_opt.analysis.intervals import FloatArray
 from dpo_opt.analysis.kl import KLFile, kl_of_run
+from dpo_opt.analysis.labelled import LabelledState, labelled_state
 from dpo_opt.analysis.load import (
     KL_FOLDER,
     PAIR_LOGPS_FOLDER,
@@ -44,6 +45,7 @@ from dpo_opt.analysis.run_figures import run_figures
 from dpo_opt.analysis.run_files import Run, last_entry
 from dpo_opt.analysis.token_texts import TokenDecoder, completion_start, prompt_end
 from dpo_opt.analysis.trajectories import Trajectories, trajectories
+from dpo_opt.analysis.unpaired_rows import is_unpaired
 from dpo_opt.schemas.manifest import Manifest, load_manifest
 
 NOTABLE = 6
@@ -94,12 +96,17 @@ class RunView:
     """Share of all kept pairs that the reference ranks correctly."""
     figures: dict[str, str]
     trajectories: Trajectories | None
-    diagnosis: Diagnosis
+    diagnosis: Diagnosis | None
+    """None of unpaired rows: all that it asks for is about pairs."""
     final: FinalState | None
     judged: Judged | None
     last_evaluation: LastEvaluation | None
     """Where it differs from what the scored checkpoint says of the same pairs."""
     overfitting: Overfitting | None
+    unpaired: bool
+    """The rows have one completion and a label each; nothing that compares two of a prompt is known then."""
+    labelled: LabelledState | None
+    """In place of ``final``, of such rows."""
     kl: list[KLFile]
     frontier: list[FrontierPoint]
     """What ``dpo-opt frontier`` found."""
@@ -124,15 +131,17 @@ def view_run(run: Run, scratch: Path) -> RunView:
         (scratch / PAIR_LOGPS_FOLDER).mkdir()
         logps = sorted_by_row(logps, scratch / PAIR_LOGPS_FOLDER)
     held_out = held_out_rows(logps)
+    unpaired = is_unpaired(manifest)
+    labelled = labelled_state(run, logps, slices, held_out, scratch) if unpaired else None
     found = None
-    if logps is not None:
+    if logps is not None and not unpaired:
         # Other losses weigh a pair in other ways.
         drivers = NOTABLE if run.config.get("loss_type") == "sigmoid" else 0
         noise = run.margin_noise or 0.0
         found = trajectories(logps, slices, beta=run.beta, noise=noise, drivers=drivers)
-    final = final_state(run, logps, slices, held_out, scratch)
+    final = None if unpaired else final_state(run, logps, slices, held_out, scratch)
     kl = kl_of_run(run.path)
-    reference = reference_accuracy(slices)
+    reference = None if unpaired else reference_accuracy(slices)
     decoder = TokenDecoder(run.shards)
     judged = _judged(run, final, found, decoder) if final else None
     return RunView(
@@ -141,9 +150,11 @@ def view_run(run: Run, scratch: Path) -> RunView:
         reference=reference,
         figures=run_figures(run, reference, found, final, judged.calibration if judged else None),
         trajectories=found,
-        diagnosis=diagnose(run, final),
+        diagnosis=None if unpaired else diagnose(run, final),
         final=final,
         judged=judged,
+        unpaired=unpaired,
+        labelled=labelled,
         last_evaluation=_last_evaluation(run, final) if final else None,
         overfitting=overfitting(final.splits if final else {}, run.evals),
         kl=kl,

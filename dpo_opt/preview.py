@@ -45,7 +45,8 @@ def preview(config: PreviewConfig) -> tuple[ChosenDate, list[dict[str, Any]]]:
         The date that the chat template is told, and one entry per row: ``where``, and ``error``, or
         ``dropped`` (a reason or None), ``merged``, ``odd_ends`` (problems of ``check`` that are about the
         tokens at the ends) and, under ``chosen`` and ``rejected``, segments of ``kind`` (prompt, chosen,
-        rejected, context, cut), ``ids`` and ``text``.
+        rejected, context, cut), ``ids`` and ``text``. A row of one completion has one of the two: chosen
+        where it is desirable.
 
     Raises:
         ConfigError: The model's tokenizer cannot be used.
@@ -116,7 +117,7 @@ def rendered(entries: list[dict[str, Any]], date: ChosenDate) -> Text:
             page.append("  the prompt's last token changes when a completion follows\n", style="yellow")
         for kind in entry["odd_ends"]:
             page.append(f"  {FOUND[kind].title}: {FOUND[kind].why}\n", style="yellow")
-        for side in ("chosen", "rejected"):
+        for side in (side for side in ("chosen", "rejected") if side in entry):
             counts = ", ".join(f"{count} {kind}" for kind, count in _counts(entry[side]).items())
             page.append(f"{side} ({counts} tokens)\n", style="bold " + _STYLES[side])
             for segment in entry[side]:
@@ -146,10 +147,12 @@ def _entry(pair: PreferencePair, whole: PairIds, tokenizer: PairTokenizer) -> di
         "dropped": None if isinstance(fitted, TokenizedPair) else fitted.reason,
         "merged": whole.merged,
     }
-    sides = (
+    sides = [
         ("chosen", whole.chosen, whole.chosen_mask),
         ("rejected", whole.rejected, whole.rejected_mask),
-    )
+    ]
+    if pair.label is not None:
+        sides = sides[:1] if pair.label else sides[1:]
     for side, ids, mask in sides:
         prompt_kept, kept_ids = 0, 0
         if isinstance(fitted, TokenizedPair):

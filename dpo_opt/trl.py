@@ -27,6 +27,7 @@ from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import MANIFEST
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.shard_folder import ShardFolder
+from dpo_opt.schemas.shards import UNPAIRED
 from dpo_opt.schemas.sidecars import WEIGHT
 from dpo_opt.schemas.storage import publish, sha256_file
 
@@ -57,7 +58,8 @@ def trl_dataset(
         cache_folder: Where the Arrow file stands. Default: `dpo-opt` in the cache folder of `datasets`.
 
     Raises:
-        ConfigError: `datasets` is not installed, there is no such model, or part of a completion is context.
+        ConfigError: `datasets` is not installed, there is no such model, the rows are no pairs, or part of a
+            completion is context.
         DataError: The folder is not finalized, or its bytes changed.
         FingerprintError: The model is not the one that was scored.
     """
@@ -67,6 +69,13 @@ def trl_dataset(
     except ImportError as error:
         raise ConfigError("datasets is not installed", fix="pip install trl==1.16.0 datasets") from error
     folder = ShardFolder.open(location(shards))
+    if folder.manifest.fingerprint.rows == UNPAIRED:
+        raise ConfigError(
+            "the rows of the folder have one completion and a label each",
+            where=str(folder.path),
+            why="TRL's DPOTrainer compares two completions of a prompt",
+            fix="train with `dpo-opt train --loss-type kto`",
+        )
     if model is not None:
         _require_scored(folder, model)
     if folder.has_column(WEIGHT):

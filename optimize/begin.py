@@ -29,13 +29,15 @@ from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.evaluation import is_comparable
 from dpo_opt.optimize.forward.packing import pair_group
 from dpo_opt.optimize.forward.policy import Policy, compute_dtype
+from dpo_opt.optimize.losses.preference_loss import is_unpaired
 from dpo_opt.optimize.losses.running import Running
 from dpo_opt.optimize.memory.budget import Device, choose_budget, longest_pair, run_device
+from dpo_opt.optimize.metrics_window import MetricsWindow
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.prepare import Prepared
 from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.optimize.run_folder import RunFolder, Written
-from dpo_opt.optimize.step import Batching, MetricsWindow
+from dpo_opt.optimize.step import Batching
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.optimize.throughput import Throughput
 from dpo_opt.optimize.update.optimizer import make_optimizer, optimizer_bytes
@@ -244,9 +246,15 @@ def _data(config: TrainConfig, prepared: Prepared) -> Data:
     )
 
 
+def new_window(run: Run) -> MetricsWindow:
+    """The sums of no pair yet."""
+    unpaired = is_unpaired(run.config.loss_type)
+    return MetricsWindow(run.policy.device, unpaired=unpaired, beta=run.config.beta)
+
+
 def _new_state(run: Run, batching: Batching) -> RunState:
     throughput = Throughput(run.policy, batching.cost, batching.world)
-    return RunState(MetricsWindow(run.policy.device), throughput, batching)
+    return RunState(new_window(run), throughput, batching)
 
 
 def _resumed(run: Run, checkpoint: Checkpoint, batching: Batching) -> RunState:

@@ -13,13 +13,13 @@ LossType = Literal[
     "ipo", "ipo_sum", "sppo_hard", "cal_dpo",
     "nca_pair", "apo_zero", "apo_down",
     "rdpo", "dpop", "odpo", "rpo",
-    "bco_pair", "kto_pair", "aot", "aot_unpaired", "beta_dpo",
+    "kto", "bco_pair", "kto_pair", "aot", "aot_unpaired", "beta_dpo",
     "simpo", "cpo", "orpo", "sft", "unlikelihood",
 ]  # fmt: skip
 LOSS_OPTIONS = (
     "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "rdpo_alpha",
     "dpop_lambda", "margin_scale", "beta_dpo_alpha", "beta_dpo_filtered", "simpo_gamma", "cpo_alpha",
-    "unlikelihood_alpha",
+    "unlikelihood_alpha", "desirable_weight", "undesirable_weight",
 )  # fmt: skip
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 _Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -73,6 +73,10 @@ class TrainConfig(Settings):
     """cpo: weight of the cross-entropy of chosen. Default: 1.0."""
     unlikelihood_alpha: _Share | None = None
     """unlikelihood: weight of the rejected completion. Default: 1.0."""
+    desirable_weight: _Weight | None = None
+    """kto: weight of the losses of desirable completions. Default: 1.0."""
+    undesirable_weight: _Weight | None = None
+    """kto: weight of the losses of undesirable completions. Default: 1.0."""
     learning_rate: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
     """Peak learning rate. 0 changes no weight: the run only measures the losses of the starting policy."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"

@@ -9,10 +9,12 @@ import torch
 from dpo_opt.optimize.checkpoint.checkpoints import Best
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.losses.preference_loss import is_unpaired
 from dpo_opt.optimize.losses.running import Running
-from dpo_opt.optimize.losses.usable import reads_margins
+from dpo_opt.optimize.losses.usable import reads_margins, require_matching_rows
+from dpo_opt.optimize.metrics_window import MetricsWindow, metric_names
 from dpo_opt.optimize.run_folder import HeldLogps, Metrics, RunFolder, hold_logps
-from dpo_opt.optimize.step import Batching, MetricsWindow, forward_pairs
+from dpo_opt.optimize.step import Batching, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.optimize.stream import PairStream, share_that_holds_out
 from dpo_opt.schemas.config_keys import differing_keys, kept_model_config
@@ -29,6 +31,8 @@ class Evaluation(NamedTuple):
     stream: PairStream
     index_sha256: str | None
     """Hash of its folder's index; None for the held-out prompts, which are the run's own for good."""
+    unpaired: bool
+    """Its rows have one completion and a label each."""
 
     @property
     def prefix(self) -> str:
@@ -38,7 +42,7 @@ class Evaluation(NamedTuple):
     @property
     def metrics(self) -> list[str]:
         """Names of this evaluation's metrics, with its prefix."""
-        return [self.prefix + name for name in MetricsWindow.NAMES]
+        return [self.prefix + name for name in metric_names(unpaired=self.unpaired)]
 
 
 def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) -> list[Evaluation]:
@@ -46,8 +50,8 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
 
     Raises:
         ConfigError: Two folders have the same name, ``eval_split`` holds out no prompt, there is nothing to
-            evaluate on, no evaluation has the metric of ``metric_for_best_model``, or a folder lacks the
-            margins that a loss reads.
+            evaluate on, no evaluation has the metric of ``metric_for_best_model``, or a folder has rows that
+            the losses are not of, or lacks the margins that a loss reads.
         DataError: A folder is incomplete or damaged.
         FingerprintError: A folder was scored with another reference or tokenizer.
     """
@@ -63,7 +67,8 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
             if share is not None
             else "leave --eval-split out, and pass pairs of other prompts as --eval-shards",
         )
-    found = [Evaluation(None, stream, None)] if len(stream.eval_positions) else []
+    unpaired = is_unpaired(config.loss_type)
+    found = [Evaluation(None, stream, None, unpaired)] if len(stream.eval_positions) else []
     for path in config.eval_shards:
         if path.name in {evaluation.name for evaluation in found}:
             raise ConfigError(
@@ -73,6 +78,7 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
             )
         other = ShardFolder.open(path)
         cached, current = other.manifest.fingerprint, folder.manifest.fingerprint
+        require_matching_rows(config, rows=cached.rows, where=str(path))
         refuse_differences(
             cached=cached,
             current=current,
@@ -86,7 +92,7 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
             fix=f"score it with the reference of {quoted(folder.path)}",
         )
         pairs = PairStream(other, eval_split=1.0, margins=reads_margins(config))
-        found.append(Evaluation(path.name, pairs, other.manifest.index_sha256))
+        found.append(Evaluation(path.name, pairs, other.manifest.index_sha256, unpaired))
     wanted = config.metric_for_best_model
     names = [name for evaluation in found for name in evaluation.metrics]
     if wanted is not None and wanted not in names:
@@ -123,7 +129,7 @@ def evaluate(
     Raises:
         StopRequested: A signal came; the unfinished evaluation leaves nothing behind.
     """
-    window = MetricsWindow(policy.device)
+    window = MetricsWindow(policy.device, unpaired=evaluation.unpaired, beta=config.beta)
     found: list[HeldLogps] = []
     batches = evaluation.stream.batches(evaluation.stream.eval_positions, config.batch_size)
     with contextlib.closing(batches):
@@ -140,7 +146,7 @@ def evaluate(
                 backward=False,
                 stop=stop,
             )
-            window.add(results)
+            window.add(pairs, results)
             found.append(
                 hold_logps(
                     pairs,

@@ -16,11 +16,12 @@ from dpo_opt.optimize.adapters.lora import FOUR_BIT_OFFSET
 from dpo_opt.optimize.begin import Run, RunState, open_folder
 from dpo_opt.optimize.forward.prompt_groups import PromptGroup
 from dpo_opt.optimize.measure_parity import OwnLogps, compare, one_at_a_time, together
+from dpo_opt.optimize.pair_results import PairResults
 from dpo_opt.optimize.parity import Parity, require_parity
 from dpo_opt.optimize.parity_sample import evenly, head_to_judge, pairs_beside
 from dpo_opt.optimize.processes.distributed import sum_over_ranks
 from dpo_opt.optimize.run_folder import Written
-from dpo_opt.optimize.step import PairResults, SeeLogps
+from dpo_opt.optimize.step import SeeLogps
 from dpo_opt.optimize.stop_signals import StopRequested
 from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
@@ -81,7 +82,8 @@ class FirstStep:
         for first, group in zip(firsts, groups, strict=False):
             for pair, sides in zip(group.pairs, group.sides, strict=True):
                 for side, place in enumerate(sides):
-                    self._seen[2 * (self._beside + pair) + side] = sequences[first + place]
+                    if place is not None:
+                        self._seen[2 * (self._beside + pair) + side] = sequences[first + place]
 
     def _judged(self) -> Parity:
         config, policy, folder = self._run.config, self._run.policy, self._run.prepared.folder

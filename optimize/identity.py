@@ -15,7 +15,7 @@ from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import config_digest, read_config, stated_architecture, tokenizer_digest
 from dpo_opt.schemas.rope import describe_rope
 from dpo_opt.schemas.shard_folder import ShardFolder
-from dpo_opt.schemas.shards import SCHEMA_VERSION
+from dpo_opt.schemas.shards import SCHEMA_VERSION, UNPAIRED, UNPAIRED_VERSION
 from dpo_opt.schemas.weights import weights_digest
 
 
@@ -56,7 +56,8 @@ def require_same_model(
             fix="copy the model's own tokenizer there, or, if it is the same, "
             f"cp {quoted(folder.path)}/tokenizer/* {quoted(model_folder)}",
         ) from error
-    found: dict[str, object] = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer_digest(tokenizer)}
+    version = UNPAIRED_VERSION if cached.rows == UNPAIRED else SCHEMA_VERSION
+    found: dict[str, object] = {"schema_version": version, "tokenizer": tokenizer_digest(tokenizer)}
     if "weights" in fields:
         digests = (
             merged_digests(model_folder, read_adapter(adapter))

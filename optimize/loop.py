@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_opt.optimize.begin import Run, RunState, resume_or_begin
+from dpo_opt.optimize.begin import Run, RunState, new_window, resume_or_begin
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.evaluation import evaluate, is_better, new_best
 from dpo_opt.optimize.first_step import first_step
 from dpo_opt.optimize.losses.preference_loss import NEED_RUNNING
+from dpo_opt.optimize.pair_results import PairResults
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.prepare import prepare
 from dpo_opt.optimize.processes.distributed import (
@@ -31,7 +32,7 @@ from dpo_opt.optimize.processes.distributed import (
     world_from_environment,
 )
 from dpo_opt.optimize.run_folder import FINAL, Metrics, RunFolder, hold_logps, resume_command
-from dpo_opt.optimize.step import MetricsWindow, PairResults, SeeLogps, forward_pairs
+from dpo_opt.optimize.step import SeeLogps, forward_pairs
 from dpo_opt.optimize.stop_signals import StopRequested, StopSignals, stop_signals
 from dpo_opt.optimize.update.optimizer import learning_rate, set_learning_rate
 from dpo_opt.schemas.errors import DpoOptError, Preempted, quoted
@@ -158,7 +159,7 @@ def train_step(
         phase="train",
     )
     run.files.add_pair_logps(batch)
-    state.window.add(results, grad_norm)
+    state.window.add(pairs, results, grad_norm)
     if not NEED_RUNNING.isdisjoint(config.loss_type):
         state.running = state.running.after(results.chosen_rewards, results.rejected_rewards)
     state.throughput.add(pairs)
@@ -299,7 +300,7 @@ def _log_training(run: Run, state: RunState, speed: Metrics) -> float:
             **speed,
         }
     )
-    state.window = MetricsWindow(run.policy.device)
+    state.window = new_window(run)
     return means["loss"]
 
 

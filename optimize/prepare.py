@@ -7,7 +7,12 @@ from dpo_opt.optimize.adapters.lora import require_usable
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.evaluation import Evaluation, evaluations
 from dpo_opt.optimize.identity import require_same_model
-from dpo_opt.optimize.losses.usable import reads_margins, require_no_weights, require_usable_losses
+from dpo_opt.optimize.losses.usable import (
+    reads_margins,
+    require_matching_rows,
+    require_no_weights,
+    require_usable_losses,
+)
 from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.optimize.stream import PairStream, share_that_holds_out
 from dpo_opt.schemas.errors import ConfigError, quoted
@@ -42,6 +47,7 @@ def prepare(config: TrainConfig, *, compares_model: bool = True) -> Prepared:
         RunFolder.require_unused(config.output_dir)
     require_usable_losses(config)
     folder = ShardFolder.open(config.shards)
+    require_matching_rows(config, rows=folder.manifest.fingerprint.rows, where=str(folder.path))
     model_folder = find_model(config.model)
     require_usable(config)
     # Also with --resume: the reference must be the model that the run started from, not a checkpoint of it.

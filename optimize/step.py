@@ -1,5 +1,6 @@
 """Forward and backward of one step's pairs: log-probs, losses, gradients, and the sums for the metrics."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,29 +14,26 @@ from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.forward.balance import ForwardCost, balance
 from dpo_opt.optimize.forward.packing import to_device
 from dpo_opt.optimize.forward.policy import Policy
-from dpo_opt.optimize.forward.prompt_groups import PromptGroup, prompt_groups
+from dpo_opt.optimize.forward.prompt_groups import (
+    PromptGroup,
+    Sides,
+    both_sides,
+    mismatched_side,
+    own_side,
+    prompt_groups,
+)
 from dpo_opt.optimize.losses.pair_inputs import LossInputs
-from dpo_opt.optimize.losses.preference_loss import WHOLE_STEP, preference_loss
+from dpo_opt.optimize.losses.preference_loss import WHOLE_STEP, is_unpaired, preference_loss
 from dpo_opt.optimize.losses.running import Running
 from dpo_opt.optimize.measured import Measured, measure, reference_sums
+from dpo_opt.optimize.pair_results import PairResults
 from dpo_opt.optimize.processes.distributed import World, sum_over_ranks
 from dpo_opt.optimize.processes.fsdp import announce_micro_batch, join_empty
-from dpo_opt.optimize.run_folder import Metrics
 from dpo_opt.optimize.stop_signals import StopSignals
-from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.pairs import ScoredPair, TokenizedPair
 
 SeeLogps = Callable[[Sequence[PromptGroup], Sequence[Tensor]], None]
 """Takes the groups of a micro-batch and the token log-probs of each of their sequences."""
-
-
-class PairResults(NamedTuple):
-    """Results of each pair of a batch, on the device: all (pairs,) float64."""
-
-    losses: Tensor
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
 
 
 class Batching(NamedTuple):
@@ -68,7 +66,8 @@ def forward_pairs(
     pairs have in common is computed once.
 
     A loss that looks at all pairs of the step needs all their log-probs first. Where there are several
-    micro-batches, they are computed once more before.
+    micro-batches, they are computed once more before. Of unpaired rows it needs those of the mismatched
+    completions alone, which are computed once, without gradient.
 
     Args:
         policy: Gradients are added to its parameters' gradients.
@@ -86,22 +85,53 @@ def forward_pairs(
     Raises:
         StopRequested: A signal came; gradients of a part of the step may be left.
     """
-    world = batching.world
-    groups = prompt_groups(pairs, rows=policy.rows, budget=batching.budget, ranks=world.size)
-    sequences = [group.sequences for group in groups]
-    plans = balance(policy, sequences, budget=batching.budget, cost=batching.cost, ranks=world.size)
-    work = _Work(policy, config, groups, plans, world, stop)
+    world, work_on = batching.world, functools.partial(_work_on, policy, pairs, config, batching, stop)
     given = _given(pairs, config, weights, margins, policy.device)
-    if not WHOLE_STEP.isdisjoint(config.loss_type):
-        return _of_whole_step(work, given, running or Running(), backward=backward, see=see)
+    if is_unpaired(config.loss_type):
+        given = _with_mismatched(work_on(mismatched_side), given, see)
+        work = work_on(own_side)
+    else:
+        work = work_on(both_sides)
+        if not WHOLE_STEP.isdisjoint(config.loss_type):
+            return _of_whole_step(work, given, running or Running(), backward=backward, see=see)
     columns = torch.zeros(len(pairs), len(PairResults._fields), dtype=torch.float64, device=policy.device)
     for places, measured in work.micro_batches(backward=backward, see=see):
         part = given.at(places)
+        measured = part.completed(measured)
         results = _results(measured, part, part.inputs(measured, config), config)
         if backward:
             torch.autograd.backward(results.losses.sum() / len(pairs))
         columns.index_copy_(0, places, torch.stack([column.detach() for column in results], dim=1))
     return PairResults(*sum_over_ranks(columns, world).unbind(1))
+
+
+def _work_on(
+    policy: Policy,
+    pairs: Sequence[ScoredPair],
+    config: TrainConfig,
+    batching: Batching,
+    stop: StopSignals,
+    sides_of: Callable[[TokenizedPair], Sides],
+) -> "_Work":
+    """The forwards of some of the sequences of a step's pairs."""
+    ranks, budget = batching.world.size, batching.budget
+    groups = prompt_groups(pairs, rows=policy.rows, budget=budget, ranks=ranks, sides_of=sides_of)
+    sequences = [group.sequences for group in groups]
+    plans = balance(policy, sequences, budget=budget, cost=batching.cost, ranks=ranks)
+    return _Work(policy, config, groups, plans, batching.world, stop)
+
+
+def _with_mismatched(work: "_Work", given: "_Given", see: SeeLogps | None) -> "_Given":
+    """What is given of unpaired rows, with what the policy says of their mismatched completions."""
+    others = torch.zeros(len(given.ref_logps), dtype=torch.float64, device=work.policy.device)
+    with torch.no_grad():
+        for places, part in work.micro_batches(backward=False, see=see):
+            others.index_copy_(0, places, part.chosen_logps)
+    others = sum_over_ranks(others, work.world)
+    assert given.label is not None
+    ref_chosen_logps, ref_rejected_logps = given.ref_logps.unbind(1)
+    kl = torch.relu((others - torch.where(given.label, ref_rejected_logps, ref_chosen_logps)).mean())
+    return given._replace(other_logps=others, kl=kl.expand(len(others)))
 
 
 def _of_whole_step(
@@ -193,10 +223,21 @@ class _Given(NamedTuple):
     lengths: Tensor  # (pairs, 2) scored tokens
     weight: Tensor | None  # (pairs,)
     margin: Tensor | None  # (pairs,)
+    label: Tensor | None  # (pairs,) of unpaired rows
+    other_logps: Tensor | None = None  # (pairs,) of unpaired rows, the policy's of mismatched completions
+    kl: Tensor | None = None  # (pairs,) all alike
 
     def at(self, places: Tensor) -> "_Given":
         """Of some of the pairs."""
         return _Given(*(None if values is None else values[places] for values in self))  # type: ignore[arg-type]
+
+    def completed(self, measured: Measured) -> Measured:
+        """With both sides of unpaired rows, of which the policy was asked for their own alone."""
+        if self.label is None or self.other_logps is None:
+            return measured
+        own, other = measured.chosen_logps, self.other_logps
+        sides = torch.where(self.label, own, other), torch.where(self.label, other, own)
+        return Measured(*sides, *sides, None)
 
     def inputs(self, measured: Measured, config: TrainConfig) -> LossInputs:
         """Joined with what the policy says of the same pairs; its log-probs keep their gradients."""
@@ -211,6 +252,8 @@ class _Given(NamedTuple):
             rejected_lengths=rejected_lengths,
             beta=config.beta,
             data_margins=self.margin,
+            labels=self.label,
+            kl=self.kl,
         )
 
 
@@ -228,7 +271,10 @@ def _given(
         for values in (weights, margins)
     )
     ref_logps = to_device(torch.tensor(references, dtype=torch.float64), device)
-    return _Given(ref_logps, to_device(torch.tensor(lengths), device), weight, margin)
+    label = None
+    if is_unpaired(config.loss_type):
+        label = to_device(torch.tensor([bool(pair.label) for pair in pairs]), device)
+    return _Given(ref_logps, to_device(torch.tensor(lengths), device), weight, margin, label)
 
 
 def _results(measured: Measured, given: _Given, inputs: LossInputs, config: TrainConfig) -> PairResults:
@@ -244,64 +290,14 @@ def _results(measured: Measured, given: _Given, inputs: LossInputs, config: Trai
 
 
 def _sides(groups: Sequence[PromptGroup]) -> list[tuple[int, int]]:
-    """Of each pair of the groups, the places of chosen and rejected among all their sequences."""
+    """Of each pair of the groups, the places of chosen and rejected among all their sequences.
+
+    Where one of the two is not computed, the other stands for it.
+    """
     firsts = itertools.accumulate((len(group.sequences) for group in groups), initial=0)
     return [
-        (first + chosen, first + rejected)
+        (places[0], places[-1])
         for first, group in zip(firsts, groups, strict=False)
-        for chosen, rejected in group.sides
+        for sides in group.sides
+        for places in [[first + place for place in sides if place is not None]]
     ]
-
-
-class MetricsWindow:
-    """Sums over the pairs since the last line of metrics. They stay on the device until they are read."""
-
-    NAMES = (
-        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-        "logps/rejected",
-    )  # fmt: skip
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(self.NAMES) + 3, dtype=torch.float64, device=device)
-
-    def add(self, results: PairResults, grad_norm: Tensor | None = None) -> None:
-        """Count a step's pairs, and its gradient norm."""
-        margins = results.chosen_rewards - results.rejected_rewards
-        columns = torch.stack(
-            [
-                results.losses,
-                results.chosen_rewards,
-                results.rejected_rewards,
-                margins,
-                (margins > 0).double(),
-                results.chosen_logps,
-                results.rejected_logps,
-                torch.ones_like(margins),
-            ]
-        )
-        self._sums[:-2] += columns.sum(dim=1)
-        if grad_norm is not None:
-            self._sums[-2] += grad_norm.double()
-            self._sums[-1] += 1
-
-    def means(self, *, prefix: str = "") -> Metrics:
-        """Means over the pairs, in TRL's metric names; ``grad_norm`` is the mean over the steps."""
-        *sums, pairs, grad_norms, steps = self._sums.tolist()
-        means: Metrics = {prefix + name: total / pairs for name, total in zip(self.NAMES, sums, strict=True)}
-        if steps:
-            means["grad_norm"] = grad_norms / steps
-        return means
-
-    @property
-    def pairs(self) -> int:
-        """Number of pairs counted."""
-        return int(self._sums[-3])
-
-    @property
-    def state(self) -> list[float]:
-        """The sums, exactly."""
-        return list(self._sums.tolist())
-
-    @state.setter
-    def state(self, sums: list[float]) -> None:
-        self._sums.copy_(torch.tensor(sums, dtype=torch.float64))

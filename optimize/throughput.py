@@ -7,8 +7,9 @@ import torch
 
 from dpo_opt.optimize.forward.architecture import decoder_of
 from dpo_opt.optimize.forward.balance import ForwardCost, group_cost
+from dpo_opt.optimize.forward.packing import Group
 from dpo_opt.optimize.forward.policy import Policy
-from dpo_opt.optimize.forward.prompt_groups import unique_groups
+from dpo_opt.optimize.forward.prompt_groups import mismatched_side, own_side, unique_groups
 from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.optimize.run_folder import Metrics
 from dpo_opt.schemas.pairs import ScoredPair
@@ -46,8 +47,17 @@ class Throughput:
     def add(self, pairs: Sequence[ScoredPair]) -> None:
         """Count a step."""
         self._pairs += len(pairs)
-        if self._peak is not None:
-            self._flops += self._passes * sum(group_cost(group, self._cost) for group in unique_groups(pairs))
+        if self._peak is None:
+            return
+        if pairs[0].label is None:
+            self._flops += self._passes * self._forward(unique_groups(pairs))
+        else:
+            # Mismatched completions have no gradient.
+            self._flops += self._passes * self._forward(unique_groups(pairs, own_side))
+            self._flops += self._forward(unique_groups(pairs, mismatched_side))
+
+    def _forward(self, groups: Sequence[Group]) -> float:
+        return sum(group_cost(group, self._cost) for group in groups)
 
     def leave_out(self, seconds: float) -> None:
         """Do not count these seconds: evaluations and checkpoints are not training."""

@@ -14,7 +14,7 @@ from dpo_opt.schemas.settings import Settings
 Truncation = Literal["keep_start", "keep_end", "drop"]
 """What happens to a pair that is longer than ``max_length``."""
 
-WrittenForm = Literal["trl", "openai", "sharegpt"]
+WrittenForm = Literal["trl", "openai", "sharegpt", "unpaired"]
 """A format of rows that ``dpo-opt convert`` writes."""
 
 TrainOn = Literal["all", "last", "first-difference"]
@@ -274,7 +274,7 @@ class ConvertConfig(WholeDataConfig):
     output: Path
     """New folder for train.jsonl, eval.jsonl, _removed.jsonl and _convert.json."""
     to: WrittenForm = "trl"
-    """Format of the rows. trl: prompt, chosen, rejected. openai: its preferences. sharegpt: its ranking."""
+    """Rows. trl: prompt, chosen, rejected. openai, sharegpt: theirs. unpaired: prompt, completion, label."""
     eval_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the prompts that goes to eval.jsonl. A hash of the prompt decides which ones."""
     on_bad_row: Literal["error", "skip"] = "skip"

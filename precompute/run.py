@@ -22,6 +22,7 @@ from dpo_opt.precompute.shards.reference import make_tokenizer, pinned, resolve_
 from dpo_opt.precompute.shards.refused_plan import refusal_noted
 from dpo_opt.precompute.shards.weights_memo import ScoringModel
 from dpo_opt.precompute.shards.write_plan import settle_plan
+from dpo_opt.precompute.tokens.mismatched import NO_OTHER_PROMPT, with_mismatched
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.workers.assignment import Worker, shards_for
 from dpo_opt.schemas.attempts import commit_names
@@ -37,7 +38,7 @@ from dpo_opt.schemas.manifest import (
 )
 from dpo_opt.schemas.pairs import PreferencePair, Scorer, TokenizedPair
 from dpo_opt.schemas.progress import Progress, Silent
-from dpo_opt.schemas.shards import DroppedRow
+from dpo_opt.schemas.shards import UNPAIRED, DroppedRow
 
 
 def precompute(config: PrecomputeConfig, *, scorer: Scorer, progress: Progress | None = None) -> Manifest:
@@ -196,11 +197,14 @@ def score_shard(
             why="the shards of one folder would hold two versions of the data",
             fix="restore the file and run the same command again, or pass another --shards folder",
         )
+    where = {pair.row: pair for pair in pairs}
+    if plan.fingerprint.rows == UNPAIRED:
+        kept, alone = with_mismatched(kept, max_length=plan.fingerprint.max_length)
+        dropped += [DroppedRow(r.row, r.source, NO_OTHER_PROMPT, where[r.row].where) for r in alone]
     scored = score_pairs(kept, scorer, model=model.folder)
     # An engine loads the model at its first sequences, and again when it had failed.
     model.require_unchanged(plan.fingerprint.weights)
     losses.add(kept, scored.left_out)
-    where = {pair.row: pair for pair in pairs}
     for row, message in scored.left_out.items():
         pair = where[row]
         dropped.append(DroppedRow(row, pair.source, ENGINE_ERROR, f"{pair.where}: {message}"))

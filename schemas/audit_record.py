@@ -82,6 +82,13 @@ class SourceCount(BaseModel):
     median_rejected: int
 
 
+class LabelCounts(BaseModel):
+    """Rows of one completion, by label."""
+
+    desirable: int
+    undesirable: int
+
+
 class TruncationForecast(BaseModel):
     """What one ``--max-length`` would do to the pairs, with the truncation that was asked about."""
 
@@ -161,6 +168,8 @@ class Audit(BaseModel):
     lengths: list[Lengths]
     length_bias: LengthBias
     sources: list[SourceCount]
+    labels: LabelCounts | None = None
+    """Of rows with one completion; None where all are pairs."""
     template_date: str | None = None
     """Day that the chat template was told; None where it does not ask, or no model was given."""
     template_date_from: str | None = None

@@ -55,6 +55,8 @@ class Fingerprint(BaseModel):
     """Which of the assistant's turns count: ``all``, ``last`` or ``first-difference``.
 
     None in folders from before it was kept, where everything in a completion counts."""
+    rows: str | None = None
+    """What a row is: ``unpaired`` for one completion and its label; None for a pair."""
     architecture: str | None = None
     """The class that the reference's config.json names; compared where both sides name one."""
 

@@ -26,7 +26,7 @@ from dpo_opt.schemas.locations import (
     read_all,
 )
 from dpo_opt.schemas.plain_data import json_of
-from dpo_opt.schemas.shards import SCHEMA_VERSION
+from dpo_opt.schemas.shards import UNPAIRED_VERSION
 from dpo_opt.schemas.sidecars import ColumnFile
 from dpo_opt.schemas.storage import write_text
 
@@ -247,9 +247,9 @@ def _require_known_version(body: Mapping[str, object], shards_dir: AnyPath) -> N
     """Refuse a later version before anything else is read, because its keys may mean something else."""
     fingerprint = body.get("fingerprint")
     version = fingerprint.get("schema_version") if isinstance(fingerprint, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    if isinstance(version, int) and version > UNPAIRED_VERSION:
         raise DataError(
-            f"the folder has format version {version}, this program reads {SCHEMA_VERSION}",
+            f"the folder has format version {version}, this program reads up to {UNPAIRED_VERSION}",
             where=str(shards_dir),
             why="its files may mean something else than what would be read from them",
             fix="use the version of dpo-opt that wrote it, or a later one",

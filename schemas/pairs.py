@@ -45,6 +45,10 @@ class PreferencePair(NamedTuple):
     """What the data calls its row."""
     rated: float | None = None
     """How much better the data rates chosen than rejected; None where it rates neither, or one alone."""
+    label: bool | None = None
+    """Of an unpaired row, whether its completion is desirable; it stands as ``chosen`` and as ``rejected``.
+
+    None: a pair."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +69,11 @@ class TokenizedPair:
 
     The others are context: what users and tools say inside a completion, and the headers of turns."""
     rejected_mask: MaskArray | None = None
+    label: bool | None = None
+    """Of an unpaired row, whether its completion is desirable; None: a pair.
+
+    The completion is the side that the label names, chosen where it is true and rejected where it is false.
+    The other side is another row's completion, by which KTO estimates a KL divergence."""
 
     @property
     def pair_id(self) -> str:

@@ -23,6 +23,11 @@ from dpo_opt.schemas.pairs import IdArray, MaskArray, ScoredPair
 from dpo_opt.schemas.storage import publish
 
 SCHEMA_VERSION = 1
+"""Of folders of pairs."""
+UNPAIRED_VERSION = 2
+"""Of folders of unpaired rows, so that a reader that knows pairs alone refuses them."""
+UNPAIRED = "unpaired"
+"""What the fingerprint of such a folder says of its rows."""
 ROW_GROUP_ROWS = 128
 """Rows per row group: the unit that training reads and shuffles."""
 INDEX_GROUP_ROWS = 65_536
@@ -51,6 +56,10 @@ SHARD_SCHEMA = pa.schema(
         pa.field("rejected_mask", pa.list_(pa.bool_())),
     ]
 )
+
+UNPAIRED_SCHEMA = SHARD_SCHEMA.append(pa.field("label", pa.bool_(), nullable=False))
+"""Of shards of unpaired rows."""
+_SCHEMAS = {str(SCHEMA_VERSION): SHARD_SCHEMA, str(UNPAIRED_VERSION): UNPAIRED_SCHEMA}
 
 _MASKS = ("chosen_mask", "rejected_mask")
 ADDED_COLUMNS = ("id", *_MASKS)
@@ -96,11 +105,12 @@ class DroppedRow(NamedTuple):
 
 def write_shard(path: AnyPath, pairs: Sequence[ScoredPair], *, fingerprint: Fingerprint, shard: int) -> None:
     """Publish one shard: rows in order, small row groups, page checksums, zstd."""
+    version = UNPAIRED_VERSION if fingerprint.rows == UNPAIRED else SCHEMA_VERSION
     table = pa.Table.from_pydict(
         _columns(pairs),
-        schema=SHARD_SCHEMA.with_metadata(
+        schema=_SCHEMAS[str(version)].with_metadata(
             {
-                "dpo_opt.schema_version": str(SCHEMA_VERSION),
+                "dpo_opt.schema_version": str(version),
                 "dpo_opt.fingerprint": fingerprint.model_dump_json(),
                 "dpo_opt.shard": str(shard),
             }
@@ -130,6 +140,7 @@ def _columns(pairs: Sequence[ScoredPair]) -> dict[str, list[object]]:
         "rejected_truncated": [p.rejected_truncated for p in pairs],
         "chosen_mask": [p.chosen_mask for p in pairs],
         "rejected_mask": [p.rejected_mask for p in pairs],
+        "label": [p.label for p in pairs],
     }
 
 
@@ -180,10 +191,10 @@ def read_row_groups(path: Path, *, row_groups: Sequence[int] | None = None) -> I
     """
     try:
         with arrow_file(path) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
-            _check_schema(file, path)
+            schema = _schema_of(file, path)
             groups = range(file.num_row_groups) if row_groups is None else row_groups
             for group in groups:
-                yield _to_pairs(file.read_row_group(group))
+                yield _to_pairs(file.read_row_group(group, columns=_present(file, schema)))
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"not readable as a shard ({first_line(error)})",
@@ -217,18 +228,25 @@ def inconsistent_columns(path: Path) -> Iterator[tuple[int, str]]:
                     yield row, name
 
 
-def _check_schema(file: pq.ParquetFile, path: Path) -> None:
+def _schema_of(file: pq.ParquetFile, path: Path) -> pa.Schema:
     version = (file.schema_arrow.metadata or {}).get(b"dpo_opt.schema_version", b"none").decode()
-    if version != str(SCHEMA_VERSION):
+    if version not in _SCHEMAS:
         raise DataError(
-            f"the shard has schema version {quoted(version)}, this program reads {SCHEMA_VERSION}",
+            f"the shard has schema version {quoted(version)}, this program reads {', '.join(_SCHEMAS)}",
             where=str(path),
             fix="use the version of dpo-opt that wrote it, or run `dpo-opt precompute` again",
         )
-    needed = [name for name in SHARD_SCHEMA.names if name not in ADDED_COLUMNS]
+    schema = _SCHEMAS[version]
+    needed = [name for name in schema.names if name not in ADDED_COLUMNS]
     missing = [name for name in needed if name not in file.schema_arrow.names]
     if missing:
         raise DataError(f"the shard lacks the columns {', '.join(missing)}", where=str(path))
+    return schema
+
+
+def _present(file: pq.ParquetFile, schema: pa.Schema) -> list[str]:
+    """The columns of a schema that a file has; it may have others, and lack some that were added later."""
+    return [name for name in schema.names if name in file.schema_arrow.names]
 
 
 def _to_pairs(table: pa.Table) -> list[ScoredPair]:
@@ -239,7 +257,7 @@ def _to_pairs(table: pa.Table) -> list[ScoredPair]:
     }
     flat = {
         name: table[name].to_pylist()
-        for name in ("row", "source", "id", "chosen_truncated", "rejected_truncated")
+        for name in ("row", "source", "id", "chosen_truncated", "rejected_truncated", "label")
         if name in table.column_names
     }
     masks = {

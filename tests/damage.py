@@ -267,8 +267,10 @@ def _objects() -> Iterator[tuple[str, str, Row, str, str]]:
         yield "empty completion", "text", {**text, key: ""}, f'"{key}" is empty', "empty"
         yield "missing key", "text", _without(text, key), f'the key "{key}" is missing', "missing_key"
     yield "missing key", "text", {}, "(found: none)", "missing_key"
+    row = {"completion": "q a", "label": True}
+    yield "unpaired feedback", "text", row, "this is feedback of one completion and a label", "unpaired"
     row = {"prompt": "q", "completion": "a", "label": True}
-    yield "unpaired feedback", "text", row, "this is unpaired feedback", "unpaired"
+    yield "another kind", "text", row, "this row holds unpaired", "other_form"
     row = {"prompt": "q", "a": "x", "b": "y", "best.responses": ["a"]}
     yield "annotations", "text", row, "these are records that Argilla exported", "annotations"
     yield "misspelt key", "text", {**_without(text, "chosen"), "choosen": "a"}, "(found: ", "missing_key"

@@ -7,6 +7,7 @@ import torch
 
 from dpo_opt.optimize import preference_loss
 from dpo_opt.optimize.losses.pair_inputs import LossInputs
+from dpo_opt.optimize.losses.preference_loss import UNPAIRED
 
 NEEDED: dict[str, dict[str, float]] = {"exo_pair": {"label_smoothing": 1e-3}, "rdpo": {"rdpo_alpha": 0.01}}
 """Options without a default."""
@@ -53,6 +54,8 @@ AT_START = {
     "rpo": Start(LN2 - _logistic(1.0) - 1 / (1 + math.e), "up", "down"),
     # Where no step was before, the shift is 0.
     "bco_pair": Start(2 * LN2, "up", "down"),
+    # Of two rows, as a pair becomes them.
+    "kto": Start(0.5, "up", "down"),
     "kto_pair": Start(0.5, "up", "down"),
     "aot": Start(LN2, "up", "down"),
     "aot_unpaired": Start(LN2, "up", "down"),
@@ -84,19 +87,24 @@ def of_one_pair(
     lengths: tuple[int, int] = (4, 2),
     **options: Any,
 ) -> OnePair:
-    """Log-ratios of one pair to its loss; each completion is worth ``reference`` nats to the reference."""
+    """Log-ratios of one pair to its loss; each completion is worth ``reference`` nats to the reference.
+
+    Of a loss of unpaired rows it is the mean over two: chosen is desirable, and rejected is not.
+    """
     ref = torch.full((1,), reference, dtype=torch.float64)
     chosen_logps, rejected_logps = ((ref + side).requires_grad_() for side in (chosen, rejected))
+    labels = torch.tensor([True, False] if name in UNPAIRED else [True])
     pairs = LossInputs(
-        chosen_logps,
-        rejected_logps,
-        ref,
-        ref,
+        chosen_logps.expand(len(labels)),
+        rejected_logps.expand(len(labels)),
+        ref.expand(len(labels)),
+        ref.expand(len(labels)),
         torch.tensor([lengths[0]]),
         torch.tensor([lengths[1]]),
         beta=beta,
         data_margins=torch.tensor([margin], dtype=torch.float64),
+        labels=labels,
     )
-    loss = preference_loss(name, pairs, **options).losses.sum()
+    loss = preference_loss(name, pairs, **options).losses.mean()
     gradients = torch.autograd.grad(loss, [chosen_logps, rejected_logps], materialize_grads=True)
     return OnePair(loss.item(), *(gradient.item() for gradient in gradients))

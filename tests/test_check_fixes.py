@@ -99,12 +99,13 @@ TROUBLES: dict[str, Trouble] = {
     "nothing_fits": Trouble(ROWS, ["--model", "MODEL", "--max-length", "3"], "a larger `--max-length`"),
     "unpaired": Trouble(
         [
-            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            {"prompt": row["prompt"], "response": row[side], "label": side == "chosen"}
             for row in ROWS
             for side in ("chosen", "rejected")
         ],
         [],
-        "p.read_ndjson('my.jsonl')",
+        "`--column completion=NAME`",
+        {"NAME": "response"},
     ),
 }
 

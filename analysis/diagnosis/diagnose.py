@@ -10,7 +10,8 @@ from dpo_opt.analysis.diagnosis.evidence import Evidence, gather
 from dpo_opt.analysis.diagnosis.finding import Check, Diagnosis, Finding, Missing
 from dpo_opt.analysis.final_state import FinalState
 from dpo_opt.analysis.run_files import Run, open_run
-from dpo_opt.schemas.errors import DataError, first_line
+from dpo_opt.analysis.unpaired_rows import require_pairs
+from dpo_opt.schemas.errors import DataError, first_line, quoted
 
 MOST_FINDINGS = 3
 
@@ -42,10 +43,11 @@ def diagnose(run: Run | Path | str, final: FinalState | None = None) -> Diagnosi
         final: The run's final state, where it is known already.
 
     Raises:
-        ConfigError: It is not a run folder, or its shards are not found.
+        ConfigError: It is not a run folder, its shards are not found, or their rows are no pairs.
         DataError: A table is damaged, or its pairs are not those of the run's shards.
     """
     run = run if isinstance(run, Run) else open_run(run)
+    require_pairs(run.shards, fix=f"dpo-opt report {quoted(run.path)} --output report.html")
     try:
         evidence = gather(run, final)
         found = {cause: cause(evidence) for cause in CAUSES}

@@ -53,14 +53,7 @@ def _lines(audit: Audit) -> Iterator[str]:
         bad = f", {counted(data.bad_rows, 'bad row')}" if data.bad_rows else ""
         yield f"{data.name}: {counted(data.pairs, 'pair')}{bad}, read as {data.form}"
     yield ""
-    if not audit.problems:
-        yield "no problem found"
-    for problem in audit.problems:
-        yield f"{_SIGNS[problem.severity]} {problem.count:,} {problem.title} [{problem.kind}]"
-        yield f"        why: {problem.why}"
-        yield f"        fix: {problem.fix}"
-        for example in problem.examples[:_EXAMPLES]:
-            yield f"        {example.where}: {example.detail}"
+    yield from _problem_lines(audit)
     if not audit.pairs:
         return
     date = ChosenDate(audit.template_date, audit.template_date_from).in_words()
@@ -72,6 +65,12 @@ def _lines(audit: Audit) -> Iterator[str]:
         [f"length in {audit.unit}", "mean", "p50", "p90", "p95", "p99", "longest"],
         [[r.part, f"{r.mean:.1f}", r.p50, r.p90, r.p95, r.p99, r.longest] for r in audit.lengths],
     )
+    if audit.labels is not None:
+        yield ""
+        yield (
+            f"{counted(audit.labels.desirable, 'completion')} desirable, {audit.labels.undesirable:,} "
+            "undesirable: to train with --loss-type kto"
+        )
     bias = audit.length_bias
     if bias.longer_chosen is not None:
         yield ""
@@ -124,6 +123,17 @@ def _lines(audit: Audit) -> Iterator[str]:
         )
         yield f"  ({e.assumption})"
     yield from _reference(audit)
+
+
+def _problem_lines(audit: Audit) -> Iterator[str]:
+    if not audit.problems:
+        yield "no problem found"
+    for problem in audit.problems:
+        yield f"{_SIGNS[problem.severity]} {problem.count:,} {problem.title} [{problem.kind}]"
+        yield f"        why: {problem.why}"
+        yield f"        fix: {problem.fix}"
+        for example in problem.examples[:_EXAMPLES]:
+            yield f"        {example.where}: {example.detail}"
 
 
 def _reference(audit: Audit) -> Iterator[str]:

@@ -27,10 +27,14 @@ def command(shards: AnyPath, model: str, output: Path, dtype: str, as_json: bool
     if as_json:
         show({"output": str(output), "pairs": count}, as_json)
     else:
-        say(_lines(output, model=model))
+        from dpo_opt.schemas.manifest import load_manifest
+        from dpo_opt.schemas.shards import UNPAIRED
+
+        unpaired = load_manifest(shards).fingerprint.rows == UNPAIRED
+        say(_lines(output, model=model, unpaired=unpaired))
 
 
-def _lines(output: Path, *, model: str) -> Iterator[str]:
+def _lines(output: Path, *, model: str, unpaired: bool = False) -> Iterator[str]:
     """Means over the pairs of a table of log-probs."""
     import pyarrow.parquet as pq
 
@@ -42,7 +46,9 @@ def _lines(output: Path, *, model: str) -> Iterator[str]:
     chosen, chosen_length, rejected, rejected_length = columns
     yield f"output  {output}"
     yield f"pairs   {len(chosen):,}, under {model}"
-    if not len(chosen):
+    if unpaired:
+        yield "        each has one completion, the other side is of another prompt: see dpo-opt report"
+    if unpaired or not len(chosen):
         return
     yield ""
     yield from table(

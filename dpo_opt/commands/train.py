@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _MEANS = (
     ("loss", "loss", "{:.4f}"),
+    ("kl", "mean log-ratio of mismatched completions", "{:.3f}"),
     ("rewards/accuracies", "chosen has the higher reward", "{:.1%}"),
     ("rewards/margins", "reward of chosen minus rejected", "{:+.3f}"),
     ("rewards/chosen", "reward of chosen", "{:+.3f}"),
@@ -122,7 +123,11 @@ def _ended_lines(config: TrainConfig, result: "TrainResult") -> Iterator[str]:
         ["mean over pairs", *(group.name for group in groups)],
         [
             ["pairs", *(group.pairs for group in groups)],
-            *([words, *(form.format(group.means[name]) for group in groups)] for name, words, form in _MEANS),
+            *(
+                [words, *(form.format(group.means[name]) if name in group.means else "-" for group in groups)]
+                for name, words, form in _MEANS
+                if any(name in group.means for group in groups)
+            ),
         ],
     )
     yield ""

@@ -21,18 +21,45 @@ _LEAST_SAVED = 0.25
 _GROUPS_EACH = 4
 
 
+Sides = tuple[TokenSequence | None, TokenSequence | None]
+"""Chosen and rejected of a pair; None where a side is not to be computed."""
+
+
+def both_sides(pair: TokenizedPair) -> Sides:
+    """The two sequences of a pair."""
+    chosen, rejected = pair_group(pair)
+    return chosen, rejected
+
+
+def own_side(pair: TokenizedPair) -> Sides:
+    """Of an unpaired row, its own completion."""
+    chosen, rejected = pair_group(pair)
+    return (chosen, None) if pair.label else (None, rejected)
+
+
+def mismatched_side(pair: TokenizedPair) -> Sides:
+    """Of an unpaired row, the completion that answers another prompt."""
+    chosen, rejected = pair_group(pair)
+    return (None, rejected) if pair.label else (chosen, None)
+
+
 class PromptGroup(NamedTuple):
     """Pairs whose prompts are equal or begin alike, and the different sequences among their sides."""
 
     sequences: Group
     pairs: list[int]
     """Indices of the pairs."""
-    sides: list[tuple[int, int]]
-    """Of each of these pairs, the places of chosen and rejected among the sequences."""
+    sides: list[tuple[int | None, int | None]]
+    """Of each of these pairs, the places of chosen and rejected among the sequences; None: not computed."""
 
 
 def prompt_groups(
-    pairs: Sequence[TokenizedPair], *, rows: Callable[[Group], int], budget: int, ranks: int = 1
+    pairs: Sequence[TokenizedPair],
+    *,
+    rows: Callable[[Group], int],
+    budget: int,
+    ranks: int = 1,
+    sides_of: Callable[[TokenizedPair], Sides] = both_sides,
 ) -> list[PromptGroup]:
     """Group pairs by their prompt, then prompts that begin alike, in the order of each group's first pair.
 
@@ -41,16 +68,17 @@ def prompt_groups(
         rows: Rows that a group takes in a forward.
         budget: Most rows of a group of several pairs. Other pairs of the prompt form the next group.
         ranks: Number of processes; of several, each gets its share of the groups of different prompts.
+        sides_of: Which of a pair's sequences are computed, at least one.
     """
     groups: list[_Growing] = []
     newest: dict[bytes, _Growing] = {}
     for number, pair in enumerate(pairs):
-        prompt = pair.prompt_ids.tobytes()
+        prompt, sides = pair.prompt_ids.tobytes(), sides_of(pair)
         group = newest.get(prompt)
-        if group is None or rows(group.with_sides_of(pair)) > budget:
+        if group is None or rows(group.with_sides(sides)) > budget:
             group = newest[prompt] = _Growing()
             groups.append(group)
-        group.add(number, pair)
+        group.add(number, sides)
     done = [group.done() for group in groups]
     sequences = [group.sequences for group in done]
     most = budget if ranks == 1 else min(budget, sum(map(rows, sequences)) // (_GROUPS_EACH * ranks))
@@ -95,16 +123,26 @@ def _begin_alike(one: TokenSequence, other: TokenSequence) -> bool:
 def _one(groups: Sequence[PromptGroup]) -> PromptGroup:
     """Groups of different prompts as one."""
     sequences: list[TokenSequence] = []
-    sides: list[tuple[int, int]] = []
+    sides: list[tuple[int | None, int | None]] = []
     for group in groups:
-        sides += [(len(sequences) + chosen, len(sequences) + rejected) for chosen, rejected in group.sides]
+        sides += [
+            (_after(len(sequences), chosen), _after(len(sequences), rejected))
+            for chosen, rejected in group.sides
+        ]
         sequences += group.sequences
     return PromptGroup(tuple(sequences), [pair for group in groups for pair in group.pairs], sides)
 
 
-def unique_groups(pairs: Iterable[TokenizedPair]) -> list[Group]:
+def _after(first: int, place: int | None) -> int | None:
+    return None if place is None else first + place
+
+
+def unique_groups(
+    pairs: Iterable[TokenizedPair], sides_of: Callable[[TokenizedPair], Sides] = both_sides
+) -> list[Group]:
     """The sequences of pairs by what they have in common, each once: the work that the pairs need."""
-    return [group.sequences for group in prompt_groups(list(pairs), rows=packed_size, budget=sys.maxsize)]
+    groups = prompt_groups(list(pairs), rows=packed_size, budget=sys.maxsize, sides_of=sides_of)
+    return [group.sequences for group in groups]
 
 
 class _Growing:
@@ -114,14 +152,15 @@ class _Growing:
         self._places: dict[tuple[bytes, bytes | None], int] = {}
         self._sequences: list[TokenSequence] = []
         self._pairs: list[int] = []
-        self._sides: list[tuple[int, int]] = []
+        self._sides: list[tuple[int | None, int | None]] = []
 
-    def with_sides_of(self, pair: TokenizedPair) -> Group:
+    def with_sides(self, sides: Sides) -> Group:
         """The sequences that the group would have with this pair."""
-        return (*self._sequences, *(s for s in pair_group(pair) if _key(s) not in self._places))
+        new = (s for s in sides if s is not None and _key(s) not in self._places)
+        return (*self._sequences, *new)
 
-    def add(self, number: int, pair: TokenizedPair) -> None:
-        chosen, rejected = (self._place(sequence) for sequence in pair_group(pair))
+    def add(self, number: int, sides: Sides) -> None:
+        chosen, rejected = (None if sequence is None else self._place(sequence) for sequence in sides)
         self._pairs.append(number)
         self._sides.append((chosen, rejected))
 

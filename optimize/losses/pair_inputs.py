@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dpo_opt.optimize.losses.running import Running
@@ -24,6 +25,12 @@ class LossInputs(NamedTuple):
     """The rewards of training so far; while training, these pairs' included."""
     draws: Tensor | None = None  # (pairs,)
     """Random numbers from 0 to 1, by which a loss may leave pairs out; None: it takes all."""
+    labels: Tensor | None = None  # (rows,) bool
+    """Of unpaired rows, whether the row's completion is desirable, and so stands as chosen. The other side is
+    a completion of another prompt. None: these are pairs."""
+    kl: Tensor | None = None  # (rows,) all alike
+    """Of unpaired rows, the mean log-ratio of the step's mismatched completions, at least 0. None: that of
+    these rows."""
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -45,6 +52,12 @@ class LossInputs(NamedTuple):
     def rejected_rewards(self) -> Tensor:
         """(pairs,) implicit rewards of the rejected completions."""
         return self.beta * self.rejected_logratios
+
+    @property
+    def mismatched_logratios(self) -> Tensor:
+        """(rows,) of unpaired rows, the log-ratios of the completions that belong to other prompts."""
+        assert self.labels is not None
+        return torch.where(self.labels, self.rejected_logratios, self.chosen_logratios)
 
     @property
     def margins(self) -> Tensor:

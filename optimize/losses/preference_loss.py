@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from dpo_opt.optimize.losses.pair_inputs import LossInputs
 from dpo_opt.optimize.losses.reference_free import cpo, orpo, sft, simpo, unlikelihood
 from dpo_opt.optimize.losses.regression import cal_dpo, ipo, ipo_sum, sppo_hard
 from dpo_opt.optimize.losses.shifted import dpop, odpo, rdpo, rpo
+from dpo_opt.optimize.losses.unpaired import kto
 from dpo_opt.optimize.losses.whole_step import aot, aot_unpaired, bco_pair, beta_dpo, kto_pair
 
 Function = Callable[..., Tensor]
@@ -34,7 +35,8 @@ _WITHOUT_REFERENCE = _by_name(simpo, cpo, orpo, sft, unlikelihood)
 _WITH_MARGINS = _by_name(odpo, rpo)
 _RANKED = _by_name(aot, aot_unpaired)
 _WITH_RUNNING = _by_name(bco_pair, beta_dpo)
-_OF_SEVERAL = _by_name(kto_pair, *_RANKED.values(), beta_dpo)
+_UNPAIRED = _by_name(kto)
+_OF_SEVERAL = _by_name(*_UNPAIRED.values(), kto_pair, *_RANKED.values(), beta_dpo)
 LOSSES = {
     **_by_name(sigmoid, robust, hinge, exo_pair, discopop, sigmoid_norm),
     **_by_name(ipo, ipo_sum, sppo_hard, cal_dpo),
@@ -52,6 +54,8 @@ NEED_MARGINS = frozenset(_WITH_MARGINS)
 """Losses that read ``data_margins``."""
 RANKED = frozenset(_RANKED)
 """Losses of ranks among a step's pairs, so that a term belongs to no one pair."""
+UNPAIRED = frozenset(_UNPAIRED)
+"""Losses of rows with one completion and a label each."""
 NEED_RUNNING = frozenset(_WITH_RUNNING)
 """Losses that read ``running``."""
 NEED_SEVERAL = frozenset(_OF_SEVERAL)
@@ -78,6 +82,11 @@ def options_of(name: str) -> Mapping[str, object]:
     """
     parameters = inspect.signature({**LOSSES, **DIVERGENCES}[name]).parameters.values()
     return MappingProxyType({p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY})
+
+
+def is_unpaired(names: Iterable[str]) -> bool:
+    """Whether losses are of rows with one completion and a label each; they go with no loss of pairs."""
+    return not UNPAIRED.isdisjoint(names)
 
 
 def takes_divergence(name: str) -> bool:

@@ -9,10 +9,13 @@ from dpo_opt.optimize.losses.preference_loss import (
     NEED_SEVERAL,
     RANKED,
     REFERENCE_FREE,
+    UNPAIRED,
+    is_unpaired,
     options_of,
     takes_divergence,
 )
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.shards import UNPAIRED as UNPAIRED_ROWS
 
 _EXAMPLES = {"label_smoothing": "0.001", "rdpo_alpha": "0.01"}
 """Of options without a default; exo_pair's is its paper's."""
@@ -55,6 +58,37 @@ def require_usable_losses(config: TrainConfig) -> None:
         )
 
 
+def require_matching_rows(config: TrainConfig, *, rows: str | None, where: str) -> None:
+    """Check the losses against what a folder's rows are.
+
+    Args:
+        config: The run's settings.
+        rows: What the folder's fingerprint says of them.
+        where: The folder.
+
+    Raises:
+        ConfigError: The losses are of pairs and the rows have one completion each, or the other way round.
+    """
+    wanted, found = is_unpaired(config.loss_type), rows == UNPAIRED_ROWS
+    if wanted == found:
+        return
+    if found:
+        raise ConfigError(
+            f"--loss-type {' '.join(config.loss_type)} compares two completions of a prompt, and the rows of "
+            "the folder have one and a label",
+            where=where,
+            why="the other completion that is stored beside it answers another prompt",
+            fix="pass --loss-type kto",
+        )
+    raise ConfigError(
+        "--loss-type kto learns from single completions with a label, and the folder has pairs",
+        where=where,
+        why="it also needs the reference's log-probs of each prompt with a completion of another",
+        fix="pass --loss-type kto_pair, or make two rows of each pair, "
+        "dpo-opt convert DATA --to unpaired --output DIR, and score these",
+    )
+
+
 def require_no_weights(config: TrainConfig, *, weighted: bool, where: str) -> None:
     """Check the losses against the weights of the data.
 
@@ -78,6 +112,7 @@ def require_no_weights(config: TrainConfig, *, weighted: bool, where: str) -> No
 
 def _require_pairs(config: TrainConfig, names: list[str]) -> None:
     """What weighs tokens or pairs, or needs several of them, must find them in the losses."""
+    _require_unpaired(config, names)
     ranked = [name for name in names if name in RANKED]
     if config.use_weighting and ranked:
         raise ConfigError(
@@ -99,6 +134,37 @@ def _require_pairs(config: TrainConfig, names: list[str]) -> None:
         raise ConfigError(
             f"--loss-type {several[0]} compares the pairs of a step, and --batch-size 1 has one",
             why="the pair would be compared with itself",
+            fix="pass a larger --batch-size; memory depends on --micro-batch-tokens only",
+        )
+
+
+def _require_unpaired(config: TrainConfig, names: list[str]) -> None:
+    """A loss of single completions stands alone, and nothing that compares two goes with it."""
+    single = [name for name in names if name in UNPAIRED]
+    if not single:
+        return
+    name, others = single[0], [name for name in names if name not in UNPAIRED]
+    if others:
+        raise ConfigError(
+            f"--loss-type {name} does not go with {others[0]}",
+            why=f"{name} is of rows with one completion and a label, {others[0]} of pairs",
+            fix=f"pass --loss-type {name} alone",
+        )
+    for given, flag in (
+        (config.ld_alpha is not None, "--ld-alpha"),
+        (config.use_weighting, "--use-weighting"),
+    ):
+        if given:
+            raise ConfigError(
+                f"{flag} does not go with --loss-type {name}",
+                why="it is made of both completions of a pair, and a row has one",
+                fix=f"leave {flag} out",
+            )
+    if config.batch_size == 1:
+        raise ConfigError(
+            f"--loss-type {name} estimates a KL divergence from the rows of a step, and --batch-size 1 has "
+            "one",
+            why="rewards would be measured from a single log-ratio",
             fix="pass a larger --batch-size; memory depends on --micro-batch-tokens only",
         )
 

@@ -11,9 +11,11 @@ import numpy.typing as npt
 
 from dpo_opt.precompute.check.flags import ODD_ENDS, Flag
 from dpo_opt.precompute.check.forecast import estimate, forecast, forecast_lengths, kept_pairs
+from dpo_opt.precompute.check.labels import label_counts, label_problems
 from dpo_opt.precompute.check.length_bias import biased, length_bias
 from dpo_opt.precompute.check.pair_statistics import (
     EXAMPLES,
+    NO_COMPLETION,
     BadRows,
     Facts,
     Wanted,
@@ -100,6 +102,7 @@ def audit(
     problems += _repeated(facts)
     problems += _one_text(facts)
     problems += _weightless(facts)
+    problems += label_problems(facts)
     if config.near_duplicates:
         problems += _nearly_repeated(facts, similarity=config.similarity)
     if config.eval_data:
@@ -114,9 +117,10 @@ def audit(
         pairs=len(facts),
         problems=[],
         unit="tokens" if facts.tokens.shape[1] else "characters",
-        lengths=percentiles(lengths_of(facts)),
+        lengths=percentiles(facts),
         length_bias=bias,
         sources=sources,
+        labels=label_counts(facts),
         template_date=date.date,
         template_date_from=date.origin,
     )
@@ -175,6 +179,8 @@ def _flagged(facts: Facts) -> list[Problem]:
 
 def _shape_of(facts: Facts, pair: int) -> str:
     prompt, chosen, rejected = facts.characters[pair]
+    if facts.desirable[pair] or facts.undesirable[pair]:
+        return f"prompt of {prompt}, completion of {chosen} characters"
     return f"prompt of {prompt}, chosen of {chosen}, rejected of {rejected} characters"
 
 
@@ -212,6 +218,8 @@ def _one_text(facts: Facts) -> list[Problem]:
             continue
         # A value that more than half of the pairs have is their median.
         (median,) = np.partition(hashes, len(hashes) // 2)[[len(hashes) // 2]]
+        if median == NO_COMPLETION:
+            continue
         pairs = np.flatnonzero(hashes == median)
         if len(pairs) > share * len(facts):
             examples = _examples(facts, pairs, lambda i: _shape_of(facts, i))

@@ -16,7 +16,7 @@ import numpy as np
 
 from dpo_opt.precompute.check.pair_statistics import Facts, Wanted, collect, pair_hashes, text_hash
 from dpo_opt.precompute.check.repeats import find_repeats, near_repeats
-from dpo_opt.precompute.check.written_forms import written_row
+from dpo_opt.precompute.check.written_forms import written_rows
 from dpo_opt.precompute.config import ConvertConfig
 from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
 from dpo_opt.precompute.read.sources import refuse_inside
@@ -105,6 +105,7 @@ def _write(
         (folder / "_removed.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as record,
     ):
         number = itertools.count()
+        written = _Written()
         for item in _in_step(config, facts):
             if isinstance(item, BadRow):
                 if config.on_bad_row == "error":
@@ -129,7 +130,7 @@ def _write(
                 _line(record, {"where": item.where, "reason": reason, **detail})
                 continue
             try:
-                row = written_row(item, config.to)
+                rows = written_rows(item, config.to)
             except DataError as error:
                 if config.on_bad_row == "error":
                     raise
@@ -138,8 +139,13 @@ def _write(
                 _line(record, {"where": item.where, "reason": error.kind, "detail": error.why})
                 continue
             to_eval = text_hash(item.prompt) / 2**64 < config.eval_split
-            counts["eval" if to_eval else "train"] += 1
-            _line(held_out if to_eval else train, row)
+            for row in rows:
+                if len(rows) > 1 and not written.add(row):
+                    removed["duplicate"] += 1
+                    _line(record, {"where": item.where, "reason": "duplicate"})
+                    continue
+                counts["eval" if to_eval else "train"] += 1
+                _line(held_out if to_eval else train, row)
     progress.finish()
     if unwritable is not None and not counts:
         raise DataError(
@@ -159,6 +165,19 @@ def _write(
     if not counts["eval"]:
         (folder / "eval.jsonl").unlink()
     return converted
+
+
+class _Written:
+    """The rows that were written, by 64-bit hash: a completion may stand in several pairs of a prompt."""
+
+    def __init__(self) -> None:
+        self._hashes: set[int] = set()
+
+    def add(self, row: dict[str, Any]) -> bool:
+        """Whether the row is a new one."""
+        before = len(self._hashes)
+        self._hashes.add(text_hash(json.dumps([row["prompt"], row["completion"], row["label"]])))
+        return len(self._hashes) > before
 
 
 def _in_step(config: ConvertConfig, facts: Facts) -> Iterator[PreferencePair | BadRow]:

@@ -91,7 +91,10 @@ def estimate(
         completions = [np.minimum(completion, max_length - prompt) for completion in completions]
     else:
         prompt = np.minimum(prompt, max_length - np.maximum(*completions))
-    keys = [mixed_hash(facts.prompt[kept], side[kept]) for side in (facts.chosen, facts.rejected)]
+    # Of an unpaired row the prompt is scored with another row's completion too.
+    chosen = np.where(facts.undesirable, ~facts.rejected, facts.chosen)
+    rejected = np.where(facts.desirable, ~facts.chosen, facts.rejected)
+    keys = [mixed_hash(facts.prompt[kept], side[kept]) for side in (chosen, rejected)]
     _, firsts = np.unique(np.concatenate(keys), return_index=True)
     tokens = int(np.concatenate([prompt + completion for completion in completions])[firsts].sum())
     stored = int((np.stack([prompt, *completions], axis=1) @ _BYTES).sum())

@@ -34,7 +34,9 @@ Hashes = npt.NDArray[np.uint64]
 EXAMPLES = 5
 """Places kept for every kind of bad row, and shown for every problem."""
 
-_OWN_FIX = {"prompt_column", "two_sources", "unreadable_file", "wrapped"}
+NO_COMPLETION = 0
+"""In the place of the hash of a side that an unpaired row does not have."""
+_OWN_FIX = {"prompt_column", "two_sources", "unpaired", "unreadable_file", "wrapped"}
 
 
 class BadRows(NamedTuple):
@@ -73,6 +75,18 @@ class Facts(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.prompt)
+
+    @property
+    def desirable(self) -> npt.NDArray[np.bool_]:
+        """(P,) unpaired rows whose completion is desirable: it counts as chosen, and there is no other."""
+        found: npt.NDArray[np.bool_] = self.rejected == NO_COMPLETION
+        return found
+
+    @property
+    def undesirable(self) -> npt.NDArray[np.bool_]:
+        """(P,) unpaired rows whose completion is not."""
+        found: npt.NDArray[np.bool_] = self.chosen == NO_COMPLETION
+        return found
 
     def hashes(self, pair: int) -> tuple[int, int, int]:
         """``pair_hashes`` of a pair that was read."""
@@ -144,8 +158,11 @@ def text_hash(text: Text) -> int:
 
 def pair_hashes(pair: PreferencePair) -> tuple[int, int, int]:
     """Of prompt, chosen and rejected. What else the template is shown counts with the completions: it is the
-    same prompt with other tools, but no completion of it is the same.
+    same prompt with other tools, but no completion of it is the same. An unpaired row has one of the two.
     """
+    if pair.label is not None:
+        prompt, completion, _ = pair_hashes(pair._replace(label=None))
+        return (prompt, completion, NO_COMPLETION) if pair.label else (prompt, NO_COMPLETION, completion)
     beside = {"tools": pair.tools, "settings": pair.chat_template_kwargs}
     if any(value is not None for value in beside.values()):
         sides = [text_hash([{"text": side, **beside}]) for side in (pair.chosen, pair.rejected)]
@@ -195,7 +212,13 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
             [[_characters(t) for t in (p.prompt, p.chosen, p.rejected)] for p in pairs], 3, height=len(pairs)
         ),
         tokens=_table(
-            [[*map(len, e[:3]), e.alike, e.uncounted] for e in ids], 5 if ids else 0, height=len(pairs)
+            [
+                # One completion is not left out for being like itself.
+                [*map(len, e[:3]), e.alike if pair.label is None else 0, e.uncounted]
+                for pair, e in zip(pairs if ids else [], ids, strict=True)
+            ],
+            5 if ids else 0,
+            height=len(pairs),
         ),
         flags=np.array(flags, dtype=np.uint32),
         signatures=signatures(pairs if wanted.near_duplicates else [], rows=len(pairs)),

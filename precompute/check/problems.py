@@ -62,6 +62,12 @@ FOUND: dict[str, Kind] = {
         "they state no preference; they will be left out",
         "nothing to do, or `dpo-opt convert DATA --output DIR` removes them",
     ),
+    "two_kinds": Kind(
+        "error",
+        "pairs beside rows of one completion and a label",
+        "no loss is of both, so one folder of shards cannot hold them",
+        "score each kind into a `--shards` folder of its own",
+    ),
     "shared_with_eval": Kind(
         "warning",
         "training pairs whose prompt is in the evaluation data",
@@ -185,6 +191,18 @@ FOUND: dict[str, Kind] = {
         "prompts that end with an answer of the assistant, behind which both completions answer again",
         "the policy would learn to answer twice; often the conversation holds the chosen answer already",
         "end the prompt with what was asked",
+    ),
+    "one_label": Kind(
+        "warning",
+        "rows of one completion that all have the same label",
+        "nothing tells what the other label stands for: every completion is pushed the same way",
+        "add rows of the other label",
+    ),
+    "label_balance": Kind(
+        "note",
+        "rows of one completion with the label that more rows have",
+        "KTO's authors weigh labels so that desirable rows count 1 to 4/3 times as much in all as the others",
+        "`--desirable-weight` or `--undesirable-weight` of `dpo-opt train`",
     ),
     "length_bias": Kind(
         "warning",

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-from dpo_opt.precompute.read.foreign_forms import PAIR_UP
 from dpo_opt.schemas.audit_record import Severity
 
 
@@ -63,9 +62,9 @@ BAD_ROWS: dict[str, Kind] = {
     ),
     "unpaired": Kind(
         "error",
-        "unpaired feedback (one completion and a label)",
-        "DPO compares two completions of one prompt; which two belong together is yours to say",
-        f"pair each good completion with each bad one of its prompt: {PAIR_UP}",
+        "feedback of one completion and a label, without a prompt or under other names",
+        "KTO learns from a prompt, a completion and a label, and which key is which cannot be known",
+        "read each part by its name, as in `--column completion=NAME`, or write prompt, completion and label",
     ),
     "annotations": Kind(
         "error",

@@ -14,19 +14,22 @@ def lengths_of(facts: Facts) -> npt.NDArray[np.int32]:
     return facts.tokens[:, :3] if facts.tokens.shape[1] else facts.characters
 
 
-def percentiles(lengths: npt.NDArray[np.int32]) -> list[Lengths]:
+def percentiles(facts: Facts) -> list[Lengths]:
     """The lengths of each part of the pairs, and of a pair as a whole."""
+    lengths = lengths_of(facts)
     if not len(lengths):
         return []
     whole = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     parts: dict[Part, npt.NDArray[np.int32]] = {
         "prompt": lengths[:, 0],
-        "chosen": lengths[:, 1],
-        "rejected": lengths[:, 2],
+        "chosen": lengths[~facts.undesirable, 1],
+        "rejected": lengths[~facts.desirable, 2],
         "prompt + longer completion": whole,
     }
     rows = []
     for name, values in parts.items():
+        if not len(values):
+            continue
         # The smallest value that this share of the pairs does not exceed: a length that occurs.
         p50, p90, p95, p99 = np.percentile(values, [50, 90, 95, 99], method="inverted_cdf").tolist()
         longest = int(values.max())

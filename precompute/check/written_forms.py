@@ -18,13 +18,35 @@ _ASKING = ("human", "observation")
 _TOOLS = "tools"  # each format has its own place for them
 
 
-def written_row(pair: PreferencePair, form: WrittenForm) -> dict[str, Any]:
-    """A pair as one row of a format.
+def written_rows(pair: PreferencePair, form: WrittenForm) -> list[dict[str, Any]]:
+    """A pair as one row of a format, or as two of one completion and a label each.
+
+    An unpaired row is written by ``trl`` as TRL has it, too.
 
     Raises:
         DataError: The format cannot say what the pair says.
     """
-    carried = {name: value for name in CARRIED_KEYS if (value := getattr(pair, name)) is not None}
+    if pair.label is None and form != "unpaired":
+        return [_row_of_pair(pair, form)]
+    if form not in ("trl", "unpaired"):
+        _refuse(pair, form, "it holds pairs, and this is one completion with a label")
+    sides = {True: pair.chosen, False: pair.rejected}
+    carried = _carried(pair)
+    if pair.label is None:
+        carried.pop("margin", None)  # of two completions
+    return [
+        {"prompt": pair.prompt, "completion": completion, "label": label, **carried}
+        for label, completion in sides.items()
+        if pair.label in (None, label)
+    ]
+
+
+def _carried(pair: PreferencePair) -> dict[str, Any]:
+    return {name: value for name in CARRIED_KEYS if (value := getattr(pair, name)) is not None}
+
+
+def _row_of_pair(pair: PreferencePair, form: WrittenForm) -> dict[str, Any]:
+    carried = _carried(pair)
     if form == "trl":
         return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, **carried}
     carried.pop(_TOOLS, None)

@@ -67,6 +67,7 @@ def score_pairs(pairs: Sequence[TokenizedPair], scorer: Scorer, *, model: Path |
                 id=pair.id,
                 chosen_mask=pair.chosen_mask,
                 rejected_mask=pair.rejected_mask,
+                label=pair.label,
                 ref_chosen_token_logps=chosen,
                 ref_rejected_token_logps=rejected,
             )

@@ -200,7 +200,11 @@ def row_content(item: PreferencePair) -> bytes:
 
     Weight, margin and id are left out, because they may change without scoring again.
     """
-    content = {"prompt": item.prompt, "chosen": item.chosen, "rejected": item.rejected, "source": item.source}
+    content: dict[str, object] = {"prompt": item.prompt, "source": item.source}
+    if item.label is None:
+        content |= {"chosen": item.chosen, "rejected": item.rejected}
+    else:
+        content |= {"completion": item.chosen, "label": item.label}
     content |= {name: value for name in _OPTIONAL_CONTENT if (value := getattr(item, name)) is not None}
     return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
 

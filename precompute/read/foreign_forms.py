@@ -1,19 +1,13 @@
-"""Published forms of feedback that are no pairs and become none by a rule: refused by name, with a way."""
+"""Published forms of feedback that no rule reads: refused by name, with a way."""
 
 from collections.abc import Set
 
+from dpo_opt.precompute.read.shape_parts import PROMPT_KEYS
 from dpo_opt.schemas.errors import DataError
 
-PAIR_UP = (
-    "python -c \"import polars as p; d = p.read_ndjson('DATA.jsonl'); good = p.col('label'); "
-    "d.filter(good).join(d.filter(~good), on='prompt')"
-    ".select('prompt', chosen='completion', rejected='completion_right').write_ndjson('pairs.jsonl')\""
-)
-"""Makes pairs of unpaired rows: every good completion with every bad one of the same prompt."""
-
-_TRL = frozenset({"prompt", "completion", "label"})
-_VERDICTS = frozenset({"label", "kto_tag"})
-_ANSWERS = frozenset({"completion", "output", "response", "messages", "conversations"})
+_VERDICTS = ("label", "kto_tag")
+_ANSWERS = ("completion", "output", "response")
+_CONVERSATIONS = ("messages", "conversations")
 _RECORD = frozenset({"fields", "responses", "suggestions"})
 _QUESTION = (".responses", ".suggestion")
 
@@ -28,13 +22,12 @@ def refuse_foreign(names: Set[str], where: str) -> None:
     Raises:
         DataError: They are.
     """
-    if names & _VERDICTS and names & _ANSWERS:
-        renamed = "" if names >= _TRL else "write the rows as prompt, completion and label, then "
+    if not names.isdisjoint(_VERDICTS) and not names.isdisjoint(_ANSWERS + _CONVERSATIONS):
         raise DataError(
-            "this is unpaired feedback (one completion and a label), as KTO learns from",
+            "this is feedback of one completion and a label, without a prompt or under other names",
             where=where,
-            why="DPO compares two completions of one prompt; which two belong together is yours to say",
-            fix=f"{renamed}pair each good completion with each bad one of its prompt: {PAIR_UP}",
+            why="KTO learns from a prompt, a completion and a label, and which key is which cannot be known",
+            fix=_renaming(names),
             kind="unpaired",
         )
     if names >= _RECORD or any(name.endswith(_QUESTION) for name in names):
@@ -46,3 +39,12 @@ def refuse_foreign(names: Set[str], where: str) -> None:
             fix="write each record's prompt, chosen and rejected from its answers, as docs/data.md shows",
             kind="annotations",
         )
+
+
+def _renaming(names: Set[str]) -> str:
+    """The settings that read such a row by its keys, where each of its parts has one."""
+    keys = {"prompt": PROMPT_KEYS, "completion": _ANSWERS, "label": _VERDICTS}
+    found = {part: next((key for key in known if key in names), None) for part, known in keys.items()}
+    if None in found.values():
+        return "write the rows as prompt, completion and label"
+    return "pass " + " ".join(f"--column {part}={key}" for part, key in found.items() if part != key)

@@ -62,19 +62,19 @@ def _swift_messages(values: Values, where: str) -> list[Values]:
 def _ranking(values: Values, where: str) -> list[Values]:
     """LLaMA-Factory's ShareGPT format: the conversation, and one message for each side."""
     refuse_media(values, where)
-    _, prompt = _conversation_of(values, where)
+    _, prompt = conversation_of(values, where)
     system = values.get("system")
     first = prompt[0] if prompt else None
     # A system message in the conversation overrides the column.
     if system and not (isinstance(first, dict) and first.get("role") == "system"):
         prompt.insert(0, said("system", system))
     sides = {side: [_sharegpt(values[side], f'"{side}"', where)] for side in ("chosen", "rejected")}
-    return [{**kept(values), **_sharegpt_tools(values, where), "prompt": prompt, **sides}]
+    return [{**kept(values), **sharegpt_tools(values, where), "prompt": prompt, **sides}]
 
 
 def _asked(values: Values, where: str) -> list[Values]:
     """The conversation that two answers were given to; they may contain it, or it the chosen one."""
-    key, prompt = _conversation_of(values, where)
+    key, prompt = conversation_of(values, where)
     sides: dict[str, object] = {}
     for side in ("chosen", "rejected"):
         value = values[side]
@@ -84,7 +84,7 @@ def _asked(values: Values, where: str) -> list[Values]:
         sides[side] = _turns(value, side, where) if isinstance(value, list) else value
     chosen, rejected = (without_nulls(side) for side in sides.values())
     conversation, last = without_nulls(prompt), len(prompt)
-    row = {**kept(values), **_sharegpt_tools(values, where), **sides}
+    row = {**kept(values), **sharegpt_tools(values, where), **sides}
     if not isinstance(chosen, list) or not isinstance(rejected, list) or not isinstance(conversation, list):
         return [{**row, "prompt": prompt}]  # which is refused
     if conversation == chosen or chosen[:last] == conversation == rejected[:last]:
@@ -98,8 +98,12 @@ def _asked(values: Values, where: str) -> list[Values]:
     return [{**row, "prompt": prompt}]
 
 
-def _conversation_of(values: Values, where: str) -> tuple[str, list[object]]:
-    """The conversation of a row, and its key; where it stands under two, they say the same."""
+def conversation_of(values: Values, where: str) -> tuple[str, list[object]]:
+    """The conversation of a row, and its key.
+
+    Raises:
+        DataError: It is no list of messages, or stands under two keys that say different things.
+    """
     keys = [key for key in CONVERSATION_KEYS if key in values]
     first_key, *other_keys = [key for key in keys if values[key] is not None] or keys
     conversation = _turns(values[first_key], first_key, where)
@@ -151,7 +155,7 @@ def _calls(value: object, name: str, where: str) -> list[Values]:
     return [{"type": "function", "function": call} for call in calls]
 
 
-def _sharegpt_tools(values: Values, where: str) -> Values:
+def sharegpt_tools(values: Values, where: str) -> Values:
     """The tools as chat templates expect them: LLaMA-Factory's column may leave ``type`` out."""
     if not values.get("tools"):
         return {"tools": None}
@@ -181,7 +185,7 @@ def _question(values: Values, where: str) -> list[Values]:
     return [{**kept(values), "prompt": [*prompt, said("user", question)], **answers}]
 
 
-def _alpaca(values: Values, where: str) -> list[Values]:
+def alpaca(values: Values, where: str) -> list[Values]:
     """An instruction with its input, a system prompt and earlier turns, each of which may be empty."""
     refuse_media(values, where)
     request, more, system = values["instruction"], values.get("input"), values.get("system")
@@ -261,7 +265,7 @@ FRAMEWORK_SHAPES = (
     Shape(
         "Alpaca preferences",
         _PAIR | {"instruction"},
-        _alpaca,
+        alpaca,
         absent=_WITHOUT_PROMPT,
         also=frozenset({*MEDIA, "input", "system", "history"}),
     ),

@@ -45,6 +45,11 @@ class Form(NamedTuple):
     """Rows with the same rules become ids in the same way."""
     ranked: bool = False
     """A row may be any number of pairs."""
+    unpaired: bool = False
+    """A row is one completion with its label."""
+
+
+_SIDES = ("chosen", "rejected")
 
 
 class PromptRow(NamedTuple):
@@ -100,9 +105,13 @@ def to_pairs(
     if not is_alone or "prompt" in values:
         unread = {key: values[key] for key in values.keys() - shape.keys - shape.also}
         rows = [joined(row, unread, column=column or {}, is_form=True, where=where) for row in rows]
-    made = [_to_pair(row, where) for row in rows]
+    called = ("completion", "completion") if shape.unpaired else _SIDES
+    made = [_to_pair(row, where, called) for row in rows]
+    pairs = [pair for pair, _ in made]
+    if shape.unpaired:
+        pairs = [pair._replace(label=bool(row["label"])) for pair, row in zip(pairs, rows, strict=True)]
     name = f"{shape.name}: {made[0][1].name}"
-    return [pair for pair, _ in made], Form(name, f"{shape.name}: {made[0][1].rules}", shape.ranked)
+    return pairs, Form(name, f"{shape.name}: {made[0][1].rules}", shape.ranked, shape.unpaired)
 
 
 def to_prompts(
@@ -124,9 +133,10 @@ def to_prompts(
     return [PromptRow(prompt, where, _tools(tools, where), _template_kwargs(settings, where))]
 
 
-def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:
-    chosen = _text(values["chosen"], "chosen", where)
-    rejected = _text(values["rejected"], "rejected", where)
+def _to_pair(values: Values, where: str, called: tuple[str, str] = _SIDES) -> tuple[PreferencePair, Form]:
+    """The pair of a row's ``chosen`` and ``rejected``, which messages call as the row does."""
+    chosen = _text(values["chosen"], called[0], where)
+    rejected = _text(values["rejected"], called[1], where)
     given = values.get("prompt") if "prompt" in values else None
     prompt: Text | None = None
     if isinstance(given, str) and isinstance(chosen, list):
@@ -143,10 +153,11 @@ def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:
     else:
         form = _FORMS[isinstance(chosen, list), False]
     _refuse_mixture(
-        {"chosen": chosen, "rejected": rejected} | ({} if prompt is None else {"prompt": prompt}), where
+        dict(zip(called, (chosen, rejected), strict=True)) | ({} if prompt is None else {"prompt": prompt}),
+        where,
     )
-    _refuse_empty(chosen, "chosen", where)
-    _refuse_empty(rejected, "rejected", where)
+    _refuse_empty(chosen, called[0], where)
+    _refuse_empty(rejected, called[1], where)
     if prompt is None:
         _refuse_other_prompt_key(values, where)
         if isinstance(chosen, str) and is_transcript(chosen) and is_transcript(cast(str, rejected)):
@@ -161,8 +172,8 @@ def _to_pair(values: Values, where: str) -> tuple[PreferencePair, Form]:
             "prompt", "is an empty list", where, why="a conversation has at least one message", kind="empty"
         )
     if isinstance(prompt, list):
-        refuse_roles(cast(list[Message], chosen), "chosen", where)
-        refuse_roles(cast(list[Message], rejected), "rejected", where)
+        refuse_roles(cast(list[Message], chosen), called[0], where)
+        refuse_roles(cast(list[Message], rejected), called[1], where)
     if values.keys().isdisjoint(_CARRIED):
         return PreferencePair(0, prompt, chosen, rejected, None, where), form
     pair = PreferencePair(

@@ -75,6 +75,8 @@ class Shape(NamedTuple):
     """Those of ``keys`` that are not empty; a row in which they are is of another form."""
     also: frozenset[str] = frozenset()
     """Further keys that the form reads where a row has them."""
+    unpaired: bool = False
+    """Its rows have one completion, which is written as both, and a ``label``."""
 
     def is_form_of(self, values: Values) -> bool:
         """Whether a row is of this form."""

@@ -25,6 +25,7 @@ Alpaca preferences      instruction, input, system, history, chosen, rejected   
 question with image     question, chosen, rejected, image (empty)                               RLAIF-V
 ======================  ======================================================================  =============
 
+Rows of one completion and a label are those of ``unpaired_shapes``.
 A row that is a pair already, with ``chosen`` and ``rejected``, is only of a form that has both keys too.
 """
 
@@ -50,6 +51,7 @@ from dpo_opt.precompute.read.shape_parts import (
     said,
 )
 from dpo_opt.precompute.read.strict_json import parse_json
+from dpo_opt.precompute.read.unpaired_shapes import UNPAIRED_SHAPES
 
 _FIRST = {"a", "model_a", "response_a"}
 _SECOND = {"b", "model_b", "response_b"}
@@ -253,6 +255,7 @@ SHAPES = (
     ),
     Shape("arena battles", frozenset({"prompt", "response_a", "response_b", *_VOTES}), _arena),
     *FRAMEWORK_SHAPES,
+    *UNPAIRED_SHAPES,
 )
 """A row is of the first of these forms that it has the keys of."""
 

@@ -11,8 +11,6 @@ rendered, because a chat template refuses a row for its shape: who speaks in whi
 
 import bisect
 import os
-import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,23 +21,22 @@ from dpo_opt.precompute.read.datasets import (
     BadRow,
     Reading,
     scan_blocks,
-    scan_pairs,
 )
 from dpo_opt.precompute.read.parallel import map_in_order
 from dpo_opt.precompute.read.row_blocks import Block
+from dpo_opt.precompute.shards.first_usable import first_usable
 from dpo_opt.precompute.shards.planned_rows import Encoded, RowFacts, RowsDigest, Shape, read_block
 from dpo_opt.precompute.shards.read_plan import known_plans
 from dpo_opt.precompute.shards.reference import Reference, fingerprint_of, on_the_day_of
 from dpo_opt.precompute.shards.refused_plan import is_refused
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
-from dpo_opt.precompute.tokens.truncation import DROP_FIXES
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import (
     Plan,
     ShardRange,
 )
-from dpo_opt.schemas.models import context_length
-from dpo_opt.schemas.pairs import Numerics, TokenizedPair
+from dpo_opt.schemas.pairs import Numerics
+from dpo_opt.schemas.shards import UNPAIRED
 from dpo_opt.schemas.sidecars import Column, ColumnFile, new_column, planned_file
 
 
@@ -64,9 +61,6 @@ class Planned(NamedTuple):
 
 
 _BAD_ROWS_SHOWN = 5
-_ROWS_TRIED = 100
-"""Bad rows at the beginning of the data after which all are taken for bad."""
-_CORRECT_ROWS = "correct the rows as `dpo-opt check DATA --model M` says"
 
 
 def make_plan(
@@ -112,7 +106,7 @@ def _plan_after(
     """A plan that follows a folder's earlier ones."""
     if earlier:
         tokenizer = on_the_day_of(earlier[-1], config, tokenizer)
-    _require_a_usable_pair(config, reference, tokenizer)
+    unpaired = first_usable(config, reference, tokenizer).label is not None
     division = _Division(config.pairs_per_shard, earlier)
     # Plans of early versions named no columns: a folder goes on as it began.
     unnamed = bool(earlier) and earlier[-1].columns is None
@@ -134,6 +128,8 @@ def _plan_after(
             if len(bad_rows) < _BAD_ROWS_SHOWN:
                 bad_rows.append(BadRow(division.rows, error, b""))
         elif row.used:
+            if row.unpaired != unpaired:
+                raise _two_kinds(config)
             zero = row.numbers.get("weight") == 0
             weighted, not_weighted = weighted + (not zero), not_weighted + zero
         for name, value in row.numbers.items():
@@ -150,7 +146,9 @@ def _plan_after(
         )
     by_message = division.counts_bad_rows_by_message()
     plan = Plan(
-        fingerprint=fingerprint_of(config, reference, tokenizer, numerics),
+        fingerprint=fingerprint_of(
+            config, reference, tokenizer, numerics, rows=UNPAIRED if unpaired else None
+        ),
         dataset_digest=division.digest.hexdigest(by_message=by_message),
         rows=division.rows,
         pairs_per_shard=config.pairs_per_shard,
@@ -275,68 +273,10 @@ def _good_blocks(config: PrecomputeConfig) -> Iterator[tuple[Block, Reading]]:
         yield item
 
 
-def _require_a_usable_pair(config: PrecomputeConfig, reference: Reference, tokenizer: PairTokenizer) -> None:
-    reasons: Counter[str] = Counter()
-    refused: list[DataError] = []
-    needed = completion = sys.maxsize
-    for item in scan_pairs(config):
-        if len(refused) == _ROWS_TRIED:
-            break
-        if isinstance(item, BadRow):
-            refused += [item.error] if config.on_bad_row == "error" else []
-            reasons["bad_row"] += 1
-            continue
-        (ids,) = tokenizer.encode([item])
-        if isinstance(ids, DataError):
-            refused += [ids] if config.on_bad_row == "error" else []
-            reasons[f"bad_row:{ids.kind}"] += 1
-            continue
-        fitted = tokenizer.fit(item, ids)
-        if isinstance(fitted, TokenizedPair):
-            if refused:
-                raise refused[0]
-            return
-        reasons[fitted.reason] += 1
-        if fitted.reason not in DROP_FIXES:
-            longest = max(len(ids.chosen), len(ids.rejected))
-            needed, completion = min(needed, len(ids.prompt) + longest), min(completion, longest)
-    if refused:
-        raise _as_all_are(refused[0])
-    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    raise DataError(
-        f"none of the {reasons.total()} pairs can be used ({counts})",
+def _two_kinds(config: PrecomputeConfig) -> DataError:
+    return DataError(
+        "the data has pairs, and rows of one completion and a label",
         where=", ".join(config.data),
-        why="nothing would be left to train on",
-        fix=_way_out(config, reference, reasons.most_common(1)[0][0], needed, completion),
+        why="no loss is of both, so one folder cannot hold them",
+        fix="score each kind into a --shards folder of its own",
     )
-
-
-def _as_all_are(error: DataError) -> DataError:
-    """The error of the first row where every row has one, so that to leave such rows out leaves nothing."""
-    if "--on-bad-row skip" not in (error.fix or ""):
-        return error
-    return DataError(error.what, where=error.where, why=error.why, fix=_CORRECT_ROWS, kind=error.kind)
-
-
-def _way_out(
-    config: PrecomputeConfig, reference: Reference, reason: str, needed: int, completion: int
-) -> str:
-    """What makes a pair usable, by the reason that most have.
-
-    Args:
-        config: Of the run.
-        reference: The model that scores.
-        reason: A ``DropReason``, or ``bad_row`` and a kind.
-        needed: Tokens of the shortest pair that is too long.
-        completion: Tokens of the shortest longer completion among those pairs.
-    """
-    if reason.startswith("bad_row"):
-        return _CORRECT_ROWS
-    if reason in DROP_FIXES:
-        return DROP_FIXES[reason]
-    if needed <= (context_length(reference.folder) or needed):
-        others = "`dpo-opt check DATA --model M` forecasts others"
-        return f"pass --max-length {needed}, which keeps the shortest pair; {others}"
-    if config.truncation != "keep_end" and completion < reference.max_length:
-        return "pass --truncation keep_end"
-    return "shorten the texts, or pass a --model with a longer context"

@@ -73,6 +73,8 @@ class RowFacts(NamedTuple):
     """Its weight and margin, where the data states them."""
     error: DataError | None
     """Why the row is malformed, or why the tokenizer refuses it."""
+    unpaired: bool = False
+    """It is one completion with its label, not a pair."""
     used: bool = True
     """False where ``--data-share`` leaves it out."""
     example: _Example | None = None
@@ -135,7 +137,11 @@ def read_block(task: tuple[Block, Reading, Encoded | None, bytes]) -> list[RowFa
             if encoded is None and (shape := _shape(item)) is not None and shape not in shapes:
                 shapes.add(shape)
                 example = _Example(shape, item)
-            facts.append(RowFacts(digest, digest, known, refused.get(i), example=example))
+            facts.append(
+                RowFacts(
+                    digest, digest, known, refused.get(i), unpaired=item.label is not None, example=example
+                )
+            )
     return facts
 
 

@@ -22,7 +22,7 @@ from dpo_opt.schemas.models import (
     tokenizer_digest,
 )
 from dpo_opt.schemas.pairs import Numerics
-from dpo_opt.schemas.shards import SCHEMA_VERSION
+from dpo_opt.schemas.shards import SCHEMA_VERSION, UNPAIRED, UNPAIRED_VERSION
 
 
 class Reference(NamedTuple):
@@ -77,15 +77,21 @@ def on_the_day_of(plan: Plan, config: PrecomputeConfig, tokenizer: PairTokenizer
 
 
 def fingerprint_of(
-    config: PrecomputeConfig, reference: Reference, tokenizer: PairTokenizer, numerics: Numerics
+    config: PrecomputeConfig,
+    reference: Reference,
+    tokenizer: PairTokenizer,
+    numerics: Numerics,
+    *,
+    rows: str | None,
 ) -> Fingerprint:
-    """All that this run's numbers depend on.
+    """All that this run's numbers depend on; ``rows`` is what the fingerprint says of the data's.
 
     Raises:
         ConfigError: The model's weights or settings cannot be read.
     """
     return Fingerprint(
-        schema_version=SCHEMA_VERSION,
+        schema_version=UNPAIRED_VERSION if rows == UNPAIRED else SCHEMA_VERSION,
+        rows=rows,
         weights=known_weights_digest(reference.folder, config.shards),
         model_config_digest=config_digest(reference.folder),
         tokenizer=tokenizer_digest(tokenizer.tokenizer),

@@ -80,7 +80,9 @@ def settle_plan(
     if config.worker_index is not None and not (config.append or refused) and is_file(config.shards / PLAN):
         plan = read_plan(config.shards)
         tokenizer = on_the_day_of(plan, config, tokenizer)
-        current = fingerprint_of(config, reference, tokenizer, numerics)
+        # Whether the data has these rows is seen when a shard is scored.
+        rows = plan.fingerprint.rows
+        current = fingerprint_of(config, reference, tokenizer, numerics, rows=rows)
         refuse_other_fingerprint(plan, current, config.shards, model=reference.folder)
         return plan
     refuse_inside(config, config.shards, option="--shards")

@@ -187,7 +187,8 @@ class PairTokenizer:
 
     def fit(self, pair: PreferencePair, whole: PairIds) -> TokenizedPair | DroppedRow:
         """A pair's whole ids within ``max_length``, or why it is left out."""
-        fitted = fit_ids(whole, max_length=self._max_length, truncation=self._truncation)
+        unpaired = pair.label is not None
+        fitted = fit_ids(whole, max_length=self._max_length, truncation=self._truncation, unpaired=unpaired)
         if isinstance(fitted, str):
             return DroppedRow(pair.row, pair.source, fitted, pair.where)
         return TokenizedPair(
@@ -201,6 +202,7 @@ class PairTokenizer:
             id=pair.id,
             chosen_mask=fitted.chosen_mask,
             rejected_mask=fitted.rejected_mask,
+            label=pair.label,
         )
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> Iterator[IdArray | None]:

@@ -113,26 +113,31 @@ def _up_to_what_counts(ids: IdArray, mask: MaskArray | None) -> tuple[IdArray, M
     return ids[:stop], None if mask[:stop].all() else mask[:stop]
 
 
-def fit_ids(ids: PairIds, *, max_length: int, truncation: Truncation) -> PairIds | DropReason:
-    """The pair's ids within ``max_length``, or why there are none."""
+def fit_ids(
+    ids: PairIds, *, max_length: int, truncation: Truncation, unpaired: bool = False
+) -> PairIds | DropReason:
+    """The pair's ids within ``max_length``, or why there are none.
+
+    ``unpaired``: of a row with one completion, which stands on both sides and need not differ.
+    """
     prompt, chosen, rejected, merged, chosen_mask, rejected_mask, _ = ids
     longest = max(len(chosen), len(rejected))
     if len(prompt) == 0:
         return "empty_prompt"
     if min(len(chosen), len(rejected)) == 0:
         return "empty_completion"
-    if np.array_equal(chosen, rejected):
+    if not unpaired and np.array_equal(chosen, rejected):
         return "identical_completions"
     match truncation:
         case "keep_start":
             room = max_length - len(prompt)
             if room < 1:
                 return "prompt_fills_max_length"
-            chosen, chosen_mask = _cut(chosen, chosen_mask, room)
-            rejected, rejected_mask = _cut(rejected, rejected_mask, room)
+            chosen, chosen_mask = cut_completion(chosen, chosen_mask, room)
+            rejected, rejected_mask = cut_completion(rejected, rejected_mask, room)
             if min(len(chosen), len(rejected)) == 0:
                 return "nothing_counts_after_truncation"
-            if np.array_equal(chosen, rejected):
+            if not unpaired and np.array_equal(chosen, rejected):
                 return "identical_after_truncation"
         case "keep_end":
             room = max_length - longest
@@ -147,7 +152,8 @@ def fit_ids(ids: PairIds, *, max_length: int, truncation: Truncation) -> PairIds
     return PairIds(prompt, chosen, rejected, merged, chosen_mask, rejected_mask)
 
 
-def _cut(ids: IdArray, mask: MaskArray | None, room: int) -> tuple[IdArray, MaskArray | None]:
+def cut_completion(ids: IdArray, mask: MaskArray | None, room: int) -> tuple[IdArray, MaskArray | None]:
+    """The first ``room`` tokens of a completion, up to the last that counts; none where none counts."""
     return _up_to_what_counts(ids[:room], None if mask is None else mask[:room])
 
 

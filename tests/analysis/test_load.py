@@ -140,7 +140,7 @@ def test_a_folder_of_a_later_format_is_refused(folder):
     later = manifest.fingerprint.model_copy(update={"schema_version": 99})
     write_manifest(folder, manifest.model_copy(update={"fingerprint": later}))
     for read in (scan_shards, shard_slices):
-        with pytest.raises(DataError, match="format version 99, this program reads 1"):
+        with pytest.raises(DataError, match="format version 99, this program reads up to 2"):
             read(folder)
 
 

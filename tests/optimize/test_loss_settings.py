@@ -115,6 +115,36 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "--loss-type kto_pair compares the pairs of a step, and --batch-size 1 has one",
         "pass a larger --batch-size",
     ),
+    "weights of labels": (
+        {"desirable_weight": 1.3},
+        "--desirable-weight belongs to kto, not to sigmoid",
+        "leave --desirable-weight out, or pass --loss-type kto",
+    ),
+    "single completions and pairs": (
+        {"loss_type": ["sft", "kto"]},
+        "--loss-type kto does not go with sft",
+        "pass --loss-type kto alone",
+    ),
+    "single completions and LD-DPO": (
+        {"loss_type": "kto", "ld_alpha": 0.5},
+        "--ld-alpha does not go with --loss-type kto",
+        "leave --ld-alpha out",
+    ),
+    "single completions and WPO": (
+        {"loss_type": "kto", "use_weighting": True},
+        "--use-weighting does not go with --loss-type kto",
+        "leave --use-weighting out",
+    ),
+    "single completions and a divergence": (
+        {"loss_type": "kto", "f_divergence_type": "forward_kl"},
+        "--f-divergence-type forward_kl does not go with --loss-type kto",
+        "leave --f-divergence-type out",
+    ),
+    "a step of one row": (
+        {"loss_type": "kto", "batch_size": 1},
+        "--loss-type kto estimates a KL divergence from the rows of a step, and --batch-size 1 has one",
+        "pass a larger --batch-size",
+    ),
     "reference": (
         {"loss_type": "simpo", "reference_differs": True},
         "--reference-differs says nothing to --loss-type simpo, which reads no reference",

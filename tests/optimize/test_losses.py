@@ -31,6 +31,8 @@ Values = npt.NDArray[np.float64]
 
 PAIRS = 6
 BETA = 0.3
+DESIRABLE = np.arange(PAIRS) % 3 != 0
+"""Labels, for losses of unpaired rows: rejected of these, chosen of others is another row's."""
 RUNNING = Running(steps=3, completions=24, reward=0.4, margin=-0.9, spread=1.5)
 
 
@@ -83,7 +85,8 @@ def numbers() -> Numbers:
 def tensors(numbers: Numbers, beta: float = BETA) -> LossInputs:
     given = [torch.from_numpy(values) for values in numbers]
     lengths = given[4].long(), given[5].long()
-    return LossInputs(*given[:4], *lengths, beta=beta, data_margins=given[6], running=RUNNING)
+    labels = torch.from_numpy(DESIRABLE)
+    return LossInputs(*given[:4], *lengths, beta=beta, data_margins=given[6], running=RUNNING, labels=labels)
 
 
 def s(x: Values) -> Values:
@@ -127,6 +130,13 @@ def kto_pair(n: Numbers, b: float, at: Numbers) -> Values:
     return ((1 - s(b * (np.log(n.ratio_w) - z_l))) + (1 - s(b * (z_w - np.log(n.ratio_l))))) / 2
 
 
+def kto(n: Numbers, b: float, at: Numbers) -> Values:
+    """lambda_y - v(x, y), with z0 taken ``at`` other numbers: it has no gradient."""
+    r = np.where(DESIRABLE, np.log(n.ratio_w), np.log(n.ratio_l))
+    z0 = max(0.0, np.where(DESIRABLE, np.log(at.ratio_l), np.log(at.ratio_w)).mean())
+    return np.where(DESIRABLE, 1.4 - 1.4 * s(b * (r - z0)), 0.7 - 0.7 * s(b * (z0 - r)))
+
+
 def beta_dpo(n: Numbers, b: float, at: Numbers) -> Values:
     """With beta taken ``at`` other numbers. M0 is of log-ratios, the running margin of rewards."""
     return -np.log(s(b * (1 + 0.5 * (at.h.mean() - RUNNING.margin / b)) * n.h))
@@ -140,7 +150,7 @@ def by_rank(above: Values, below: Values, share: float) -> Values:
     return found
 
 
-HELD = {"kto_pair": kto_pair, "beta_dpo": beta_dpo}
+HELD = {"kto": kto, "kto_pair": kto_pair, "beta_dpo": beta_dpo}
 """A part of them is made of the policy's log-probs, and has no gradient."""
 EQUATIONS: dict[str, tuple[dict[str, float], Callable[[Numbers, float], Values]]] = {
     "sigmoid": ({"label_smoothing": 0.2}, lambda n, b: 0.8 * dpo(n, b) + 0.2 * dpo(swapped(n), b)),
@@ -184,6 +194,7 @@ EQUATIONS: dict[str, tuple[dict[str, float], Callable[[Numbers, float], Values]]
             - np.log(s(-(b * np.log(n.ratio_l) - RUNNING.reward)))
         ),
     ),
+    "kto": ({"desirable_weight": 1.4, "undesirable_weight": 0.7}, lambda n, b: kto(n, b, n)),
     "kto_pair": ({}, lambda n, b: kto_pair(n, b, n)),
     "aot": (
         {"label_smoothing": 0.1},
@@ -299,7 +310,17 @@ def test_nothing_overflows(name: str) -> None:
     chosen, rejected = (torch.clamp(reference + side, max=0).requires_grad_() for side in sides.unbind(1))
     ones = torch.ones(len(sides), dtype=torch.int64)
     margins = torch.where(sides[:, 0] < 0, -1e4, 1e4).double()
-    pairs = LossInputs(chosen, rejected, reference, reference, ones, ones, beta=1.0, data_margins=margins)
+    pairs = LossInputs(
+        chosen,
+        rejected,
+        reference,
+        reference,
+        ones,
+        ones,
+        beta=1.0,
+        data_margins=margins,
+        labels=torch.arange(len(sides)) % 2 == 0,
+    )
     for kind in kinds_of(name):
         losses = preference_loss(name, pairs, f_divergence_type=kind, **NEEDED.get(name, {})).losses
         assert torch.isfinite(losses).all()
@@ -384,6 +405,29 @@ def test_the_reference_and_the_margins_are_read_where_they_are_said_to_be(
             preference_loss(name, without, **options)
     else:
         assert torch.equal(plain, preference_loss(name, without, **options).losses)
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_kto_is_measured_from_mismatched_completions_and_never_from_below_0(
+    above: bool, numbers: Numbers
+) -> None:
+    given = tensors(numbers)
+    assert given.labels is not None
+    by = 2.0 if above else -40.0
+    others = given._replace(
+        chosen_logps=torch.where(given.labels, given.chosen_logps, given.ref_chosen_logps + by),
+        rejected_logps=torch.where(given.labels, given.ref_rejected_logps + by, given.rejected_logps),
+    )
+    moved = numbers._replace(pi_w=others.chosen_logps.numpy(), pi_l=others.rejected_logps.numpy())
+    plain = kto(moved, BETA, moved._replace(pi_w=moved.ref_w, pi_l=moved.ref_l))  # z0 is 0
+    found = preference_loss("kto", others, desirable_weight=1.4, undesirable_weight=0.7).losses.numpy()
+    assert np.allclose(found, plain) == (not above)
+    np.testing.assert_allclose(found, kto(moved, BETA, moved), rtol=1e-10)
+
+
+def test_kto_without_labels_is_an_error(numbers: Numbers) -> None:
+    with pytest.raises(ValueError, match="label"):
+        preference_loss("kto", tensors(numbers)._replace(labels=None))
 
 
 def test_dpop_pulls_a_fallen_chosen_completion_up_harder_than_dpo() -> None:

@@ -19,8 +19,9 @@ from dpo_opt.optimize.forward.load_policy import load_policy
 from dpo_opt.optimize.forward.packing import packed_size, pair_group
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.forward.prompt_groups import prompt_groups, unique_groups
+from dpo_opt.optimize.pair_results import PairResults
 from dpo_opt.optimize.processes.distributed import World
-from dpo_opt.optimize.step import Batching, PairResults, forward_pairs
+from dpo_opt.optimize.step import Batching, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.schemas.pairs import ScoredPair
 

@@ -18,7 +18,8 @@ from dpo_opt.optimize.forward.logps import Head, token_logps
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.losses.pair_inputs import LossInputs
 from dpo_opt.optimize.losses.running import Running
-from dpo_opt.optimize.step import Batching, PairResults, forward_pairs
+from dpo_opt.optimize.pair_results import PairResults
+from dpo_opt.optimize.step import Batching, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.schemas.pairs import ScoredPair
 
@@ -26,6 +27,7 @@ COST = ForwardCost(per_row=1e9, per_key=1e3, per_scored=1e6)
 BEFORE = Running(steps=4, completions=40, reward=0.3, margin=0.2, spread=0.5)
 SETTINGS: dict[str, dict[str, Any]] = {
     "bco_pair": {"loss_type": "bco_pair"},
+    "kto": {"loss_type": "kto", "desirable_weight": 1.5, "undesirable_weight": 0.6},
     "kto_pair": {"loss_type": "kto_pair"},
     "aot": {"loss_type": "aot", "label_smoothing": 0.1},
     "aot_unpaired": {"loss_type": "aot_unpaired"},
@@ -66,7 +68,8 @@ def pairs_with_shared_sides() -> list[ScoredPair]:
                 ref_rejected_token_logps=other.ref_chosen_token_logps,
             )
             pairs.append(swapped)
-    return pairs
+    # Which only a loss of unpaired rows reads.
+    return [dataclasses.replace(pair, label=pair.row % 3 != 1) for pair in pairs]
 
 
 def run(
@@ -115,7 +118,15 @@ def by_hand(model: PreTrainedModel, settings: dict[str, Any], *, training: bool)
         agreements.append(torch.stack([(v[:, 0] - v[:, 1]).mean() for v, _, _ in sides]).sum().exp())
     chosen, ref_chosen, len_c, rejected, ref_rejected, len_r = torch.stack(rows).unbind(1)
     inputs = LossInputs(
-        chosen, rejected, ref_chosen, ref_rejected, len_c.long(), len_r.long(), beta=0.1, running=BEFORE
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        len_c.long(),
+        len_r.long(),
+        beta=0.1,
+        running=BEFORE,
+        labels=torch.tensor([pair.row % 3 != 1 for pair in pairs]),
     )
     if training:
         running = BEFORE.after(inputs.chosen_rewards.detach(), inputs.rejected_rewards.detach())

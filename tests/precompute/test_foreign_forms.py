@@ -1,8 +1,8 @@
-"""Feedback that is no pairs is refused by the name of its form, and what is advised makes pairs of it."""
+"""Feedback that no rule reads is refused by the name of its form, and what is advised makes it readable."""
 
-import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from fakes import write_jsonl
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.datasets import read_pairs
-from dpo_opt.precompute.read.foreign_forms import PAIR_UP
 from dpo_opt.schemas.errors import DataError
 
 Row = dict[str, Any]
@@ -26,14 +25,9 @@ def said(role: str, content: str) -> Row:
 ANSWER = [{"value": ["response2", "response1"], "user_id": "u"}]
 CHAT = {"prompt": [said("user", "How?")], "completion": [said("assistant", "So.")]}
 FORMS: list[tuple[str, Row]] = [
-    ("unpaired", {"prompt": "How?", "completion": "So.", "label": True}),
-    (
-        "unpaired",
-        {"prompt": [said("user", "How?")], "completion": [said("assistant", "So.")], "label": False},
-    ),
     ("unpaired", {"completion": "How? So.", "label": True}),
-    ("unpaired", {"messages": [said("user", "How?"), said("assistant", "So.")], "label": True}),
-    ("unpaired", {"instruction": "How?", "input": "", "output": "So.", "kto_tag": True}),
+    ("unpaired", {"prompt": "How?", "response": "So.", "label": True}),
+    ("unpaired", {"question": "How?", "output": "So.", "kto_tag": True}),
     (
         "annotations",
         {
@@ -77,8 +71,32 @@ def test_labels_beside_a_pair_or_a_published_form_are_no_feedback(tmp_path: Path
         assert (pair.prompt, pair.chosen, pair.rejected) == ("p", " a", " b")
 
 
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"prompt": "How?", "response": " So.", "label": True}, "--column completion=response"),
+        (
+            {"question": "How?", "output": " So.", "kto_tag": True},
+            "--column prompt=question --column completion=output --column label=kto_tag",
+        ),
+    ],
+)
+def test_feedback_under_other_names_is_read_by_the_settings_that_its_refusal_names(
+    row: Row, settings: str, tmp_path: Path
+) -> None:
+    data = [str(write_jsonl(tmp_path / "a.jsonl", [row]))]
+    with pytest.raises(DataError) as caught:
+        list(read_pairs(DataConfig(data=data)))
+    assert caught.value.fix == f"pass {settings}"
+    named = dict(word.split("=") for word in settings.split() if "=" in word)
+    (found,) = read_pairs(DataConfig(data=data, column=named))
+    assert (found.prompt, found.chosen, found.label) == ("How?", " So.", True)
+
+
 @pytest.mark.parametrize("is_chat", [False, True])
-def test_the_command_that_pairs_rows_makes_every_pair_and_no_other(is_chat: bool, tmp_path: Path) -> None:
+def test_the_program_of_the_page_makes_every_pair_of_labelled_rows_and_no_other(
+    is_chat: bool, tmp_path: Path
+) -> None:
     rows = [("p", "a", True), ("p", "b", False), ("q", "c", True), ("p", "d", False), ("r", "e", False)]
 
     def whole(role: str, text: str) -> Any:
@@ -88,9 +106,9 @@ def test_the_command_that_pairs_rows_makes_every_pair_and_no_other(is_chat: bool
         tmp_path / "DATA.jsonl",
         [{"prompt": whole("user", p), "completion": whole("assistant", c), "label": x} for p, c, x in rows],
     )
-    program, *arguments = shlex.split(PAIR_UP)
-    assert program == "python"
-    subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (program,) = (part for part in page.split("```") if "read_ndjson" in part)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, check=True)
     pairs = read_pairs(DataConfig(data=[str(tmp_path / "pairs.jsonl")]))
     found = [(p.prompt, p.chosen, p.rejected) for p in pairs]
     user, assistant = whole("user", "p"), [whole("assistant", c) for c in "abd"]

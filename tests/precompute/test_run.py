@@ -85,6 +85,7 @@ def test_every_pair_has_the_scorers_values(config_of: Configs) -> None:
             "id": None,
             "chosen_mask": None,
             "rejected_mask": None,
+            "label": None,
             "ref_chosen_token_logps": scripted_logps(p.prompt_ids, p.chosen_ids).tolist(),
             "ref_rejected_token_logps": scripted_logps(p.prompt_ids, p.rejected_ids).tolist(),
         }

@@ -33,6 +33,7 @@ VALUES: dict[str, Any] = {
     "template_date": "2026-03-31",
     "architecture": "LlamaForCausalLM",
     "train_on": "all",
+    "rows": "unpaired",
 }
 OTHER: dict[str, Any] = {
     **{name: f"other-{name}" for name in VALUES},

@@ -275,10 +275,10 @@ def test_other_records_ignore_keys_of_a_later_version(folder: Path, kind: type[B
 
 
 def test_a_folder_of_a_later_format_is_refused_before_its_keys_are_read(folder: Path) -> None:
-    fingerprint = {**FINGERPRINT.model_dump(), "schema_version": 2, "more": 1}
+    fingerprint = {**FINGERPRINT.model_dump(), "schema_version": 3, "more": 1}
     rewrite_manifest(folder, fingerprint=fingerprint, rows="of another kind")
     error = refusal(lambda: load_manifest(folder))
-    assert error.what == "the folder has format version 2, this program reads 1"
+    assert error.what == "the folder has format version 3, this program reads up to 2"
     assert error.where == str(folder)
 
 

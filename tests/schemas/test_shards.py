@@ -175,8 +175,8 @@ def test_another_version_and_a_missing_column_are_refused_by_name(tmp_path: Path
     path = tmp_path / "a.parquet"
     write_shard(path, make_pairs(2), fingerprint=FINGERPRINT, shard=0)
     table = pq.read_table(path)
-    write_table(path, table.replace_schema_metadata({"dpo_opt.schema_version": "2"}))
-    with pytest.raises(DataError, match="schema version 2, this program reads 1"):
+    write_table(path, table.replace_schema_metadata({"dpo_opt.schema_version": "3"}))
+    with pytest.raises(DataError, match="schema version 3, this program reads 1, 2"):
         list(read_row_groups(path))
     write_table(path, table.replace_schema_metadata({}))
     with pytest.raises(DataError, match="schema version none"):
