@@ -11,10 +11,12 @@ from pathlib import Path
 import polars as pl
 from markupsafe import Markup
 
+from dpo_opt.analysis.aligned_runs import by_kl, by_step
 from dpo_opt.analysis.compare import difference
 from dpo_opt.analysis.export_pairs import export_pairs
 from dpo_opt.analysis.figures.drawing import svg
 from dpo_opt.analysis.figures.frontier import frontier_figure
+from dpo_opt.analysis.figures.runs import accuracy_of_runs
 from dpo_opt.analysis.html import render
 from dpo_opt.analysis.quadrants import MOVEMENTS
 from dpo_opt.analysis.run_files import open_run
@@ -106,10 +108,22 @@ def _page(views: Sequence[RunView], summary: Summary, *, numbers: str) -> str:
         summaries=summary.runs,
         movements=MOVEMENTS,
         figures=figures,
+        aligned=_aligned(views),
         frontiers=_frontiers(views),
         differences=summary.differences,
         numbers=numbers,
     )
+
+
+def _aligned(views: Sequence[RunView]) -> dict[str, Markup]:
+    """Figures of all runs on one axis, where two or more have points on it."""
+    axes = {"step": (by_step(views), "step (optimizer updates)")}
+    axes["KL"] = (by_kl(views), "KL from the reference per completion, nats")
+    return {
+        name: Markup(svg(accuracy_of_runs(curves, along=along), label=f"Accuracy of the runs by {name}"))
+        for name, (curves, along) in axes.items()
+        if len(curves) > 1
+    }
 
 
 def _frontiers(views: Sequence[RunView]) -> dict[str, Markup]:

@@ -1,5 +1,6 @@
 import math
 import sys
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import matplotlib
@@ -8,8 +9,11 @@ import polars as pl
 import pytest
 from matplotlib.figure import Figure
 
+from dpo_opt.analysis.aligned_runs import by_kl
 from dpo_opt.analysis.figures import curves, distributions
 from dpo_opt.analysis.figures.drawing import svg
+from dpo_opt.analysis.figures.runs import RunCurve, accuracy_of_runs
+from dpo_opt.analysis.intervals import Interval
 
 
 @pytest.fixture
@@ -188,3 +192,24 @@ def test_every_figure_draws_into_given_axes_or_into_its_own_and_keeps_its_docstr
         own = draw(*frames, **options)
         assert own is not outer
         assert axes(own).get_title(loc="left") == right.get_title(loc="left")
+
+
+def test_runs_lie_on_one_axis_each_in_order():
+    curves = [RunCurve("one", [20, 10], [0.7, 0.6]), RunCurve("two", [10, 30], [0.5, 0.9])]
+    figure = accuracy_of_runs(curves, along="step")
+    assert title(figure) == "Highest: 90%, two at 30"
+    assert drawn(figure, "one").tolist() == [[10, 0.6], [20, 0.7]]
+
+
+def test_accuracy_is_found_at_the_kl_of_the_same_step():
+    def view(steps, kls):
+        evals = pl.DataFrame({"step": [10, 20], "eval_rewards/accuracies": [0.6, 0.7]})
+        values = zip(steps, kls, strict=True)
+        kl = [
+            SimpleNamespace(step=s, estimate=SimpleNamespace(rb_sequence=Interval(k, k, k)))
+            for s, k in values
+        ]
+        return SimpleNamespace(run=SimpleNamespace(name="a", evals=evals), kl=kl)
+
+    (found,) = by_kl([view([20, 15, 10], [2.0, 1.5, 1.0]), view([15], [1.5])])
+    assert (found.at, found.accuracy) == ([2.0, 1.0], [0.7, 0.6])

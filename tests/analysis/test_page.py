@@ -437,3 +437,11 @@ def test_pairs_that_are_not_known_are_asked_for_with_the_command(make_run, tmp_p
         report([run], tmp_path / "report.html", pairs=tmp_path / "pairs.parquet")
     assert not (tmp_path / "pairs.parquet").exists()
     assert not (tmp_path / "report.html").exists()
+
+
+def test_runs_are_drawn_over_one_another_where_both_were_evaluated(make_run):
+    _, page = write_report(make_run("one"), make_run("two", beta=0.3))
+    assert "2 runs, held-out pairs of each, aligned by step" in page
+    assert "aligned by KL" not in page  # its tables do not say a step
+    _, page = write_report(make_run("three"), make_run("four", eval_every=0))
+    assert "aligned by" not in page
