@@ -1,6 +1,9 @@
 """``dpo-opt sample``: completions of prompts, resumable, each with a seed of its own."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +153,41 @@ def test_repeated_and_too_long_prompts_are_counted_and_not_sampled(tiny_model: P
     assert result.exit_code == 2
     assert "none of 1 prompts leaves room for --max-new-tokens 6" in result.stderr
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_run_of_vllm_that_was_killed_ends_with_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"number {n} " + "x" * (n % 40)} for n in range(400)]
+    asked = write_jsonl(tmp_path / "p.jsonl", rows)
+
+    def words(output: Path) -> list[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "dpo_opt",
+            "sample",
+            "--model",
+            str(tiny_model),
+            "--prompts",
+            str(asked),
+        ]
+        return [*command, "--output", str(output), "--backend", "vllm", "--max-new-tokens", "16"]
+
+    subprocess.run(words(tmp_path / "whole"), check=True, capture_output=True)
+    with subprocess.Popen(
+        words(tmp_path / "s"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as killed:
+        while not list((tmp_path / "s").glob("data/*.parquet")):
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+    before = len(list((tmp_path / "s").glob("data/*.parquet")))
+    assert before < 4
+    subprocess.run(words(tmp_path / "s"), check=True, capture_output=True)
+    for number in range(4):
+        part = f"data/{number:05}.parquet"
+        assert (tmp_path / "s" / part).read_bytes() == (tmp_path / "whole" / part).read_bytes()
 
 
 def test_a_conversation_is_shown_by_the_chat_template_and_kept_as_it_is(

@@ -22,7 +22,7 @@ def reward(samples: pl.DataFrame, tokenizer) -> tuple[float, float]:
         for name in ("prompt_ids", "completion_ids")
     )
     scores = samples.select("prompt_id", reward=pl.Series(sentiment(prompts, completions)))
-    means = scores.group_by("prompt_id").agg(pl.mean("reward"))["reward"].to_numpy()
+    means = scores.group_by("prompt_id", maintain_order=True).agg(pl.mean("reward"))["reward"].to_numpy()
     return float(means.mean()), float(means.std(ddof=1) / np.sqrt(len(means)))
 
 
