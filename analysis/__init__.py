@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         margin_histogram,
         reward_margin_histogram,
     )
+    from dpo_opt.analysis.figures.frontier import frontier_figure
+    from dpo_opt.analysis.frontier import FrontierPoint, read_frontier
     from dpo_opt.analysis.intervals import Interval, ratio_interval, share_interval, wilson
-    from dpo_opt.analysis.kl import KLEstimate, estimate_kl
+    from dpo_opt.analysis.kl import KLEstimate, KLFile, estimate_kl, kl_of_run
     from dpo_opt.analysis.load import (
         join_reference,
         scan_kl_samples,
@@ -58,8 +60,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Diagnosis",
     "Finding",
+    "FrontierPoint",
     "Interval",
     "KLEstimate",
+    "KLFile",
     "Summary",
     "accuracy",
     "accuracy_curve",
@@ -70,8 +74,10 @@ __all__ = [
     "distance_per_token",
     "effective_weight",
     "estimate_kl",
+    "frontier_figure",
     "implicit_reward",
     "join_reference",
+    "kl_of_run",
     "length_difference",
     "logratio_curves",
     "loss_curve",
@@ -83,6 +89,7 @@ __all__ = [
     "open_run",
     "ranking_accuracy",
     "ratio_interval",
+    "read_frontier",
     "reference_margin",
     "reference_view",
     "rejected_logratio",
@@ -115,8 +122,10 @@ _NAMES = {
         "update_curves",
     ),
     "figures.distributions": ("margin_by_length", "margin_histogram", "reward_margin_histogram"),
+    "figures.frontier": ("frontier_figure",),
+    "frontier": ("FrontierPoint", "read_frontier"),
     "intervals": ("Interval", "ratio_interval", "share_interval", "wilson"),
-    "kl": ("KLEstimate", "estimate_kl"),
+    "kl": ("KLEstimate", "KLFile", "estimate_kl", "kl_of_run"),
     "load": ("join_reference", "scan_kl_samples", "scan_pair_logps", "scan_run", "scan_shards"),
     "outcomes": ("means_over_prompts", "shares_over_prompts"),
     "page": ("report",),

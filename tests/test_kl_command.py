@@ -197,3 +197,25 @@ def test_people_read_what_was_measured(run: Path) -> None:
     said = dpo_opt("kl", "--model", run / "final", *SMALL)
     assert "KL per completion" in said
     assert "the end-of-sequence token included" in said
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_what_vllm_samples_has_the_same_kl(
+    tiny_model: Path, other_model: Path, base: Path, tmp_path: Path
+) -> None:
+    def measure(backend: str) -> dict[str, Any]:
+        said = dpo_opt(
+            "kl", tiny_model, "--reference", other_model, "--prompts", base / "data.jsonl",
+            "--backend", backend, "--output", tmp_path / f"{backend}.parquet", "--num-prompts", 24,
+            "--num-samples", 32, "--max-new-tokens", 12, "--json",
+        )  # fmt: skip
+        return dict(json.loads(said)["kl"][0])
+
+    own, vllm = measure("hf")["rb_sequence"], measure("vllm")["rb_sequence"]
+    record = read_kl_record(tmp_path / "vllm.parquet")
+    assert record is not None
+    assert record.engine == "vllm"
+    # Half an interval is two standard errors; the two measurements have one each.
+    assert abs(own["value"] - vllm["value"]) < 2**0.5 * 0.75 * (own["high"] - own["low"])
+    assert own["high"] - own["low"] < 0.2 * own["value"]
