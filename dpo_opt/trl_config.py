@@ -1,4 +1,4 @@
-"""Reads the settings of TRL's DPO trainer: a YAML of its scripts, or a ``DPOConfig`` as JSON.
+"""Reads the settings of TRL's DPO and KTO trainers: a YAML of their scripts, or a ``DPOConfig`` as JSON.
 
 What TRL 1.16 calls by another name, or counts otherwise, gets the name and the value that train the same
 here.
@@ -29,7 +29,10 @@ _SAME = (
     "lora_target_modules", "load_in_4bit", "num_train_epochs", "ld_alpha", "use_weighting",
 )  # fmt: skip
 # Settings of one loss. TRL's defaults stand in every file that it writes, whatever the loss is.
-_OF_ONE_LOSS = {"f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "discopop_tau": 0.05}
+_OF_ONE_LOSS = {
+    **{"f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "discopop_tau": 0.05},
+    **{"desirable_weight": 1.0, "undesirable_weight": 1.0},
+}
 # Losses with which TRL 1.16 reads label_smoothing, of those that are here.
 _SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 _OPTIMIZERS = {

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from dpo_opt.cli import main
 from dpo_opt.optimize.config import TrainConfig
+from dpo_opt.optimize.losses.usable import require_usable_losses
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.trl_config import TrlConfig, read_trl_config
 
@@ -111,6 +112,18 @@ def test_a_whole_dpo_config_says_nothing_about_its_defaults(tmp_path: Path) -> N
     assert (config.beta, config.batch_size, config.num_train_epochs) == (0.3, 8, 3)
     assert (config.learning_rate, config.optim, config.max_steps) == (1e-6, "adamw", None)
     assert config.loss_type == ["sigmoid"]
+
+
+def test_a_whole_kto_config_trains_kto(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    file = tmp_path / "kto.json"
+    config = trl.KTOConfig(output_dir="run", use_cpu=True, bf16=False, desirable_weight=1.3)
+    file.write_text(config.to_json_string())
+    found = read_trl_config(file)
+    assert set(found.not_taken) == {"max_length"}
+    read_back = config_of(found)
+    require_usable_losses(read_back)
+    assert (read_back.loss_type, read_back.loss_options) == (["kto"], {"desirable_weight": 1.3})
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
