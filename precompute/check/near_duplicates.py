@@ -60,9 +60,12 @@ def _compare(
 
 
 def _shingles(pair: PreferencePair) -> list[str]:
-    """Runs of words of prompt, chosen and rejected, each marked with its part."""
+    """Runs of words of prompt, chosen and rejected, each marked with its part; of unpaired rows also with the
+    label, so that no two of different labels are alike."""
     shingles = []
-    for mark, text in zip("pcr", (pair.prompt, pair.chosen, pair.rejected), strict=True):
+    label = "" if pair.label is None else "-+"[pair.label]
+    marks = [part + label for part in "pcr"]
+    for mark, text in zip(marks, (pair.prompt, pair.chosen, pair.rejected), strict=True):
         words = _flat(text).lower().split()
         runs = max(1, len(words) - _SHINGLE + 1)
         shingles += [mark + " ".join(words[i : i + _SHINGLE]) for i in range(runs)]

@@ -443,3 +443,15 @@ def test_convert_keeps_unpaired_rows_or_says_that_a_format_cannot(
     written = list(read_pairs(DataConfig(data=[str(tmp_path / "out" / "train.jsonl")])))
     read = list(read_pairs(DataConfig(data=[str(source)])))[:-1]
     assert [pair._replace(where="") for pair in written] == [pair._replace(where="") for pair in read]
+
+
+def test_rows_of_different_labels_are_never_nearly_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("rensa", reason="rensa is not installed")
+    words = " ".join(f"word{i}" for i in range(60))
+    rows = [
+        {"prompt": words, "completion": f" {words} {end}", "label": label}
+        for end, label in (("a", True), ("b", True), ("c", False))
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    config = ConvertConfig(data=[str(source)], output=tmp_path / "out", near_duplicates=True)
+    assert convert(config).removed == {"near_duplicate": 1}
