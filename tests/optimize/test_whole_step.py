@@ -72,11 +72,26 @@ def pairs_with_shared_sides() -> list[ScoredPair]:
     return [dataclasses.replace(pair, label=pair.row % 3 != 1) for pair in pairs]
 
 
+def pairs_of(settings: dict[str, Any]) -> list[ScoredPair]:
+    """The pairs of a case; kto's have a reference so far below the policy that z0 is above 0."""
+    pairs = pairs_with_shared_sides()
+    if settings["loss_type"] != "kto":
+        return pairs
+    return [
+        dataclasses.replace(
+            pair,
+            ref_chosen_token_logps=pair.ref_chosen_token_logps - 4,
+            ref_rejected_token_logps=pair.ref_rejected_token_logps - 4,
+        )
+        for pair in pairs
+    ]
+
+
 def run(
     policy: Policy, settings: dict[str, Any], *, budget: int, backward: bool = True
 ) -> tuple[PairResults, dict[str, Tensor]]:
     policy.model.zero_grad(set_to_none=True)
-    pairs = pairs_with_shared_sides()
+    pairs = pairs_of(settings)
     with torch.set_grad_enabled(backward):
         results = forward_pairs(
             policy,
@@ -103,7 +118,7 @@ def full(model: PreTrainedModel, prompt: np.ndarray, ids: np.ndarray, mask: np.n
 
 def by_hand(model: PreTrainedModel, settings: dict[str, Any], *, training: bool) -> tuple[Tensor, Tensor]:
     """(pairs,) losses and (pairs, 2) rewards, from each pair by itself; differentiable."""
-    pairs, config = pairs_with_shared_sides(), config_of(settings)
+    pairs, config = pairs_of(settings), config_of(settings)
     alpha = 1.0 if config.ld_alpha is None else config.ld_alpha
     rows, agreements = [], []
     for pair in pairs:
