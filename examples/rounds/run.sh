@@ -11,7 +11,7 @@ python "$here/prompts.py" "$folder"
 measure() {  # measure POLICY NAME: samples of held-out openings, and their KL from the first model
   [ -e "$folder/kl/$2.parquet" ] || dpo-opt kl --model "$1" --reference "$model" \
     --prompts "$folder/held_out.jsonl" --num-prompts 36 --num-samples 16 --max-new-tokens 32 \
-    --seed 1 --backend hf --output "$folder/kl/$2.parquet" >"$folder/kl.log"
+    --seed 1 --backend hf --output "$folder/kl/$2.parquet" > "$folder/kl.log"
 }
 measure "$model" round-0
 policy=$model

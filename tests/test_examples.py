@@ -1,0 +1,55 @@
+"""The commands of the examples are there with their options, as they are written."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from dpo_opt.cli import main
+from dpo_opt.optimize.config import TrainConfig
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
+_VALUES = {"seed": "1", "here": "", "other": "--reference-differs"}
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words of each dpo-opt command of a shell script, with values in place of its variables."""
+    lines = text.replace("\\\n", " ").splitlines()
+    found = [line[line.index("dpo-opt ") :] for line in lines if re.search(r"^[^#]*\bdpo-opt ", line)]
+    filled = [re.sub(r"\$\{?(\w+)\}?", lambda name: _VALUES.get(name[1], "x"), line) for line in found]
+    return [shlex.split(line.partition(" > ")[0])[1:] for line in filled]
+
+
+def parse(folder: Path, words: list[str]) -> None:
+    name, *arguments = words
+    files = [str(folder / word.lstrip("/")) if word.endswith(".yaml") else word for word in arguments]
+    main.commands[name].make_context(name, files, parent=click.Context(main, info_name="dpo-opt"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_each_command_is_there_with_its_options(script: Path) -> None:
+    commands = commands_of(script.read_text(encoding="utf-8"))
+    assert len(commands) >= 5
+    for words in commands:
+        parse(script.parent, words)
+
+
+def test_an_option_that_is_not_there_is_noticed() -> None:
+    (words,) = commands_of(
+        '  [ -e "$at/x" ] || dpo-opt sample --model "$m" \\\n    --num-sample 4 > "$log"\n'
+    )
+    assert words == ["sample", "--model", "x", "--num-sample", "4"]
+    with pytest.raises(click.UsageError, match="--num-sample"):
+        parse(EXAMPLES, words)
+
+
+def test_the_grids_have_settings_of_train() -> None:
+    grids = sorted(EXAMPLES.rglob("*.yaml"))
+    assert grids
+    for path in grids:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert {*settings, *settings["grid"]} - {"grid"} <= set(TrainConfig.model_fields)
