@@ -1,6 +1,7 @@
-"""Say what went wrong in training runs, with the evidence, and one thing to do.
+"""Say what went wrong in training runs, and one thing to do.
 
-RUNS are folders of runs or of sweeps. Nothing but the run and its shards is needed: no model, no GPU.
+RUNS are folders of runs or of sweeps. Each finding has its evidence. Nothing but the run and its shards is
+needed: no model, no GPU.
 """
 
 from collections.abc import Iterator
