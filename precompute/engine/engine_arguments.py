@@ -73,11 +73,11 @@ def _defaults(options: Mapping[str, Any], max_length: int) -> dict[str, Any]:
         return {**found, "gpu_memory_utilization": _GPU_MEMORY_UTILIZATION}
     # With the small models that a CPU can score, compiling takes longer than it saves.
     found |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
-    if "max_num_batched_tokens" not in options:
-        # A seeded request that is prefilled in two steps stops the engine: CPU generators have no offset to
-        # take back. So each sequence is prefilled in one step.
+    # A seeded request that is prefilled in two steps stops the engine: CPU generators have no offset to take
+    # back. So each sequence is prefilled in one step, if the user's steps have room for it.
+    found["max_num_batched_tokens"] = max(_STEP_TOKENS, max_length + 1)
+    if options.get("max_num_batched_tokens", max_length + 1) > max_length:
         found["enable_chunked_prefill"] = False
-        found["max_num_batched_tokens"] = max(_STEP_TOKENS, max_length + 1)
     if "gpu_memory_utilization" not in options:
         found["kv_cache_memory_bytes"] = _CPU_KV_CACHE_BYTES
     return found
