@@ -29,7 +29,7 @@ KL_FOLDER = "kl"
 
 _SLICE_ROWS = 25_000
 _MAX_SLICES = 40
-_SORTED_ROWS = 500_000
+_SORTED_ROWS = 250_000
 
 
 class ShardSlice(NamedTuple):

@@ -1,10 +1,12 @@
 """Picks the pairs that a person should read: the worst, the heaviest in the gradient, those that turned."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import polars as pl
 
 from dpo_opt.analysis import rewards
+from dpo_opt.analysis.load import ShardSlice
 from dpo_opt.analysis.quadrants import RANKINGS, ranking_quadrant
 from dpo_opt.analysis.token_texts import PairText, TokenDecoder, pair_texts
 
@@ -55,7 +57,7 @@ def notable_pairs(
     *,
     drivers: pl.DataFrame,
     beta: float,
-    shards: pl.LazyFrame,
+    slices: Sequence[ShardSlice],
     policy: pl.LazyFrame,
     decoder: TokenDecoder,
     count: int,
@@ -67,7 +69,7 @@ def notable_pairs(
         judging: Those of them that say how good the policy is.
         drivers: Of ``Trajectories``; those without a final state are left out.
         beta: The run's beta.
-        shards: From ``scan_shards``.
+        slices: From ``shard_slices``.
         policy: The final state's table, for the log-probs of single tokens.
         decoder: Of the same shards.
         count: Of pairs in each of the first two lists, and half as many in the others.
@@ -84,7 +86,11 @@ def notable_pairs(
         ),
     ]
     rows = pl.concat([frame["row"] for frame in lists]).unique().to_list()
-    texts = pair_texts(shards, rows, decoder, policy)
+    texts: dict[int, PairText] = {}
+    for part in slices:
+        # Only the shards that hold one of them are opened.
+        if here := pl.DataFrame({"row": rows}, schema={"row": pl.Int64}).filter(part.rows)["row"].to_list():
+            texts |= pair_texts(part.shards, here, decoder, policy)
     columns = [name for name in NotablePair._fields if name not in ("text", "weight")]
     return NotablePairs(
         *(

@@ -5,6 +5,7 @@ The missing parts are then None or empty.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +27,9 @@ from dpo_opt.analysis.labelled import LabelledState, labelled_state
 from dpo_opt.analysis.load import (
     KL_FOLDER,
     PAIR_LOGPS_FOLDER,
+    ShardSlice,
     scan_kl_samples,
     scan_pair_logps,
-    scan_shards,
     shard_slices,
     sorted_by_row,
 )
@@ -143,7 +144,7 @@ def view_run(run: Run, scratch: Path) -> RunView:
     kl = kl_of_run(run.path)
     reference = None if unpaired else reference_accuracy(slices)
     decoder = TokenDecoder(run.shards)
-    judged = _judged(run, final, found, decoder) if final else None
+    judged = _judged(run, final, found, slices, decoder) if final else None
     return RunView(
         run=run,
         manifest=manifest,
@@ -164,8 +165,14 @@ def view_run(run: Run, scratch: Path) -> RunView:
     )
 
 
-def _judged(run: Run, final: FinalState, found: Trajectories | None, decoder: TokenDecoder) -> Judged:
-    pairs, shards = final.judging, scan_shards(run.shards)
+def _judged(
+    run: Run,
+    final: FinalState,
+    found: Trajectories | None,
+    slices: Sequence[ShardSlice],
+    decoder: TokenDecoder,
+) -> Judged:
+    pairs = final.judging
     rankings = ranking_quadrants(pairs, beta=run.beta)
     examples = [row for quadrant in rankings for row in quadrant.examples]
     named = pairs.filter(pl.col("row").is_in(examples)).select("row", "pair_id")
@@ -183,7 +190,7 @@ def _judged(run: Run, final: FinalState, found: Trajectories | None, decoder: To
             pairs,
             drivers=found.drivers if found else pl.DataFrame(),
             beta=run.beta,
-            shards=shards,
+            slices=slices,
             policy=final.table,
             decoder=decoder,
             count=NOTABLE,

@@ -21,7 +21,7 @@ FEWEST = 30
 """Fewer pairs say nothing."""
 MOST_PAIRS = 20
 """Of a finding."""
-_DRAWN = 500_000
+_DRAWN = 250_000
 FEW = Missing(f"fewer than {FEWEST} pairs have log-probs from before they were trained on")
 
 
@@ -97,7 +97,7 @@ class Evidence:
 
 
 def gather(run: Run, final: FinalState | None = None) -> Evidence:
-    """Read a run's tables: about 60 bytes per pair in memory, of at most half a million, drawn by a hash.
+    """Read a run's tables: about 60 bytes per pair in memory, of at most a quarter of a million.
 
     Args:
         run: The run.
@@ -123,7 +123,9 @@ def gather(run: Run, final: FinalState | None = None) -> Evidence:
         where = str(run.path / PAIR_LOGPS_FOLDER)
         part = table.lazy().filter(rows)
         parts[name] = with_reference(part, reference.lazy(), held_out=held_out, where=where)
-    unseen = final.pairs.filter("held_out", drawn).collect() if final else parts["fresh"].clear()
+    unseen = (
+        final.pairs.filter("held_out", drawn).collect(engine="streaming") if final else parts["fresh"].clear()
+    )
     return Evidence(run=run, manifest=manifest, final=final, held_out=unseen, slices=slices, **parts)
 
 
@@ -146,13 +148,15 @@ def _parts(logps: pl.LazyFrame | None) -> dict[str, pl.Expr]:
     evaluated = pl.col("phase") == "eval"
     last_epoch, last_eval = 0.0, -1
     if logps is not None:
-        last_epoch, last_eval = (
-            logps.select(
-                epoch.filter(trained).max().fill_null(0.0), step.filter(evaluated).max().fill_null(-1)
-            )
+        # By phase, because a filter inside an aggregate would hold whole columns.
+        last = (
+            logps.group_by("phase")
+            .agg(pl.col("epoch").max(), pl.col("step").max())
             .collect(engine="streaming")
-            .row(0)
+            .rows_by_key("phase", unique=True)
         )
+        last_epoch = last.get("train", (0.0, 0))[0]
+        last_eval = last.get("eval", (0.0, -1))[1]
     return {
         "start": trained & (step == 0),
         "fresh": trained & (step > 0) & (epoch < 1) & (epoch >= min(1.0, last_epoch) / 2),

@@ -97,6 +97,8 @@ def precision_lost(evidence: Evidence) -> Finding | Missing | None:
     if evidence.run.evals["step"].max() != final.step:
         return Missing("the model that was scored is not that of the last evaluation")
     saved_logps = final.pairs.select("row", saved_chosen="chosen_logps", saved_rejected="rejected_logps")
+    # Only these rows, or the join would hold all pairs of the run.
+    saved_logps = saved_logps.filter(pl.col("row").is_in(evaluated["row"].implode()))
     both = evaluated.lazy().join(saved_logps, on="row").collect(engine="streaming")
     if len(both) < FEWEST:
         return Missing("too few held-out pairs were scored")
