@@ -120,7 +120,7 @@ def run_kind(kind: Kind, folder: Path, *, data: Path, model: Path, seed: int) ->
     pairs = kind.pairs(data, kind.count, seed)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     scoring = {"backend": "hf", "dtype": "float32", "processes": 1} | kind.precompute
-    _command("precompute", model=model, data=folder / "pairs.jsonl", shards=folder / "shards", **scoring)
+    command("precompute", model=model, data=folder / "pairs.jsonl", shards=folder / "shards", **scoring)
     usual: dict[str, object] = {
         "learning_rate": RATE, "batch_size": 12, "eval_split": 0.25, "eval_steps": 1000, "logging_steps": 1,
         "dtype": "float32", "save_dtype": "float32", "save_minutes": "inf", "seed": seed,
@@ -128,17 +128,17 @@ def run_kind(kind: Kind, folder: Path, *, data: Path, model: Path, seed: int) ->
     shards = {"shards": folder / "shards"}
     if kind.begins_trained:
         earlier = folder / "earlier"
-        _command("train", "--resume", model=model, output_dir=earlier, **shards, **usual)
+        command("train", "--resume", model=model, output_dir=earlier, **shards, **usual)
         model, flags = earlier / "final", ("--resume", "--reference-differs")
     else:
         flags = ("--resume",)
-    code = _command(
+    code = command(
         "train", *flags, model=model, output_dir=folder / "run", **shards, **(usual | kind.train),
         allowed=(0, 2) if kind.expected == REFUSED else (0,),
     )  # fmt: skip
     if kind.scored:
         final, output = folder / "run" / "final", folder / "run" / "scores" / "final.parquet"
-        _command("score", model=final, output=output, **shards)
+        command("score", model=final, output=output, **shards)
     (folder / "done").write_text(str(code))
 
 
@@ -184,10 +184,10 @@ def _rounded(model: Path, folder: Path) -> Path:
     return folder
 
 
-def _command(command: str, *flags: str, allowed: tuple[int, ...] = (0,), **options: object) -> int:
-    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+def command(name: str, *flags: str, allowed: tuple[int, ...] = (0,), **options: object) -> int:
+    words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     try:
-        dpo_opt([command, *flags, *words], standalone_mode=False)
+        dpo_opt([name, *flags, *words], standalone_mode=False)
     except click.ClickException as error:
         if error.exit_code not in allowed:
             raise
