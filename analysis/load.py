@@ -99,7 +99,7 @@ def kept_pairs(shards_dir: AnyPath | str, *columns: str | pl.Expr) -> pl.DataFra
         ConfigError: The rows are no pairs.
         DataError: See :func:`scan_shards`; or no pair was kept.
     """
-    require_pairs(shards_dir, fix="pass a folder of pairs, or leave --shards out")
+    require_pairs(shards_dir, fix="pass --shards with a folder of pairs")
     slices = shard_slices(shards_dir)
     pairs = pl.concat([s.shards.select(*columns).collect(engine="streaming") for s in slices])
     if not len(pairs):

@@ -23,8 +23,9 @@ from dpo_opt.feedback.judging.local_model import ask_model
 from dpo_opt.feedback.judging.questions import Question
 from dpo_opt.feedback.judging.ranked_rows import RANKED, write_ranked
 from dpo_opt.feedback.judging.ratings import RATINGS_SCHEMA, Rate, rate_all, statistics
-from dpo_opt.feedback.work_folder import begin_or_resume
+from dpo_opt.feedback.work_folder import begin_or_resume, require_own
 from dpo_opt.precompute.engine.option_rules import read_engine_options
+from dpo_opt.precompute.tokens.templates import chat_templates
 from dpo_opt.precompute.tokens.tokenize import encoder, prompt_ids
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.models import (
@@ -61,8 +62,12 @@ def judge(config: "JudgeConfig", *, progress: Progress | None = None) -> dict[st
     progress = progress or Silent()
     gathered = gather(config.samples, finished_only=config.finished_only)
     prepared = _prepare(config)
-    begin_or_resume(config.output, prepared.identity, has_results=has_answers(config.output))
+    require_own(config.output, prepared.identity, kind="judge", has_results=has_answers(config.output))
     with AnswerLog(config.output, prepared.schema) as log:
+        # Only here, where no other process is at work with the settings that are there.
+        begin_or_resume(
+            config.output, prepared.identity, kind="judge", has_results=has_answers(config.output)
+        )
         scores, found = prepared.run(gathered.candidates, log, progress)
         log.finish()
     result = {
@@ -206,6 +211,13 @@ def _chat_model(config: "JudgeConfig", named: str) -> tuple[Ask, dict[str, Any]]
     dtype = checkpoint_dtype(folder) if config.dtype == "auto" else config.dtype
     options = read_engine_options(config.engine_option)
     tokenizer = encoder(folder)
+    if not chat_templates(tokenizer.tokenizer):
+        raise ConfigError(
+            "the judge has no chat template",
+            where=named,
+            why="a question is a message, and only a template makes of it the text that the model knows",
+            fix="pass --judge-model with a chat model, or save its chat_template.jinja in the folder",
+        )
 
     def ask(questions: Sequence[Question], keep: Keep) -> None:
         if not questions:

@@ -43,7 +43,7 @@ class UserFunction:
         """
         try:
             found = list(self.function(list(prompts), list(completions)))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(
                 f"the function raised {first_line(error, named=True)}",
                 where=_place(error, self.name),
@@ -103,7 +103,7 @@ def _loaded(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"the file cannot be loaded: {first_line(error, named=True)}",
             where=_place(error, str(path)),
@@ -112,10 +112,11 @@ def _loaded(path: Path) -> ModuleType:
     return module
 
 
-def _place(error: Exception, otherwise: str) -> str:
+def _place(error: BaseException, otherwise: str) -> str:
     """File and line at which a user's code failed, its own code before a library's."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     file = otherwise.partition(".py:")[0].removesuffix(".py") + ".py"
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == Path(file)]
+    # Python makes the path of a file that it loads absolute.
+    own = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == Path(file).absolute()]
     return f"{own[-1].filename}:{own[-1].lineno}" if own else otherwise

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_opt.feedback.samples import Sample, count_cut, finished_parts, write_part
-from dpo_opt.feedback.work_folder import begin_or_resume
+from dpo_opt.feedback.work_folder import begin_or_resume, require_own
 from dpo_opt.schemas.pairs import Completion, IdArray, Sampler, content_hash, sampling_seed
 from dpo_opt.schemas.progress import Progress
 
@@ -55,6 +55,7 @@ def sample_prompts(
 
     Raises:
         ConfigError, FingerprintError: The folder is another's, or was begun otherwise.
+        DataError: A part that is there cannot be read.
         EngineStopped: The engine broke.
     """
     size = max(1, _PART // num_samples)
@@ -70,7 +71,7 @@ def sample_prompts(
         "parts": len(parts),
     }
     there = finished_parts(folder)
-    begin_or_resume(folder, settings, has_results=bool(there))
+    begin_or_resume(folder, settings, kind="parts", has_results=bool(there))
     before = sum(len(part) for number, part in enumerate(parts) if number in there) * num_samples
     progress.start("sampling", total=len(prompts) * num_samples, unit="completions", done=before)
     for number, part in enumerate(parts):
@@ -88,6 +89,8 @@ def sample_prompts(
             for prompt, completions in zip(part, written, strict=True)
             for n, completion in enumerate(completions)
         ]
+        # Another process may have begun the folder otherwise before the first part was there.
+        require_own(folder, settings, kind="parts", has_results=True)
         write_part(folder, number, samples, settings)
         progress.advance(len(samples))
     progress.finish()

@@ -3,6 +3,7 @@
 A folder ``SAMPLES`` holds ``settings.json`` and ``data/00000.parquet``, ``data/00001.parquet``, ...
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_opt.feedback.work_folder import read_settings_of
+from dpo_opt.feedback.work_folder import SETTINGS, read_settings_of
 from dpo_opt.schemas.arrow_file import arrow_file
-from dpo_opt.schemas.errors import DataError, first_line
+from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
 from dpo_opt.schemas.pairs import IdArray
 from dpo_opt.schemas.storage import publish
 
@@ -62,10 +63,14 @@ def finished_parts(folder: Path) -> set[int]:
 
 
 def count_cut(folder: Path) -> int:
-    """How many completions the token limit cut off."""
+    """How many completions the token limit cut off.
+
+    Raises:
+        DataError: A part cannot be read.
+    """
     cut = 0
     for path in sorted((folder / DATA).glob("*.parquet")):
-        with arrow_file(path) as source:
+        with _readable(path), arrow_file(path) as source:
             (finished,) = pq.read_table(source, columns=["finished"]).columns
             cut += finished.to_pylist().count(False)
     return cut
@@ -87,9 +92,17 @@ def read_samples(folder: Path) -> Iterator[Sample]:
         ConfigError: It is no folder of completions.
         DataError: A part is missing, or cannot be read.
     """
-    expected = set(range(int(read_settings_of(folder).get("parts", 0))))
+    parts = read_settings_of(folder).get("parts")
+    if not isinstance(parts, int) or parts < 1:
+        raise ConfigError(
+            f"its {SETTINGS} does not say how many parts of completions it has",
+            where=str(folder),
+            why="it is another command's folder, and nothing in it can be judged",
+            fix="pass a folder that `dpo-opt sample` wrote",
+        )
+    expected = set(range(parts))
     missing = sorted(expected - finished_parts(folder))
-    if missing or not expected:
+    if missing:
         raise DataError(
             f"{len(missing)} of {len(expected)} parts are missing",
             where=str(folder),
@@ -98,15 +111,21 @@ def read_samples(folder: Path) -> Iterator[Sample]:
         )
     for number in sorted(expected):
         path = folder / DATA / f"{number:05}.parquet"
-        try:
-            with arrow_file(path) as source:
-                rows = pq.read_table(source, schema=SAMPLES_SCHEMA).to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"the part cannot be read ({first_line(error)})",
-                where=str(path),
-                fix=f"rm {path}, and run the `dpo-opt sample` command of the folder again",
-            ) from error
+        with _readable(path), arrow_file(path) as source:
+            rows = pq.read_table(source, schema=SAMPLES_SCHEMA).to_pylist()
         names = [field.name for field in fields(Sample)]
         for row in rows:
             yield Sample(**{name: row[name] for name in names})
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise DataError(
+            f"the part cannot be read ({first_line(error)})",
+            where=str(path),
+            why="its completions would be left out in silence",
+            fix=f"rm {quoted(path)}, and run the `dpo-opt sample` command of the folder again",
+        ) from error

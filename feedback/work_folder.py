@@ -13,22 +13,33 @@ SETTINGS = "settings.json"
 """What decides the content of a folder: written first, and compared by every later run."""
 
 
-def begin_or_resume(folder: Path, settings: Mapping[str, Any], *, has_results: bool) -> None:
+def begin_or_resume(folder: Path, settings: Mapping[str, Any], *, kind: str, has_results: bool) -> None:
     """Begin a folder with settings, or require that it was begun with the same.
 
     Args:
         folder: New, or begun before.
         settings: Of plain JSON.
+        kind: A key that every folder of the command has in its settings, and no other command's.
         has_results: Something was kept in it. What failed before that may be begun otherwise.
 
     Raises:
-        ConfigError: The folder holds other files.
+        ConfigError: The folder holds other files, or is another command's.
         FingerprintError: It was begun with other settings.
         DataError: Its settings cannot be read.
     """
-    begun_before = (folder / SETTINGS).exists()
-    if not begun_before or not has_results:
-        if not begun_before and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    require_own(folder, settings, kind=kind, has_results=has_results)
+    if not has_results:
+        write_text(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+
+def require_own(folder: Path, settings: Mapping[str, Any], *, kind: str, has_results: bool) -> None:
+    """Begin a folder that is new; of one that is there, only require what ``begin_or_resume`` does.
+
+    Raises:
+        ConfigError, FingerprintError, DataError: As ``begin_or_resume``.
+    """
+    if not (folder / SETTINGS).exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(
                 f"there is no {SETTINGS}, and other files are there",
                 where=str(folder),
@@ -38,6 +49,15 @@ def begin_or_resume(folder: Path, settings: Mapping[str, Any], *, has_results: b
         write_text(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
         return
     begun = read_settings_of(folder)
+    if kind not in begun:
+        raise ConfigError(
+            f"its {SETTINGS} is not this command's",
+            where=str(folder),
+            why="it would be replaced, and with it what the other files there were made with",
+            fix="pass another --output",
+        )
+    if not has_results:
+        return
     different = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]
     if different:
         said = ", ".join(

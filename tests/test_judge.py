@@ -9,10 +9,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from fakes import write_jsonl
-from model_edits import change_config
+from model_edits import change_config, change_json
 from transformers import AutoConfig, LlamaForSequenceClassification
 
 from dpo_opt.cli import main
+from dpo_opt.feedback.judging.answer_log import AnswerLog
+from dpo_opt.feedback.judging.ratings import RATINGS_SCHEMA
+from dpo_opt.feedback.work_folder import begin_or_resume
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 
 PROMPTS: list[dict[str, Any]] = [{"prompt": f"the {word}"} for word in ("sea", "hill", "town")]
@@ -67,6 +70,28 @@ def test_a_functions_ranking_becomes_shards(
     other = run("judge", "--samples", samples, "--output", tmp_path / "j", "--function", function)
     assert other.exit_code == 4
     assert "sha256" in other.stderr
+
+
+def test_a_folder_of_samples_is_no_place_for_a_judges_files(samples: Path, function: str) -> None:
+    before = {path: path.read_bytes() for path in samples.rglob("*") if path.is_file()}
+    result = run("judge", "--samples", samples, "--output", samples, "--function", function)
+    assert result.exit_code == 2
+    assert "its settings.json is not this command's" in result.stderr
+    assert {path: path.read_bytes() for path in samples.rglob("*") if path.is_file()} == before
+
+
+def test_another_judge_is_refused_while_one_is_at_work_and_changes_nothing(
+    samples: Path, function: str, tmp_path: Path
+) -> None:
+    folder, other = tmp_path / "j", tmp_path / "other.py"
+    other.write_text(LONGER + "\n")
+    identity = {"judge": "function", "function": "of the one at work", "sha256": "0"}
+    begin_or_resume(folder, identity, kind="judge", has_results=False)
+    with AnswerLog(folder, RATINGS_SCHEMA):
+        result = run("judge", "--samples", samples, "--output", folder, "--function", f"{other}:longer")
+    assert result.exit_code == 2
+    assert "another process is at work" in result.stderr
+    assert json.loads((folder / "settings.json").read_text()) == identity
 
 
 def test_a_function_that_fails_leaves_no_ranking(samples: Path, tmp_path: Path) -> None:
@@ -142,6 +167,18 @@ def test_a_chat_model_is_asked_in_both_orders(
     assert (said["rows"], said["tied_prompts"]) == (0, 3)
     assert all(json.loads(row["request"])[0]["role"] == "system" for row in answers)
     assert json.loads(run(*judge).stdout)["asked"] == 0
+
+
+def test_a_judge_without_a_chat_template_is_refused_by_name(
+    samples: Path, model: Path, tmp_path: Path
+) -> None:
+    for path in model.glob("*chat_template*"):
+        path.unlink()
+    change_json(model / "tokenizer_config.json", lambda config: config.pop("chat_template", None))
+    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--judge-model", model)
+    assert result.exit_code == 2
+    assert "the judge has no chat template" in result.stderr
+    assert not (tmp_path / "j").exists()
 
 
 def test_questions_longer_than_the_judges_context_are_refused(

@@ -14,6 +14,7 @@ from fakes import write_jsonl
 
 from dpo_opt.cli import main
 from dpo_opt.feedback import sample_prompts
+from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.schemas.pairs import content_hash, sampling_seed
 
@@ -140,6 +141,23 @@ def test_a_folder_of_other_files_is_refused(tiny_model: Path, prompts: Path, tmp
     result = sample(tiny_model, prompts, tmp_path / "s")
     assert result.exit_code == 2
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_whose_folder_another_began_otherwise_writes_nothing_into_it(
+    tiny_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*given: Any, **settings: Any) -> Any:
+        found = sample_of(*given, **settings)
+        begun = json.loads((tmp_path / "s" / "settings.json").read_text())
+        (tmp_path / "s" / "settings.json").write_text(json.dumps({**begun, "seed": 7}))
+        return found
+
+    sample_of = HfScorer.sample
+    monkeypatch.setattr(HfScorer, "sample", slow)
+    result = sample(tiny_model, prompts, tmp_path / "s")
+    assert result.exit_code == 4
+    assert "seed 7 there, 0 now" in result.stderr
+    assert not (tmp_path / "s" / "data").exists()
 
 
 def test_repeated_and_too_long_prompts_are_counted_and_not_sampled(tiny_model: Path, tmp_path: Path) -> None:

@@ -63,6 +63,24 @@ def test_an_error_names_the_line_of_the_users_file(tmp_path: Path) -> None:
         load_user_function(named)(PROMPTS, COMPLETIONS)
 
 
+def test_the_line_is_named_where_the_path_is_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, "def rate(prompts, completions):\n    return 1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"my reward\.py:2: the function raised ZeroDivisionError"):
+        load_user_function("my reward.py:rate")(PROMPTS, COMPLETIONS)
+
+
+def test_code_that_exits_does_not_end_the_command_in_silence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"my reward\.py:1: the file cannot be loaded: SystemExit"):
+        load_user_function(written(tmp_path, "raise SystemExit(0)"))
+    with pytest.raises(DataError, match=r"my reward\.py:2: the function raised SystemExit"):
+        load_user_function(written(tmp_path, "def rate(*texts):\n    raise SystemExit(0)\n"))(
+            PROMPTS, COMPLETIONS
+        )
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [

@@ -4,6 +4,7 @@ While a run is at work, answers are lines of ``answers.jsonl``: a killed process
 one that it was writing. At the end they become ``answers.parquet``.
 """
 
+import contextlib
 import fcntl
 import json
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line
+from dpo_opt.schemas.full_disk import room_on_disk
 from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.storage import publish
 
@@ -65,12 +67,19 @@ class AnswerLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lines.close()
+        # What a full disk did not take is tried again here, and fails as it did.
+        with contextlib.suppress(OSError):
+            self._lines.close()
 
     def keep(self, answer: Mapping[str, Any]) -> None:
-        """Keep an answer, before anything is made of it."""
-        self._lines.write(json.dumps(answer).encode() + b"\n")
-        self._lines.flush()
+        """Keep an answer, before anything is made of it.
+
+        Raises:
+            DpoOptError: The disk is full; the answers before are kept.
+        """
+        with room_on_disk(self._folder):
+            self._lines.write(json.dumps(answer).encode() + b"\n")
+            self._lines.flush()
         self.answers[answer["key"]] = dict(answer)
 
     def finish(self) -> None:

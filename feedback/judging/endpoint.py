@@ -93,8 +93,8 @@ class Endpoint:
                 self.cleaned(choice.message.content or ""),
                 self.cleaned(str(choice.finish_reason)),
                 self.cleaned(str(found.model)),
-                usage.prompt_tokens if usage else None,
-                usage.completion_tokens if usage else None,
+                _count(usage.prompt_tokens) if usage else None,
+                _count(usage.completion_tokens) if usage else None,
             )
         except (self._openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
             # Without the cause, whose request has the key in its headers.
@@ -176,6 +176,11 @@ class _Asking:
             why="every answer is kept",
             fix="run the same command again, which asks what is left",
         )
+
+
+def _count(said: object) -> int | None:
+    """A number of tokens; the client hands on whatever a server says of it."""
+    return said if isinstance(said, int) and 0 <= said < 2**63 else None
 
 
 def _checked(url: str) -> str:

@@ -10,8 +10,8 @@ from dpo_opt.precompute.tokens.truncation import DROP_FIXES, DROP_REASONS
 from dpo_opt.schemas.audit_record import Example, Problem
 
 LEAVES_NOTHING = (
-    "nothing would be left without them: look at what is read as chosen and rejected "
-    "(`--column chosen=NAME --column rejected=NAME`)"
+    "nothing would be left without them: look at what is read as which part "
+    "(`--column PART=NAME`; of pairs chosen and rejected, of single completions completion and label)"
 )
 """Of pairs that `convert` removes, where it would remove all."""
 MERGED_TURNS = (

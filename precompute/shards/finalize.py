@@ -112,7 +112,12 @@ def finalize(shards_dir: AnyPath, *, own: Plan | None = None) -> Manifest:
     index = verified_index(shards_dir, commits)
     if not len(index):
         dropped = json.dumps(_dropped(commits))
-        raise DataError(f"no pair is left of {plan.rows} ({dropped})", where=str(shards_dir))
+        raise DataError(
+            f"no pair is left of {plan.rows} ({dropped})",
+            where=str(shards_dir),
+            why="there is nothing to train on",
+            fix="see the rows in dropped/, correct them or the settings, and pass another --shards",
+        )
     # Hashing takes hours where the shards are many: the folder may be another's now.
     require_grown_from(plan, read_plan(shards_dir), shards_dir)
     # Readers follow the manifest that is there, and its index, until the next manifest is published.

@@ -163,6 +163,15 @@ def test_a_key_that_a_server_repeats_is_not_kept(monkeypatch: pytest.MonkeyPatch
     assert {answer.text for answer in answers.values()} == {"your key is [key] ?"}
 
 
+@pytest.mark.parametrize("tokens", ["many", 3.5, -1, 2**70, None])
+def test_a_number_of_tokens_that_is_none_is_left_out(monkeypatch: pytest.MonkeyPatch, tokens: object) -> None:
+    status, answer = said("ok")
+    answer["usage"] = {"prompt_tokens": tokens, "completion_tokens": 2, "total_tokens": 7}
+    with serving(lambda number, body: (status, answer)) as server:
+        answers = asked(server, monkeypatch)
+    assert {(a.prompt_tokens, a.completion_tokens) for a in answers.values()} == {(None, 2)}
+
+
 @pytest.mark.parametrize(
     ("reply", "fix"),
     [

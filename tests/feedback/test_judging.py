@@ -1,5 +1,6 @@
 """Completions become ranked completions: by numbers, and by comparisons in both orders."""
 
+import errno
 import json
 import re
 import signal
@@ -22,11 +23,11 @@ from dpo_opt.feedback.judging.comparisons import COMPARISONS_SCHEMA, Compared, K
 from dpo_opt.feedback.judging.questions import Answer, Question, ask_about, read_verdict
 from dpo_opt.feedback.judging.ranked_rows import write_ranked
 from dpo_opt.feedback.judging.ratings import RATINGS_SCHEMA, rate_all
-from dpo_opt.feedback.samples import Sample, write_part
+from dpo_opt.feedback.samples import Sample, count_cut, write_part
 from dpo_opt.feedback.work_folder import begin_or_resume
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.datasets import read_pairs
-from dpo_opt.schemas.errors import ConfigError, DataError
+from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError
 from dpo_opt.schemas.progress import Silent
 
 Judge = Callable[[str, str], str]
@@ -167,7 +168,7 @@ def test_messages_are_shown_as_turns() -> None:
 
 
 def sampled(folder: Path, completions: dict[str, list[tuple[str, bool]]], *, chat: bool = False) -> Path:
-    begin_or_resume(folder, {"parts": 1}, has_results=False)
+    begin_or_resume(folder, {"parts": 1}, kind="parts", has_results=False)
     samples = [
         Sample(
             prompt_id=prompt,
@@ -220,6 +221,33 @@ def test_a_missing_part_is_refused(tmp_path: Path) -> None:
     (folder / "data" / "00000.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="cannot be read"):
         gather([folder], finished_only=False)
+    with pytest.raises(DataError, match="cannot be read"):
+        count_cut(folder)
+
+
+@pytest.mark.parametrize("settings", [{"judge": "function"}, {"parts": "two"}, {"parts": None}, {"parts": 0}])
+def test_a_folder_of_something_else_is_not_judged(tmp_path: Path, settings: dict[str, object]) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="does not say how many parts") as refused:
+        gather([tmp_path], finished_only=False)
+    assert "dpo-opt sample" in str(refused.value.fix)
+
+
+@pytest.mark.parametrize("has_results", [False, True])
+@pytest.mark.parametrize("mine", [{"judge": "function"}, {"theme": "dark"}])
+def test_another_programs_settings_are_never_replaced(
+    tmp_path: Path, mine: dict[str, str], has_results: bool
+) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps(mine))
+    with pytest.raises(ConfigError, match="is not this command's"):
+        begin_or_resume(tmp_path, {"parts": 1}, kind="parts", has_results=has_results)
+    assert json.loads((tmp_path / "settings.json").read_text()) == mine
+
+
+def test_what_failed_before_its_first_result_may_be_begun_otherwise(tmp_path: Path) -> None:
+    begin_or_resume(tmp_path, {"parts": 1}, kind="parts", has_results=False)
+    begin_or_resume(tmp_path, {"parts": 2}, kind="parts", has_results=False)
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"parts": 2}
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -298,3 +326,20 @@ def test_half_a_line_is_dropped_and_a_strange_line_is_refused(tmp_path: Path) ->
         AnswerLog(tmp_path, _SCHEMA),
     ):
         pass
+
+
+def test_a_disk_that_is_full_is_named_and_the_answers_before_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(answer: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with AnswerLog(tmp_path, _SCHEMA) as log:
+        log.keep({"key": "a", "n": 1})
+        with monkeypatch.context() as patched:
+            patched.setattr("dpo_opt.feedback.judging.answer_log.json.dumps", full)
+            with pytest.raises(DpoOptError, match="the disk is full") as refused:
+                log.keep({"key": "b", "n": 2})
+    assert refused.value.where == str(tmp_path)
+    with AnswerLog(tmp_path, _SCHEMA) as log:
+        assert list(log.answers) == ["a"]

@@ -339,6 +339,16 @@ def test_rows_of_a_single_prompt_are_left_out_with_the_reason(
     assert problems_of(config.shards) == []
 
 
+def test_a_folder_without_a_row_left_says_where_the_reasons_are(
+    config: PrecomputeConfig, rows: list[Row]
+) -> None:
+    write_jsonl(Path(config.data[0]), rows[:1])
+    error = refused(lambda: precompute(config, scorer=ScriptedScorer()))
+    assert str(error.what) == f'no pair is left of 1 ({{"{NO_OTHER_PROMPT}": 1}})'
+    assert error.why
+    assert "dropped/" in str(error.fix)
+
+
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
