@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
 
 from dpo_opt.analysis.intervals import Interval, ratio_interval
@@ -60,6 +61,9 @@ def frontier_point(
         rewards: (samples,) in the order of the table.
         rated_by: What gave them.
         rated_by_sha256: Of the file or the weights that gave them.
+
+    Raises:
+        DataError: The rewards are too large to be averaged.
     """
     samples = scan_kl_samples(run / KL_FOLDER / kl.file).select("prompt_id").collect()
     sums = (
@@ -68,6 +72,16 @@ def frontier_point(
         .agg(pl.sum("reward"), pl.len().cast(pl.Float64).alias("samples"))
         .sort("prompt_id")
     )
+    by_prompt = sums["reward"].to_numpy()
+    with np.errstate(over="ignore"):
+        countable = bool(np.isfinite(np.square(by_prompt).sum()))
+    if not countable:
+        raise DataError(
+            f"the rewards are too large to be averaged (up to {max(map(abs, rewards)):.3g})",
+            where=str(run / KL_FOLDER / kl.file),
+            why="their squares, which the interval needs, are beyond the largest number",
+            fix="scale the rewards down, then run the same command again",
+        )
     settings = read_run_config(run)
     beta = settings.get("beta")
     return FrontierPoint(
@@ -82,7 +96,7 @@ def frontier_point(
         prompts=kl.estimate.prompts,
         unfinished=kl.estimate.unfinished.value,
         kl=kl.estimate.best,
-        reward=ratio_interval(numerators=sums["reward"].to_numpy(), denominators=sums["samples"].to_numpy()),
+        reward=ratio_interval(numerators=by_prompt, denominators=sums["samples"].to_numpy()),
     )
 
 

@@ -32,10 +32,22 @@ def kl_table(files: Iterable[KLFile]) -> pl.DataFrame:
 
 
 def write_kl_table(run: Path) -> None:
-    """Write the table of all that is measured in a run.
+    """Write the table of all that is measured in a run, unless it is there as it would be written.
 
     Raises:
         DataError: See ``kl_of_run``.
     """
+    measured = kl_of_run(run)
+    table = kl_table(measured)
+    if not measured or _is_there(run / KL_TABLE, table):
+        return
     with publish(run / KL_TABLE) as private:
-        kl_table(kl_of_run(run)).write_parquet(private)
+        table.write_parquet(private)
+
+
+def _is_there(file: Path, table: pl.DataFrame) -> bool:
+    try:
+        there = pl.read_parquet(file, glob=False)
+    except (pl.exceptions.PolarsError, OSError):
+        return False
+    return there.columns == table.columns and there.equals(table)

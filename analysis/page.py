@@ -48,6 +48,13 @@ def report(run_dirs: Sequence[Path], output: Path, *, pairs: Path | None = None)
             why="it is a folder",
             fix="dpo-opt report RUN --output report.html",
         )
+    if pairs is not None and pairs.absolute() in (output.absolute(), summary_file(output).absolute()):
+        raise ConfigError(
+            "--pairs names a file that the page or its numbers are written to",
+            where=str(pairs),
+            why="one of the two would be lost",
+            fix="name another file, such as pairs.parquet",
+        )
     with tempfile.TemporaryDirectory(prefix="dpo-opt-report-") as scratch:
         views = _views(run_dirs, Path(scratch))
         if pairs is not None:

@@ -56,6 +56,13 @@ class Run:
         return (self.path / FINAL).is_dir()
 
     @property
+    def saved(self) -> Path | None:
+        """The model that the run saved last; None if it has none yet."""
+        if self.finished:
+            return self.path / FINAL
+        return max((self.path / "checkpoints").glob("step-*"), default=None)
+
+    @property
     def margin_noise(self) -> float | None:
         """By how much a pair's log-prob margin differs between two right ways to compute it: sd, in nats.
 
@@ -72,11 +79,10 @@ class Run:
     @property
     def score_command(self) -> str:
         """The command whose output the report reads from ``scores/``."""
-        model = self.path / FINAL
-        if not self.finished:
-            model = max((self.path / "checkpoints").glob("step-*"), default=model)
+        model = self.saved or self.path / FINAL
         output = self.path / "scores" / f"{model.name}.parquet"
-        return _command("score", shards=self.shards, model=model, output=output)
+        score = _command("score", shards=self.shards, model=model, output=output)
+        return score if self.saved else f"{self.resume_command} && {score}"
 
     @property
     def kl_command(self) -> str:

@@ -4,6 +4,7 @@ A field's name, type, default and docstring become ``--name``, its type, its def
 ``--config run.yaml`` may give any of them, and flags win.
 """
 
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -169,6 +170,16 @@ class _Assignment(click.ParamType[Any]):
         if not (key and equals and content):
             self.fail(f"{value!r} is not of the form key=value", param, ctx)
         return key, content
+
+
+class FiniteRange(click.FloatRange):
+    """A number between bounds. click lets NaN and infinity pass, for which no bound holds."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
 
 
 class LocationType(click.ParamType[AnyPath]):

@@ -152,6 +152,16 @@ def test_the_report_draws_all_runs_that_one_reward_rated(run: Path, reward: str,
         report([other], tmp_path / "report.html")
 
 
+def test_rewards_whose_mean_is_beyond_all_numbers_are_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text(
+        "def huge(prompts, completions):\n    return [1e308] * len(prompts)\n"
+    )
+    assert "too large to be averaged" in refused(
+        3, run, "--reward-function", f"{tmp_path / 'reward.py'}:huge"
+    )
+    assert not (run / "frontier.parquet").exists()
+
+
 def test_what_cannot_be_rated_is_refused(run: Path, reward: str, tmp_path: Path, model: Path) -> None:
     assert "no run is named" in refused(2, "--reward-function", reward)
     assert "no reward is named" in refused(2, run)

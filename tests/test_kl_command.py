@@ -113,6 +113,25 @@ def test_what_was_measured_is_kept_and_what_is_missing_is_measured(run: Path) ->
     assert {entry.name for entry in (run / "kl").iterdir()} == {file.name for file in written}
 
 
+def test_a_table_of_the_run_that_a_killed_command_left_out_is_written_later(
+    run: Path, tmp_path: Path
+) -> None:
+    measured("--model", run / "final", "--output", tmp_path / "elsewhere.parquet")
+    assert not (run / KL_TABLE).exists()
+    measured("--model", run / "final")
+    whole = (run / KL_TABLE).read_bytes()
+    (run / KL_TABLE).unlink()
+    assert [entry["measured"] for entry in measured("--model", run / "final")] == [False]
+    assert (run / KL_TABLE).read_bytes() == whole
+
+
+def test_a_checkpoint_is_known_from_within_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, name in (("checkpoints", "step-00000001"), ("final", ".")):
+        monkeypatch.chdir(run / folder)
+        (entry,) = measured(name)
+        assert Path(entry["output"]).parent == run / "kl"
+
+
 def test_another_policy_under_the_same_name_is_not_taken_for_measured(run: Path) -> None:
     measured("--model", run / "checkpoints" / "step-00000001")
     shutil.rmtree(run / "checkpoints" / "step-00000001")

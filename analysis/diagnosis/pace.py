@@ -119,7 +119,9 @@ def overfitting(evidence: Evidence) -> Finding | Missing | None:
     """pairs that were trained on are ranked better than held-out ones, whose loss rises"""
     seen, held_out = evidence.seen, evidence.evaluated
     if len(seen) < FEWEST:
-        return None
+        if len(seen) or not (len(evidence.start) or len(evidence.fresh)):
+            return Missing(f"fewer than {FEWEST} pairs have log-probs from after they were trained on")
+        return None  # no pair was trained on twice
     if len(held_out) < FEWEST:
         return Missing("too few prompts were held out (--eval-split)")
     _, (trained,) = shares_over_prompts(seen, rewards.accuracy())

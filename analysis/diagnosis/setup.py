@@ -89,6 +89,8 @@ def precision_lost(evidence: Evidence) -> Finding | Missing | None:
     """what training learned is missing from the model that it saved"""
     final, evaluated = evidence.final, evidence.evaluated
     if final is None or not final.scored:
+        if not evidence.run.saved:
+            return Missing("no model is saved yet")
         return Missing(f"the saved model was not scored: {evidence.run.score_command}")
     if not len(evaluated):
         return Missing(

@@ -8,6 +8,7 @@ import functools
 import io
 import re
 import textwrap
+import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, cast
 
@@ -16,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from dpo_opt.schemas.safe_text import printable
 
 # Okabe and Ito's palette: its colours stay distinct with the common colour deficiencies.
 CHOSEN = "#0072B2"
@@ -98,7 +101,9 @@ def svg(figure: Figure, *, label: str) -> str:
         label: Plain text that a screen reader reads in its place.
     """
     text = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # The reader's fonts draw the text, not matplotlib's.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(text, format="svg", metadata=nothing)
     body = text.getvalue()
@@ -109,7 +114,8 @@ def svg(figure: Figure, *, label: str) -> str:
     for colour, name in _NAMED.items():
         body = body.replace(colour.lower(), f"var(--{name}, {colour.lower()})")
     safe = re.sub(r'[&<>"]', " ", label)
-    return body.replace("<svg", f'<svg role="img" aria-label="{safe}"', 1)
+    # Names come from folders: with a control character in one the file would be no XML.
+    return printable(body.replace("<svg", f'<svg role="img" aria-label="{safe}"', 1))
 
 
 def new_figure(

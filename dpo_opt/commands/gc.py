@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from dpo_opt.options import dry_run_option, json_option, shards_option
+from dpo_opt.options import FiniteRange, dry_run_option, json_option, shards_option
 from dpo_opt.results import show
 from dpo_opt.schemas.locations import AnyPath
 
@@ -13,7 +13,7 @@ from dpo_opt.schemas.locations import AnyPath
 @shards_option
 @click.option(
     "--older-than",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=24.0,
     show_default=True,
     help="Hours for which nobody may have written to a file; longer than any worker takes for a shard.",

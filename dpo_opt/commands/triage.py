@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dpo_opt.options import json_option, shards_option
+from dpo_opt.options import FiniteRange, json_option, shards_option
 from dpo_opt.results import say, show, table
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.locations import AnyPath
@@ -24,14 +24,14 @@ _KINDS = ("hard_to_flip", "suspect_label", "near_identical", "no_information")
 @shards_option
 @click.option(
     "--beta",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=0.1,
     show_default=True,
     help="Of the run to come; it decides what is hard to flip.",
 )
 @click.option(
     "--suspects",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.05,
     show_default=True,
     help="Largest share of the pairs whose labels are called suspect.",
@@ -46,7 +46,7 @@ _KINDS = ("hard_to_flip", "suspect_label", "near_identical", "no_information")
 )
 @click.option(
     "--weight",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=0.0,
     show_default=True,
     help="Factor of their weight, with --write-weights.",

@@ -88,6 +88,9 @@ def measure_kl(config: "KLConfig", *, progress: Progress | None = None) -> list[
                 **estimate_kl(scan_kl_samples(output), where=str(output)).as_record(),
             }
         )
+    for run in dict.fromkeys(job.policy.run for job in jobs if job.policy.run is not None):
+        # Where a command was killed after its last measurement, this table lacks it.
+        write_kl_table(run)
     progress.finish()
     return found
 

@@ -74,11 +74,12 @@ def _policies(name: str, config: "KLConfig") -> Iterator[Policy]:
                 )
             yield from (_of_run(model, run, step, config) for model, step in models)
         return
-    for run in (path.parent, path.parent.parent):
-        if (run / CONFIG).is_file():
-            step = dict(_models_of(run, every=True)).get(path)
+    # Within the run's folder, the path as it was given does not name it.
+    for place in (path, path.absolute()):
+        for run in (place.parent, place.parent.parent):
+            step = dict(_models_of(run, every=True)).get(place) if (run / CONFIG).is_file() else None
             if step is not None:
-                yield _of_run(path, run, step, config)
+                yield _of_run(place, run, step, config)
                 return
     _require({"--reference": config.reference, "--prompts": config.prompts, "--output": config.output}, name)
     assert config.reference is not None

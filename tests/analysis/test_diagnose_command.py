@@ -66,7 +66,9 @@ def test_a_run_that_goes_on_or_crashed_is_judged_as_far_as_it_came(run):
     text = said(run)
     assert "the run is not finished" in text
     assert "--resume" in text
-    assert "the saved model was not scored: dpo-opt score" in text
+    assert "no model is saved yet" in text
+    (run / "checkpoints" / "step-00000020").mkdir(parents=True)
+    assert f"the saved model was not scored: dpo-opt score --shards {run.parent / 'shards'}" in said(run)
 
 
 def test_values_that_were_not_finite_are_found_with_their_pairs(run):

@@ -145,6 +145,13 @@ def test_without_pairs_nothing_is_claimed(cause):
     assert isinstance(result, Missing)
 
 
+def test_overfitting_is_ruled_out_only_where_pairs_were_seen_once():
+    assert pace.overfitting(evidence(start=table(margin=0.0))) is None
+    assert isinstance(pace.overfitting(evidence(table(margin=healthy(0)))), Missing)
+    few = evidence(start=table(margin=0.0), seen=table(margin=healthy(5))[:5])
+    assert isinstance(pace.overfitting(few), Missing)
+
+
 def test_every_cause_says_what_it_asks():
     assert all(cause.__doc__ and not cause.__doc__.endswith(".") for cause in CAUSES)
     assert len({cause.__name__ for cause in CAUSES}) == len(CAUSES) == 12

@@ -150,6 +150,13 @@ def test_svg_is_well_formed_and_refers_to_nothing_outside(train, evals):
                 assert value.startswith("#")
 
 
+def test_svg_is_well_formed_whatever_a_name_has(recwarn):
+    curve = RunCurve("esc\x1b[31m\u202ered 一", [1.0, 2.0], [0.5, 0.6])
+    root = ElementTree.fromstring(svg(accuracy_of_runs([curve], along="step"), label="a\x1b"))
+    assert "esc[31mred 一" in "".join(root.itertext())
+    assert not recwarn.list
+
+
 def test_equal_frames_are_equal_bytes(train, evals):
     texts = {svg(curves.margin_curve(train, evals), label="x") for _ in range(2)}
     assert len(texts) == 1

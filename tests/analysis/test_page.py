@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -233,6 +234,10 @@ def test_a_run_that_has_only_begun_is_shown(make_run):
     summary, page = write_report(run)
     assert summary.runs[0].steps is None
     assert "Nothing was logged yet" in page
+    shutil.rmtree(run / "final")
+    _, page = write_report(run)
+    score = f"dpo-opt score --shards {run.parent / 'shards'} --model {run / 'final'}"
+    assert f"dpo-opt train --config {run / 'config.resolved.yaml'} --resume && {score}" in page
     assert "There are no log-probs of single pairs" in page
 
 
@@ -437,6 +442,13 @@ def test_pairs_that_are_not_known_are_asked_for_with_the_command(make_run, tmp_p
         report([run], tmp_path / "report.html", pairs=tmp_path / "pairs.parquet")
     assert not (tmp_path / "pairs.parquet").exists()
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.summary.json"])
+def test_pairs_never_go_where_the_page_or_its_numbers_go(make_run, tmp_path, name):
+    with pytest.raises(ConfigError, match="--pairs names a file"):
+        report([make_run()], tmp_path / "report.html", pairs=tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 def test_runs_are_drawn_over_one_another_where_both_were_evaluated(make_run):

@@ -123,6 +123,17 @@ def test_the_command_says_what_it_found_and_how_to_go_back(folder, tmp_path):
     assert {kind: int(table[kind].sum()) for kind in KINDS} == {kind: counts[kind] for kind in KINDS}
 
 
+@pytest.mark.parametrize("option", ["--beta", "--suspects", "--weight"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_no_finite_number_is_refused(folder, option, value):
+    shards, _ = folder
+    arguments = ["triage", "--shards", str(shards), "--write-weights", "suspect_label", option, value]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2, result.output
+    assert option in result.output
+    assert not (shards / "columns" / "weight.parquet").exists()
+
+
 def test_the_command_offers_the_kinds_there_are():
     assert list(triage_command._KINDS) == list(triage_module.KINDS)
 
