@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from dpo_opt.analysis.intervals import FloatArray, Interval, ratio_interval, share_interval
-from dpo_opt.analysis.load import KL_FOLDER, parquet_files, scan_kl_samples
-from dpo_opt.schemas.errors import DataError, quoted
+from dpo_opt.analysis.load import KL_FOLDER, UNREADABLE, parquet_files, scan_kl_samples
+from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.kl_samples import read_kl_record
 
 # By how much the samples' mean surprise per token may differ from the policy's entropy: a share of it, and
@@ -23,6 +23,8 @@ _SURPRISE_SHARE = 0.02
 _SURPRISE_ERRORS = 5.0
 FINAL_TABLE = "final.parquet"
 _PER_TOKEN = ("ref_token_logps", "policy_token_entropies", "token_kl")
+# By the names of their sums: what every sample has to have.
+_NEEDED = {"cut": "finished", "tokens": "policy_token_logps", "k1": "ref_token_logps"}
 _MEASURE = "dpo-opt kl MODEL --reference M --prompts DIR_OR_DATA --output FILE.parquet"
 
 
@@ -102,10 +104,22 @@ def estimate_kl(samples: pl.LazyFrame, *, where: str | None = None) -> KLEstimat
         where: Its name, for messages.
 
     Raises:
-        DataError: The table is empty, a sample's lists of numbers differ in length, or the samples are not
-            the policy's.
+        DataError: The table is empty or damaged, a sample's lists of numbers differ in length or are not
+            there, or the samples are not the policy's.
     """
-    sums = _sums_by_prompt(samples, where)
+    try:
+        sums = _sums_by_prompt(samples, where)
+    except UNREADABLE as error:
+        raise DataError(
+            f"the table of on-policy samples cannot be read ({first_line(error)})", where=where, fix=_MEASURE
+        ) from error
+    if lacking := _NEEDED.keys() - sums.keys():
+        raise DataError(
+            f"a sample has no {', '.join(sorted(_NEEDED[name] for name in lacking))}",
+            where=where,
+            why="the mean of the others would be that of other samples",
+            fix=_MEASURE,
+        )
     if "entropy" in sums:
         _require_own_samples({name: float(sums[name].sum()) for name in sums}, where)
 

@@ -30,6 +30,12 @@ KL_FOLDER = "kl"
 _SLICE_ROWS = 25_000
 _MAX_SLICES = 40
 _SORTED_ROWS = 250_000
+UNREADABLE = (
+    pl.exceptions.ComputeError,
+    pl.exceptions.SchemaError,
+    pl.exceptions.InvalidOperationError,
+)
+"""What a query raises where a table's pages are damaged, or a column holds another type."""
 
 
 class ShardSlice(NamedTuple):

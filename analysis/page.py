@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import polars as pl
 from markupsafe import Markup
 
 from dpo_opt.analysis.aligned_runs import by_kl, by_step
@@ -18,6 +17,7 @@ from dpo_opt.analysis.figures.drawing import svg
 from dpo_opt.analysis.figures.frontier import frontier_figure
 from dpo_opt.analysis.figures.runs import accuracy_of_runs
 from dpo_opt.analysis.html import render
+from dpo_opt.analysis.load import UNREADABLE
 from dpo_opt.analysis.quadrants import MOVEMENTS
 from dpo_opt.analysis.run_files import open_run
 from dpo_opt.analysis.run_summary import run_summary
@@ -82,8 +82,8 @@ def _views(run_dirs: Sequence[Path], scratch: Path) -> list[RunView]:
         own.mkdir()
         try:
             views.append(view_run(open_run(Path(run_dir)), own))
-        except pl.exceptions.ComputeError as error:
-            # The files' footers were readable, but their data pages are not.
+        except UNREADABLE as error:
+            # The files' footers were readable, but their data pages are not, or hold other types.
             raise DataError(
                 f"a table cannot be read ({first_line(error)})",
                 where=str(run_dir),

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import polars as pl
-
 from dpo_opt.analysis.diagnosis import labels, pace, setup
 from dpo_opt.analysis.diagnosis.evidence import Evidence, gather
 from dpo_opt.analysis.diagnosis.finding import Check, Diagnosis, Finding, Missing
 from dpo_opt.analysis.final_state import FinalState
+from dpo_opt.analysis.load import UNREADABLE
 from dpo_opt.analysis.run_files import Run, open_run
 from dpo_opt.analysis.unpaired_rows import require_pairs
 from dpo_opt.schemas.errors import DataError, first_line, quoted
@@ -51,8 +50,8 @@ def diagnose(run: Run | Path | str, final: FinalState | None = None) -> Diagnosi
     try:
         evidence = gather(run, final)
         found = {cause: cause(evidence) for cause in CAUSES}
-    except pl.exceptions.ComputeError as error:
-        # The files' footers were readable, but their data pages are not.
+    except UNREADABLE as error:
+        # The files' footers were readable, but their data pages are not, or hold other types.
         raise DataError(
             f"a table cannot be read ({first_line(error)})",
             where=str(run.path),

@@ -3,6 +3,7 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
+import polars as pl
 import pytest
 
 from dpo_opt.analysis.kl import estimate_kl
@@ -131,6 +132,21 @@ def test_lists_of_different_lengths_are_refused_by_prompt_and_sample(tmp_path, t
     write_kl_samples(tmp_path / "bad.parquet", [table[1][0], short])
     with pytest.raises(DataError, match=f"sample 1 of prompt {sample.prompt_id}"):
         estimate_kl(scan_kl_samples(tmp_path / "bad.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        ("finished", pl.lit(None, dtype=pl.Boolean), "a sample has no finished"),
+        ("ref_token_logps", pl.lit(None, dtype=pl.List(pl.Float32)), "a sample has no ref_token_logps"),
+        ("policy_token_logps", pl.lit("x"), "cannot be read"),
+    ],
+)
+def test_a_table_whose_column_has_no_values_or_others_is_refused(tmp_path, table, column, value, says):
+    file = tmp_path / "samples.parquet"
+    pl.read_parquet(table[0]).with_columns(value.alias(column)).write_parquet(file)
+    with pytest.raises(DataError, match=says):
+        estimate_kl(scan_kl_samples(file), where=str(file))
 
 
 def test_an_empty_table_is_refused(tmp_path):

@@ -415,6 +415,11 @@ def test_a_damaged_score_file_is_an_explained_error(make_run):
     file.write_bytes(damaged)
     with pytest.raises(DataError, match="damaged"):
         write_report(run)
+    shutil.rmtree(run / "scores")
+    for table in (run / "pair_logps").iterdir():
+        pl.read_parquet(table).with_columns(chosen_logps=pl.lit("x")).write_parquet(table)
+    with pytest.raises(DataError, match="damaged"):
+        write_report(run)
 
 
 def test_importing_the_package_loads_no_polars():
