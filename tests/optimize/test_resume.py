@@ -317,8 +317,8 @@ def test_without_a_metric_no_best_is_left(settings: dict[str, Any], tmp_path: Pa
 
 def test_a_best_is_comparable_on_the_same_pairs_only(shards: Path) -> None:
     stream = PairStream(ShardFolder.open(shards), eval_split=0.2)
-    held_out, helpful = Evaluation(None, stream, None), Evaluation("helpful", stream, "a" * 64)
-    renewed = Evaluation("helpful", stream, "b" * 64)
+    held_out, helpful = Evaluation(None, stream, None, False), Evaluation("helpful", stream, "a" * 64, False)
+    renewed = Evaluation("helpful", stream, "b" * 64, False)
     best = new_best("eval_helpful_loss", 0.5, [held_out, helpful], step=3)
     assert is_comparable(best, "eval_helpful_loss", [helpful, held_out])
     assert not is_comparable(best, "eval_helpful_loss", [held_out, renewed])

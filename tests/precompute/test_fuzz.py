@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from dpo_opt.precompute.check.audit import audit
 from dpo_opt.precompute.check.problems import BAD_ROWS
-from dpo_opt.precompute.check.written_forms import written_row
+from dpo_opt.precompute.check.written_forms import written_rows
 from dpo_opt.precompute.config import CheckConfig, DataConfig, WrittenForm
 from dpo_opt.precompute.read import files
 from dpo_opt.precompute.read.datasets import BadRow, row_content, scan_blocks, scan_pairs
@@ -223,10 +223,17 @@ def test_what_is_written_in_a_format_is_read_as_the_same_pair(
 ) -> None:
     try:
         ((pair,), _) = to_pairs({"prompt": prompt, "chosen": chosen, "rejected": rejected}, where="")
-        row = written_row(pair, form)
+        rows = written_rows(pair, form)
     except DataError:
         return
-    assert to_pairs(json.loads(json.dumps(row)), where="")[0] == [pair]
+    read = [one for row in rows for one in to_pairs(json.loads(json.dumps(row)), where="")[0]]
+    if form == "unpaired":
+        assert [(one.prompt, one.chosen, one.label) for one in read] == [
+            (pair.prompt, pair.chosen, True),
+            (pair.prompt, pair.rejected, False),
+        ]
+    else:
+        assert read == [pair]
 
 
 JSON_PARTS = st.sampled_from(

@@ -33,7 +33,8 @@ def row(number: int, *, tokens: bool) -> PairLogps:
     )
 
 
-def test_pair_logps_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_pair_logps_are_read_as_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_opt.schemas.pair_logps.ROW_GROUP_ROWS", 2)
     path = tmp_path / "pair_logps" / "00000.parquet"
     write_pair_logps(path, [[row(3, tokens=True), row(1, tokens=False)], [row(2, tokens=False)]])
     file = pq.ParquetFile(path)
