@@ -1,5 +1,6 @@
 """A headless Chromium for tests, driven over its own pipe (Chrome DevTools Protocol), without a driver."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -48,11 +49,11 @@ class Chromium:
         self._read, to_write = os.pipe()
 
         def descriptors() -> None:
-            # The protocol's pipes are file descriptors 3 and 4.
-            os.dup2(os.dup(to_read), 30)
-            os.dup2(os.dup(to_write), 31)
-            os.dup2(30, 3)
-            os.dup2(31, 4)
+            # The protocol's pipes are file descriptors 3 and 4, where something else may be open already, the
+            # pipes themselves too. So they first get numbers that nothing has.
+            reads, writes = (fcntl.fcntl(pipe, fcntl.F_DUPFD, 100) for pipe in (to_read, to_write))
+            os.dup2(reads, 3)
+            os.dup2(writes, 4)
 
         self._process = subprocess.Popen(
             [
