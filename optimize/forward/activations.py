@@ -1,7 +1,7 @@
 """Activation checkpointing: saves memory by computing parts of the forward again in backward.
 
 transformers' own switch works only in training mode, and training mode would switch dropout on. So each
-layer's forward is wrapped here. Log-probs and gradients are exactly those of the plain forward.
+layer's forward is wrapped here. Log-probs are exactly those of the plain forward.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,9 @@ from dpo_opt.schemas.errors import ConfigError
 
 
 def checkpoint_activations(model: PreTrainedModel, mode: Literal["none", "selective", "full"]) -> None:
-    """Let the decoder layers recompute in backward. Log-probs and gradients stay exactly the same.
+    """Let the decoder layers recompute in backward. Log-probs stay exactly the same.
+
+    Gradients do too with ``full``, and within rounding with ``selective``.
 
     Args:
         model: Changed in place. Call this only once per model.

@@ -26,7 +26,9 @@ _GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")
 
 
 def recompute_elementwise(model: PreTrainedModel) -> None:
-    """Let backward compute elementwise results again. Log-probs and gradients stay exactly the same.
+    """Let backward compute elementwise results again. Log-probs stay exactly the same.
+
+    Gradients differ by rounding: a norm gives its input one gradient, and autograd adds its parts one by one.
 
     Args:
         model: Changed in place: its norms, activation functions, gated MLPs and gates of experts, as far as
@@ -38,7 +40,9 @@ def recompute_elementwise(model: PreTrainedModel) -> None:
             module.forward = MethodType(_gated, module)
         elif hasattr(module, "_apply_gate"):
             module._apply_gate = partial(_method, module._apply_gate, getattr(module, "act_fn", None))
-        elif isinstance(module, (torch.nn.LayerNorm, *_ACTIVATIONS)) or _is_rms_norm(module):
+        elif isinstance(module, (torch.nn.LayerNorm, *_ACTIVATIONS)) or type(module).__name__.endswith(
+            "RMSNorm"
+        ):
             module.forward = partial(_method, module.forward, module)
     decoder.forward = partial(_watched, decoder.forward)
 
@@ -59,10 +63,6 @@ def _is_gated(module: torch.nn.Module) -> bool:
     code = type(module).forward.__code__
     products = [step.argrepr for step in dis.get_instructions(code) if step.opname == "BINARY_OP"]
     return code.co_names == _GATED and products == ["*"] and code.co_argcount == 2
-
-
-def _is_rms_norm(module: torch.nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm")
 
 
 def _gated(module: Any, hidden: Tensor) -> Any:
