@@ -40,9 +40,7 @@ def recompute_elementwise(model: PreTrainedModel) -> None:
             module.forward = MethodType(_gated, module)
         elif hasattr(module, "_apply_gate"):
             module._apply_gate = partial(_method, module._apply_gate, getattr(module, "act_fn", None))
-        elif isinstance(module, (torch.nn.LayerNorm, *_ACTIVATIONS)) or type(module).__name__.endswith(
-            "RMSNorm"
-        ):
+        elif isinstance(module, (torch.nn.LayerNorm, *_ACTIVATIONS)) or _is_rms_norm(module):
             module.forward = partial(_method, module.forward, module)
     decoder.forward = partial(_watched, decoder.forward)
 
@@ -63,6 +61,10 @@ def _is_gated(module: torch.nn.Module) -> bool:
     code = type(module).forward.__code__
     products = [step.argrepr for step in dis.get_instructions(code) if step.opname == "BINARY_OP"]
     return code.co_names == _GATED and products == ["*"] and code.co_argcount == 2
+
+
+def _is_rms_norm(module: torch.nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
 
 
 def _gated(module: Any, hidden: Tensor) -> Any:
