@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -100,6 +101,14 @@ class HfScorer:
         """
         hidden = torch.cat(self._per_sequence(sequences, _hidden))
         return States(hidden, head_of(self.policy.model), self.policy.dtype)
+
+    def state_sums(self, sequences: Sequence[TokenSequence]) -> list[npt.NDArray[np.float64]]:
+        """The sum (d,) of the hidden states that predict a completion's wanted tokens, of each sequence.
+
+        They are what the head reads, after the last norm: the first is at the prompt's last token, and none
+        is at the completion's. Sequences are grouped as in ``token_logps``.
+        """
+        return self._per_sequence(sequences, _state_sums)
 
     def _per_sequence(
         self, sequences: Sequence[TokenSequence], forward: Callable[[Policy, Sequence[Group]], Iterator[T]]
@@ -198,6 +207,14 @@ def _hidden(policy: Policy, groups: Sequence[Group]) -> Iterator[Tensor]:
     batch = policy.layout(groups).to(policy.device)
     # One copy to the CPU: of tens of thousands of tokens, a GPU has no room beside a model.
     yield from torch.split(policy.batch_states(batch).cpu(), batch.lengths)
+
+
+@torch.no_grad()
+def _state_sums(policy: Policy, groups: Sequence[Group]) -> Iterator[npt.NDArray[np.float64]]:
+    batch = policy.layout(groups).to(policy.device)
+    for states in torch.split(policy.batch_states(batch), batch.lengths):
+        # On the device, where float64 may be missing; a sum in bf16 would be noise.
+        yield states.sum(0, dtype=torch.float32).double().cpu().numpy()
 
 
 def _by_prompt(sequences: Sequence[TokenSequence]) -> list[Group]:

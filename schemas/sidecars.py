@@ -28,6 +28,8 @@ COLUMNS = "columns"
 """Folder of the sidecars, inside a folder of shards."""
 WEIGHT = "weight"
 MARGIN = "margin"
+CHES = "ches"
+CHES_NORMALISED = "ches_normalised"
 _NOTE = b"dpo_opt.note"
 _PLANNED = rf"{COLUMNS}/[a-z]+-[0-9a-f]{{32}}\.parquet"
 ColumnFile = Annotated[str, Field(pattern=f"^{_PLANNED}$")]

@@ -13,7 +13,7 @@ from dpo_opt.cli import main
 from dpo_opt.commands import triage as triage_command
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.shard_folder import ShardFolder
-from dpo_opt.schemas.sidecars import WEIGHT, Column, column_note, write_column
+from dpo_opt.schemas.sidecars import CHES, CHES_NORMALISED, WEIGHT, Column, column_note, write_column
 
 
 @pytest.fixture
@@ -68,6 +68,37 @@ def test_suspects_are_the_highest_share_and_never_rightly_ranked(folder):
             others = found.pairs.filter(~pl.col("suspect_label"))["perplexity_difference"]
             assert suspect.min() > max(0, others.max())
     assert found.suspect_above is not None
+
+
+def test_high_ches_is_the_highest_share_of_what_was_computed(folder):
+    shards, _ = folder
+    without = triage(shards, suspects=0.1)
+    assert (without.without_ches, without.count("high_ches")) == (60, 0)
+    rows = list(range(0, 60, 2))
+    write_column(shards, CHES, Column(rows, [-100.0 * row for row in rows]))
+    write_column(shards, CHES_NORMALISED, Column(rows, [-float((row * 7) % 60) for row in rows]))
+    found = triage(shards, suspects=0.1)
+    assert found.without_ches == 30
+    high = found.pairs.filter("high_ches")
+    assert len(high) == 6
+    assert high["ches_normalised"].min() > found.pairs.filter(~pl.col("high_ches"))["ches_normalised"].max()
+    assert found.pairs["ches"][4] == -400.0
+    assert found.pairs["ches"][5] is None
+    assert not found.pairs["high_ches"][5]
+
+
+def test_high_ches_weighs_nothing_down_unless_every_pair_has_one(folder):
+    shards, _ = folder
+    arguments = ["triage", "--shards", str(shards), "--write-weights", "high_ches"]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 2
+    assert "60 of 60 pairs have no CHES score" in refused.output
+    assert "--ches REFERENCE" in refused.output
+    assert not (shards / "columns" / "weight.parquet").exists()
+    write_column(shards, CHES_NORMALISED, Column(list(range(60)), [float(row) for row in range(60)]))
+    taken = CliRunner().invoke(main, [*arguments, "--suspects", "0.1"])
+    assert taken.exit_code == 0, taken.output
+    assert weights(shards).tolist() == [1.0] * 54 + [0.0] * 6
 
 
 def test_weights_are_written_over_and_taken_back(folder):
