@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from dpo_opt.precompute.read.strict_json import FIX_ROW, SKIP_ROW
 from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.settings import Settings
 
@@ -30,9 +31,18 @@ def complete_fix(fix: str, config: Settings) -> str:
         own = (" --data " if "--data DATA" in fix else " ").join(map(quoted, data))
         options = "".join(f" {option}" for option in _options(given))
         fix = re.sub(r"(dpo-opt \w+ (?:--\w+ \S+ )*(?:--data )?)DATA\b", lambda m: m[1] + own + options, fix)
+    elif "prompts" in given:
+        fix = _of_prompts(fix)
     if model is not None:
         fix = re.sub(r"--model M\b", lambda _: f"--model {quoted(model)}", fix)
     return fix
+
+
+def _of_prompts(fix: str) -> str:
+    """The fix of a command that reads prompts alone: it has no --data, and `check` is for pairs."""
+    for of_pairs in (FIX_ROW, SKIP_ROW):
+        fix = fix.replace(of_pairs, "correct or remove the row")
+    return re.sub(r"--data\b(?!-)", "--prompts", fix)
 
 
 def _options(given: dict[str, object]) -> Iterator[str]:

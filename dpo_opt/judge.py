@@ -55,31 +55,44 @@ def judge(config: "JudgeConfig", *, progress: Progress | None = None) -> dict[st
 
     Raises:
         ConfigError: The judge is missing, or there is nothing to compare.
-        DataError: Completions are missing or damaged, or a function returns no numbers.
-        FingerprintError: The folder is another judge's.
+        DataError: Completions are missing or damaged, a function returns no numbers, or no completion is
+            better than another one of its prompt.
+        FingerprintError: The folder is another judge's, or of other completions.
         DpoOptError: A server refuses, or does not answer.
     """
     progress = progress or Silent()
     gathered = gather(config.samples, finished_only=config.finished_only)
     prepared = _prepare(config)
-    require_own(config.output, prepared.identity, kind="judge", has_results=has_answers(config.output))
+    settings = {
+        **prepared.identity,
+        "finished_only": config.finished_only,
+        "prompts": len(gathered.candidates),
+        "samples_sha256": gathered.digest(),
+    }
+    require_own(config.output, settings, kind="judge", has_results=has_answers(config.output))
     with AnswerLog(config.output, prepared.schema) as log:
         # Only here, where no other process is at work with the settings that are there.
-        begin_or_resume(
-            config.output, prepared.identity, kind="judge", has_results=has_answers(config.output)
-        )
+        begin_or_resume(config.output, settings, kind="judge", has_results=has_answers(config.output))
         scores, found = prepared.run(gathered.candidates, log, progress)
         log.finish()
+    counts = write_ranked(config.output, gathered.candidates, scores)
     result = {
-        "ranked": str(config.output / RANKED),
+        "ranked": str(config.output / RANKED) if counts["rows"] else None,
         "answers": str(config.output / ANSWERS),
         "samples": [str(folder) for folder in config.samples],
         "prompts": len(gathered.candidates),
         "completions_left_out": gathered.left_out,
-        **write_ranked(config.output, gathered.candidates, scores),
+        **counts,
         **found,
     }
     write_text(config.output / SUMMARY, json.dumps(result, indent=1) + "\n")
+    if not counts["rows"]:
+        raise DataError(
+            f"no completion is better than another one of its prompt ({len(gathered.candidates)} prompts)",
+            where=str(config.output),
+            why=f"there is nothing to train on; {SUMMARY} and {ANSWERS} say what the judge found",
+            fix="pass another judge and another --output, or sample with a higher --temperature",
+        )
     return result
 
 
@@ -107,7 +120,7 @@ class _Judge(NamedTuple):
     """Who judges."""
 
     identity: dict[str, Any]
-    """What decides the answers: a folder holds those of one judge."""
+    """What decides its answers."""
     schema: pa.Schema
     """Of its answers."""
     run: Callable[[Sequence[Candidates], AnswerLog, Progress], _Judged]
@@ -140,10 +153,12 @@ def _function(named: str) -> _Judge:
 def _reward_model(named: str, *, dtype: str) -> _Judge:
     folder = find_model(named)
     dtype = checkpoint_dtype(folder) if dtype == "auto" else dtype
-    tokenizer = encoder(folder)
+    tokenizer = encoder(folder, needs_eos=False)
 
     def ids(c: Candidates, text: str) -> IdArray:
-        """Prompt and completion as ``precompute`` would give them to this model."""
+        """Prompt and completion as ``precompute`` would give them to this model, but that none is asked to
+        have an EOS token: a classifier writes nothing.
+        """
         is_text = isinstance(c.row["prompt"], str)
         completion: Any = text if is_text else [{"role": "assistant", "content": text}]
         pair = PreferencePair(0, chosen=completion, rejected=completion, source=None, where=named, **c.row)

@@ -1,5 +1,6 @@
 """Completions of prompts: joins the reader of preference data, an engine, and the table of completions."""
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.precompute.tokens.template_date import chosen_date
 from dpo_opt.precompute.tokens.templates import chat_templates
 from dpo_opt.precompute.tokens.tokenize import prompt_ids
+from dpo_opt.precompute.workers.assignment import worker_from_environment
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.models import (
     checkpoint_dtype,
@@ -84,6 +86,7 @@ def sample(config: "SampleConfig", *, progress: Progress | None = None) -> dict[
             "template_date": date.date,
             **sampler.numerics._asdict(),
         },
+        worker=_worker(config),
         progress=progress or Silent(),
     )
     return {
@@ -94,6 +97,13 @@ def sample(config: "SampleConfig", *, progress: Progress | None = None) -> dict[
         **counts,
         **date.as_record(),
     }
+
+
+def _worker(config: "SampleConfig") -> tuple[int, int]:
+    """This worker's number and their count: as the options say, else as the scheduler does."""
+    if config.num_workers is not None:
+        return config.worker_index or 0, config.num_workers
+    return worker_from_environment(os.environ) or (0, 1)
 
 
 def _read(config: "SampleConfig", tokenizer: "PreTrainedTokenizerFast", date: str | None) -> Iterator[Prompt]:

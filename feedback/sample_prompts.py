@@ -37,9 +37,10 @@ def sample_prompts(
     temperature: float,
     seed: int,
     about: Mapping[str, Any],
+    worker: tuple[int, int],
     progress: Progress,
 ) -> dict[str, int]:
-    """Write the completions of all prompts into a folder, and count them.
+    """Write the completions of all prompts, or a worker's share of them, into a folder, and count them.
 
     Args:
         prompts: Prompts with different ids.
@@ -51,6 +52,7 @@ def sample_prompts(
         temperature: See ``Sampler``, also for ``seed``.
         seed: Seed of the run.
         about: What else decides the completions, such as the model's digests: of plain JSON.
+        worker: This worker's number, from 0, and how many there are. All of them share the folder.
         progress: Shown the completions.
 
     Raises:
@@ -72,9 +74,11 @@ def sample_prompts(
     }
     there = finished_parts(folder)
     begin_or_resume(folder, settings, kind="parts", has_results=bool(there))
-    before = sum(len(part) for number, part in enumerate(parts) if number in there) * num_samples
-    progress.start("sampling", total=len(prompts) * num_samples, unit="completions", done=before)
-    for number, part in enumerate(parts):
+    own = dict(list(enumerate(parts))[worker[0] :: worker[1]])
+    total = sum(map(len, own.values())) * num_samples
+    before = sum(len(part) for number, part in own.items() if number in there) * num_samples
+    progress.start("sampling", total=total, unit="completions", done=before)
+    for number, part in own.items():
         if number in there:
             continue
         written = sampler.sample(
@@ -95,9 +99,10 @@ def sample_prompts(
         progress.advance(len(samples))
     progress.finish()
     return {
-        "completions": len(prompts) * num_samples,
-        "completions_cut": count_cut(folder),
+        "completions": total,
+        "completions_cut": count_cut(folder, list(own)),
         "completions_before": before,
+        "parts_missing": len(parts) - len(finished_parts(folder)),
     }
 
 

@@ -62,14 +62,14 @@ def finished_parts(folder: Path) -> set[int]:
     return {int(path.stem) for path in (folder / DATA).glob("*.parquet") if path.stem.isdecimal()}
 
 
-def count_cut(folder: Path) -> int:
-    """How many completions the token limit cut off.
+def count_cut(folder: Path, numbers: Sequence[int]) -> int:
+    """How many completions of some parts the token limit cut off.
 
     Raises:
         DataError: A part cannot be read.
     """
     cut = 0
-    for path in sorted((folder / DATA).glob("*.parquet")):
+    for path in (folder / DATA / f"{number:05}.parquet" for number in numbers):
         with _readable(path), arrow_file(path) as source:
             (finished,) = pq.read_table(source, columns=["finished"]).columns
             cut += finished.to_pylist().count(False)

@@ -1,4 +1,4 @@
-"""What every configuration has in common: fields that explain themselves, and no unknown key."""
+"""What every configuration has in common: fields that explain themselves, finite numbers, no unknown key."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -6,4 +6,4 @@ from pydantic import BaseModel, ConfigDict
 class Settings(BaseModel):
     """Base of the configurations: one model is the Python API, the YAML file and the command line."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)

@@ -94,13 +94,51 @@ def test_another_judge_is_refused_while_one_is_at_work_and_changes_nothing(
     assert json.loads((folder / "settings.json").read_text()) == identity
 
 
+@pytest.mark.parametrize("change", ["samples", "finished_only"])
+def test_what_is_judged_is_part_of_a_folder_and_nothing_else_replaces_its_ranking(
+    samples: Path, function: str, tiny_model: Path, tmp_path: Path, change: str
+) -> None:
+    judge = ["judge", "--output", tmp_path / "j", "--function", function, "--samples"]
+    assert run(*judge, samples).exit_code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "j").iterdir()}
+    (tmp_path / "other").mkdir()
+    others = [sampled(tiny_model, tmp_path / "other", PROMPTS[:2])]
+    result = run(*judge, *(others if change == "samples" else [samples, "--finished-only"]))
+    if change == "finished_only" and result.exit_code == 2:
+        assert "two completions to compare" in result.stderr  # none of a random model's are finished
+        return
+    assert result.exit_code == 4
+    assert change in result.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "j").iterdir()} == before
+
+
+def test_a_folder_that_moved_holds_the_same_samples(samples: Path, function: str, tmp_path: Path) -> None:
+    judge = ["judge", "--output", tmp_path / "j", "--function", function, "--json", "--samples"]
+    first = json.loads(run(*judge, samples).stdout)
+    again = json.loads(run(*judge, samples.rename(tmp_path / "moved")).stdout)
+    assert {**again, "samples": None} == {**first, "samples": None}
+
+
+def test_scores_that_are_all_equal_are_nothing_to_train_on(samples: Path, tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text("def same(prompts, completions):\n    return [1.0] * len(prompts)\n")
+    named = f"{tmp_path / 'reward.py'}:same"
+    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--function", named, "--json")
+    assert result.exit_code == 3
+    assert "there is nothing to train on" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "j").iterdir()) == [
+        "answers.parquet",
+        "settings.json",
+        "summary.json",
+    ]
+
+
 def test_a_function_that_fails_leaves_no_ranking(samples: Path, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text("def broken(prompts, completions):\n    return [float('nan')] * 99\n")
     named = f"{tmp_path / 'reward.py'}:broken"
     result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--function", named)
     assert result.exit_code == 3
     assert "99 numbers for" in result.stderr
-    assert not (tmp_path / "j" / "ranked.jsonl").exists()
+    assert [path.name for path in (tmp_path / "j").iterdir()] == ["settings.json"]
 
 
 def reward_model(model: Path, folder: Path, *, labels: int = 1) -> Path:
@@ -136,6 +174,29 @@ def test_a_reward_models_scores_are_its_logits(
     assert len({score for row in ranked(tmp_path / "j") for score in row["scores"]}) > 5
 
 
+@pytest.mark.parametrize("pad", [1, None], ids=["pad token", "no pad token"])
+def test_a_reward_model_needs_no_eos_token(
+    samples: Path, tiny_model: Path, tmp_path: Path, pad: int | None
+) -> None:
+    """A classifier writes nothing: the reward is that of the last token of the completion."""
+    folder = reward_model(tiny_model, tmp_path / "reward")
+    change_config(folder, pad_token_id=pad)
+    change_json(folder / "tokenizer_config.json", lambda config: config.pop("eos_token"))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    assert load_tokenizer(folder, needs_eos=False).eos_token is None
+    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--reward-model", folder)
+    assert result.exit_code == 0, result.output
+    model = LlamaForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = load_tokenizer(folder, needs_eos=False)
+    for row in ranked(tmp_path / "j"):
+        for completion, score in zip(row["completions"], row["scores"], strict=True):
+            ids = tokenizer(row["prompt"] + completion)["input_ids"]
+            with torch.no_grad():
+                hidden = model.model(input_ids=torch.tensor([ids])).last_hidden_state
+                expected = model.score(hidden)[0, -1].item()
+            assert score == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_model_without_a_head_of_one_reward_is_refused(
     samples: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -157,16 +218,19 @@ def test_a_chat_model_is_asked_in_both_orders(
     judge = ["judge", "--samples", samples, "--output", tmp_path / "j", "--judge-model", model, "--json"]
     judge += ["--backend", backend, "--max-new-tokens", 4]
     result = run(*judge)
-    assert result.exit_code == 0, result.output
-    said = json.loads(result.stdout)
+    assert result.exit_code == 3, result.output
+    assert "no completion is better than another one of its prompt (3 prompts)" in result.stderr
+    assert not (tmp_path / "j" / "ranked.jsonl").exists()
+    said = json.loads((tmp_path / "j" / "summary.json").read_text())
     answers = pq.read_table(tmp_path / "j" / "answers.parquet").to_pylist()
     assert said["asked"] == len(answers) == 18  # 3 prompts, 3 pairs each, both orders
     assert said["comparisons"] == 9
     assert said["malformed_answers"] == 18  # of a model of random weights
     assert said["position_bias"] is None
-    assert (said["rows"], said["tied_prompts"]) == (0, 3)
+    assert (said["ranked"], said["rows"], said["tied_prompts"]) == (None, 0, 3)
     assert all(json.loads(row["request"])[0]["role"] == "system" for row in answers)
-    assert json.loads(run(*judge).stdout)["asked"] == 0
+    assert run(*judge).exit_code == 3
+    assert json.loads((tmp_path / "j" / "summary.json").read_text())["asked"] == 0
 
 
 def test_a_judge_without_a_chat_template_is_refused_by_name(

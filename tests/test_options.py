@@ -128,6 +128,12 @@ def test_yaml_numbers_that_pyyaml_reads_as_text_are_numbers(tmp_path: Path) -> N
     assert result("--config", yaml_file(tmp_path, "dish: soup\nsalt: 1e-6\n"))["salt"] == 1e-6
 
 
+@pytest.mark.parametrize("setting", ["heat-level", "salt"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_no_setting_of_any_command_is_infinite_or_no_number(setting: str, value: str) -> None:
+    assert refusal(f"--{setting}={value}", "--dish=soup").what.startswith(f"--{setting} {value}:")
+
+
 @pytest.mark.parametrize(
     ("key", "hint"),
     [("heat-level", "heat_level"), ("gests", "guests"), ("zzz", "known settings: dish, kitchen")],

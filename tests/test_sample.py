@@ -160,6 +160,66 @@ def test_a_run_whose_folder_another_began_otherwise_writes_nothing_into_it(
     assert not (tmp_path / "s" / "data").exists()
 
 
+def test_workers_share_a_folder_and_write_what_one_alone_writes(
+    tiny_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_prompts, "_PART", 3)  # one prompt
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert sample(tiny_model, prompts, alone).exit_code == 0
+    second = sample(tiny_model, prompts, shared, "--worker-index", 1, "--num-workers", 2, "--json")
+    said = json.loads(second.stdout)
+    assert (said["completions"], said["parts_missing"]) == (6, 3)
+    judged = CliRunner().invoke(
+        main,
+        ["judge", "--samples", str(shared), "--output", str(tmp_path / "j"), "--function", f"{__file__}:len"],
+    )
+    assert "3 of 5 parts are missing" in judged.stderr
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first = json.loads(sample(tiny_model, prompts, shared, "--json").stdout)
+    assert (first["completions"], first["parts_missing"]) == (9, 0)
+    for path in (path for path in alone.rglob("*") if path.is_file()):
+        assert (shared / path.relative_to(alone)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options", [["--worker-index", 1], ["--num-workers", 2], ["--worker-index", 2, "--num-workers", 2]]
+)
+def test_a_worker_that_cannot_be_is_refused(
+    tiny_model: Path, prompts: Path, tmp_path: Path, options: list[object]
+) -> None:
+    result = sample(tiny_model, prompts, tmp_path / "s", *options)
+    assert result.exit_code == 2
+    assert "--worker-index" in result.stderr
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "said", "fix"),
+    [
+        (None, [], "there is no such file", "check the path given to --prompts"),
+        ({"text": "a"}, [], 'the key "prompt" is missing (found: text)', "--column prompt=NAME reads it"),
+        ({"question": "a"}, [], 'the key "prompt" is missing', "pass --column prompt=question"),
+        ({"prompt": None}, [], '"prompt" is null', "correct or remove the row\n"),
+        ({"prompt": ""}, [], '"prompt" is empty', "correct or remove the row\n"),
+        ({"a": "b"}, ["--column", "prompt=c"], 'the key "c" is missing', "correct --column, or the row"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_named_with_the_commands_own_options(
+    tiny_model: Path, tmp_path: Path, row: dict[str, Any] | None, options: list[str], said: str, fix: str
+) -> None:
+    asked = tmp_path / "p.jsonl"
+    if row is not None:
+        write_jsonl(asked, [row])
+    found = sample(tiny_model, asked, tmp_path / "s", *options)
+    assert found.exit_code == 3
+    assert said in found.stderr
+    assert fix in found.stderr
+    assert "--data" not in found.stderr
+    assert "DATA" not in found.stderr
+    assert not (tmp_path / "s").exists()
+
+
 def test_repeated_and_too_long_prompts_are_counted_and_not_sampled(tiny_model: Path, tmp_path: Path) -> None:
     some = write_jsonl(tmp_path / "p.jsonl", [*PROMPTS, PROMPTS[0], {"prompt": "xy" * 200}])
     result = sample(tiny_model, some, tmp_path / "s", "--json")

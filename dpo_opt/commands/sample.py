@@ -4,10 +4,10 @@ They are written to Parquet, one row each, for dpo-opt judge or for anyone else.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import click
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from dpo_opt.console import watched
 from dpo_opt.options import configured, json_option
@@ -45,6 +45,20 @@ class SampleConfig(Settings):
     """Dtype of the model. auto: the dtype that its checkpoint declares."""
     engine_option: list[str] = Field(default=[])
     """vllm: an argument of its engine, such as tensor_parallel_size=2. Repeat it for each argument."""
+    worker_index: NonNegativeInt | None = None
+    """This worker's number, from 0. Default: taken from the Slurm array or RANK, else it does all work."""
+    num_workers: PositiveInt | None = None
+    """Number of workers, which share the prompts and the folder."""
+
+    @model_validator(mode="after")
+    def _know_the_worker(self) -> Self:
+        if (self.worker_index is None) != (self.num_workers is None):
+            raise ValueError("--worker-index and --num-workers go together")
+        if self.num_workers is not None and (self.worker_index or 0) >= self.num_workers:
+            raise ValueError(
+                f"--worker-index is not below --num-workers {self.num_workers}: it counts from 0"
+            )
+        return self
 
 
 @click.command(help=__doc__)

@@ -7,6 +7,7 @@ one that it was writing. At the end they become ``answers.parquet``.
 import contextlib
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -49,16 +50,14 @@ class AnswerLog:
 
     def __enter__(self) -> Self:
         self._lines = (self._folder / _LINES).open("ab+")
-        try:
-            fcntl.flock(self._lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not self._locked():
             self._lines.close()
             raise ConfigError(
                 "another process is at work in the folder",
                 where=str(self._folder),
                 why="both would ask the same things",
                 fix="wait for it, or pass another --output",
-            ) from error
+            )
         self.answers: dict[str, dict[str, Any]] = {
             a["key"]: a for a in [*self._table(), *self._whole_lines()]
         }
@@ -68,6 +67,10 @@ class AnswerLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # What a full disk did not take is tried again here, and fails as it did.
+        with contextlib.suppress(OSError):
+            self._lines.flush()
+            if os.fstat(self._lines.fileno()).st_size == 0:
+                (self._folder / _LINES).unlink()
         with contextlib.suppress(OSError):
             self._lines.close()
 
@@ -89,6 +92,13 @@ class AnswerLog:
         with publish(self._folder / ANSWERS) as private, arrow_file(private, "wb") as sink:
             pq.write_table(table, sink, compression="zstd")
         self._lines.truncate(0)
+
+    def _locked(self) -> bool:
+        """Whether this process alone has the file of lines now, which a process removes when it ends."""
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(self._lines.fileno()), (self._folder / _LINES).stat())
+        return False
 
     def _table(self) -> Iterator[dict[str, Any]]:
         path = self._folder / ANSWERS

@@ -1,5 +1,6 @@
 """What is judged: the different completions of each prompt, and how many were left out."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +29,13 @@ class Gathered(NamedTuple):
     """Prompts with at least two completions."""
     left_out: dict[str, int]
     """Why completions are not judged, and how many are not."""
+
+    def digest(self) -> str:
+        """SHA-256 of what is judged; the folders that it came from do not count."""
+        digest = hashlib.sha256()
+        for candidates in self.candidates:
+            digest.update(json.dumps(candidates, sort_keys=True).encode() + b"\n")
+        return digest.hexdigest()
 
 
 def gather(folders: Sequence[Path], *, finished_only: bool) -> Gathered:

@@ -16,20 +16,21 @@ def write_ranked(
 ) -> dict[str, int]:
     """Publish a row for each prompt whose completions differ in score, and count rows and pairs.
 
+    Where there is no such prompt, nothing is published.
+
     Args:
         folder: Folder of the judge's results.
         candidates: N prompts.
         scores: (N, K) in which K differs by prompt; larger is better.
     """
-    rows = pairs = 0
-    with publish(folder / RANKED) as private, private.open("w", encoding="utf-8") as file:
-        for c, own in zip(candidates, scores, strict=True):
-            found = sum(a != b for i, a in enumerate(own) for b in own[:i])
-            if not found:
-                continue
-            rows, pairs = rows + 1, pairs + found
-            file.write(json.dumps(_row(c, own), ensure_ascii=False) + "\n")
-    return {"rows": rows, "pairs": pairs, "tied_prompts": len(candidates) - rows}
+    pairs = [sum(a != b for i, a in enumerate(own) for b in own[:i]) for own in scores]
+    rows = sum(map(bool, pairs))
+    if rows:
+        with publish(folder / RANKED) as private, private.open("w", encoding="utf-8") as file:
+            for c, own, found in zip(candidates, scores, pairs, strict=True):
+                if found:
+                    file.write(json.dumps(_row(c, own), ensure_ascii=False) + "\n")
+    return {"rows": rows, "pairs": sum(pairs), "tied_prompts": len(candidates) - rows}
 
 
 def _row(c: Candidates, scores: Sequence[float]) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from dpo_opt.schemas.pairs import PreferencePair
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.storage import publish_folder
 
+_OTHER_WEIGHT = "duplicate_with_other_weight"
+
 
 class Converted(NamedTuple):
     """What was written."""
@@ -38,9 +40,10 @@ class Converted(NamedTuple):
 def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Converted:
     """Write ``train.jsonl``, ``eval.jsonl``, ``_removed.jsonl`` and ``_convert.json`` into a new folder.
 
-    Of exact (and, on request, near) duplicates the first is kept; of contradictory pairs none, because
-    nothing says which label is right; pairs with equal completions are removed, and so are those that the
-    format to be written cannot hold. Pairs with the same prompt go to the same side.
+    Of exact (and, on request, near) duplicates the first is kept, and repeats with another weight are counted
+    apart; of contradictory pairs none is, because nothing says which label is right; pairs with equal
+    completions are removed, and so are those that the format to be written cannot hold. Pairs with the same
+    prompt go to the same side.
 
     Raises:
         ConfigError: The folder exists or stands inside the data, or the sources cannot be what is meant.
@@ -106,25 +109,24 @@ def _write(
     ):
         number = itertools.count()
         written = _Written()
+        weights = {other: 1.0 for reason, other in reasons.values() if reason == "duplicate"}
         for item in _in_step(config, facts):
             if isinstance(item, BadRow):
+                error = item.error
                 if config.on_bad_row == "error":
-                    raise item.error
+                    raise error
                 removed["bad_row"] += 1
-                _line(
-                    record,
-                    {
-                        "where": item.error.where,
-                        "reason": "bad_row",
-                        "kind": item.error.kind,
-                        "detail": item.error.what,
-                    },
-                )
+                said = {"where": error.where, "reason": "bad_row", "kind": error.kind, "detail": error.what}
+                _line(record, said)
                 continue
             pair = next(number)
             progress.advance(1)
+            if item.where in weights:
+                weights[item.where] = _weight(item.weight)
             if pair in reasons:
                 reason, other = reasons[pair]
+                if reason == "duplicate" and _weight(item.weight) != weights[other]:
+                    reason = _OTHER_WEIGHT
                 removed[reason] += 1
                 detail = {"same_as": other} if other else {}
                 _line(record, {"where": item.where, "reason": reason, **detail})
@@ -140,9 +142,9 @@ def _write(
                 continue
             to_eval = text_hash(item.prompt) / 2**64 < config.eval_split
             for row in rows:
-                if len(rows) > 1 and not written.add(row):
-                    removed["duplicate"] += 1
-                    _line(record, {"where": item.where, "reason": "duplicate"})
+                if len(rows) > 1 and (again := written.repeated(row)):
+                    removed[again] += 1
+                    _line(record, {"where": item.where, "reason": again})
                     continue
                 counts["eval" if to_eval else "train"] += 1
                 _line(held_out if to_eval else train, row)
@@ -171,13 +173,20 @@ class _Written:
     """The rows that were written, by 64-bit hash: a completion may stand in several pairs of a prompt."""
 
     def __init__(self) -> None:
-        self._hashes: set[int] = set()
+        self._weights: dict[int, float] = {}
 
-    def add(self, row: dict[str, Any]) -> bool:
-        """Whether the row is a new one."""
-        before = len(self._hashes)
-        self._hashes.add(text_hash(json.dumps([row["prompt"], row["completion"], row["label"]])))
-        return len(self._hashes) > before
+    def repeated(self, row: dict[str, Any]) -> str | None:
+        """Why the row is removed, as one that was written before; None: it is a new one."""
+        told = [row.get(name) for name in ("prompt", "completion", "label", "tools", "chat_template_kwargs")]
+        key, weight = text_hash(json.dumps(told)), _weight(row.get("weight"))
+        if key not in self._weights:
+            self._weights[key] = weight
+            return None
+        return "duplicate" if self._weights[key] == weight else _OTHER_WEIGHT
+
+
+def _weight(given: float | None) -> float:
+    return 1.0 if given is None else given
 
 
 def _in_step(config: ConvertConfig, facts: Facts) -> Iterator[PreferencePair | BadRow]:

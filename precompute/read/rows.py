@@ -50,6 +50,7 @@ class Form(NamedTuple):
 
 
 _SIDES = ("chosen", "rejected")
+_ANOTHER_KEY = f"{FIX_ROW}; --column {{}}=NAME reads it from another key"
 
 
 class PromptRow(NamedTuple):
@@ -93,14 +94,8 @@ def to_pairs(
         refuse_foreign(values.keys(), where)
         refuse_wrapped(values, where)
         missing = "rejected" if "chosen" in values else "chosen"
-        found = quote(", ".join(map(escape, values))) or "none"
-        raise DataError(
-            f'the key "{missing}" is missing (found: {found})',
-            where=where,
-            why='a pair needs both completions, under the keys "chosen" and "rejected"',
-            fix=f"{FIX_ROW}; --column chosen=NAME reads it from another key",
-            kind="missing_key",
-        )
+        why = 'a pair needs both completions, under the keys "chosen" and "rejected"'
+        _refuse_missing(missing, values, where, why=why, fix=_ANOTHER_KEY.format("chosen"))
     rows = shape.convert(values, where)
     if not is_alone or "prompt" in values:
         unread = {key: values[key] for key in values.keys() - shape.keys - shape.also}
@@ -126,7 +121,11 @@ def to_prompts(
         return list(to_pairs(values, where=where, column=column)[0])
     if not values.keys().isdisjoint(AROUND_KEYS) and "prompt" in values:
         values = joined(values, values, column=column or {}, is_form=False, where=where)
-    prompt = _text(values.get("prompt"), "prompt", where)
+    if "prompt" not in values:
+        other = _other_prompt_key(values)
+        fix = f"pass {_as_prompt(values, other)}" if other else _ANOTHER_KEY.format("prompt")
+        _refuse_missing("prompt", values, where, why="there is nothing to complete", fix=fix)
+    prompt = _text(values["prompt"], "prompt", where)
     if not prompt:
         _refuse("prompt", "is empty", where, why="there is nothing to complete", kind="empty")
     tools, settings = values.get("tools"), values.get("chat_template_kwargs")
@@ -273,9 +272,12 @@ def _from_text(value: object, key: str, where: str) -> object:
         _refuse(key, "is text that is not JSON", where, why=why, kind="tools")
 
 
+def _other_prompt_key(values: Values) -> str | None:
+    return next((key for key in PROMPT_KEYS if key != "prompt" and key in values), None)
+
+
 def _refuse_other_prompt_key(values: Values, where: str) -> None:
-    key = next((key for key in PROMPT_KEYS if key != "prompt" and key in values), None)
-    if key is not None and "prompt" not in values:
+    if "prompt" not in values and (key := _other_prompt_key(values)):
         raise DataError(
             f'there is no "prompt", but the key "{key}"',
             where=where,
@@ -337,6 +339,11 @@ def _refuse_empty(completion: Text, key: str, where: str, *, after: str = "") ->
     if empty:
         what = " ".join(["is empty", after]).rstrip()
         _refuse(key, what, where, why="a completion without a token has no log-prob", kind="empty")
+
+
+def _refuse_missing(key: str, values: Values, where: str, *, why: str, fix: str) -> NoReturn:
+    what = f'the key "{key}" is missing (found: {quote(", ".join(map(escape, values))) or "none"})'
+    raise DataError(what, where=where, why=why, fix=fix, kind="missing_key")
 
 
 def _refuse(key: str, what: str, where: str, *, why: str, kind: str) -> NoReturn:

@@ -1,5 +1,6 @@
 """What every published form of row has: its keys, how it becomes pairs, and how it is refused."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, NoReturn
 
@@ -155,7 +156,10 @@ def said(role: str, content: object) -> Values:
 
 def refuse_label(key: str, label: object, where: str, *, expected: str) -> NoReturn:
     """Refuse a label that names no side."""
-    found = f'"{escape(label)}"' if isinstance(label, str | int | float) else kind_of(label)
+    if isinstance(label, str):
+        found = f'"{escape(label)}"'
+    else:
+        found = escape(json.dumps(label)) if isinstance(label, int | float) else kind_of(label)
     raise DataError(
         f'"{key}" is {found}, not {expected}',
         where=where,

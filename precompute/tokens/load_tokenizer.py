@@ -30,13 +30,17 @@ _PROBE = (
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+def load_tokenizer(folder: Path, *, needs_eos: bool = True) -> "PreTrainedTokenizerFast":
     """The fast tokenizer in a model folder, without running code from it.
 
+    Args:
+        folder: The model folder.
+        needs_eos: The model writes, and must know how to stop. One that reads alone need not.
+
     Raises:
-        ConfigError: There is none, it cannot be read, it is a slow one, it has no EOS token, a file of it
-            cannot stand in a folder of shards, or transformers makes another tokenizer of the files than
-            tokenizer.json is.
+        ConfigError: There is none, it cannot be read, it is a slow one, it lacks an EOS token that it needs,
+            a file of it cannot stand in a folder of shards, or transformers makes another tokenizer of the
+            files than tokenizer.json is.
     """
     from transformers import AutoTokenizer
 
@@ -67,7 +71,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             why="a slow one has no serialization to fingerprint",
             fix="use a model whose tokenizer has a tokenizer.json that transformers loads as it is",
         )
-    if not tokenizer.eos_token:
+    if needs_eos and not tokenizer.eos_token:
         raise ConfigError(
             "the tokenizer has no EOS token",
             where=str(folder),

@@ -179,7 +179,7 @@ class PairTokenizer:
             ConfigError: The pair holds messages and the tokenizer has no chat template.
         """
         if isinstance(pair.prompt, str):
-            return plain_texts(pair, str(self.tokenizer.eos_token))
+            return plain_texts(pair, self.tokenizer.eos_token or "")
         try:
             return texts_of_messages(pair, self.tokenizer, date=self.template_date, train_on=self._train_on)
         except DataError as error:
@@ -239,7 +239,7 @@ class PairTokenizer:
     @functools.cached_property
     def added(self) -> Added:
         """What the tokenizer adds by itself to a text."""
-        return added_tokens(self._backend, str(self.tokenizer.eos_token))
+        return added_tokens(self._backend, self.tokenizer.eos_token or "a")
 
     @functools.cached_property
     def _engine_with_offsets(self) -> Any:
@@ -285,14 +285,16 @@ class PairTokenizer:
 
 
 @functools.cache
-def encoder(folder: Path, template_date: str | None = None, train_on: TrainOn = "all") -> PairTokenizer:
+def encoder(
+    folder: Path, template_date: str | None = None, train_on: TrainOn = "all", *, needs_eos: bool = True
+) -> PairTokenizer:
     """A model's tokenizer for whole ids; what is done with a length is not asked.
 
     Raises:
         ConfigError: As ``load_tokenizer`` and ``model_vocab_size``.
     """
     return PairTokenizer(
-        _loaded(folder),
+        _loaded(folder, needs_eos=needs_eos),
         max_length=1,
         truncation="drop",
         vocab_size=model_vocab_size(folder),

@@ -222,7 +222,7 @@ def test_a_missing_part_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         gather([folder], finished_only=False)
     with pytest.raises(DataError, match="cannot be read"):
-        count_cut(folder)
+        count_cut(folder, [0])
 
 
 @pytest.mark.parametrize("settings", [{"judge": "function"}, {"parts": "two"}, {"parts": None}, {"parts": 0}])
@@ -310,6 +310,27 @@ def test_answers_outlive_a_killed_process_which_alone_had_the_folder(tmp_path: P
     time.sleep(0.01)
     with AnswerLog(tmp_path, _SCHEMA) as log:
         assert [answer["n"] for answer in log.answers.values()] == list(range(10))
+
+
+def test_a_log_without_answers_leaves_no_file_and_a_finished_one_leaves_its_table(tmp_path: Path) -> None:
+    with AnswerLog(tmp_path, _SCHEMA):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with AnswerLog(tmp_path, _SCHEMA) as log:
+        log.keep({"key": "a", "n": 1})
+        log.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.parquet"]
+
+
+def test_a_log_that_was_removed_meanwhile_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking: the lock would be of a file that no other process can find."""
+
+    def lock(file: Any, operation: int) -> None:
+        (tmp_path / "answers.jsonl").unlink()
+
+    monkeypatch.setattr("dpo_opt.feedback.judging.answer_log.fcntl.flock", lock)
+    with pytest.raises(ConfigError, match="another process"), AnswerLog(tmp_path, _SCHEMA):
+        pass
 
 
 def test_half_a_line_is_dropped_and_a_strange_line_is_refused(tmp_path: Path) -> None:

@@ -153,6 +153,28 @@ def messy_file(path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("to", ["trl", "unpaired"])
+def test_a_repeat_with_another_weight_is_said(tmp_path: Path, to: str) -> None:
+    weights = {"a": 1.0, "b": 2.0, "c": 1.0, "d": None}
+    others = [name if to == "unpaired" else "b" for name in weights]
+    rows = [row("p", " a", f" {b}", weight=w) for b, w in zip(others, weights.values(), strict=True)]
+    path = write_jsonl(tmp_path / "data.jsonl", [row("p", " a", " z", weight=1.0), *rows[1:]])
+    if to == "trl":
+        write_jsonl(path, rows)
+    found = run(path, tmp_path / "clean", to=to)
+    assert found.removed == {"duplicate": 2, "duplicate_with_other_weight": 1}
+    reasons = {line["where"]: line["reason"] for line in lines(tmp_path / "clean" / "_removed.jsonl")}
+    assert reasons[f"{path}:2"] == "duplicate_with_other_weight"
+
+
+def test_a_completion_with_other_tools_is_no_repeat_of_an_unpaired_row(tmp_path: Path) -> None:
+    prompt, sides = turn("user", "q"), [turn("assistant", text) for text in "ab"]
+    tools = [None, [{"type": "function", "function": {"name": "f"}}]]
+    rows = [{"prompt": prompt, "chosen": sides[0], "rejected": sides[1], "tools": t} for t in tools]
+    found = run(write_jsonl(tmp_path / "data.jsonl", rows), tmp_path / "clean", to="unpaired")
+    assert found == Converted(4, 0, {})
+
+
 def test_the_record_and_what_is_kept_are_all_rows_each_once(tmp_path: Path) -> None:
     path = messy_file(tmp_path / "data.jsonl")
     result = run(path, tmp_path / "clean", eval_split=0.3)

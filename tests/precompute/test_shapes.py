@@ -392,12 +392,12 @@ def test_a_prompt_is_found_under_every_name_that_publishers_use(key: str) -> Non
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        ({**SHP, "labels": 2}, '"labels" is "2", not 1'),
-        ({**SHP, "labels": True}, '"labels" is "True", not 1'),
+        ({**SHP, "labels": 2}, '"labels" is 2, not 1'),
+        ({**SHP, "labels": True}, '"labels" is true, not 1'),
         ({**SHP, "labels": None}, '"labels" is null, not 1'),
         ({**SHP, "labels": "1"}, '"labels" is "1", not 1'),
         ({**LABELLED, "preference": LONG}, '"preference" is "private words'),
-        ({**LABELLED, "preference": 1}, '"preference" is "1", not "a", "b" or "tie"'),
+        ({**LABELLED, "preference": 1}, '"preference" is 1, not "a", "b" or "tie"'),
         ({**LABELLED, "winner": ["a"]}, '"winner" is a list'),
         ({**SAFETY, "better_response_id": -1}, '"better_response_id" is "-1"'),
         ({**SAFETY, "better_response_id": False}, '"better_response_id" is "False"'),

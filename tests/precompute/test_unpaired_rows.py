@@ -426,7 +426,9 @@ def test_convert_makes_two_rows_of_a_pair_and_writes_none_twice(tmp_path: Path) 
         source = write_jsonl(tmp_path / f"{number}.jsonl", some)
         output = tmp_path / f"out{number}"
         config = ConvertConfig(data=[str(source)], output=output, to="unpaired")
-        assert convert(config) == Converted(3 - number, 0, {} if number else {"duplicate": 1})
+        # The row without a weight has weight 1.
+        removed = {} if number else {"duplicate_with_other_weight": 1}
+        assert convert(config) == Converted(3 - number, 0, removed)
         found += list(map(json.loads, (output / "train.jsonl").read_text().splitlines()))
     beside = {"source": "s", "weight": 3.0}
     assert found == [
