@@ -15,13 +15,14 @@ from torch import Tensor
 from dpo_opt.optimize.adapters.lora import FOUR_BIT_OFFSET
 from dpo_opt.optimize.begin import Run, RunState, open_folder
 from dpo_opt.optimize.forward.prompt_groups import PromptGroup
+from dpo_opt.optimize.gradients import repeated_where_memory_ran_out
 from dpo_opt.optimize.measure_parity import OwnLogps, compare, one_at_a_time, together
+from dpo_opt.optimize.micro_batches import SeeLogps
 from dpo_opt.optimize.pair_results import PairResults
 from dpo_opt.optimize.parity import Parity, require_parity
 from dpo_opt.optimize.parity_sample import evenly, head_to_judge, pairs_beside
 from dpo_opt.optimize.processes.distributed import sum_over_ranks
 from dpo_opt.optimize.run_folder import Written
-from dpo_opt.optimize.step import SeeLogps
 from dpo_opt.optimize.stop_signals import StopRequested
 from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.pairs import LogpArray, ScoredPair
@@ -56,20 +57,26 @@ class FirstStep:
         self._alone = one_at_a_time(run.policy, self._compared, evenly(len(self._compared), count))
         self._seen: dict[int, Tensor] = {}
 
-    def results(self, state: RunState, forward: Callable[[SeeLogps], PairResults]) -> PairResults:
+    def results(self, state: RunState, forward: Callable[[SeeLogps], PairResults | None]) -> PairResults:
         """Results and gradients of the step. The run's folder is begun if the cache is the policy's own.
 
         Args:
             state: Gets the parity.
-            forward: Computes the step, forward and backward.
+            forward: Computes the step, forward and backward; gives None if memory ran out.
 
         Raises:
             FingerprintError: The cached log-probs are not the policy's own. Nothing was written.
-            DpoOptError: See ``forward``. The folder holds what its advice needs; so it does when a signal
-                came.
+            DpoOptError: See ``forward``; also if memory ran out twice. The folder holds what its advice
+                needs; so it does when a signal came.
         """
+
+        def attempt() -> PairResults | None:
+            # A second one may divide the pairs among the processes in another way.
+            self._seen.clear()
+            return forward(self._see)
+
         try:
-            results = forward(self._see)
+            results = repeated_where_memory_ran_out(self._run, state, attempt(), attempt)
         except (DpoOptError, StopRequested):
             open_folder(self._run, None, _NOTHING)
             raise

@@ -19,6 +19,7 @@ from dpo_opt.optimize.begin import Run, RunState, new_window, resume_or_begin
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.evaluation import evaluate, is_better, new_best
 from dpo_opt.optimize.first_step import first_step
+from dpo_opt.optimize.gradients import repeated_where_memory_ran_out, try_step
 from dpo_opt.optimize.losses.preference_loss import NEED_RUNNING
 from dpo_opt.optimize.pair_results import PairResults
 from dpo_opt.optimize.parity import Parity
@@ -32,7 +33,6 @@ from dpo_opt.optimize.processes.distributed import (
     world_from_environment,
 )
 from dpo_opt.optimize.run_folder import FINAL, Metrics, RunFolder, hold_logps, resume_command
-from dpo_opt.optimize.step import SeeLogps, forward_pairs
 from dpo_opt.optimize.stop_signals import StopRequested, StopSignals, stop_signals
 from dpo_opt.optimize.update.optimizer import learning_rate, set_learning_rate
 from dpo_opt.schemas.errors import DpoOptError, Preempted, quoted
@@ -112,7 +112,7 @@ def _take_steps(run: Run, state: RunState) -> None:
         )
         ahead: list[tuple[list[ScoredPair], PairResults | None]] = []
         if first is not None:
-            forward = functools.partial(_forward_and_backward, run, state, first.pairs)
+            forward = functools.partial(try_step, run, state, first.pairs)
             ahead = [(first.pairs, first.results(state, forward))]
         steps = itertools.chain(ahead, ((pairs, None) for pairs in batches))
         while True:
@@ -137,15 +137,20 @@ def train_step(
 
     Raises:
         StopRequested: A signal came; the policy is as it was before the step.
-        DpoOptError: A loss or the gradient is not finite; the policy is as it was before the step.
+        DpoOptError: A loss or the gradient is not finite, or memory ran out twice; the policy is as it was
+            before the step.
     """
     at, config = state.at, run.config
     rate = learning_rate(at.step, total_steps=run.total_steps, config=config)
     set_learning_rate(run.optimizer, rate)
-    if results is None:
-        results = _forward_and_backward(run, state, pairs)
+    again = functools.partial(try_step, run, state, pairs)
+    results = results or again()
     grad_norm = clip_gradients(run.parameters, config.max_grad_norm)
-    _require_finite(results, grad_norm, pairs, run.files, step=at.step, dtype=run.policy.dtype)
+    # The one look at the device in a step; only where something is wrong, processes exchange what it is.
+    if results is None or not _is_finite(results, grad_norm):
+        results = repeated_where_memory_ran_out(run, state, results, again)
+        grad_norm = clip_gradients(run.parameters, config.max_grad_norm)
+        _require_finite(results, grad_norm, pairs, run.files, step=at.step, dtype=run.policy.dtype)
     run.saves.wait_for_copy()
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -168,57 +173,6 @@ def train_step(
     unique = sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     at.num_unique_tokens += unique
     at.num_tokens += unique + sum(len(p.prompt_ids) for p in pairs)
-
-
-def _forward_and_backward(
-    run: Run, state: RunState, pairs: Sequence[ScoredPair], see: SeeLogps | None = None
-) -> PairResults:
-    """Results and gradients of a step. If memory runs out, it is repeated in micro-batches half as large.
-
-    Raises:
-        DpoOptError: Memory ran out again, or there are several processes.
-    """
-    step, before, stream = state.at.step + 1, state.batching.budget, run.prepared.stream
-    for repeated in (False, True):
-        try:
-            return forward_pairs(
-                run.policy,
-                pairs,
-                run.config,
-                batching=state.batching,
-                weights=stream.weights(pairs),
-                margins=stream.margins(pairs),
-                running=state.running,
-                backward=True,
-                stop=run.stop,
-                see=see,
-            )
-        except torch.OutOfMemoryError as error:
-            if repeated or run.world.size > 1:
-                raise _out_of_memory(run, state) from error
-        # Not in the handler: there the error still holds the tensors of the step.
-        run.optimizer.zero_grad(set_to_none=True)
-        if run.policy.device.type == "cuda":
-            torch.cuda.empty_cache()
-        state.batching = state.batching._replace(budget=max(1, before // 2))
-        run.progress.say(
-            f"memory ran out in step {step}: it is repeated, and from here on micro-batches have at most "
-            f"{state.batching.budget} token rows, not {before}"
-        )
-    raise AssertionError("the second pass returns or raises")
-
-
-def _out_of_memory(run: Run, state: RunState) -> DpoOptError:
-    budget = state.batching.budget
-    if run.world.size > 1:
-        what = f"memory ran out on process {run.world.rank}"
-        why = "the others wait for it in the middle of an exchange, so the step cannot be repeated"
-        fix = f"{resume_command(run.files.path)} --micro-batch-tokens {max(1, budget // 2)}"
-    else:
-        what = f"memory ran out again, in micro-batches of at most {budget} token rows"
-        why = "both completions of a pair run forward and backward together, so no micro-batch is smaller"
-        fix = f"{resume_command(run.files.path)} --activation-checkpointing full"
-    return DpoOptError(what, where=f"step {state.at.step + 1}", why=why, fix=fix)
 
 
 def evaluate_and_save(run: Run, state: RunState) -> None:
@@ -317,6 +271,10 @@ def _clock_says_save(run: Run, state: RunState) -> bool:
     return every_minutes is not None and time.monotonic() - state.saved_time >= 60 * every_minutes
 
 
+def _is_finite(results: PairResults, grad_norm: Tensor) -> bool:
+    return bool(torch.isfinite(results.losses).all() & torch.isfinite(grad_norm))
+
+
 def _require_finite(
     results: PairResults,
     grad_norm: Tensor,
@@ -326,7 +284,7 @@ def _require_finite(
     step: int,
     dtype: torch.dtype,
 ) -> None:
-    if bool(torch.isfinite(results.losses).all() & torch.isfinite(grad_norm)):
+    if _is_finite(results, grad_norm):
         return
     losses = results.losses.tolist()
     bad = [pair.row for pair, loss in zip(pairs, losses, strict=True) if not math.isfinite(loss)]

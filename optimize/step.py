@@ -1,9 +1,7 @@
 """Forward and backward of one step's pairs: log-probs, losses, gradients, and the sums for the metrics."""
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +13,6 @@ from dpo_opt.optimize.forward.balance import ForwardCost, balance
 from dpo_opt.optimize.forward.packing import to_device
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.forward.prompt_groups import (
-    PromptGroup,
     Sides,
     both_sides,
     mismatched_side,
@@ -25,15 +22,12 @@ from dpo_opt.optimize.forward.prompt_groups import (
 from dpo_opt.optimize.losses.pair_inputs import LossInputs
 from dpo_opt.optimize.losses.preference_loss import WHOLE_STEP, is_unpaired, preference_loss
 from dpo_opt.optimize.losses.running import Running
-from dpo_opt.optimize.measured import Measured, measure, reference_sums
+from dpo_opt.optimize.measured import Measured, reference_sums
+from dpo_opt.optimize.micro_batches import MicroBatches, SeeLogps
 from dpo_opt.optimize.pair_results import PairResults
 from dpo_opt.optimize.processes.distributed import World, sum_over_ranks
-from dpo_opt.optimize.processes.fsdp import announce_micro_batch, join_empty
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.schemas.pairs import ScoredPair, TokenizedPair
-
-SeeLogps = Callable[[Sequence[PromptGroup], Sequence[Tensor]], None]
-"""Takes the groups of a micro-batch and the token log-probs of each of their sequences."""
 
 
 class Batching(NamedTuple):
@@ -84,25 +78,44 @@ def forward_pairs(
 
     Raises:
         StopRequested: A signal came; gradients of a part of the step may be left.
+        torch.OutOfMemoryError: Memory ran out on this process. If there are others, they do not know it: this
+            one first took part in all that they exchange.
     """
-    world, work_on = batching.world, functools.partial(_work_on, policy, pairs, config, batching, stop)
+    work_on = functools.partial(_work_on, policy, pairs, config, batching, stop)
     given = _given(pairs, config, weights, margins, policy.device)
     if is_unpaired(config.loss_type):
-        given = _with_mismatched(work_on(mismatched_side), given, see)
-        work = work_on(own_side)
+        mismatched, work = work_on(mismatched_side), work_on(own_side)
+        given = _with_mismatched(mismatched, given, see)
+        work.ran_out = mismatched.ran_out
+        results = _of_each_pair(work, given, backward=backward, see=see)
+    elif WHOLE_STEP.isdisjoint(config.loss_type):
+        work = work_on(both_sides)
+        results = _of_each_pair(work, given, backward=backward, see=see)
     else:
         work = work_on(both_sides)
-        if not WHOLE_STEP.isdisjoint(config.loss_type):
-            return _of_whole_step(work, given, running or Running(), backward=backward, see=see)
-    columns = torch.zeros(len(pairs), len(PairResults._fields), dtype=torch.float64, device=policy.device)
-    for places, measured in work.micro_batches(backward=backward, see=see):
+        results = _of_whole_step(work, given, running or Running(), backward=backward, see=see)
+    if work.ran_out:
+        raise torch.OutOfMemoryError
+    return results
+
+
+def _of_each_pair(
+    work: MicroBatches, given: "_Given", *, backward: bool, see: SeeLogps | None
+) -> PairResults:
+    """Results of losses that look at one pair at a time."""
+    count, device = len(given.ref_logps), work.policy.device
+    columns = torch.zeros(count, len(PairResults._fields), dtype=torch.float64, device=device)
+
+    def take(places: Tensor, measured: Measured) -> None:
         part = given.at(places)
         measured = part.completed(measured)
-        results = _results(measured, part, part.inputs(measured, config), config)
+        results = _results(measured, part, part.inputs(measured, work.config), work.config)
         if backward:
-            torch.autograd.backward(results.losses.sum() / len(pairs))
+            torch.autograd.backward(results.losses.sum() / count)
         columns.index_copy_(0, places, torch.stack([column.detach() for column in results], dim=1))
-    return PairResults(*sum_over_ranks(columns, world).unbind(1))
+
+    work.each(take, backward=backward, see=see)
+    return PairResults(*sum_over_ranks(columns, work.world).unbind(1))
 
 
 def _work_on(
@@ -112,21 +125,24 @@ def _work_on(
     batching: Batching,
     stop: StopSignals,
     sides_of: Callable[[TokenizedPair], Sides],
-) -> "_Work":
+) -> MicroBatches:
     """The forwards of some of the sequences of a step's pairs."""
     ranks, budget = batching.world.size, batching.budget
     groups = prompt_groups(pairs, rows=policy.rows, budget=budget, ranks=ranks, sides_of=sides_of)
     sequences = [group.sequences for group in groups]
     plans = balance(policy, sequences, budget=budget, cost=batching.cost, ranks=ranks)
-    return _Work(policy, config, groups, plans, batching.world, stop)
+    return MicroBatches(policy, config, groups, plans, batching.world, stop)
 
 
-def _with_mismatched(work: "_Work", given: "_Given", see: SeeLogps | None) -> "_Given":
+def _with_mismatched(work: MicroBatches, given: "_Given", see: SeeLogps | None) -> "_Given":
     """What is given of unpaired rows, with what the policy says of their mismatched completions."""
     others = torch.zeros(len(given.ref_logps), dtype=torch.float64, device=work.policy.device)
+
+    def take(places: Tensor, part: Measured) -> None:
+        others.index_copy_(0, places, part.chosen_logps)
+
     with torch.no_grad():
-        for places, part in work.micro_batches(backward=False, see=see):
-            others.index_copy_(0, places, part.chosen_logps)
+        work.each(take, backward=False, see=see)
     others = sum_over_ranks(others, work.world)
     assert given.label is not None
     ref_chosen_logps, ref_rejected_logps = given.ref_logps.unbind(1)
@@ -135,20 +151,23 @@ def _with_mismatched(work: "_Work", given: "_Given", see: SeeLogps | None) -> "_
 
 
 def _of_whole_step(
-    work: "_Work", given: "_Given", running: Running, *, backward: bool, see: SeeLogps | None
+    work: MicroBatches, given: "_Given", running: Running, *, backward: bool, see: SeeLogps | None
 ) -> PairResults:
     """Results of losses that look at all pairs at once."""
     count = len(given.ref_logps)
     # Where every process has one micro-batch, its forward is kept for backward.
     kept = backward and all(len(plan) == 1 and plan[0] for plan in work.plans)
     columns = torch.zeros(count, len(Measured._fields), dtype=torch.float64, device=work.policy.device)
-    parts = []
+    parts: list[tuple[Tensor, Measured]] = []
+
+    def measure_part(places: Tensor, part: Measured) -> None:
+        found = [torch.ones_like(part.chosen_logps) if c is None else c.detach() for c in part]
+        columns.index_copy_(0, places, torch.stack(found, dim=1))
+        if kept:
+            parts.append((places, part))
+
     with torch.set_grad_enabled(kept):
-        for places, part in work.micro_batches(backward=False, see=see):
-            found = [torch.ones_like(part.chosen_logps) if c is None else c.detach() for c in part]
-            columns.index_copy_(0, places, torch.stack(found, dim=1))
-            if kept:
-                parts.append((places, part))
+        work.each(measure_part, backward=False, see=see)
     measured = Measured(*sum_over_ranks(columns, work.world).unbind(1))
     sides = (measured.chosen_weighed, measured.rejected_weighed)
     seen = [logps.clone().requires_grad_(backward) for logps in sides]
@@ -161,59 +180,17 @@ def _of_whole_step(
     results = _results(measured, given, inputs._replace(running=running), work.config)
     if backward:
         towards = torch.autograd.grad(results.losses.sum() / count, seen, materialize_grads=True)
-        for places, part in parts if kept else work.micro_batches(backward=True):
+
+        def differentiate(places: Tensor, part: Measured) -> None:
             torch.autograd.backward(
                 [part.chosen_weighed, part.rejected_weighed], [gradient[places] for gradient in towards]
             )
+
+        if kept:
+            work.finish(lambda: differentiate(*parts.pop()), backward=True)
+        else:
+            work.each(differentiate, backward=True)
     return PairResults(*(column.detach() for column in results))
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """The forwards of one step, as this process makes them."""
-
-    policy: Policy
-    config: TrainConfig
-    groups: Sequence[PromptGroup]
-    plans: Sequence[Sequence[Sequence[int]]]
-    """Of every process, the groups of each micro-batch."""
-    world: World
-    stop: StopSignals
-
-    def micro_batches(
-        self, *, backward: bool, see: SeeLogps | None = None
-    ) -> Iterator[tuple[Tensor, Measured]]:
-        """This process's micro-batches: (pairs,) places among the step's pairs, and what the policy says.
-
-        Args:
-            backward: Whether the caller computes gradients of each before it asks for the next.
-            see: Called with the token log-probs of each.
-        """
-        policy, plan = self.policy, self.plans[self.world.rank]
-        for number, members in enumerate(plan):
-            if self.world.size == 1:
-                self.stop.check(self.world)
-            announce_micro_batch(policy, last=number == len(plan) - 1)
-            if not members:
-                join_empty(policy, backward=backward)
-                continue
-            groups = [self.groups[i] for i in members]
-            places = to_device(
-                torch.tensor([pair for group in groups for pair in group.pairs]), policy.device
-            )
-            yield places, self._measured(groups, see)
-
-    def _measured(self, groups: Sequence[PromptGroup], see: SeeLogps | None) -> Measured:
-        batch = self.policy.layout([group.sequences for group in groups])
-        squares = None
-        if self.config.use_weighting:
-            squares = torch.empty(sum(batch.lengths), device=self.policy.device)
-        logps = self.policy.batch_logps(batch.to(self.policy.device), log_squares=squares)
-        if see:
-            see(groups, torch.split(logps.detach(), batch.lengths))
-        return measure(
-            logps, batch.lengths, _sides(groups), ld_alpha=self.config.ld_alpha, log_squares=squares
-        )
 
 
 class _Given(NamedTuple):
@@ -287,17 +264,3 @@ def _results(measured: Measured, given: _Given, inputs: LossInputs, config: Trai
     return PairResults(
         losses, measured.chosen_logps, measured.rejected_logps, loss.chosen_rewards, loss.rejected_rewards
     )
-
-
-def _sides(groups: Sequence[PromptGroup]) -> list[tuple[int, int]]:
-    """Of each pair of the groups, the places of chosen and rejected among all their sequences.
-
-    Where one of the two is not computed, the other stands for it.
-    """
-    firsts = itertools.accumulate((len(group.sequences) for group in groups), initial=0)
-    return [
-        (places[0], places[-1])
-        for first, group in zip(firsts, groups, strict=False)
-        for sides in group.sides
-        for places in [[first + place for place in sides if place is not None]]
-    ]

@@ -722,9 +722,9 @@ def test_a_launched_worker_names_settings_that_stay(
 
 
 def test_an_interrupted_training_says_what_goes_on(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
-    from dpo_opt.optimize import loop
+    from dpo_opt.optimize import gradients
 
-    forward, calls = loop.forward_pairs, []
+    forward, calls = gradients.forward_pairs, []
 
     def interrupt(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
@@ -733,7 +733,7 @@ def test_an_interrupted_training_says_what_goes_on(shards: Path, tiny_model: Pat
         return forward(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(loop, "forward_pairs", interrupt)
+        monkeypatch.setattr(gradients, "forward_pairs", interrupt)
         result = invoke(*train_arguments(shards, tiny_model, tmp_path / "my run"), "--logging-steps", 1)
     assert result.exit_code == 130
     (fix,) = re.findall(r"^  fix: dpo-opt (.*)$", result.stderr, flags=re.MULTILINE)

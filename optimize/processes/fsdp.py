@@ -22,6 +22,7 @@ from dpo_opt.optimize.forward.architecture import decoder_layers
 from dpo_opt.optimize.forward.packing import Batch
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.processes.distributed import World
+from dpo_opt.optimize.processes.exchanges import Exchanges
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import TokenSequence
 
@@ -54,6 +55,7 @@ class ShardedPolicy(Policy):
     """The model on the ``meta`` device: its structure without numbers."""
     reduces_once: bool
     """Whether gradients are exchanged only after a step's last micro-batch. After each takes less memory."""
+    exchanges: Exchanges
 
     def batch_logps(self, batch: Batch, *, log_squares: Tensor | None = None) -> Tensor:
         """See ``Policy``."""
@@ -107,8 +109,10 @@ def shard_policy(
         shard(layer)
     on_device = replace(policy, device=world.device)
     root = shard(_Root(on_device))
+    exchanges = Exchanges()
     for module in (root, *policy.model.modules()):
         if isinstance(module, FSDPModule):
+            exchanges.attach(module)
             module.set_gradient_divide_factor(1.0)
             # Otherwise torch fuses a multiplication into the sum, which gloo does not support.
             module.set_force_sum_reduction_for_comms(True)
@@ -119,6 +123,7 @@ def shard_policy(
         root=root,
         shell=shell,
         reduces_once=_room_for_gradients(policy.model, memory),
+        exchanges=exchanges,
     )
 
 
@@ -129,8 +134,9 @@ def _room_for_gradients(model: PreTrainedModel, memory: int | None) -> bool:
 
 
 def announce_micro_batch(policy: Policy, *, last: bool) -> None:
-    """Tell FSDP, before a micro-batch's backward, whether it is the step's last one."""
+    """Tell FSDP, before a micro-batch begins, whether it is the step's last one."""
     if isinstance(policy, ShardedPolicy):
+        policy.exchanges.begin()
         policy.root.set_requires_gradient_sync(last or not policy.reduces_once)
 
 
@@ -145,6 +151,23 @@ def join_empty(policy: Policy, *, backward: bool) -> None:
     logps = policy.batch_logps(batch)
     if backward:
         torch.autograd.backward(logps, torch.zeros_like(logps))
+
+
+def finish_broken_off(policy: Policy, *, backward: bool) -> None:
+    """Make the exchanges that are left of a micro-batch in which memory ran out: the others wait for them.
+
+    The gradients of the step are then of no use on any process.
+
+    Args:
+        policy: This process's part of the policy.
+        backward: Whether the other processes compute gradients now. If they first do so after an exchange of
+            other numbers, this is called before it and after it.
+    """
+    if isinstance(policy, ShardedPolicy):
+        # Otherwise FSDP takes what comes for a part of the forward or backward that broke off.
+        policy.root.reset_iter_state()
+        policy.exchanges.leave_out_made()
+    join_empty(policy, backward=backward)
 
 
 def gather_tensors(

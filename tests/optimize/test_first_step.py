@@ -22,10 +22,11 @@ from dpo_opt.optimize import TrainConfig, train
 from dpo_opt.optimize.first_step import FirstStep
 from dpo_opt.optimize.forward.balance import forward_cost
 from dpo_opt.optimize.forward.policy import Policy
+from dpo_opt.optimize.micro_batches import SeeLogps
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.parity_sample import pairs_beside
 from dpo_opt.optimize.processes.distributed import World
-from dpo_opt.optimize.step import Batching, SeeLogps, forward_pairs
+from dpo_opt.optimize.step import Batching, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.schemas.errors import FingerprintError, Preempted
 from dpo_opt.schemas.pairs import ScoredPair
