@@ -15,6 +15,7 @@ from dpo_opt.optimize.forward.narrow_linear import round_weights_at_use
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.forward.precision import HALF, narrow_products
 from dpo_opt.optimize.forward.probe import require_same_in_compute_dtype
+from dpo_opt.optimize.forward.tied_gradients import sum_tied_gradients
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.model_config import load_model_config, model_errors
 from dpo_opt.schemas.models import context_length
@@ -93,6 +94,7 @@ def load_policy(
     if trainable:
         for part in (decoder_of(model), model.get_output_embeddings()):
             part.requires_grad_(True)
+        sum_tied_gradients(model)
         if dtype in HALF:
             round_weights_at_use(decoder_of(model), dtype)
     policy = Policy(model, device, dtype, packs, probe)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_opt.optimize.forward.device_path import takes_gpu_path
+from dpo_opt.optimize.forward.tied_gradients import TiedRows
 
 
 class Head(NamedTuple):
@@ -51,6 +52,7 @@ def token_logps(
     *,
     dtype: torch.dtype = torch.float32,
     log_squares: Tensor | None = None,
+    tied: TiedRows | None = None,
 ) -> Tensor:
     """Log-prob, in nats, of each target.
 
@@ -62,6 +64,7 @@ def token_logps(
             the same: logits in bf16 would be off by up to 0.06 nats. A CPU multiplies in fp32.
         log_squares: (S,) float32 that is filled with the log of each row's sum of squared probabilities; it
             takes another block's memory. None: they are not computed.
+        tied: Takes over a part of the weight's gradient, for the embedding that has the same weight.
 
     Returns:
         (S,) float32.
@@ -83,6 +86,7 @@ def token_logps(
         operands,
         torch.is_grad_enabled(),
         log_squares,
+        tied,
     )
     return logps
 
@@ -102,8 +106,10 @@ class _TokenLogps(torch.autograd.Function):
         dtype: torch.dtype,
         differentiable: bool,
         log_squares: Tensor | None,
+        tied: TiedRows | None,
     ) -> Tensor:
         ctx.settings = scale, softcap, dtype
+        ctx.tied = tied
         of_hidden, of_weight, of_bias = (differentiable and need for need in ctx.needs_input_grad[:3])
         projector = Projector(hidden, Head(weight, bias, scale, softcap), dtype)
         kept = projector.room_to_keep(len(targets) if of_weight or of_bias else 0)
@@ -143,10 +149,12 @@ class _TokenLogps(torch.autograd.Function):
                     weight_sum = _plus(weight_sum, _product(derivatives.t(), (states * factor).to(dtype)))
                 if of_bias:
                     bias_sum = _plus(bias_sum, _product(derivatives.t(), factor.to(dtype)).squeeze(1))
+        if ctx.tied is not None and weight_sum is not None:
+            ctx.tied.take(weight_sum)
         # fp32 until here: hundreds of rows are added, and bf16 would lose the small ones.
         sums = ((hidden_sum, hidden), (weight_sum, weight), (bias_sum, bias))
         grads = (None if total is None else total.to(like.dtype) for total, like in sums)
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
 class Projector:

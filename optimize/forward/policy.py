@@ -27,6 +27,7 @@ from dpo_opt.optimize.forward.packing import (
 )
 from dpo_opt.optimize.forward.precision import computing_in, full_precision_products
 from dpo_opt.optimize.forward.probe import Probe
+from dpo_opt.optimize.forward.tied_gradients import tied_rows
 from dpo_opt.schemas.pairs import TokenSequence
 
 
@@ -70,7 +71,12 @@ class Policy:
             hidden = self.batch_states(batch)
             # Outside autocast, which would round the logits.
             return token_logps(
-                hidden, head_of(self.model), batch.targets, dtype=self.dtype, log_squares=log_squares
+                hidden,
+                head_of(self.model),
+                batch.targets,
+                dtype=self.dtype,
+                log_squares=log_squares,
+                tied=tied_rows(self.model),
             )
 
     def batch_states(self, batch: Batch) -> Tensor:

@@ -33,6 +33,7 @@ from dpo_opt.optimize.forward.packing import Batch
 from dpo_opt.optimize.forward.policy import Policy, compute_dtype
 from dpo_opt.optimize.forward.precision import HALF
 from dpo_opt.optimize.forward.prompt_groups import prompt_groups
+from dpo_opt.optimize.forward.tied_gradients import sum_tied_gradients
 from dpo_opt.optimize.memory.budget import Device
 from dpo_opt.optimize.memory.live_bytes import LiveBytes
 from dpo_opt.optimize.processes.distributed import World, clip_gradients
@@ -138,6 +139,7 @@ def _model(config: TrainConfig, folder: Path, compute: torch.dtype) -> PreTraine
         # As in ``load_policy``: image and audio parts are loaded but not trained.
         for part in (decoder_of(model), head):
             part.requires_grad_(True)
+        sum_tied_gradients(model)
         if compute in HALF:
             round_weights_at_use(decoder_of(model), compute)
     checkpoint_activations(model, config.activation_checkpointing)

@@ -120,6 +120,7 @@ def allocated(folder: Path, *, rows: int = 400, processes: int = 1, **changes: A
                 ("qwen3", "", {}),
                 ("gemma2", "bf16", {"dtype": "bfloat16"}),
                 ("tied", "", {}),
+                ("tied", "bf16-parameters", {"dtype": "bfloat16", "param_dtype": "bfloat16"}),
                 ("moe", "", {}),
                 ("moe", "bf16", {"dtype": "bfloat16"}),
             )
