@@ -1,6 +1,7 @@
 """From pairs to a trained policy: reference log-probs and training together, against TRL, side by side.
 
     python bench/end_to_end.py --model MODEL --pairs PAIRS.jsonl [--quick] [--trl-python TRL_ENV/bin/python]
+    python bench/end_to_end.py --model MODEL --pairs PAIRS.jsonl --against CHECKOUT --rounds 3
 
 All sides train one epoch on the same pairs from the same weights, in fp32 on the CPU, as many pairs a step.
 dpo-opt and TRL's precompute score the reference first, once; TRL's online reference runs beside the policy in
@@ -11,6 +12,9 @@ Start-up (interpreter, imports, loading, what the check of cached log-probs comp
 step, and its saving at the end) has its own column and is in no other. Tokenizing, writing and checking
 the shards count as precompute. "First step" and "first update" are seconds from the command that trains to
 the first step's begin and end, without precompute.
+
+With ``--against`` only the start of this code and that of CHECKOUT, an older copy of this repository, are
+compared: both train one step on the same shards.
 
 The break-even is the number of epochs after which precompute has paid for itself: its time over the time that
 an epoch saves. Times of several epochs are extrapolated from the one that was measured.
@@ -26,7 +30,7 @@ from typing import Any
 import trl_side
 from sides import Trained, command_line, do_job, run_job, train_ours, write_pairs
 
-OURS = "dpo-opt"
+OURS, OLDER = "dpo-opt", "dpo-opt, the other checkout"
 EPOCHS = (1, 2, 3, 5)
 SHIPS = {"micro_batch": 8, "checkpointing": True}
 FASTEST = {"micro_batch": 1, "checkpointing": False}
@@ -43,8 +47,12 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--count", type=int, default=32, help="pairs of the epoch")
     parser.add_argument("--quick", action="store_true", help="TRL at its fastest known alone")
+    parser.add_argument("--against", type=Path, help="a checkout of other code: only the start is compared")
     arguments = parser.parse_args()
     if do_job(arguments, {"precompute": _precompute, "train": _train, "trl": _trl}):
+        return
+    if arguments.against:
+        _compare_starts(arguments)
         return
     tried = {name: one for name, one in SETTINGS.items() if not (arguments.quick and "ships" in name)}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, *tried)}
@@ -58,15 +66,38 @@ def main() -> None:
                     found.append(_add(_run(arguments, "precompute"), _run(arguments, "train")))
                 else:
                     found.append(_run(arguments, "trl", **tried[name]))
-            rounded = {key: round(value, 2) for key, value in found[-1].items()}
-            print(f"{name}: {rounded}", file=sys.stderr, flush=True)
+            _say(name, found[-1])
     _print_tables({name: _least(found) for name, found in results.items()}, arguments)
 
 
-def _run(arguments: argparse.Namespace, job: str, **settings: Any) -> dict[str, float]:
+def _compare_starts(arguments: argparse.Namespace) -> None:
+    """Run this code and the other checkout's in turns, and print how long each took to its first update."""
+    results: dict[str, list[dict[str, float]]] = {OURS: [], OLDER: []}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.folder = Path(folder)
+        write_pairs(arguments.pairs, arguments.folder / "pairs.jsonl", arguments.count)
+        _run(arguments, "precompute")
+        for _ in range(arguments.rounds):
+            for name, found in results.items():
+                checkout = arguments.against if name == OLDER else None
+                found.append(_run(arguments, "train", checkout=checkout, max_steps=1))
+                _say(name, found[-1])
+    least = {name: _least(found) for name, found in results.items()}
+    print(f"\n{arguments.pairs_per_step} pairs a step; seconds from the command, the least of each\n")
+    print("| contender | begin of the first step | end of the first update | peak GB |\n|---|---|---|---|")
+    for name, one in least.items():
+        print(f"| {name} | {one['first_step']:.1f} | {one['first_update']:.1f} | {one['peak_gb']:.2f} |")
+    ours, theirs = least[OURS], least[OLDER]
+    step, update, peak = (ours[key] / theirs[key] for key in ("first_step", "first_update", "peak_gb"))
+    print(f"| ours to theirs | {step:.3f}x | {update:.3f}x | {peak:.2f}x |")
+
+
+def _run(
+    arguments: argparse.Namespace, job: str, *, checkout: Path | None = None, **settings: Any
+) -> dict[str, float]:
     """Seconds of precompute, of the epoch and of all the rest, and the peak of memory."""
     began = time.perf_counter()
-    found, measured = run_job(arguments, job, **settings)
+    found, measured = run_job(arguments, job, checkout=checkout, **settings)
     start_up = measured.seconds - found["precompute"] - found["epoch"]
     if "first_step" in found:
         # The clock of Linux is the same in all processes.
@@ -79,6 +110,11 @@ def _run(arguments: argparse.Namespace, job: str, **settings: Any) -> dict[str, 
         "start_up": start_up,
         "peak_gb": measured.gigabytes,
     }
+
+
+def _say(name: str, found: dict[str, float]) -> None:
+    rounded = {key: round(value, 2) for key, value in found.items()}
+    print(f"{name}: {rounded}", file=sys.stderr, flush=True)
 
 
 def _add(first: dict[str, float], then: dict[str, float]) -> dict[str, float]:
@@ -104,8 +140,8 @@ def _precompute(arguments: argparse.Namespace) -> dict[str, float]:
     return {"precompute": time.perf_counter() - began, "epoch": 0.0}
 
 
-def _train(arguments: argparse.Namespace) -> dict[str, float]:
-    return _took(train_ours(arguments))
+def _train(arguments: argparse.Namespace, **settings: Any) -> dict[str, float]:
+    return _took(train_ours(arguments, **settings))
 
 
 def _trl(

@@ -51,8 +51,12 @@ def do_job(arguments: argparse.Namespace, jobs: Mapping[str, Job]) -> bool:
     return True
 
 
-def run_job(arguments: argparse.Namespace, name: str, **settings: Any) -> tuple[dict[str, Any], Measured]:
+def run_job(
+    arguments: argparse.Namespace, name: str, *, checkout: Path | None = None, **settings: Any
+) -> tuple[dict[str, Any], Measured]:
     """Do one of the bench's jobs in a process of its own, on the CPU; a job called ``trl`` in TRL's Python.
+
+    With ``checkout`` the job imports that copy of the repository.
 
     Returns:
         What the job gave back, and what it took.
@@ -76,6 +80,8 @@ def run_job(arguments: argparse.Namespace, name: str, **settings: Any) -> tuple[
         # The same number of threads for all.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))),
     }
+    if checkout is not None:
+        environment["PYTHONPATH"] = str(checkout)
     measured = run(command, environment=environment)
     return json.loads(measured.output.splitlines()[-1]), measured
 
