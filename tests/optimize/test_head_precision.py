@@ -43,7 +43,7 @@ class Head(NamedTuple):
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(logps_module, "_product", product_as_on_a_gpu)
             apply: Any = logps_module._TokenLogps.apply
-            logps = apply(*inputs, None, self.targets, 1.0, None, dtype, True, None)
+            logps = apply(*inputs, None, self.targets, 1.0, None, dtype, True, None, None)
             of_hidden, of_weight = torch.autograd.grad(logps, inputs, upstream)
         return logps.detach(), of_hidden.float(), of_weight.float()
 
@@ -146,7 +146,7 @@ def on_a_gpu(
         weight = torch.empty(vocabulary, width, device="cuda", dtype=stored)
         targets = torch.empty(rows, device="cuda", dtype=torch.int64)
         head: Any = logps_module._TokenLogps
-        logps = head.forward(context, hidden, weight, None, targets, 1.0, None, compute, True, None)
+        logps = head.forward(context, hidden, weight, None, targets, 1.0, None, compute, True, None, None)
         assert (logps.dtype, logps.device.type) == (FP32, "cuda")
         of_hidden, of_weight, *_ = head.backward(context, torch.empty_like(logps))
         assert of_hidden.dtype == stored
