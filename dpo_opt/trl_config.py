@@ -6,8 +6,9 @@ A setting that TRL leaves at its default trains as that default says, not as our
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
+from dpo_opt.optimize.config import TrackerName
 from dpo_opt.read_settings import read_document
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.locations import AnyPath
@@ -52,7 +53,7 @@ _ELSEWHERE = {
         "pass --max-length and --truncation to dpo-opt precompute, where the ids are made",
     ),
     **dict.fromkeys(("eval_steps", "eval_strategy"), "pass --eval-steps with --eval-split or --eval-shards"),
-    "report_to": "metrics are in metrics.jsonl",
+    "report_to": "--report-to has tensorboard, wandb, trackio and mlflow; metrics.jsonl has all metrics",
     "fp16": "training computes in bfloat16 or float32 (--dtype)",
     "lora_dropout": "adapters have no dropout",
     "save_strategy": "a run saves every 30 minutes and at its end; --save-steps and --save-minutes change it",
@@ -102,9 +103,9 @@ def read_trl_config(path: AnyPath) -> TrlConfig:
     }
     each = int(values.get("per_device_train_batch_size") or 8)
     found["batch_size"] = each * int(values.get("gradient_accumulation_steps") or 1)
-    for take in (_take_steps, _take_memory, _take_names):
+    for take in (_take_steps, _take_memory, _take_names, _take_reports):
         take(values, found)
-    known = {*_SAME, *_OF_ONE_LOSS, *_TAKEN}
+    known = {*_SAME, *_OF_ONE_LOSS, *_TAKEN, *(["report_to"] if "report_to" in found else [])}
     if values.get("save_strategy") == "steps":
         known.add("save_strategy")
     not_taken = {name: _why(name) for name in values if name not in known and _matters(name, values[name])}
@@ -157,6 +158,13 @@ def _take_names(values: Mapping[str, Any], found: dict[str, Any]) -> None:
     metric = values.get("metric_for_best_model")
     if metric:
         found["metric_for_best_model"] = metric if str(metric).startswith("eval_") else f"eval_{metric}"
+
+
+def _take_reports(values: Mapping[str, Any], found: dict[str, Any]) -> None:
+    asked = values.get("report_to") or []
+    names = [asked] if isinstance(asked, str) else list(asked)
+    if names and set(names) <= set(get_args(TrackerName)):
+        found["report_to"] = names
 
 
 def _matters(name: str, value: object) -> bool:

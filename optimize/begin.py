@@ -36,6 +36,7 @@ from dpo_opt.optimize.metrics_window import MetricsWindow
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.prepare import Prepared
 from dpo_opt.optimize.processes.distributed import World
+from dpo_opt.optimize.reporting.reports import Reports
 from dpo_opt.optimize.run_folder import RunFolder, Written
 from dpo_opt.optimize.step import Batching
 from dpo_opt.optimize.stop_signals import StopSignals
@@ -60,6 +61,7 @@ class Run(NamedTuple):
     optimizer: Optimizer
     saver: Saver
     saves: BackgroundSaves
+    reports: Reports
     device: Device
     stop: StopSignals
     world: World
@@ -209,6 +211,9 @@ def resume_or_begin(
         optimizer=optimizer,
         saver=saver,
         saves=BackgroundSaves(lambda: stop.request("a save that failed")),
+        reports=Reports(
+            config.report_to if world.first else [], run=files.path, settings=settings, say=progress.say
+        ),
         device=device,
         stop=stop,
         world=world,

@@ -21,6 +21,7 @@ LOSS_OPTIONS = (
     "dpop_lambda", "margin_scale", "beta_dpo_alpha", "beta_dpo_filtered", "simpo_gamma", "cpo_alpha",
     "unlikelihood_alpha", "desirable_weight", "undesirable_weight",
 )  # fmt: skip
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 _Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -113,6 +114,8 @@ class TrainConfig(Settings):
     """Evaluate every N steps, and always at the end. Needs --eval-split or --eval-shards."""
     logging_steps: PositiveInt = 10
     """Write metrics every N steps."""
+    report_to: list[TrackerName] = []
+    """Report the metrics to these too, under the names of TRL's runs there; each is a package of its own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the computation. auto: bfloat16 on a GPU, float32 on a CPU."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -82,10 +82,10 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
     run, state = resume_or_begin(
         config, prepared, files, progress=progress, stop=stop, world=world, patient=patient
     )
-    if state.at.step >= total_steps and state.window.pairs:
-        # --max-steps is now below the checkpoint's step: log the steps that it holds unlogged.
-        _log_training(run, state, {})
-    with run.saves:
+    with run.reports, run.saves:
+        if state.at.step >= total_steps and state.window.pairs:
+            # --max-steps is now below the checkpoint's step: log the steps that it holds unlogged.
+            _log_training(run, state, {})
         _take_steps(run, state)
     progress.finish()
 
@@ -230,7 +230,7 @@ def _evaluate(run: Run, state: RunState) -> bool:
             epoch=epoch,
             stop=run.stop,
         )
-    run.files.log({"step": at.step, "epoch": round(epoch, 6), **means})
+    _log(run, {"step": at.step, "epoch": round(epoch, 6), **means})
     at.evaluated_step = at.step
     metric = run.config.metric_for_best_model
     if metric is None or not is_better(means[metric], metric, state.best.value if state.best else None):
@@ -243,19 +243,23 @@ def _log_training(run: Run, state: RunState, speed: Metrics) -> float:
     """Log the means since the last line of training metrics. Returns the mean loss."""
     at, means = state.at, state.window.means()
     rate = learning_rate(at.step - 1, total_steps=run.total_steps, config=run.config)
-    run.files.log(
-        {
-            "step": at.step,
-            "epoch": round(run.epochs(at), 6),
-            **means,
-            "learning_rate": rate,
-            "num_tokens": at.num_tokens,
-            "num_unique_tokens": at.num_unique_tokens,
-            **speed,
-        }
-    )
+    metrics = {
+        "step": at.step,
+        "epoch": round(run.epochs(at), 6),
+        **means,
+        "learning_rate": rate,
+        "num_tokens": at.num_tokens,
+        "num_unique_tokens": at.num_unique_tokens,
+        **speed,
+    }
+    _log(run, metrics)
     state.window = new_window(run)
     return means["loss"]
+
+
+def _log(run: Run, metrics: Metrics) -> None:
+    run.files.log(metrics)
+    run.reports.log(metrics)
 
 
 def _is_time_to_save(run: Run, state: RunState) -> bool:

@@ -13,6 +13,7 @@ from dpo_opt.optimize.losses.usable import (
     require_no_weights,
     require_usable_losses,
 )
+from dpo_opt.optimize.reporting.trackers import require_installed
 from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.optimize.stream import PairStream, share_that_holds_out
 from dpo_opt.schemas.errors import ConfigError, quoted
@@ -46,6 +47,7 @@ def prepare(config: TrainConfig, *, compares_model: bool = True) -> Prepared:
     if not config.resume:
         RunFolder.require_unused(config.output_dir)
     require_usable_losses(config)
+    require_installed(config.report_to)
     folder = ShardFolder.open(config.shards)
     require_matching_rows(config, rows=folder.manifest.fingerprint.rows, where=str(folder.path))
     model_folder = find_model(config.model)

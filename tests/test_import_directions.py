@@ -28,6 +28,7 @@ LAZY: dict[str, set[str]] = {
     "schemas/model_config.py": {"transformers", "huggingface_hub", "safetensors"},
     "optimize/adapters/lora.py": {"peft"},
     "optimize/update/optimizer.py": {"torchao"},
+    "optimize/reporting/trackers.py": {"wandb", "trackio", "mlflow"},
     "precompute/engine/checkpoint_keys.py": {"transformers"},
     "precompute/check/near_duplicates.py": {"rensa"},
     "precompute/workers/ray_cluster.py": {"ray"},

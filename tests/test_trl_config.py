@@ -62,6 +62,9 @@ NAMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "another divergence": ({"f_divergence_type": "js_divergence"}, {"f_divergence_type": "js_divergence"}),
     "its own default": ({"f_divergence_type": "reverse_kl", "discopop_tau": 0.05}, {"discopop_tau": None}),
+    "one tracker": ({"report_to": "wandb"}, {"report_to": ["wandb"]}),
+    "several trackers": ({"report_to": ["tensorboard", "mlflow"]}, {"report_to": ["tensorboard", "mlflow"]}),
+    "no tracker": ({"report_to": "none"}, {"report_to": []}),
     "adapter": ({"use_peft": True, "lora_r": 8, "lora_dropout": 0.0}, {"lora_r": 8}),
 }
 
@@ -78,7 +81,7 @@ def test_other_names_and_values_mean_the_same(name: str, tmp_path: Path) -> None
 def test_what_has_no_effect_is_named_with_what_to_do(tmp_path: Path) -> None:
     found = read(
         tmp_path, max_length=1024, dataset_name="org/d", label_smoothing=0.1, eval_strategy="steps", beta=0.2,
-        something_new=3, report_to="wandb", dataloader_num_workers=4,
+        something_new=3, report_to=["wandb", "comet_ml"], dataloader_num_workers=4,
     )  # fmt: skip
     assert found.settings["beta"] == 0.2
     assert "label_smoothing" not in found.settings

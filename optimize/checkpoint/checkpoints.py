@@ -35,7 +35,7 @@ _STATE = "training_state.json"
 _FREE = {
     "model", "shards", "output_dir", "resume", "micro_batch_tokens", "activation_checkpointing",
     "logging_steps", "eval_steps", "eval_shards", "save_steps", "save_minutes", "save_total_limit",
-    "metric_for_best_model", "save_dtype",
+    "metric_for_best_model", "save_dtype", "report_to",
 }  # fmt: skip
 _LENGTHS = {"num_train_epochs", "max_steps"}
 

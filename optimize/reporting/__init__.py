@@ -1,0 +1,1 @@
+"""Optional copies of a run's metrics in TensorBoard, W&B, Trackio or MLflow."""
