@@ -1,14 +1,35 @@
 """Writes every pair's final numbers as one Parquet file, for a reader's own questions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dpo_opt.analysis import rewards
+from dpo_opt.analysis.final_state import FinalState
 from dpo_opt.analysis.quadrants import MOVEMENTS, RANKINGS, movement, ranking_quadrant
 from dpo_opt.analysis.view import RunView
+from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.storage import publish
+
+_SCHEMA = pa.schema(
+    {
+        "run": pa.string(),
+        "row": pa.int64(),
+        "pair_id": pa.string(),
+        "source": pa.string(),
+        "held_out": pa.bool_(),
+        "reference_margin": pa.float64(),
+        "trained_margin": pa.float64(),
+        "ranking": pa.string(),
+        "chosen_logratio": pa.float64(),
+        "rejected_logratio": pa.float64(),
+        "movement": pa.string(),
+        "margin": pa.float64(),
+    }
+)
 
 
 def export_pairs(views: Sequence[RunView], output: Path) -> None:
@@ -18,8 +39,22 @@ def export_pairs(views: Sequence[RunView], output: Path) -> None:
     ``trained_margin`` (log p(chosen) - log p(rejected), nats), ``ranking`` (of ``RANKINGS``); both log-ratios
     (nats), ``movement`` (of ``MOVEMENTS``; null where one is not finite) and ``margin`` of the rewards.
     """
-    frames = [
-        view.final.pairs.select(
+    with (
+        publish(output) as private,
+        arrow_file(private, "wb") as sink,
+        pq.ParquetWriter(sink, _SCHEMA, compression="zstd") as writer,
+    ):
+        for view in views:
+            if view.final:
+                for some in _by_slice(view, view.final):
+                    writer.write_table(some.to_arrow().cast(_SCHEMA))
+
+
+def _by_slice(view: RunView, final: FinalState) -> Iterator[pl.DataFrame]:
+    for part in view.slices:
+        ids = part.shards.select("row", "pair_id")
+        pairs = final.pairs.filter(part.rows).join(ids, on="row", maintain_order="left")
+        yield pairs.select(
             pl.lit(view.run.name).alias("run"),
             "row",
             "pair_id",
@@ -32,12 +67,7 @@ def export_pairs(views: Sequence[RunView], output: Path) -> None:
             rewards.rejected_logratio().alias("rejected_logratio"),
             _named(movement(view.run.margin_noise or 0.0), [m.name for m in MOVEMENTS]).alias("movement"),
             rewards.margin(beta=view.run.beta).alias("margin"),
-        )
-        for view in views
-        if view.final
-    ]
-    with publish(output) as private:
-        pl.concat(frames).sink_parquet(private)
+        ).collect(engine="streaming")
 
 
 def _named(number: pl.Expr, names: Sequence[str]) -> pl.Expr:

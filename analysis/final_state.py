@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import polars as pl
 
-from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER, ShardSlice, collect_joined, scan_pair_logps
+from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER, scan_pair_logps
 from dpo_opt.analysis.outcomes import Outcome, outcome
 from dpo_opt.analysis.run_files import Run
+from dpo_opt.analysis.slices import ShardSlice, by_slice, with_reference
 from dpo_opt.schemas.pair_logps import dtype_of_logps
 
 SCORES_FOLDER = "scores"
+_POLICY = ("row", "pair", "chosen_logps", "rejected_logps", "chosen_length", "rejected_length")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,9 @@ class LastLogps(NamedTuple):
     """The policy's last known log-probs, as they were written."""
 
     table: pl.LazyFrame
-    """``PAIR_LOGPS_SCHEMA``, of one state of the policy."""
+    """``PAIR_LOGPS_SCHEMA``."""
+    state: pl.Expr
+    """True for the rows of the policy's last state."""
     step: int
     scored: bool
     """See :class:`FinalState`; so are the next two."""
@@ -91,7 +95,8 @@ def last_logps(run: Run, logps: pl.LazyFrame | None, held_out: pl.Series) -> Las
         dtypes = {dtype_of_logps(file) for file in run.tables(SCORES_FOLDER)}
         same = (pl.col("step") == step) & pl.col("checkpoint").eq_missing(pl.lit(checkpoint, dtype=pl.String))
         return LastLogps(
-            scores.filter(same),
+            scores,
+            same,
             step,
             scored=True,
             label=f"the scored checkpoint {checkpoint or ''}".strip() + f" (step {step:,})",
@@ -103,7 +108,8 @@ def last_logps(run: Run, logps: pl.LazyFrame | None, held_out: pl.Series) -> Las
     evaluated = logps.filter(pl.col("phase") == "eval")
     step = evaluated.select(pl.col("step").max()).collect(engine="streaming").item()
     return LastLogps(
-        evaluated.filter(pl.col("step") == step),
+        logps,
+        (pl.col("phase") == "eval") & (pl.col("step") == step),
         step,
         scored=False,
         label=f"the held-out pairs at the last evaluation (step {step:,})",
@@ -134,7 +140,7 @@ def final_state(
     last = last_logps(run, logps, held_out)
     if last is None:
         return None
-    pairs = final_pairs(last.table, slices, held_out=held_out, where=last.where, scratch=scratch)
+    pairs = final_pairs(last, slices, held_out=held_out, scratch=scratch)
     parts = split_pairs(pairs, scored=last.scored, held_out=held_out)
     outcomes = {name: outcome(part, beta=run.beta, noise=run.margin_noise) for name, part in parts.items()}
     splits = {name: found for name, found in outcomes.items() if found is not None}
@@ -142,7 +148,7 @@ def final_state(
         return None
     return FinalState(
         pairs=pairs,
-        table=last.table,
+        table=last.table.filter(last.state),
         count=sum(splits[name].pairs for name in ("training", "held-out") if name in splits)
         or splits["all"].pairs,
         scored=last.scored,
@@ -163,74 +169,53 @@ def split_pairs(pairs: pl.LazyFrame, *, scored: bool, held_out: pl.Series) -> di
 
 
 def final_pairs(
-    pair_logps: pl.LazyFrame,
+    last: LastLogps,
     slices: Sequence[ShardSlice],
     *,
     held_out: pl.Series,
-    where: str,
     scratch: Path | None = None,
 ) -> pl.LazyFrame:
     """The final log-probs of each pair with the reference's, in row order.
 
     Args:
-        pair_logps: At most one state of the policy; a pair that was scored twice is kept once.
+        last: From :func:`last_logps`; a pair that was scored twice is kept once.
         slices: From ``shard_slices``.
         held_out: Row numbers of the pairs that training did not see.
-        where: Name of the pair log-probs, for messages.
-        scratch: An empty folder, where about 90 bytes per pair are written, which stays as long as the pairs
+        scratch: An empty folder, where about 120 bytes per pair are written, which stays as long as the pairs
             are used. None keeps them in memory.
 
     Returns:
-        A scan of ``row``, ``pair_id``, ``prompt`` (a hash of prompt_id), ``source``, ``held_out``, the four
-        log-probs and the two lengths.
+        A scan of ``row``, ``prompt`` (a hash of prompt_id), ``source``, ``held_out``, the four log-probs and
+        the two lengths.
 
     Raises:
         DataError: The pairs are not those of the shards.
     """
     parts = []
-    for number, part in enumerate(slices):
-        joined = with_reference(
-            pair_logps.filter(part.rows), reference_columns(part.shards), held_out=held_out, where=where
-        )
+    divided = by_slice(last.table, slices, scratch and scratch / "rows", state=last.state)
+    for number, (part, rows) in enumerate(zip(slices, divided, strict=True)):
+        joined = with_reference(rows.select(*_POLICY), part.reference, where=last.where)
+        once = each_once(joined.lazy(), held_out=held_out)
         if scratch is None:
-            parts.append(joined)
+            parts.append(once)
         else:
-            joined.write_parquet(scratch / f"{number:05d}.parquet", compression="lz4")
+            once.write_parquet(scratch / f"{number:05d}.parquet", compression="uncompressed")
     if scratch is None:
         return pl.concat(parts).lazy()
     return pl.scan_parquet(sorted(scratch.glob("*.parquet")), glob=False)
 
 
-def reference_columns(shards: pl.LazyFrame) -> pl.LazyFrame:
-    """What a final pair has of the reference, from a scan of shards."""
-    return shards.select(
-        "row",
-        "pair_id",
-        pl.col("prompt_id").hash().alias("prompt"),
-        "source",
-        "ref_chosen_logps",
-        "ref_rejected_logps",
-    )
-
-
-def with_reference(
-    pair_logps: pl.LazyFrame, reference: pl.LazyFrame, *, held_out: pl.Series, where: str
-) -> pl.DataFrame:
-    """:func:`final_pairs` of one part of the shards, in memory.
+def each_once(joined: pl.LazyFrame, *, held_out: pl.Series) -> pl.DataFrame:
+    """Pairs from ``with_reference`` in row order, each once, and whether training did not see them.
 
     Args:
-        pair_logps: Rows of this part.
-        reference: From :func:`reference_columns`.
+        joined: With the columns of :func:`final_pairs`.
         held_out: See :func:`final_pairs`.
-        where: See :func:`final_pairs`.
-
-    Raises:
-        DataError: The pairs are not those of the shards.
     """
-    policy = ("row", "pair_id", "chosen_logps", "rejected_logps", "chosen_length", "rejected_length")
+    row = pl.col("row")
     return (
-        collect_joined(pair_logps.select(policy), reference, where=where)
-        .unique("row", keep="any")
-        .sort("row")
-        .with_columns(pl.col("row").is_in(held_out.implode()).alias("held_out"))
+        joined.sort("row")
+        .filter(row.ne_missing(row.shift()))
+        .with_columns(row.is_in(held_out.implode()).alias("held_out"))
+        .collect(engine="streaming")
     )

@@ -12,8 +12,8 @@ import polars as pl
 
 from dpo_opt.analysis import rewards
 from dpo_opt.analysis.final_state import final_pairs, last_logps, split_pairs
-from dpo_opt.analysis.load import ShardSlice
 from dpo_opt.analysis.run_files import Run
+from dpo_opt.analysis.slices import ShardSlice
 
 
 class LabelledOutcome(NamedTuple):
@@ -60,7 +60,7 @@ def labelled_state(
     last = last_logps(run, logps, held_out)
     if last is None:
         return None
-    rows = final_pairs(last.table, slices, held_out=held_out, where=last.where, scratch=scratch)
+    rows = final_pairs(last, slices, held_out=held_out, scratch=scratch)
     parts = split_pairs(rows, scored=last.scored, held_out=held_out)
     outcomes = {name: labelled_outcome(part) for name, part in parts.items()}
     splits = {name: found for name, found in outcomes.items() if found.desirable or found.undesirable}

@@ -7,14 +7,14 @@ them.
 from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_opt.analysis.run_files import shards_of_run
-from dpo_opt.analysis.unpaired_rows import is_unpaired, own_sides, require_pairs
+from dpo_opt.analysis.unpaired_rows import is_unpaired, own_sides
 from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA, LATER_COLUMNS
@@ -27,34 +27,12 @@ from dpo_opt.schemas.shards import SHARD_SCHEMA, UNPAIRED_SCHEMA
 PAIR_LOGPS_FOLDER = "pair_logps"
 KL_FOLDER = "kl"
 
-_SLICE_ROWS = 25_000
-_MAX_SLICES = 40
-_SORTED_ROWS = 250_000
 UNREADABLE = (
     pl.exceptions.ComputeError,
     pl.exceptions.SchemaError,
     pl.exceptions.InvalidOperationError,
 )
 """What a query raises where a table's pages are damaged, or a column holds another type."""
-
-
-class ShardSlice(NamedTuple):
-    """Some neighbouring shards, verified, and a filter for the rows of other tables that belong to them."""
-
-    files: list[Path]
-    rows: pl.Expr
-    """True for the rows of a pair log-prob table that belong to this slice."""
-    unpaired: bool = False
-    """The rows have one completion and a label each."""
-
-    @property
-    def shards(self) -> pl.LazyFrame:
-        """A new scan at each access: a scan that is kept holds its files' footers, megabytes per slice.
-
-        Of unpaired rows, the reference's log-prob of the completion that answers another prompt is null.
-        """
-        scan = _lazy_of_versions(self.files, UNPAIRED_SCHEMA if self.unpaired else SHARD_SCHEMA)
-        return own_sides(scan) if self.unpaired else scan
 
 
 def scan_shards(shards_dir: AnyPath | str) -> pl.LazyFrame:
@@ -68,54 +46,7 @@ def scan_shards(shards_dir: AnyPath | str) -> pl.LazyFrame:
     shards_dir = location(shards_dir)
     manifest = load_manifest(shards_dir)
     schema = UNPAIRED_SCHEMA if is_unpaired(manifest) else SHARD_SCHEMA
-    return _lazy_of_versions(_verified(shards_dir, manifest.shards), schema)
-
-
-def shard_slices(shards_dir: AnyPath | str) -> list[ShardSlice]:
-    """The pairs of :func:`scan_shards` in at most 40 slices, so that a join never holds the whole reference.
-
-    Together the slices cover all row numbers, also those that no shard has. So a row that is not in the
-    shards reaches :func:`join_reference` in some slice and is refused there.
-
-    Raises:
-        DataError: See :func:`scan_shards`.
-    """
-    shards_dir = location(shards_dir)
-    manifest = load_manifest(shards_dir)
-    commits, unpaired = manifest.shards, is_unpaired(manifest)
-    # Each slice is one pass over the other table, whose rows may be in any order.
-    wanted = max(_SLICE_ROWS, -(-sum(c.rows for c in commits) // _MAX_SLICES))
-    groups: list[list[ShardCommit]] = [[]]
-    for commit in commits:
-        if sum(c.rows for c in groups[-1]) >= wanted:
-            groups.append([])
-        groups[-1].append(commit)
-    starts = [group[0].start for group in groups[1:]]
-    bounds = zip([None, *starts], [*starts, None], strict=True)
-    return [
-        ShardSlice(_verified(shards_dir, group), _between(start, stop), unpaired)
-        for group, (start, stop) in zip(groups, bounds, strict=True)
-    ]
-
-
-def kept_pairs(shards_dir: AnyPath | str, *columns: str | pl.Expr) -> pl.DataFrame:
-    """Some columns of every kept pair, slice by slice: only the result is in memory whole.
-
-    Raises:
-        ConfigError: The rows are no pairs.
-        DataError: See :func:`scan_shards`; or no pair was kept.
-    """
-    require_pairs(shards_dir, fix="pass --shards with a folder of pairs")
-    slices = shard_slices(shards_dir)
-    pairs = pl.concat([s.shards.select(*columns).collect(engine="streaming") for s in slices])
-    if not len(pairs):
-        raise DataError(
-            "no pair was kept",
-            where=str(shards_dir),
-            why="there are no log-probs of the reference to look at",
-            fix=f"dpo-opt status --shards {quoted(shards_dir)}",
-        )
-    return pairs
+    return scan_versions(verified_files(shards_dir, manifest.shards), schema)
 
 
 def scan_pair_logps(path: Path | str) -> pl.LazyFrame:
@@ -197,48 +128,12 @@ def join_reference(
         .collect(engine="streaming")
     )
     if len(foreign):
-        _refuse(foreign, where)
+        row, pair_id, reference_hash = foreign.row(0)
+        state = "no such row" if reference_hash is None else "another pair at this row"
+        refuse(f"row {row} is pair {quoted(pair_id)}, but the shards have {state}", where=where)
     # The policy's lengths stay: they are of the tokens that count.
     own = ["pair_id", "chosen_length", "rejected_length"]
     return pair_logps.join(shards.drop(own, strict=False), on="row")
-
-
-def collect_joined(
-    pair_logps: pl.LazyFrame, shards: pl.LazyFrame, *, where: str = "pair log-probs"
-) -> pl.DataFrame:
-    """:func:`join_reference` in memory, with the same checks: each table is read once.
-
-    Args: see :func:`join_reference`.
-
-    Raises:
-        DataError: A row is not in the shards, or is another pair there.
-    """
-    own = ["pair_id", "chosen_length", "rejected_length"]
-    reference = shards.with_columns(reference_hash=pl.col("pair_id").hash()).drop(own, strict=False)
-    joined = pair_logps.join(reference, on="row", how="left").collect(engine="streaming")
-    known = joined["reference_hash"].eq_missing(joined["pair_id"].hash())
-    if not known.all():
-        _refuse(joined.filter(~known).select("row", "pair_id", "reference_hash"), where)
-    return joined.drop("reference_hash")
-
-
-def sorted_by_row(pair_logps: pl.LazyFrame, folder: Path) -> pl.LazyFrame:
-    """A table whose slices are read without the rest of it: the same rows, ordered in parts.
-
-    Training visits pairs in random order, so a slice of the shards would need a pass over the whole table.
-
-    Args:
-        pair_logps: From :func:`scan_pair_logps`; the lists of token log-probs are left out.
-        folder: An empty folder, which stays as long as the table is used.
-    """
-    columns = [name for name in PAIR_LOGPS_SCHEMA.names if not name.endswith("token_logps")]
-    rows = pair_logps.select(pl.len()).collect(engine="streaming").item()
-    for start in range(0, max(rows, 1), _SORTED_ROWS):
-        part = pair_logps.select(columns).slice(start, _SORTED_ROWS).sort("row")
-        part.collect(engine="streaming").write_parquet(
-            folder / f"{start:012d}.parquet", compression="lz4", row_group_size=_SORTED_ROWS // _MAX_SLICES
-        )
-    return pl.scan_parquet(sorted(folder.glob("*.parquet")), glob=False)
 
 
 def counted_tokens(side: str) -> pl.Expr:
@@ -271,11 +166,14 @@ def parquet_files(path: Path | str, *, inside: str) -> list[Path]:
     return files
 
 
-def _refuse(foreign: pl.DataFrame, where: str) -> NoReturn:
-    row, pair_id, reference_hash = foreign.row(0)
-    state = "no such row" if reference_hash is None else "another pair at this row"
+def refuse(what: str, *, where: str) -> NoReturn:
+    """Refuse log-probs that do not belong to the shards.
+
+    Raises:
+        DataError: Always.
+    """
     raise DataError(
-        f"row {row} is pair {quoted(pair_id)}, but the shards have {state}",
+        what,
         where=where,
         why="the difference of log-probs of two different pairs would mean nothing",
         fix="score again with `dpo-opt score --model CKPT --shards SHARDS --output FILE.parquet`, "
@@ -283,13 +181,12 @@ def _refuse(foreign: pl.DataFrame, where: str) -> NoReturn:
     )
 
 
-def _between(start: int | None, stop: int | None) -> pl.Expr:
-    rows = pl.col("row")
-    at_least = pl.lit(True) if start is None else rows >= start
-    return at_least if stop is None else at_least & (rows < stop)
+def verified_files(shards_dir: AnyPath, commits: Sequence[ShardCommit]) -> list[Path]:
+    """The data files of some shards of a folder.
 
-
-def _verified(shards_dir: AnyPath, commits: Sequence[ShardCommit]) -> list[Path]:
+    Raises:
+        DataError: A file is not the one the manifest names.
+    """
     files = []
     for commit in commits:
         file = shards_dir / commit.file
@@ -325,13 +222,13 @@ def _scan(
             raise DataError(
                 f"this is not a table of {what}: it lacks the columns {', '.join(missing)}", where=str(file)
             )
-    return _lazy_of_versions(files, schema) if later else _lazy(files, schema)
+    return scan_versions(files, schema) if later else _lazy(files, schema)
 
 
-def _lazy_of_versions(files: Sequence[Path], schema: pa.Schema) -> pl.LazyFrame:
+def scan_versions(files: Sequence[Path], schema: pa.Schema) -> pl.LazyFrame:
+    """The tables of some files, of which older ones may lack a column, and newer ones have more."""
     if not files:
         return _lazy(files, schema)
-    # Older tables lack a column, newer ones may have more.
     return pl.scan_parquet(
         [file.absolute() for file in files],
         schema=pl.DataFrame(pl.from_arrow(schema.empty_table())).schema,

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.load import ShardSlice
 from dpo_opt.analysis.quadrants import RANKINGS, ranking_quadrant
+from dpo_opt.analysis.slices import ShardSlice
 from dpo_opt.analysis.token_texts import PairText, TokenDecoder, pair_texts
 
 

@@ -12,7 +12,7 @@ import polars as pl
 
 from dpo_opt.analysis import rewards
 from dpo_opt.analysis.intervals import IntArray, Interval, cluster_starts, ratio_interval, share_interval
-from dpo_opt.analysis.load import ShardSlice
+from dpo_opt.analysis.slices import ShardSlice
 
 GROUPS = 65_536
 _MOST_SINGLE = 1_000_000
@@ -80,7 +80,7 @@ def reference_accuracy(slices: Sequence[ShardSlice]) -> float | None:
     """Share of all kept pairs that the reference ranks correctly; None without pairs."""
     right = rewards.reference_ranking_accuracy()
     sums = [
-        s.shards.select(right.sum().alias("right"), pl.len().alias("pairs")).collect(engine="streaming")
+        s.reference.select(right.sum().alias("right"), pl.len().alias("pairs")).collect(engine="streaming")
         for s in slices
     ]
     pairs = sum(frame["pairs"].item() for frame in sums)

@@ -10,8 +10,9 @@ import math
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.load import counted_tokens, kept_pairs, scan_shards
+from dpo_opt.analysis.load import counted_tokens, scan_shards
 from dpo_opt.analysis.outcomes import means_by_source, shares_over_prompts
+from dpo_opt.analysis.slices import kept_pairs
 from dpo_opt.analysis.token_texts import TokenDecoder, pair_texts, plain
 from dpo_opt.schemas.audit_record import HardPair, ReferenceView, SourceRanking
 from dpo_opt.schemas.locations import AnyPath

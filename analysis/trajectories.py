@@ -5,13 +5,15 @@ completions became less likely, what share of them did, and which pairs the grad
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.load import ShardSlice, collect_joined
+from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER
 from dpo_opt.analysis.quadrants import MOVEMENTS, movement
+from dpo_opt.analysis.slices import ShardSlice, by_slice, with_reference
 
 INTERVALS = 24
 """Training steps are grouped into at most this many equal intervals."""
@@ -40,6 +42,7 @@ def trajectories(
     beta: float,
     noise: float = 0.0,
     drivers: int = 0,
+    scratch: Path | None = None,
 ) -> Trajectories:
     """Summarize the log-probs of single pairs over the steps.
 
@@ -51,6 +54,7 @@ def trajectories(
         drivers: How many pairs to name as drivers. A visit's weight is sigma(-margin), the factor before
             the pair's gradient (Rafailov et al. 2023, arXiv 2305.18290, section 4): 1/2 at the start, near 1
             for a pair that the policy moves the wrong way, near 0 for one that is learned.
+        scratch: See ``by_slice``.
 
     Raises:
         DataError: The pairs are not those of the shards.
@@ -63,8 +67,8 @@ def trajectories(
     point = pl.when(pl.col("phase") == "train").then(interval).otherwise("step").alias("point")
     every = -(-rows // _DRAWN) or 1
     sums, some, heaviest = [], [], []
-    for part in slices:
-        pairs = _joined(pair_logps.filter(part.rows), part.shards, point, noise)
+    for part, rows in zip(slices, by_slice(pair_logps, slices, scratch), strict=True):
+        pairs = _joined(rows, part, point, noise)
         sums.append(_sums(pairs))
         some.append(
             pairs.filter(pl.struct("row", "step").hash(seed=1) % every == 0).select("phase", "point", *SPREAD)
@@ -93,12 +97,12 @@ def trajectories(
     )
 
 
-def _joined(pair_logps: pl.LazyFrame, shards: pl.LazyFrame, point: pl.Expr, noise: float) -> pl.DataFrame:
+def _joined(rows: pl.LazyFrame, part: ShardSlice, point: pl.Expr, noise: float) -> pl.DataFrame:
     chosen, rejected = rewards.chosen_logratio(), rewards.rejected_logratio()
-    wanted = pair_logps.select("row", "pair_id", "phase", "step", "chosen_logps", "rejected_logps")
-    reference = shards.select("row", "pair_id", "ref_chosen_logps", "ref_rejected_logps")
+    wanted = rows.select("row", "pair", "phase", "step", "chosen_logps", "rejected_logps")
+    reference = part.reference.select("row", "reference_pair", "ref_chosen_logps", "ref_rejected_logps")
     return (
-        collect_joined(wanted, reference)
+        with_reference(wanted, reference, where=PAIR_LOGPS_FOLDER)
         .filter(pl.col("phase").is_in(["train", "eval"]))
         .select(
             "row",

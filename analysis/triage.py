@@ -12,7 +12,8 @@ from typing import NamedTuple
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.load import counted_tokens, kept_pairs
+from dpo_opt.analysis.load import counted_tokens
+from dpo_opt.analysis.slices import kept_pairs
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.sidecars import CHES, CHES_NORMALISED

@@ -27,11 +27,8 @@ from dpo_opt.analysis.labelled import LabelledState, labelled_state
 from dpo_opt.analysis.load import (
     KL_FOLDER,
     PAIR_LOGPS_FOLDER,
-    ShardSlice,
     scan_kl_samples,
     scan_pair_logps,
-    shard_slices,
-    sorted_by_row,
 )
 from dpo_opt.analysis.notable_pairs import NotablePairs, notable_pairs
 from dpo_opt.analysis.outcomes import (
@@ -44,6 +41,7 @@ from dpo_opt.analysis.outcomes import (
 from dpo_opt.analysis.quadrants import RankingQuadrant, movement_shares, ranking_quadrants
 from dpo_opt.analysis.run_figures import run_figures
 from dpo_opt.analysis.run_files import Run, last_entry
+from dpo_opt.analysis.slices import ShardSlice, copy_reference, pair_ids, shard_slices
 from dpo_opt.analysis.token_texts import TokenDecoder, completion_start, prompt_end
 from dpo_opt.analysis.trajectories import Trajectories, trajectories
 from dpo_opt.analysis.unpaired_rows import is_unpaired
@@ -93,6 +91,7 @@ class RunView:
 
     run: Run
     manifest: Manifest
+    slices: Sequence[ShardSlice]
     reference: float | None
     """Share of all kept pairs that the reference ranks correctly."""
     figures: dict[str, str]
@@ -128,9 +127,9 @@ def view_run(run: Run, scratch: Path) -> RunView:
     manifest = load_manifest(run.shards)
     slices = shard_slices(run.shards)
     logps = scan_pair_logps(run.path) if run.tables(PAIR_LOGPS_FOLDER) else None
-    if logps is not None and len(slices) > 1:
-        (scratch / PAIR_LOGPS_FOLDER).mkdir()
-        logps = sorted_by_row(logps, scratch / PAIR_LOGPS_FOLDER)
+    if len(slices) > 1:
+        (scratch / "reference").mkdir()
+        slices = copy_reference(slices, scratch / "reference")
     held_out = held_out_rows(logps)
     unpaired = is_unpaired(manifest)
     labelled = labelled_state(run, logps, slices, held_out, scratch) if unpaired else None
@@ -139,7 +138,9 @@ def view_run(run: Run, scratch: Path) -> RunView:
         # Other losses weigh a pair in other ways.
         drivers = NOTABLE if run.config.get("loss_type") == "sigmoid" else 0
         noise = run.margin_noise or 0.0
-        found = trajectories(logps, slices, beta=run.beta, noise=noise, drivers=drivers)
+        found = trajectories(
+            logps, slices, beta=run.beta, noise=noise, drivers=drivers, scratch=scratch / "logps"
+        )
     final = None if unpaired else final_state(run, logps, slices, held_out, scratch)
     kl = kl_of_run(run.path)
     reference = None if unpaired else reference_accuracy(slices)
@@ -148,10 +149,11 @@ def view_run(run: Run, scratch: Path) -> RunView:
     return RunView(
         run=run,
         manifest=manifest,
+        slices=slices,
         reference=reference,
         figures=run_figures(run, reference, found, final, judged.calibration if judged else None),
         trajectories=found,
-        diagnosis=None if unpaired else diagnose(run, final),
+        diagnosis=None if unpaired else diagnose(run, final, slices),
         final=final,
         judged=judged,
         unpaired=unpaired,
@@ -175,12 +177,11 @@ def _judged(
     pairs = final.judging
     rankings = ranking_quadrants(pairs, beta=run.beta)
     examples = [row for quadrant in rankings for row in quadrant.examples]
-    named = pairs.filter(pl.col("row").is_in(examples)).select("row", "pair_id")
     size = (rewards.chosen_logratio() - rewards.rejected_logratio()).abs()
     return Judged(
         movements=movement_shares(pairs, noise=run.margin_noise or 0.0),
         rankings=rankings,
-        pair_ids=dict(named.collect(engine="streaming").iter_rows()),
+        pair_ids=pair_ids(slices, examples),
         calibration=calibration(pairs, beta=run.beta),
         sources=by_source(pairs, beta=run.beta),
         lengths=length_bias(pairs, beta=run.beta),

@@ -1,6 +1,6 @@
 """``dpo-opt diagnose``: asks for every known cause in turn, and says what was found and what was checked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dpo_opt.analysis.diagnosis import labels, pace, setup
@@ -9,6 +9,7 @@ from dpo_opt.analysis.diagnosis.finding import Check, Diagnosis, Finding, Missin
 from dpo_opt.analysis.final_state import FinalState
 from dpo_opt.analysis.load import UNREADABLE
 from dpo_opt.analysis.run_files import Run, open_run
+from dpo_opt.analysis.slices import ShardSlice
 from dpo_opt.analysis.unpaired_rows import require_pairs
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 
@@ -33,13 +34,16 @@ CAUSES: tuple[Cause, ...] = (
 """In the order in which they are to be mended: what changes the meaning of later numbers comes first."""
 
 
-def diagnose(run: Run | Path | str, final: FinalState | None = None) -> Diagnosis:
+def diagnose(
+    run: Run | Path | str, final: FinalState | None = None, slices: Sequence[ShardSlice] | None = None
+) -> Diagnosis:
     """Look for every known cause of a bad run.
 
     Args:
         run: A run, or the folder that ``dpo-opt train`` wrote. It may be unfinished: what is missing is then
             named in :attr:`Diagnosis.checks`.
         final: The run's final state, where it is known already.
+        slices: From ``shard_slices``, where they are known already.
 
     Raises:
         ConfigError: It is not a run folder, its shards are not found, or their rows are no pairs.
@@ -48,7 +52,7 @@ def diagnose(run: Run | Path | str, final: FinalState | None = None) -> Diagnosi
     run = run if isinstance(run, Run) else open_run(run)
     require_pairs(run.shards, fix=f"dpo-opt report {quoted(run.path)} --output report.html")
     try:
-        evidence = gather(run, final)
+        evidence = gather(run, final, slices)
         found = {cause: cause(evidence) for cause in CAUSES}
     except UNREADABLE as error:
         # The files' footers were readable, but their data pages are not, or hold other types.

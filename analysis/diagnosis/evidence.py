@@ -1,5 +1,6 @@
 """Reads what a diagnosis looks at: pairs before training, before they were seen, and after it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import polars as pl
@@ -7,13 +8,13 @@ import polars as pl
 from dpo_opt.analysis.diagnosis.finding import Finding, Missing, PairName
 from dpo_opt.analysis.final_state import (
     FinalState,
+    each_once,
     final_state,
     held_out_rows,
-    reference_columns,
-    with_reference,
 )
-from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER, ShardSlice, scan_pair_logps, shard_slices
+from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER, scan_pair_logps
 from dpo_opt.analysis.run_files import Run
+from dpo_opt.analysis.slices import ShardSlice, pair_ids, shard_slices, with_reference
 from dpo_opt.analysis.triage import token_overlap
 from dpo_opt.schemas.manifest import Manifest, load_manifest
 
@@ -42,7 +43,7 @@ class Evidence:
     final: FinalState | None
     held_out: pl.DataFrame
     """Held-out pairs under :attr:`final`."""
-    slices: list[ShardSlice]
+    slices: Sequence[ShardSlice]
 
     @property
     def unseen(self) -> pl.DataFrame:
@@ -62,16 +63,22 @@ class Evidence:
         named = self.run.config.get("loss_type")
         return [str(name) for name in (named if isinstance(named, list) else [named])]
 
-    def about(self, pairs: pl.DataFrame) -> pl.DataFrame:
-        """The pairs with their ``token_overlap``, from the token ids in the shards."""
+    def token_overlaps(self, pairs: pl.DataFrame, *, slices: int | None = None) -> pl.DataFrame:
+        """``row`` and ``token_overlap`` of some pairs, from the token ids in the shards.
+
+        Args:
+            pairs: Some of the run's pairs.
+            slices: Only those in so many slices of the shards, evenly spread over them; None for all.
+        """
+        every = 1 if slices is None else -(-len(self.slices) // slices)
         rows = pairs["row"].implode()
         found = [
             s.shards.filter(pl.col("row").is_in(rows))
             .select("row", token_overlap())
             .collect(engine="streaming")
-            for s in self.slices
+            for s in self.slices[every // 2 :: every]
         ]
-        return pairs.join(pl.concat(found), on="row", maintain_order="left")
+        return pl.concat(found)
 
     def truncated_rows(self, most: int) -> list[int]:
         """Some rows of pairs with a completion that was cut."""
@@ -86,43 +93,40 @@ class Evidence:
     def named(self, finding: Finding) -> Finding:
         """The finding with the ids of its first pairs, at most 20."""
         rows = list(finding.rows[:MOST_PAIRS])
-        wanted = pl.Series(rows, dtype=pl.Int64).implode()
-        ids: dict[int, str] = {}
-        for s in self.slices:
-            table = s.shards.filter(pl.col("row").is_in(wanted)).select("row", "pair_id")
-            ids.update(table.collect(engine="streaming").iter_rows())
+        ids = pair_ids(self.slices, rows)
         return replace(
             finding, rows=tuple(rows), pairs=tuple(PairName(row, ids[row]) for row in rows if row in ids)
         )
 
 
-def gather(run: Run, final: FinalState | None = None) -> Evidence:
+def gather(run: Run, final: FinalState | None = None, slices: Sequence[ShardSlice] | None = None) -> Evidence:
     """Read a run's tables: about 60 bytes per pair in memory, of at most a quarter of a million.
 
     Args:
         run: The run.
         final: Its final state, where it is known already.
+        slices: From ``shard_slices``, where they are known already.
 
     Raises:
         DataError: A table is damaged, or its pairs are not those of the run's shards.
     """
-    manifest, slices = load_manifest(run.shards), shard_slices(run.shards)
+    manifest, slices = load_manifest(run.shards), slices or shard_slices(run.shards)
     drawn = pl.col("row").hash(seed=1) % max(1, -(-manifest.kept // _DRAWN)) == 0
     logps = scan_pair_logps(run.path) if run.tables(PAIR_LOGPS_FOLDER) else None
     held_out = held_out_rows(logps)
     final = final or final_state(run, logps, slices, held_out)
-    reference = pl.concat(
-        [reference_columns(s.shards.filter(drawn)).collect(engine="streaming") for s in slices]
-    )
+    reference = pl.concat([s.reference.filter(drawn).collect(engine="streaming") for s in slices])
     wanted = {name: rows & drawn for name, rows in _parts(logps).items()}
     table = pl.DataFrame(schema=_SCHEMA)
     if logps is not None:
-        table = logps.filter(pl.any_horizontal(*wanted.values())).select(*_SCHEMA).collect(engine="streaming")
+        some = logps.filter(pl.any_horizontal(*wanted.values()))
+        table = some.with_columns(pair=pl.col("pair_id").hash()).select(*_SCHEMA).collect(engine="streaming")
     parts: dict[str, pl.DataFrame] = {}
     for name, rows in wanted.items():
         where = str(run.path / PAIR_LOGPS_FOLDER)
-        part = table.lazy().filter(rows)
-        parts[name] = with_reference(part, reference.lazy(), held_out=held_out, where=where)
+        part = table.lazy().filter(rows).drop("step", "epoch", "phase")
+        joined = with_reference(part, reference.lazy(), where=where)
+        parts[name] = each_once(joined.lazy(), held_out=held_out)
     unseen = (
         final.pairs.filter("held_out", drawn).collect(engine="streaming") if final else parts["fresh"].clear()
     )
@@ -131,7 +135,7 @@ def gather(run: Run, final: FinalState | None = None) -> Evidence:
 
 _SCHEMA = {
     "row": pl.Int64,
-    "pair_id": pl.String,
+    "pair": pl.UInt64,
     "step": pl.Int64,
     "epoch": pl.Float64,
     "phase": pl.String,

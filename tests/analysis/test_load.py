@@ -3,16 +3,15 @@ import re
 import polars as pl
 import pytest
 
-from dpo_opt.analysis import load
 from dpo_opt.analysis.load import (
     join_reference,
     scan_kl_samples,
     scan_pair_logps,
     scan_run,
     scan_shards,
-    shard_slices,
 )
 from dpo_opt.analysis.rewards import margin
+from dpo_opt.analysis.slices import shard_slices
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.manifest import load_manifest, write_manifest
 from dpo_opt.schemas.pair_logps import write_pair_logps
@@ -67,7 +66,7 @@ def test_a_missing_shard_is_refused(folder):
 
 
 def test_slices_are_the_whole_and_claim_every_row(folder, monkeypatch):
-    monkeypatch.setattr(load, "_SLICE_ROWS", 20)
+    monkeypatch.setattr("dpo_opt.analysis.slices._SLICE_ROWS", 20)
     slices = shard_slices(folder)
     assert len(slices) == 3
     assert pl.concat([s.shards for s in slices]).collect().equals(scan_shards(folder).collect())

@@ -5,9 +5,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dpo_opt.analysis import load
-from dpo_opt.analysis.final_state import final_pairs
-from dpo_opt.analysis.load import scan_pair_logps, shard_slices
+from dpo_opt.analysis.final_state import LastLogps, final_pairs
+from dpo_opt.analysis.load import scan_pair_logps
 from dpo_opt.analysis.notable_pairs import hardest_pairs
 from dpo_opt.analysis.outcomes import (
     by_source,
@@ -15,6 +14,7 @@ from dpo_opt.analysis.outcomes import (
     outcome,
     reference_accuracy,
 )
+from dpo_opt.analysis.slices import shard_slices
 from dpo_opt.schemas.pair_logps import write_pair_logps
 
 
@@ -38,11 +38,12 @@ def scored(tmp_path, shards_writer, texts, fake_policy):
 
 def final(folder, held_out=(), scores=None):
     scratch = Path(tempfile.mkdtemp(dir=folder))
+    table = scan_pair_logps(folder / "scores.parquet") if scores is None else scores
+    last = LastLogps(table, pl.lit(True), step=1, scored=True, label="", dtype=None, where="scores")
     return final_pairs(
-        scan_pair_logps(folder / "scores.parquet") if scores is None else scores,
+        last,
         shard_slices(folder / "shards"),
         held_out=pl.Series("row", held_out, dtype=pl.Int64),
-        where="scores",
         scratch=scratch,
     )
 
@@ -92,7 +93,7 @@ def test_reference_accuracy_needs_no_policy(scored):
 def test_slicing_does_not_change_the_final_pairs(scored, monkeypatch):
     folder, _ = scored
     whole = final(folder, held_out=[3, 77]).collect()
-    monkeypatch.setattr(load, "_SLICE_ROWS", 30)
+    monkeypatch.setattr("dpo_opt.analysis.slices._SLICE_ROWS", 30)
     assert len(shard_slices(folder / "shards")) == 4
     assert final(folder, held_out=[3, 77]).collect().equals(whole)
     assert whole["row"].to_list() == list(range(120))

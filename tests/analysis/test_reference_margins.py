@@ -2,9 +2,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dpo_opt.analysis import load, reference_view
-from dpo_opt.analysis.load import shard_slices
+from dpo_opt.analysis import reference_view
 from dpo_opt.analysis.outcomes import reference_accuracy
+from dpo_opt.analysis.slices import shard_slices
 from dpo_opt.schemas.audit_record import ReferenceView
 from dpo_opt.schemas.errors import DataError
 
@@ -105,7 +105,7 @@ def test_fewer_pairs_than_asked_for_are_all_shown(tmp_path, shards_writer, texts
 def test_slicing_changes_nothing(shards, monkeypatch):
     folder, _, _ = shards
     whole = reference_view(folder)
-    monkeypatch.setattr(load, "_SLICE_ROWS", 30)
+    monkeypatch.setattr("dpo_opt.analysis.slices._SLICE_ROWS", 30)
     assert len(shard_slices(folder)) == 4
     assert reference_view(folder) == whole
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from dpo_opt.analysis import load
-from dpo_opt.analysis.load import scan_pair_logps, shard_slices
+from dpo_opt.analysis.load import scan_pair_logps
+from dpo_opt.analysis.slices import shard_slices
 from dpo_opt.analysis.trajectories import trajectories
 from dpo_opt.schemas.pair_logps import write_pair_logps
 
@@ -39,7 +39,7 @@ def test_slicing_does_not_change_the_curves(run, monkeypatch):
     path, _ = run
     logps = scan_pair_logps(path)
     whole = trajectories(logps, shard_slices(path.parent / "shards"), beta=0.1, drivers=5)
-    monkeypatch.setattr(load, "_SLICE_ROWS", 20)
+    monkeypatch.setattr("dpo_opt.analysis.slices._SLICE_ROWS", 20)
     slices = shard_slices(path.parent / "shards")
     assert len(slices) == 4
     sliced = trajectories(logps, slices, beta=0.1, drivers=5)
