@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_serializer
+from pydantic import BeforeValidator, Field, PositiveInt, field_serializer
 
 from dpo_opt.schemas.locations import Location
 from dpo_opt.schemas.settings import Settings
@@ -94,7 +94,7 @@ class TrainConfig(Settings):
     """AdamW's epsilon, added to the denominator of the update."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight decay: decoupled in AdamW, added to the gradient in RMSprop; not for biases and norms."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=True)
     """Larger gradients are scaled down to this norm. 0 or inf: never."""
     batch_size: PositiveInt = 64
     """Pairs per optimizer step."""
@@ -136,7 +136,7 @@ class TrainConfig(Settings):
     """Dtype of the final model's weights. auto: the dtype the policy's checkpoint declares."""
     save_steps: PositiveInt | None = None
     """Save a checkpoint every N steps, besides the others. At the end of the run one is saved anyway."""
-    save_minutes: PositiveFloat | None = 30
+    save_minutes: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = 30
     """Save a checkpoint every N minutes, while training goes on. inf: only at the end and on a signal."""
     save_total_limit: int = Field(default=2, ge=2)
     """How many of the newest checkpoints are kept, in addition to the best one."""

@@ -136,3 +136,12 @@ def test_a_rate_of_0_measures_and_trains_nothing(
     assert result.last_metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert result.last_metrics["grad_norm"] > 0
     assert equal(weights(tmp_path / "run"), load_file(tiny_model / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["max_grad_norm", "save_minutes"])
+def test_a_setting_whose_help_says_inf_takes_it_and_no_nan(name: str) -> None:
+    needed = {"shards": "s", "model": "m", "output_dir": "o"}
+    assert " inf: " in str(TrainConfig.model_fields[name].description)
+    assert getattr(TrainConfig.model_validate({**needed, name: "inf"}), name) == math.inf
+    with pytest.raises(ValueError, match=name):
+        TrainConfig.model_validate({**needed, name: "nan"})
