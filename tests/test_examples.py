@@ -6,10 +6,8 @@ from pathlib import Path
 
 import click
 import pytest
-import yaml
 
 from dpo_opt.cli import main
-from dpo_opt.optimize.config import TrainConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
@@ -45,11 +43,3 @@ def test_an_option_that_is_not_there_is_noticed() -> None:
     assert words == ["sample", "--model", "x", "--num-sample", "4"]
     with pytest.raises(click.UsageError, match="--num-sample"):
         parse(EXAMPLES, words)
-
-
-def test_the_grids_have_settings_of_train() -> None:
-    grids = sorted(EXAMPLES.rglob("*.yaml"))
-    assert grids
-    for path in grids:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        assert {*settings, *settings["grid"]} - {"grid"} <= set(TrainConfig.model_fields)

@@ -1,0 +1,48 @@
+"""Fine-tunes the reference of small and paper on whole reviews, with TRL's SFTTrainer."""
+
+from folders import Work
+
+from dpo_opt.schemas.models import find_model
+from dpo_opt.schemas.storage import publish_folder
+
+
+def fine_tune(work: Work) -> None:
+    """Write ``sft/``, unless it is there: the model after the reviews that the training prompts begin."""
+    output = work.folder / "sft"
+    if output.is_dir():
+        return
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    settings = work.experiment.reviews
+    assert settings is not None
+    assert work.experiment.model is not None
+    set_seed(0)
+    folder = find_model(work.experiment.model)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with publish_folder(output) as private:
+        trainer = SFTTrainer(
+            model,
+            args=SFTConfig(
+                output_dir=str(private / "trainer"),
+                num_train_epochs=settings.sft_epochs,
+                per_device_train_batch_size=settings.sft_batch_size,
+                learning_rate=settings.sft_learning_rate,
+                max_length=settings.sft_max_tokens,
+                gradient_checkpointing=False,
+                bf16=False,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                seed=0,
+                use_cpu=not torch.cuda.is_available(),
+            ),
+            train_dataset=load_dataset(
+                "json", data_files=str(work.prompts("sft")), split="train", cache_dir=str(private / "cache")
+            ),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+        )
+        trainer.train()
+        trainer.save_model(str(private))
