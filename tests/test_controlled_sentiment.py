@@ -1,6 +1,8 @@
 """The paper's sentiment experiment: what it claims of frontiers, its prompts and its settings."""
 
 import importlib
+import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -183,3 +185,75 @@ def test_prompts_are_disjoint_and_of_one_length(
     everything = [prompt for prompts in found.values() for prompt in prompts]
     assert len(set(everything)) == len(everything)
     assert {len(ids) for ids in tokenizer(everything)["input_ids"]} == {experiment.prompt_tokens}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A folder of reviews as the sentence polarity data set has them, one of them twice."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for suffix, word in (("pos", "wonderful"), ("neg", "dreadful")):
+        lines = [f"film number {n} about a caf\xe9 is truly {word} to see again" for n in range(60)]
+        (folder / f"reviews.{suffix}").write_bytes("\n".join([*lines, lines[0], ""]).encode("latin-1"))
+    return folder
+
+
+def test_reviews_are_read_from_a_folder_and_from_a_zip_file(
+    example: Callable[[str], ModuleType], corpus: Path, tmp_path: Path
+) -> None:
+    reviews = example("reviews")
+    found = reviews.read_reviews(corpus)
+    assert len(found) == len(set(found)) == 120
+    assert sum(review.positive for review in found) == 60
+    assert reviews.read_reviews(Path(shutil.make_archive(str(tmp_path / "zip"), "zip", corpus))) == found
+    classifier, prompts = reviews.shuffled(found, 0.5)
+    assert not set(classifier) & set(prompts)
+    assert len(classifier) == len(prompts) == 60
+    assert reviews.shuffled(found[::-1], 0.5) == (classifier, prompts)
+    (corpus / "reviews.neg").unlink()
+    with pytest.raises(DataError, match="not both"):
+        reviews.read_reviews(corpus)
+    (tmp_path / "broken.zip").write_bytes(b"no zip file")
+    with pytest.raises(DataError, match="cannot be read"):
+        reviews.read_reviews(tmp_path / "broken.zip")
+
+
+def test_prompts_from_reviews_are_disjoint_and_few_are_refused(
+    example: Callable[[str], ModuleType], tiny_model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    experiment, _ = example("settings").read_experiment("small", model=str(tiny_model))
+    size = example("settings").Split(prompts=8, samples=8)
+    few = experiment.model_copy(
+        update={"train_prompts": 16, "prompt_tokens": 16, "validation": size, "held_out": size}
+    )
+    prompts = example("prompts")
+    prompts.write_prompts(tmp_path / "prompts", few, corpus=corpus)
+    splits = {
+        s: prompts.read_prompts(tmp_path / "prompts" / f"{s}.jsonl")
+        for s in ("train", "validation", "held_out")
+    }
+    prompts.require_disjoint(splits)
+    whole = (tmp_path / "prompts" / "sft.jsonl").read_text().splitlines()
+    assert len(whole) == 16
+    assert all(
+        json.loads(line)["text"].startswith(prompt)
+        for line, prompt in zip(whole, splits["train"], strict=True)
+    )
+    with pytest.raises(DataError, match="the settings ask for 128"):
+        prompts.write_prompts(tmp_path / "many", experiment, corpus=corpus)
+    assert not (tmp_path / "many").exists()
+
+
+def test_a_folder_is_continued_with_its_own_settings_alone(
+    example: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    begin = example("folders").begin
+    experiment, _ = example("settings").read_experiment("tiny", model="model")
+    begin(tmp_path / "new", experiment, {})
+    begin(tmp_path / "new", experiment, {})
+    with pytest.raises(ConfigError, match="other settings"):
+        begin(tmp_path / "new", experiment.model_copy(update={"seeds": [7]}), {})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="not empty"):
+        begin(tmp_path / "full", experiment, {})

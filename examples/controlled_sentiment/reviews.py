@@ -56,13 +56,20 @@ def shuffled(reviews: list[Review], share: float) -> tuple[list[Review], list[Re
 
 
 def _lines(corpus: Path) -> Iterator[Review]:
-    root = zipfile.Path(corpus) if corpus.is_file() else corpus
-    files = [file for file in root.rglob("*") if file.is_file()]
-    for file in sorted(files, key=str):
+    for name, content in _files(corpus):
         for suffix, positive in _LABELS.items():
-            if file.name.endswith(suffix):
-                text = file.read_text(encoding="latin-1")
-                yield from (Review(line.strip(), positive) for line in text.splitlines() if line.strip())
+            if name.endswith(suffix):
+                text = content.decode("latin-1")
+                yield from (Review(line.strip(), positive) for line in text.split("\n") if line.strip())
+
+
+def _files(corpus: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file of a folder or a zip file, by name."""
+    if corpus.is_dir():
+        yield from ((str(file), file.read_bytes()) for file in sorted(corpus.rglob("*")) if file.is_file())
+        return
+    with zipfile.ZipFile(corpus) as archive:
+        yield from ((name, archive.read(name)) for name in sorted(archive.namelist()))
 
 
 def _imdb() -> Iterator[Review]:

@@ -1,5 +1,7 @@
 """Fine-tunes the reference of small and paper on whole reviews, with TRL's SFTTrainer."""
 
+import json
+
 from folders import Work
 
 from dpo_opt.schemas.models import find_model
@@ -12,7 +14,7 @@ def fine_tune(work: Work) -> None:
     if output.is_dir():
         return
     import torch
-    from datasets import load_dataset
+    from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import SFTConfig, SFTTrainer
 
@@ -20,6 +22,7 @@ def fine_tune(work: Work) -> None:
     assert settings is not None
     assert work.experiment.model is not None
     set_seed(0)
+    lines = work.prompts("sft").read_text(encoding="utf-8").splitlines()
     folder = find_model(work.experiment.model)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with publish_folder(output) as private:
@@ -39,9 +42,7 @@ def fine_tune(work: Work) -> None:
                 seed=0,
                 use_cpu=not torch.cuda.is_available(),
             ),
-            train_dataset=load_dataset(
-                "json", data_files=str(work.prompts("sft")), split="train", cache_dir=str(private / "cache")
-            ),
+            train_dataset=Dataset.from_list(list(map(json.loads, lines))),
             processing_class=AutoTokenizer.from_pretrained(folder),
         )
         trainer.train()
