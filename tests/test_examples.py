@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from dpo_opt.cli import main
+from dpo_opt.optimize.config import TrainConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
@@ -43,3 +45,11 @@ def test_an_option_that_is_not_there_is_noticed() -> None:
     assert words == ["sample", "--model", "x", "--num-sample", "4"]
     with pytest.raises(click.UsageError, match="--num-sample"):
         parse(EXAMPLES, words)
+
+
+def test_the_sizes_hand_settings_to_train_that_it_has() -> None:
+    sizes = sorted((EXAMPLES / "preference_data").glob("*.yaml"))
+    assert len(sizes) == 2
+    for path in sizes:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))["train"]
+        TrainConfig.model_validate({"shards": "s", "model": "m", "output_dir": "o", **settings})

@@ -1,0 +1,147 @@
+"""DPO on human-labelled pairs, judged as in the DPO paper (Rafailov et al. 2023, section 6.2 and 6.3).
+
+    python run.py --data PAIRS --model MODEL --output FOLDER [--size tiny] [-- JUDGE OPTIONS]
+
+PAIRS is whatever `dpo-opt precompute` reads: HH-RLHF's transcripts, a set of summaries. It is cleaned and
+divided by prompt, scored once and trained on. Then come reward accuracy and displacement on the held-out
+pairs, KL, and win rates against the completions that people chose: of the policy and of the reference at each
+temperature, and of Best-of-N. The options of the judge are those of `dpo-opt judge`, such as `--judge-model
+NAME --endpoint URL`; without them it is a word list, of which no win rate means anything.
+
+Each finished step is kept: the same command continues where it was stopped.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import click
+import yaml
+from best_of_n import best_of_n
+from folders import Work, begin, dpo_opt
+from results import HeldOut, held_out_pairs, write_results
+from settings import read_size
+from win_rates import WinRate, win_rate, write_chosen
+
+from dpo_opt.schemas.errors import ConfigError, DpoOptError
+from dpo_opt.schemas.storage import write_text
+
+_WORD_LIST = ("--function", f"{Path(__file__).resolve().with_name('kindness.py')}:kindness")
+
+
+@click.command(help=__doc__)
+@click.option("--data", required=True, help="Preference pairs: a file, a folder, or a Hub name.")
+@click.option(
+    "--column", multiple=True, metavar="PART=NAME", help="As of `dpo-opt convert`; may be repeated."
+)
+@click.option("--model", required=True, help="The reference, with which the policy begins.")
+@click.option("--size", default="tiny", show_default=True, help="tiny, full, or a file of that form.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for everything.")
+@click.argument("judge", nargs=-1, type=click.UNPROCESSED)
+def main(
+    data: str, column: tuple[str, ...], model: str, size: str, output: Path, judge: tuple[str, ...]
+) -> None:
+    """Run the experiment, or what is left of it."""
+    try:
+        work = Work(read_size(size), output.absolute(), model)
+        given = {"data": data, "column": list(column), "model": model, "judge": list(judge)}
+        begin(work, given)
+        prepare(work, data, column)
+        train(work)
+        write_results(work, measure_pairs(work), measure_wins(work, judge or _WORD_LIST))
+    except DpoOptError as error:
+        click.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+    click.echo((work.folder / "results.md").read_text(encoding="utf-8"))
+
+
+def prepare(work: Work, data: str, column: tuple[str, ...]) -> None:
+    """Clean pairs, divided by prompt; the held-out prompts; the reference's log-probs of all pairs.
+
+    Raises:
+        ConfigError: Fewer prompts are held out than are to be completed.
+    """
+    size, pairs = work.size, work.folder / "pairs"
+    if not pairs.is_dir():
+        columns = [word for one in column for word in ("--column", one)]
+        shares = ["--data-share", size.data_share, "--eval-split", size.eval_share]
+        dpo_opt("convert", data, "--output", pairs, *columns, *shares)
+    distinct = {}
+    for line in (pairs / "eval.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        distinct.setdefault(
+            json.dumps(row["prompt"]), {name: row[name] for name in ("prompt", "chosen", "rejected")}
+        )
+    if len(distinct) < size.num_prompts:
+        raise ConfigError(
+            f"{len(distinct)} prompts are held out, and {size.num_prompts} are to be completed",
+            where=str(pairs / "eval.jsonl"),
+            fix="pass --size with a file of a larger eval_share, or of fewer num_prompts; and a new --output",
+        )
+    # The shortest: each must leave room for a completion in the model's context.
+    shortest = itertools.islice(sorted(distinct, key=len), size.num_prompts)
+    write_text(
+        work.prompts, "".join(json.dumps(distinct[key], ensure_ascii=False) + "\n" for key in shortest)
+    )
+    for part in ("train", "eval"):
+        length = ["--max-length", size.max_length, "--truncation", "drop", "--backend", size.backend]
+        shards = work.folder / "shards" / part
+        dpo_opt(
+            "precompute",
+            "--model",
+            work.model,
+            "--data",
+            pairs / f"{part}.jsonl",
+            "--shards",
+            shards,
+            *length,
+        )
+
+
+def train(work: Work) -> None:
+    """The policy."""
+    if work.policy.is_dir():
+        return
+    settings = work.folder / "train.yaml"
+    write_text(settings, yaml.safe_dump(work.size.train))
+    shards = ["--shards", work.folder / "shards" / "train", "--eval-shards", work.folder / "shards" / "eval"]
+    run = work.folder / "run"
+    resume = ["--resume"] if run.exists() else []
+    dpo_opt("train", *shards, "--model", work.model, "--config", settings, "--output-dir", run, *resume)
+
+
+def measure_pairs(work: Work) -> HeldOut:
+    """Held-out pairs under the policy, and its KL on completions of its own."""
+    scores, kl = (
+        work.folder / "run" / "scores" / "held_out.parquet",
+        work.folder / "run" / "kl" / "held_out.parquet",
+    )
+    if not scores.is_file():
+        dpo_opt(
+            "score", "--shards", work.folder / "shards" / "eval", "--model", work.policy, "--output", scores
+        )
+    if not kl.is_file():
+        size = work.size
+        many = ["--num-prompts", size.num_prompts, "--num-samples", size.kl_samples]
+        how = ["--max-new-tokens", size.max_new_tokens, "--backend", size.backend]
+        models = ["--model", work.policy, "--reference", work.model]
+        dpo_opt("kl", *models, "--prompts", work.prompts, *many, *how, "--output", kl)
+    return held_out_pairs(work, scores, kl)
+
+
+def measure_wins(work: Work, judge: tuple[str, ...]) -> list[WinRate]:
+    """Win rates against the chosen completions."""
+    found = []
+    for policy, model in (("reference", work.model), ("policy", work.policy)):
+        for temperature in work.size.temperatures:
+            name = f"{policy}-{temperature:g}"
+            how = ["--num-samples", 1, "--temperature", temperature, "--backend", work.size.backend]
+            files = ["--prompts", work.prompts, "--output", work.samples(name)]
+            dpo_opt("sample", "--model", model, *files, *how, "--max-new-tokens", work.size.max_new_tokens)
+            write_chosen(work, like=work.samples(name))
+            found.append(win_rate(work, name, temperature, judge))
+    return found + [win_rate(work, name, None, judge) for name in best_of_n(work)]
+
+
+if __name__ == "__main__":
+    main()
