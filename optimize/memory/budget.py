@@ -13,7 +13,12 @@ import torch
 from dpo_opt.optimize.forward.packing import Group, packed_size, pair_group
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.processes.distributed import World, any_rank, least_of_ranks
-from dpo_opt.optimize.processes.fsdp import ShardedPolicy, announce_micro_batch, join_empty
+from dpo_opt.optimize.processes.fsdp import (
+    ShardedPolicy,
+    announce_micro_batch,
+    finish_broken_off,
+    join_empty,
+)
 from dpo_opt.schemas.arrow_numbers import numbers
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import ScoredPair
@@ -140,29 +145,33 @@ def take_two_micro_batches(policy: Policy, groups: list[Group]) -> None:
         groups: The groups to pack; an empty list means the smallest possible micro-batch.
 
     Raises:
-        torch.OutOfMemoryError: The pack does not fit. Every process must then call this again, which ends the
-            exchange that was interrupted.
+        torch.OutOfMemoryError: The pack does not fit on this process. If there are others, they do not know
+            it: this one first took part in all that they exchange.
     """
-    try:
-        for last in (False, True):
-            announce_micro_batch(policy, last=last)
-            if groups:
-                logps = policy.batch_logps(policy.layout(groups).to(policy.device))
-                torch.autograd.backward(logps.sum())
-            else:
-                join_empty(policy, backward=True)
-    except torch.OutOfMemoryError:
-        if isinstance(policy, ShardedPolicy):
-            # Otherwise FSDP treats the next backward as a part of this one, and its gradients are wrong.
-            policy.root.reset_iter_state()
-        raise
+    ran_out = False
+    for last in (False, True):
+        announce_micro_batch(policy, last=last)
+        if not groups or ran_out:
+            join_empty(policy, backward=True)
+            continue
+        try:
+            logps = policy.batch_logps(policy.layout(groups).to(policy.device))
+            torch.autograd.backward(logps.sum())
+            continue
+        except torch.OutOfMemoryError:
+            if not isinstance(policy, ShardedPolicy):
+                raise
+        # Not in the handler: there the error still holds the tensors of the micro-batch.
+        ran_out = True
+        finish_broken_off(policy, backward=True)
+    if ran_out:
+        raise torch.OutOfMemoryError
 
 
 def fit_budget(peak: Callable[[int], int], *, rows: int, room: Room, world: World) -> int:
     """The budget that fills ``room`` on every process, from the peak memory of packs of growing size.
 
-    A pack twice as large is tried only if the peaks so far predict that it fits on all devices. If memory ran
-    out on one device in the middle of an exchange, the other processes would wait for it.
+    A pack twice as large is tried only if the peaks so far predict that it fits on all devices.
 
     Args:
         peak: Called with a number of copies of the longest pair, 0 included. Returns the bytes that their
@@ -176,15 +185,14 @@ def fit_budget(peak: Callable[[int], int], *, rows: int, room: Room, world: Worl
         Token rows; the same number on every process.
 
     Raises:
-        ConfigError: One copy does not fit. A process that runs out of memory in the middle of an exchange
-            raises alone and ends at once, because the others can no longer answer it.
+        ConfigError: One copy does not fit on one of the processes' devices; on every process.
+        torch.OutOfMemoryError: Not even the smallest pack fits on this process.
     """
     usable = int(_FILL * room.free)
-    try:
-        small, large = peak(0), peak(1)
-    except torch.OutOfMemoryError as error:
-        raise _too_small(rows, missing=None, total=room.total) from error
-    copies, before = 1, 0
+    small, first = peak(0), _peak_where_all_fit(peak, 1, world)
+    if first is None:
+        raise _too_small(rows, missing=None, total=room.total)
+    large, copies, before = first, 1, 0
     most = MOST_ROWS
     while copies * rows < 2 * _PROBE_ROWS:
         needed = large + copies * (large - small) / (copies - before)
@@ -216,8 +224,6 @@ def _peak_where_all_fit(peak: Callable[[int], int], copies: int, world: World) -
     if not any_rank(found is None, world):
         return found
     torch.cuda.empty_cache()
-    # Otherwise the gradients that the interrupted step kept would become part of the run's first step.
-    peak(0)
     return None
 
 
