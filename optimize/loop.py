@@ -35,6 +35,7 @@ from dpo_opt.optimize.processes.distributed import (
 from dpo_opt.optimize.run_folder import FINAL, Metrics, RunFolder, hold_logps, resume_command
 from dpo_opt.optimize.stop_signals import StopRequested, StopSignals, stop_signals
 from dpo_opt.optimize.update.optimizer import learning_rate, set_learning_rate
+from dpo_opt.optimize.update.set_apart import set_apart
 from dpo_opt.schemas.errors import DpoOptError, Preempted, quoted
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.progress import Progress, Silent
@@ -110,6 +111,7 @@ def _take_steps(run: Run, state: RunState) -> None:
         run.progress.start(
             "training", total=max(total_steps, state.at.step), unit="steps", done=state.at.step
         )
+        set_apart(run.optimizer)
         ahead: list[tuple[list[ScoredPair], PairResults | None]] = []
         if first is not None:
             forward = functools.partial(try_step, run, state, first.pairs)

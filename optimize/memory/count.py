@@ -41,6 +41,8 @@ from dpo_opt.optimize.processes.fsdp import shard_policy
 from dpo_opt.optimize.step import Batching, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.optimize.update.optimizer import make_optimizer, optimizer_bytes
+from dpo_opt.optimize.update.optimizer_state import begin_state
+from dpo_opt.optimize.update.set_apart import set_apart
 from dpo_opt.schemas.pairs import ScoredPair, TokenSequence
 
 # This logger prints a traceback for every operation that does not work without data.
@@ -268,10 +270,8 @@ def _make_steps(
     else:
         optimizer = make_optimizer(policy.model, config)
         update = optimizer.step
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-        update()
-        optimizer.zero_grad(set_to_none=True)
+        live.name(set_apart(optimizer), "gradients")
+        begin_state(optimizer)
         held = [value for state in optimizer.state.values() for value in state.values()]
         live.name([value for value in held if isinstance(value, Tensor)], "optimizer")
     # Losses take a few numbers for each pair, and some need data.

@@ -25,7 +25,7 @@ def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict
         The optimizer's own tensors, not copies: store them before the next step, or read into them. A
         quantized entry is given as its parts, ``{parameter}.{entry}.{part}``.
     """
-    _begin(optimizer)
+    begin_state(optimizer)
     found: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -34,7 +34,7 @@ def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict
     return found
 
 
-def _begin(optimizer: Optimizer) -> None:
+def begin_state(optimizer: Optimizer) -> None:
     """Give parameters without state their initial state, by a step with zero gradients and learning rate 0.
 
     Only the optimizer knows what its state looks like, and it creates the state in its first step

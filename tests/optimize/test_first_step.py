@@ -250,7 +250,8 @@ def test_a_refusal_leaves_nothing(
 ) -> None:
     plant(monkeypatch, range(28), shifted)
     steps: list[int] = []
-    monkeypatch.setattr(torch.optim.Optimizer, "step", lambda *_: steps.append(1))
+    # What an update begins with.
+    monkeypatch.setattr("dpo_opt.optimize.loop.clip_gradients", lambda *_: steps.append(1))
     with pytest.raises(FingerprintError, match="the cached log-probs are not those of") as caught:
         train(TrainConfig(**{**settings, **others}))
     assert caught.value.exit_code == 4

@@ -26,6 +26,7 @@ from dpo_opt.optimize.processes.fsdp import shard_policy
 from dpo_opt.optimize.step import Batching, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.optimize.update.optimizer import make_optimizer, optimizer_bytes
+from dpo_opt.optimize.update.set_apart import set_apart
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import ScoredPair
 
@@ -78,6 +79,7 @@ def allocated(folder: Path, *, rows: int = 400, processes: int = 1, **changes: A
     if processes > 1:
         policy = shard_policy(policy, World(0, processes, 0, CPU, None))
     optimizer = make_optimizer(policy.model, config)
+    places = set_apart(optimizer)
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     batching = Batching(rows, forward_cost(policy), World(0, 1, 0, CPU, None))
 
@@ -90,7 +92,7 @@ def allocated(folder: Path, *, rows: int = 400, processes: int = 1, **changes: A
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    whole = [*policy.model.parameters(), *policy.model.buffers()]
+    whole = [*policy.model.parameters(), *policy.model.buffers(), *places]
     whole += [value for state in optimizer.state.values() for value in state.values()]
     held = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in whole]
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
@@ -227,8 +229,11 @@ def test_gradients_are_kept_while_other_micro_batches_run(tmp_path: Path) -> Non
     whole = 4 * counted(tmp_path, ONE).trained
     # Long ones, so that the activations decide when memory is at its peak.
     long = scored_pairs((10, 150, 150), (10, 145, 145))
-    assert counted(tmp_path, long[:1], rows=1).gradients < 0.1 * whole
-    assert counted(tmp_path, long, rows=1).gradients == whole
+    fp32 = {"rows": 1, "dtype": "float32"}
+    assert counted(tmp_path, long[:1], device=ON_GPU, **fp32).gradients < 0.1 * whole
+    assert counted(tmp_path, long, device=ON_GPU, **fp32).gradients == whole
+    # On a CPU they have their places from the first step on.
+    assert counted(tmp_path, long[:1], rows=1).gradients == whole
 
 
 @pytest.mark.parametrize("loss", ["exo_pair", "kto_pair", "rdpo"])

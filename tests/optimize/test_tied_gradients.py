@@ -1,4 +1,4 @@
-"""The gradient of a bf16 weight that is embedding and head: both are summed in fp32, and rounded once."""
+"""The gradient of a weight that is embedding and head: in bf16 rounded once, in fp32 held once."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,8 @@ import pytest
 import torch
 from architectures import HEADS, load, save_random
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_opt.optimize.forward.architecture import head_of
 from dpo_opt.optimize.forward.logps import token_logps
@@ -89,9 +91,55 @@ def test_log_probs_and_other_gradients_stay_the_same(
     assert [n.rpartition(".")[0].rpartition(".")[2] for n in different] == ["embed_tokens"]
 
 
-def test_no_gradient_comes_from_padding_and_none_is_lost_without_a_head() -> None:
-    weight = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    plain, tied = (torch.nn.Embedding(9, 4, padding_idx=0, dtype=torch.bfloat16) for _ in range(2))
+class Large(TorchDispatchMode):
+    """Counts what is allocated as large as a weight."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self._shape = like.shape
+        self._seen: dict[int, StorageWeakRef] = {}
+        self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.shape == self._shape:
+            self._seen[result.untyped_storage()._cdata] = StorageWeakRef(result.untyped_storage())  # type: ignore[no-untyped-call]
+        self.most = max(self.most, sum(not held.expired() for held in self._seen.values()))  # type: ignore[no-untyped-call]
+        return result
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_fp32_gradient_is_held_once(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_random(*MODELS[name], tmp_path)
+
+    def run() -> tuple[Tensor, int]:
+        """The gradient of two micro-batches, and how many as large there were at once in the second."""
+        policy = load(tmp_path)
+        weight = policy.model.get_input_embeddings().weight
+        held = 0
+        for _ in range(2):
+            logps = policy.batch_logps(policy.layout(repetitive()))
+            with Large(weight) as large:
+                torch.autograd.backward(logps.sum())
+            held = large.most
+        assert isinstance(weight.grad, Tensor)
+        return weight.grad, held
+
+    gradient, held = run()
+    monkeypatch.setattr("dpo_opt.optimize.forward.load_policy.sum_tied_gradients", lambda _: None)
+    expected, before = run()
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    # The sum of the micro-batches itself, and what the second one adds to it.
+    assert held == 2
+    assert before > 2, "autograd held no more"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_gradient_comes_from_padding_and_none_is_lost_without_a_head(dtype: torch.dtype) -> None:
+    weight = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    plain, tied = (torch.nn.Embedding(9, 4, padding_idx=0, dtype=dtype) for _ in range(2))
     head = torch.nn.Linear(4, 9, bias=False)
     for embedding in (plain, tied):
         embedding.weight = torch.nn.Parameter(weight.clone())
