@@ -40,20 +40,20 @@ def tone(data: Path, count: int, seed: int) -> list[Pair]:
 
 def a_tenth_swapped(data: Path, count: int, seed: int) -> list[Pair]:
     """``answers`` with the labels of every tenth pair swapped."""
-    return [_swapped(pair) if i % 10 == 0 else pair for i, pair in enumerate(answers(data, count, seed))]
+    return [swapped(pair) if i % 10 == 0 else pair for i, pair in enumerate(answers(data, count, seed))]
 
 
 def one_source_swapped(data: Path, count: int, seed: int) -> list[Pair]:
     """``answers`` of three sources, one of which has all its labels swapped."""
     named = [pair | {"source": f"annotator {i % 3}"} for i, pair in enumerate(answers(data, count, seed))]
-    return [_swapped(pair) if pair["source"] == "annotator 2" else pair for pair in named]
+    return [swapped(pair) if pair["source"] == "annotator 2" else pair for pair in named]
 
 
 def longer_chosen(data: Path, count: int, seed: int) -> list[Pair]:
     """``human`` with the longer completion chosen, but for every tenth pair."""
     pairs = human(data, count, seed)
     return [
-        _swapped(pair) if (len(pair["chosen"]) < len(pair["rejected"])) != (i % 10 == 0) else pair
+        swapped(pair) if (len(pair["chosen"]) < len(pair["rejected"])) != (i % 10 == 0) else pair
         for i, pair in enumerate(pairs)
     ]
 
@@ -71,7 +71,8 @@ def one_word_differs(data: Path, count: int, seed: int) -> list[Pair]:
     return pairs
 
 
-def _swapped(pair: Pair) -> Pair:
+def swapped(pair: Pair) -> Pair:
+    """The pair with its label swapped."""
     return pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
 
 
