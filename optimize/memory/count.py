@@ -7,7 +7,7 @@ tensors that have shapes and dtypes but no data, and the bytes in use are counte
 import contextlib
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +32,9 @@ from dpo_opt.optimize.forward.narrow_linear import round_weights_at_use
 from dpo_opt.optimize.forward.packing import Batch
 from dpo_opt.optimize.forward.policy import Policy, compute_dtype
 from dpo_opt.optimize.forward.precision import HALF
-from dpo_opt.optimize.forward.prompt_groups import prompt_groups
+from dpo_opt.optimize.forward.prompt_groups import Sides, both_sides, own_side, prompt_groups
 from dpo_opt.optimize.forward.tied_gradients import sum_tied_gradients
+from dpo_opt.optimize.losses.preference_loss import is_unpaired
 from dpo_opt.optimize.memory.budget import Device
 from dpo_opt.optimize.memory.live_bytes import LiveBytes
 from dpo_opt.optimize.processes.distributed import World, clip_gradients
@@ -43,7 +44,7 @@ from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.optimize.update.optimizer import make_optimizer, optimizer_bytes
 from dpo_opt.optimize.update.optimizer_state import begin_state
 from dpo_opt.optimize.update.set_apart import set_apart
-from dpo_opt.schemas.pairs import ScoredPair, TokenSequence
+from dpo_opt.schemas.pairs import ScoredPair, TokenizedPair, TokenSequence
 
 # This logger prints a traceback for every operation that does not work without data.
 _log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -178,7 +179,8 @@ def _peak(
             if mesh is not None:
                 policy = _sharded(policy, mesh, device)
                 live.name([*model.parameters(), *model.buffers()], "weights")
-            pairs = _largest(policy, step, rows, processes)
+            sides_of = own_side if is_unpaired(config.loss_type) else both_sides
+            pairs = _largest(policy, step, rows, processes, sides_of)
             _make_steps(policy, config, pairs, rows=rows, live=live)
         return live.peak()
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
@@ -239,12 +241,18 @@ def _counted(live: LiveBytes) -> type[Policy]:
     return CountedPolicy
 
 
-def _largest(policy: Policy, step: Sequence[ScoredPair], rows: int, processes: int) -> list[ScoredPair]:
+def _largest(
+    policy: Policy,
+    step: Sequence[ScoredPair],
+    rows: int,
+    processes: int,
+    sides_of: Callable[[TokenizedPair], Sides],
+) -> list[ScoredPair]:
     """The pairs of a step's first micro-batch and of its largest other one.
 
     The first has the longest pair. Gradients are kept while the others run.
     """
-    groups = prompt_groups(step, rows=policy.rows, budget=rows)
+    groups = prompt_groups(step, rows=policy.rows, budget=rows, sides_of=sides_of)
     sizes = [policy.rows(group.sequences) + _scored(group.sequences) for group in groups]
     first, *others = policy.bins([group.sequences for group in groups], rows)
     if len(others) < processes:
@@ -275,7 +283,8 @@ def _make_steps(
         held = [value for state in optimizer.state.values() for value in state.values()]
         live.name([value for value in held if isinstance(value, Tensor)], "optimizer")
     # Losses take a few numbers for each pair, and some need data.
-    plain = {"loss_type": ["sigmoid"], "loss_weights": None, "label_smoothing": 0.0}
+    kept = config.loss_type if is_unpaired(config.loss_type) else ["sigmoid"]
+    plain = {"loss_type": kept, "loss_weights": None, "label_smoothing": 0.0}
     options = dict.fromkeys(name for name in LOSS_OPTIONS if name not in plain)
     live.start()
     forward_pairs(

@@ -1,5 +1,6 @@
 """Counted memory against what the CPU's allocator gave out in a real step."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,14 @@ def counted(
     return count_memory(settings(**changes), folder, pairs, rows=rows, device=device, processes=processes)
 
 
-def allocated(folder: Path, *, rows: int = 400, processes: int = 1, **changes: Any) -> int:
+def allocated(
+    folder: Path,
+    pairs: Sequence[ScoredPair] = PAIRS,
+    *,
+    rows: int = 400,
+    processes: int = 1,
+    **changes: Any,
+) -> int:
     """Most bytes in use in a real step: tensors held before it, and what torch's allocator gave out in it."""
     config = settings(**changes)
     compute = getattr(torch, config.dtype if config.dtype != "auto" else "float32")
@@ -85,7 +93,7 @@ def allocated(folder: Path, *, rows: int = 400, processes: int = 1, **changes: A
 
     def step() -> None:
         forward_pairs(
-            policy, PAIRS, config, batching=batching, weights=None, backward=True, stop=StopSignals()
+            policy, pairs, config, batching=batching, weights=None, backward=True, stop=StopSignals()
         )
         clip_gradients(trained, config.max_grad_norm)
         optimizer.step()
@@ -222,6 +230,17 @@ def test_weights_and_optimizer_are_counted_to_the_byte(tmp_path: Path) -> None:
         assert optimizer_bytes(parameters, config) == moments
         assert memory.save == 4 * size + moments
         assert memory.online_reference == 4 * size
+
+
+def test_of_unpaired_rows_one_completion_is_counted_for_backward(tmp_path: Path) -> None:
+    save_random("LlamaConfig", LARGER, tmp_path)
+    rows = [dataclasses.replace(pair, label=pair.row % 2 == 0) for pair in PAIRS]
+    for budget in (400, 150):
+        memory = counted(tmp_path, rows, rows=budget, loss_type=["kto"])
+        assert memory.total == pytest.approx(
+            allocated(tmp_path, rows, rows=budget, loss_type=["kto"]), rel=0.02
+        )
+        assert memory.total < 0.95 * counted(tmp_path, rows, rows=budget).total
 
 
 def test_gradients_are_kept_while_other_micro_batches_run(tmp_path: Path) -> None:
