@@ -6,7 +6,7 @@ from pathlib import Path
 from dpo_opt.analysis.html import render
 from dpo_opt.analysis.intervals import Interval
 from dpo_opt.schemas.audit_record import Audit
-from dpo_opt.schemas.errors import ConfigError, quoted
+from dpo_opt.schemas.outputs import output_mark, require_own_output
 from dpo_opt.schemas.storage import write_text
 
 
@@ -15,20 +15,18 @@ def write_check_page(audit: Audit, output: Path) -> None:
 
     Args:
         audit: The record. Parts that are None or empty are left out, or one line says how to get them.
-        output: The HTML file; an existing one is replaced.
+        output: The HTML file; an earlier page is replaced.
 
     Raises:
-        ConfigError: The output is a folder.
+        ConfigError: The output is a folder, or a file that is no such page.
     """
-    if output.is_dir():
-        raise ConfigError(
-            f"the page cannot be written to {quoted(output)}",
-            why="it is a folder",
-            fix=f"name a file: {quoted(output / 'check.html')}",
-        )
+    require_own_output(output, option="--html", command="check")
     reference = audit.reference
     accuracy = None
     if reference is not None:
         bounds = reference.ranking_accuracy_interval or (math.nan, math.nan)
         accuracy = Interval(reference.ranking_accuracy, *bounds)
-    write_text(output, render("check.html.jinja", audit=audit, reference_accuracy=accuracy))
+    page = render(
+        "check.html.jinja", audit=audit, reference_accuracy=accuracy, written_by=output_mark("check")
+    )
+    write_text(output, page)

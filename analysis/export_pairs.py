@@ -12,6 +12,7 @@ from dpo_opt.analysis.final_state import FinalState
 from dpo_opt.analysis.quadrants import MOVEMENTS, RANKINGS, movement, ranking_quadrant
 from dpo_opt.analysis.view import RunView
 from dpo_opt.schemas.arrow_file import arrow_file
+from dpo_opt.schemas.outputs import PARQUET_KEY, output_mark
 from dpo_opt.schemas.storage import publish
 
 _SCHEMA = pa.schema(
@@ -28,7 +29,8 @@ _SCHEMA = pa.schema(
         "rejected_logratio": pa.float64(),
         "movement": pa.string(),
         "margin": pa.float64(),
-    }
+    },
+    metadata={PARQUET_KEY: output_mark("report")},
 )
 
 

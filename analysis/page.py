@@ -24,7 +24,10 @@ from dpo_opt.analysis.run_summary import run_summary
 from dpo_opt.analysis.summary import RunDifference, Summary
 from dpo_opt.analysis.view import RunView, view_run
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
+from dpo_opt.schemas.outputs import output_mark, require_own_output
 from dpo_opt.schemas.storage import write_text
+
+_COMMAND = "report"
 
 
 def report(run_dirs: Sequence[Path], output: Path, *, pairs: Path | None = None) -> Summary:
@@ -36,18 +39,15 @@ def report(run_dirs: Sequence[Path], output: Path, *, pairs: Path | None = None)
         pairs: A Parquet file for every pair's final numbers; see ``export_pairs``.
 
     Raises:
-        ConfigError: A folder is not a run folder, its shards are gone, the output cannot be written there, or
-            no pair's final numbers are known where they are asked for.
+        ConfigError: A folder is not a run folder, its shards are gone, an output would replace a file that no
+            report is, or no pair's final numbers are known where they are asked for.
         DataError: A table is damaged, or holds other pairs than the run's shards.
     """
     if not run_dirs:
         raise ConfigError("no run folder was named", fix="dpo-opt report RUN --output report.html")
-    if output.is_dir():
-        raise ConfigError(
-            f"the page cannot be written to {quoted(output)}",
-            why="it is a folder",
-            fix="dpo-opt report RUN --output report.html",
-        )
+    for file, option in ((output, "--output"), (summary_file(output), "--output"), (pairs, "--pairs")):
+        if file is not None:
+            require_own_output(file, option=option, command=_COMMAND)
     if pairs is not None and pairs.absolute() in (output.absolute(), summary_file(output).absolute()):
         raise ConfigError(
             "--pairs names a file that the page or its numbers are written to",
@@ -59,7 +59,11 @@ def report(run_dirs: Sequence[Path], output: Path, *, pairs: Path | None = None)
         views = _views(run_dirs, Path(scratch))
         if pairs is not None:
             _export(views, pairs)
-        summary = Summary(runs=[run_summary(view) for view in views], differences=_differences(views))
+        summary = Summary(
+            written_by=output_mark(_COMMAND),
+            runs=[run_summary(view) for view in views],
+            differences=_differences(views),
+        )
     write_text(output, _page(views, summary, numbers=summary_file(output).name))
     write_text(summary_file(output), summary.model_dump_json(indent=1) + "\n")
     return summary
@@ -119,6 +123,7 @@ def _page(views: Sequence[RunView], summary: Summary, *, numbers: str) -> str:
         frontiers=_frontiers(views),
         differences=summary.differences,
         numbers=numbers,
+        written_by=output_mark(_COMMAND),
     )
 
 

@@ -197,6 +197,8 @@ class RunDifference(_Record):
 class Summary(_Record):
     """A report's numbers: one entry per run, in the order in which the runs were given."""
 
+    written_by: str
+    """What a later report knows this file by: it replaces no other."""
     runs: list[RunSummary]
     differences: list[RunDifference]
     """Of every later run, where it shares pairs with the first."""

@@ -35,7 +35,8 @@ KL_SAMPLES_SCHEMA = pa.schema(
 )
 LATER_COLUMNS = tuple(field.name for field in KL_SAMPLES_SCHEMA if field.nullable)
 """Those that tables of earlier versions do not have."""
-_RECORD = b"dpo_opt.kl"
+RECORD_KEY = "dpo_opt.kl"
+"""Of a table's metadata: how it was measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +90,7 @@ def write_kl_samples(path: Path, samples: Sequence[KLSample], *, record: KLRecor
     """Publish the table."""
     metadata = dict(KL_SAMPLES_SCHEMA.metadata)
     if record is not None:
-        metadata[_RECORD] = record.model_dump_json().encode()
+        metadata[RECORD_KEY.encode()] = record.model_dump_json().encode()
     columns = {name: [getattr(s, name) for s in samples] for name in KL_SAMPLES_SCHEMA.names}
     table = pa.Table.from_pydict(columns, schema=KL_SAMPLES_SCHEMA.with_metadata(metadata))
     with publish(path) as private, arrow_file(private, "wb") as sink:
@@ -104,7 +105,7 @@ def read_kl_record(path: Path) -> KLRecord | None:
     """
     try:
         with arrow_file(path) as raw:
-            text = (pq.read_schema(raw).metadata or {}).get(_RECORD)
+            text = (pq.read_schema(raw).metadata or {}).get(RECORD_KEY.encode())
         return None if text is None else KLRecord.model_validate_json(text)
     except (pa.ArrowInvalid, ValidationError) as error:
         raise DataError(

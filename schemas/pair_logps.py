@@ -35,7 +35,8 @@ PAIR_LOGPS_SCHEMA = pa.schema(
     ],
     metadata={"dpo_opt.schema_version": "1"},
 )
-_DTYPE = b"dpo_opt.dtype"
+DTYPE_KEY = "dpo_opt.dtype"
+"""Of a table's metadata: what the policy that was scored computed in."""
 ROW_GROUP_ROWS = 4096
 """At least, but for the last: a file of ten million rows has a footer of megabytes, and is read by column."""
 
@@ -68,7 +69,7 @@ def write_pair_logps(path: Path, batches: Iterable[Sequence[PairLogps]], *, dtyp
         dtype: What the policy computed in, kept with the file.
     """
     schema = PAIR_LOGPS_SCHEMA.with_metadata(
-        {**PAIR_LOGPS_SCHEMA.metadata, **({_DTYPE: dtype} if dtype else {})}
+        {**PAIR_LOGPS_SCHEMA.metadata, **({DTYPE_KEY: dtype} if dtype else {})}
     )
     with (
         publish(path) as private,
@@ -94,5 +95,5 @@ def dtype_of_logps(path: Path) -> str | None:
     """What the policy computed a file of the table in; None if the file does not say."""
     with arrow_file(path) as raw:
         metadata = pq.read_schema(raw).metadata or {}
-    found = metadata.get(_DTYPE)
+    found = metadata.get(DTYPE_KEY.encode())
     return found.decode() if found is not None else None

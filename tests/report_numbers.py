@@ -108,6 +108,24 @@ def interval(pairs: Rows, holds: list[bool]) -> dict[str, float]:
     return dict(zip(("value", "low", "high"), share(pairs, holds), strict=True))
 
 
+def ratio(of: list[tuple[Any, float, float]]) -> dict[str, float]:
+    """Sum over sum, of (prompt, numerator, denominator), with Student's t around it over the prompts."""
+    by_prompt: dict[Any, list[tuple[float, float]]] = defaultdict(list)
+    for prompt, *terms in of:
+        by_prompt[prompt].append((terms[0], terms[1]))
+    total = sum(d for _, _, d in of)
+    value, clusters = sum(n for _, n, _ in of) / total, len(by_prompt)
+    residuals = [sum(n - value * d for n, d in group) for group in by_prompt.values()]
+    # The standard deviation of the prompts' residuals, on the scale of the ratio.
+    spread = math.sqrt(clusters) * float(np.std(residuals, ddof=1)) / total
+    half = student_t(clusters - 1) * spread
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+def mean(pairs: Rows, values: list[float]) -> dict[str, float]:
+    return ratio([(p["prompt_id"], v, 1.0) for p, v in zip(pairs, values, strict=True)])
+
+
 def split(pairs: Rows, noise: float) -> dict[str, Any]:
     value, low, high = share(pairs, [p["gain"] > 0 for p in pairs])
     return {

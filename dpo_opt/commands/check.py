@@ -14,6 +14,7 @@ from dpo_opt.precompute.config import CheckConfig
 from dpo_opt.results import counted, say, show, table
 from dpo_opt.schemas.audit_record import Audit
 from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.outputs import require_own_output
 
 _EXAMPLES = 3
 _SIGNS = {"error": "ERROR  ", "warning": "warning", "note": "note   "}
@@ -27,6 +28,8 @@ def command(context: click.Context, config: CheckConfig, as_json: bool) -> None:
     from dpo_opt.model_size import count_parameters
     from dpo_opt.precompute.check.audit import audit
 
+    if config.html is not None:
+        require_own_output(config.html, option="--html", command="check")
     found = audit(config, progress=watched(), count_parameters=count_parameters)
     for problem in found.problems:
         problem.fix = complete_fix(problem.fix, config)

@@ -12,6 +12,8 @@ from dpo_opt.console import watched
 from dpo_opt.options import dtype_option, json_option, shards_option
 from dpo_opt.results import say, show, table
 from dpo_opt.schemas.locations import AnyPath
+from dpo_opt.schemas.outputs import require_own_output
+from dpo_opt.schemas.pair_logps import DTYPE_KEY
 
 
 @click.command(help=__doc__)
@@ -23,6 +25,7 @@ from dpo_opt.schemas.locations import AnyPath
 def command(shards: AnyPath, model: str, output: Path, dtype: str, as_json: bool) -> None:
     from dpo_opt.optimize.score_folder import score_shards
 
+    require_own_output(output, option="--output", command="score", mark=DTYPE_KEY)
     count = score_shards(shards, model=model, output=output, dtype=dtype, progress=watched())
     if as_json:
         show({"output": str(output), "pairs": count}, as_json)

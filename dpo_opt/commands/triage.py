@@ -15,6 +15,7 @@ from dpo_opt.options import FiniteRange, json_option, shards_option
 from dpo_opt.results import counted, say, show, table
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.locations import AnyPath
+from dpo_opt.schemas.outputs import PARQUET_KEY, output_mark, require_own_output
 
 if TYPE_CHECKING:
     from dpo_opt.analysis.triage import Triage
@@ -75,8 +76,8 @@ def command(
     from dpo_opt.analysis.triage_weights import write_weights
     from dpo_opt.schemas.storage import publish
 
-    if output is not None and output.is_dir():
-        raise ConfigError("--output is a folder", where=str(output), fix="name a file, such as pairs.parquet")
+    if output is not None:
+        require_own_output(output, option="--output", command="triage")
     if reference is not None:
         _compute_ches(shards, reference)
     found = triage(shards, beta=beta, suspects=suspects)
@@ -89,7 +90,7 @@ def command(
         )
     if output is not None:
         with publish(output) as private:
-            found.pairs.write_parquet(private)
+            found.pairs.write_parquet(private, metadata={PARQUET_KEY: output_mark("triage")})
     written = write_weights(shards, found, kinds=kinds, weight=weight) if kinds else None
     if as_json:
         counts = {kind: found.count(kind) for kind in _KINDS}

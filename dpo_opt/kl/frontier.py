@@ -10,6 +10,7 @@ from dpo_opt.analysis.run_files import read_run_config
 from dpo_opt.kl.rewards import make_rater
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.kl_samples import read_kl_record
+from dpo_opt.schemas.outputs import output_mark, require_own_output
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.storage import write_text
 from dpo_opt.sweep.grid import run_folders
@@ -33,6 +34,8 @@ def measure_frontier(config: "FrontierConfig", *, progress: Progress | None = No
     runs = [run for named in config.runs for run in run_folders(named)]
     if not runs:
         raise ConfigError("no run is named", fix="dpo-opt frontier RUN --reward-function FILE.py:NAME")
+    if config.output is not None:
+        require_own_output(config.output, option="--output", command="frontier")
     rater = make_rater(config)
     measured = {run: kl_of_run(run) for run in runs if read_run_config(run)}
     for run in runs:
@@ -59,7 +62,8 @@ def measure_frontier(config: "FrontierConfig", *, progress: Progress | None = No
         from dpo_opt.analysis.figures.drawing import svg
         from dpo_opt.analysis.figures.frontier import frontier_figure
 
-        write_text(config.output, svg(frontier_figure(found), label="Mean reward against KL"))
+        figure = svg(frontier_figure(found), label="Mean reward against KL")
+        write_text(config.output, f"<!-- {output_mark('frontier')} -->\n{figure}")
     return found
 
 

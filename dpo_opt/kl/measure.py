@@ -21,8 +21,9 @@ from dpo_opt.merge import merge
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.precompute.tokens.template_date import ChosenDate
 from dpo_opt.schemas.errors import ConfigError, quoted
-from dpo_opt.schemas.kl_samples import KLRecord, KLSample, read_kl_record, write_kl_samples
+from dpo_opt.schemas.kl_samples import RECORD_KEY, KLRecord, KLSample, read_kl_record, write_kl_samples
 from dpo_opt.schemas.models import checkpoint_dtype, context_length, find_model
+from dpo_opt.schemas.outputs import require_own_output
 from dpo_opt.schemas.pairs import Completion, IdArray, Sampler, TokenSequence, content_hash
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.schemas.storage import publish, sha256_file
@@ -66,6 +67,8 @@ def measure_kl(config: "KLConfig", *, progress: Progress | None = None) -> list[
         DataError: The prompts cannot be read, or the samples are not the policy's.
     """
     progress = progress or Silent()
+    if config.output is not None:
+        require_own_output(config.output, option="--output", command="kl", mark=RECORD_KEY)
     jobs = [_planned(policy, config) for policy in find_policies(config)]
     left = {job.policy for job in jobs if not _is_there(job)}
     progress.start("measuring KL", total=_STAGES * len(left), unit="stages")

@@ -212,7 +212,7 @@ def write_run(
         scores = policy.rows(every, step=steps, steps=steps, phase="score")
         write_pair_logps(path / "scores" / "final.parquet", [scores], dtype="float32")
     if kl:
-        write_kl_samples(path / "kl" / "final.parquet", kl_samples(pairs[:40]))
+        write_kl_samples(path / "kl" / "final.parquet", sampled(pairs[:40]))
     if parity:
         measured = {"pairs": 32, "tokens": 4096, "mean": 1e-4, "sd": 0.031, "p99": 0.11, "max": 0.6}
         (path / "parity.json").write_text(json.dumps({**measured, "floor_sd": 0.02, "ok": True}))
@@ -236,7 +236,7 @@ def metrics(rows: Sequence[PairLogps], pairs: Sequence[ScoredPair], beta: float)
     }
 
 
-def kl_samples(pairs: Sequence[ScoredPair]) -> list[KLSample]:
+def sampled(pairs: Sequence[ScoredPair]) -> list[KLSample]:
     """Two samples for each prompt."""
     random = np.random.default_rng(3)
     samples = []
@@ -289,3 +289,8 @@ def texts() -> Callable[..., list[tuple[str, str, str]]]:
 @pytest.fixture(scope="session")
 def fake_policy() -> type[FakePolicy]:
     return FakePolicy
+
+
+@pytest.fixture(scope="session")
+def kl_samples() -> Callable[..., list[KLSample]]:
+    return sampled

@@ -1,11 +1,14 @@
 """Every cause is found where it is planted in made-up log-probs, and not without it."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from diagnosis_numbers import EXPECTED, numbers, pairs_of
+from report_numbers import differences
 
 from dpo_opt.analysis.diagnosis import labels, pace, setup
 from dpo_opt.analysis.diagnosis.diagnose import CAUSES, diagnose
@@ -201,3 +204,30 @@ def test_a_run_that_has_just_begun_is_not_called_healthy(tmp_path, shards_writer
     found = diagnose(run)
     assert found.verdict == "unknown"
     assert {check.result for check in found.checks} == {"unknown", "clear"}
+
+
+@pytest.fixture(params=PLANTED)
+def planted(request):
+    """A cause's finding of planted pairs, two of each prompt, and what its evidence must say."""
+    cause, known = PLANTED[request.param]
+    frames = {n: getattr(known, n) for n in ("start", "fresh", "seen", "evaluated")}
+    frames = {n: frame.with_columns(prompt=pl.col("row") // 2) for n, frame in frames.items()}
+    found = cause(replace(known, **frames))
+    assert isinstance(found, Finding)
+    parts = {name: pairs_of(frame.to_dicts(), known.run.beta) for name, frame in frames.items()}
+    return numbers(found), EXPECTED[request.param](parts, known.run)
+
+
+def test_the_evidence_of_each_cause_is_that_of_other_formulas(planted):
+    found, expected = planted
+    assert differences(expected, found) == []
+
+
+def test_any_number_of_the_evidence_that_is_off_is_noticed(planted):
+    found, expected = planted
+    for number in found:
+        for name, value in number.items():
+            if value is not None:
+                number[name] = value + 0.01 + 0.01 * abs(value)
+                assert differences(expected, found), name
+                number[name] = value

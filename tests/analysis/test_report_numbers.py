@@ -1,11 +1,15 @@
 """The report's numbers, each computed a second time from the run's files."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from compared_numbers import expected_difference, expected_kl
 from report_numbers import MOVEMENTS, differences, expected_entry
 
 from dpo_opt.analysis import report
+from dpo_opt.schemas.kl_samples import write_kl_samples
 
 NOISE = 0.3
 
@@ -31,6 +35,19 @@ def leaves(value, path=()):
         yield path
 
 
+def assert_every_number_is_compared(expected, found):
+    """Any number that is a little off is noticed."""
+    for path in list(leaves(found)):
+        *way, last = path
+        part = found
+        for key in way:
+            part = part[key]
+        right = part[last]
+        part[last] = right + 0.01 + 0.01 * abs(right)
+        assert differences(expected[path[0]], found[path[0]], f"/{path[0]}/"), path
+        part[last] = right
+
+
 def test_every_number_of_the_summary_is_that_of_other_formulas(compared):
     expected, found = compared
     assert differences(expected, found) == []
@@ -41,14 +58,51 @@ def test_every_number_of_the_summary_is_that_of_other_formulas(compared):
 
 def test_any_number_that_is_off_is_noticed(compared):
     expected, found = compared
-    paths = list(leaves(found))
-    assert len(paths) > 500
-    for path in paths:
-        *way, last = path
-        part = found
-        for key in way:
-            part = part[key]
-        right = part[last]
-        part[last] = right + 0.01 + 0.01 * abs(right)
-        assert differences(expected[path[0]], found[path[0]], f"/{path[0]}/"), path
-        part[last] = right
+    assert len(list(leaves(found))) > 500
+    assert_every_number_is_compared(expected, found)
+
+
+@pytest.fixture
+def two_runs(tmp_path, shards_writer, run_writer, texts, kl_samples):
+    """A summary of two runs of which the second is worse, and whose samples have exact token KLs."""
+    pairs = shards_writer(tmp_path / "shards", texts(300, prompts=170), pairs_per_shard=100)
+    runs = [
+        run_writer(tmp_path / name, tmp_path / "shards", pairs, steps=20, strength=strength)
+        for name, strength in (("one", 1.0), ("two", -0.4))
+    ]
+    random, samples = np.random.default_rng(5), kl_samples(pairs[:40])
+    samples = [
+        replace(
+            sample,
+            token_kl=random.gamma(1, 0.02, length).astype(np.float32),
+            **{
+                name: getattr(sample, name)[:length]
+                for name in ("completion_ids", "policy_token_logps", "ref_token_logps")
+            },
+        )
+        for sample in samples
+        for length in [int(random.integers(5, 49))]
+    ]
+    write_kl_samples(runs[0] / "kl" / "final.parquet", samples)
+    report(runs, tmp_path / "report.html")
+    return tmp_path, json.loads((tmp_path / "report.summary.json").read_text())
+
+
+def test_kl_figures_are_those_of_other_formulas(two_runs):
+    folder, summary = two_runs
+    expected, found = (
+        expected_kl(folder / "one" / "kl" / "final.parquet", step=None),
+        summary["runs"][0]["kl"],
+    )
+    assert differences(expected, found) == []
+    assert 0 < found["share_unfinished"] < 1
+    assert_every_number_is_compared(expected, found)
+
+
+def test_differences_of_runs_are_those_of_other_formulas(two_runs):
+    folder, summary = two_runs
+    expected = expected_difference(folder / "two", folder / "one", folder / "shards")
+    (found,) = summary["differences"]
+    assert differences(expected, found) == []
+    assert found["reward_accuracy"]["high"] < 0
+    assert_every_number_is_compared(expected, found)
