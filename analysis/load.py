@@ -210,19 +210,40 @@ def _scan(
     for file in files:
         try:
             with arrow_file(file) as raw:
-                names = pq.read_schema(raw).names
+                footer = pq.read_metadata(raw)
+                names = footer.schema.to_arrow_schema().names
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(
                 f"not readable as Parquet ({first_line(error)})",
                 where=str(file),
                 why="the file is truncated, damaged or not Parquet",
+                fix=f"mv {quoted(file)} {quoted(f'{file}.damaged')}, then run the same command without it",
             ) from error
         missing = [name for name in schema.names if name not in names and name not in later]
         if missing:
             raise DataError(
                 f"this is not a table of {what}: it lacks the columns {', '.join(missing)}", where=str(file)
             )
+        if empty := _columns_with_nulls(footer, schema):
+            raise DataError(
+                f"rows have no value in the columns {', '.join(empty)}",
+                where=str(file),
+                why=f"every row of a table of {what} has one, so another program changed the file",
+                fix="restore the file, or write it again with the command that made it",
+            )
     return scan_versions(files, schema) if later else _lazy(files, schema)
+
+
+def _columns_with_nulls(footer: pq.FileMetaData, schema: pa.Schema) -> list[str]:
+    """Of the columns that need a value in every row, those that lack some; by what the footer says."""
+    needed = {field.name for field in schema if not field.nullable}
+    found = dict.fromkeys(
+        column.path_in_schema
+        for group in map(footer.row_group, range(footer.num_row_groups))
+        for column in map(group.column, range(group.num_columns))
+        if column.path_in_schema in needed and column.statistics and column.statistics.null_count
+    )
+    return list(found)
 
 
 def scan_versions(files: Sequence[Path], schema: pa.Schema) -> pl.LazyFrame:

@@ -16,6 +16,7 @@ from dpo_opt.analysis.export_pairs import export_pairs
 from dpo_opt.analysis.figures.drawing import svg
 from dpo_opt.analysis.figures.frontier import frontier_figure
 from dpo_opt.analysis.figures.runs import accuracy_of_runs
+from dpo_opt.analysis.frontier import FrontierPoint
 from dpo_opt.analysis.html import render
 from dpo_opt.analysis.load import UNREADABLE
 from dpo_opt.analysis.quadrants import MOVEMENTS
@@ -140,13 +141,14 @@ def _aligned(views: Sequence[RunView]) -> dict[str, Markup]:
 
 def _frontiers(views: Sequence[RunView]) -> dict[str, Markup]:
     """A figure for each kind of reward, over all runs that were rated by it."""
-    points = [point for view in views for point in view.frontier]
-    return {
-        rated_by: Markup(
-            svg(
-                frontier_figure([point for point in points if point.rated_by == rated_by]),
-                label=f"Mean reward against KL, rated by {rated_by}",
-            )
-        )
-        for rated_by in dict.fromkeys(point.rated_by for point in points)
-    }
+    by_rater: dict[tuple[str, str | None], list[FrontierPoint]] = {}
+    for point in (point for view in views for point in view.frontier):
+        by_rater.setdefault((point.rated_by, point.rated_by_sha256), []).append(point)
+    names = [name for name, _ in by_rater]
+    found = {}
+    for (name, sha256), points in by_rater.items():
+        # A function that was edited, or models of one name, rate differently.
+        rated_by = f"{name} ({(sha256 or 'no file')[:8]})" if names.count(name) > 1 else name
+        label = f"Mean reward against KL, rated by {rated_by}"
+        found[rated_by] = Markup(svg(frontier_figure(points), label=label))
+    return found

@@ -166,9 +166,19 @@ def read_run_config(path: Path) -> Mapping[str, object]:
     try:
         config = yaml_of(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError("not readable as YAML", where=str(file)) from error
+        raise DataError(
+            "not readable as YAML",
+            where=str(file),
+            why="it names the run's shards and its beta",
+            fix="mend the file; `dpo-opt train --dry-run` with the run's options shows what stood there",
+        ) from error
     if not isinstance(config, dict) or not isinstance(config.get("shards"), str):
-        raise ConfigError("the run's configuration names no shards", where=str(file))
+        raise ConfigError(
+            "the run's configuration names no shards",
+            where=str(file),
+            why="without the reference log-probs there is nothing to compare the policy with",
+            fix="add a line with the folder of shards that the run was trained on: `shards: FOLDER`",
+        )
     return config
 
 
@@ -200,12 +210,21 @@ def _read_metrics(file: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
             # A last line without a newline is still being written, or a crash cut it off.
             if number == len(lines):
                 break
-            raise DataError("not a JSON object", where=f"{file}:{number}") from error
+            raise _broken_line("not a JSON object", file, number) from error
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            raise DataError("an entry without a step", where=f"{file}:{number}")
+            raise _broken_line("an entry without a step", file, number)
         entries.append(entry)
     evals = [e for e in entries if any(name.startswith("eval_") for name in e)]
     return _metrics_frame([e for e in entries if "loss" in e]), _metrics_frame(evals)
+
+
+def _broken_line(what: str, file: Path, number: int) -> DataError:
+    return DataError(
+        what,
+        where=f"{file}:{number}",
+        why="the curves and the last values are drawn from these lines",
+        fix=f"sed -i.bak {number}d {quoted(file)}, which leaves out this one and keeps the file as it was",
+    )
 
 
 def _metrics_frame(entries: list[dict[str, object]]) -> pl.DataFrame:
@@ -224,7 +243,16 @@ def _read_parity(file: Path) -> Mapping[str, float] | None:
     try:
         parity = json_of(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError("not readable as JSON", where=str(file)) from error
+        raise _broken_parity(file) from error
     if not isinstance(parity, dict):
-        raise DataError("not a JSON object", where=str(file))
+        raise _broken_parity(file)
     return {k: v for k, v in parity.items() if isinstance(v, int | float)}
+
+
+def _broken_parity(file: Path) -> DataError:
+    return DataError(
+        "not a JSON object",
+        where=str(file),
+        why="it says which log-ratios are of the size of rounding",
+        fix=f"rm {quoted(file)}; nothing is then called rounding",
+    )

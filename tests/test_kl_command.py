@@ -110,6 +110,8 @@ def test_what_was_measured_is_kept_and_what_is_missing_is_measured(run: Path) ->
     other = refused(2, run, "--seed", 1)
     assert "seed 0, not 1" in other
     assert "rm " in other
+    fix = other[other.index("rm ") :]
+    assert all(str(file) in fix for file in written)
     assert {entry.name for entry in (run / "kl").iterdir()} == {file.name for file in written}
 
 

@@ -151,6 +151,11 @@ def with_legend(figure: Figure, axes: Axes) -> Figure:
     return figure
 
 
+def legend_label(name: str) -> str:
+    """A run's name as a label: matplotlib leaves out of legends what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def baseline(axes: Axes, y: float, label: str | None, *, dashes: tuple[int, int] = (1, 2)) -> None:
     """A dashed line across the axes, for a value to compare with."""
     axes.axhline(y, color=MUTED, linewidth=1.1, linestyle=(0, dashes), label=label, zorder=1)

@@ -17,6 +17,7 @@ from dpo_opt.analysis.figures.drawing import (
     INK,
     MUTED,
     REJECTED,
+    legend_label,
     new_figure,
     styled,
     with_legend,
@@ -59,7 +60,7 @@ def frontier_figure(points: Sequence[FrontierPoint], *, axes: Axes | None = None
             markersize=5,
             linewidth=1.2,
             elinewidth=0.8,
-            label=name,
+            label=legend_label(name),
         )
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     return with_legend(figure, axes)

@@ -16,6 +16,7 @@ from dpo_opt.analysis.figures.drawing import (
     MUTED,
     REJECTED,
     baseline,
+    legend_label,
     new_figure,
     styled,
     with_legend,
@@ -60,7 +61,7 @@ def accuracy_of_runs(curves: Sequence[RunCurve], *, along: str, axes: Axes | Non
             color=colour,
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=4.5,
-            label=curve.run,
+            label=legend_label(curve.run),
         )
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -70,7 +70,8 @@ def measure_kl(config: "KLConfig", *, progress: Progress | None = None) -> list[
     if config.output is not None:
         require_own_output(config.output, option="--output", command="kl", mark=RECORD_KEY)
     jobs = [_planned(policy, config) for policy in find_policies(config)]
-    left = {job.policy for job in jobs if not _is_there(job)}
+    _require_equal_records(jobs)
+    left = {job.policy for job in jobs if not job.policy.output.is_file()}
     progress.start("measuring KL", total=_STAGES * len(left), unit="stages")
     found = []
     for job in jobs:
@@ -132,28 +133,41 @@ def _planned(policy: Policy, config: "KLConfig") -> _Job:
     return job
 
 
-def _is_there(job: _Job) -> bool:
-    """Whether a policy's table is there.
+def _require_equal_records(jobs: Sequence[_Job]) -> None:
+    """Keep the tables that are there, unless one was measured with something else.
 
     Raises:
-        ConfigError: It was measured with something else. It may hold columns that a user added.
+        ConfigError: Some were; all are named. They may hold columns that a user added.
     """
-    output = job.policy.output
-    if not output.is_file():
-        return False
-    there, asked = read_kl_record(output), job.record
+    others = {
+        job.policy.output: difference
+        for job in jobs
+        if job.policy.output.is_file() and (difference := _difference(job)) is not None
+    }
+    if not others:
+        return
+    first, difference = next(iter(others.items()))
+    more = f", and {len(others) - 1} more" if len(others) > 1 else ""
+    raise ConfigError(
+        f"there is another measurement ({difference}{more})",
+        where=str(first),
+        why="a sweep's policies compare where all were measured alike, and samples that are there are kept",
+        fix=f"rm {' '.join(map(quoted, others))}, then run the same command again; or pass the settings that "
+        f"{'it has' if len(others) == 1 else 'they have'}",
+    )
+
+
+def _difference(job: _Job) -> str | None:
+    """How the table that is there was measured otherwise, in words; None if it was not."""
+    there, asked = read_kl_record(job.policy.output), job.record
     if there == asked:
-        return True
-    differ = [
+        return None
+    if there is None:
+        return "an earlier version wrote it"
+    return "; ".join(
         f"{name} {getattr(there, name)}, not {value}"
         for name, value in asked.model_dump().items()
-        if there is not None and getattr(there, name) != value
-    ]
-    raise ConfigError(
-        f"there is another measurement ({'; '.join(differ) or 'an earlier version wrote it'})",
-        where=str(output),
-        why="a sweep's policies compare where all were measured alike, and samples that are there are kept",
-        fix=f"rm {quoted(output)}, then run the same command again; or pass the settings that it has",
+        if getattr(there, name) != value
     )
 
 

@@ -378,5 +378,5 @@ def test_a_reference_read_from_shards_can_be_drawn(draw, tmp_path, shards_writer
 
 
 def test_a_folder_is_not_overwritten(tmp_path):
-    with pytest.raises(ConfigError, match="it is a folder"):
+    with pytest.raises(ConfigError, match="is a folder"):
         write_check_page(full_audit(), tmp_path)

@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from dpo_opt.analysis.aligned_runs import by_kl
 from dpo_opt.analysis.figures import curves, distributions
 from dpo_opt.analysis.figures.drawing import svg
+from dpo_opt.analysis.figures.frontier import frontier_figure
 from dpo_opt.analysis.figures.runs import RunCurve, accuracy_of_runs
+from dpo_opt.analysis.frontier import FrontierPoint
 from dpo_opt.analysis.intervals import Interval
 
 
@@ -220,3 +222,15 @@ def test_accuracy_is_found_at_the_kl_of_the_same_step():
 
     (found,) = by_kl([view([20, 15, 10], [2.0, 1.5, 1.0]), view([15], [1.5])])
     assert (found.at, found.accuracy) == ([2.0, 1.0], [0.7, 0.6])
+
+
+@pytest.mark.parametrize("name", ["_x", "__", "cost $5$", "a_b"])
+def test_a_run_of_any_name_stands_in_the_legends(name):
+    runs = [RunCurve(name, [1, 2], [0.5, 0.6]), RunCurve("other", [1, 2], [0.4, 0.5])]
+    point = FrontierPoint(
+        name, "f", 1, 0.1, "sigmoid", "r", None, 4, 2, 0.0, Interval(1, 0, 2), Interval(1, 0, 2)
+    )
+    for figure in (accuracy_of_runs(runs, along="step"), frontier_figure([point])):
+        shown = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        assert name in [text.strip() for text in shown]
+        assert f">{name}<" in svg(figure, label="").replace("> ", ">")
