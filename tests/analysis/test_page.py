@@ -331,7 +331,7 @@ def test_a_second_page_leaves_the_numbers_of_the_first(make_run, tmp_path):
 
 
 def test_a_folder_is_no_page(make_run, tmp_path):
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match="--output is a folder"):
         report([make_run()], tmp_path)
 
 
