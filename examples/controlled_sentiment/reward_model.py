@@ -1,5 +1,6 @@
 """The learned reward: a Bradley-Terry model of a seed's pairs, trained by TRL's RewardTrainer."""
 
+import tempfile
 from pathlib import Path
 
 from folders import Work
@@ -28,11 +29,11 @@ def train_reward_model(work: Work, seed: int) -> None:
     folder = find_model(work.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
-    with publish_folder(output) as private:
+    with publish_folder(output) as private, tempfile.TemporaryDirectory() as scratch:
         trainer = RewardTrainer(
             model,
             args=RewardConfig(
-                output_dir=str(private / "trainer"),
+                output_dir=scratch,
                 num_train_epochs=settings.epochs,
                 per_device_train_batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
@@ -49,7 +50,9 @@ def train_reward_model(work: Work, seed: int) -> None:
             processing_class=tokenizer,
         )
         trainer.train()
-        trainer.save_model(str(private))
+        # Not by the trainer, which would add its arguments as a pickle.
+        model.save_pretrained(private)
+        tokenizer.save_pretrained(private)
 
 
 def _pairs(shards: Path) -> list[dict[str, list[int]]]:

@@ -1,6 +1,7 @@
 """Fine-tunes the reference of small and paper on whole reviews, with TRL's SFTTrainer."""
 
 import json
+import tempfile
 
 from folders import Work
 
@@ -24,12 +25,13 @@ def fine_tune(work: Work) -> None:
     set_seed(0)
     lines = work.prompts("sft").read_text(encoding="utf-8").splitlines()
     folder = find_model(work.experiment.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with publish_folder(output) as private:
+    with publish_folder(output) as private, tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model,
             args=SFTConfig(
-                output_dir=str(private / "trainer"),
+                output_dir=scratch,
                 num_train_epochs=settings.sft_epochs,
                 per_device_train_batch_size=settings.sft_batch_size,
                 learning_rate=settings.sft_learning_rate,
@@ -43,7 +45,9 @@ def fine_tune(work: Work) -> None:
                 use_cpu=not torch.cuda.is_available(),
             ),
             train_dataset=Dataset.from_list(list(map(json.loads, lines))),
-            processing_class=AutoTokenizer.from_pretrained(folder),
+            processing_class=tokenizer,
         )
         trainer.train()
-        trainer.save_model(str(private))
+        # Not by the trainer, which would add its arguments as a pickle.
+        model.save_pretrained(private)
+        tokenizer.save_pretrained(private)
