@@ -150,7 +150,7 @@ def test_settings_that_cannot_be_used_are_named(example: Callable[[str], ModuleT
         read("tiny", model=None)
     text = (EXAMPLE / "tiny.yaml").read_text(encoding="utf-8")
     for before, after, says in (
-        ("knobs: [2, 8]", "knobs: [3]", "does not divide"),
+        ("knobs: [2, 4]", "knobs: [3]", "does not divide"),
         ("learning_rates: [2.0e-4, 6.0e-4]", "learning_rates: [2.0e-4]", "same number"),
         ("checkpoints: 3", "checkpoints: 5", "no multiple"),
         ("seeds: [0, 1, 2]", "seed: 0", "seed"),
@@ -181,7 +181,7 @@ def test_prompts_are_disjoint_and_of_one_length(
         split: example("prompts").read_prompts(tmp_path / "prompts" / f"{split}.jsonl")
         for split in ("train", "validation", "held_out")
     }
-    assert [len(prompts) for prompts in found.values()] == [96, 32, 48]
+    assert [len(prompts) for prompts in found.values()] == [96, 32, 24]
     everything = [prompt for prompts in found.values() for prompt in prompts]
     assert len(set(everything)) == len(everything)
     assert {len(ids) for ids in tokenizer(everything)["input_ids"]} == {experiment.prompt_tokens}
