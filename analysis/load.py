@@ -222,7 +222,10 @@ def _scan(
         missing = [name for name in schema.names if name not in names and name not in later]
         if missing:
             raise DataError(
-                f"this is not a table of {what}: it lacks the columns {', '.join(missing)}", where=str(file)
+                f"this is not a table of {what}: it lacks the columns {', '.join(missing)}",
+                where=str(file),
+                why="its rows cannot be compared with the reference without them",
+                fix="restore the file, or write it again with the command that made it",
             )
         if empty := _columns_with_nulls(footer, schema):
             raise DataError(

@@ -55,6 +55,7 @@ def cut_in_half(file):
         ("metrics.jsonl", lambda file: file.write_text('{"loss": 1}\n' + file.read_text())),
         ("pair_logps/00001.parquet", cut_in_half),
         ("scores/final.parquet", cut_in_half),
+        ("scores/final.parquet", lambda f: pl.read_parquet(f).drop("chosen_length").write_parquet(f)),
         ("config.resolved.yaml", lambda file: file.write_text("beta: 0.1\n")),
         ("config.resolved.yaml", lambda file: file.write_text("a: [")),
         ("parity.json", lambda file: file.write_text("[]")),
