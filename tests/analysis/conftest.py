@@ -40,10 +40,11 @@ def write_shards(
     sources: Sequence[str | None] = ("helpful", "harmless"),
     dropped: dict[str, int] | None = None,
     masked: bool = False,
+    cut_every: int = 17,
 ) -> list[ScoredPair]:
     """A finalized folder; returns its pairs. Log-probs are random and longer completions less likely.
 
-    With ``masked``, every other chosen completion counts from its middle on.
+    With ``masked``, every other chosen completion counts from its middle on. One in ``cut_every`` was cut.
     """
     tokenizer = tokenizer or byte_tokenizer()
     random = np.random.default_rng(seed)
@@ -58,7 +59,7 @@ def write_shards(
                 prompt_ids=p,
                 chosen_ids=c,
                 rejected_ids=r,
-                chosen_truncated=row % 17 == 0,
+                chosen_truncated=row % cut_every == 0,
                 chosen_mask=np.arange(len(c)) >= len(c) // 2 if masked and row % 2 else None,
                 ref_chosen_token_logps=-random.gamma(2, level / 2, len(c)).astype(np.float32),
                 ref_rejected_token_logps=-random.gamma(2, level / 2, len(r)).astype(np.float32),

@@ -1,7 +1,7 @@
 """The numbers that speak for a finding, computed a second time from the files of a run."""
 
 import polars as pl
-from diagnosis_numbers import EXPECTED, displacement, numbers, pairs_of, precision_lost
+from diagnosis_numbers import EXPECTED, displacement, numbers, pairs_of, precision_lost, wilson
 from report_numbers import differences, rows_of
 
 from dpo_opt.analysis.diagnosis.diagnose import diagnose
@@ -77,6 +77,16 @@ def test_near_identical_pairs_are_found_by_their_tokens(tmp_path, shards_writer,
     assert 0.2 < len(alike) / len(judged) < 0.8
     found = finding_of(run, "likelihood_displacement")
     assert differences(displacement(judged, alike), numbers(found)) == []
+
+
+def test_cut_completions_are_counted_in_the_shards(tmp_path, shards_writer, run_writer, texts):
+    pairs = shards_writer(tmp_path / "shards", texts(400), cut_every=3)
+    run = run_writer(tmp_path / "run", tmp_path / "shards", pairs)
+    rows = rows_of(tmp_path / "shards" / "data")
+    cut = [row["row"] for row in rows if row["chosen_truncated"] or row["rejected_truncated"]]
+    found = finding_of(run, "truncated_completions")
+    assert differences([wilson(len(cut) / len(rows), len(rows))], numbers(found)) == []
+    assert set(found.rows) <= set(cut)
 
 
 def dice(one, other):
