@@ -11,7 +11,7 @@ from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.schemas.errors import DataError, first_line
 from dpo_opt.schemas.fingerprint import TOKENIZER_FIELDS
 from dpo_opt.schemas.locations import AnyPath
-from dpo_opt.schemas.models import find_model
+from dpo_opt.schemas.models import checkpoint_dtype, find_model
 from dpo_opt.schemas.pair_logps import PairLogps, write_pair_logps
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.plain_data import json_of
@@ -29,7 +29,8 @@ def score_shards(
         model: Any checkpoint with the same tokenizer.
         output: Parquet file to write: rows of phase ``score``, with token log-probs.
         dtype: Dtype of the model, or ``auto`` for the one that the reference was scored in, so that a
-            difference of log-probs is never one of rounding.
+            difference of log-probs is not one of rounding. Where the checkpoint declares float32, ``auto`` is
+            that: what a short run learned may be less than half precision can hold.
         progress: Advances with every scored pair.
 
     Returns:
@@ -50,8 +51,9 @@ def score_shards(
         fix="pass a checkpoint with the tokenizer of the shards",
     )
     reference = folder.manifest.fingerprint
-    computed = reference.dtype if dtype == "auto" else dtype
-    scorer = HfScorer(model_folder, dtype=computed, max_length=reference.max_length)
+    if dtype == "auto":
+        dtype = "float32" if checkpoint_dtype(model_folder) == "float32" else reference.dtype
+    scorer = HfScorer(model_folder, dtype=dtype, max_length=reference.max_length)
     step, epoch = _trained(model_folder)
     progress.start("scoring", total=folder.manifest.kept, unit="pairs")
 
@@ -61,7 +63,7 @@ def score_shards(
                 yield _score_pairs(scorer, pairs, step=step, epoch=epoch, checkpoint=str(model))
                 progress.advance(len(pairs))
 
-    write_pair_logps(output, batches(), dtype=computed)
+    write_pair_logps(output, batches(), dtype=dtype)
     progress.finish()
     return folder.manifest.kept
 

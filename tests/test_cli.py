@@ -496,6 +496,20 @@ def test_a_checkpoint_is_scored_in_the_dtype_of_the_reference(
         assert dtype_of_logps(output) == dtype
 
 
+def test_a_float32_checkpoint_is_not_rounded_to_the_dtype_of_the_reference(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    assert invoke(*precompute_arguments(tiny_model, tmp_path), "--dtype", "bfloat16").exit_code == 0
+    halved = shutil.copytree(tiny_model, tmp_path / "halved")
+    config = json.loads((halved / "config.json").read_text())
+    (halved / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    for model, dtype in (tiny_model, "float32"), (halved, "bfloat16"):
+        output = tmp_path / f"{dtype}.parquet"
+        scored = invoke("score", "--shards", tmp_path / "shards", "--model", model, "--output", output)
+        assert scored.exit_code == 0, scored.output
+        assert dtype_of_logps(output) == dtype
+
+
 def read_table(text: str) -> dict[str, list[str]]:
     """The first cell of every line to the others."""
     cells = [re.split(r"  +", line) for line in text.splitlines()]
