@@ -19,14 +19,17 @@ PAGES = {
 }
 """Page to the file of the repository that it shows."""
 
+DOWNLOADS = ("examples/quickstart.ipynb",)
+"""Files of the repository that pages link to, and that the site has as they are."""
+
 _PAGE_OF = {path: page for page, path in PAGES.items()}
 _LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[)#])")
 
 
 def on_files(files: Files, *, config: Any) -> Files:
-    """Add the pages that do not stand in ``docs/``."""
+    """Add the pages that do not stand in ``docs/``, and the files that they link to."""
     root = Path(config.config_file_path).parent
-    for page, path in PAGES.items():
+    for page, path in [*PAGES.items(), *((path, path) for path in DOWNLOADS)]:
         files.append(File.generated(config, page, abs_src_path=str(root / path)))
     return files
 

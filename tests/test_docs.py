@@ -74,6 +74,16 @@ def test_every_page_is_in_the_menu_once() -> None:
     assert [path for path in elsewhere.values() if not (ROOT / path).is_file()] == []
 
 
+def test_files_that_the_site_downloads_are_linked() -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'dpo-opt[docs]'")
+    linked = {
+        (page.parent / link).resolve()
+        for page in PAGES
+        for link in re.findall(r"\]\(([^)#:\s]+\.ipynb)\)", page.read_text(encoding="utf-8"))
+    }
+    assert {ROOT / path for path in hook("repository_pages").DOWNLOADS} == linked
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_to_files(page: Path) -> None:
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -177,6 +187,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
     assert (tmp_path / "quickstart" / "index.html").is_file()
+    assert (tmp_path / "examples" / "quickstart.ipynb").is_file()
 
 
 @pytest.mark.slow
