@@ -151,10 +151,11 @@ def test_settings_that_cannot_be_used_are_named(example: Callable[[str], ModuleT
     text = (EXAMPLE / "tiny.yaml").read_text(encoding="utf-8")
     for before, after, says in (
         ("knobs: [2, 4]", "knobs: [3]", "does not divide"),
-        ("learning_rates: [2.0e-4, 6.0e-4]", "learning_rates: [2.0e-4]", "same number"),
-        ("checkpoints: 3", "checkpoints: 5", "no multiple"),
+        ("learning_rates: [1.0e-4, 3.0e-4]", "learning_rates: [1.0e-4]", "same number"),
+        ("checkpoints: 4", "checkpoints: 5", "no multiple"),
         ("seeds: [0, 1, 2]", "seed: 0", "seed"),
     ):
+        assert before in text
         file = tmp_path / "own.yaml"
         file.write_text(text.replace(before, after, 1), encoding="utf-8")
         with pytest.raises(ConfigError, match=says):
@@ -181,7 +182,7 @@ def test_prompts_are_disjoint_and_of_one_length(
         split: example("prompts").read_prompts(tmp_path / "prompts" / f"{split}.jsonl")
         for split in ("train", "validation", "held_out")
     }
-    assert [len(prompts) for prompts in found.values()] == [96, 32, 24]
+    assert [len(prompts) for prompts in found.values()] == [160, 32, 48]
     everything = [prompt for prompts in found.values() for prompt in prompts]
     assert len(set(everything)) == len(everything)
     assert {len(ids) for ids in tokenizer(everything)["input_ids"]} == {experiment.prompt_tokens}
