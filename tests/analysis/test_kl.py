@@ -137,7 +137,7 @@ def test_lists_of_different_lengths_are_refused_by_prompt_and_sample(tmp_path, t
 @pytest.mark.parametrize(
     ("column", "value", "says"),
     [
-        ("finished", pl.lit(None, dtype=pl.Boolean), "a sample has no finished"),
+        ("finished", pl.lit(None, dtype=pl.Boolean), "no value in the columns finished"),
         ("ref_token_logps", pl.lit(None, dtype=pl.List(pl.Float32)), "a sample has no ref_token_logps"),
         ("policy_token_logps", pl.lit("x"), "cannot be read"),
     ],
