@@ -74,6 +74,8 @@ def begin(folder: Path, experiment: Experiment, given: Mapping[str, str | None])
                 fix="pass a new --output, or the settings that the file has",
             )
         return
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("it is a file, not a folder", where=str(folder), fix="pass a new --output")
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
             "the folder is not empty, and no experiment began it",

@@ -6,12 +6,14 @@ Each finished step is kept: the same command continues where it was stopped.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 from best_of_n import best_of_n
 from folders import Work, begin
+from libraries import require_libraries
 from points import Point, measure, measure_reference
 from preferences import make_preferences
 from prompts import write_prompts
@@ -22,6 +24,7 @@ from settings import MethodName, read_experiment
 from sft import fine_tune
 
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
+from dpo_opt.schemas.models import find_model
 from dpo_opt.schemas.storage import write_text
 from dpo_opt.user_function import UserFunction, load_user_function
 
@@ -47,6 +50,7 @@ def main(size: str, output: Path, model: str | None, reviews: Path | None, ppo_l
 def run(work: Work) -> None:
     """All steps in their order."""
     experiment = work.experiment
+    reward = reward_of(work)
     corpus = work.environment.get("REVIEWS")
     write_prompts(work.folder / "prompts", experiment, corpus=None if corpus is None else Path(corpus))
     if experiment.reviews is not None:
@@ -55,7 +59,6 @@ def run(work: Work) -> None:
         make_preferences(work, seed)
         if experiment.needs_reward_model:
             train_reward_model(work, seed)
-    reward = load_user_function(work.reward)
     rates = choose_learning_rates(work, reward)
     points: list[Point] = []
     for seed in experiment.seeds:
@@ -68,6 +71,12 @@ def run(work: Work) -> None:
         points += _measured(work, seed, runs, reward)
     write_results(work.folder, points, experiment, {str(name): rate for name, rate in rates.items()})
     click.echo((work.folder / "results.md").read_text(encoding="utf-8"))
+
+
+def reward_of(work: Work) -> UserFunction:
+    """The ground truth, loaded with what the experiment's commands find in their environment."""
+    os.environ.update(work.environment)
+    return load_user_function(work.reward)
 
 
 def choose_learning_rates(work: Work, reward: UserFunction) -> dict[MethodName, float]:
@@ -126,6 +135,9 @@ def _begun(
         environment,
         None if ppo_library is None else ppo_library.absolute(),
     )
+    if not (work.folder / "experiment.yaml").is_file():
+        require_libraries(experiment, work.ppo_library)
+        find_model(str(experiment.model))
     begin(work.folder, experiment, environment)
     return work
 

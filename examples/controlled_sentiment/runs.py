@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from folders import HERE, Work, run_python
+from libraries import require_ppo
 from settings import OFFLINE, ONLINE, MethodName
 
 from dpo_opt.optimize import TrainConfig
 from dpo_opt.optimize import train as train_on_pairs
 from dpo_opt.optimize.run_folder import RunFolder
-from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.storage import write_text
 
 
@@ -110,13 +110,7 @@ def _ppo(work: Work, seed: int, runs: Sequence[Run]) -> None:
     Raises:
         ConfigError: The folder with TRL's PPO is not given.
     """
-    if work.ppo_library is None:
-        raise ConfigError(
-            "PPO needs a release of TRL that has it",
-            why="later ones have none, so it lies in a folder of its own",
-            fix=f"pip install --target FOLDER --no-deps -r {HERE / 'ppo-requirements.txt'}, "
-            "then pass --ppo-library FOLDER",
-        )
+    library = require_ppo(work.ppo_library)
     folder = work.of_seed(seed)
     jobs = {
         "model": work.model,
@@ -139,4 +133,4 @@ def _ppo(work: Work, seed: int, runs: Sequence[Run]) -> None:
     }
     file = folder / "ppo.json"
     write_text(file, json.dumps(jobs, indent=1))
-    run_python(work, HERE / "ppo.py", file, shown=f"ppo.py {file}", library=work.ppo_library)
+    run_python(work, HERE / "ppo.py", file, shown=f"ppo.py {file}", library=library)

@@ -55,7 +55,10 @@ def begin(work: Work, given: dict[str, object]) -> None:
     file = work.folder / "experiment.yaml"
     if file.is_file() and file.read_text(encoding="utf-8") == text:
         return
-    if work.folder.exists() and any(work.folder.iterdir()):
+    if work.folder.exists() and not work.folder.is_dir():
+        raise ConfigError("it is a file, not a folder", where=str(work.folder), fix="pass a new --output")
+    # A folder in which no step has left anything may be begun again, with a mistake corrected.
+    if work.folder.is_dir() and any(path != file for path in work.folder.iterdir()):
         raise ConfigError(
             "the folder was begun otherwise",
             where=str(work.folder),

@@ -21,12 +21,19 @@ from best_of_n import best_of_n
 from folders import Work, begin, dpo_opt
 from results import HeldOut, held_out_pairs, write_results
 from settings import read_size
-from win_rates import WinRate, win_rate, write_chosen
+from win_rates import WinRate, completion_text, win_rate, write_chosen
 
+from dpo_opt.cli import main as cli
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
+from dpo_opt.schemas.models import find_model
 from dpo_opt.schemas.storage import write_text
+from dpo_opt.user_function import load_user_function
 
 _WORD_LIST = ("--function", f"{Path(__file__).resolve().with_name('kindness.py')}:kindness")
+
+
+_KEPT = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+"""Of a row: what the prompt is made of, and its completions."""
 
 
 @click.command(help=__doc__)
@@ -44,6 +51,8 @@ def main(
     """Run the experiment, or what is left of it."""
     try:
         work = Work(read_size(size), output.absolute(), model)
+        find_model(model)
+        require_judge(judge or _WORD_LIST)
         given = {"data": data, "column": list(column), "model": model, "judge": list(judge)}
         begin(work, given)
         prepare(work, data, column)
@@ -53,6 +62,19 @@ def main(
         click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
     click.echo((work.folder / "results.md").read_text(encoding="utf-8"))
+
+
+def require_judge(judge: tuple[str, ...]) -> None:
+    """Refuse a judge that could not begin, before anything is trained.
+
+    Raises:
+        ConfigError: Its function cannot be loaded.
+        UsageError: `dpo-opt judge` has no such options.
+    """
+    words = ["--samples", "samples", "--output", "judged", *judge]
+    options = cli.commands["judge"].make_context("dpo-opt judge", words).params
+    if options["function"] is not None:
+        load_user_function(options["function"])
 
 
 def prepare(work: Work, data: str, column: tuple[str, ...]) -> None:
@@ -66,15 +88,15 @@ def prepare(work: Work, data: str, column: tuple[str, ...]) -> None:
         columns = [word for one in column for word in ("--column", one)]
         shares = ["--data-share", size.data_share, "--eval-split", size.eval_share]
         dpo_opt("convert", data, "--output", pairs, *columns, *shares)
-    distinct = {}
+    distinct: dict[str, dict[str, object]] = {}
     for line in (pairs / "eval.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        distinct.setdefault(
-            json.dumps(row["prompt"]), {name: row[name] for name in ("prompt", "chosen", "rejected")}
-        )
+        if completion_text(row["chosen"]) is not None:
+            distinct.setdefault(json.dumps(row["prompt"]), {name: row[name] for name in _KEPT if name in row})
     if len(distinct) < size.num_prompts:
         raise ConfigError(
-            f"{len(distinct)} prompts are held out, and {size.num_prompts} are to be completed",
+            f"{len(distinct)} prompts whose chosen completion is text are held out, and "
+            f"{size.num_prompts} are to be completed",
             where=str(pairs / "eval.jsonl"),
             fix="pass --size with a file of a larger eval_share, or of fewer num_prompts; and a new --output",
         )

@@ -43,10 +43,15 @@ def write_chosen(work: Work, like: Path) -> None:
     chosen = {}
     for line in work.prompts.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        chosen[json.dumps({"prompt": row["prompt"]}, ensure_ascii=False)] = _text(row["chosen"])
+        chosen[json.dumps(row["prompt"])] = completion_text(row["chosen"])
     rows = [
         Sample(
-            **{**_fields(sample), "completion": chosen[sample.row], "finished": True, "completion_ids": []}
+            **{
+                **_fields(sample),
+                "completion": chosen[_prompt_of(sample)],
+                "finished": True,
+                "completion_ids": [],
+            }
         )
         for sample in read_samples(like)
     ]
@@ -68,7 +73,7 @@ def win_rate(work: Work, name: str, temperature: float | None, judge: Sequence[s
     wins, empty = [], 0
     for sample in read_samples(work.samples(name)):
         # The chosen completion stands first; prompts without a preference are not in the file.
-        first, second = scores.get(json.dumps(json.loads(sample.row)["prompt"]), (0, 0))
+        first, second = scores.get(_prompt_of(sample), (0, 0))
         is_empty = not sample.completion.strip()
         empty += is_empty
         wins.append(0.0 if is_empty else float(second > first) + 0.5 * (second == first))
@@ -80,9 +85,13 @@ def _fields(sample: Sample) -> dict[str, object]:
     return {name: getattr(sample, name) for name in Sample.__dataclass_fields__}
 
 
-def _text(completion: object) -> str:
-    """A completion's text: of messages that of the only one."""
+def _prompt_of(sample: Sample) -> str:
+    return json.dumps(json.loads(sample.row)["prompt"])
+
+
+def completion_text(completion: str | list[dict[str, object]]) -> str | None:
+    """A completion's text: of messages that of the only one. None: they are several, or it has no text."""
     if isinstance(completion, str):
         return completion
-    (message,) = completion  # type: ignore[misc]
-    return str(message["content"])
+    content = completion[0].get("content") if len(completion) == 1 else None
+    return content if isinstance(content, str) else None
