@@ -1,6 +1,7 @@
 """``dpo-opt frontier``: rewards of the samples that KL was measured on, against that KL."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,25 @@ def test_a_function_rates_the_texts_that_kl_was_measured_on(run: Path, reward: s
         assert tuple(point["kl"].values()) == kl.estimate.rb_sequence
         assert (point["beta"], point["loss_type"], point["rated_by"]) == (0.1, "sigmoid", reward)
     assert [point.as_record() for point in read_frontier(run)] == found
+
+
+def test_completions_of_two_lengths_are_refused_with_commands_that_measure_one(
+    run: Path, reward: str
+) -> None:
+    (run / "kl" / "final.parquet").unlink()
+    other = ("--num-prompts", 5, "--num-samples", 3, "--max-new-tokens", 4, "--backend", "hf", "--seed", 7)
+    (run / "kl" / "step-00000001.parquet").rename(run / "kept.parquet")
+    assert invoke("kl", run, *other).exit_code == 0
+    (run / "kept.parquet").rename(run / "kl" / "step-00000001.parquet")
+    refused = invoke("frontier", run, "--reward-function", reward)
+    assert refused.exit_code == 3
+    assert "up to 4 tokens" in refused.stderr
+    removal, command = refused.stderr.partition("fix: ")[2].strip().split(", then ")
+    for file in shlex.split(removal)[1:]:
+        Path(file).unlink()
+    again = invoke(*shlex.split(command)[1:])
+    assert again.exit_code == 0, again.stderr
+    assert len(points(run, "--reward-function", reward)) == 2
 
 
 def test_a_third_models_implicit_reward_is_its_log_ratio(run: Path, other_model: Path) -> None:

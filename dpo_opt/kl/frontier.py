@@ -1,10 +1,11 @@
 """Rates the samples that ``dpo-opt kl`` took, and writes what reward each policy gets for its KL."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_opt.analysis.frontier import FrontierPoint, frontier_point, write_frontier
-from dpo_opt.analysis.kl import kl_of_run
+from dpo_opt.analysis.kl import KLFile, kl_of_run
 from dpo_opt.analysis.load import KL_FOLDER
 from dpo_opt.analysis.run_files import read_run_config
 from dpo_opt.kl.rewards import make_rater
@@ -46,7 +47,7 @@ def measure_frontier(config: "FrontierConfig", *, progress: Progress | None = No
                 why="reward and KL are taken from the policies' own samples",
                 fix=f"dpo-opt kl {quoted(run)}",
             )
-    _require_one_length([run / KL_FOLDER / kl.file for run in runs for kl in measured[run]])
+    _require_one_length(measured)
     progress.start("rating", total=sum(map(len, measured.values())), unit="tables")
     found = []
     for run in runs:
@@ -67,21 +68,33 @@ def measure_frontier(config: "FrontierConfig", *, progress: Progress | None = No
     return found
 
 
-def _require_one_length(tables: list[Path]) -> None:
+def _require_one_length(measured: Mapping[Path, Sequence[KLFile]]) -> None:
     """Refuse tables whose completions may have other lengths: their KL would not compare.
 
     Raises:
         DataError: Two differ.
     """
-    records = ((table, read_kl_record(table)) for table in tables)
-    limits = [(table, record.max_new_tokens) for table, record in records if record is not None]
-    for table, limit in limits:
-        first, usual = limits[0]
-        if limit != usual:
-            again = f"dpo-opt kl {quoted(table.parent.parent)} --max-new-tokens {usual}"
-            raise DataError(
-                f"its completions have up to {limit} tokens, those of {quoted(first)} up to {usual}",
-                where=str(table),
-                why="a longer completion has more KL, so the policies do not compare",
-                fix=f"rm {quoted(table)}, then {again}",
-            )
+    tables = [
+        (run / KL_FOLDER / kl.file, kl.estimate.prompts, record)
+        for run, files in measured.items()
+        for kl in files
+        if (record := read_kl_record(run / KL_FOLDER / kl.file)) is not None
+    ]
+    others = [table for table in tables if table[2].max_new_tokens != tables[0][2].max_new_tokens]
+    if others:
+        (first, prompts, usual), (table, _, record) = tables[0], others[0]
+        names = [quoted(other) for other, _, _ in others]
+        runs = dict.fromkeys(quoted(other.parent.parent) for other, _, _ in others)
+        # Other settings than those of the tables that stay would be refused by `kl`.
+        again = (
+            f"dpo-opt kl {' '.join(runs)} --num-prompts {prompts} --num-samples {usual.num_samples} "
+            f"--max-new-tokens {usual.max_new_tokens} --seed {usual.seed} "
+            f"--backend {'vllm' if usual.engine == 'vllm' else 'hf'}"
+        )
+        raise DataError(
+            f"its completions have up to {record.max_new_tokens} tokens, those of {quoted(first)} up to "
+            f"{usual.max_new_tokens}",
+            where=str(table),
+            why="a longer completion has more KL, so the policies do not compare",
+            fix=f"rm {' '.join(names)}, then {again}",
+        )
