@@ -25,7 +25,12 @@ FINAL_TABLE = "final.parquet"
 _PER_TOKEN = ("ref_token_logps", "policy_token_entropies", "token_kl")
 # By the names of their sums: what every sample has to have.
 _NEEDED = {"cut": "finished", "tokens": "policy_token_logps", "k1": "ref_token_logps"}
-_MEASURE = "dpo-opt kl MODEL --reference M --prompts DIR_OR_DATA --output FILE.parquet"
+
+
+def _again(where: str | None) -> str:
+    """What replaces a table; one that is there is not measured again."""
+    remove = "remove it" if where is None else f"rm {quoted(where)}"
+    return f"{remove}, then measure again with `dpo-opt kl`"
 
 
 class KLEstimate(NamedTuple):
@@ -111,14 +116,17 @@ def estimate_kl(samples: pl.LazyFrame, *, where: str | None = None) -> KLEstimat
         sums = _sums_by_prompt(samples, where)
     except UNREADABLE as error:
         raise DataError(
-            f"the table of on-policy samples cannot be read ({first_line(error)})", where=where, fix=_MEASURE
+            f"the table of on-policy samples cannot be read ({first_line(error)})",
+            where=where,
+            why="another program changed it, or its disk did",
+            fix=_again(where),
         ) from error
     if lacking := _NEEDED.keys() - sums.keys():
         raise DataError(
             f"a sample has no {', '.join(sorted(_NEEDED[name] for name in lacking))}",
             where=where,
             why="the mean of the others would be that of other samples",
-            fix=_MEASURE,
+            fix=_again(where),
         )
     if "entropy" in sums:
         _require_own_samples({name: float(sums[name].sum()) for name in sums}, where)
@@ -157,7 +165,8 @@ def _sums_by_prompt(samples: pl.LazyFrame, where: str | None) -> dict[str, Float
             f"sample {sample} of prompt {quoted(prompt_id)} has different numbers of policy and reference "
             "log-probs",
             where=where,
-            fix=_MEASURE,
+            why="each token has one of both models",
+            fix=_again(where),
         )
     logratio = pl.col("logratio").list
     by_prompt = (
@@ -181,7 +190,12 @@ def _sums_by_prompt(samples: pl.LazyFrame, where: str | None) -> dict[str, Float
         .collect(engine="streaming")
     )
     if not len(by_prompt):
-        raise DataError("the table of on-policy samples is empty", where=where)
+        raise DataError(
+            "the table of on-policy samples is empty",
+            where=where,
+            why="there is nothing to take a mean of",
+            fix=_again(where),
+        )
     known = (by_prompt[name] for name in by_prompt.columns[1:] if not by_prompt[name].null_count())
     return {column.name: column.cast(pl.Float64).to_numpy() for column in known}
 
@@ -217,5 +231,5 @@ def _require_own_samples(sums: Mapping[str, float], where: str | None) -> None:
         f"{'more' if gap > 0 else 'less'} surprising than the {mean:.3g} that it expects of its own",
         where=where,
         why="the KL is a mean over what the policy itself samples at temperature 1",
-        fix=_MEASURE,
+        fix=_again(where),
     )

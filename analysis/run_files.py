@@ -3,6 +3,7 @@
 Runs may be unfinished, resumed, or still being written. This file handles that.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,12 @@ class Run:
     @property
     def beta(self) -> float:
         value = self.config.get("beta")
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise ConfigError(
-                f"beta is {value!r}, not a number",
+                f"beta is {value!r:.50}, not a number above 0",
                 where=str(self.path / CONFIG),
                 why="rewards are beta times a log-ratio",
+                fix="write the beta there that the run was trained with",
             )
         return float(value)
 
@@ -184,7 +186,7 @@ def read_run_config(path: Path) -> Mapping[str, object]:
 
 def _find_shards(path: Path, config: Mapping[str, object]) -> AnyPath:
     named = str(config["shards"])
-    stated = location(named).expanduser()
+    stated = location(named)
     # Paths in the config are as the user typed them, so relative ones start at the folder of the command.
     places = [stated] if stated.is_absolute() else [stated, path.absolute().parent / stated]
     for place in places:
@@ -211,11 +213,17 @@ def _read_metrics(file: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
             if number == len(lines):
                 break
             raise _broken_line("not a JSON object", file, number) from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        if not isinstance(entry, dict) or not _is_step(entry.get("step")):
             raise _broken_line("an entry without a step", file, number)
+        if any("\ud800" <= character <= "\udfff" for name in entry for character in name):
+            raise _broken_line("a name that is no text", file, number)
         entries.append(entry)
     evals = [e for e in entries if any(name.startswith("eval_") for name in e)]
     return _metrics_frame([e for e in entries if "loss" in e]), _metrics_frame(evals)
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**53
 
 
 def _broken_line(what: str, file: Path, number: int) -> DataError:

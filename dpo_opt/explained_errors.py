@@ -53,6 +53,12 @@ def explained(error: Exception) -> DpoOptError | None:
         return error
     if isinstance(error, ModuleNotFoundError):
         return _of_package((error.name or "").partition(".")[0])
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return ConfigError(
+            "a path begins with ~ and a name that is no user's here",
+            why="that stands for a user's own folder, and there is none",
+            fix="write the whole path, from / on",
+        )
     return _of_path(error) if isinstance(error, OSError) else None
 
 

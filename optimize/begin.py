@@ -228,16 +228,16 @@ def resume_or_begin(
     return run, _new_state(run, batching)
 
 
-def open_folder(run: Run, parity: Parity | None, written: Written) -> None:
+def open_folder(run: Run, parity: Parity | None, written: Written, *, step: int = 0) -> None:
     """Begin to write the run's folder: its configuration, and the parity if it was measured.
 
-    Of an older beginning all but ``written`` is removed.
+    Of an older beginning all but ``written``, up to ``step``, is removed.
     """
     run.files.create(yaml.safe_dump(run.settings, sort_keys=False))
     if parity is not None:
         run.files.write_parity(parity._asdict())
     if run.config.resume:
-        run.files.rewind(written)
+        run.files.rewind(written, step=step)
 
 
 def _data(config: TrainConfig, prepared: Prepared) -> Data:
@@ -270,7 +270,7 @@ def _resumed(run: Run, checkpoint: Checkpoint, batching: Batching) -> RunState:
     # A newer version of this program may have recorded more fields.
     known = {name: value for name, value in (kept.parity or {}).items() if name in Parity._fields}
     state.parity = Parity(**known) if known else None
-    open_folder(run, state.parity, Written(kept.lines, kept.segments))
+    open_folder(run, state.parity, Written(kept.lines, kept.segments), step=kept.at.step)
     state.at, state.window.state, state.saved_step = kept.at, kept.window, kept.at.step
     state.running = kept.running
     say(f"continuing from {quoted(checkpoint.path.name)}, {kept.at.consumed} pairs into the run")

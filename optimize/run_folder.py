@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from dpo_opt.schemas.errors import ConfigError, quoted
+from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.pair_logps import PairLogps, Phase, write_pair_logps
 from dpo_opt.schemas.pairs import ScoredPair
+from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.storage import write_text
 
 CONFIG = "config.resolved.yaml"
@@ -144,20 +145,28 @@ class RunFolder:
             return
         write_text(self.path / BEST, json.dumps(record, indent=1) + "\n")
 
-    def rewind(self, written: Written) -> None:
-        """Remove everything that was written after a checkpoint."""
+    def rewind(self, written: Written, *, step: int) -> None:
+        """Remove everything that was written after a checkpoint.
+
+        Args:
+            written: What was on disk when the checkpoint was made.
+            step: Updates before the checkpoint. No line of a later step stays, also where lines were removed.
+
+        Raises:
+            DataError: A line of metrics is broken.
+        """
         if not self._writes:
             return
+        lines = _lines_until(self.path / _METRICS, written.lines, step)
         for name in (PREEMPTED, BEST, _STATE):
             (self.path / name).unlink(missing_ok=True)
-        metrics = self.path / _METRICS
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []
-        write_text(metrics, "".join(lines[: written.lines]))
-        self._lines = min(written.lines, len(lines))
+        write_text(self.path / _METRICS, "".join(lines))
+        self._lines = len(lines)
         self._segments = dict(written.segments)
         for file in (self.path / _PAIR_LOGPS).rglob("*.parquet"):
             folder = file.parent.relative_to(self.path).as_posix()
-            if int(file.stem) >= self._segments.get(folder, 0):
+            # Another name is a file of the user's.
+            if file.stem.isdecimal() and int(file.stem) >= self._segments.get(folder, 0):
                 file.unlink()
 
     def written(self) -> Written:
@@ -217,10 +226,15 @@ class RunFolder:
         write_text(self.path / _STATE, json.dumps(state, indent=1) + "\n")
 
     def finished_step(self) -> int | None:
-        """Number of updates of a finished run; None if the run is not finished."""
+        """Number of updates of a finished run; None if the run is not finished.
+
+        Raises:
+            DataError: Its state is damaged.
+        """
         if not ((self.path / FINAL).is_dir() and (self.path / _STATE).is_file()):
             return None
-        return int(self._state()["global_step"])
+        step: int = self._state()["global_step"]
+        return step
 
     def history(self) -> History:
         """The lines of metrics of a finished run."""
@@ -229,8 +243,21 @@ class RunFolder:
         return History(training, [line for line in lines if "loss" not in line])
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads((self.path / _STATE).read_text(encoding="utf-8"))
-        return state
+        file = self.path / _STATE
+        try:
+            state = json_of(file.read_text(encoding="utf-8"))
+        except ValueError:
+            state = None
+        known = isinstance(state, dict) and isinstance(state.get("log_history"), list)
+        if not known or not isinstance(state.get("global_step"), int):
+            raise DataError(
+                "not the state of a finished run",
+                where=str(file),
+                why="it says after how many steps the run ended, and what it logged",
+                fix=f"rm {quoted(file)}, then {resume_command(self.path)}, which writes it again",
+            )
+        found: dict[str, Any] = state
+        return found
 
     def last_metrics(self) -> Metrics:
         """The newest line of training metrics; empty if there is none."""
@@ -272,6 +299,28 @@ class RunFolder:
             lines.append(json.dumps(record) + "\n")
         write_text(path, "".join(lines))
         return path
+
+
+def _lines_until(metrics: Path, count: int, step: int) -> list[str]:
+    """The first lines of metrics, at most ``count``, and none of a later step."""
+    lines = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
+    kept = []
+    for number, line in enumerate(lines.splitlines(keepends=True)[:count], start=1):
+        try:
+            entry = json_of(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise DataError(
+                "not a line of metrics",
+                where=f"{metrics}:{number}",
+                why="the run's end reads every line, and would fail after all steps",
+                fix=f"sed -i.bak {number}d {quoted(metrics)}, which leaves out this one, then run the same "
+                "command again",
+            )
+        if entry["step"] <= step:
+            kept.append(line)
+    return kept
 
 
 def _rows(held: HeldLogps) -> list[PairLogps]:

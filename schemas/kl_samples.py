@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpo_opt.schemas.arrow_file import arrow_file
-from dpo_opt.schemas.errors import DataError, first_line
+from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.pairs import IdArray, LogpArray
 from dpo_opt.schemas.storage import publish
 
@@ -107,10 +107,10 @@ def read_kl_record(path: Path) -> KLRecord | None:
         with arrow_file(path) as raw:
             text = (pq.read_schema(raw).metadata or {}).get(RECORD_KEY.encode())
         return None if text is None else KLRecord.model_validate_json(text)
-    except (pa.ArrowInvalid, ValidationError) as error:
+    except (pa.ArrowInvalid, OSError, ValidationError) as error:
         raise DataError(
             f"not readable as a table of on-policy samples ({first_line(error)})",
             where=str(path),
             why="it says which policy wrote the samples, and how",
-            fix=f"remove {path}, and measure again with `dpo-opt kl`",
+            fix=f"remove {quoted(path)}, and measure again with `dpo-opt kl`",
         ) from error

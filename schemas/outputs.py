@@ -31,11 +31,18 @@ def require_own_output(path: Path, *, option: str, command: str, mark: str | Non
         mark: What its files say; None for :func:`output_mark`.
 
     Raises:
-        ConfigError: It is a folder, or a file that this command did not write.
+        ConfigError: It is a folder, a device or a pipe, or a file that this command did not write.
     """
     if path.is_dir():
         raise ConfigError(
             f"{option} is a folder", where=str(path), why="one file is written", fix="name a file in it"
+        )
+    if path.exists() and not path.is_file():
+        raise ConfigError(
+            f"{option} names something that is no file",
+            where=str(path),
+            why="a finished file takes its place, so a device or a pipe would be gone",
+            fix=f"pass another {option}",
         )
     if path.exists() and path.stat().st_size and (mark or output_mark(command)).encode() not in _ends(path):
         raise ConfigError(

@@ -153,6 +153,41 @@ def test_the_report_has_every_measured_checkpoint_in_order(run: Path, tmp_path: 
     assert places == sorted(places)
 
 
+def test_what_is_no_checkpoint_is_not_measured(run: Path) -> None:
+    shutil.copytree(run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000001-keep")
+    assert [entry["step"] for entry in measured(run)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"global_step": "x", "log_history": []}'])
+def test_a_broken_state_of_a_run_is_named(run: Path, text: str) -> None:
+    (run / "trainer_state.json").write_text(text)
+    assert "trainer_state.json: not the state of a finished run" in refused(3, run)
+
+
+def test_a_run_that_names_no_model_is_told_so(run: Path) -> None:
+    config = run / "config.resolved.yaml"
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"model": None}))
+    assert "names no model" in refused(2, run)
+
+
+def test_a_home_that_is_nobodys_is_told_so() -> None:
+    assert "no user's here" in refused(2, "~no_such_user__/model")
+
+
+@pytest.mark.parametrize("damage", ["pages", "text"])
+def test_the_fix_of_a_broken_table_mends_it(run: Path, damage: str) -> None:
+    measured(run)
+    table = run / "kl" / "step-00000001.parquet"
+    data = table.read_bytes()
+    zeros = bytes(len(data) // 2)
+    table.write_bytes(b"no table" if damage == "text" else data[:4] + zeros + data[4 + len(zeros) :])
+    said = refused(3, run)
+    assert str(table) in said
+    assert "measure again with `dpo-opt kl`" in said
+    table.unlink()
+    assert [entry["measured"] for entry in measured(run)] == [True, False, False]
+
+
 def test_one_checkpoint_and_a_sweep(run: Path, base: Path, tiny_model: Path, tmp_path: Path) -> None:
     (one,) = measured(run / "checkpoints" / "step-00000002")
     assert (one["step"], one["reference"]) == (2, str(tiny_model))

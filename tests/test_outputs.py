@@ -1,6 +1,7 @@
 """No output of a command takes the place of a file that the command did not write."""
 
 import json
+import os
 
 import polars as pl
 import pytest
@@ -71,3 +72,14 @@ def test_a_command_knows_its_own_file_and_no_other_command_s(folder, name):
         with pytest.raises(ConfigError, match="did not write"):
             require_own_output(file, option="--output", command=other)
     require_own_output(folder / "nothing there", option="--output", command="triage")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_device_and_a_pipe_are_no_files_to_replace(folder, link):
+    os.mkfifo(folder / "pipe")
+    named = folder / "page.html" if link else folder / "pipe"
+    if link:
+        named.symlink_to(os.devnull)
+    with pytest.raises(ConfigError, match="no file") as refused:
+        require_own_output(named, option="--output", command="report")
+    assert refused.value.fix

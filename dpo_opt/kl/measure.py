@@ -163,7 +163,7 @@ def _difference(job: _Job) -> str | None:
     if there == asked:
         return None
     if there is None:
-        return "an earlier version wrote it"
+        return "it does not say how: an earlier version wrote it, or another program"
     return "; ".join(
         f"{name} {getattr(there, name)}, not {value}"
         for name, value in asked.model_dump().items()

@@ -97,7 +97,7 @@ def _models_of(run: Path, *, every: bool = False) -> list[tuple[Path, int]]:
     steps = {
         folder: int(folder.name.removeprefix("step-"))
         for folder in sorted((run / CHECKPOINTS).glob("step-*"))
-        if (folder / "COMPLETE.json").is_file()
+        if (folder / "COMPLETE.json").is_file() and folder.name.removeprefix("step-").isdecimal()
     }
     last = RunFolder(run).finished_step()
     found = [(folder, step) for folder, step in steps.items() if every or step != last]
@@ -110,7 +110,7 @@ def _of_run(model: Path, run: Path, step: int, config: "KLConfig") -> Policy:
     name = FINAL_TABLE if model.name == FINAL else f"{model.name}.parquet"
     return Policy(
         model=str(model),
-        base=str(model) if whole else str(settings["model"]),
+        base=str(model) if whole else _model_of(settings, run),
         reference=config.reference or _reference_of(settings, run),
         run=run,
         step=step,
@@ -131,7 +131,19 @@ def _reference_of(settings: Mapping[str, object], run: Path) -> str:
                 why=why,
                 fix="pass --reference with the model that the KL is to be measured from",
             )
-    return str(settings["model"])
+    return _model_of(settings, run)
+
+
+def _model_of(settings: Mapping[str, object], run: Path) -> str:
+    model = settings.get("model")
+    if not isinstance(model, str):
+        raise ConfigError(
+            "the run's configuration names no model",
+            where=str(run / CONFIG),
+            why="it is the reference, and the base of an adapter",
+            fix="add a line with the model that the run began with: `model: FOLDER`",
+        )
+    return model
 
 
 def _require(given: Mapping[str, object], model: str) -> None:

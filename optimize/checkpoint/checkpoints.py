@@ -294,7 +294,9 @@ def _flat(data: Data) -> dict[str, object]:
 
 
 def _newest_first(run: Path) -> list[Path]:
-    return sorted((run / CHECKPOINTS).glob("step-*"), reverse=True)
+    # A copy under another name, such as step-00000100-keep, is the user's.
+    folders = (p for p in (run / CHECKPOINTS).glob("step-*") if p.name.removeprefix("step-").isdecimal())
+    return sorted(folders, reverse=True)
 
 
 def _damage(path: Path) -> str | None:

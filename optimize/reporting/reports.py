@@ -104,9 +104,11 @@ def run_id(run: Path) -> str:
     """The 8 hex digits of a run, made and kept at the first call."""
     record = run / _RECORD
     if record.is_file():
-        kept = json.loads(record.read_text(encoding="utf-8"))["id"]
-        if isinstance(kept, str) and re.fullmatch("[0-9a-f]{8}", kept):
-            return kept
+        # A damaged record costs a new id in the trackers, not all reports.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            kept = json.loads(record.read_text(encoding="utf-8"))["id"]
+            if re.fullmatch("[0-9a-f]{8}", kept):
+                return str(kept)
     made = secrets.token_hex(4)
     write_text(record, json.dumps({"id": made}) + "\n")
     return made

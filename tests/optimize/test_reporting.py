@@ -206,7 +206,7 @@ def test_a_run_that_goes_on_has_the_same_name_and_says_from_which_step(
     assert {step for step, _ in whole} == set(logged(run))
 
 
-@pytest.mark.parametrize("found", ['{"id": "../../etc"}', '{"id": 7}'])
+@pytest.mark.parametrize("found", ['{"id": "../../etc"}', '{"id": 7}', '{"id":', "[]", ""])
 def test_an_id_that_is_none_is_made_again(found: str, tmp_path: Path) -> None:
     (tmp_path / "reports.json").write_text(found)
     made = run_id(tmp_path)

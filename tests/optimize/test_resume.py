@@ -209,6 +209,39 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert contents(run) == undisturbed
 
 
+def test_a_broken_line_of_metrics_is_named_before_anything_is_trained_and_its_fix_mends_it(
+    settings: dict[str, Any], undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    run = stopped_at_step(tmp_path / "run", settings, 4)
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(["{broken\n", *lines[1:]]))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    again = TrainConfig(**settings, output_dir=run, resume=True)
+    with pytest.raises(DataError) as refused:
+        train(again)
+    assert refused.value.where == f"{metrics}:1"
+    assert str(refused.value.fix).startswith("sed -i.bak 1d ")
+    assert {path: path.read_bytes() for path in before} == before
+    metrics.write_text("".join(lines[1:]))
+    train(again)
+    found = contents(run)
+    assert found["metrics"] == undisturbed["metrics"][1:]
+    assert found["pair_logps"] == undisturbed["pair_logps"]
+
+
+def test_what_a_user_put_beside_checkpoints_and_log_probs_is_left_alone(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run = stopped_at_step(tmp_path / "run", settings, 4)
+    kept = run / "checkpoints" / "step-00000009-keep"
+    kept.mkdir()
+    (run / "pair_logps" / "mine.parquet").write_bytes(b"mine")
+    train(TrainConfig(**settings, output_dir=run, resume=True))
+    assert kept.is_dir()
+    assert (run / "pair_logps" / "mine.parquet").read_bytes() == b"mine"
+
+
 def test_where_no_checkpoint_is_whole_nothing_is_started_over(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
