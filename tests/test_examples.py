@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import click
@@ -53,3 +54,16 @@ def test_the_sizes_hand_settings_to_train_that_it_has() -> None:
     for path in sizes:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))["train"]
         TrainConfig.model_validate({"shards": "s", "model": "m", "output_dir": "o", **settings})
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["model"], ["model", "folder", "frist"], ["m", "f", "first", "1", "2"]]
+)
+def test_rounds_with_other_words_say_how_they_are_called(words: list[str], tmp_path: Path) -> None:
+    script = EXAMPLES / "rounds" / "run.sh"
+    done = subprocess.run(
+        ["sh", str(script), *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"usage: sh {script} MODEL FOLDER [policy|first] [SEED]\n"
+    assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,13 @@
 # Round 2 samples from the policy of round 1. Its reference is that policy ("policy", the default), or the
 # first model ("first"). The same command continues where it stopped.
 set -eu
+case $#:${3:-policy} in
+  [234]:policy | [34]:first) ;;
+  *)
+    echo "usage: sh $0 MODEL FOLDER [policy|first] [SEED]" >&2
+    exit 2
+    ;;
+esac
 model=$1 folder=$2 reference=${3:-policy} seed=${4:-0}
 here=$(dirname "$0")
 
