@@ -97,8 +97,8 @@ def _fetch(model: str, *, weights: bool) -> Path:
     if looks_local:
         raise ConfigError(
             f"there is no model folder {model!r}",
-            why="the reference is loaded from a folder with config.json and *.safetensors",
-            fix="pass --model with an existing folder, or a Hub name such as organisation/model@commit",
+            why="a model is loaded from a folder with config.json and *.safetensors",
+            fix="pass an existing folder, or a Hub name such as organisation/model@commit",
         )
     patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     name, _, revision = model.partition("@")
@@ -124,7 +124,7 @@ def _refuse_unsafe(folder: Path) -> None:
         raise ConfigError(
             f"{quoted(folder)} has no config.json",
             why="it is not a model folder in the Hugging Face layout",
-            fix="pass --model with a folder that save_pretrained wrote",
+            fix="pass a folder that save_pretrained wrote",
         )
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(

@@ -187,13 +187,13 @@ def test_adapters_of_strange_content(tmp_path: Path) -> None:
     assert WEIGHTS in message(lambda: read_adapter(tmp_path))
 
 
-def test_checkpoints_of_strange_names(tmp_path: Path) -> None:
+def test_checkpoints_of_strange_content(tmp_path: Path) -> None:
     run = tmp_path / STRANGE
     said: list[str] = []
     for name, files in (
-        (f"step-{STRANGE}", [{"file": STRANGE, "bytes": 1, "sha256": "0" * 64}]),
+        ("step-1", [{"file": STRANGE, "bytes": 1, "sha256": "0" * 64}]),
         ("step-2", [{"file": f"../{STRANGE}", "bytes": 1, "sha256": "0" * 64}]),
-        ("step-3\x1b", [{STRANGE: 1}]),
+        ("step-3", [{STRANGE: 1}]),
     ):
         folder = run / "checkpoints" / name
         folder.mkdir(parents=True)

@@ -6,6 +6,7 @@ import pytest
 from model_edits import change_config
 from refusals import refusal
 
+from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.models import (
     checkpoint_dtype,
     config_digest,
@@ -220,3 +221,14 @@ def test_the_template_digest_tells_templates_apart() -> None:
     named = [{"default": "a", "tool_use": "b"}, {"default": "a", "tool_use": "c"}, {"tool_use": "b"}]
     assert len({template_digest(templates) for templates in [{"default": "a"}, *named]}) == 4
     assert template_digest(dict(reversed(named[0].items()))) == template_digest(named[0])
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_missing_model_is_told_without_the_name_of_one_option(tmp_path: Path, made: bool) -> None:
+    """Options of many names take a model: --model, --reference, --ches, --reward-model, --judge-model."""
+    if made:
+        (tmp_path / "model").mkdir()
+    with pytest.raises(ConfigError) as refused:
+        find_model(str(tmp_path / "model"))
+    assert str(refused.value.fix).startswith("pass ")
+    assert "--" not in str(refused.value.fix)
