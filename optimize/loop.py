@@ -96,6 +96,7 @@ def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: Wo
         epoch=run.epochs(state.at),
         total_steps=total_steps,
         num_train_epochs=config.num_train_epochs,
+        dtype=run.config.dtype,
     )
     run.saver.write_final(final, steps=state.at.step, parity=state.parity)
     return TrainResult(final, state.at.step, state.parity, last_metrics)

@@ -209,8 +209,8 @@ class RunFolder:
         write_pair_logps(self.path / folder / f"{number:05d}.parquet", [rows])
         self._segments[folder] = number + 1
 
-    def finish(self, *, step: int, epoch: float, total_steps: int, num_train_epochs: int) -> None:
-        """Write everything that is held, and ``trainer_state.json`` in transformers' form."""
+    def finish(self, *, step: int, epoch: float, total_steps: int, num_train_epochs: int, dtype: str) -> None:
+        """Write everything that is held, and ``trainer_state.json`` in transformers' form, with the dtype."""
         if not self._writes:
             return
         self.flush_pair_logps()
@@ -221,6 +221,7 @@ class RunFolder:
             "epoch": epoch,
             "max_steps": total_steps,
             "num_train_epochs": num_train_epochs,
+            "dtype": dtype,
             "log_history": history,
         }
         write_text(self.path / _STATE, json.dumps(state, indent=1) + "\n")

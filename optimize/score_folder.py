@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +30,8 @@ def score_shards(
         model: Any checkpoint with the same tokenizer.
         output: Parquet file to write: rows of phase ``score``, with token log-probs.
         dtype: Dtype of the model, or ``auto`` for the one that the reference was scored in, so that a
-            difference of log-probs is not one of rounding. Where the checkpoint declares float32, ``auto`` is
-            that: what a short run learned may be less than half precision can hold.
+            difference of log-probs is not one of rounding. A model that was trained and saved in float32 is
+            scored in that, as its run was: what it learned may be less than half precision can hold.
         progress: Advances with every scored pair.
 
     Returns:
@@ -51,16 +52,17 @@ def score_shards(
         fix="pass a checkpoint with the tokenizer of the shards",
     )
     reference = folder.manifest.fingerprint
+    trained = _trained(model_folder)
     if dtype == "auto":
-        dtype = "float32" if checkpoint_dtype(model_folder) == "float32" else reference.dtype
+        whole = trained.dtype == checkpoint_dtype(model_folder) == "float32"
+        dtype = "float32" if whole else reference.dtype
     scorer = HfScorer(model_folder, dtype=dtype, max_length=reference.max_length)
-    step, epoch = _trained(model_folder)
     progress.start("scoring", total=folder.manifest.kept, unit="pairs")
 
     def batches() -> Iterator[list[PairLogps]]:
         for shard in folder.manifest.shards:
             for pairs in folder.row_groups(shard.shard):
-                yield _score_pairs(scorer, pairs, step=step, epoch=epoch, checkpoint=str(model))
+                yield _score_pairs(scorer, pairs, trained, checkpoint=str(model))
                 progress.advance(len(pairs))
 
     write_pair_logps(output, batches(), dtype=dtype)
@@ -68,14 +70,22 @@ def score_shards(
     return folder.manifest.kept
 
 
-def _trained(model_folder: Path) -> tuple[int, float]:
-    """Steps and epochs of the run that a checkpoint belongs to; (0, 0.0) if it belongs to none."""
+class _Trained(NamedTuple):
+    """Of the run that a checkpoint belongs to."""
+
+    step: int = 0
+    epoch: float = 0.0
+    dtype: str = "float32"
+    """That training computed in; float32 if there is no such run."""
+
+
+def _trained(model_folder: Path) -> _Trained:
     state = model_folder.parent / "trainer_state.json"
     if not state.is_file():
-        return 0, 0.0
+        return _Trained()
     try:
         values = json_of(state.read_text(encoding="utf-8"))
-        return int(values["global_step"]), float(values["epoch"])
+        return _Trained(int(values["global_step"]), float(values["epoch"]), str(values.get("dtype")))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"not readable as the state of a run ({first_line(error)})",
@@ -86,15 +96,15 @@ def _trained(model_folder: Path) -> tuple[int, float]:
 
 
 def _score_pairs(
-    scorer: HfScorer, pairs: Sequence[ScoredPair], *, step: int, epoch: float, checkpoint: str
+    scorer: HfScorer, pairs: Sequence[ScoredPair], trained: _Trained, *, checkpoint: str
 ) -> list[PairLogps]:
     logps = scorer.token_logps([s for pair in pairs for s in pair_group(pair)])
     return [
         PairLogps(
             row=pair.row,
             pair_id=pair.pair_id,
-            step=step,
-            epoch=epoch,
+            step=trained.step,
+            epoch=trained.epoch,
             phase="score",
             checkpoint=checkpoint,
             chosen_logps=float(chosen.sum(dtype=np.float64)),

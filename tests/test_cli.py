@@ -496,18 +496,30 @@ def test_a_checkpoint_is_scored_in_the_dtype_of_the_reference(
         assert dtype_of_logps(output) == dtype
 
 
+@pytest.mark.parametrize(
+    ("saved", "trained", "scored_in"),
+    [
+        ("float32", None, "float32"),
+        ("bfloat16", None, "bfloat16"),
+        ("float32", "float32", "float32"),
+        ("float32", "bfloat16", "bfloat16"),
+        ("bfloat16", "float32", "bfloat16"),
+    ],
+)
 def test_a_float32_checkpoint_is_not_rounded_to_the_dtype_of_the_reference(
-    tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, saved: str, trained: str | None, scored_in: str
 ) -> None:
     assert invoke(*precompute_arguments(tiny_model, tmp_path), "--dtype", "bfloat16").exit_code == 0
-    halved = shutil.copytree(tiny_model, tmp_path / "halved")
-    config = json.loads((halved / "config.json").read_text())
-    (halved / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    for model, dtype in (tiny_model, "float32"), (halved, "bfloat16"):
-        output = tmp_path / f"{dtype}.parquet"
-        scored = invoke("score", "--shards", tmp_path / "shards", "--model", model, "--output", output)
-        assert scored.exit_code == 0, scored.output
-        assert dtype_of_logps(output) == dtype
+    model = shutil.copytree(tiny_model, tmp_path / "run" / "final")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": saved}))
+    if trained is not None:
+        state = {"global_step": 3, "epoch": 1.0, "dtype": trained}
+        (tmp_path / "run" / "trainer_state.json").write_text(json.dumps(state))
+    output = tmp_path / "final.parquet"
+    scored = invoke("score", "--shards", tmp_path / "shards", "--model", model, "--output", output)
+    assert scored.exit_code == 0, scored.output
+    assert dtype_of_logps(output) == scored_in
 
 
 def read_table(text: str) -> dict[str, list[str]]:

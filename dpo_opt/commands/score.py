@@ -20,7 +20,7 @@ from dpo_opt.schemas.pair_logps import DTYPE_KEY
 @shards_option
 @click.option("--model", required=True, help="Checkpoint to score.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Parquet file to write.")
-@dtype_option("Dtype of the model. auto: as the reference was scored; float32 if the model has it.")
+@dtype_option("Dtype of the model. auto: as the reference was scored; float32 if trained and saved so.")
 @json_option
 def command(shards: AnyPath, model: str, output: Path, dtype: str, as_json: bool) -> None:
     from dpo_opt.optimize.score_folder import score_shards

@@ -266,6 +266,7 @@ def test_trainer_state_is_what_notebooks_read(settings: dict[str, Any]) -> None:
     assert state["global_step"] == state["max_steps"] == result.steps == train_metrics(run)[-1]["step"]
     assert state["epoch"] == 2.0
     assert state["num_train_epochs"] == 2
+    assert state["dtype"] == "float32"
 
 
 def test_the_resolved_configuration_makes_the_same_configuration(settings: dict[str, Any]) -> None:
