@@ -87,7 +87,8 @@ def test_tables_of_log_probs_are_written_and_read(folder: Path) -> None:
     write_kl_samples(folder / "kl.parquet", [])
     assert len(scan_kl_samples(folder / "kl.parquet").collect()) == 0
     write_column(folder, "weight", Column(array("q", [0]), array("d", [1.0])))
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 2, "loss": 0.5}]}))
+    state = {"global_step": 2, "log_history": [{"step": 2, "loss": 0.5}]}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
     assert [last.pairs for last in last_metrics(folder)] == [1]
 
 
