@@ -1,9 +1,7 @@
 """The paper's sentiment experiment: what it claims of frontiers, its prompts and its settings."""
 
-import importlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from example_scripts import scripts_of
 
 from dpo_opt.schemas.errors import ConfigError, DataError
 
@@ -21,13 +20,8 @@ PROMPTS, SEEDS = 24, (0, 1, 2)
 @pytest.fixture(scope="module")
 def example() -> Iterator[Callable[[str], ModuleType]]:
     """Imports a file of the example, which are scripts of one folder and no package."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(EXAMPLE))
-    yield importlib.import_module
-    sys.path.remove(str(EXAMPLE))
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(EXAMPLE)):
-            del sys.modules[name]
+    with scripts_of(EXAMPLE) as imported:
+        yield imported
 
 
 def measured(example: Callable[[str], ModuleType], *, better: str | None, noise: float = 0.02) -> list[Any]:
