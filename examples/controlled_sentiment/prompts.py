@@ -93,7 +93,7 @@ def write_prompts(folder: Path, experiment: Experiment, *, corpus: Path | None) 
         found[split] = _beginnings(texts[split], tokenizer, experiment.prompt_tokens, count, seen)
         if len(found[split]) < count:
             raise DataError(
-                f"there are {len(found[split])} prompts for {split}, and the settings ask for {count}",
+                f"{split} has {len(found[split])} of the {count} prompts that the settings ask for",
                 where=None if corpus is None else str(corpus),
                 fix="ask for fewer prompts in the settings, or pass --reviews with more reviews",
             )
