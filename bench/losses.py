@@ -22,6 +22,7 @@ from planted_pairs import tone
 
 from dpo_opt.analysis.intervals import Interval, wilson
 from dpo_opt.optimize.config import LossType
+from dpo_opt.optimize.losses.preference_loss import UNPAIRED
 
 TRAINED, HELD_OUT, SEED = 480, 316, 7
 RATES = (1e-5, 1e-4, 1e-3)
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def prepare(data: Path, model: Path, output: Path) -> None:
-    """Score the pairs once, for all losses, and the same completions one by one, for kto."""
+    """Score the pairs once, for all losses, and the same completions one by one, for losses of those."""
     output.mkdir(parents=True, exist_ok=True)
     pairs = [pair | {"margin": 1.0} for pair in tone(data, TRAINED + HELD_OUT, SEED)]
     single = [
@@ -88,7 +89,7 @@ def train(loss: str, rate: float, model: Path, output: Path) -> None:
     run = _run(loss, rate, output)
     if (run / "test.parquet").is_file():
         return
-    shards = output / ("single" if loss == "kto" else "train")
+    shards = output / ("single" if loss in UNPAIRED else "train")
     command(
         "train", "--resume", shards=shards, model=model, output_dir=run, loss_type=loss, learning_rate=rate,
         batch_size=20, dtype="float32", seed=SEED, save_minutes="inf", **OPTIONS.get(loss, {}),

@@ -13,7 +13,7 @@ LossType = Literal[
     "ipo", "ipo_sum", "sppo_hard", "cal_dpo",
     "nca_pair", "apo_zero", "apo_down",
     "rdpo", "dpop", "odpo", "rpo",
-    "kto", "bco_pair", "kto_pair", "aot", "aot_unpaired", "beta_dpo",
+    "kto", "apo_zero_unpaired", "bco_pair", "kto_pair", "aot", "aot_unpaired", "beta_dpo",
     "simpo", "cpo", "orpo", "sft", "unlikelihood",
 ]  # fmt: skip
 LOSS_OPTIONS = (
@@ -75,9 +75,9 @@ class TrainConfig(Settings):
     unlikelihood_alpha: _Share | None = None
     """unlikelihood: weight of the rejected completion. Default: 1.0."""
     desirable_weight: _Weight | None = None
-    """kto: weight of the losses of desirable completions. Default: 1.0."""
+    """kto and apo_zero_unpaired: weight of the losses of desirable completions. Default: 1.0."""
     undesirable_weight: _Weight | None = None
-    """kto: weight of the losses of undesirable completions. Default: 1.0."""
+    """kto and apo_zero_unpaired: weight of the losses of undesirable completions. Default: 1.0."""
     learning_rate: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
     """Peak learning rate. 0 changes no weight: the run only measures the losses of the starting policy."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"

@@ -56,6 +56,7 @@ AT_START = {
     "bco_pair": Start(2 * LN2, "up", "down"),
     # Of two rows, as a pair becomes them.
     "kto": Start(0.5, "up", "down"),
+    "apo_zero_unpaired": Start(0.5, "up", "down"),
     "kto_pair": Start(0.5, "up", "down"),
     "aot": Start(LN2, "up", "down"),
     "aot_unpaired": Start(LN2, "up", "down"),

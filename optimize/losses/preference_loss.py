@@ -21,7 +21,7 @@ from dpo_opt.optimize.losses.pair_inputs import LossInputs
 from dpo_opt.optimize.losses.reference_free import cpo, orpo, sft, simpo, unlikelihood
 from dpo_opt.optimize.losses.regression import cal_dpo, ipo, ipo_sum, sppo_hard
 from dpo_opt.optimize.losses.shifted import dpop, odpo, rdpo, rpo
-from dpo_opt.optimize.losses.unpaired import kto
+from dpo_opt.optimize.losses.unpaired import apo_zero_unpaired, kto
 from dpo_opt.optimize.losses.whole_step import aot, aot_unpaired, bco_pair, beta_dpo, kto_pair
 
 Function = Callable[..., Tensor]
@@ -35,8 +35,8 @@ _WITHOUT_REFERENCE = _by_name(simpo, cpo, orpo, sft, unlikelihood)
 _WITH_MARGINS = _by_name(odpo, rpo)
 _RANKED = _by_name(aot, aot_unpaired)
 _WITH_RUNNING = _by_name(bco_pair, beta_dpo)
-_UNPAIRED = _by_name(kto)
-_OF_SEVERAL = _by_name(*_UNPAIRED.values(), kto_pair, *_RANKED.values(), beta_dpo)
+_UNPAIRED = _by_name(kto, apo_zero_unpaired)
+_OF_SEVERAL = _by_name(kto, kto_pair, *_RANKED.values(), beta_dpo)
 LOSSES = {
     **_by_name(sigmoid, robust, hinge, exo_pair, discopop, sigmoid_norm),
     **_by_name(ipo, ipo_sum, sppo_hard, cal_dpo),
@@ -44,6 +44,7 @@ LOSSES = {
     **_by_name(rdpo, dpop),
     **_WITH_MARGINS,
     **_by_name(bco_pair),
+    **_UNPAIRED,
     **_OF_SEVERAL,
     **_WITHOUT_REFERENCE,
 }

@@ -34,3 +34,28 @@ def kto(pairs: LossInputs, *, desirable_weight: float = 1.0, undesirable_weight:
     rewards = torch.where(pairs.labels, pairs.chosen_rewards - shift, shift - pairs.rejected_rewards)
     lost = torch.sigmoid(-rewards)
     return torch.where(pairs.labels, desirable_weight * lost, undesirable_weight * lost)
+
+
+def apo_zero_unpaired(
+    pairs: LossInputs, *, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> Tensor:
+    """APO-zero of single completions (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7, each of whose two
+    terms is of one completion): w (1 - s(r)) for a desirable completion, w s(r) for an undesirable one.
+
+    It is ``kto`` with a z0 of 0, so no row's loss depends on the others. As in TRL.
+
+    Args:
+        pairs: Rows with ``labels``.
+        desirable_weight: What the losses of desirable completions are multiplied by.
+        undesirable_weight: The same of undesirable ones.
+
+    Raises:
+        ValueError: The rows have no labels.
+    """
+    if pairs.labels is None:
+        raise ValueError("apo_zero_unpaired needs the label of each row")
+    return torch.where(
+        pairs.labels,
+        desirable_weight * torch.sigmoid(-pairs.chosen_rewards),
+        undesirable_weight * torch.sigmoid(pairs.rejected_rewards),
+    )

@@ -21,6 +21,8 @@ _EXAMPLES = {"label_smoothing": "0.001", "rdpo_alpha": "0.01"}
 """Of options without a default; exo_pair's is its paper's."""
 _WITHOUT_RANKS = {"aot": "sigmoid", "aot_unpaired": "apo_zero"}
 """The nearest loss that looks at each pair by itself."""
+_OF_PAIRS = {"kto": "kto_pair", "apo_zero_unpaired": "apo_zero"}
+"""The loss of pairs that is nearest to one of unpaired rows."""
 
 
 def reads_margins(config: TrainConfig) -> bool:
@@ -81,10 +83,11 @@ def require_matching_rows(config: TrainConfig, *, rows: str | None, where: str) 
             fix="pass --loss-type kto",
         )
     raise ConfigError(
-        "--loss-type kto learns from single completions with a label, and the folder has pairs",
+        f"--loss-type {config.loss_type[0]} learns from single completions with a label, and the folder has "
+        "pairs",
         where=where,
-        why="it also needs the reference's log-probs of each prompt with a completion of another",
-        fix="pass --loss-type kto_pair, or make two rows of each pair, "
+        why="such a run also needs the reference's log-probs of each prompt with a completion of another",
+        fix=f"pass --loss-type {_OF_PAIRS[config.loss_type[0]]}, or make two rows of each pair, "
         "dpo-opt convert DATA --to unpaired --output DIR, and score these",
     )
 
@@ -160,7 +163,7 @@ def _require_unpaired(config: TrainConfig, names: list[str]) -> None:
                 why="it is made of both completions of a pair, and a row has one",
                 fix=f"leave {flag} out",
             )
-    if config.batch_size == 1:
+    if config.batch_size == 1 and name in NEED_SEVERAL:
         raise ConfigError(
             f"--loss-type {name} estimates a KL divergence from the rows of a step, and --batch-size 1 has "
             "one",

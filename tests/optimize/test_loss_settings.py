@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "weights of labels": (
         {"desirable_weight": 1.3},
-        "--desirable-weight belongs to kto, not to sigmoid",
+        "--desirable-weight belongs to kto and apo_zero_unpaired, not to sigmoid",
         "leave --desirable-weight out, or pass --loss-type kto",
     ),
     "single completions and pairs": (

@@ -21,6 +21,7 @@ from dpo_opt.optimize.losses.preference_loss import (
     NEED_MARGINS,
     NEED_RUNNING,
     REFERENCE_FREE,
+    UNPAIRED,
     WHOLE_STEP,
     options_of,
     takes_divergence,
@@ -195,6 +196,12 @@ EQUATIONS: dict[str, tuple[dict[str, float], Callable[[Numbers, float], Values]]
         ),
     ),
     "kto": ({"desirable_weight": 1.4, "undesirable_weight": 0.7}, lambda n, b: kto(n, b, n)),
+    "apo_zero_unpaired": (
+        {"desirable_weight": 1.4, "undesirable_weight": 0.7},
+        lambda n, b: np.where(
+            DESIRABLE, 1.4 * (1 - s(b * np.log(n.ratio_w))), 0.7 * s(b * np.log(n.ratio_l))
+        ),
+    ),
     "kto_pair": ({}, lambda n, b: kto_pair(n, b, n)),
     "aot": (
         {"label_smoothing": 0.1},
@@ -425,9 +432,21 @@ def test_kto_is_measured_from_mismatched_completions_and_never_from_below_0(
     np.testing.assert_allclose(found, kto(moved, BETA, moved), rtol=1e-10)
 
 
-def test_kto_without_labels_is_an_error(numbers: Numbers) -> None:
-    with pytest.raises(ValueError, match="label"):
-        preference_loss("kto", tensors(numbers)._replace(labels=None))
+@pytest.mark.parametrize("name", sorted(UNPAIRED))
+def test_single_completions_without_labels_are_an_error(name: str, numbers: Numbers) -> None:
+    with pytest.raises(ValueError, match=f"{name} needs the label"):
+        preference_loss(name, tensors(numbers)._replace(labels=None))
+
+
+def test_apo_zero_of_single_completions_is_that_of_pairs_term_by_term(numbers: Numbers) -> None:
+    """A pair's loss is the sum of those of its two completions, and no mismatched one is read."""
+    given = tensors(numbers)
+    of_pairs = preference_loss("apo_zero", given).losses.numpy()
+    as_rows = [
+        preference_loss("apo_zero_unpaired", given._replace(labels=torch.full((PAIRS,), label))).losses
+        for label in (True, False)
+    ]
+    np.testing.assert_allclose(sum(side.numpy() for side in as_rows), of_pairs, rtol=1e-12)
 
 
 def test_dpop_pulls_a_fallen_chosen_completion_up_harder_than_dpo() -> None:

@@ -142,13 +142,27 @@ def test_training_tells_labels_apart(kto: dict[str, Any], tmp_path: Path) -> Non
     assert last["eval_loss"] < 0.95 * first["eval_loss"]
 
 
+def test_apo_zero_learns_from_rows_one_by_one(kto: dict[str, Any], tmp_path: Path) -> None:
+    """A step may have a single row, as no estimate is taken over a step; `kl` is there all the same."""
+    own = {"loss_type": "apo_zero_unpaired", "batch_size": 1, "max_steps": 30, "learning_rate": 1e-3}
+    equal = {"desirable_weight": 1.0, "undesirable_weight": 1.0, "eval_steps": 15, "save_steps": None}
+    train(TrainConfig(**{**kto, **own, **equal}, output_dir=tmp_path / "run"))
+    first, *_, last = [line for line in lines_of(tmp_path / "run") if "eval_loss" in line]
+    assert last["eval_rewards/margins"] > first["eval_rewards/margins"]
+    assert last["eval_loss"] < first["eval_loss"]
+    assert last["eval_kl"] > 0
+
+
 def test_folders_and_losses_of_different_rows_are_refused(
     kto: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    error = refusal(lambda: prepare(TrainConfig(**settings, loss_type="kto", output_dir=out)))
-    assert error.what.startswith("--loss-type kto learns from single completions")
-    assert "convert DATA --to unpaired" in (error.fix or "")
+    for name, of_pairs in (("kto", "kto_pair"), ("apo_zero_unpaired", "apo_zero")):
+        given = {**settings, "loss_type": name, "output_dir": out}
+        error = refusal(lambda given=given: prepare(TrainConfig(**given)))  # type: ignore[misc]
+        assert error.what.startswith(f"--loss-type {name} learns from single completions")
+        assert (error.fix or "").startswith(f"pass --loss-type {of_pairs}, or make two rows of each pair")
+        assert "convert DATA --to unpaired" in (error.fix or "")
     for name in ("sigmoid", "kto_pair", "sft"):
         plain = {**settings, "shards": kto["shards"], "loss_type": name}
         error = refusal(lambda plain=plain: prepare(TrainConfig(**plain, output_dir=out)))  # type: ignore[misc]

@@ -28,6 +28,7 @@ BEFORE = Running(steps=4, completions=40, reward=0.3, margin=0.2, spread=0.5)
 SETTINGS: dict[str, dict[str, Any]] = {
     "bco_pair": {"loss_type": "bco_pair"},
     "kto": {"loss_type": "kto", "desirable_weight": 1.5, "undesirable_weight": 0.6},
+    "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired", "desirable_weight": 1.5},
     "kto_pair": {"loss_type": "kto_pair"},
     "aot": {"loss_type": "aot", "label_smoothing": 0.1},
     "aot_unpaired": {"loss_type": "aot_unpaired"},

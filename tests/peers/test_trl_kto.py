@@ -1,8 +1,9 @@
-"""`kto` is that of TRL 1.16's KTOTrainer: loss and metrics, mismatched completions and defaults.
+"""The losses of single completions are those of TRL 1.16's KTOTrainer, and so are metrics and defaults.
 
 TRL's method runs on a stand-in for the trainer, with a model that answers with given log-probs. Where the two
 differ on purpose: z0 is the mean over a step here, and over a micro-batch of every process there; completions
-are rotated within a shard here, and within a micro-batch there.
+are rotated within a shard here, and within a micro-batch there. `kl` is measured here whatever the loss, and
+there it is 0 where the loss has none.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dpo_opt.optimize import TrainConfig, preference_loss
 from dpo_opt.optimize.losses.pair_inputs import LossInputs
-from dpo_opt.optimize.losses.preference_loss import options_of
+from dpo_opt.optimize.losses.preference_loss import UNPAIRED, options_of
 from dpo_opt.optimize.metrics_window import MetricsWindow, metric_names
 from dpo_opt.optimize.pair_results import PairResults
 from dpo_opt.precompute.tokens.mismatched import with_mismatched
@@ -55,7 +56,7 @@ def rows_of(labels: list[bool], *, up: float, seed: int = 3) -> dict[str, Tensor
     return {"masks": masks, "logps": logps, "reference": reference, "label": torch.tensor(labels)}
 
 
-def theirs(given: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+def theirs(name: str, given: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
     """The loss of TRL's KTOTrainer, and its metrics."""
     from trl import KTOTrainer
 
@@ -64,8 +65,8 @@ def theirs(given: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
         model=SimpleNamespace(training=False),
         aux_loss_enabled=False,
         precompute_ref_logps=True,
-        calculate_KL=True,
-        loss_type="kto",
+        calculate_KL=name == "kto",
+        loss_type=name,
         beta=BETA,
         _metrics={"eval": defaultdict(list)},
         _total_train_tokens=0,
@@ -97,14 +98,14 @@ def theirs(given: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
     return float(loss), metrics
 
 
-def ours(given: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+def ours(name: str, given: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
     label = given["label"]
     (own, other), (ref_own, ref_other) = given["logps"].double().sum(-1), given["reference"].double()
     sides = (own, other), (other, own), (ref_own, ref_other), (ref_other, ref_own)
     chosen, rejected, ref_chosen, ref_rejected = (torch.where(label, *side) for side in sides)
     lengths = torch.ones(len(label), dtype=torch.int64)
     inputs = LossInputs(chosen, rejected, ref_chosen, ref_rejected, lengths, lengths, beta=BETA, labels=label)
-    found = preference_loss("kto", inputs, **WEIGHTS)
+    found = preference_loss(name, inputs, **WEIGHTS)
     window = MetricsWindow(torch.device("cpu"), unpaired=True, beta=BETA)
     pairs: Any = [SimpleNamespace(label=value) for value in label.tolist()]
     window.add(
@@ -115,29 +116,35 @@ def ours(given: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
 
 @pytest.mark.parametrize("up", [4.0, -4.0], ids=["z0 above 0", "z0 at 0"])
 @pytest.mark.parametrize("kind", LABELS)
-def test_loss_and_metrics_are_those_of_trls_trainer(kind: str, up: float) -> None:
+@pytest.mark.parametrize("name", sorted(UNPAIRED))
+def test_loss_and_metrics_are_those_of_trls_trainer(name: str, kind: str, up: float) -> None:
     given = rows_of(LABELS[kind], up=up)
-    (loss, metrics), (expected, theirs_) = ours(given), theirs(given)
+    (loss, metrics), (expected, theirs_) = ours(name, given), theirs(name, given)
     assert loss == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert (metrics["kl"] > 1) == (up > 0)
     assert metrics.keys() == {"loss", *theirs_} & set(metric_names(unpaired=True))
-    for name in metrics.keys() - {"loss"}:
-        assert metrics[name] == pytest.approx(theirs_[name], rel=1e-5, abs=1e-5)
+    if name != "kto":
+        assert theirs_["kl"] == 0
+        theirs_["kl"] = metrics["kl"]
+    for metric in metrics.keys() - {"loss"}:
+        assert metrics[metric] == pytest.approx(theirs_[metric], rel=1e-5, abs=1e-5)
 
 
-def test_the_rows_loss_is_not_theirs_where_a_label_is_turned() -> None:
+@pytest.mark.parametrize("name", sorted(UNPAIRED))
+def test_the_rows_loss_is_not_theirs_where_a_label_is_turned(name: str) -> None:
     given = rows_of(LABELS["both"], up=4.0)
-    expected, _ = theirs(given)
+    expected, _ = theirs(name, given)
     given["label"][0] = False
-    assert abs(ours(given)[0] - expected) > 1e-3
+    assert abs(ours(name, given)[0] - expected) > 1e-3
 
 
 def test_names_and_defaults_are_trls() -> None:
     from trl import KTOConfig
 
     fields = KTOConfig.__dataclass_fields__
-    for name, default in options_of("kto").items():
-        assert fields[name].default == default
+    for loss in UNPAIRED:
+        for name, default in options_of(loss).items():
+            assert fields[name].default == default
     assert fields["beta"].default == TrainConfig.model_fields["beta"].default
     assert fields["loss_type"].default == "kto"
 

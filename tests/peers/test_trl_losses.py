@@ -36,10 +36,10 @@ from dpo_opt.schemas.errors import ConfigError
 pytestmark = pytest.mark.usefixtures("peers")
 
 OURS_ONLY = {
-    "ipo_sum", "cal_dpo", "rdpo", "dpop", "odpo", "rpo", "kto", "kto_pair", "beta_dpo", "simpo", "cpo",
-    "orpo", "unlikelihood",
+    "ipo_sum", "cal_dpo", "rdpo", "dpop", "odpo", "rpo", "kto", "apo_zero_unpaired", "kto_pair", "beta_dpo",
+    "simpo", "cpo", "orpo", "unlikelihood",
 }  # fmt: skip
-"""Not in DPOTrainer; kto, simpo, cpo and orpo are in trainers of their own."""
+"""Not in DPOTrainer; kto, apo_zero_unpaired, simpo, cpo and orpo are in trainers of their own."""
 SHARED = [name for name in LOSSES if name not in OURS_ONLY]
 BETA = 0.3
 
