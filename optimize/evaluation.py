@@ -13,6 +13,7 @@ from dpo_opt.optimize.losses.preference_loss import is_unpaired
 from dpo_opt.optimize.losses.running import Running
 from dpo_opt.optimize.losses.usable import reads_margins, require_matching_rows
 from dpo_opt.optimize.metrics_window import MetricsWindow, metric_names
+from dpo_opt.optimize.processes.distributed import process_without
 from dpo_opt.optimize.run_folder import HeldLogps, Metrics, RunFolder, hold_logps
 from dpo_opt.optimize.step import Batching, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
@@ -21,6 +22,14 @@ from dpo_opt.schemas.config_keys import differing_keys, kept_model_config
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.fingerprint import MODEL_FIELDS, refuse_differences
 from dpo_opt.schemas.shard_folder import ShardFolder
+
+
+class MemoryRanOut(Exception):
+    """An evaluation broke off on all processes, because memory ran out on this one of them."""
+
+    def __init__(self, process: int) -> None:
+        super().__init__(process)
+        self.process = process
 
 
 class Evaluation(NamedTuple):
@@ -127,6 +136,7 @@ def evaluate(
     """Metrics over all of an evaluation's pairs. Writes their log-probs to the run's folder.
 
     Raises:
+        MemoryRanOut: It did so on one of the processes; on all of them. Nothing is left behind.
         StopRequested: A signal came; the unfinished evaluation leaves nothing behind.
     """
     window = MetricsWindow(policy.device, unpaired=evaluation.unpaired, beta=config.beta)
@@ -135,17 +145,23 @@ def evaluate(
     with contextlib.closing(batches):
         for pairs in batches:
             stop.check(batching.world)
-            results = forward_pairs(
-                policy,
-                pairs,
-                config,
-                batching=batching,
-                weights=None,
-                margins=evaluation.stream.margins(pairs),
-                running=running,
-                backward=False,
-                stop=stop,
-            )
+            results = None
+            with contextlib.suppress(torch.OutOfMemoryError):
+                results = forward_pairs(
+                    policy,
+                    pairs,
+                    config,
+                    batching=batching,
+                    weights=None,
+                    margins=evaluation.stream.margins(pairs),
+                    running=running,
+                    backward=False,
+                    stop=stop,
+                )
+            lost = process_without(results, batching.world)
+            if lost is not None:
+                raise MemoryRanOut(lost)
+            assert results is not None
             window.add(pairs, results)
             found.append(
                 hold_logps(

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dpo_opt.optimize.begin import Run, RunState
+from dpo_opt.optimize.less_memory import halve_micro_batches, ran_out_again
 from dpo_opt.optimize.micro_batches import SeeLogps
 from dpo_opt.optimize.pair_results import PairResults
-from dpo_opt.optimize.processes.distributed import least_of_ranks
+from dpo_opt.optimize.processes.distributed import process_without
 from dpo_opt.optimize.run_folder import resume_command
 from dpo_opt.optimize.step import forward_pairs
-from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.pairs import ScoredPair
 
 
@@ -62,35 +62,20 @@ def repeated_where_memory_ran_out(
     Raises:
         DpoOptError: Memory ran out again; on every process.
     """
-    lost = _process_without_memory(run, results)
-    if lost is None:
-        assert results is not None
-        return results
-    run.optimizer.zero_grad(set_to_none=True)
-    if run.policy.device.type == "cuda":
-        torch.cuda.empty_cache()
-    before = state.batching.budget
-    state.batching = state.batching._replace(budget=max(1, before // 2))
-    where = f" on process {lost}" if run.world.size > 1 else ""
-    run.progress.say(
-        f"memory ran out{where} in step {state.at.step + 1}: it is repeated, and from here on micro-batches "
-        f"have at most {state.batching.budget} token rows, not {before}"
-    )
-    results = again()
-    lost = _process_without_memory(run, results)
-    if lost is None:
-        assert results is not None
-        return results
-    where = f" on process {lost}" if run.world.size > 1 else ""
-    raise DpoOptError(
-        f"memory ran out again{where}, in micro-batches of at most {state.batching.budget} token rows",
-        where=f"step {state.at.step + 1}",
-        why="both completions of a pair run forward and backward together, so no micro-batch is smaller",
-        fix=f"{resume_command(run.files.path)} --activation-checkpointing full",
-    )
-
-
-def _process_without_memory(run: Run, results: PairResults | None) -> int | None:
-    """The last process whose memory ran out, the same on every process."""
-    last = -least_of_ranks(-run.world.rank if results is None else 1, run.world)
-    return None if last < 0 else last
+    lost = process_without(results, run.world)
+    step = f"step {state.at.step + 1}"
+    if lost is not None:
+        halve_micro_batches(run, state, process=lost, what=step)
+        results = again()
+        lost = process_without(results, run.world)
+    if lost is not None:
+        raise ran_out_again(
+            run,
+            state,
+            process=lost,
+            what=step,
+            why="both completions of a pair run forward and backward together, so no micro-batch is smaller",
+            fix=f"{resume_command(run.files.path)} --activation-checkpointing full",
+        )
+    assert results is not None
+    return results

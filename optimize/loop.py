@@ -17,9 +17,10 @@ from torch import Tensor
 
 from dpo_opt.optimize.begin import Run, RunState, new_window, resume_or_begin
 from dpo_opt.optimize.config import TrainConfig
-from dpo_opt.optimize.evaluation import evaluate, is_better, new_best
+from dpo_opt.optimize.evaluation import Evaluation, MemoryRanOut, evaluate, is_better, new_best
 from dpo_opt.optimize.first_step import first_step
 from dpo_opt.optimize.gradients import repeated_where_memory_ran_out, try_step
+from dpo_opt.optimize.less_memory import halve_micro_batches, ran_out_again
 from dpo_opt.optimize.losses.preference_loss import NEED_RUNNING
 from dpo_opt.optimize.pair_results import PairResults
 from dpo_opt.optimize.parity import Parity
@@ -222,17 +223,7 @@ def _evaluate(run: Run, state: RunState) -> bool:
     epoch = run.epochs(at)
     means: Metrics = {}
     for evaluation in evals:
-        means |= evaluate(
-            evaluation,
-            run.policy,
-            run.config,
-            run.files,
-            batching=state.batching,
-            running=state.running,
-            step=at.step,
-            epoch=epoch,
-            stop=run.stop,
-        )
+        means |= _means_of(evaluation, run, state)
     _log(run, {"step": at.step, "epoch": round(epoch, 6), **means})
     at.evaluated_step = at.step
     metric = run.config.metric_for_best_model
@@ -240,6 +231,47 @@ def _evaluate(run: Run, state: RunState) -> bool:
         return False
     state.best = new_best(metric, means[metric], evals, step=at.step)
     return True
+
+
+def _means_of(evaluation: Evaluation, run: Run, state: RunState) -> Metrics:
+    """Means over one evaluation's pairs; of a second try in smaller micro-batches, if memory runs out.
+
+    Raises:
+        DpoOptError: Memory ran out again; on every process.
+    """
+    at, name = state.at, "" if evaluation.name is None else f" of {quoted(evaluation.name)}"
+    what = f"the evaluation{name} after step {at.step}"
+
+    def attempt() -> Metrics:
+        return evaluate(
+            evaluation,
+            run.policy,
+            run.config,
+            run.files,
+            batching=state.batching,
+            running=state.running,
+            step=at.step,
+            epoch=run.epochs(at),
+            stop=run.stop,
+        )
+
+    try:
+        return attempt()
+    except MemoryRanOut as lost:
+        process = lost.process
+    # Not in the handler: there the error still holds the tensors of the evaluation.
+    halve_micro_batches(run, state, process=process, what=what)
+    try:
+        return attempt()
+    except MemoryRanOut as lost:
+        raise ran_out_again(
+            run,
+            state,
+            process=lost.process,
+            what=what,
+            why="the best checkpoint would be chosen, and the run be judged, without this evaluation",
+            fix=f"{resume_command(run.files.path)} --micro-batch-tokens {max(1, state.batching.budget // 2)}",
+        ) from lost
 
 
 def _log_training(run: Run, state: RunState, speed: Metrics) -> float:

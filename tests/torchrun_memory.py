@@ -10,6 +10,7 @@ import json
 import sys
 from os import environ
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from processes import leave
 from torch import Tensor
 
-from dpo_opt.optimize import TrainConfig, gradients, micro_batches, train
+from dpo_opt.optimize import TrainConfig, evaluation, gradients, micro_batches, train
 from dpo_opt.optimize.forward.packing import Batch
 from dpo_opt.optimize.pair_results import PairResults
 from dpo_opt.optimize.processes.distributed import World, process_group, world_from_environment
@@ -36,29 +37,29 @@ class Listener(Silent):
 
 
 class Planted:
-    """Memory runs out at these times, counted from 1, in steps with gradients."""
+    """Memory runs out at these times, counted from 1, in the forwards that a module asks for."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, times: list[int]) -> None:
-        self.times, self.made, self.training = times, 0, False
-        forward_pairs = gradients.forward_pairs
+    def __init__(self, patch: pytest.MonkeyPatch, times: list[int], asking: ModuleType) -> None:
+        self.times, self.made, self.asked = times, 0, False
+        forward_pairs = asking.forward_pairs
 
         def counted(*given: Any, **named: Any) -> PairResults:
-            self.training = True
+            self.asked = True
             try:
                 return forward_pairs(*given, **named)
             finally:
-                self.training = False
+                self.asked = False
 
-        patch.setattr(gradients, "forward_pairs", counted)
+        patch.setattr(asking, "forward_pairs", counted)
 
     def __call__(self, *_: object) -> None:
-        self.made += self.training
-        if self.training and self.made in self.times:
+        self.made += self.asked
+        if self.asked and self.made in self.times:
             raise torch.OutOfMemoryError("planted")
 
 
 def plant(patch: pytest.MonkeyPatch, moment: str, times: list[int]) -> None:
-    """Let memory run out at a moment of training.
+    """Let memory run out at a moment of training, or of an evaluation if ``evaluation, `` stands before it.
 
     Args:
         patch: Undoes it.
@@ -66,7 +67,8 @@ def plant(patch: pytest.MonkeyPatch, moment: str, times: list[int]) -> None:
             the two. ``before exchange``, ``after exchange``: of any parameters or gradients.
         times: See ``Planted``.
     """
-    planted = Planted(patch, times)
+    _, in_evaluation, moment = moment.rpartition("evaluation, ")
+    planted = Planted(patch, times, evaluation if in_evaluation else gradients)
 
     def first(name: str, owner: object) -> None:
         made = getattr(owner, name)

@@ -220,6 +220,17 @@ def least_of_ranks(value: int, world: World) -> int:
     return int(found)
 
 
+def process_without(result: object, world: World) -> int | None:
+    """The last process that has no result because its memory ran out; the same on every process.
+
+    Args:
+        result: This process's; None if its memory ran out.
+        world: The run's processes. Every one of them must call this.
+    """
+    last = -least_of_ranks(-world.rank if result is None else 1, world)
+    return None if last < 0 else last
+
+
 def text_from_first(text: str, world: World) -> str:
     """The first process's text, for example a temporary path, on every process."""
     if world.size == 1:

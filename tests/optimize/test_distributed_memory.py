@@ -1,12 +1,13 @@
-"""One of two processes runs out of memory: all repeat the step, in micro-batches half as large."""
+"""One of two processes runs out of memory: all repeat the step or evaluation, in smaller micro-batches."""
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torchrun_memory
 from processes import torchrun
@@ -34,11 +35,21 @@ QUICK = [
     ("each pair", "backward of a later micro-batch"),
     ("whole step, kept", "backward"),
 ]
-Listed = list[tuple[dict[str, Any], int, str, list[int]]]
+# The same in an evaluation, whose forwards have no backward.
+EVALUATION_MOMENTS = {
+    "evaluation, to device": (1, [1]),
+    "evaluation, forward": (0, [1]),
+    "evaluation, between": (1, [2]),
+    "evaluation, before exchange": (1, [3]),
+    "evaluation, after exchange": (0, [2]),
+}
+Listed = Sequence[tuple[dict[str, Any], int, str, list[int]]]
 
 
-def start(folder: Path, settings: Mapping[str, Any], planted: Mapping[str, tuple[str, Any]]) -> Path:
-    """Runs of one step by name, and what each process said: undisturbed, in half, and planted."""
+def start(
+    folder: Path, settings: Mapping[str, Any], planted: Mapping[str, tuple[str, Any]], others: Listed = ()
+) -> Path:
+    """Runs of one step by name, and what each process said: undisturbed, in half, and planted; and others."""
     short = {**without_saves(dict(settings)), "shards": str(settings["shards"]), "max_steps": 1}
     short["logging_steps"] = 1
 
@@ -52,7 +63,7 @@ def start(folder: Path, settings: Mapping[str, Any], planted: Mapping[str, tuple
             **others,
         }
 
-    listed: Listed = []
+    listed = [*others]
     for loss in {loss for loss, _ in planted.values()}:
         half = LOSSES[loss][1] // 2
         listed.append((named(f"{loss}, undisturbed", loss), 0, "between", []))
@@ -68,7 +79,27 @@ def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     planted = {f"{loss}, {moment}": (loss, MOMENTS[moment]) for loss, moment in QUICK}
     # The first time in the first try, then in the second, which has more micro-batches.
     planted["again"] = ("each pair", (1, "between", [1, 3]))
-    return start(tmp_path_factory.mktemp("memory"), settings, planted)
+    folder = tmp_path_factory.mktemp("memory")
+    return start(folder, settings, planted, evaluated(folder, settings))
+
+
+def evaluated(folder: Path, settings: Mapping[str, Any]) -> Listed:
+    """Runs of two steps with an evaluation after each: undisturbed, and planted."""
+    short = {
+        **without_saves(dict(settings)),
+        "shards": str(settings["shards"]),
+        "max_steps": 2,
+        "logging_steps": 1,
+        "eval_split": 0.2,
+        "eval_steps": 1,
+    }
+    planted: dict[str, tuple[int, str, list[int]]] = {
+        "evaluation, undisturbed": (0, "evaluation, forward", []),
+        # The first time in the first try, then in the second.
+        "evaluation, again": (1, "evaluation, between", [1, 2]),
+    }
+    planted |= {moment: (rank, moment, times) for moment, (rank, times) in EVALUATION_MOMENTS.items()}
+    return [({**short, "output_dir": str(folder / name)}, *where) for name, where in planted.items()]
 
 
 def said(folder: Path, name: str) -> list[list[str]]:
@@ -117,6 +148,47 @@ def test_memory_that_runs_out_twice_in_a_step_ends_all_processes_alike(runs: Pat
     )
     assert "--activation-checkpointing full" in second[0]
     assert not (runs / "again" / "final").exists()
+
+
+def lines_and_rows(run: Path) -> tuple[list[dict[str, float]], list[tuple[int, int]]]:
+    """A run's metrics but for its speed; step and row of all pairs that it evaluated."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        (row["step"], row["row"])
+        for file in sorted((run / "pair_logps").rglob("*.parquet"))
+        for row in pq.read_table(file).to_pylist()
+        if row["phase"] == "eval"
+    ]
+    return [{k: v for k, v in line.items() if k != "pairs_per_second"} for line in lines], rows
+
+
+@pytest.mark.parametrize("moment", EVALUATION_MOMENTS)
+def test_an_evaluation_is_repeated_where_one_process_ran_out_of_memory(runs: Path, moment: str) -> None:
+    assert said(runs, moment)[0] == [
+        f"memory ran out on process {EVALUATION_MOMENTS[moment][0]} in the evaluation after step 1: it is "
+        "repeated, and from here on micro-batches have at most 60 token rows, not 120"
+    ]
+    assert said(runs, "evaluation, undisturbed")[0] == []
+    (lines, rows), (expected, all_rows) = (
+        lines_and_rows(runs / run) for run in (moment, "evaluation, undisturbed")
+    )
+    assert len(set(all_rows)) == len(all_rows) > 0
+    assert rows == all_rows
+    assert sum("eval_loss" in line for line in expected) == 2
+    assert [line.keys() for line in lines] == [line.keys() for line in expected]
+    for found, undisturbed in zip(lines, expected, strict=True):
+        assert found == pytest.approx(undisturbed, rel=1e-4, abs=1e-6)
+
+
+def test_memory_that_runs_out_twice_in_an_evaluation_ends_all_processes_alike(runs: Path) -> None:
+    first, second = said(runs, "evaluation, again")
+    assert first[-1:] == second
+    assert "memory ran out again on process 1, in micro-batches of at most 60 token rows" in second[0]
+    assert "the evaluation after step 1" in second[0]
+    assert "--resume --micro-batch-tokens 30" in second[0]
+    lines, rows = lines_and_rows(runs / "evaluation, again")
+    assert (rows, [line for line in lines if "eval_loss" in line]) == ([], [])
+    assert not (runs / "evaluation, again" / "final").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Checkpoints are written while training goes on; a step is repeated whose memory ran out."""
 
 import errno
+import importlib
 import json
 import os
 import subprocess
@@ -276,3 +277,34 @@ def test_memory_that_runs_out_twice_in_a_step_ends_the_run(
         train(TrainConfig(**settings, output_dir=tmp_path / "run"))
     assert caught.value.where == "step 1"
     assert "--resume --activation-checkpointing full" in str(caught.value.fix)
+
+
+def test_an_evaluation_whose_memory_ran_out_is_repeated(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = importlib.import_module("dpo_opt.optimize.evaluation")
+    forward_pairs, calls = evaluation.forward_pairs, 0
+
+    def run_out(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        results = forward_pairs(*args, **kwargs)
+        if calls == 1:
+            raise torch.OutOfMemoryError("planted")
+        return results
+
+    listener = Listener()
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "forward_pairs", run_out)
+        train(TrainConfig(**settings, output_dir=tmp_path / "run"), progress=listener)
+    assert listener.lines == [
+        "memory ran out in the evaluation after step 3: it is repeated, and from here on micro-batches have "
+        "at most 60 token rows, not 120"
+    ]
+    train(TrainConfig(**settings, output_dir=tmp_path / "undisturbed"))
+    found, expected = contents(tmp_path / "run"), contents(tmp_path / "undisturbed")
+    assert found["pair_logps"].keys() == expected["pair_logps"].keys()
+    for name, rows in expected["pair_logps"].items():
+        assert [row[:3] for row in found["pair_logps"][name]] == [row[:3] for row in rows]
+    for line, same in zip(found["metrics"], expected["metrics"], strict=True):
+        assert line == pytest.approx(same, rel=1e-3, abs=1e-5)
