@@ -77,8 +77,9 @@ class TokenDecoder:
             self.problem = "Token ids are shown because the package tokenizers is not installed."
             return
         try:
-            self._tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception:  # the only class that the Rust library raises
+            # Not from_str, which raises plain Exception.
+            self._tokenizer = Tokenizer.from_buffer(file.read_bytes())
+        except (OSError, ValueError):
             self.problem = f"Token ids are shown because {TOKENIZER}/tokenizer.json is not readable."
 
     def text(self, ids: Sequence[int]) -> str:

@@ -55,6 +55,7 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(_INTERRUPTED)
+        # Of any class: `explained` knows which have a message for the user, and all others are raised.
         except Exception as error:
             known = explained(error)
             if known is None:

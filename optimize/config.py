@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, field_serializer
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_serializer
 
 from dpo_opt.schemas.locations import Location
 from dpo_opt.schemas.settings import Settings
@@ -23,8 +23,6 @@ LOSS_OPTIONS = (
 )  # fmt: skip
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
-_Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _listed(value: object) -> object:
@@ -40,49 +38,49 @@ class TrainConfig(Settings):
     """Model to train: a folder or a Hub name. It must be the model that precompute scored the pairs with."""
     output_dir: Path
     """New folder for the run: metrics, per-pair log-probs and the final model."""
-    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    beta: PositiveFloat = 0.1
     """DPO's beta: how strongly the policy is held to the reference. Higher keeps it closer."""
     loss_type: Annotated[list[LossType], BeforeValidator(_listed), Field(min_length=1)] = ["sigmoid"]
     """Preference losses; of several the sum is trained. sigmoid: the loss of the DPO paper."""
-    loss_weights: list[_Weight] | None = None
+    loss_weights: list[PositiveFloat] | None = None
     """What each loss of --loss-type is multiplied by, in the same order. Default: 1."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of pairs whose chosen and rejected are assumed to be swapped by mistake (sigmoid: cDPO)."""
     f_divergence_type: FDivergence | None = None
     """Divergence from the reference, in losses of the difference of both completions. Default: reverse_kl."""
-    f_alpha_divergence_coef: float | None = Field(default=None, allow_inf_nan=False)
+    f_alpha_divergence_coef: float | None = None
     """alpha_divergence's coefficient: 0 is forward_kl, 1 reverse_kl. Default: 0.5."""
     ld_alpha: float | None = Field(default=None, ge=0, le=1)
     """LD-DPO: weight of the tokens by which a completion is longer than the other. Default: 1."""
     use_weighting: bool = False
     """WPO: pairs that the policy would hardly write itself count less."""
-    discopop_tau: _Weight | None = None
+    discopop_tau: PositiveFloat | None = None
     """discopop's temperature. Default: 0.05."""
-    rdpo_alpha: _Share | None = None
+    rdpo_alpha: NonNegativeFloat | None = None
     """rdpo: what each token more costs, as a reward. There is no default."""
-    dpop_lambda: _Share | None = None
+    dpop_lambda: NonNegativeFloat | None = None
     """dpop: what a chosen completion that falls below the reference costs. Default: 50.0."""
-    margin_scale: _Weight | None = None
+    margin_scale: PositiveFloat | None = None
     """odpo and rpo: what the margin of the data is multiplied by. Default: 1.0."""
-    beta_dpo_alpha: _Share | None = None
+    beta_dpo_alpha: NonNegativeFloat | None = None
     """beta_dpo: how much beta follows the mean margin of a step. Default: 0.6."""
     beta_dpo_filtered: Annotated[float, Field(ge=0, lt=1)] | None = None
     """beta_dpo: share of a step's pairs that is left out, unusual margins first. Default: 0.2."""
-    simpo_gamma: _Share | None = None
+    simpo_gamma: NonNegativeFloat | None = None
     """simpo: the margin that is aimed at. Default: 0.5."""
-    cpo_alpha: _Share | None = None
+    cpo_alpha: NonNegativeFloat | None = None
     """cpo: weight of the cross-entropy of chosen. Default: 1.0."""
-    unlikelihood_alpha: _Share | None = None
+    unlikelihood_alpha: NonNegativeFloat | None = None
     """unlikelihood: weight of the rejected completion. Default: 1.0."""
-    desirable_weight: _Weight | None = None
+    desirable_weight: PositiveFloat | None = None
     """kto and apo_zero_unpaired: weight of the losses of desirable completions. Default: 1.0."""
-    undesirable_weight: _Weight | None = None
+    undesirable_weight: PositiveFloat | None = None
     """kto and apo_zero_unpaired: weight of the losses of undesirable completions. Default: 1.0."""
-    learning_rate: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
+    learning_rate: NonNegativeFloat = 1e-6
     """Peak learning rate. 0 changes no weight: the run only measures the losses of the starting policy."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls after the warm-up; linear and cosine end at 0."""
-    warmup_steps: float = Field(default=0, ge=0, allow_inf_nan=False)
+    warmup_steps: NonNegativeFloat = 0
     """Steps over which the learning rate rises linearly. A number below 1 is a share of all steps."""
     optim: Literal["adamw", "rmsprop", "adamw-8bit"] = "adamw"
     """Optimizer: AdamW, the DPO paper's RMSprop, or AdamW that keeps its state in 8 bits (torchao)."""
@@ -90,9 +88,9 @@ class TrainConfig(Settings):
     """AdamW's beta1: decay of the running mean of the gradients."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     """AdamW's beta2: decay of the running mean of the squared gradients."""
-    adam_epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
+    adam_epsilon: PositiveFloat = 1e-8
     """AdamW's epsilon, added to the denominator of the update."""
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    weight_decay: NonNegativeFloat = 0.0
     """Weight decay: decoupled in AdamW, added to the gradient in RMSprop; not for biases and norms."""
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=True)
     """Larger gradients are scaled down to this norm. 0 or inf: never."""

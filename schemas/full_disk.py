@@ -26,6 +26,7 @@ def room_on_disk(folder: Path) -> Iterator[None]:
         yield
     except DpoOptError:
         raise
+    # Not OSError alone: libraries in Rust have classes of their own. What is no full disk is raised as it is.
     except Exception as error:
         code = _system_code(error)
         if code in DISK_FULL:

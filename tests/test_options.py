@@ -1,11 +1,13 @@
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 import pytest
 from click.testing import CliRunner, Result
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from dpo_opt.cli import main
 from dpo_opt.commands.kl import KLConfig
@@ -225,6 +227,18 @@ def test_every_setting_is_an_option_of_its_command(command: str, kind: type[Sett
     for name in kind.model_fields:
         # What is given without a flag is called as its field.
         assert options & {"--" + name.replace("_", "-"), name}
+
+
+@pytest.mark.parametrize("kind", [ConvertConfig, PrecomputeConfig, TrainConfig])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_are_finite_but_where_infinity_means_never(kind: type[Settings], number: float) -> None:
+    numbers = {n for n, field in kind.model_fields.items() if re.search(r"\bfloat\b", str(field.annotation))}
+    assert numbers
+    given = {n: [number] if "list[" in str(kind.model_fields[n].annotation) else number for n in numbers}
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(given)
+    refused = {error["loc"][0] for error in caught.value.errors()} & numbers
+    assert numbers - refused == ({"max_grad_norm", "save_minutes"} & numbers if number == math.inf else set())
 
 
 class Feast(Settings):

@@ -22,16 +22,15 @@ OFFLINE: tuple[MethodName, ...] = ("dpo", "preferred_ft", "unlikelihood")
 """Trained by `dpo-opt sweep` on the pairs."""
 ONLINE: tuple[MethodName, ...] = ("ppo", "ppo_gt")
 """Trained by TRL on completions of their own."""
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Method(Settings):
     """What varies of one method."""
 
-    knobs: list[_Positive] = Field(default=[])
+    knobs: list[PositiveFloat] = Field(default=[])
     """The values that trade reward for KL: DPO's beta, the alpha of unlikelihood, PPO's target KL in nats, N
     of Best-of-N. Preferred-FT has none."""
-    learning_rates: list[_Positive] = Field(default=[])
+    learning_rates: list[PositiveFloat] = Field(default=[])
     """Of these the one with the highest reward on the validation prompts is taken."""
 
 
@@ -56,7 +55,7 @@ class RewardModelSettings(Settings):
 
     epochs: PositiveInt
     batch_size: PositiveInt
-    learning_rate: _Positive
+    learning_rate: PositiveFloat
 
 
 class PPO(Settings):
@@ -67,8 +66,8 @@ class PPO(Settings):
     """Completions per step: steps x batch_size are sampled by each run."""
     mini_batch_size: PositiveInt
     ppo_epochs: PositiveInt
-    init_kl_coef: _Positive
-    horizon: _Positive
+    init_kl_coef: PositiveFloat
+    horizon: PositiveFloat
     """How many completions the KL coefficient takes to follow the target."""
 
 
@@ -79,7 +78,7 @@ class Reviews(Settings):
     """Share of the reviews that the reward's classifier is trained on. No prompt is taken from these."""
     sft_epochs: PositiveFloat
     """Fine-tuning on the whole reviews of the training prompts: the model that all methods begin with."""
-    sft_learning_rate: _Positive
+    sft_learning_rate: PositiveFloat
     sft_batch_size: PositiveInt
     sft_max_tokens: PositiveInt
 

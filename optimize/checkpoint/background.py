@@ -68,6 +68,7 @@ class BackgroundSaves:
             finally:
                 self._copied.set()
             write(copy)
+        # A thread has nobody to raise to: whatever ended it is raised by the next `wait`.
         except BaseException as error:
             self._error = error
             self._failed()

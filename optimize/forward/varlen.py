@@ -40,8 +40,6 @@ def varlen_kernel() -> Callable[..., Tensor]:
 
 _KERNEL = varlen_kernel()
 
-OPERATION = torch.ops.torch_attn._varlen_attn.default
-"""The kernel's name for torch's dispatcher, which decides with it which results are kept for backward."""
 
 
 def choose_kernel(

@@ -268,6 +268,7 @@ def from_all(work: Callable[[], T], world: World) -> list[T]:
     own: tuple[T | None, Exception | None]
     try:
         own = work(), None
+    # Of any class: the others wait for this process, and must hear of its failure. It is raised below.
     except Exception as error:
         # Not every library's error can be pickled.
         known = isinstance(error, DpoOptError | OSError)

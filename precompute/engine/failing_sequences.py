@@ -219,6 +219,7 @@ def _ask(scorer: Scorer, sequences: Sequence[TokenSequence]) -> list[LogpArray]:
         answers = scorer.token_logps(sequences)
     except DpoOptError:
         raise
+    # Engines raise what PyTorch, CUDA or the model's code raise, which has no common class.
     except Exception as error:
         raise EngineStopped(
             f"the scorer stopped ({first_line(error, lines=1, length=_MESSAGE_LENGTH, named=True)})",

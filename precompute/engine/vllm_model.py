@@ -216,6 +216,7 @@ class VllmModel:
                 return engine.generate(prompts, params, use_tqdm=False)
         except DpoOptError:
             raise
+        # The engine runs the model's code and drivers, in processes of its own: it may fail with any class.
         except Exception as error:
             del engine
             self._abandon(error)
@@ -229,6 +230,7 @@ class VllmModel:
     def _abandon(self, error: Exception) -> None:
         """End an engine that failed: its queued requests would be returned as answers to the next ones."""
         engine, self._engine = self._engine, None
+        # What has failed may fail to end, too. The failure itself is what the user must read.
         with contextlib.suppress(Exception):
             engine.llm_engine.engine_core.shutdown()
         # The frames of the traceback hold the engine and all of its memory.
@@ -266,6 +268,7 @@ def _start(**settings: Any) -> Any:
             return LLM(**settings)
     except DpoOptError:
         raise
+    # What vLLM refuses a model or a machine with has no common class.
     except Exception as error:
         raise DpoOptError(
             f"vLLM cannot run this model ({first_line(error, lines=1, named=True)})",

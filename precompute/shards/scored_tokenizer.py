@@ -68,7 +68,8 @@ def states(folder: Path, digest: str) -> bool:
     """Whether the files of a folder alone show that a tokenizer has this digest."""
     try:
         return tokenizer_digest(_saved(folder)) == digest
-    except Exception:  # of the tokenizers library that very class
+    except Exception:
+        # The files may hold anything. Where they show nothing, `other_tokenizer` decides, and says why.
         return False
 
 

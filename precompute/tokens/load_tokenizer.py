@@ -58,7 +58,7 @@ def load_tokenizer(folder: Path, *, needs_eos: bool = True) -> "PreTrainedTokeni
             if (folder / name).is_file():
                 json_of((folder / name).read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # of the tokenizers library often that very class
+    except Exception as error:  # the tokenizers library often raises plain Exception
         if (folder / "config.json").is_file():
             load_model_config(folder)  # which it reads too, and whose fault it may be
         raise ConfigError(

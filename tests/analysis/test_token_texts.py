@@ -81,3 +81,13 @@ def test_context_has_no_log_ratio(coloured):
 def test_shades_follow_sign_and_size():
     found = [Part("a", False, r).shade for r in (None, 0.0, 0.04, 0.06, -0.3, 0.7, -5.0, float("nan"))]
     assert found == ["", "", "", "up1", "down2", "up3", "down4", ""]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b'{"model": "\xff"}'])
+def test_ids_are_shown_where_the_tokenizers_file_is_none(tmp_path, content):
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    decoder = TokenDecoder(tmp_path)
+    assert decoder.text([5, 17]) == "5 17"
+    assert decoder.problem == "Token ids are shown because tokenizer/tokenizer.json is not readable."
