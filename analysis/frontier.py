@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from dpo_opt.analysis.intervals import Interval, ratio_interval
+from dpo_opt.analysis.intervals import Interval, as_record, ratio_interval
 from dpo_opt.analysis.kl import KLFile
 from dpo_opt.analysis.load import KL_FOLDER, scan_kl_samples
 from dpo_opt.analysis.run_files import losses_in_words, read_run_config
@@ -47,7 +47,7 @@ class FrontierPoint(NamedTuple):
 
     def as_record(self) -> dict[str, Any]:
         """Its fields as JSON has them."""
-        return {n: v.as_record() if isinstance(v, Interval) else v for n, v in self._asdict().items()}
+        return as_record(self._asdict())
 
 
 def frontier_point(

@@ -7,7 +7,8 @@ of 20 to 50 prompts its 95% intervals held the truth 91 to 93 times in 100.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,11 @@ class Interval(NamedTuple):
     def as_record(self) -> dict[str, float | None]:
         """As JSON has it: what is not a number is null."""
         return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
+
+
+def as_record(estimate: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of an estimate as JSON has them: an interval is an object, and what is not a number is null."""
+    return {n: v.as_record() if isinstance(v, Interval) else v for n, v in estimate.items()}
 
 
 class _Spread(NamedTuple):

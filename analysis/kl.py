@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from dpo_opt.analysis.intervals import FloatArray, Interval, ratio_interval, share_interval
+from dpo_opt.analysis.intervals import FloatArray, Interval, as_record, ratio_interval, share_interval
 from dpo_opt.analysis.load import KL_FOLDER, UNREADABLE, parquet_files, scan_kl_samples
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.kl_samples import read_kl_record
@@ -69,8 +69,8 @@ class KLEstimate(NamedTuple):
         return self.rb_sequence or self.k1_sequence
 
     def as_record(self) -> dict[str, Any]:
-        """Its fields as JSON has them: an interval is an object, and what is not a number is null."""
-        return {n: v.as_record() if isinstance(v, Interval) else v for n, v in self._asdict().items()}
+        """Its fields as JSON has them."""
+        return as_record(self._asdict())
 
 
 class KLFile(NamedTuple):

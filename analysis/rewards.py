@@ -43,11 +43,6 @@ def margin(beta: float) -> pl.Expr:
     return beta * (chosen_logratio() - rejected_logratio())
 
 
-def margin_per_token(beta: float) -> pl.Expr:
-    """Margin of the rewards per token: how far the policy moved the two apart, regardless of length."""
-    return beta * (chosen_logratio_per_token() - rejected_logratio_per_token())
-
-
 def effective_weight(beta: float) -> pl.Expr:
     """sigma(-margin), a pair's weight in DPO's gradient (eq. 7): 1/2 at first, 0 once it is learned."""
     return 1 / (1 + margin(beta=beta).exp())

@@ -123,27 +123,23 @@ class RunFolder:
 
     def create(self, config_yaml: str) -> None:
         """Create the folder and write its resolved configuration."""
-        if not self._writes:
-            return
-        write_text(self.path / CONFIG, config_yaml)
+        self._write(CONFIG, config_yaml)
 
     def write_parity(self, parity: Mapping[str, object]) -> None:
         """Write parity.json: the measured parity of policy and cached reference."""
-        if not self._writes:
-            return
-        write_text(self.path / _PARITY, json.dumps(parity, indent=1) + "\n")
+        self._write(_PARITY, json.dumps(parity, indent=1) + "\n")
 
     def write_preempted(self, record: Mapping[str, object]) -> None:
         """Write preempted.json: a signal stopped the run. It is for scripts that do not see the exit code."""
-        if not self._writes:
-            return
-        write_text(self.path / PREEMPTED, json.dumps(record, indent=1) + "\n")
+        self._write(PREEMPTED, json.dumps(record, indent=1) + "\n")
 
     def write_best(self, record: Mapping[str, object]) -> None:
         """Write best.json: which checkpoint is the best so far."""
-        if not self._writes:
-            return
-        write_text(self.path / BEST, json.dumps(record, indent=1) + "\n")
+        self._write(BEST, json.dumps(record, indent=1) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        if self._writes:
+            write_text(self.path / name, text)
 
     def rewind(self, written: Written, *, step: int) -> None:
         """Remove everything that was written after a checkpoint.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, DataError
 
 
 def refusal(call: Callable[[], object]) -> ConfigError:
@@ -12,4 +12,12 @@ def refusal(call: Callable[[], object]) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         call()
     assert caught.value.exit_code == 2
+    return caught.value
+
+
+def bad_data(call: Callable[[], object]) -> DataError:
+    """The error that a call ends with: of data that is damaged or missing."""
+    with pytest.raises(DataError) as caught:
+        call()
+    assert caught.value.exit_code == 3
     return caught.value

@@ -6,11 +6,11 @@ import re
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import until
 
 
 def fake_command(folder: Path, name: str, body: str) -> Path:
@@ -22,13 +22,6 @@ def fake_command(folder: Path, name: str, body: str) -> Path:
     script.write_text(f'#!/bin/bash\necho "$*" >> {called}\n{body}\n')
     script.chmod(0o755)
     return called
-
-
-def until(condition: Callable[[], object], *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
 
 
 class Cluster:

@@ -16,7 +16,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner, Result
+from bit_flips import flip
+from command_line import invoke
 from fakes import preference_rows, write_jsonl
 
 import dpo_opt
@@ -27,14 +28,6 @@ from dpo_opt.schemas.pair_logps import dtype_of_logps
 
 ROWS = preference_rows(12)
 HEAVY = ("torch", "vllm", "polars", "matplotlib", "transformers")
-
-
-def invoke(*arguments: object) -> Result:
-    """Run a command; whatever happens, nobody sees a traceback."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    assert "Traceback" not in result.output
-    return result
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -78,12 +71,6 @@ def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def shards(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "shards"))
-
-
-def flip(path: Path) -> None:
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    path.write_bytes(damaged)
 
 
 # What is said of bad input, and that it leaves nothing behind ---------------------------------------------

@@ -6,10 +6,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner, Result
+from command_line import invoke
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 
-from dpo_opt.cli import main
 from dpo_opt.precompute.config import PrecomputeConfig, PreviewConfig
 from dpo_opt.precompute.run import precompute
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
@@ -17,14 +16,6 @@ from dpo_opt.preview import preview
 from dpo_opt.schemas.manifest import load_manifest
 
 ROWS = preference_rows(12)
-
-
-def invoke(*arguments: object) -> Result:
-    """Run a command; whatever happens, nobody sees a traceback."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    assert "Traceback" not in result.output
-    return result
 
 
 def found(*arguments: object, exit_code: int = 0) -> dict[str, Any]:

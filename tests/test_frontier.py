@@ -11,14 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
+from command_line import invoke, result_of
 from fakes import preference_rows, write_jsonl
 
 from dpo_opt.analysis import report
 from dpo_opt.analysis.frontier import read_frontier
 from dpo_opt.analysis.intervals import ratio_interval
 from dpo_opt.analysis.kl import kl_of_run
-from dpo_opt.cli import main
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.loop import train
 from dpo_opt.optimize.transformers_scorer import HfScorer
@@ -30,14 +29,8 @@ def length(prompts, completions):
 """
 
 
-def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(main, [*map(str, arguments)])
-
-
 def points(*arguments: object) -> list[dict[str, Any]]:
-    result = invoke("frontier", *arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return list(json.loads(result.stdout)["points"])
+    return list(result_of("frontier", *arguments)["points"])
 
 
 def refused(code: int, *arguments: object) -> str:

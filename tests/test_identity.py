@@ -5,7 +5,6 @@ who trains compare the copy with the folder.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
+from model_edits import touched
 from safetensors.torch import load_file, save_file
 
 from dpo_opt.optimize.config import TrainConfig
@@ -165,11 +165,6 @@ CHANGED: dict[str, tuple[str, Edit]] = {
     "lower case": ("tokenizer", tokenizer(lambda found: found.update(normalizer={"type": "Lowercase"}))),
     "another end": ("tokenizer", tokenizer_config(eos_token="<s>")),
 }
-
-
-def touched(model: Path) -> None:
-    for path in model.iterdir():
-        os.utime(path, ns=(1, 1))
 
 
 def linked(model: Path) -> None:

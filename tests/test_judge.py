@@ -7,12 +7,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import invoke
 from fakes import write_jsonl
 from model_edits import change_config, change_json
 from transformers import AutoConfig, LlamaForSequenceClassification
 
-from dpo_opt.cli import main
 from dpo_opt.feedback.judging.answer_log import AnswerLog
 from dpo_opt.feedback.judging.ratings import RATINGS_SCHEMA
 from dpo_opt.feedback.work_folder import begin_or_resume
@@ -23,16 +22,10 @@ CONVERSATIONS = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for ro
 LONGER = "def longer(prompts, completions):\n    return [len(text) for text in completions]\n"
 
 
-def run(*words: object) -> Result:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    return result
-
-
 def sampled(model: Path, folder: Path, rows: list[dict[str, Any]]) -> Path:
     prompts = write_jsonl(folder / "prompts.jsonl", rows)
     small = ["--backend", "hf", "--num-samples", 3, "--max-new-tokens", 8]
-    result = run("sample", "--model", model, "--prompts", prompts, "--output", folder / "samples", *small)
+    result = invoke("sample", "--model", model, "--prompts", prompts, "--output", folder / "samples", *small)
     assert result.exit_code == 0, result.output
     return folder / "samples"
 
@@ -55,26 +48,30 @@ def ranked(folder: Path) -> list[dict[str, Any]]:
 def test_a_functions_ranking_becomes_shards(
     samples: Path, function: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--function", function, "--json")
+    result = invoke(
+        "judge", "--samples", samples, "--output", tmp_path / "j", "--function", function, "--json"
+    )
     said = json.loads(result.stdout)
     rows = ranked(tmp_path / "j")
     assert rows
     assert all(row["scores"] == [len(text) for text in row["completions"]] for row in rows)
     assert said["rows"] == len(rows)
-    again = run("judge", "--samples", samples, "--output", tmp_path / "j", "--function", function, "--json")
+    again = invoke(
+        "judge", "--samples", samples, "--output", tmp_path / "j", "--function", function, "--json"
+    )
     assert json.loads(again.stdout) == said
     shards = ["--shards", tmp_path / "shards", "--backend", "hf", "--json"]
-    scored = run("precompute", "--model", tiny_model, "--data", tmp_path / "j" / "ranked.jsonl", *shards)
+    scored = invoke("precompute", "--model", tiny_model, "--data", tmp_path / "j" / "ranked.jsonl", *shards)
     assert json.loads(scored.stdout)["rows"] == said["pairs"]
     (tmp_path / "reward.py").write_text(LONGER.replace("len(text)", "-len(text)"))
-    other = run("judge", "--samples", samples, "--output", tmp_path / "j", "--function", function)
+    other = invoke("judge", "--samples", samples, "--output", tmp_path / "j", "--function", function)
     assert other.exit_code == 4
     assert "sha256" in other.stderr
 
 
 def test_a_folder_of_samples_is_no_place_for_a_judges_files(samples: Path, function: str) -> None:
     before = {path: path.read_bytes() for path in samples.rglob("*") if path.is_file()}
-    result = run("judge", "--samples", samples, "--output", samples, "--function", function)
+    result = invoke("judge", "--samples", samples, "--output", samples, "--function", function)
     assert result.exit_code == 2
     assert "its settings.json is not this command's" in result.stderr
     assert {path: path.read_bytes() for path in samples.rglob("*") if path.is_file()} == before
@@ -88,7 +85,7 @@ def test_another_judge_is_refused_while_one_is_at_work_and_changes_nothing(
     identity = {"judge": "function", "function": "of the one at work", "sha256": "0"}
     begin_or_resume(folder, identity, kind="judge", has_results=False)
     with AnswerLog(folder, RATINGS_SCHEMA):
-        result = run("judge", "--samples", samples, "--output", folder, "--function", f"{other}:longer")
+        result = invoke("judge", "--samples", samples, "--output", folder, "--function", f"{other}:longer")
     assert result.exit_code == 2
     assert "another process is at work" in result.stderr
     assert json.loads((folder / "settings.json").read_text()) == identity
@@ -99,11 +96,11 @@ def test_what_is_judged_is_part_of_a_folder_and_nothing_else_replaces_its_rankin
     samples: Path, function: str, tiny_model: Path, tmp_path: Path, change: str
 ) -> None:
     judge = ["judge", "--output", tmp_path / "j", "--function", function, "--samples"]
-    assert run(*judge, samples).exit_code == 0
+    assert invoke(*judge, samples).exit_code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "j").iterdir()}
     (tmp_path / "other").mkdir()
     others = [sampled(tiny_model, tmp_path / "other", PROMPTS[:2])]
-    result = run(*judge, *(others if change == "samples" else [samples, "--finished-only"]))
+    result = invoke(*judge, *(others if change == "samples" else [samples, "--finished-only"]))
     if change == "finished_only" and result.exit_code == 2:
         assert "two completions to compare" in result.stderr  # none of a random model's are finished
         return
@@ -114,15 +111,15 @@ def test_what_is_judged_is_part_of_a_folder_and_nothing_else_replaces_its_rankin
 
 def test_a_folder_that_moved_holds_the_same_samples(samples: Path, function: str, tmp_path: Path) -> None:
     judge = ["judge", "--output", tmp_path / "j", "--function", function, "--json", "--samples"]
-    first = json.loads(run(*judge, samples).stdout)
-    again = json.loads(run(*judge, samples.rename(tmp_path / "moved")).stdout)
+    first = json.loads(invoke(*judge, samples).stdout)
+    again = json.loads(invoke(*judge, samples.rename(tmp_path / "moved")).stdout)
     assert {**again, "samples": None} == {**first, "samples": None}
 
 
 def test_scores_that_are_all_equal_are_nothing_to_train_on(samples: Path, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text("def same(prompts, completions):\n    return [1.0] * len(prompts)\n")
     named = f"{tmp_path / 'reward.py'}:same"
-    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--function", named, "--json")
+    result = invoke("judge", "--samples", samples, "--output", tmp_path / "j", "--function", named, "--json")
     assert result.exit_code == 3
     assert "there is nothing to train on" in result.stderr
     assert sorted(path.name for path in (tmp_path / "j").iterdir()) == [
@@ -135,7 +132,7 @@ def test_scores_that_are_all_equal_are_nothing_to_train_on(samples: Path, tmp_pa
 def test_a_function_that_fails_leaves_no_ranking(samples: Path, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text("def broken(prompts, completions):\n    return [float('nan')] * 99\n")
     named = f"{tmp_path / 'reward.py'}:broken"
-    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--function", named)
+    result = invoke("judge", "--samples", samples, "--output", tmp_path / "j", "--function", named)
     assert result.exit_code == 3
     assert "99 numbers for" in result.stderr
     assert [path.name for path in (tmp_path / "j").iterdir()] == ["settings.json"]
@@ -157,7 +154,7 @@ def test_a_reward_models_scores_are_its_logits(
 ) -> None:
     samples = sampled(tiny_model, tmp_path, rows)
     folder = reward_model(tiny_model, tmp_path / "reward")
-    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--reward-model", folder)
+    result = invoke("judge", "--samples", samples, "--output", tmp_path / "j", "--reward-model", folder)
     assert result.exit_code == 0, result.output
     model = LlamaForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = load_tokenizer(folder)
@@ -184,7 +181,7 @@ def test_a_reward_model_needs_no_eos_token(
     change_json(folder / "tokenizer_config.json", lambda config: config.pop("eos_token"))
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     assert load_tokenizer(folder, needs_eos=False).eos_token is None
-    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--reward-model", folder)
+    result = invoke("judge", "--samples", samples, "--output", tmp_path / "j", "--reward-model", folder)
     assert result.exit_code == 0, result.output
     model = LlamaForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = load_tokenizer(folder, needs_eos=False)
@@ -204,7 +201,7 @@ def test_a_model_without_a_head_of_one_reward_is_refused(
         (tiny_model, "no weights for score.weight"),
         (reward_model(tiny_model, tmp_path / "two", labels=2), "2 labels"),
     ):
-        result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--reward-model", folder)
+        result = invoke("judge", "--samples", samples, "--output", tmp_path / "j", "--reward-model", folder)
         assert result.exit_code == 2
         assert said in result.stderr
         assert not (tmp_path / "j" / "ranked.jsonl").exists()
@@ -217,7 +214,7 @@ def test_a_chat_model_is_asked_in_both_orders(
     change_config(model, max_position_embeddings=4096)
     judge = ["judge", "--samples", samples, "--output", tmp_path / "j", "--judge-model", model, "--json"]
     judge += ["--backend", backend, "--max-new-tokens", 4]
-    result = run(*judge)
+    result = invoke(*judge)
     assert result.exit_code == 3, result.output
     assert "no completion is better than another one of its prompt (3 prompts)" in result.stderr
     assert not (tmp_path / "j" / "ranked.jsonl").exists()
@@ -229,7 +226,7 @@ def test_a_chat_model_is_asked_in_both_orders(
     assert said["position_bias"] is None
     assert (said["ranked"], said["rows"], said["tied_prompts"]) == (None, 0, 3)
     assert all(json.loads(row["request"])[0]["role"] == "system" for row in answers)
-    assert run(*judge).exit_code == 3
+    assert invoke(*judge).exit_code == 3
     assert json.loads((tmp_path / "j" / "summary.json").read_text())["asked"] == 0
 
 
@@ -239,7 +236,7 @@ def test_a_judge_without_a_chat_template_is_refused_by_name(
     for path in model.glob("*chat_template*"):
         path.unlink()
     change_json(model / "tokenizer_config.json", lambda config: config.pop("chat_template", None))
-    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--judge-model", model)
+    result = invoke("judge", "--samples", samples, "--output", tmp_path / "j", "--judge-model", model)
     assert result.exit_code == 2
     assert "the judge has no chat template" in result.stderr
     assert not (tmp_path / "j").exists()
@@ -248,7 +245,7 @@ def test_a_judge_without_a_chat_template_is_refused_by_name(
 def test_questions_longer_than_the_judges_context_are_refused(
     samples: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    result = run("judge", "--samples", samples, "--output", tmp_path / "j", "--judge-model", tiny_model)
+    result = invoke("judge", "--samples", samples, "--output", tmp_path / "j", "--judge-model", tiny_model)
     assert result.exit_code == 2
     assert "the judge's context has 256" in result.stderr
 
@@ -267,6 +264,6 @@ def test_questions_longer_than_the_judges_context_are_refused(
 def test_settings_that_the_judge_does_not_read_are_refused(
     tmp_path: Path, options: list[str], said: str
 ) -> None:
-    result = run("judge", "--samples", tmp_path, "--output", tmp_path / "j", *options)
+    result = invoke("judge", "--samples", tmp_path, "--output", tmp_path / "j", *options)
     assert result.exit_code == 2
     assert said in result.stderr

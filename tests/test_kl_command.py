@@ -9,14 +9,13 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from click.testing import CliRunner
+from command_line import invoke, printed, result_of
 from fakes import preference_rows, write_jsonl
 
 from dpo_opt.analysis import report
 from dpo_opt.analysis.kl import estimate_kl
 from dpo_opt.analysis.kl_table import KL_TABLE
 from dpo_opt.analysis.load import scan_kl_samples, scan_pair_logps
-from dpo_opt.cli import main
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.loop import train
 from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA, LATER_COLUMNS, read_kl_record
@@ -26,18 +25,12 @@ from dpo_opt.sweep.grid import named_runs, record_runs
 SMALL = ("--num-prompts", 6, "--num-samples", 2, "--max-new-tokens", 6, "--backend", "hf")
 
 
-def dpo_opt(*arguments: object) -> str:
-    result = CliRunner().invoke(main, [*map(str, arguments)])
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
 def measured(*arguments: object) -> list[dict[str, Any]]:
-    return list(json.loads(dpo_opt("kl", *arguments, *SMALL, "--json"))["kl"])
+    return list(result_of("kl", *arguments, *SMALL)["kl"])
 
 
 def refused(code: int, *arguments: object) -> str:
-    result = CliRunner().invoke(main, ["kl", *map(str, [*arguments, *SMALL])])
+    result = invoke("kl", *arguments, *SMALL)
     assert result.exit_code == code, result.output
     return result.output
 
@@ -47,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A folder with ``shards`` and the finished ``run``, which has checkpoints of steps 1 to 3."""
     folder = tmp_path_factory.mktemp("kl")
     data = write_jsonl(folder / "data.jsonl", preference_rows(40))
-    dpo_opt(
+    printed(
         "precompute", "--model", tiny_model, "--data", data, "--shards", folder / "shards", "--backend", "hf"
     )
     train(TrainConfig(output_dir=folder / "run", **settings(folder, tiny_model)))
@@ -215,7 +208,7 @@ def test_an_adapter_is_measured_merged(base: Path, tiny_model: Path, tmp_path: P
     assert not (run / "final" / "config.json").exists()
     (found,) = measured(run)
     assert found["rb_sequence"]["value"] > 0
-    dpo_opt("merge", "--model", tiny_model, "--adapter", run / "final", "--output", tmp_path / "merged")
+    printed("merge", "--model", tiny_model, "--adapter", run / "final", "--output", tmp_path / "merged")
     (merged,) = measured(
         tmp_path / "merged", "--reference", tiny_model, "--prompts", base / "data.jsonl",
         "--output", tmp_path / "merged.parquet",
@@ -250,7 +243,7 @@ def test_tables_of_earlier_versions_are_read(run: Path) -> None:
 
 
 def test_people_read_what_was_measured(run: Path) -> None:
-    said = dpo_opt("kl", "--model", run / "final", *SMALL)
+    said = printed("kl", "--model", run / "final", *SMALL)
     assert "KL per completion" in said
     assert "the end-of-sequence token included" in said
 
@@ -261,7 +254,7 @@ def test_what_vllm_samples_has_the_same_kl(
     tiny_model: Path, other_model: Path, base: Path, tmp_path: Path
 ) -> None:
     def measure(backend: str) -> dict[str, Any]:
-        said = dpo_opt(
+        said = printed(
             "kl", tiny_model, "--reference", other_model, "--prompts", base / "data.jsonl",
             "--backend", backend, "--output", tmp_path / f"{backend}.parquet", "--num-prompts", 24,
             "--num-samples", 32, "--max-new-tokens", 12, "--json",

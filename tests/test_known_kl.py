@@ -1,7 +1,6 @@
 """``dpo-opt kl`` finds a KL that is known: that of two small models over all texts of a few tokens."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import result_of
 from fakes import write_jsonl
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from dpo_opt.analysis.kl import estimate_kl
 from dpo_opt.analysis.load import scan_kl_samples
-from dpo_opt.cli import main
 from dpo_opt.optimize.forward.next_tokens import compare_next_tokens
 from dpo_opt.optimize.transformers_scorer import HfScorer
 from dpo_opt.schemas.errors import DataError
@@ -93,9 +91,7 @@ def enumerated_kl(
 
 
 def dpo_opt_kl(*arguments: object) -> dict[str, Any]:
-    result = CliRunner().invoke(main, ["kl", *map(str, arguments), "--backend", "hf", "--json"])
-    assert result.exit_code == 0, result.output
-    (found,) = json.loads(result.stdout)["kl"]
+    (found,) = result_of("kl", *arguments, "--backend", "hf")["kl"]
     return dict(found)
 
 

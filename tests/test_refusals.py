@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bit_flips import flip
 from click.testing import CliRunner
 from fakes import ScriptedScorer, preference_rows, weight_file, write_jsonl
 
@@ -134,13 +135,6 @@ class Damage(NamedTuple):
 
 def shard_file(shards: Path, shard: int = 1) -> Path:
     return shards / load_manifest(shards).shards[shard].file
-
-
-def flip(path: Path, place: int) -> Path:
-    damaged = bytearray(path.read_bytes())
-    damaged[place] ^= 1
-    path.write_bytes(damaged)
-    return path
 
 
 def footer_length(path: Path) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from command_line import invoke
 from fakes import write_jsonl
 
 from dpo_opt.cli import main
@@ -25,10 +26,7 @@ PROMPTS: list[dict[str, Any]] = [
 
 def sample(model: Path, prompts: Path, output: Path, *options: object) -> Result:
     small = ["--backend", "hf", "--max-new-tokens", 6, "--num-samples", 3]
-    words = ["sample", "--model", model, "--prompts", prompts, "--output", output, *small, *options]
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    return result
+    return invoke("sample", "--model", model, "--prompts", prompts, "--output", output, *small, *options)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

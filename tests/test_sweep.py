@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from click.testing import CliRunner, Result
+from command_line import invoke
 from fakes import preference_rows, write_jsonl
+from processes import wait_for
 from safetensors.torch import load_file
 
-from dpo_opt.cli import main
 from dpo_opt.optimize import prepare
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.precompute.workers import worker_process
@@ -44,12 +43,6 @@ def sweep_of(folder: Path, **settings: object) -> list[SweepRun]:
     runs = named_runs(folder / "sweep", configs(folder, **settings))
     record_runs(folder / "sweep", runs)
     return runs
-
-
-def invoke(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    return result
 
 
 # Which runs ---------------------------------------------------------------------------------------------
@@ -316,13 +309,6 @@ def program() -> Iterator[Program]:
     for process in started:
         process.kill()
         process.communicate()
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Until it holds; pytest's own limit ends a test that takes too long."""
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
 
 
 SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "batch_size": 4, "eval_split": 0.25, "logging_steps": 1}

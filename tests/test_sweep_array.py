@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from fakes import preference_rows, write_jsonl
+from processes import until
 from safetensors.torch import load_file
-from slurm_cluster import Cluster, fake_command, running_cluster, until
+from slurm_cluster import Cluster, fake_command, running_cluster
 
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.precompute.config import PrecomputeConfig

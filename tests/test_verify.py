@@ -13,11 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
+from bit_flips import flip
+from command_line import invoke
 from fakes import ScriptedScorer, preference_rows, weight_file, write_jsonl
 from object_store import serve_s3, using_store
 
-from dpo_opt.cli import main
 from dpo_opt.folder_notes import VERDICT, folder_notes
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
@@ -70,12 +70,6 @@ def shards(made: Path, tmp_path: Path) -> Path:
 
 def check(shards: Path, model: Path | None = None, *, num_pairs: int = 64) -> Verdict:
     return verify(shards, model=None if model is None else str(model), num_pairs=num_pairs, dtype="auto")
-
-
-def flip(path: Path, place: int) -> None:
-    damaged = bytearray(path.read_bytes())
-    damaged[place] ^= 1
-    path.write_bytes(damaged)
 
 
 # Integrity ------------------------------------------------------------------------------------------------
@@ -659,8 +653,7 @@ def test_a_folder_that_may_only_be_read_is_verified_all_the_same(
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, ["verify", *map(str, arguments)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    result = invoke("verify", *arguments)
     return result.exit_code, result.stdout, result.stderr
 
 

@@ -41,7 +41,6 @@ def varlen_kernel() -> Callable[..., Tensor]:
 _KERNEL = varlen_kernel()
 
 
-
 def choose_kernel(
     *, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, value_dim: int
 ) -> Literal["varlen", "sdpa"]:

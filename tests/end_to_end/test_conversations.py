@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from command_line import result_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_opt.cli import main
@@ -17,12 +17,6 @@ from dpo_opt.schemas.manifest import load_manifest
 from dpo_opt.schemas.shard_folder import ShardFolder
 
 TOWNS = ("Oslo", "Lima", "Bonn", "Kyiv", "Rome", "Riga")
-
-
-def dpo_opt(*arguments: str | Path) -> Any:
-    result = CliRunner().invoke(main, [*map(str, arguments), "--json"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 def user(content: str) -> dict[str, str]:
@@ -53,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny_model: Path) -> Path:
     folder = tmp_path_factory.mktemp("conversations") / "shards"
-    found = dpo_opt(
+    found = result_of(
         "precompute", "--model", tiny_model, "--data", data, "--shards", folder, "--backend", "hf"
     )
     assert (found["kept"], found["dropped"]) == (len(TOWNS) + 1, {})
@@ -97,14 +91,14 @@ def test_the_references_sums_are_of_the_assistants_turns(shards: Path, tiny_mode
             assert count == tokens
     assert (pairs[-1].chosen_mask, pairs[-1].rejected_mask) == (None, None)
     assert load_manifest(shards).fingerprint.train_on == "all"
-    assert dpo_opt("verify", "--shards", shards, "--model", tiny_model)["ok"]
+    assert result_of("verify", "--shards", shards, "--model", tiny_model)["ok"]
 
 
 def test_a_run_and_its_report_are_of_the_assistants_turns(
     shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    dpo_opt("train", "--shards", shards, "--model", tiny_model, "--output-dir", run, "--batch-size", "4",
+    result_of("train", "--shards", shards, "--model", tiny_model, "--output-dir", run, "--batch-size", "4",
             "--num-train-epochs", "3", "--learning-rate", "1e-3", "--logging-steps", "1")  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -113,7 +107,7 @@ def test_a_run_and_its_report_are_of_the_assistants_turns(
     pairs = {pair.row: pair for pair in ShardFolder.open(shards).pairs()}
     for name, checkpoint in (("before", tiny_model), ("after", run / "final")):
         table = run / "scores" / f"{name}.parquet"
-        dpo_opt("score", "--shards", shards, "--model", checkpoint, "--output", table)
+        result_of("score", "--shards", shards, "--model", checkpoint, "--output", table)
         for row in pq.read_table(table).to_pylist():
             pair = pairs[row["row"]]
             assert (row["chosen_length"], row["rejected_length"]) == (
@@ -126,13 +120,15 @@ def test_a_run_and_its_report_are_of_the_assistants_turns(
     for file in (run / "pair_logps").rglob("*.parquet"):
         for row in pq.read_table(file).to_pylist():
             assert row["chosen_length"] == pairs[row["row"]].chosen_counted
-    assert dpo_opt("report", run, "--output", tmp_path / "report.html")
+    assert result_of("report", run, "--output", tmp_path / "report.html")
 
 
 def test_check_and_preview_show_what_is_scored(data: Path, tiny_model: Path, shards: Path) -> None:
-    found = dpo_opt("check", data, "--model", tiny_model, "--shards", shards)
+    found = result_of("check", data, "--model", tiny_model, "--shards", shards)
     assert not [problem for problem in found["problems"] if problem["severity"] == "error"]
-    (entry,) = dpo_opt("preview", data, "--model", tiny_model, "--pairs", "1", "--train-on", "last")["pairs"]
+    (entry,) = result_of("preview", data, "--model", tiny_model, "--pairs", "1", "--train-on", "last")[
+        "pairs"
+    ]
     assert [(part["kind"], part["text"]) for part in entry["chosen"]][1:] == [
         ("context", "Far, Oslo.</s> user: Much to eat? assistant: "),
         ("chosen", "Fish.</s> "),

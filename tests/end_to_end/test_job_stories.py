@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bit_flips import flip
 from click.testing import CliRunner, Result
 from fakes import NUMERICS, ScriptedScorer, preference_rows, write_jsonl
 
@@ -104,12 +105,6 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> A
         own = Job(tmp_path_factory.mktemp("undisturbed"), tiny_model, monkeypatch)
         own.ends(*own.command)
         return own.pairs()
-
-
-def flip(path: Path) -> None:
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    path.write_bytes(damaged)
 
 
 def test_a_bad_row_in_the_last_shard(job: Job, undisturbed: Any) -> None:

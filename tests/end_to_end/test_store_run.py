@@ -2,21 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
+from command_line import result_of
 from fakes import preference_rows, write_jsonl
 from object_store import serve_s3, using_store
-
-from dpo_opt.cli import main
-
-
-def dpo_opt(*arguments: Any) -> Any:
-    result = CliRunner().invoke(main, [*map(str, arguments), "--json"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 @pytest.mark.filterwarnings("ignore:.*s3fs.*")
@@ -29,18 +20,18 @@ def test_a_run_from_a_store_is_that_from_a_folder(
         found = []
         for name, shards in (("here", tmp_path / "shards"), ("there", "s3://lab/runs/shards")):
             run = tmp_path / name
-            dpo_opt(
+            result_of(
                 *("precompute", "--model", tiny_model, "--data", data, "--shards", shards),
                 *("--backend", "hf", "--pairs-per-shard", 10),
             )
-            dpo_opt(
+            result_of(
                 *("train", "--shards", shards, "--model", tiny_model, "--output-dir", run),
                 *("--batch-size", 4, "--max-steps", 3, "--eval-split", 0.5, "--logging-steps", 1),
             )
             scores = run / "scores" / "final.parquet"
-            dpo_opt("score", "--shards", shards, "--model", run / "final", "--output", scores)
-            assert dpo_opt("verify", "--shards", shards, "--model", tiny_model)["parity"]["ok"]
-            dpo_opt("report", run, "--output", run / "report.html")
+            result_of("score", "--shards", shards, "--model", run / "final", "--output", scores)
+            assert result_of("verify", "--shards", shards, "--model", tiny_model)["parity"]["ok"]
+            result_of("report", run, "--output", run / "report.html")
             summary = json.loads((run / "report.summary.json").read_text())
             metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             found.append(

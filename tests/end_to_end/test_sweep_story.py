@@ -5,8 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import SHARED
+from processes import wait_for
 from safetensors.torch import load_file
 
 from dpo_opt.optimize import train
@@ -86,9 +86,3 @@ def test_a_sweep_killed_twice_is_the_runs_alone(tmp_path: Path) -> None:
         assert all(weights[0][name].equal(weights[1][name]) for name in weights[0]), run.name
         rows = [pq.read_table(s / "runs" / run.name / "pair_logps").to_pylist() for s in (killed, alone)]
         assert rows[0] == rows[1], run.name
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)

@@ -9,9 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
+from command_line import invoke, result_of
 
-from dpo_opt.cli import main
 from dpo_opt.schemas.shard_folder import ShardFolder
 
 PAIRS = 40
@@ -20,18 +19,10 @@ SCORE = Path("run", "scores", "final.parquet")
 KL = Path("run", "kl", "final.parquet")
 
 
-def dpo_opt(*arguments: str | Path) -> Any:
-    """Run a command with ``--json`` and return what it prints."""
-    result = CliRunner().invoke(main, [*map(str, arguments), "--json"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
 def fails(*arguments: str | Path) -> tuple[int, str]:
     """Run a command that must fail in words; its exit code and its message."""
-    result = CliRunner().invoke(main, list(map(str, arguments)))
+    result = invoke(*arguments)
     assert result.exit_code != 0
-    assert "Traceback" not in result.output
     return result.exit_code, result.stderr
 
 
@@ -62,30 +53,30 @@ def work(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny_model: Path)
     folder = tmp_path_factory.mktemp("work")
     shards, run = folder / "shards", folder / "run"
     results = {
-        "precompute": dpo_opt(
+        "precompute": result_of(
             "precompute", "--model", tiny_model, "--data", data, "--shards", shards, "--backend", "hf",
             "--pairs-per-shard", "16",
         ),
-        "status": dpo_opt("status", "--shards", shards),
-        "verify": dpo_opt("verify", "--shards", shards, "--model", tiny_model),
-        "plan": dpo_opt(
+        "status": result_of("status", "--shards", shards),
+        "verify": result_of("verify", "--shards", shards, "--model", tiny_model),
+        "plan": result_of(
             "train", "--shards", shards, "--model", tiny_model, "--output-dir", run, "--eval-split", "0.25",
             "--num-train-epochs", "6", "--batch-size", "8", "--dry-run",
         ),
-        "train": dpo_opt(
+        "train": result_of(
             "train", "--shards", shards, "--model", tiny_model, "--output-dir", run, "--batch-size", "8",
             "--learning-rate", "1e-3", "--num-train-epochs", "6", "--logging-steps", "1",
             "--eval-split", "0.25", "--eval-steps", "10",
         ),
-        "score": dpo_opt(
+        "score": result_of(
             "score", "--shards", shards, "--model", run / "final", "--output", folder / SCORE
         ),
-        "kl": dpo_opt(
+        "kl": result_of(
             "kl", "--model", run / "final", "--reference", tiny_model, "--prompts", shards, "--output",
             folder / KL, "--backend", "hf", "--num-prompts", "8", "--num-samples", "4",
             "--max-new-tokens", "16",
         ),
-        "report": dpo_opt("report", run, "--output", folder / "report.html"),
+        "report": result_of("report", run, "--output", folder / "report.html"),
     }  # fmt: skip
     for name, result in results.items():
         (folder / f"{name}.json").write_text(json.dumps(result))
@@ -197,7 +188,7 @@ def test_the_report_stands_alone_and_has_the_runs_numbers(work: Path) -> None:
 
 def test_a_second_precompute_has_nothing_to_do(work: Path, data: Path, tiny_model: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (work / "shards" / "data").iterdir()}
-    again = dpo_opt(
+    again = result_of(
         "precompute", "--model", tiny_model, "--data", data, "--shards", work / "shards", "--backend", "hf",
         "--pairs-per-shard", "16",
     )  # fmt: skip
@@ -230,7 +221,7 @@ def test_training_another_model_than_was_scored_is_refused(work: Path) -> None:
 
 
 def test_a_second_round_may_keep_the_first_reference(work: Path) -> None:
-    result = dpo_opt(
+    result = result_of(
         "train", "--shards", work / "shards", "--model", work / "run" / "final",
         "--output-dir", work / "round-2", "--reference-differs", "--max-steps", "1",
     )  # fmt: skip
@@ -250,12 +241,12 @@ def test_a_flipped_bit_stops_training(work: Path, tiny_model: Path, tmp_path: Pa
     )
     assert code == 3
     assert victim.name in message
-    assert dpo_opt_problems(shards) == [victim.name]
+    assert damaged_files(shards) == [victim.name]
 
 
-def dpo_opt_problems(shards: Path) -> list[str]:
+def damaged_files(shards: Path) -> list[str]:
     """Names of the files that ``verify`` complains of."""
-    result = CliRunner().invoke(main, ["verify", "--shards", str(shards), "--json"])
+    result = invoke("verify", "--shards", shards, "--json")
     assert result.exit_code == 3
     problems = json.JSONDecoder().raw_decode(result.stdout)[0]["integrity"]["problems"]
     return [Path(problem.split(":")[0]).name for problem in problems]

@@ -19,6 +19,7 @@ from all_architectures import (
     randomize,
     tiny_config,
 )
+from architectures import contrast
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -159,11 +160,6 @@ def score(model: Path, folder: Path, *, dtype: str) -> Path:
     )
     precompute(config, scorer=HfScorer(model, dtype=dtype))
     return folder / "shards"
-
-
-def contrast(values: list[Tensor]) -> Tensor:
-    """A scalar in which every sequence counts, with both signs."""
-    return sum(((-1) ** i * v.double().sum() for i, v in enumerate(values)), start=torch.zeros(()).double())
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:

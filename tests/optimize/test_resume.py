@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from bit_flips import flip
 from training_runs import Interrupter, contents, without_saves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -156,12 +157,6 @@ class Listener(Silent):
 
     def say(self, line: str) -> None:
         self.lines.append(line)
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def truncate(path: Path) -> None:

@@ -12,10 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from click.testing import CliRunner, Result
+from command_line import invoke
 from damage import GOOD, Damage, damages, lines, to_line
 
-from dpo_opt.cli import main
 from dpo_opt.precompute.check.audit import audit
 from dpo_opt.precompute.check.convert import convert
 from dpo_opt.precompute.check.problems import BAD_ROWS, FOUND
@@ -188,13 +187,6 @@ def test_a_suspicious_text_is_shown_and_kept_as_it_is(tmp_path: Path, case: Dama
     assert case.problem in FOUND
     assert not report.refused
     assert found(report, case).examples[0].where == f"{path}{case.place}"
-
-
-def invoke(*arguments: str) -> Result:
-    result = CliRunner().invoke(main, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    assert "Traceback" not in result.output
-    return result
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=by_name)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from fakes import ScriptedScorer, preference_rows, write_jsonl
+from refusals import bad_data
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
@@ -81,13 +82,6 @@ def add_attempt(folder: Path, shard: int, attempt: str, changes: dict[str, objec
     (folder / "commits" / f"{shard:05d}-{attempt}.json").write_text(to_json(commit))
 
 
-def refusal(call: Callable[[], object]) -> DataError:
-    with pytest.raises(DataError) as caught:
-        call()
-    assert caught.value.exit_code == 3
-    return caught.value
-
-
 def test_status_counts_what_is_committed(folder: Path) -> None:
     full = status(folder)
     assert full.model_dump(
@@ -109,12 +103,12 @@ def test_status_counts_what_is_committed(folder: Path) -> None:
     assert partial.share_done == 11 / 14
     assert partial.seconds_left == 3 / (partial.pairs_per_second or 0)
     assert (partial.shards_committed, partial.pairs_kept, partial.dropped) == (4, 11, {})
-    finalize_error = refusal(lambda: finalize(folder))
+    finalize_error = bad_data(lambda: finalize(folder))
     assert "1 of 5 shards are not scored yet (1)" in finalize_error.what
 
 
 def test_status_needs_a_plan(tmp_path: Path) -> None:
-    assert "no plan.json" in refusal(lambda: status(tmp_path)).what
+    assert "no plan.json" in bad_data(lambda: status(tmp_path)).what
 
 
 def test_a_plan_that_is_lost_beside_commits_is_repaired(folder: Path) -> None:
@@ -199,7 +193,7 @@ def test_of_several_attempts_the_smallest_id_is_taken(folder: Path) -> None:
 def test_missing_shards_are_counted_and_the_way_out_is_said(folder: Path) -> None:
     for path in commit_files(folder)[1:4]:
         path.unlink()
-    error = refusal(lambda: finalize(folder))
+    error = bad_data(lambda: finalize(folder))
     assert "3 of 5 shards are not scored yet (1, 2, 3)" in error.what
     assert "dpo-opt precompute" in str(error.fix)
     assert not (folder / MANIFEST).exists()
@@ -256,7 +250,7 @@ def test_a_commit_that_names_the_files_of_another_shard_does_not_count(folder: P
     files = {"file", "dropped_file", "bytes", "sha256", "dropped_sha256"}
     changed = first.model_copy(update=second.model_dump(include=files))
     commit_files(folder)[0].write_text(to_json(changed))
-    assert "1 of 5 shards are not scored yet (0)" in refusal(lambda: finalize(folder)).what
+    assert "1 of 5 shards are not scored yet (0)" in bad_data(lambda: finalize(folder)).what
     assert (folder / first.file).exists()
 
 
@@ -266,7 +260,7 @@ def test_a_commit_that_names_the_files_of_another_shard_does_not_count(folder: P
 def test_a_commit_with_a_count_below_zero_does_not_count(folder: Path, changes: dict[str, object]) -> None:
     path = commit_files(folder)[0]
     path.write_text(to_json(read_commit(path).model_copy(update=changes)))
-    assert "1 of 5 shards are not scored yet (0)" in refusal(lambda: finalize(folder)).what
+    assert "1 of 5 shards are not scored yet (0)" in bad_data(lambda: finalize(folder)).what
 
 
 PLANS: dict[str, Callable[[list[ShardRange]], list[ShardRange]]] = {
@@ -287,7 +281,7 @@ def test_a_plan_whose_shards_do_not_add_up_is_damaged(folder: Path, how: str) ->
     plan = read_plan(folder)
     (folder / PLAN).write_text(to_json(plan.model_copy(update={"shards": PLANS[how](plan.shards)})))
     for command in (finalize, status):
-        error = refusal(functools.partial(command, folder))
+        error = bad_data(functools.partial(command, folder))
         assert "the shards do not add up" in error.what
         assert error.where == str(folder / PLAN)
         assert error.fix == f"dpo-opt repair --shards {folder}"
@@ -300,7 +294,7 @@ def test_a_manifest_whose_shards_do_not_add_up_makes_no_plan(folder: Path) -> No
     manifest = finalize(folder)
     (folder / PLAN).unlink()
     write_manifest(folder, manifest.model_copy(update={"shards": manifest.shards[:-1]}))
-    error = refusal(lambda: repair(folder))
+    error = bad_data(lambda: repair(folder))
     assert "its shards end at row 12 of 14" in error.what
     assert error.fix == f"rm {folder / MANIFEST}, then dpo-opt repair --shards {folder}"
     (folder / MANIFEST).unlink()
@@ -334,7 +328,7 @@ def test_an_unreadable_commit_is_no_commit(folder: Path, tmp_path: Path, tiny_mo
     assert status(folder).shards_committed == 4
     plan = read_plan(folder)
     assert [shard.shard for shard in plan.shards if not is_committed(folder, shard, plan)] == [1]
-    assert "1 of 5 shards are not scored yet (1)" in refusal(lambda: finalize(folder)).what
+    assert "1 of 5 shards are not scored yet (1)" in bad_data(lambda: finalize(folder)).what
     # What is young may be somebody's at work.
     assert find_garbage(folder, older_than_hours=24).files == []
     config = config_of(folder, write_jsonl(tmp_path / "data.jsonl", ROWS), tiny_model)
@@ -348,7 +342,7 @@ def test_a_byte_that_changed_after_the_commit_stops_finalize(folder: Path, kind:
     damaged = bytearray(path.read_bytes())
     damaged[20] ^= 1
     path.write_bytes(damaged)
-    error = refusal(lambda: finalize(folder))
+    error = bad_data(lambda: finalize(folder))
     assert error.where == str(path)
     assert "the bytes changed" in error.what
     assert not (folder / MANIFEST).exists()
@@ -362,7 +356,7 @@ def test_a_finalized_folder_that_lost_a_file_says_so(folder: Path, cut: bool) ->
         path.write_bytes(path.read_bytes()[:100])
     else:
         path.unlink()
-    error = refusal(lambda: finalize(folder))
+    error = bad_data(lambda: finalize(folder))
     assert error.where == str(path)
     assert ("100 bytes of" if cut else "missing") in error.what
 
@@ -371,7 +365,7 @@ def test_a_damaged_manifest_is_not_overwritten(folder: Path) -> None:
     finalize(folder)
     (folder / MANIFEST).write_text("{")
     for command in (finalize, status):
-        error = refusal(functools.partial(command, folder))
+        error = bad_data(functools.partial(command, folder))
         assert error.fix == f"dpo-opt repair --shards {folder}"
     assert (folder / MANIFEST).read_text() == "{"
 

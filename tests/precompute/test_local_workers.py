@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from fakes import preference_rows, write_jsonl
+from processes import alive, until
 
 from dpo_opt.cli import main
 from dpo_opt.launch import take_place
@@ -248,20 +248,6 @@ def start(tiny_model: Path, tmp_path: Path) -> Iterator[Command]:
 def told(tmp_path: Path) -> list[list[Any]]:
     file = tmp_path / "told"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
-
-
-def until(true: Callable[[], bool], *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "too slow"
-        time.sleep(0.05)
 
 
 def test_workers_of_this_machine_score_everything(start: Command, tmp_path: Path) -> None:

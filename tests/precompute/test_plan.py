@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fakes import NUMERICS, preference_rows, write_jsonl
+from model_edits import lose_a_merge
 
 from dpo_opt.precompute.check.audit import audit
 from dpo_opt.precompute.config import CheckConfig, PrecomputeConfig
@@ -248,20 +249,13 @@ def change_template(model: Path) -> None:
     (model / "chat_template.jinja").write_text("{{ messages }}")
 
 
-def change_tokenizer(model: Path) -> None:
-    path = model / "tokenizer.json"
-    values = json.loads(path.read_text())
-    values["model"]["merges"] = values["model"]["merges"][:-1]
-    path.write_text(json.dumps(values))
-
-
 @pytest.mark.parametrize(
     ("change", "field"),
     [
         (change_weights, "weights"),
         (change_config, "config.rms_norm_eps"),
         (change_template, "chat_template"),
-        (change_tokenizer, "tokenizer"),
+        (lose_a_merge, "tokenizer"),
     ],
 )
 def test_a_folder_refuses_another_model_by_what_differs(
@@ -304,7 +298,7 @@ def test_a_tokenizer_without_a_plan_is_not_taken_for_this_runs(
 ) -> None:
     folder = tmp_path / "shards"
     other = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    change_tokenizer(other)
+    lose_a_merge(other)
     plan_of(adopt=folder, model=str(other))
     (folder / PLAN).unlink()
     with pytest.raises(DataError, match=r"holds tokenizer/, but no plan\.json"):

@@ -4,11 +4,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fakes import preference_rows, write_jsonl
+from processes import until
 
 from dpo_opt.precompute.engine import process_watchdog
 
@@ -50,13 +51,6 @@ sys.stdin.readline()
 
 def alive(pid: int) -> bool:
     return process_watchdog.start_time(pid) is not None
-
-
-def until(true: Callable[[], bool], *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "too slow"
-        time.sleep(0.05)
 
 
 def watchers(parent: int) -> list[int]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import write_jsonl
+from one_row import read, written
 
 from dpo_opt.precompute.check.audit import audit
 from dpo_opt.precompute.config import CheckConfig, DataConfig
@@ -32,18 +33,6 @@ TEXT = {"prompt": "How?", **SIDES}
 CHAT = {"prompt": [USER], "chosen": SO, "rejected": NO}
 WHOLE = {"chosen": [USER, *SO], "rejected": [USER, *NO]}
 RANKED = {"completions": ["No.", "So."], "ranks": [2, 1]}
-
-
-def read(path: Path, **options: Any) -> PreferencePair | DataError:
-    (found,) = scan_pairs(DataConfig(data=[str(path)], **options))
-    return found.error if isinstance(found, BadRow) else found
-
-
-def written(folder: Path, row: Row) -> list[Path]:
-    """The same row in a file of each kind: a table holds only what some form reads."""
-    table = folder / "a.parquet"
-    pq.write_table(pa.Table.from_pylist([row]), table)
-    return [write_jsonl(folder / "a.jsonl", [row]), table]
 
 
 def settings_of(fix: str) -> dict[str, Any]:

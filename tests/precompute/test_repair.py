@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from bit_flips import flip
 from click.testing import CliRunner, Result
 from fakes import ScriptedScorer, preference_rows, write_jsonl
 from object_store import serve_s3, using_store
@@ -82,12 +83,6 @@ def commit_files(folder: Path) -> list[Path]:
 
 def named(folder: Path, shard: int, kind: str = "file") -> Path:
     return folder / str(json.loads(commit_files(folder)[shard].read_bytes())[kind])
-
-
-def flip(path: Path) -> None:
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 3] ^= 1
-    path.write_bytes(damaged)
 
 
 def files(folder: Path) -> dict[str, bytes]:

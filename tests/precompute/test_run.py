@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from fakes import NUMERICS, ScriptedScorer, preference_rows, scripted_logps, write_jsonl
+from model_edits import lose_a_merge
 
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.run import precompute, work
@@ -530,13 +531,6 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in files(folder)}
 
 
-def other_tokenizer(model: Path) -> None:
-    path = model / "tokenizer.json"
-    values = json.loads(path.read_text())
-    values["model"]["merges"] = values["model"]["merges"][:-1]
-    path.write_text(json.dumps(values))
-
-
 def other_weights(model: Path) -> None:
     path = model / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -546,7 +540,7 @@ def other_weights(model: Path) -> None:
 
 OTHER_RUNS: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any]]] = {
     "weights": (other_weights, {}),
-    "tokenizer": (other_tokenizer, {}),
+    "tokenizer": (lose_a_merge, {}),
     "max_length": (None, {"max_length": 100}),
 }
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from fakes import ScriptedScorer, preference_rows, write_jsonl
-from slurm_cluster import Cluster, fake_command, running_cluster, until
+from processes import until
+from slurm_cluster import Cluster, fake_command, running_cluster
 
 from dpo_opt.launch import launch
 from dpo_opt.precompute.config import PrecomputeConfig

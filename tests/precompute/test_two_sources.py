@@ -4,13 +4,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from fakes import write_jsonl
+from one_row import read, written
 
-from dpo_opt.precompute.config import DataConfig
-from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 
@@ -84,17 +81,6 @@ TWICE: list[tuple[Row, Row, tuple[str, str]]] = [
     ),
 ]
 IDS = [" and ".join(names) for *_, names in TWICE]
-
-
-def read(path: Path, **options: Any) -> PreferencePair | DataError:
-    (found,) = scan_pairs(DataConfig(data=[str(path)], **options))
-    return found.error if isinstance(found, BadRow) else found
-
-
-def written(folder: Path, row: Row) -> list[Path]:
-    """The same row in a file of each kind: a table holds only what some form reads."""
-    pq.write_table(pa.Table.from_pylist([row]), folder / "a.parquet")
-    return [write_jsonl(folder / "a.jsonl", [row]), folder / "a.parquet"]
 
 
 def texts(pair: PreferencePair | DataError) -> tuple[object, object]:

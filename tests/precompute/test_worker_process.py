@@ -4,8 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
+
+from processes import alive, until
 
 from dpo_opt import __version__
 from dpo_opt.precompute.workers import worker_process
@@ -46,14 +46,4 @@ def test_one_whose_launcher_is_killed_ends() -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 5
-    while alive(child):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
+    until(lambda: not alive(child), seconds=5)

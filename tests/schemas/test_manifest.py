@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 from fakes import FINGERPRINT
 from pydantic import BaseModel
+from refusals import bad_data
 
 from dpo_opt.schemas.config_keys import MODEL_CONFIG, kept_model_config
-from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.manifest import (
     INDEX,
     MANIFEST,
@@ -133,13 +133,6 @@ def read_all(path: Path) -> list[int]:
     return [p.row for p in ShardFolder.open(path).pairs()]
 
 
-def refusal(call: Callable[[], object]) -> DataError:
-    with pytest.raises(DataError) as caught:
-        call()
-    assert caught.value.exit_code == 3
-    return caught.value
-
-
 def test_a_whole_folder_is_read_in_row_order(folder: Path) -> None:
     opened = ShardFolder.open(folder)
     assert [p.row for p in opened.pairs()] == list(range(SHARDS * ROWS))
@@ -174,9 +167,9 @@ def test_every_change_of_the_manifest_by_hand_is_noticed(folder: Path) -> None:
     for key, value in body.items():
         changed = {**body, key: value + 1 if isinstance(value, int) else "changed"}
         path.write_text(json.dumps(changed))
-        assert "does not match its own hash" in refusal(lambda: load_manifest(folder)).what, key
+        assert "does not match its own hash" in bad_data(lambda: load_manifest(folder)).what, key
         path.write_text(json.dumps({k: v for k, v in body.items() if k != key}))
-        assert refusal(lambda: load_manifest(folder)).where == str(path)
+        assert bad_data(lambda: load_manifest(folder)).where == str(path)
     # Writing it with other spaces is no change of what it says.
     path.write_text(json.dumps(body, indent=7))
     assert read_all(folder) == list(range(SHARDS * ROWS))
@@ -194,7 +187,7 @@ def test_every_change_of_the_manifest_by_hand_is_noticed(folder: Path) -> None:
 )
 def test_a_manifest_that_is_none_is_refused(folder: Path, content: bytes) -> None:
     (folder / MANIFEST).write_bytes(content)
-    error = refusal(lambda: load_manifest(folder))
+    error = bad_data(lambda: load_manifest(folder))
     assert error.where == str(folder / MANIFEST)
     assert error.fix is not None
     assert error.fix == f"dpo-opt repair --shards {folder}"
@@ -222,7 +215,7 @@ def test_a_file_name_that_leaves_the_folder_is_refused(folder: Path, name: str, 
     manifest = load_manifest(folder)
     first = manifest.shards[0].model_copy(update={field: name})
     write_manifest(folder, manifest.model_copy(update={"shards": [first, *manifest.shards[1:]]}))
-    error = refusal(lambda: load_manifest(folder))
+    error = bad_data(lambda: load_manifest(folder))
     assert "outside the folder" in error.what
     assert repr(name) in error.what
 
@@ -241,7 +234,7 @@ def test_a_value_of_another_kind_is_refused_by_its_field(folder: Path) -> None:
     for key, value in (("rows", "many"), ("kept", float("nan")), ("tokenizer_files", [[1]])):
         before = (folder / MANIFEST).read_bytes()
         rewrite_manifest(folder, **{key: value})
-        error = refusal(lambda: load_manifest(folder))
+        error = bad_data(lambda: load_manifest(folder))
         assert error.what.startswith(key)
         assert error.why == "nothing else says which files belong to the folder"
         assert error.fix == f"dpo-opt repair --shards {folder}"
@@ -256,12 +249,12 @@ def test_keys_of_a_later_version_are_ignored_and_hashed_all_the_same(folder: Pat
     assert read_all(folder) == list(range(SHARDS * ROWS))
     path = folder / MANIFEST
     path.write_text(path.read_text().replace("a later version", "somebody else"))
-    assert "does not match its own hash" in refusal(lambda: load_manifest(folder)).what
+    assert "does not match its own hash" in bad_data(lambda: load_manifest(folder)).what
 
 
 def test_a_manifest_without_shards_is_refused(folder: Path) -> None:
     rewrite_manifest(folder, shards=[])
-    assert refusal(lambda: load_manifest(folder)).what.startswith("shards: ")
+    assert bad_data(lambda: load_manifest(folder)).what.startswith("shards: ")
 
 
 @pytest.mark.parametrize("kind", [Plan, ShardCommit])
@@ -277,7 +270,7 @@ def test_other_records_ignore_keys_of_a_later_version(folder: Path, kind: type[B
 def test_a_folder_of_a_later_format_is_refused_before_its_keys_are_read(folder: Path) -> None:
     fingerprint = {**FINGERPRINT.model_dump(), "schema_version": 3, "more": 1}
     rewrite_manifest(folder, fingerprint=fingerprint, rows="of another kind")
-    error = refusal(lambda: load_manifest(folder))
+    error = bad_data(lambda: load_manifest(folder))
     assert error.what == "the folder has format version 3, this program reads up to 2"
     assert error.where == str(folder)
 
@@ -286,7 +279,7 @@ def test_a_folder_of_a_later_format_is_refused_before_its_keys_are_read(folder: 
 @pytest.mark.parametrize("field", ["dataset_digest", "index_sha256", "tokenizer_sha256"])
 def test_a_hash_that_is_none_is_refused_by_its_field(folder: Path, field: str, bad: str) -> None:
     rewrite_manifest(folder, **{field: bad})
-    error = refusal(lambda: load_manifest(folder))
+    error = bad_data(lambda: load_manifest(folder))
     assert error.what.startswith(f"{field}: ")
     assert error.where == str(folder / MANIFEST)
 
@@ -297,7 +290,7 @@ def test_a_hash_that_is_none_is_refused_by_its_field_and_shard(folder: Path, fie
     shards = [shard.model_dump() for shard in load_manifest(folder).shards]
     shards[1][field] = bad
     rewrite_manifest(folder, shards=shards)
-    assert refusal(lambda: load_manifest(folder)).what.startswith(f"shards.1.{field}: ")
+    assert bad_data(lambda: load_manifest(folder)).what.startswith(f"shards.1.{field}: ")
 
 
 def test_every_hash_of_every_record_is_one_by_its_type() -> None:
@@ -335,7 +328,7 @@ def test_a_link_out_of_the_folder_is_refused_wherever_a_file_is_read(folder: Pat
         file = folder / name
         moved = Path(shutil.move(file, outside / Path(name).name))
         file.symlink_to(moved)
-        error = refusal(read)
+        error = bad_data(read)
         assert "link that leads out of the folder" in error.what, name
         assert Path(str(error.where)).name == file.name
         file.unlink()
@@ -349,7 +342,7 @@ def test_a_folder_of_links_in_a_tokenizer_is_refused(folder: Path, tmp_path: Pat
     outside.mkdir()
     (outside / "default.jinja").write_text("x")
     (folder / TOKENIZER / "additional_chat_templates").symlink_to(outside)
-    assert "leads out of" in refusal(lambda: enter(ShardFolder.open(folder))).what
+    assert "leads out of" in bad_data(lambda: enter(ShardFolder.open(folder))).what
 
 
 def test_a_folder_that_was_moved_to_another_disk_is_read_through_its_links(
@@ -374,11 +367,11 @@ def enter(opened: ShardFolder) -> None:
 
 
 def test_a_folder_without_a_manifest_says_what_to_do(tmp_path: Path) -> None:
-    nothing = refusal(lambda: ShardFolder.open(tmp_path / "nowhere"))
+    nothing = bad_data(lambda: ShardFolder.open(tmp_path / "nowhere"))
     assert nothing.where == str(tmp_path / "nowhere")
     assert "dpo-opt precompute" in str(nothing.fix)
     (tmp_path / PLAN).write_text("{}")
-    planned = refusal(lambda: ShardFolder.open(tmp_path))
+    planned = bad_data(lambda: ShardFolder.open(tmp_path))
     assert planned.fix == f"dpo-opt finalize --shards {tmp_path}"
 
 
@@ -388,7 +381,7 @@ def test_a_fix_is_a_command_whatever_the_folder_is_called(tmp_path: Path) -> Non
     for text, words in ((None, "precompute"), (b"{", "repair")):
         if text is not None:
             (odd / MANIFEST).write_bytes(text)
-        fix = str(refusal(lambda: ShardFolder.open(odd)).fix)
+        fix = str(bad_data(lambda: ShardFolder.open(odd)).fix)
         assert words in fix
         assert str(odd) in shlex.split(fix.replace("`", " "))
 
@@ -402,7 +395,7 @@ def test_a_flipped_byte_of_a_shard_is_noticed_before_its_pairs_are_used(folder: 
     path.write_bytes(damaged)
     pairs = ShardFolder.open(folder).pairs()
     assert [next(pairs).row for _ in range(ROWS)] == list(range(ROWS))
-    error = refusal(lambda: next(pairs))
+    error = bad_data(lambda: next(pairs))
     assert "the bytes changed" in error.what
     assert error.where == str(path)
 
@@ -411,18 +404,18 @@ def test_a_flipped_byte_of_the_index_is_noticed(folder: Path) -> None:
     damaged = bytearray((folder / INDEX).read_bytes())
     damaged[500] ^= 1
     (folder / INDEX).write_bytes(damaged)
-    assert refusal(lambda: ShardFolder.open(folder).index()).where == str(folder / INDEX)
+    assert bad_data(lambda: ShardFolder.open(folder).index()).where == str(folder / INDEX)
 
 
 def test_a_truncated_a_missing_and_an_exchanged_file_are_noticed(folder: Path) -> None:
     files = [folder / shard.file for shard in load_manifest(folder).shards]
     contents = [path.read_bytes() for path in files]
     files[0].write_bytes(contents[0][:-1])
-    assert "the bytes changed" in refusal(lambda: read_all(folder)).what
+    assert "the bytes changed" in bad_data(lambda: read_all(folder)).what
     files[0].unlink()
-    assert "missing" in refusal(lambda: read_all(folder)).what
+    assert "missing" in bad_data(lambda: read_all(folder)).what
     files[0].write_bytes(contents[1])
-    assert "the bytes changed" in refusal(lambda: read_all(folder)).what
+    assert "the bytes changed" in bad_data(lambda: read_all(folder)).what
     files[0].write_bytes(contents[0])
     assert read_all(folder) == list(range(SHARDS * ROWS))
 
@@ -461,7 +454,7 @@ def test_records_have_one_spelling() -> None:
     ("text", "named"), [("{", "the file"), (b"\xff", "the file"), ('{"rows": "x"}', "fingerprint")]
 )
 def test_a_record_that_is_none_is_refused_with_its_field(text: str | bytes, named: str) -> None:
-    error = refusal(lambda: parse(Plan, text, where=Path("plan.json")))
+    error = bad_data(lambda: parse(Plan, text, where=Path("plan.json")))
     assert error.where == "plan.json"
     assert error.what.startswith(f"{named}: ")
 
