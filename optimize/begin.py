@@ -179,7 +179,7 @@ def resume_or_begin(
     torch.manual_seed(config.seed)
     device = run_device(world)
     policy, cost = start(
-        config, folder, model_folder, checkpoint, world=world, device=device, say=progress.say
+        config, prepared, checkpoint, world=world, patient=patient, device=device, say=progress.say
     )
     optimizer = make_optimizer(policy.model, config)
     parameters: list[Tensor] = [p for p in policy.model.parameters() if p.requires_grad]

@@ -47,7 +47,7 @@ _EMBEDDING = re.compile(
 _OTHER_HEAD = re.compile(r"(^|\.)(v_head|value_head|reward_head|score|classifier)\.")
 
 
-class _Tensor(NamedTuple):
+class StoredTensor(NamedTuple):
     """Where a tensor is: bytes ``begin`` to ``end`` of its file."""
 
     file: Path
@@ -119,14 +119,14 @@ def weights_digest(folder: Path, *, contents: Mapping[str, tuple[str, str]] | No
         ConfigError: A safetensors file is truncated or damaged, or what is loaded is not certain.
     """
     others = contents or {}
-    tensors = _loaded_tensors(folder)
+    tensors = loaded_tensors(folder)
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         lines = sorted(pool.map(lambda t: _tensor_line(t, others.get(t.name)), tensors))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _loaded_tensors(folder: Path) -> list[_Tensor]:
-    """As ``_tensors``, of all files that are loaded.
+def loaded_tensors(folder: Path) -> list[StoredTensor]:
+    """The tensors of all files that are loaded, from their headers.
 
     Raises:
         ConfigError: A tensor is in two of them, or not in the one that the index names.
@@ -154,7 +154,7 @@ def _loaded_tensors(folder: Path) -> list[_Tensor]:
     return tensors
 
 
-def _tensors(path: Path) -> list[_Tensor]:
+def _tensors(path: Path) -> list[StoredTensor]:
     """The tensors of a file, from its safetensors header."""
     size = path.stat().st_size
     damaged = ConfigError(
@@ -177,7 +177,7 @@ def _tensors(path: Path) -> list[_Tensor]:
             if name != "__metadata__":
                 begin, end = map(int, entry["data_offsets"])
                 shape = tuple(map(int, entry["shape"]))
-                found.append(_Tensor(path, name, str(entry["dtype"]), shape, start + begin, start + end))
+                found.append(StoredTensor(path, name, str(entry["dtype"]), shape, start + begin, start + end))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged from error
     # The format has no byte after the last tensor.
@@ -187,7 +187,7 @@ def _tensors(path: Path) -> list[_Tensor]:
     return found
 
 
-def _tensor_line(tensor: _Tensor, content: tuple[str, str] | None) -> str:
+def _tensor_line(tensor: StoredTensor, content: tuple[str, str] | None) -> str:
     path, name, dtype, shape, begin, end = tensor
     if content is not None:
         return f"{name} {content[0]} {'x'.join(map(str, shape))} {content[1]}"
@@ -210,7 +210,7 @@ def nonfinite_tensor(folder: Path) -> str | None:
     Raises:
         ConfigError: A safetensors file is truncated or damaged.
     """
-    for path, name, dtype, _, begin, end in _loaded_tensors(folder):
+    for path, name, dtype, _, begin, end in loaded_tensors(folder):
         if dtype not in _EXPONENTS:
             continue
         layout, exponent = _EXPONENTS[dtype]
@@ -232,7 +232,7 @@ def own_head(folder: Path) -> tuple[str, str] | None:
     Raises:
         ConfigError: As ``weights_digest``.
     """
-    tensors = _loaded_tensors(folder)
+    tensors = loaded_tensors(folder)
     heads = [tensor for tensor in tensors if _HEAD.search(tensor.name)]
     tables = [tensor for tensor in tensors if _EMBEDDING.search(tensor.name)]
     for head in heads:
@@ -242,7 +242,7 @@ def own_head(folder: Path) -> tuple[str, str] | None:
     return None
 
 
-def _same_bytes(one: _Tensor, other: _Tensor) -> bool:
+def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     with one.file.open("rb") as first, other.file.open("rb") as second:
         first.seek(one.begin)
         second.seek(other.begin)
@@ -301,4 +301,4 @@ def parameter_count(folder: Path) -> int:
             why="the model's size is read from them",
             fix="pass a folder with them, or use `dpo-opt check`, which needs the configuration alone",
         )
-    return sum(math.prod(tensor.shape) for tensor in _loaded_tensors(folder))
+    return sum(math.prod(tensor.shape) for tensor in loaded_tensors(folder))

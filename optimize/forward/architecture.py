@@ -38,16 +38,23 @@ def auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM
 
 
-def model_without_weights(folder: Path) -> PreTrainedModel:
-    """The model on the ``meta`` device, in fp32 and evaluation mode: shapes, no data.
+def model_without_weights(
+    folder: Path, *, config: PretrainedConfig | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model on the ``meta`` device, in evaluation mode: shapes, no data.
+
+    Args:
+        folder: The model's.
+        config: Its configuration; None: that of its folder as it is.
+        dtype: Dtype of its parameters.
 
     Raises:
         ConfigError: transformers cannot build the model from its config.json.
     """
-    config = load_model_config(folder)
+    config = config or load_model_config(folder)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
+            model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
     except model_errors() as error:
         raise ConfigError(
             f"transformers cannot make this model ({first_line(error)})",

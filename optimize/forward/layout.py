@@ -71,7 +71,7 @@ def choose_layout(
         ConfigError: No layout gives the model's own log-probs, or these are not finite.
     """
     groups, changed = questions(model, longest)
-    _use_attention(model, STOCK_ATTENTION)
+    use_attention(model, STOCK_ATTENTION)
     with torch.no_grad(), full_precision_products(), contextlib.ExitStack() as stack:
         rounded = stock_answers(model, groups, device, dtype)
         if (dtype != torch.float32 or _holds_half(model)) and _has_fp32_forward(model):
@@ -90,11 +90,11 @@ def choose_layout(
             if packs and (unknown := _unknown_layers(model)):
                 reasons.append(f"packed rows have no {', '.join(unknown)}")
                 continue
-            if not _use_attention(model, attention):
+            if not use_attention(model, attention):
                 continue
             reason = _difference(model, device, probe, packs=packs)
             if reason is None:
-                return packs, probe
+                return packs, probe._replace(attention=attention)
             reasons.append(reason)
         reasons += _what_is_unknown(model, probe, device)
     raise ConfigError(
@@ -126,7 +126,7 @@ def layout_by_structure(model: PreTrainedModel, device: torch.device, dtype: tor
 
     groups, _ = questions(model, None)
     for packs, attention in _LAYOUTS:
-        if (packs and _unknown_layers(model)) or not _use_attention(model, attention):
+        if (packs and _unknown_layers(model)) or not use_attention(model, attention):
             continue
         with torch.no_grad():
             found = _logps_in_layout(Policy(model, device, dtype, packs), groups)
@@ -221,7 +221,7 @@ def _layers_without(calls: Iterable[torch.nn.Module], model: PreTrainedModel) ->
     return sum(all(id(module) not in asked for module in layer.modules()) for layer in layers)
 
 
-def _use_attention(model: PreTrainedModel, name: str) -> bool:
+def use_attention(model: PreTrainedModel, name: str) -> bool:
     """Switch the decoder to an attention. Returns whether it now uses it."""
     decoder: Any = decoder_of(model)
     try:

@@ -1,26 +1,30 @@
 """Loads a policy from a model folder: requires every weight and finds the layout that is exact for it."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dpo_opt.optimize.forward.architecture import auto_class, decoder_of
-from dpo_opt.optimize.forward.layout import choose_layout
+from dpo_opt.optimize.forward.architecture import auto_class, decoder_of, model_without_weights
+from dpo_opt.optimize.forward.layout import choose_layout, use_attention
 from dpo_opt.optimize.forward.narrow_linear import round_weights_at_use
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.forward.precision import HALF, narrow_products
-from dpo_opt.optimize.forward.probe import require_same_in_compute_dtype
+from dpo_opt.optimize.forward.probe import Probe, require_same_in_compute_dtype
+from dpo_opt.optimize.forward.stored_weights import StoredWeights, find_stored
 from dpo_opt.optimize.forward.tied_gradients import sum_tied_gradients
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.model_config import load_model_config, model_errors
 from dpo_opt.schemas.models import context_length
 from dpo_opt.schemas.rope import pin_rope
 from dpo_opt.schemas.weights import refuse_left_over
+
+Layout = tuple[bool, Probe]
+"""Whether batches are packed, and what was compared."""
 
 
 def load_policy(
@@ -51,22 +55,13 @@ def load_policy(
         ConfigError: transformers cannot load the folder, weights are missing or left over, or no layout is
             exact.
     """
-    config = load_model_config(folder)
+    config, longest = _configuration(folder, max_length, trainable=trainable)
     quantized = bool(getattr(config, "quantization_config", None))
-    if trainable and quantized:
-        raise ConfigError(
-            "the checkpoint's weights are quantized",
-            where=str(folder),
-            why="training updates are far smaller than the gaps between quantized numbers",
-            fix="train the model that it was quantized from, or only an adapter (--use-peft)",
-        )
-    longest = max_length or context_length(folder)
-    _refuse_chosen_keys(config, longest, folder)
     try:
         with _quiet_transformers():
             model, report = auto_class(config).from_pretrained(
                 folder,
-                config=config if longest is None else pin_rope(config, longest),
+                config=config,
                 dtype=dtype if quantized else param_dtype or torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -92,14 +87,89 @@ def load_policy(
     model.requires_grad_(False)
     packs, probe = choose_layout(model, device, dtype, folder=folder, longest=longest)
     if trainable:
-        for part in (decoder_of(model), model.get_output_embeddings()):
-            part.requires_grad_(True)
-        sum_tied_gradients(model)
-        if dtype in HALF:
-            round_weights_at_use(decoder_of(model), dtype)
+        _make_trainable(model, dtype)
     policy = Policy(model, device, dtype, packs, probe)
     require_same_in_compute_dtype(policy, where=str(folder))
     return policy
+
+
+class UnreadPolicy(NamedTuple):
+    """A policy whose parameters have no numbers yet, on the ``meta`` device, and where these lie."""
+
+    policy: Policy
+    weights: StoredWeights
+
+
+def lay_out_policy(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trainable: bool,
+    max_length: int | None,
+    param_dtype: torch.dtype,
+    once: Callable[[Callable[[], Layout]], Layout],
+) -> UnreadPolicy | str:
+    """The policy that ``load_policy`` gives, before its weights are read; or why there is none, in words.
+
+    Finding its layout reads them, a layer at a time. The layout is not compared in the compute dtype.
+
+    Args:
+        folder: See ``load_policy``, as for the others.
+        once: Does a piece of work on one of the processes that load this policy, and gives all its result.
+
+    Raises:
+        ConfigError: No layout is exact, or a file is damaged. What else ``load_policy`` refuses is not
+            looked for where there are words.
+    """
+    config, longest = _configuration(folder, max_length, trainable=trainable)
+    if getattr(config, "quantization_config", None):
+        return "its weights are quantized"
+    model = model_without_weights(folder, config=config, dtype=param_dtype)
+    weights = find_stored(model, folder)
+    if isinstance(weights, str):
+        return weights
+    weights.fill_buffers(device)
+    model.requires_grad_(False)
+
+    def measured() -> Layout:
+        with weights.while_used(device):
+            return choose_layout(model, device, dtype, folder=folder, longest=longest)
+
+    packs, probe = once(measured)
+    use_attention(model, probe.attention)
+    if trainable:
+        _make_trainable(model, dtype)
+    return UnreadPolicy(Policy(model, device, dtype, packs, probe), weights)
+
+
+def _configuration(
+    folder: Path, max_length: int | None, *, trainable: bool
+) -> tuple[PretrainedConfig, int | None]:
+    """The model's configuration for a run, and the most tokens of a sequence, if that is known.
+
+    Raises:
+        ConfigError: The model cannot be trained.
+    """
+    config = load_model_config(folder)
+    if trainable and getattr(config, "quantization_config", None):
+        raise ConfigError(
+            "the checkpoint's weights are quantized",
+            where=str(folder),
+            why="training updates are far smaller than the gaps between quantized numbers",
+            fix="train the model that it was quantized from, or only an adapter (--use-peft)",
+        )
+    longest = max_length or context_length(folder)
+    _refuse_chosen_keys(config, longest, folder)
+    return config if longest is None else pin_rope(config, longest), longest
+
+
+def _make_trainable(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    for part in (decoder_of(model), model.get_output_embeddings()):
+        part.requires_grad_(True)
+    sum_tied_gradients(model)
+    if dtype in HALF:
+        round_weights_at_use(decoder_of(model), dtype)
 
 
 @contextlib.contextmanager

@@ -53,6 +53,8 @@ class Probe(NamedTuple):
     """Mean difference, in nats, of the model's own forward in the compute dtype from ``expected``."""
     rounding_max: float
     """Largest such difference."""
+    attention: str = ""
+    """The attention that gives the same log-probs; empty before one was found."""
 
 
 def require_same_in_compute_dtype(policy: "Policy", *, where: str) -> None:

@@ -281,6 +281,20 @@ def from_all(work: Callable[[], T], world: World) -> list[T]:
     return [result for result, _ in found]  # type: ignore[misc]
 
 
+def from_first_alone(work: Callable[[], T], world: World) -> T:
+    """Do one piece of work on the first process, while the others wait; its result on all of them.
+
+    Args:
+        work: Its result is small, and can be pickled.
+        world: From ``patient_world``.
+
+    Raises:
+        Exception: The first process's error, on all of them.
+    """
+    found = from_all(lambda: work() if world.first else None, world)[0]
+    return found  # type: ignore[return-value]
+
+
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale gradients down to a norm over all parameters and all processes.
 

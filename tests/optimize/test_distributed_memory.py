@@ -37,11 +37,9 @@ QUICK = [
 ]
 # The same in an evaluation, whose forwards have no backward.
 EVALUATION_MOMENTS = {
-    "evaluation, to device": (1, [1]),
     "evaluation, forward": (0, [1]),
     "evaluation, between": (1, [2]),
     "evaluation, before exchange": (1, [3]),
-    "evaluation, after exchange": (0, [2]),
 }
 Listed = Sequence[tuple[dict[str, Any], int, str, list[int]]]
 
