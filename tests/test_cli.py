@@ -687,7 +687,7 @@ def test_env_names_every_package() -> None:
         ("polars", ["report", "run"], "analysis"),
     ],
 )
-def test_a_missing_extra_is_named(package: str, arguments: list[str], extra: str, tmp_path: Path) -> None:
+def test_a_missing_extra_is_named(package: str, arguments: list[str], extra: str) -> None:
     code = "import sys; sys.modules[sys.argv[1]] = None; from dpo_opt.cli import main; main(sys.argv[2:])"
     result = python(code, package, *arguments)
     assert result.returncode == 2

@@ -175,7 +175,7 @@ def test_rewards_whose_mean_is_beyond_all_numbers_are_refused(run: Path, tmp_pat
     assert not (run / "frontier.parquet").exists()
 
 
-def test_what_cannot_be_rated_is_refused(run: Path, reward: str, tmp_path: Path, model: Path) -> None:
+def test_what_cannot_be_rated_is_refused(run: Path, reward: str, model: Path) -> None:
     assert "no run is named" in refused(2, "--reward-function", reward)
     assert "no reward is named" in refused(2, run)
     both = ("--reward-function", reward, "--reward-column", "a")

@@ -103,7 +103,7 @@ def test_everything_else_of_the_base_is_kept(tiny_model: Path, adapter: Path, tm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shard_size", ["5GB", "100KB"])
 def test_the_digest_of_the_merged_model_is_known_before_it_is_written(
-    tiny_model: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype, shard_size: str
+    tiny_model: Path, tmp_path: Path, dtype: torch.dtype, shard_size: str
 ) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     (base / "model.safetensors").unlink()

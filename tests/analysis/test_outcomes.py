@@ -100,7 +100,7 @@ def test_slicing_does_not_change_the_final_pairs(scored, monkeypatch):
     assert whole.filter("held_out")["row"].to_list() == [3, 77]
 
 
-def test_a_pair_scored_twice_counts_once(scored, fake_policy):
+def test_a_pair_scored_twice_counts_once(scored):
     folder, _ = scored
     table = scan_pair_logps(folder / "scores.parquet")
     again = final(folder, scores=pl.concat([table, table]))

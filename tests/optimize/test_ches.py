@@ -46,6 +46,7 @@ def require_ches(shards: Path, model: PreTrainedModel) -> None:
     """Fails where a folder's scores are not the paper's."""
     opened = ShardFolder.open(shards)
     pairs = list(opened.pairs())
+    assert pairs
     rows = np.array([pair.row for pair in pairs])
     found = {name: opened.column(name, rows=rows, default=np.nan) for name in (CHES, CHES_NORMALISED)}
     for i, pair in enumerate(pairs):

@@ -175,7 +175,9 @@ ACCEPTED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("settings", ACCEPTED, ids=str)
 def test_what_goes_together_is_taken(settings: dict[str, Any]) -> None:
-    require_usable_losses(training(**settings))
+    config = training(**settings)
+    require_usable_losses(config)
+    assert all(getattr(config, name) in (value, [value]) for name, value in settings.items())
 
 
 @pytest.mark.parametrize(

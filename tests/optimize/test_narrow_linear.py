@@ -69,7 +69,7 @@ def test_without_autocast_a_layer_computes_as_it_is_stored() -> None:
     assert torch.equal(model(torch.ones(2, 24)), expected)
 
 
-def test_a_policy_that_trains_in_half_precision_keeps_no_rounded_weights(tiny_model, monkeypatch) -> None:
+def test_a_policy_that_trains_in_half_precision_keeps_no_rounded_weights(tiny_model) -> None:
     policy = load_policy(tiny_model, dtype=torch.bfloat16, device=torch.device("cpu"), trainable=True)
     weights = {p.shape for n, p in policy.model.named_parameters() if "proj" in n}
     kept: list[tuple[torch.Size, torch.dtype]] = []

@@ -224,7 +224,7 @@ def test_a_context_shorter_than_what_loading_tries_is_no_fault(tmp_path: Path) -
     assert load(tmp_path).packs
 
 
-def test_a_vocabulary_of_special_tokens_alone_is_no_fault(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_of_special_tokens_alone_is_no_fault(tmp_path: Path) -> None:
     save_random("LlamaConfig", {**HEADS, "vocab_size": 3}, tmp_path)
     assert load(tmp_path).packs
 

@@ -567,7 +567,7 @@ def test_a_measured_budget_is_kept_where_it_was_measured(
 
 
 def test_a_budget_that_several_processes_measured_is_not_one_processs(
-    settings: dict[str, Any], shards: Path, tmp_path: Path
+    settings: dict[str, Any], tmp_path: Path
 ) -> None:
     run = stopped_at_step(tmp_path / "run", {**settings, "micro_batch_tokens": None}, 3)
     state = checkpoints.newest_checkpoint(run, print)

@@ -692,9 +692,7 @@ def test_a_worker_that_comes_on_another_day_follows_the_plan(dated: Configs) -> 
 
 
 @pytest.mark.parametrize("planned_while", ["reading the data", "writing the plan"])
-def test_of_two_who_plan_around_midnight_the_first_fixes_the_date(
-    dated: Configs, planned_while: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_who_plan_around_midnight_the_first_fixes_the_date(dated: Configs, planned_while: str) -> None:
     made = []
     for day in DAYS:
         config = dated(day)

@@ -291,7 +291,7 @@ def test_a_worker_that_dies_leaves_its_shards_to_the_other(start: Command, tmp_p
 
 
 @pytest.mark.slow
-def test_when_all_workers_die_the_run_fails_and_goes_on_later(start: Command, tmp_path: Path) -> None:
+def test_when_all_workers_die_the_run_fails_and_goes_on_later(start: Command) -> None:
     process = start("--num-workers", 2, dies="01")
     _, err = process.communicate(timeout=100)
     assert process.returncode == 1

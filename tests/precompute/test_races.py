@@ -190,7 +190,7 @@ def test_a_kill_while_planning_is_healed_by_the_same_command_and_refused_to_anot
 
 
 def test_a_kill_while_planning_what_was_appended_keeps_the_new_weights(
-    configs_of: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configs_of: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (config, _) = configs_of("weights alone")
     write_jsonl(Path(config.data[0]), weighted(ROWS[:6], 1.0))
@@ -248,7 +248,7 @@ def test_a_dry_run_compares_what_another_run_has_claimed(
 
 
 def test_what_a_killed_run_leaves_is_never_the_weights_of_other_rows(
-    configs_of: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configs_of: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It dies after it wrote its columns. Then other rows are added, of which some have no weight."""
     config, _ = configs_of("weights alone")

@@ -444,7 +444,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("content", SETTINGS, ids=lambda content: repr(content[:30]))
-def test_settings_that_are_none_make_nothing_again(scored: Path, tiny_model: Path, content: str) -> None:
+def test_settings_that_are_none_make_nothing_again(scored: Path, content: str) -> None:
     (scored / COMMAND).write_text(content)
     plan = (scored / PLAN).read_bytes()
     for lost in (PLAN, f"{TOKENIZER}/"):
@@ -480,7 +480,7 @@ def test_a_folder_that_holds_nothing_is_no_folder_of_shards(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("lost", ["plan.json", "plan-1.json", "both", "manifest"])
-def test_a_folder_that_grew_is_repaired(made: Path, finished: Path, tiny_model: Path, lost: str) -> None:
+def test_a_folder_that_grew_is_repaired(finished: Path, tiny_model: Path, lost: str) -> None:
     rows = [*ROWS, *preference_rows(18)[14:]]
     data = write_jsonl(finished.parent / "data.jsonl", rows)
     precompute(config_of(finished, data, tiny_model, append=True), scorer=ScriptedScorer())
@@ -496,7 +496,7 @@ def test_a_folder_that_grew_is_repaired(made: Path, finished: Path, tiny_model: 
 
 
 def test_a_folder_that_was_to_grow_and_lost_that_plan_is_planned_again(
-    made: Path, finished: Path, tiny_model: Path
+    finished: Path, tiny_model: Path
 ) -> None:
     rows = [*ROWS, *preference_rows(18)[14:]]
     data = write_jsonl(finished.parent / "data.jsonl", rows)
@@ -528,7 +528,7 @@ FULL: dict[str, Break] = {
 
 @pytest.mark.parametrize("name", FULL)
 def test_a_full_disk_costs_a_repair_nothing_that_was_good(
-    made: Path, finished: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    finished: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full at the first file that must be whole, at the second, and so on."""
     FULL[name](finished)
@@ -642,7 +642,7 @@ def test_a_repair_beside_a_worker_takes_nothing_of_what_it_commits(made: Path, t
     assert contents(folder) == contents(made / "shards")
 
 
-def test_the_command_line_says_what_is_damaged_and_what_goes_on(made: Path, finished: Path) -> None:
+def test_the_command_line_says_what_is_damaged_and_what_goes_on(finished: Path) -> None:
     flip(named(finished, 2))
     for dry_run in ([("--dry-run")], []):
         result = command("repair", "--shards", finished, *dry_run)

@@ -123,7 +123,7 @@ def test_several_workers_fill_it_and_see_each_others_commits_at_once(config_of: 
 
 
 def test_missing_shards_are_named_with_a_command_that_reads_its_settings_from_the_store(
-    config_of: Configs, store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config_of: Configs, store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Killed(BaseException):
         pass
@@ -191,9 +191,7 @@ def test_a_changed_object_is_refused_by_its_url_and_never_taken_from_the_cache(
     assert caught.value.where == str(file)
 
 
-def test_a_stores_refusal_is_explained(
-    config_of: Configs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stores_refusal_is_explained(config_of: Configs, capsys: pytest.CaptureFixture[str]) -> None:
     missing = "s3://nobodys-bucket/shards"
     config = config_of(shards=missing)
     for call in (
@@ -295,9 +293,7 @@ def test_an_object_that_somebody_put_beside_the_tokenizer_is_never_written_here(
     assert not [path for path in tmp_path.rglob("*") if "OWNED" in path.name]
 
 
-def test_a_manifest_that_names_a_tokenizer_file_elsewhere_is_refused(
-    config_of: Configs, server: str, store: str, tmp_path: Path
-) -> None:
+def test_a_manifest_that_names_a_tokenizer_file_elsewhere_is_refused(config_of: Configs) -> None:
     config = config_of()
     precompute(config, scorer=ScriptedScorer())
     body = json.loads((config.shards / "manifest.json").read_text())

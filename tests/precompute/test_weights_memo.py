@@ -137,9 +137,7 @@ def test_other_files_are_read(model: Path, tmp_path: Path, hashed: Hashed, chang
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"weights": "d"}', "\x00", "[" * 200_000], ids=repr_of
 )
-def test_a_memo_that_says_nothing_is_as_good_as_none(
-    model: Path, tmp_path: Path, hashed: Hashed, text: str
-) -> None:
+def test_a_memo_that_says_nothing_is_as_good_as_none(model: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / WEIGHTS).write_text(text)
     assert known_weights_digest(model, tmp_path) == weights_digest(model)
     remember_weights(tmp_path, digest="d", files=weight_files(model))

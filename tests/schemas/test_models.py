@@ -170,7 +170,7 @@ def test_the_context_is_read_however_a_configuration_states_it(
     assert stated_context(config) == context
 
 
-def test_the_context_of_every_causal_model_of_transformers_is_read(tmp_path: Path) -> None:
+def test_the_context_of_every_causal_model_of_transformers_is_read() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
