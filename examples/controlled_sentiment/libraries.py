@@ -1,4 +1,4 @@
-"""What the experiment needs beside dpo-opt, asked for before anything is trained."""
+"""What the experiment needs beside dpo-opt, asked for before anything is trained; how TRL trains here."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +8,14 @@ from settings import ONLINE, Experiment
 from dpo_opt.schemas.errors import ConfigError, quoted
 
 _HERE = Path(__file__).parent
+FLOAT32_RUN = {
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+"""Of TRL's configurations: plain training in float32, of which only the model is kept."""
 
 
 def require_libraries(experiment: Experiment, ppo_library: Path | None) -> None:

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 from folders import Work
+from libraries import FLOAT32_RUN
 
 from dpo_opt.schemas.models import find_model
 from dpo_opt.schemas.shard_folder import ShardFolder
@@ -38,13 +39,9 @@ def train_reward_model(work: Work, seed: int) -> None:
                 per_device_train_batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
                 max_length=None,
-                gradient_checkpointing=False,
-                bf16=False,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
                 seed=seed,
                 use_cpu=not torch.cuda.is_available(),
+                **FLOAT32_RUN,
             ),
             train_dataset=Dataset.from_list(_pairs(work.of_seed(seed) / "shards")),
             processing_class=tokenizer,

@@ -4,6 +4,7 @@ import json
 import tempfile
 
 from folders import Work
+from libraries import FLOAT32_RUN
 
 from dpo_opt.schemas.models import find_model
 from dpo_opt.schemas.storage import publish_folder
@@ -36,13 +37,9 @@ def fine_tune(work: Work) -> None:
                 per_device_train_batch_size=settings.sft_batch_size,
                 learning_rate=settings.sft_learning_rate,
                 max_length=settings.sft_max_tokens,
-                gradient_checkpointing=False,
-                bf16=False,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
                 seed=0,
                 use_cpu=not torch.cuda.is_available(),
+                **FLOAT32_RUN,
             ),
             train_dataset=Dataset.from_list(list(map(json.loads, lines))),
             processing_class=tokenizer,
