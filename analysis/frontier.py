@@ -14,19 +14,30 @@ import polars as pl
 from dpo_opt.analysis.intervals import Interval, as_record, ratio_interval
 from dpo_opt.analysis.kl import KLFile
 from dpo_opt.analysis.load import KL_FOLDER, scan_kl_samples
-from dpo_opt.analysis.run_files import losses_in_words, read_run_config
-from dpo_opt.schemas.errors import DataError, first_line
+from dpo_opt.analysis.run_settings import losses_in_words, read_run_config
+from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.storage import publish
 
 FRONTIER_TABLE = "frontier.parquet"
 _INTERVALS = ("kl", "reward")
+_COLUMNS = {
+    **dict.fromkeys(("run", "file"), pl.String),
+    "step": pl.Int64,
+    "beta": pl.Float64,
+    **dict.fromkeys(("loss_type", "rated_by", "rated_by_sha256"), pl.String),
+    **dict.fromkeys(("samples", "prompts"), pl.Int64),
+    "unfinished": pl.Float64,
+    **dict.fromkeys((f"{name}{bound}" for name in _INTERVALS for bound in ("", "_low", "_high")), pl.Float64),
+}
+"""Of the table: those of ``FrontierPoint``, an interval as three."""
+_MAY_BE_NULL = ("step", "beta", "loss_type", "rated_by_sha256")
 
 
 class FrontierPoint(NamedTuple):
     """One policy: its KL and its reward, on its own samples, with intervals over prompts."""
 
     run: str
-    """Name of the run's folder."""
+    """Name of the run's folder, with folders above it where several have one name."""
     file: str
     """Table of the samples, in the run's folder ``kl/``."""
     step: int | None
@@ -88,7 +99,7 @@ def frontier_point(
         run=run.absolute().name,
         file=kl.file,
         step=kl.step,
-        beta=float(beta) if isinstance(beta, int | float) else None,
+        beta=None if beta is None else float(beta),  # type: ignore[arg-type]
         loss_type=losses_in_words(settings.get("loss_type")),
         rated_by=rated_by,
         rated_by_sha256=rated_by_sha256,
@@ -112,7 +123,7 @@ def write_frontier(run: Path, points: Iterable[FrontierPoint]) -> None:
         for point in points
     ]
     with publish(run / FRONTIER_TABLE) as private:
-        pl.DataFrame(rows, infer_schema_length=None).write_parquet(private)
+        pl.DataFrame(rows, schema=_COLUMNS).write_parquet(private)
 
 
 def read_frontier(run: Path) -> list[FrontierPoint]:
@@ -122,16 +133,26 @@ def read_frontier(run: Path) -> list[FrontierPoint]:
         DataError: The table is damaged.
     """
     file = run / FRONTIER_TABLE
-    if not file.is_file():
+    if not file.exists():
         return []
     try:
-        return [_point(row) for row in pl.read_parquet(file, glob=False).iter_rows(named=True)]
-    except (pl.exceptions.PolarsError, KeyError) as error:
-        raise DataError(
-            f"this is not a table of a frontier ({first_line(error)})",
-            where=str(file),
-            fix="measure it again with `dpo-opt frontier`",
-        ) from error
+        table = pl.read_parquet(file, glob=False).select(pl.col(n).cast(t) for n, t in _COLUMNS.items())
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise _no_frontier(file, first_line(error)) from error
+    if lacking := [n for n in _COLUMNS if n not in _MAY_BE_NULL and table[n].null_count()]:
+        raise _no_frontier(file, f"a point has no {lacking[0]}")
+    if any(not table[name].is_finite().all() for name in _INTERVALS):
+        raise _no_frontier(file, "a point's KL or reward is not finite")
+    return [_point(row) for row in table.iter_rows(named=True)]
+
+
+def _no_frontier(file: Path, problem: str) -> DataError:
+    return DataError(
+        f"this is not a table of a frontier ({problem})",
+        where=str(file),
+        why="its points are drawn in the report",
+        fix=f"mv {quoted(file)} {quoted(f'{file}.other')}, and measure it again with `dpo-opt frontier`",
+    )
 
 
 def _point(row: Mapping[str, object]) -> FrontierPoint:

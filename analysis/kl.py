@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from dpo_opt.analysis.intervals import FloatArray, Interval, as_record, ratio_interval, share_interval
-from dpo_opt.analysis.load import KL_FOLDER, UNREADABLE, parquet_files, scan_kl_samples
+from dpo_opt.analysis.load import KL_FOLDER, scan_kl_samples
+from dpo_opt.analysis.run_files import finished_tables
+from dpo_opt.analysis.table_checks import UNREADABLE
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.kl_samples import read_kl_record
 
@@ -84,21 +86,22 @@ class KLFile(NamedTuple):
 
 
 def kl_of_run(run: Path) -> list[KLFile]:
-    """The estimates of all tables in a run's folder ``kl/``, in the order of their steps; none without them.
+    """The estimates of the tables in a run's folder ``kl/``, in the order of their steps; none without them.
+
+    The checkpoint of the last step and the final model are one policy. Where both were measured, the final
+    model's table stands for it.
 
     Raises:
         DataError: A table is damaged, or has samples of another model than the policy.
     """
-    if not any((run / KL_FOLDER).glob("*.parquet")):
-        return []
     found = []
-    for file in parquet_files(run, inside=KL_FOLDER):
-        record = read_kl_record(file)
+    for file in finished_tables(run / KL_FOLDER):
         estimate = estimate_kl(scan_kl_samples(file), where=str(file))
+        record = read_kl_record(file)
         found.append(KLFile(file.name, None if record is None else record.step, estimate))
-    return sorted(
-        found, key=lambda kl: (math.inf if kl.step is None else kl.step, kl.file == "final.parquet")
-    )
+    last = {kl.step for kl in found if kl.file == FINAL_TABLE} - {None}
+    once = [kl for kl in found if kl.file == FINAL_TABLE or kl.step not in last]
+    return sorted(once, key=lambda kl: (math.inf if kl.step is None else kl.step, kl.file == FINAL_TABLE))
 
 
 def estimate_kl(samples: pl.LazyFrame, *, where: str | None = None) -> KLEstimate:
@@ -189,7 +192,7 @@ def _sums_by_prompt(samples: pl.LazyFrame, where: str | None) -> dict[str, Float
         .sort("prompt_id")
         .collect(engine="streaming")
     )
-    if not len(by_prompt):
+    if not len(by_prompt) or not by_prompt["tokens"].sum():
         raise DataError(
             "the table of on-policy samples is empty",
             where=where,

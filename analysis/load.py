@@ -11,12 +11,11 @@ from typing import NoReturn
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from dpo_opt.analysis.run_files import shards_of_run
+from dpo_opt.analysis.run_files import finished_tables, shards_of_run
+from dpo_opt.analysis.table_checks import require_table
 from dpo_opt.analysis.unpaired_rows import is_unpaired, own_sides
-from dpo_opt.schemas.arrow_file import arrow_file
-from dpo_opt.schemas.errors import DataError, first_line, quoted
+from dpo_opt.schemas.errors import DataError, quoted
 from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA, LATER_COLUMNS
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import ShardCommit, load_manifest
@@ -26,13 +25,6 @@ from dpo_opt.schemas.shards import SHARD_SCHEMA, UNPAIRED_SCHEMA
 
 PAIR_LOGPS_FOLDER = "pair_logps"
 KL_FOLDER = "kl"
-
-UNREADABLE = (
-    pl.exceptions.ComputeError,
-    pl.exceptions.SchemaError,
-    pl.exceptions.InvalidOperationError,
-)
-"""What a query raises where a table's pages are damaged, or a column holds another type."""
 
 
 def scan_shards(shards_dir: AnyPath | str) -> pl.LazyFrame:
@@ -156,7 +148,7 @@ def parquet_files(path: Path | str, *, inside: str) -> list[Path]:
     if path.is_file():
         return [path]
     folder = path / inside if (path / inside).is_dir() else path
-    files = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
+    files = finished_tables(folder)
     if not files:
         raise DataError(
             "there is no Parquet file",
@@ -208,45 +200,8 @@ def _scan(
 ) -> pl.LazyFrame:
     """The tables of some files, of which earlier versions lack the columns ``later``."""
     for file in files:
-        try:
-            with arrow_file(file) as raw:
-                footer = pq.read_metadata(raw)
-                names = footer.schema.to_arrow_schema().names
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"not readable as Parquet ({first_line(error)})",
-                where=str(file),
-                why="the file is truncated, damaged or not Parquet",
-                fix=f"mv {quoted(file)} {quoted(f'{file}.damaged')}, then run the same command without it",
-            ) from error
-        missing = [name for name in schema.names if name not in names and name not in later]
-        if missing:
-            raise DataError(
-                f"this is not a table of {what}: it lacks the columns {', '.join(missing)}",
-                where=str(file),
-                why="its rows cannot be compared with the reference without them",
-                fix="restore the file, or write it again with the command that made it",
-            )
-        if empty := _columns_with_nulls(footer, schema):
-            raise DataError(
-                f"rows have no value in the columns {', '.join(empty)}",
-                where=str(file),
-                why=f"every row of a table of {what} has one, so another program changed the file",
-                fix="restore the file, or write it again with the command that made it",
-            )
+        require_table(file, schema, what=what, later=later)
     return scan_versions(files, schema) if later else _lazy(files, schema)
-
-
-def _columns_with_nulls(footer: pq.FileMetaData, schema: pa.Schema) -> list[str]:
-    """Of the columns that need a value in every row, those that lack some; by what the footer says."""
-    needed = {field.name for field in schema if not field.nullable}
-    found = dict.fromkeys(
-        column.path_in_schema
-        for group in map(footer.row_group, range(footer.num_row_groups))
-        for column in map(group.column, range(group.num_columns))
-        if column.path_in_schema in needed and column.statistics and column.statistics.null_count
-    )
-    return list(found)
 
 
 def scan_versions(files: Sequence[Path], schema: pa.Schema) -> pl.LazyFrame:

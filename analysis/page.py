@@ -6,6 +6,7 @@ text of a model or a dataset ever gets past the escaping.
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from markupsafe import Markup
@@ -18,13 +19,13 @@ from dpo_opt.analysis.figures.frontier import frontier_figure
 from dpo_opt.analysis.figures.runs import accuracy_of_runs
 from dpo_opt.analysis.frontier import FrontierPoint
 from dpo_opt.analysis.html import render
-from dpo_opt.analysis.load import UNREADABLE
 from dpo_opt.analysis.quadrants import MOVEMENTS
-from dpo_opt.analysis.run_files import open_run
+from dpo_opt.analysis.run_files import distinct_names, open_run
 from dpo_opt.analysis.run_summary import run_summary
-from dpo_opt.analysis.summary import RunDifference, Summary
+from dpo_opt.analysis.summary import NotCompared, RunDifference, Summary
+from dpo_opt.analysis.table_checks import UNREADABLE, unreadable_of
 from dpo_opt.analysis.view import RunView, view_run
-from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
+from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.outputs import output_mark, require_own_output
 from dpo_opt.schemas.storage import write_text
 
@@ -60,10 +61,12 @@ def report(run_dirs: Sequence[Path], output: Path, *, pairs: Path | None = None)
         views = _views(run_dirs, Path(scratch))
         if pairs is not None:
             _export(views, pairs)
+        differences, not_compared = _differences(views)
         summary = Summary(
             written_by=output_mark(_COMMAND),
             runs=[run_summary(view) for view in views],
-            differences=_differences(views),
+            differences=differences,
+            not_compared=not_compared,
         )
     write_text(output, _page(views, summary, numbers=summary_file(output).name))
     write_text(summary_file(output), summary.model_dump_json(indent=1) + "\n")
@@ -82,18 +85,14 @@ def _export(views: Sequence[RunView], output: Path) -> None:
 
 def _views(run_dirs: Sequence[Path], scratch: Path) -> list[RunView]:
     views = []
-    for number, run_dir in enumerate(run_dirs):
+    for number, (run_dir, name) in enumerate(zip(run_dirs, distinct_names(run_dirs), strict=True)):
         own = scratch / str(number)
         own.mkdir()
+        run = replace(open_run(run_dir), name=name)
         try:
-            views.append(view_run(open_run(Path(run_dir)), own))
+            views.append(view_run(run, own))
         except UNREADABLE as error:
-            # The files' footers were readable, but their data pages are not, or hold other types.
-            raise DataError(
-                f"a table cannot be read ({first_line(error)})",
-                where=str(run_dir),
-                why="one of its Parquet files is damaged",
-            ) from error
+            raise unreadable_of(run, error) from error
     return views
 
 
@@ -102,14 +101,26 @@ def summary_file(output: Path) -> Path:
     return output.with_suffix(".summary.json")
 
 
-def _differences(views: Sequence[RunView]) -> list[RunDifference]:
-    found = []
+def _differences(views: Sequence[RunView]) -> tuple[list[RunDifference], list[NotCompared]]:
+    """How the later runs differ from the first one, and why those that are not compared are not."""
+    found, apart = [], []
+    first = views[0]
     for view in views[1:]:
-        if views[0].final is None or view.final is None:
+        name = view.run.name
+        unknown = [other.run.name for other in (first, view) if other.final is None]
+        if first.unpaired or view.unpaired:
+            reason = "unpaired rows have no rankings that could differ"
+        elif first.final is None or view.final is None:
+            reason = f"no pair's final log-probs are known of {' and '.join(unknown)}"
+        elif (compared := difference(view.final.pairs, first.final.pairs)) is not None:
+            found.append(RunDifference.of(name, compared))
             continue
-        if (compared := difference(view.final.pairs, views[0].final.pairs)) is not None:
-            found.append(RunDifference.of(view.run.name, compared))
-    return found
+        elif view.manifest != first.manifest:
+            reason = f"it was trained on other shards ({view.run.shards}, not {first.run.shards})"
+        else:
+            reason = "no pair's final log-probs are known of both"
+        apart.append(NotCompared(run=name, reason=reason))
+    return found, apart
 
 
 def _page(views: Sequence[RunView], summary: Summary, *, numbers: str) -> str:
@@ -123,6 +134,7 @@ def _page(views: Sequence[RunView], summary: Summary, *, numbers: str) -> str:
         aligned=_aligned(views),
         frontiers=_frontiers(views),
         differences=summary.differences,
+        not_compared=summary.not_compared,
         numbers=numbers,
         written_by=output_mark(_COMMAND),
     )

@@ -6,7 +6,8 @@ from pydantic import JsonValue
 from dpo_opt.analysis.diagnosis.finding import Diagnosis
 from dpo_opt.analysis.notable_pairs import NotablePairs
 from dpo_opt.analysis.quadrants import MOVEMENTS
-from dpo_opt.analysis.run_files import last_entry, losses_in_words
+from dpo_opt.analysis.run_files import last_entry
+from dpo_opt.analysis.run_settings import losses_in_words
 from dpo_opt.analysis.summary import (
     KLSummary,
     LabelledSummary,

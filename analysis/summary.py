@@ -194,6 +194,14 @@ class RunDifference(_Record):
         )
 
 
+class NotCompared(_Record):
+    """A run that is not compared with the first one pair by pair."""
+
+    run: str
+    reason: str
+    """In words."""
+
+
 class Summary(_Record):
     """A report's numbers: one entry per run, in the order in which the runs were given."""
 
@@ -202,6 +210,8 @@ class Summary(_Record):
     runs: list[RunSummary]
     differences: list[RunDifference]
     """Of every later run, where it shares pairs with the first."""
+    not_compared: list[NotCompared]
+    """The later runs that have no such difference."""
 
 
 def known(value: float | None) -> float | None:

@@ -161,7 +161,7 @@ def view_run(run: Run, scratch: Path) -> RunView:
         last_evaluation=_last_evaluation(run, final) if final else None,
         overfitting=overfitting(final.splits if final else {}, run.evals),
         kl=kl,
-        frontier=read_frontier(run.path),
+        frontier=[point._replace(run=run.name) for point in read_frontier(run.path)],
         samples=_samples(run.path / KL_FOLDER / kl[-1].file, decoder) if kl else [],
         text_problem=decoder.problem,
     )

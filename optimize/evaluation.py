@@ -12,9 +12,10 @@ from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.losses.preference_loss import is_unpaired
 from dpo_opt.optimize.losses.running import Running
 from dpo_opt.optimize.losses.usable import reads_margins, require_matching_rows
+from dpo_opt.optimize.metrics_lines import Metrics
 from dpo_opt.optimize.metrics_window import MetricsWindow, metric_names
 from dpo_opt.optimize.processes.distributed import process_without
-from dpo_opt.optimize.run_folder import HeldLogps, Metrics, RunFolder, hold_logps
+from dpo_opt.optimize.run_folder import HeldLogps, RunFolder, hold_logps
 from dpo_opt.optimize.step import Batching, forward_pairs
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.optimize.stream import PairStream, share_that_holds_out

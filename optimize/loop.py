@@ -22,6 +22,7 @@ from dpo_opt.optimize.first_step import first_step
 from dpo_opt.optimize.gradients import repeated_where_memory_ran_out, try_step
 from dpo_opt.optimize.less_memory import halve_micro_batches, ran_out_again
 from dpo_opt.optimize.losses.preference_loss import NEED_RUNNING
+from dpo_opt.optimize.metrics_lines import Metrics
 from dpo_opt.optimize.pair_results import PairResults
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.prepare import prepare
@@ -33,7 +34,7 @@ from dpo_opt.optimize.processes.distributed import (
     wait_for_all,
     world_from_environment,
 )
-from dpo_opt.optimize.run_folder import FINAL, Metrics, RunFolder, hold_logps, resume_command
+from dpo_opt.optimize.run_folder import FINAL, RunFolder, hold_logps, resume_command
 from dpo_opt.optimize.stop_signals import StopRequested, StopSignals, stop_signals
 from dpo_opt.optimize.update.optimizer import learning_rate, set_learning_rate
 from dpo_opt.optimize.update.set_apart import set_apart

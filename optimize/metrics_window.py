@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dpo_opt.optimize.forward.packing import to_device
+from dpo_opt.optimize.metrics_lines import Metrics
 from dpo_opt.optimize.pair_results import PairResults
-from dpo_opt.optimize.run_folder import Metrics
 from dpo_opt.schemas.pairs import ScoredPair
 
 _OF_PAIRS = (

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from dpo_opt.optimize.metrics_lines import Metrics, is_line, is_whole, lines_until, newest_training_line
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.pair_logps import PairLogps, Phase, write_pair_logps
 from dpo_opt.schemas.pairs import ScoredPair
@@ -30,8 +31,6 @@ _PARITY = "parity.json"
 _PAIR_LOGPS = "pair_logps"
 # Rows of pair log-probs held before a segment is written: about 10 MB.
 _SEGMENT_ROWS = 50_000
-
-Metrics = dict[str, float | int]
 
 
 class Written(NamedTuple):
@@ -153,7 +152,7 @@ class RunFolder:
         """
         if not self._writes:
             return
-        lines = _lines_until(self.path / _METRICS, written.lines, step)
+        lines = lines_until(self.path / _METRICS, written.lines, step)
         for name in (PREEMPTED, BEST, _STATE):
             (self.path / name).unlink(missing_ok=True)
         write_text(self.path / _METRICS, "".join(lines))
@@ -245,8 +244,9 @@ class RunFolder:
             state = json_of(file.read_text(encoding="utf-8"))
         except ValueError:
             state = None
-        known = isinstance(state, dict) and isinstance(state.get("log_history"), list)
-        if not known or not isinstance(state.get("global_step"), int):
+        lines = state.get("log_history") if isinstance(state, dict) else None
+        readable = isinstance(lines, list) and all(map(is_line, lines))
+        if not readable or not is_whole(state.get("global_step")):
             raise DataError(
                 "not the state of a finished run",
                 where=str(file),
@@ -258,10 +258,7 @@ class RunFolder:
 
     def last_metrics(self) -> Metrics:
         """The newest line of training metrics; empty if there is none."""
-        metrics = self.path / _METRICS
-        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-        found = (json.loads(line) for line in reversed(lines))
-        return next((dict(metrics) for metrics in found if "loss" in metrics), {})
+        return newest_training_line(self.path / _METRICS)
 
     def dump_pairs(
         self, pairs: Sequence[ScoredPair], numbers: Mapping[str, Sequence[float]], *, step: int
@@ -296,28 +293,6 @@ class RunFolder:
             lines.append(json.dumps(record) + "\n")
         write_text(path, "".join(lines))
         return path
-
-
-def _lines_until(metrics: Path, count: int, step: int) -> list[str]:
-    """The first lines of metrics, at most ``count``, and none of a later step."""
-    lines = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
-    kept = []
-    for number, line in enumerate(lines.splitlines(keepends=True)[:count], start=1):
-        try:
-            entry = json_of(line)
-        except ValueError:
-            entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            raise DataError(
-                "not a line of metrics",
-                where=f"{metrics}:{number}",
-                why="the run's end reads every line, and would fail after all steps",
-                fix=f"sed -i.bak {number}d {quoted(metrics)}, which leaves out this one, then run the same "
-                "command again",
-            )
-        if entry["step"] <= step:
-            kept.append(line)
-    return kept
 
 
 def _rows(held: HeldLogps) -> list[PairLogps]:

@@ -10,8 +10,8 @@ from dpo_opt.optimize.forward.balance import ForwardCost, group_cost
 from dpo_opt.optimize.forward.packing import Group
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.forward.prompt_groups import mismatched_side, own_side, unique_groups
+from dpo_opt.optimize.metrics_lines import Metrics
 from dpo_opt.optimize.processes.distributed import World
-from dpo_opt.optimize.run_folder import Metrics
 from dpo_opt.schemas.pairs import ScoredPair
 
 # Peak FLOP/s of dense bf16 matrix products, from NVIDIA's data sheets. The first name that is a part of the

@@ -112,5 +112,5 @@ def read_kl_record(path: Path) -> KLRecord | None:
             f"not readable as a table of on-policy samples ({first_line(error)})",
             where=str(path),
             why="it says which policy wrote the samples, and how",
-            fix=f"remove {quoted(path)}, and measure again with `dpo-opt kl`",
+            fix=f"rm {quoted(path)}, then measure again with `dpo-opt kl`",
         ) from error

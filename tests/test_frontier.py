@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,7 @@ from dpo_opt.analysis.kl import kl_of_run
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.loop import train
 from dpo_opt.optimize.transformers_scorer import HfScorer
+from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import TokenSequence
 
 REWARD = """
@@ -163,6 +165,63 @@ def test_the_report_draws_all_runs_that_one_reward_rated(run: Path, reward: str,
     (other / "frontier.parquet").write_bytes(b"?")
     with pytest.raises(ValueError, match="not a table of a frontier"):
         report([other], tmp_path / "report.html")
+
+
+def test_runs_of_one_name_have_a_line_each(run: Path, reward: str, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "longer" / "run"))
+    figure = tmp_path / "frontier.svg"
+    found = points(run, other, run, "--reward-function", reward, "--output", figure)
+    names = [f"{tmp_path.name}/run"] * 2 + ["longer/run"] * 2
+    assert [point["run"] for point in found] == names
+    page = figure.read_text()
+    report([run, other], tmp_path / "report.html")
+    page += (tmp_path / "report.html").read_text()
+    for name in set(names):
+        # In the legend of both figures, and where the report has a section of it.
+        assert page.count(name) >= 3
+
+
+BAD_POINTS: dict[str, pl.Expr] = {
+    "another type": pl.lit("x").alias("kl"),
+    "no value": pl.lit(None, dtype=pl.Float64).alias("reward"),
+    "not finite": pl.lit(float("inf")).alias("reward"),
+    "no name": pl.lit(None, dtype=pl.String).alias("rated_by"),
+    "another kind of number": pl.lit("many").alias("samples"),
+}
+
+
+@pytest.mark.parametrize("bad", [*BAD_POINTS, "a column is missing", "a folder", "text"])
+def test_a_broken_table_of_points_is_named_and_measured_again(bad: str, run: Path, reward: str) -> None:
+    points(run, "--reward-function", reward)
+    file = run / "frontier.parquet"
+    table = pl.read_parquet(file)
+    if bad == "a folder":
+        file.unlink()
+        file.mkdir()
+    elif bad == "text":
+        file.write_text("?")
+    elif bad == "a column is missing":
+        table.drop("rated_by").write_parquet(file)
+    else:
+        table.with_columns(BAD_POINTS[bad]).write_parquet(file)
+    with pytest.raises(DataError, match="not a table of a frontier") as error:
+        read_frontier(run)
+    assert error.value.where == str(file)
+    assert error.value.why
+    assert (error.value.fix or "").startswith(f"mv {file} {file}.other, ")
+    file.rename(f"{file}.other")
+    points(run, "--reward-function", reward)
+    assert len(read_frontier(run)) == 2
+
+
+@pytest.mark.parametrize("beta", ["1" + "0" * 400, "x", ".inf"])
+def test_a_beta_that_is_none_is_named(beta: str, run: Path, reward: str) -> None:
+    config = run / "config.resolved.yaml"
+    config.write_text(f"{config.read_text()}\nbeta: {beta}\n")
+    said = refused(2, run, "--reward-function", reward)
+    assert f"{config}: beta is " in said
+    assert "write the beta there" in said
+    assert len(said) < 500 + 2 * len(str(config))
 
 
 def test_rewards_whose_mean_is_beyond_all_numbers_are_refused(run: Path, tmp_path: Path) -> None:

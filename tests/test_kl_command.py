@@ -13,7 +13,7 @@ from command_line import invoke, printed, result_of
 from fakes import preference_rows, write_jsonl
 
 from dpo_opt.analysis import report
-from dpo_opt.analysis.kl import estimate_kl
+from dpo_opt.analysis.kl import estimate_kl, kl_of_run
 from dpo_opt.analysis.kl_table import KL_TABLE
 from dpo_opt.analysis.load import scan_kl_samples, scan_pair_logps
 from dpo_opt.optimize.config import TrainConfig
@@ -179,6 +179,42 @@ def test_the_fix_of_a_broken_table_mends_it(run: Path, damage: str) -> None:
     assert "measure again with `dpo-opt kl`" in said
     table.unlink()
     assert [entry["measured"] for entry in measured(run)] == [True, False, False]
+
+
+def test_the_last_policy_counts_once_whether_as_checkpoint_or_as_final_model(run: Path) -> None:
+    (last,) = measured(run / "checkpoints" / "step-00000003")
+    assert Path(last["output"]).name == "step-00000003.parquet"
+    assert [kl.file for kl in kl_of_run(run)] == ["step-00000003.parquet"]
+    measured(run)
+    kept = ["step-00000001.parquet", "step-00000002.parquet", "final.parquet"]
+    assert [kl.file for kl in kl_of_run(run)] == kept
+    assert pl.read_parquet(run / KL_TABLE)["file"].to_list() == kept
+
+
+def test_a_policy_that_is_gone_is_measured_as_the_others(run: Path) -> None:
+    """Its checkpoint was removed, and only its table says what it was."""
+    measured(run / "checkpoints" / "step-00000001")
+    shutil.rmtree(run / "checkpoints" / "step-00000001")
+    said = invoke("kl", run, *SMALL, "--num-samples", 3)
+    assert said.exit_code == 2
+    assert "there is another measurement (num_samples 2, not 3)" in said.stderr
+    assert f"rm {run / 'kl' / 'step-00000001.parquet'}, then run the same command again" in said.stderr
+    assert sorted(file.name for file in (run / "kl").iterdir()) == ["step-00000001.parquet"]
+    elsewhere = ("--num-samples", 3, "--output", run / "three.parquet")
+    printed("kl", run / "final", *SMALL, *elsewhere)
+    assert [entry["step"] for entry in measured(run)] == [2, 3]
+
+
+def test_a_table_of_another_program_is_refused_before_any_measurement(run: Path) -> None:
+    foreign = run / "kl" / "zz.parquet"
+    foreign.parent.mkdir()
+    pl.DataFrame({"x": [1]}).write_parquet(foreign)
+    said = refused(3, run)
+    assert f"{foreign}: this is not a table of on-policy samples" in said
+    assert list(foreign.parent.iterdir()) == [foreign]
+    assert f"fix: mv {foreign} {foreign}.other, then run the same command without it" in said
+    foreign.rename(f"{foreign}.other")
+    assert len(measured(run)) == 3
 
 
 def test_one_checkpoint_and_a_sweep(run: Path, base: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from dpo_opt.analysis.diagnosis import labels, pace, setup
 from dpo_opt.analysis.diagnosis.evidence import Evidence, gather
 from dpo_opt.analysis.diagnosis.finding import Check, Diagnosis, Finding, Missing
 from dpo_opt.analysis.final_state import FinalState
-from dpo_opt.analysis.load import UNREADABLE
 from dpo_opt.analysis.run_files import Run, open_run
 from dpo_opt.analysis.slices import ShardSlice
+from dpo_opt.analysis.table_checks import UNREADABLE, unreadable_of
 from dpo_opt.analysis.unpaired_rows import require_pairs
-from dpo_opt.schemas.errors import DataError, first_line, quoted
+from dpo_opt.schemas.errors import quoted
 
 MOST_FINDINGS = 3
 
@@ -55,12 +55,7 @@ def diagnose(
         evidence = gather(run, final, slices)
         found = {cause: cause(evidence) for cause in CAUSES}
     except UNREADABLE as error:
-        # The files' footers were readable, but their data pages are not, or hold other types.
-        raise DataError(
-            f"a table cannot be read ({first_line(error)})",
-            where=str(run.path),
-            why="one of its Parquet files is damaged",
-        ) from error
+        raise unreadable_of(run, error) from error
     findings = [result for result in found.values() if isinstance(result, Finding)][:MOST_FINDINGS]
     return Diagnosis(
         run=str(run.path),

@@ -5,6 +5,7 @@ on other seeds than those of the experiment that tests them (bench/planted_cause
 """
 
 import math
+import re
 
 import polars as pl
 
@@ -13,7 +14,7 @@ from dpo_opt.analysis.diagnosis.evidence import FEWEST, MOST_PAIRS, Evidence
 from dpo_opt.analysis.diagnosis.finding import Finding, Measure, Missing, counted
 from dpo_opt.analysis.intervals import wilson
 from dpo_opt.analysis.outcomes import means_over_prompts
-from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.plain_data import json_of
 
 _ANOTHER_REFERENCE = 0.01
@@ -24,6 +25,8 @@ _TRUNCATED = 0.2
 """Of the kept pairs."""
 _LOST = 0.5
 """Of the margin that training had reached."""
+
+_STEP_OF_DUMP = re.compile(r"not-finite-step-(\d{8,18})\.jsonl", re.ASCII)
 
 REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo", "sft", "unlikelihood"})
 
@@ -62,21 +65,30 @@ def wrong_reference(evidence: Evidence) -> Finding | Missing | None:
 def values_not_finite(evidence: Evidence) -> Finding | Missing | None:
     """a loss or a gradient was not finite, and training stopped"""
     run = evidence.run
-    dumps = sorted(run.path.glob("not-finite-step-*.jsonl"))
-    if not dumps or run.finished:
+    dumps = {file: _STEP_OF_DUMP.fullmatch(file.name) for file in run.path.glob("not-finite-step-*.jsonl")}
+    steps = {int(found[1]): file for file, found in dumps.items() if found}
+    if not steps or run.finished:
         return None
+    step, dump = max(steps.items())
     try:
-        pairs = [json_of(line) for line in dumps[-1].read_text(encoding="utf-8").splitlines()]
+        pairs = [json_of(line) for line in dump.read_text(encoding="utf-8").splitlines()]
         # Numbers that are not finite stand there as words.
-        rows = [(isinstance(pair["loss"], float), int(pair["row"])) for pair in pairs]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError("not the pairs of a step, one JSON object in a line", where=str(dumps[-1])) from error
+        rows = [(isinstance(pair["loss"], float), pair["row"]) for pair in pairs]
+        if not all(isinstance(row, int) and 0 <= row < 2**63 for _, row in rows):
+            raise ValueError("a row is no number of a row")
+    except (ValueError, KeyError, TypeError, IsADirectoryError) as error:
+        raise DataError(
+            f"not the pairs of a step, one JSON object in a line ({first_line(error)})",
+            where=str(dump),
+            why="they say why training stopped",
+            fix=f"mv {quoted(dump)} {quoted(f'{dump}.other')}, then run the same command without it",
+        ) from error
     other = "" if run.config.get("dtype") == "float32" else ", or use --dtype float32"
     return Finding(
         cause="values_not_finite",
         title="Values were not finite: training stopped before an update that would destroy the policy",
         evidence=(
-            Measure("step", counted(int(dumps[-1].stem.rpartition("-")[2]))),
+            Measure("step", counted(step)),
             Measure("pairs in it whose loss was not finite", counted(sum(not finite for finite, _ in rows))),
             Measure("pairs in it", counted(len(rows))),
         ),

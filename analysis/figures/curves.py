@@ -40,9 +40,7 @@ def loss_curve(
         untrained: The loss of a policy equal to its reference; None if that is not one number.
     """
     first, last, which = _first_and_last(train, evals, "loss")
-    figure, axes = new_figure(
-        f"Loss ends at {last:.3g}, {which} (first logged: {first:.3g})", axes, y="loss (nats)"
-    )
+    figure, axes = new_figure(f"Loss ends at {last:.3g}, {which} (first: {first:.3g})", axes, y="loss (nats)")
     if untrained is not None:
         baseline(axes, untrained, f"policy = reference ({untrained:.3f})")
     _line(axes, train, "loss", INK, "training")
@@ -247,7 +245,9 @@ def _first_and_last(train: pl.DataFrame, evals: pl.DataFrame, column: str) -> tu
     if f"eval_{column}" in evals.columns:
         return *_ends(evals, f"eval_{column}"), "held-out"
     line = smoothed(train, [column]) if column in train.columns else train
-    return *_ends(line, column), "in training"
+    # The last value that was logged is another number: that of a few pairs.
+    means = ", as means over intervals of steps" if len(line) < len(train) else ""
+    return *_ends(line, column), f"in training{means}"
 
 
 def _ends(frame: pl.DataFrame, column: str) -> tuple[float, float]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from dpo_opt.analysis.frontier import FrontierPoint, frontier_point, write_frontier
 from dpo_opt.analysis.kl import KLFile, kl_of_run
 from dpo_opt.analysis.load import KL_FOLDER
-from dpo_opt.analysis.run_files import read_run_config
+from dpo_opt.analysis.run_files import distinct_names
+from dpo_opt.analysis.run_settings import read_run_config
 from dpo_opt.kl.rewards import make_rater
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.kl_samples import read_kl_record
@@ -32,7 +33,7 @@ def measure_frontier(config: "FrontierConfig", *, progress: Progress | None = No
         FingerprintError: The reward model has another tokenizer than a run.
     """
     progress = progress or Silent()
-    runs = [run for named in config.runs for run in run_folders(named)]
+    runs = list(dict.fromkeys(run for named in config.runs for run in run_folders(named)))
     if not runs:
         raise ConfigError("no run is named", fix="dpo-opt frontier RUN --reward-function FILE.py:NAME")
     if config.output is not None:
@@ -50,14 +51,14 @@ def measure_frontier(config: "FrontierConfig", *, progress: Progress | None = No
     _require_one_length(measured)
     progress.start("rating", total=sum(map(len, measured.values())), unit="tables")
     found = []
-    for run in runs:
+    for run, name in zip(runs, distinct_names(runs), strict=True):
         points = []
         for kl in measured[run]:
             rewards = rater.rate(run / KL_FOLDER / kl.file, run=run)
             points.append(frontier_point(run, kl, rewards, rated_by=rater.name, rated_by_sha256=rater.sha256))
             progress.advance(1)
         write_frontier(run, points)
-        found += points
+        found += [point._replace(run=name) for point in points]
     progress.finish()
     if config.output is not None:
         from dpo_opt.analysis.figures.drawing import svg

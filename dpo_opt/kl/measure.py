@@ -12,9 +12,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_opt.analysis.kl import estimate_kl
+from dpo_opt.analysis.kl import estimate_kl, kl_of_run
 from dpo_opt.analysis.kl_table import write_kl_table
-from dpo_opt.analysis.load import scan_kl_samples
+from dpo_opt.analysis.load import KL_FOLDER, scan_kl_samples
 from dpo_opt.kl.policies import Policy, find_policies
 from dpo_opt.kl.prompts import choose_prompts
 from dpo_opt.merge import merge
@@ -142,8 +142,10 @@ def _require_equal_records(jobs: Sequence[_Job]) -> None:
     others = {
         job.policy.output: difference
         for job in jobs
-        if job.policy.output.is_file() and (difference := _difference(job)) is not None
+        if job.policy.output.is_file()
+        and (difference := _difference(read_kl_record(job.policy.output), job.record)) is not None
     }
+    others |= _others_beside(jobs)
     if not others:
         return
     first, difference = next(iter(others.items()))
@@ -157,9 +159,31 @@ def _require_equal_records(jobs: Sequence[_Job]) -> None:
     )
 
 
-def _difference(job: _Job) -> str | None:
+def _others_beside(jobs: Sequence[_Job]) -> dict[Path, str]:
+    """Tables of other policies of the same runs, such as of checkpoints that are gone, with how they differ.
+
+    Raises:
+        DataError: One is damaged, or another program's.
+    """
+    found = {}
+    for run, job in {job.policy.run: job for job in jobs}.items():
+        # A file that the user named stands beside no others.
+        if run is None or job.policy.output.parent != run / KL_FOLDER:
+            continue
+        own = {other.policy.output for other in jobs}
+        for kl in kl_of_run(run):
+            if (table := run / KL_FOLDER / kl.file) in own or (there := read_kl_record(table)) is None:
+                continue
+            # A final model may be saved in another dtype than the checkpoints.
+            of_policy = {"policy": there.policy, "step": there.step, "dtype": there.dtype}
+            asked = job.record.model_copy(update=of_policy)
+            if (difference := _difference(there, asked)) is not None:
+                found[table] = difference
+    return found
+
+
+def _difference(there: KLRecord | None, asked: KLRecord) -> str | None:
     """How the table that is there was measured otherwise, in words; None if it was not."""
-    there, asked = read_kl_record(job.policy.output), job.record
     if there == asked:
         return None
     if there is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dpo_opt.analysis.kl import FINAL_TABLE
 from dpo_opt.analysis.load import KL_FOLDER
-from dpo_opt.analysis.run_files import CONFIG, read_run_config
+from dpo_opt.analysis.run_settings import CONFIG, read_run_config
 from dpo_opt.optimize.run_folder import CHECKPOINTS, FINAL, RunFolder
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.sweep.grid import SWEEP, run_folders

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from dpo_opt.analysis.run_files import CONFIG, read_run_config, shards_of_run
+from dpo_opt.analysis.run_files import shards_of_run
+from dpo_opt.analysis.run_settings import CONFIG, read_run_config
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.datasets import read_prompts
 from dpo_opt.precompute.tokens.template_date import ChosenDate, chosen_date

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from dpo_opt.optimize.metrics_lines import Metrics
 from dpo_opt.optimize.reporting.trackers import TRACKERS, About, Tracker
-from dpo_opt.optimize.run_folder import Metrics
 from dpo_opt.schemas.errors import first_line
 from dpo_opt.schemas.storage import write_text
 

@@ -50,6 +50,7 @@ def healthy(count=PAIRS):
 def evidence(fresh=None, *, evals=(0.6, 0.4), **parts):
     run = Run(
         path=Path("run"),
+        name="run",
         shards=Path("shards"),
         config={"beta": parts.pop("beta", BETA), "loss_type": parts.pop("loss_type", "sigmoid")},
         train=pl.DataFrame({"step": [10, 20], "learning_rate": [1e-6, 5e-7]}),

@@ -82,7 +82,10 @@ def test_lines_are_the_logged_values_in_means_of_equal_intervals(train, evals):
 def test_titles_state_the_held_out_result_where_there_is_one(train, evals):
     none = pl.DataFrame(schema={"step": pl.Int64})
     assert title(curves.accuracy_curve(train, evals, reference=0.6)) == ("Accuracy ends at 70%, held-out")
-    assert title(curves.accuracy_curve(train, none, reference=None)) == ("Accuracy ends at 70%, in training")
+    ends = title(curves.accuracy_curve(train, none, reference=None))
+    assert ends == "Accuracy ends at 70%, in training, as means over intervals of steps"
+    few = curves.loss_curve(train.head(3), none, untrained=None)
+    assert title(few).endswith(f"in training (first: {train['loss'][0]:.3g})")
     assert "−0.4 (chosen) and −0.8 (rejected)" in title(curves.reward_curves(train, evals))
 
 

@@ -139,7 +139,7 @@ def test_lists_of_different_lengths_are_refused_by_prompt_and_sample(tmp_path, t
     [
         ("finished", pl.lit(None, dtype=pl.Boolean), "no value in the columns finished"),
         ("ref_token_logps", pl.lit(None, dtype=pl.List(pl.Float32)), "a sample has no ref_token_logps"),
-        ("policy_token_logps", pl.lit("x"), "cannot be read"),
+        ("policy_token_logps", pl.lit("x"), r"policy_token_logps holds String, not List\(Float32\)"),
     ],
 )
 def test_a_table_whose_column_has_no_values_or_others_is_refused(tmp_path, table, column, value, says):

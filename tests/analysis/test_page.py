@@ -407,6 +407,25 @@ def test_equal_runs_differ_by_nothing(make_run):
     assert (found.reward_accuracy.value, found.reward_accuracy.low, found.reward_accuracy.high) == (0, 0, 0)
 
 
+def test_runs_that_are_not_compared_are_named_with_the_reason(
+    make_run, run_writer, shards_writer, texts, tmp_path
+):
+    shards = shards_writer(tmp_path / "longer" / "shards", texts(60), seed=5)
+    apart = run_writer(tmp_path / "longer" / "run", tmp_path / "longer" / "shards", shards, steps=20)
+    unknown = make_run("unknown", scored=False, eval_every=0)
+    summary, page = write_report(make_run(), apart, unknown)
+    assert summary.differences == []
+    first = f"{tmp_path.name}/run"
+    others = f"it was trained on other shards ({tmp_path}/longer/shards, not {tmp_path}/shards)"
+    nothing = "no pair's final log-probs are known of unknown"
+    assert [entry.model_dump() for entry in summary.not_compared] == [
+        {"run": "longer/run", "reason": others},
+        {"run": "unknown", "reason": nothing},
+    ]
+    for entry in summary.not_compared:
+        assert f"{entry.run} is not compared with {first} pair by pair: {entry.reason}." in page
+
+
 def test_a_damaged_score_file_is_an_explained_error(make_run):
     run = make_run()
     file = run / "scores" / "final.parquet"
