@@ -39,7 +39,7 @@ class NextTokens(NamedTuple):
     ref_logps: LogpArray
     policy_entropies: LogpArray
     """Entropy of the policy's next-token distribution: the mean of minus the log-prob of what it samples."""
-    kl: LogpArray | None
+    kl: LogpArray | None = None
     """KL(policy || reference) of the next-token distributions; None where the vocabularies differ in size."""
 
 
@@ -67,13 +67,7 @@ def compare_next_tokens(
             blocks.append(_compared(own, other, targets[at : at + rows]))
     values = torch.cat(blocks, dim=1).numpy()
     ends = np.cumsum([len(ids) for ids in completions])[:-1]
-    return [_next_tokens(*part) for part in np.split(values, ends, axis=1)]
-
-
-def _next_tokens(
-    policy: LogpArray, ref: LogpArray, entropies: LogpArray, kl: LogpArray | None = None
-) -> NextTokens:
-    return NextTokens(policy, ref, entropies, kl)
+    return [NextTokens(*part) for part in np.split(values, ends, axis=1)]
 
 
 def _projector(states: States) -> Projector:

@@ -110,7 +110,7 @@ def to_pairs(
 
 
 def to_prompts(
-    values: Values, *, where: str, column: Mapping[str, str] | None = None
+    values: Values, *, where: str, column: Mapping[str, str] | None
 ) -> list[PreferencePair | PromptRow]:
     """What a row asks: its pairs, or the prompt of a row without completions, read by the same rules.
 

@@ -85,10 +85,10 @@ def split_ids(
     prompt: IdArray,
     chosen: IdArray,
     rejected: IdArray,
-    chosen_mask: MaskArray | None = None,
-    rejected_mask: MaskArray | None = None,
+    chosen_mask: MaskArray | None,
+    rejected_mask: MaskArray | None,
     *,
-    behind: int = 0,
+    behind: int,
 ) -> PairIds:
     """Divide the ids of prompt + completion where all three begin to differ.
 
@@ -113,9 +113,7 @@ def _up_to_what_counts(ids: IdArray, mask: MaskArray | None) -> tuple[IdArray, M
     return ids[:stop], None if mask[:stop].all() else mask[:stop]
 
 
-def fit_ids(
-    ids: PairIds, *, max_length: int, truncation: Truncation, unpaired: bool = False
-) -> PairIds | DropReason:
+def fit_ids(ids: PairIds, *, max_length: int, truncation: Truncation, unpaired: bool) -> PairIds | DropReason:
     """The pair's ids within ``max_length``, or why there are none.
 
     ``unpaired``: of a row with one completion, which stands on both sides and need not differ.
