@@ -107,7 +107,7 @@ def launch(config: PrecomputeConfig, *, progress: Progress | None = None) -> dic
         }
     manifest = finalize(config.shards, own=plan)
     if lost := manifest.dropped.get(ENGINE_ERROR, 0):
-        progress.say(f"{lost} pairs were left out because the engine failed on them ({ENGINE_ERROR})")
+        progress.say(f"left out because the engine failed on them: {lost} ({ENGINE_ERROR})")
     return planned | manifest.model_dump(include={"kept", "dropped", "truncated", "tokens"}) | scored
 
 

@@ -276,7 +276,8 @@ class ConvertConfig(WholeDataConfig):
     to: WrittenForm = "trl"
     """Rows. trl: prompt, chosen, rejected. openai, sharegpt: theirs. unpaired: prompt, completion, label."""
     eval_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the prompts that goes to eval.jsonl. A hash of the prompt decides which ones."""
+    """Share of the prompts that goes to eval.jsonl. A hash decides which ones: of a conversation that of the
+    first message of the user, so that conversations that begin alike stay together."""
     on_bad_row: Literal["error", "skip"] = "skip"
     """Malformed rows. error: stop. skip: leave the rows out and list them in _removed.jsonl."""
     near_duplicates: bool = False

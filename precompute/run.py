@@ -118,7 +118,7 @@ def _score_what_is_left(config: PrecomputeConfig, scorer: Scorer, progress: Prog
     progress.finish()
     if losses.lost:
         progress.say(
-            f"{losses.lost} pairs were left out because the engine failed on them ({ENGINE_ERROR}); "
+            f"left out because the engine failed on them: {losses.lost} ({ENGINE_ERROR}); "
             f"{DROPPED}/*.parquet says which, and what it said"
         )
     return scored, plan

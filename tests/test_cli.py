@@ -734,6 +734,17 @@ def test_a_launched_worker_names_settings_that_stay(
     assert f"  fix: dpo-opt precompute --config {shards}/precompute.yaml --shards {shards}\n" in result.stderr
 
 
+def test_counts_in_what_commands_print_agree_with_what_they_count() -> None:
+    """A number before a noun comes from ``counted``, which knows of one: no `1 pairs`."""
+    nouns = "pairs|rows|shards|steps|tokens|prompts|completions|samples|sequences|workers|files|runs"
+    alone = re.compile(rf"\{{(?!counted\()[^{{}}:]*(?::,)?\}} (?:{nouns})\b")
+    sources = sorted(Path(dpo_opt.commands.__file__).parent.glob("*.py"))
+    assert alone.search('f"{pair_count:,} pairs"')
+    assert len(sources) > 15
+    found = [(file.name, at[0]) for file in sources for at in alone.finditer(file.read_text())]
+    assert found == []
+
+
 def test_an_interrupted_training_says_what_goes_on(shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     from dpo_opt.optimize import gradients
 

@@ -70,12 +70,12 @@ def test_check_exits_with_3_where_a_later_command_would_refuse_and_with_0_for_wa
         file.write(json.dumps(ROWS[0]) + "\n")
     warned = invoke("check", data)
     assert warned.exit_code == 0
-    assert "warning 1 pairs that repeat an earlier pair [duplicate]" in warned.stdout
+    assert "warning pairs that repeat an earlier pair: 1 [duplicate]" in warned.stdout
     with data.open("a") as file:
         file.write("{\n")
     bad = invoke("check", data)
     assert bad.exit_code == 3
-    assert "ERROR   1 lines that are not JSON [json]" in bad.stdout
+    assert "ERROR   lines that are not JSON: 1 [json]" in bad.stdout
     assert f"        {data}:14: not valid JSON" in bad.stdout
     assert "12 pairs" not in bad.stdout
     assert "13 pairs, 1 bad row," in bad.stdout

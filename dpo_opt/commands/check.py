@@ -78,7 +78,7 @@ def _lines(audit: Audit) -> Iterator[str]:
     if bias.longer_chosen is not None:
         yield ""
         yield (
-            f"the longer completion wins {bias.longer_chosen:.1%} of {bias.unequal_pairs:,} pairs "
+            f"the longer completion wins {bias.longer_chosen:.1%} of {counted(bias.unequal_pairs, 'pair')} "
             "of unequal length"
         )
     if len(audit.sources) > 1 or audit.sources[0].source is not None:
@@ -132,7 +132,9 @@ def _problem_lines(audit: Audit) -> Iterator[str]:
     if not audit.problems:
         yield "no problem found"
     for problem in audit.problems:
-        yield f"{_SIGNS[problem.severity]} {problem.count:,} {problem.title} [{problem.kind}]"
+        # Titles are of several; the count behind them is right for one and for none, too.
+        count = f": {problem.count:,}" if problem.count else ""
+        yield f"{_SIGNS[problem.severity]} {problem.title}{count} [{problem.kind}]"
         yield f"        why: {problem.why}"
         yield f"        fix: {problem.fix}"
         for example in problem.examples[:_EXAMPLES]:
@@ -147,8 +149,8 @@ def _reference(audit: Audit) -> Iterator[str]:
     interval = "" if bounds is None else f" (95%: {bounds[0]:.1%} to {bounds[1]:.1%})"
     yield ""
     yield (
-        f"the reference itself ranks {found.ranking_accuracy:.1%}{interval} of {found.pairs:,} pairs "
-        f"as labelled, {found.normalised_ranking_accuracy:.1%} per token"
+        f"the reference itself ranks {found.ranking_accuracy:.1%}{interval} of "
+        f"{counted(found.pairs, 'pair')} as labelled, {found.normalised_ranking_accuracy:.1%} per token"
     )
     quantiles = ", ".join(f"{name} {value:+.1f}" for name, value in found.margin_quantiles.items())
     yield f"its log-prob of chosen minus rejected, in nats: {quantiles}"

@@ -11,7 +11,7 @@ import click
 from dpo_opt.console import duration, watched
 from dpo_opt.options import configured, dry_run_option, json_option
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.results import show
+from dpo_opt.results import counted, show
 from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.manifest import resume_command
 from dpo_opt.schemas.safe_text import printable
@@ -63,17 +63,17 @@ def _in_words(result: dict[str, Any]) -> dict[str, Any]:
     """A result as a person reads it: counts with what they count, and the rest as it is."""
     words = {"shards": result["shards"]} | {n: v for n, v in result.items() if n not in _COUNTS}
     if "kept" in result:
-        rows = result.get("rows", result.get("pairs_total"))
+        rows = result["rows"] if "rows" in result else result["pairs_total"]
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in result["dropped"].items())
-        words["pairs"] = f"{result['kept']:,} kept of {rows:,} rows"
+        words["pairs"] = f"{result['kept']:,} kept of {counted(rows, 'row')}"
         words["left out"] = f"{dropped} (listed in dropped/)" if dropped else "none"
-        words["cut"] = f"{result['truncated']:,} pairs lost tokens to --max-length"
+        words["cut"] = f"{counted(result['truncated'], 'pair')} lost tokens to --max-length"
         words["tokens"] = f"{result['tokens']:,}; a prompt counts with each of its two completions"
     check = result.get("reuse_check")
     if check is not None:
         words["prefix cache"] = (
             f"log-probs with it differ by {check['mean']:.2g} nats per token on average, "
-            f"by {check['max']:.2g} at most (over {check['tokens']:,} tokens)"
+            f"by {check['max']:.2g} at most (over {counted(check['tokens'], 'token')})"
         )
     return words
 
@@ -89,14 +89,16 @@ def _planned_in_words(plan: dict[str, Any], config: PrecomputeConfig) -> dict[st
         if skipped
         else None,
         "columns": ", ".join(plan["columns"]) or None,
-        "shards": f"{plan['shards']:,} of up to {config.pairs_per_shard:,} rows, "
+        "shards": f"{plan['shards']:,} of up to {counted(config.pairs_per_shard, 'row')}, "
         f"{plan['shards_scored']:,} of them scored",
         "tokens": f"{found['tokens']:,} in {found['sequences']:,} different sequences, at --max-length "
         f"{plan['max_length']:,} ({plan['truncation']})",
         "disk": f"at most {max(plan['disk_at_most_gb'], 0.001):g} GB",
         "engine": f"{plan['engine']} {plan['engine_version']} in {plan['dtype']} ({plan['strategy']})"
         + (f", {options}" if options != "{}" else ""),
-        "GPUs": f"{workers * gpus}, for {workers} workers with {gpus} each" if config.launched else None,
+        "GPUs": f"{workers * gpus}, for {counted(workers, 'worker')} with {gpus} each"
+        if config.launched
+        else None,
         "memory": f"{found['weights_gb_per_gpu']:.3g} GB of each GPU for the weights "
         f"({found['parameters']:,} parameters), beside the engine's cache",
         "time": f"{found['gpu_hours']:.3g} GPU hours, {duration(3600 * found['hours'])} in all and "

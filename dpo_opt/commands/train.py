@@ -12,7 +12,7 @@ import click
 from dpo_opt.console import watched
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import ListsCommand, OtherFile, configured, dry_run_option, json_option
-from dpo_opt.results import say, show, table
+from dpo_opt.results import counted, say, show, table
 from dpo_opt.schemas.errors import ConfigError, Interrupted
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.models import checkpoint_dtype
@@ -109,14 +109,16 @@ def _ended_lines(config: TrainConfig, result: "TrainResult") -> Iterator[str]:
             f"        saved in {saved}, trained in {config.param_dtype}: rounding loses the smallest updates;"
         )
         yield "        --save-dtype float32 keeps them, and dpo-opt score says what the saved model does"
-    yield f"run     {result.steps:,} steps, to epoch {last['epoch']:.4g}, {last['num_tokens']:,} tokens"
+    steps, tokens = counted(result.steps, "step"), counted(int(last["num_tokens"]), "token")
+    yield f"run     {steps}, to epoch {last['epoch']:.4g}, {tokens}"
     parity = result.parity
     if parity is not None:
         yield (
             f"parity  {'ok' if parity.ok else 'FAILED'}: cached log-probs differ from the policy's own by "
             f"{parity.sd:.2g} nats per token (sd), by {parity.max:.2g} at most"
         )
-        yield f"        (over {parity.tokens:,} tokens of {parity.pairs:,} pairs, before the first update)"
+        tokens, pairs = counted(parity.tokens, "token"), counted(parity.pairs, "pair")
+        yield f"        (over {tokens} of {pairs}, before the first update)"
     yield ""
     groups = last_metrics(config.output_dir)
     yield from table(
@@ -157,7 +159,7 @@ def _planned_lines(plan: dict[str, Any]) -> list[str]:
         f"pairs        {plan['pairs_train']:,} to train on, {plan['pairs_eval']:,} held out",
         f"steps        {plan['steps']:,}",
         f"longest pair row {pair['row']}: prompt {pair['prompt']}, chosen {pair['chosen']}, "
-        f"rejected {pair['rejected']} tokens",
+        f"rejected {counted(pair['rejected'], 'token')}",
         "",
         *table(["memory at the peak of a step", "size", ""], rows),
         "",

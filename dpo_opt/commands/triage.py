@@ -83,7 +83,8 @@ def command(
     found = triage(shards, beta=beta, suspects=suspects)
     if _HIGH_CHES in kinds and found.without_ches:
         raise ConfigError(
-            f"{_HIGH_CHES}: {found.without_ches:,} of {len(found.pairs):,} pairs have no CHES score",
+            f"{_HIGH_CHES}: of {counted(len(found.pairs), 'pair')}, {found.without_ches:,} without a CHES "
+            "score",
             where=str(shards),
             why="none of them could be found, and all would count in full",
             fix=f"dpo-opt triage --shards {quoted(shards)} --ches REFERENCE",
@@ -118,7 +119,7 @@ def _lines(found: "Triage", output: Path | None, written: AnyPath | None) -> Ite
     yield from table(
         ["kind", "pairs", "share"], [[kind, count, f"{count / pairs:.1%}"] for kind, count in counts.items()]
     )
-    yield f"of {pairs:,} pairs; a pair may be of several kinds"
+    yield f"of {counted(pairs, 'pair')}; a pair may be of several kinds"
     yield ""
     for kind, count in counts.items():
         if count:

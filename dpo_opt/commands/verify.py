@@ -69,7 +69,7 @@ def _parity(parity: "Parity") -> Iterator[str]:
 
     state = "ok" if parity.ok else "FAILED"
     yield (
-        f"parity    {state}: {parity.pairs:,} pairs, {parity.tokens:,} tokens, "
+        f"parity    {state}: {counted(parity.pairs, 'pair')}, {counted(parity.tokens, 'token')}, "
         f"cached ({parity.cached_dtype}) minus the trainer's own ({parity.dtype})"
     )
     yield "  cached minus in batches; minus each sequence alone; floor: alone minus in batches"

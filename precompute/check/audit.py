@@ -13,6 +13,7 @@ from dpo_opt.precompute.check.flags import ODD_ENDS, Flag
 from dpo_opt.precompute.check.forecast import estimate, forecast, forecast_lengths, kept_pairs
 from dpo_opt.precompute.check.labels import label_counts, label_problems
 from dpo_opt.precompute.check.length_bias import biased, length_bias
+from dpo_opt.precompute.check.openings import shared_openings
 from dpo_opt.precompute.check.pair_statistics import (
     EXAMPLES,
     NO_COMPLETION,
@@ -101,6 +102,7 @@ def audit(
     problems += _flagged(facts)
     problems += _repeated(facts)
     problems += _one_text(facts)
+    problems += shared_openings(facts)
     problems += _weightless(facts)
     problems += label_problems(facts)
     if config.near_duplicates:

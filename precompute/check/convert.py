@@ -14,7 +14,14 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from dpo_opt.precompute.check.pair_statistics import Facts, Wanted, collect, pair_hashes, text_hash
+from dpo_opt.precompute.check.pair_statistics import (
+    Facts,
+    Wanted,
+    collect,
+    opening_hash,
+    pair_hashes,
+    text_hash,
+)
 from dpo_opt.precompute.check.repeats import find_repeats, near_repeats
 from dpo_opt.precompute.check.written_forms import written_rows
 from dpo_opt.precompute.config import ConvertConfig
@@ -140,7 +147,7 @@ def _write(
                 removed[str(error.kind)] += 1
                 _line(record, {"where": item.where, "reason": error.kind, "detail": error.why})
                 continue
-            to_eval = text_hash(item.prompt) / 2**64 < config.eval_split
+            to_eval = opening_hash(item.prompt) / 2**64 < config.eval_split
             for row in rows:
                 if len(rows) > 1 and (again := written.repeated(row)):
                     removed[again] += 1

@@ -1,4 +1,4 @@
-"""What an audit keeps of every pair: hashes, lengths and flags, about 70 bytes, but never its text.
+"""What an audit keeps of every pair: hashes, lengths and flags, about 80 bytes, but never its text.
 
 Blocks are read on several processes; their facts come back as arrays and are joined in order.
 """
@@ -55,6 +55,8 @@ class Facts(NamedTuple):
     label: Int32s
     """(P,) index into ``labels``."""
     prompt: Hashes
+    opening: Hashes
+    """(P,) ``opening_hash`` of the prompt."""
     chosen: Hashes
     rejected: Hashes
     characters: Int32s
@@ -156,6 +158,14 @@ def text_hash(text: Text) -> int:
     return int.from_bytes(hashlib.blake2b(data.encode("utf-8"), digest_size=8).digest(), "little")
 
 
+def opening_hash(prompt: Text) -> int:
+    """Of the first message of the user in a conversation; of a prompt without turns, of all of it."""
+    if isinstance(prompt, str):
+        return text_hash(prompt)
+    first = next((message for message in prompt if message["role"] == "user"), None)
+    return text_hash(prompt if first is None else [first])
+
+
 def pair_hashes(pair: PreferencePair) -> tuple[int, int, int]:
     """Of prompt, chosen and rejected. What else the template is shown counts with the completions: it is the
     same prompt with other tools, but no completion of it is the same. An unpaired row has one of the two.
@@ -206,6 +216,7 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
         source=np.full(len(pairs), reading.source, dtype=np.int32),
         label=np.array(codes, dtype=np.int32),
         prompt=columns[0],
+        opening=np.array([opening_hash(pair.prompt) for pair in pairs], dtype=np.uint64),
         chosen=columns[1],
         rejected=columns[2],
         characters=_table(
@@ -303,6 +314,7 @@ def _joined(blocks: Sequence[_BlockFacts], unreadable: dict[tuple[int, str], Bad
         source=column("source", np.int32),
         label=np.concatenate(codes) if codes else np.zeros(0, dtype=np.int32),
         prompt=column("prompt", np.uint64),
+        opening=column("opening", np.uint64),
         chosen=column("chosen", np.uint64),
         rejected=column("rejected", np.uint64),
         characters=column("characters", np.int32, (3,)),

@@ -217,6 +217,14 @@ FOUND: dict[str, Kind] = {
         "remove them from the texts",
     ),
     "empty_turn": Kind("warning", "messages without text", "someone's turn is missing", "remove the rows"),
+    "shared_opening": Kind(
+        "note",
+        "pairs of conversations that begin with the same message of the user as another prompt",
+        "`dpo-opt train --eval-split` holds out whole prompts, so the policy may be trained on the beginning "
+        "of a conversation that it is evaluated on",
+        "`dpo-opt convert DATA --output DIR --eval-split 0.05` holds them out together: score both files, "
+        "and pass the second folder as `--eval-shards`",
+    ),
     "cut": Kind(
         "note",
         "pairs that are cut to max_length",

@@ -92,7 +92,7 @@ def test_high_ches_weighs_nothing_down_unless_every_pair_has_one(folder):
     arguments = ["triage", "--shards", str(shards), "--write-weights", "high_ches"]
     refused = CliRunner().invoke(main, arguments)
     assert refused.exit_code == 2
-    assert "60 of 60 pairs have no CHES score" in refused.output
+    assert "of 60 pairs, 60 without a CHES score" in refused.output
     assert "--ches REFERENCE" in refused.output
     assert not (shards / "columns" / "weight.parquet").exists()
     write_column(shards, CHES_NORMALISED, Column(list(range(60)), [float(row) for row in range(60)]))

@@ -1013,3 +1013,30 @@ def test_weights_that_are_all_0_are_an_error_and_some_are_not(tmp_path: Path) ->
     found = by_kind(check(write_jsonl(tmp_path / "a.jsonl", rows)))
     assert {kind: (p.severity, p.count) for kind, p in found.items()} == {"no_weight": ("error", 4)}
     assert not check(write_jsonl(tmp_path / "b.jsonl", [*rows[1:], {**rows[0], "weight": 0.1}])).problems
+
+
+def test_conversations_that_begin_like_another_prompt_are_counted(tmp_path: Path) -> None:
+    """Not pairs of one prompt, and not conversations that begin by themselves."""
+
+    def row(number: int, *turns: str) -> dict[str, Any]:
+        roles = ("user", "assistant")
+        prompt = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        sides = {
+            side: [{"role": "assistant", "content": f"{side} {number}"}] for side in ("chosen", "rejected")
+        }
+        return {"prompt": prompt, **sides}
+
+    rows = [
+        row(0, "hi"),
+        row(1, "hi"),
+        row(2, "who?", "I", "and?"),
+        row(3, "why?", "so", "ok?"),
+        row(4, "why?"),
+    ]
+    found = check(write_jsonl(tmp_path / "data.jsonl", rows)).problems
+    (shared,) = [problem for problem in found if problem.kind == "shared_opening"]
+    assert (shared.count, shared.severity) == (2, "note")
+    assert [example.where.rpartition(":")[2] for example in shared.examples] == ["4", "5"]
+    assert shared.examples[0].detail == "2 prompts begin with its first message"
+    alone = check(write_jsonl(tmp_path / "alone.jsonl", rows[:4])).problems
+    assert not [problem for problem in alone if problem.kind == "shared_opening"]

@@ -245,6 +245,36 @@ def test_one_prompt_with_other_tools_stays_on_one_side(tmp_path: Path) -> None:
     assert sides[0] & sides[1] == set()
 
 
+def test_conversations_that_begin_alike_stay_on_one_side(tmp_path: Path) -> None:
+    """Each of 40 first messages is asked alone and goes on in two ways, under two system messages."""
+    rows = []
+    for i in range(40):
+        first = {"role": "user", "content": f"question {i}"}
+        for j, more in enumerate(([], ["yes", "and then?"], ["no", "why not?"])):
+            said = (
+                [{"role": "assistant", "content": more[0]}, {"role": "user", "content": more[1]}]
+                if more
+                else []
+            )
+            told = [{"role": "system", "content": f"rule {i}"}] if j == 1 else []
+            sides = {
+                side: [{"role": "assistant", "content": f"{side} {i} {j}"}] for side in ("chosen", "rejected")
+            }
+            rows.append({"prompt": [*told, first, *said], **sides})
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    result = run(path, tmp_path / "clean", eval_split=0.3)
+    assert result.eval > 0 < result.train
+    openings = {
+        side: {
+            next(m["content"] for m in json.loads(line)["prompt"] if m["role"] == "user")
+            for line in (tmp_path / "clean" / f"{side}.jsonl").read_text().splitlines()
+        }
+        for side in ("train", "eval")
+    }
+    assert not openings["train"] & openings["eval"]
+    assert (result.train + result.eval, result.eval % 3) == (120, 0)
+
+
 def test_near_duplicates_go_where_that_is_asked_for(tmp_path: Path) -> None:
     text = " ".join(f"word{i}" for i in range(80))
     rows = [row("p", text, "no"), row("q", text[::-1], "no"), row("p", text + " more", "no")]

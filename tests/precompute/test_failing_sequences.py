@@ -304,7 +304,7 @@ def test_a_run_says_how_many_pairs_it_lost_to_the_engine(tiny_model: Path, tmp_p
     config = folder_of(tiny_model, tmp_path, rows=12, long=range(2))
     precompute(config, scorer=Engine(too_long), progress=Watched())
     (line,) = Watched.said
-    assert line.startswith("2 pairs were left out because the engine failed on them (engine_error)")
+    assert line.startswith("left out because the engine failed on them: 2 (engine_error)")
     (tmp_path / "good").mkdir()
     precompute(folder_of(tiny_model, tmp_path / "good", rows=12), scorer=Engine(), progress=Watched())
     assert len(Watched.said) == 1
