@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_opt.optimize.forward.device_path import takes_gpu_path
+from dpo_opt.optimize.forward.gradient_place import gradient_place
 from dpo_opt.optimize.forward.tied_gradients import TiedRows
 
 
@@ -142,15 +143,21 @@ class _TokenLogps(torch.autograd.Function):
         factors = (grad * -scale).unsqueeze(1)
         hidden_sum = None if towards_hidden is None else towards_hidden * factors
         weight_sum = bias_sum = None
+        place = gradient_place(weight) if of_weight else None
         if of_weight or of_bias:
             head = Head(weight, bias, scale, softcap)
             for derivatives, states, factor in _derivatives(head, hidden, targets, kept, factors, dtype):
-                if of_weight:
+                if place is not None:
+                    weight.grad = place.addmm_(
+                        derivatives.t(), states * factor, beta=int(weight.grad is place)
+                    )
+                elif of_weight:
                     weight_sum = _plus(weight_sum, _product(derivatives.t(), (states * factor).to(dtype)))
                 if of_bias:
                     bias_sum = _plus(bias_sum, _product(derivatives.t(), factor.to(dtype)).squeeze(1))
-        if ctx.tied is not None and weight_sum is not None:
-            ctx.tied.take(weight_sum)
+        whole = weight_sum if place is None else place
+        if ctx.tied is not None and whole is not None:
+            ctx.tied.take(whole)
         # fp32 until here: hundreds of rows are added, and bf16 would lose the small ones.
         sums = ((hidden_sum, hidden), (weight_sum, weight), (bias_sum, bias))
         grads = (None if total is None else total.to(like.dtype) for total, like in sums)

@@ -3,8 +3,8 @@
 An allocator puts what is asked for into the gaps that freed activations leave. Gradients and state stay there
 while activations come and go around them. The rest of a gap is too small for the next micro-batch, and the
 process grows: SmolLM2-135M held 0.35 GB more than was in use. So state and room for gradients are allocated
-side by side before the first forward, and a gradient is copied to its place when it is made. On a GPU large
-tensors have pages of their own, and FSDP has its own buffers.
+side by side before the first forward, and a gradient is copied to its place when it is made. The head's is
+made there. On a GPU large tensors have pages of their own, and FSDP has its own buffers.
 """
 
 from functools import partial
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dpo_opt.optimize.forward.device_path import takes_gpu_path
+from dpo_opt.optimize.forward.gradient_place import give_place
 from dpo_opt.optimize.update.optimizer_state import begin_state
 
 
@@ -34,6 +35,7 @@ def set_apart(optimizer: Optimizer) -> list[Tensor]:
     begin_state(optimizer)
     places = [torch.empty_like(parameter) for parameter in parameters]
     for parameter, place in zip(parameters, places, strict=True):
+        give_place(parameter, place)
         parameter.register_post_accumulate_grad_hook(partial(_move, place))
     return places
 
