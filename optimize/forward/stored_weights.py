@@ -123,7 +123,11 @@ def find_stored(model: PreTrainedModel, folder: Path) -> StoredWeights | str:
     wanted = dict(model.named_parameters()) | _kept_buffers(model)
     if any(tensor.dtype not in _FLOATS for tensor in stored.values()):
         return "not all of its weights are floating-point numbers"
-    if model.dtype in HALF and (model._keep_in_fp32_modules_strict or model._keep_in_fp32_modules):
+    # transformers keeps the former in float32 in both kinds of half precision, the latter in float16 alone.
+    widened = model._keep_in_fp32_modules_strict or (
+        model.dtype == torch.float16 and model._keep_in_fp32_modules
+    )
+    if model.dtype in HALF and widened:
         return "some of its weights stay in float32"
     if get_model_conversion_mapping(model, add_legacy=False):
         return "transformers rearranges such a model's weights while it reads them"
