@@ -1,6 +1,8 @@
 """The example on human-labelled pairs: what it refuses before it trains, and which prompts it completes."""
 
+import http.server
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +12,7 @@ import click
 import pytest
 from example_scripts import scripts_of
 
-from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.errors import ConfigError, DpoOptError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "preference_data"
 
@@ -37,6 +39,41 @@ def test_a_judge_that_could_not_begin_is_refused_before_anything_is_trained(
         require(("--function", f"{tmp_path / 'judge.py'}:shorter"))
     with pytest.raises(click.UsageError, match="--judge-modl"):
         require(("--judge-modl", "NAME"))
+
+
+class Refuses(http.server.BaseHTTPRequestHandler):
+    """A server that knows no key."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(401)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_judge_that_cannot_compare_is_known_before_anything_is_trained(
+    example: Callable[[str], ModuleType], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openai", reason="openai is not installed")
+    work, try_judge = work_in(example, tmp_path / "new"), example("win_rates").try_judge
+    file = tmp_path / "judge.py"
+    file.write_text("def longer(prompts, texts):\n    return [float(len(text)) for text in texts]\n")
+    try_judge(work, ("--function", f"{file}:longer"))
+    with http.server.HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        wrong = ("--judge-model", "NAME", "--endpoint", f"http://127.0.0.1:{server.server_port}/v1")
+        with pytest.raises(DpoOptError, match="`dpo-opt judge` ended with exit code 1"):
+            try_judge(work, wrong)
+        server.shutdown()
+    assert "--key-variable" in capfd.readouterr().err
+    assert not work.folder.exists()
+    assert work.judged(wrong) != work.judged(("--function", f"{file}:longer"))
+    done = work.judged(wrong) / "policy-1" / "summary.json"
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
+    try_judge(work, wrong)  # what it judged already is not asked again
 
 
 def test_a_folder_without_a_finished_step_is_begun_again(

@@ -6,12 +6,15 @@ prompts.jsonl         the held-out prompts that policies complete, each with its
 shards/train, eval    the reference's log-probs
 run/                  the run of `dpo-opt train`: scores/ of held-out pairs, kl/ of its own samples
 samples/              completions: chosen, and of each policy and temperature
-judged/               what the judge said of each of them beside the chosen ones
+judged/JUDGE/         what a judge said of each of them beside the chosen ones; JUDGE is a hash of its options
 results.json, results.md
 """
 
+import hashlib
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +46,11 @@ class Work(NamedTuple):
     def samples(self, name: str) -> Path:
         """A folder of completions."""
         return self.folder / "samples" / name
+
+    def judged(self, judge: Sequence[str]) -> Path:
+        """A folder of what a judge said. Each has its own, so that no two judges are mixed."""
+        digest = hashlib.sha256(json.dumps(list(judge)).encode()).hexdigest()
+        return self.folder / "judged" / digest[:12]
 
 
 def begin(work: Work, given: dict[str, object]) -> None:

@@ -8,7 +8,8 @@ pairs, KL, and win rates against the completions that people chose: of the polic
 temperature, and of Best-of-N. The options of the judge are those of `dpo-opt judge`, such as `--judge-model
 NAME --endpoint URL`; without them it is a word list, of which no win rate means anything.
 
-Each finished step is kept: the same command continues where it was stopped.
+The judge compares two completions before anything is trained. Each finished step is kept: the same command
+continues where it was stopped, and with another judge it only judges anew.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from best_of_n import best_of_n
 from folders import Work, begin, dpo_opt
 from results import HeldOut, held_out_pairs, write_results
 from settings import read_size
-from win_rates import WinRate, completion_text, win_rate, write_chosen
+from win_rates import WinRate, completion_text, try_judge, win_rate, write_chosen
 
 from dpo_opt.cli import main as cli
 from dpo_opt.schemas.errors import ConfigError, DpoOptError
@@ -53,8 +54,8 @@ def main(
         work = Work(read_size(size), output.absolute(), model)
         find_model(model)
         require_judge(judge or _WORD_LIST)
-        given = {"data": data, "column": list(column), "model": model, "judge": list(judge)}
-        begin(work, given)
+        try_judge(work, judge or _WORD_LIST)
+        begin(work, {"data": data, "column": list(column), "model": model})
         prepare(work, data, column)
         train(work)
         write_results(work, measure_pairs(work), measure_wins(work, judge or _WORD_LIST))

@@ -1,16 +1,19 @@
 """Win rates: how often the judge prefers a completion to the one that people chose for the same prompt."""
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from folders import Work, dpo_opt
 
 from dpo_opt.analysis.intervals import Interval, wilson
 from dpo_opt.feedback.samples import Sample, finished_parts, read_samples, write_part
 from dpo_opt.feedback.work_folder import begin_or_resume
 from dpo_opt.schemas.errors import DataError
+from dpo_opt.schemas.pairs import content_hash
 
 CHOSEN = "chosen"
 
@@ -58,9 +61,49 @@ def write_chosen(work: Work, like: Path) -> None:
     write_samples(work, CHOSEN, rows)
 
 
+def try_judge(work: Work, judge: Sequence[str]) -> None:
+    """Have the judge compare two completions, unless it has judged some already.
+
+    A wrong key, server or function is then known before anything is trained.
+
+    Raises:
+        DpoOptError: The judge cannot.
+    """
+    if any(work.judged(judge).glob("*/summary.json")):
+        return
+    with tempfile.TemporaryDirectory(prefix="judge-") as folder:
+        trial = work._replace(folder=Path(folder))
+        for name, answer in (("one", "The sky is blue."), ("two", "I do not know.")):
+            write_samples(trial, name, [_answer("What colour is the sky?", answer)])
+        both = ["--samples", trial.samples("one"), "--samples", trial.samples("two")]
+        output = trial.folder / "judged"
+        # It may prefer none of the two.
+        dpo_opt("judge", *both, "--output", output, *judge, allowed=(0, DataError.exit_code))
+        if not (output / "summary.json").is_file():
+            raise DataError(
+                "the judge could not compare two completions",
+                why="after training it would be asked for every win rate",
+                fix="see its message above, then run the same command with the judge's options corrected",
+            )
+
+
+def _answer(prompt: str, completion: str) -> Sample:
+    return Sample(
+        prompt_id=content_hash(np.array([0], dtype=np.int32)),
+        sample=0,
+        seed=0,
+        prompt=prompt,
+        completion=completion,
+        finished=True,
+        prompt_ids=[0],
+        completion_ids=[],
+        row=json.dumps({"prompt": prompt}),
+    )
+
+
 def win_rate(work: Work, name: str, temperature: float | None, judge: Sequence[str]) -> WinRate:
     """Judge a folder of completions beside the chosen ones."""
-    output = work.folder / "judged" / name
+    output = work.judged(judge) / name
     both = ["--samples", work.samples(CHOSEN), "--samples", work.samples(name)]
     if not (output / "summary.json").is_file():
         # A judge that prefers none of them leaves no ranking, which here is a result.
