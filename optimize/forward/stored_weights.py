@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from dpo_opt.optimize.forward.architecture import decoder_layers
 from dpo_opt.optimize.forward.precision import HALF
+from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.weights import loaded_tensors
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -120,6 +121,8 @@ def find_stored(model: PreTrainedModel, folder: Path) -> StoredWeights | str:
         ConfigError: A safetensors file is truncated or damaged, or what is loaded is not certain.
     """
     stored = {tensor.name: tensor for tensor in loaded_tensors(folder)}
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        _require_readable(file)
     wanted = dict(model.named_parameters()) | _kept_buffers(model)
     if any(tensor.dtype not in _FLOATS for tensor in stored.values()):
         return "not all of its weights are floating-point numbers"
@@ -136,6 +139,20 @@ def find_stored(model: PreTrainedModel, folder: Path) -> StoredWeights | str:
     }:
         return "its files do not hold each of its weights once, under the model's name for it"
     return StoredWeights(model, {name: tensor.file for name, tensor in stored.items()})
+
+
+def _require_readable(file: Path) -> None:
+    # Of places that overlap or do not fit a tensor's shape only the library knows.
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ConfigError(
+            f"the safetensors file is damaged ({first_line(error)})",
+            where=str(file),
+            why="every log-prob would come from its weights",
+            fix="copy or download the model again",
+        ) from error
 
 
 def _kept_buffers(model: PreTrainedModel) -> dict[str, Tensor]:

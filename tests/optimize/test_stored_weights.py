@@ -1,5 +1,7 @@
 """A model without numbers: its layers are filled while they run; and which files can be read by part."""
 
+import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +130,22 @@ def test_a_damaged_file_is_refused(model: Path) -> None:
     (model / WEIGHTS).write_bytes(whole[:-5])
     with pytest.raises(ConfigError, match="truncated or damaged"):
         find_stored(model_without_weights(model), model)
+
+
+@pytest.mark.parametrize("key", ["dtype", "data_offsets"])
+def test_a_file_that_only_its_library_finds_damaged_is_refused_by_name(model: Path, key: str) -> None:
+    raw = (model / WEIGHTS).read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + size])
+    norms = [entry for name, entry in header.items() if name.endswith("layernorm.weight")]
+    # Of another size than its bytes have; the bytes of another tensor.
+    norms[0][key] = "F64" if key == "dtype" else norms[1][key]
+    text = json.dumps(header).encode()
+    (model / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+    with pytest.raises(ConfigError, match="the safetensors file is damaged") as caught:
+        find_stored(model_without_weights(model), model)
+    assert caught.value.where == str(model / WEIGHTS)
+    assert caught.value.fix is not None
 
 
 COMMON = ["gemma3_text", "gemma4_text", "phi3", "gpt2", "qwen3", "olmo2", "granite", "gpt_oss", "mamba2"]
