@@ -63,19 +63,19 @@ def repeated_where_memory_ran_out(
         DpoOptError: Memory ran out again; on every process.
     """
     lost = process_without(results, run.world)
-    step = f"step {state.at.step + 1}"
     if lost is not None:
+        step = f"step {state.at.step + 1}"
         halve_micro_batches(run, state, process=lost, what=step)
         results = again()
         lost = process_without(results, run.world)
-    if lost is not None:
-        raise ran_out_again(
-            run,
-            state,
-            process=lost,
-            what=step,
-            why="both completions of a pair run forward and backward together, so no micro-batch is smaller",
-            fix=f"{resume_command(run.files.path)} --activation-checkpointing full",
-        )
+        if lost is not None:
+            raise ran_out_again(
+                run,
+                state,
+                process=lost,
+                what=step,
+                why="a pair's completions run forward and backward together, so no micro-batch is smaller",
+                fix=f"{resume_command(run.files.path)} --activation-checkpointing full",
+            )
     assert results is not None
     return results

@@ -77,7 +77,7 @@ _STYLE: Any = {  # matplotlib types each key as a literal
 
 # Small, so that text is as large on the screen of a phone as it is in print.
 _SIZE = (4.2, 3.1)
-_TITLE_CHARACTERS = 42
+_TITLE_CHARACTERS = 36
 
 P = ParamSpec("P")
 

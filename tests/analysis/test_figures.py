@@ -237,3 +237,12 @@ def test_a_run_of_any_name_stands_in_the_legends(name):
         shown = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
         assert name in [text.strip() for text in shown]
         assert f">{name}<" in svg(figure, label="").replace("> ", ">")
+
+
+def test_no_line_of_a_title_is_wider_than_its_figure(train):
+    wide = train.with_columns(**{"rewards/chosen": -0.839, "rewards/rejected": -0.781})
+    figure = curves.reward_curves(wide, train.clear())
+    figure.draw_without_rendering()
+    title = axes(figure)._left_title.get_window_extent()
+    # Something to spare: the reader's bold font may be wider than matplotlib's.
+    assert title.x1 < 0.95 * figure.bbox.width
