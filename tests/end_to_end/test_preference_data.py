@@ -58,6 +58,13 @@ def test_win_rates_on_human_pairs_are_what_the_judge_was_shown(shared_data: Path
     # Of the completions of the reference Best-of-N has one for each prompt.
     pool = {row["completion"] for row in written(out / "samples" / "reference-2-each")}
     assert {row["completion"] for row in written(out / "samples" / "best-of-2")} <= pool
+    # Another judge only judges anew.
+    trained = (out / "run" / "metrics.jsonl").stat().st_mtime_ns
+    other = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert other.returncode == 0, other.stderr[-3000:]
+    assert (out / "run" / "metrics.jsonl").stat().st_mtime_ns == trained
+    assert len(list((out / "judged").iterdir())) == 2
+    (tmp_path / "size.yaml").write_text(yaml.safe_dump({**SMALLEST, "num_prompts": 5}))
     other = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert other.returncode == 2
     assert "begun otherwise" in other.stderr
