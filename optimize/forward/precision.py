@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpo_opt.optimize.forward.architecture import decoder_layers
+from dpo_opt.optimize.forward.around_forward import around_forward
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -72,12 +74,14 @@ def in_fp32(model: torch.nn.Module) -> Iterator[None]:
     of_layers = {id(tensor) for layer in layers for tensor in _tensors(layer)}
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_widened_in_forward(layer))
-        stored = _widen(tensor for tensor in _tensors(model) if id(tensor) not in of_layers)
-        try:
+            stack.enter_context(around_forward(layer, partial(_widened_layer, layer)))
+        with _widened(tensor for tensor in _tensors(model) if id(tensor) not in of_layers):
             yield
-        finally:
-            _put_back(stored)
+
+
+def _widened_layer(layer: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+    # Asked for at each forward: a layer may get other parameters for each.
+    return _widened(_tensors(layer))
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
@@ -85,35 +89,16 @@ def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def _widen(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Make half-precision tensors fp32 in place. Returns each with the data that it held before."""
+@contextlib.contextmanager
+def _widened(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Half-precision tensors are fp32 while the block runs; then they hold the same data as before."""
     stored = []
     for tensor in tensors:
         if tensor.dtype in HALF:
             stored.append((tensor, tensor.data))
             tensor.data = tensor.data.float()
-    return stored
-
-
-def _put_back(stored: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for tensor, data in stored:
-        tensor.data = data
-
-
-@contextlib.contextmanager
-def _widened_in_forward(layer: torch.nn.Module) -> Iterator[None]:
-    stored: list[tuple[Tensor, Tensor]] = []
-
-    def before(*_: Any) -> None:
-        stored.extend(_widen(_tensors(layer)))
-
-    def after(*_: Any) -> None:
-        _put_back(stored)
-        stored.clear()
-
-    hooks = (layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True))
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for tensor, data in stored:
+            tensor.data = data

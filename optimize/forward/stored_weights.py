@@ -5,8 +5,9 @@ So several processes each read only their own part of it, and its layers may be 
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from dpo_opt.optimize.forward.architecture import decoder_layers
+from dpo_opt.optimize.forward.around_forward import around_forward
 from dpo_opt.optimize.forward.precision import HALF
 from dpo_opt.schemas.errors import ConfigError, first_line
 from dpo_opt.schemas.weights import loaded_tensors
@@ -99,7 +101,7 @@ class StoredWeights:
 
         with contextlib.ExitStack() as stack:
             for layer in layers:
-                stack.enter_context(_filled_in_forward(layer, inside[id(layer)], filled))
+                stack.enter_context(around_forward(layer, partial(_filled, inside[id(layer)], filled)))
             with _filled(outside, filled):
                 yield
 
@@ -184,23 +186,3 @@ def _filled(places: list[_Place], filled: Callable[[str, torch.nn.Parameter], Te
     finally:
         for place, old in before:
             setattr(place.module, place.attribute, old)
-
-
-@contextlib.contextmanager
-def _filled_in_forward(
-    layer: torch.nn.Module, places: list[_Place], filled: Callable[[str, torch.nn.Parameter], Tensor]
-) -> Iterator[None]:
-    running = contextlib.ExitStack()
-
-    def before(*_: Any) -> None:
-        running.enter_context(_filled(places, filled))
-
-    def after(*_: Any) -> None:
-        running.close()
-
-    hooks = (layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
