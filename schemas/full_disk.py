@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpo_opt.schemas.errors import DpoOptError
+from dpo_opt.schemas.errors import AGAIN, DpoOptError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Libraries in Rust raise a class of their own, or none, and end the system's message with this.
@@ -34,7 +34,7 @@ def room_on_disk(folder: Path) -> Iterator[None]:
                 f"the disk is full ({os.strerror(code)})",
                 where=str(folder),
                 why="what was being written could not be written whole, so nothing of it was kept",
-                fix="free some space there and run the same command again",
+                fix=f"free some space there, then {AGAIN}",
             ) from error
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(folder)

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dpo_opt.schemas.errors import DpoOptError
+from dpo_opt.schemas.errors import AGAIN, DpoOptError
 from dpo_opt.schemas.full_disk import room_on_disk
 from dpo_opt.schemas.locations import AnyPath, inside, on_this_machine, put_file, stored_files
 
@@ -65,7 +65,7 @@ def removed_meanwhile(path: AnyPath) -> DpoOptError:
         "the file was removed while it was being written",
         where=str(path),
         why="nothing is lost but the work at it; `dpo-opt gc --older-than 0` takes what others are writing",
-        fix="run the same command again, and let gc keep young files",
+        fix=f"let gc keep young files, and {AGAIN}",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from upath import UPath
 
-from dpo_opt.schemas.errors import DpoOptError, first_line, quoted
+from dpo_opt.schemas.errors import AGAIN, DpoOptError, first_line, quoted
 from dpo_opt.schemas.full_disk import DISK_FULL
 
 
@@ -41,13 +41,13 @@ def explained(path: Path | UPath) -> Iterator[None]:
                 f"the store has no bucket {quoted(bucket)}",
                 where=str(path),
                 why="it is not an empty folder: nothing can be read from there, or written to it",
-                fix="check the URL and AWS_ENDPOINT_URL, or create the bucket; then run the command again",
+                fix=f"check the URL and AWS_ENDPOINT_URL, or create the bucket; then {AGAIN}",
             ) from error
         raise DpoOptError(
             f"the store refuses or does not answer ({first_line(error)})",
             where=str(path),
             why="what was committed there is not touched",
-            fix="check the URL and the credentials in the environment, then run the same command again",
+            fix=f"check the URL and the credentials in the environment, then {AGAIN}",
         ) from error
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from dpo_opt.schemas.errors import quoted
+
 
 @click.command(help=__doc__)
 @click.option(
@@ -18,5 +20,9 @@ import click
 )
 def command(output_dir: Path) -> None:
     from dpo_opt.demo import demo
+    from dpo_opt.explained_errors import going_on_by
+    from dpo_opt.preemption import same_command
 
-    demo(output_dir)
+    # What a demo left half done is no demo's to go on with.
+    with going_on_by(lambda: f"rm -r {quoted(output_dir)} && {same_command()}"):
+        demo(output_dir)

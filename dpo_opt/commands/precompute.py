@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from dpo_opt.console import duration, watched
+from dpo_opt.explained_errors import going_on_by
 from dpo_opt.options import configured, dry_run_option, json_option
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.results import counted, show
@@ -39,8 +40,9 @@ def command(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
         show(plan if as_json else _planned_in_words(plan, config), as_json)
         return
     # The same command, with this run's settings; a launcher's worker has them in a file that goes with it.
-    again = resume_command(config.shards) if "--worker-index" in sys.argv else same_command()
-    with preemptible(again):
+    of_launcher = "--worker-index" in sys.argv
+    again = resume_command(config.shards) if of_launcher else same_command()
+    with preemptible(again), going_on_by(lambda: resume_command(config.shards) if of_launcher else None):
         if config.launched:
             launched = launch(config, progress=watched())
             show(launched if as_json else _in_words(launched), as_json)

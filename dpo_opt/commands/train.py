@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpo_opt.console import watched
+from dpo_opt.explained_errors import going_on_by
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import ListsCommand, OtherFile, configured, dry_run_option, json_option
 from dpo_opt.results import counted, say, show, table
@@ -77,15 +78,21 @@ def command(config: TrainConfig, dry_run: bool, gpus: str | None, as_json: bool)
     from dpo_opt.optimize.processes.distributed import world_from_environment
     from dpo_opt.optimize.run_folder import CONFIG, resume_command
 
+    def resume() -> str | None:
+        """The command that continues the run; None where nothing has begun."""
+        return resume_command(config.output_dir) if (config.output_dir / CONFIG).is_file() else None
+
     try:
-        result = run(config, progress=watched())
+        with going_on_by(lambda: None if config.resume else resume()):
+            result = run(config, progress=watched())
     except KeyboardInterrupt as error:
-        if not (config.output_dir / CONFIG).is_file():
-            raise  # nothing has begun
+        command = resume()
+        if command is None:
+            raise
         raise Interrupted(
             "interrupted",
             why="what came after the latest checkpoint is made again, bit for bit",
-            fix=resume_command(config.output_dir),
+            fix=command,
         ) from error
     if not world_from_environment(os.environ).first:
         return  # one of several processes says it for all
