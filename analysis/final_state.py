@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import polars as pl
 
-from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER, scan_pair_logps
+from dpo_opt.analysis.load import scan_pair_logps
 from dpo_opt.analysis.outcomes import Outcome, outcome
 from dpo_opt.analysis.run_files import Run
 from dpo_opt.analysis.slices import ShardSlice, by_slice, with_reference
 from dpo_opt.schemas.pair_logps import dtype_of_logps
+from dpo_opt.schemas.run_layout import PAIR_LOGPS, SCORES
 
-SCORES_FOLDER = "scores"
 _POLICY = ("row", "pair", "chosen_logps", "rejected_logps", "chosen_length", "rejected_length")
 
 
@@ -84,15 +84,15 @@ def last_logps(run: Run, logps: pl.LazyFrame | None, held_out: pl.Series) -> Las
         logps: What training and evaluations wrote; None if nothing.
         held_out: From :func:`held_out_rows`.
     """
-    if run.tables(SCORES_FOLDER):
+    if run.tables(SCORES):
         # If several checkpoints were scored, the one that was trained longest is shown.
-        scores = scan_pair_logps(run.path / SCORES_FOLDER)
+        scores = scan_pair_logps(run.path / SCORES)
         states = scores.select("step", "checkpoint").unique().sort("step", "checkpoint")
         chosen = states.last().collect(engine="streaming")
         if not len(chosen):
             return None
         step, checkpoint = chosen.row(0)
-        dtypes = {dtype_of_logps(file) for file in run.tables(SCORES_FOLDER)}
+        dtypes = {dtype_of_logps(file) for file in run.tables(SCORES)}
         same = (pl.col("step") == step) & pl.col("checkpoint").eq_missing(pl.lit(checkpoint, dtype=pl.String))
         return LastLogps(
             scores,
@@ -101,7 +101,7 @@ def last_logps(run: Run, logps: pl.LazyFrame | None, held_out: pl.Series) -> Las
             scored=True,
             label=f"the scored checkpoint {checkpoint or ''}".strip() + f" (step {step:,})",
             dtype=dtypes.pop() if len(dtypes) == 1 else None,
-            where=str(run.path / SCORES_FOLDER),
+            where=str(run.path / SCORES),
         )
     if logps is None or not len(held_out):
         return None
@@ -114,7 +114,7 @@ def last_logps(run: Run, logps: pl.LazyFrame | None, held_out: pl.Series) -> Las
         scored=False,
         label=f"the held-out pairs at the last evaluation (step {step:,})",
         dtype=None,
-        where=str(run.path / PAIR_LOGPS_FOLDER),
+        where=str(run.path / PAIR_LOGPS),
     )
 
 

@@ -13,9 +13,10 @@ import polars as pl
 
 from dpo_opt.analysis.intervals import Interval, as_record, ratio_interval
 from dpo_opt.analysis.kl import KLFile
-from dpo_opt.analysis.load import KL_FOLDER, scan_kl_samples
+from dpo_opt.analysis.load import scan_kl_samples
 from dpo_opt.analysis.run_settings import losses_in_words, read_run_config
 from dpo_opt.schemas.errors import DataError, first_line, quoted
+from dpo_opt.schemas.run_layout import KL
 from dpo_opt.schemas.storage import publish
 
 FRONTIER_TABLE = "frontier.parquet"
@@ -76,7 +77,7 @@ def frontier_point(
     Raises:
         DataError: The rewards are too large to be averaged.
     """
-    samples = scan_kl_samples(run / KL_FOLDER / kl.file).select("prompt_id").collect()
+    samples = scan_kl_samples(run / KL / kl.file).select("prompt_id").collect()
     sums = (
         samples.with_columns(reward=pl.Series(rewards, dtype=pl.Float64))
         .group_by("prompt_id")
@@ -89,7 +90,7 @@ def frontier_point(
     if not countable:
         raise DataError(
             f"the rewards are too large to be averaged (up to {max(map(abs, rewards)):.3g})",
-            where=str(run / KL_FOLDER / kl.file),
+            where=str(run / KL / kl.file),
             why="their squares, which the interval needs, are beyond the largest number",
             fix="scale the rewards down, then run the same command again",
         )

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from dpo_opt.analysis.intervals import FloatArray, Interval, as_record, ratio_interval, share_interval
-from dpo_opt.analysis.load import KL_FOLDER, scan_kl_samples
+from dpo_opt.analysis.load import scan_kl_samples
 from dpo_opt.analysis.run_files import finished_tables
 from dpo_opt.analysis.table_checks import UNREADABLE
 from dpo_opt.schemas.errors import DataError, first_line, quoted
 from dpo_opt.schemas.kl_samples import read_kl_record
+from dpo_opt.schemas.run_layout import KL
 
 # By how much the samples' mean surprise per token may differ from the policy's entropy: a share of it, and
 # standard errors. Rounding moves it by a thousandth; a temperature of 0.9 or a top-p of 0.95 by a tenth.
@@ -95,7 +96,7 @@ def kl_of_run(run: Path) -> list[KLFile]:
         DataError: A table is damaged, or has samples of another model than the policy.
     """
     found = []
-    for file in finished_tables(run / KL_FOLDER):
+    for file in finished_tables(run / KL):
         estimate = estimate_kl(scan_kl_samples(file), where=str(file))
         record = read_kl_record(file)
         found.append(KLFile(file.name, None if record is None else record.step, estimate))

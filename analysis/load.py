@@ -20,11 +20,9 @@ from dpo_opt.schemas.kl_samples import KL_SAMPLES_SCHEMA, LATER_COLUMNS
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import ShardCommit, load_manifest
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA
+from dpo_opt.schemas.run_layout import KL, PAIR_LOGPS
 from dpo_opt.schemas.shard_folder import check_file
 from dpo_opt.schemas.shards import SHARD_SCHEMA, UNPAIRED_SCHEMA
-
-PAIR_LOGPS_FOLDER = "pair_logps"
-KL_FOLDER = "kl"
 
 
 def scan_shards(shards_dir: AnyPath | str) -> pl.LazyFrame:
@@ -50,7 +48,7 @@ def scan_pair_logps(path: Path | str) -> pl.LazyFrame:
     Raises:
         DataError: There is no such file, or one is not a table of pair log-probs.
     """
-    return _scan(parquet_files(path, inside=PAIR_LOGPS_FOLDER), PAIR_LOGPS_SCHEMA, what="pair log-probs")
+    return _scan(parquet_files(path, inside=PAIR_LOGPS), PAIR_LOGPS_SCHEMA, what="pair log-probs")
 
 
 def scan_run(path: Path | str) -> pl.LazyFrame:
@@ -87,7 +85,7 @@ def scan_kl_samples(path: Path | str) -> pl.LazyFrame:
         DataError: There is no such file, or one is not a table of on-policy samples.
     """
     return _scan(
-        parquet_files(path, inside=KL_FOLDER),
+        parquet_files(path, inside=KL),
         KL_SAMPLES_SCHEMA,
         what="on-policy samples",
         later=LATER_COLUMNS,

@@ -10,14 +10,11 @@ from pathlib import Path
 import polars as pl
 
 from dpo_opt.analysis.run_records import read_metrics, read_parity
-from dpo_opt.analysis.run_settings import CONFIG, read_run_config
+from dpo_opt.analysis.run_settings import read_run_config
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.manifest import MANIFEST
-
-METRICS = "metrics.jsonl"
-PARITY = "parity.json"
-FINAL = "final"
+from dpo_opt.schemas.run_layout import CONFIG, FINAL, METRICS, PARITY, SCORES, whole_checkpoints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +56,7 @@ class Run:
         """The model that the run saved last; None if it has none yet."""
         if self.finished:
             return self.path / FINAL
-        return max((self.path / "checkpoints").glob("step-*"), default=None)
+        return next(reversed(whole_checkpoints(self.path)), None)
 
     @property
     def margin_noise(self) -> float | None:
@@ -79,7 +76,7 @@ class Run:
     def score_command(self) -> str:
         """The command whose output the report reads from ``scores/``."""
         model = self.saved or self.path / FINAL
-        output = self.path / "scores" / f"{model.name}.parquet"
+        output = self.path / SCORES / f"{model.name}.parquet"
         score = _command("score", shards=self.shards, model=model, output=output)
         return score if self.saved else f"{self.resume_command} && {score}"
 

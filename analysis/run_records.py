@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from dpo_opt.schemas.errors import DataError, quoted
-from dpo_opt.schemas.plain_data import json_of
+from dpo_opt.schemas.plain_data import is_number, json_of
 from dpo_opt.schemas.safe_text import printable
 
 _METRICS = "the curves and the last values are drawn from its lines"
@@ -40,7 +40,7 @@ def read_metrics(file: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
         # Values may be infinite or NaN, and whole numbers of any length.
         if any(isinstance(value, int) and abs(value) > sys.float_info.max for value in entry.values()):
             raise _broken_line("a number beyond all that are computed with", file, number)
-        if "loss" in entry and not _is_number(entry["loss"]):
+        if "loss" in entry and not is_number(entry["loss"]):
             raise _broken_line("a loss that is no number", file, number)
         if any("\ud800" <= character <= "\udfff" for name in entry for character in name):
             raise _broken_line("a name that is no text", file, number)
@@ -50,11 +50,7 @@ def read_metrics(file: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def _is_step(value: object) -> bool:
-    return _is_number(value) and isinstance(value, int) and 0 <= value < 2**53
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number(value) and isinstance(value, int) and 0 <= value < 2**53
 
 
 def _broken_line(what: str, file: Path, number: int) -> DataError:

@@ -5,13 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dpo_opt.schemas.errors import ConfigError, DataError
-from dpo_opt.schemas.plain_data import yaml_of
-
-CONFIG = "config.resolved.yaml"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+from dpo_opt.schemas.plain_data import is_number, yaml_of
+from dpo_opt.schemas.run_layout import CONFIG
 
 
 def _is_text(value: object) -> bool:
@@ -24,9 +19,9 @@ def _is_texts(value: object) -> bool:
 
 _SETTINGS: Mapping[str, tuple[str, Callable[..., bool]]] = {
     "model": ("the folder or name of a model", _is_text),
-    "beta": ("a number above 0", lambda value: _is_number(value) and 0 < value <= sys.float_info.max),
+    "beta": ("a number above 0", lambda value: is_number(value) and 0 < value <= sys.float_info.max),
     "loss_type": ("a loss or a list of losses", lambda value: _is_text(value) or _is_texts(value)),
-    "eval_split": ("a share of at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "eval_split": ("a share of at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1),
     "eval_shards": ("a list of folders", _is_texts),
 }
 """Of the settings that more is made of than words on a page: what they are, and whether a value is that."""

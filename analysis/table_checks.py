@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from dpo_opt.analysis.run_files import Run
 from dpo_opt.schemas.arrow_file import arrow_file
 from dpo_opt.schemas.errors import DataError, first_line, quoted
+from dpo_opt.schemas.run_layout import KL, PAIR_LOGPS, SCORES
 
 UNREADABLE = (
     pl.exceptions.ComputeError,
@@ -17,7 +18,6 @@ UNREADABLE = (
     pl.exceptions.InvalidOperationError,
 )
 """What a query raises where a table's pages are damaged, or a column holds another type."""
-_FOLDERS = ("pair_logps", "scores", "kl")
 
 
 def require_table(file: Path, schema: pa.Schema, *, what: str, later: Collection[str] = ()) -> None:
@@ -80,7 +80,7 @@ def unreadable_of(run: Run, error: Exception) -> DataError:
     """
     what = f"a table cannot be read ({first_line(error)})"
     why = "its pages are damaged, or hold other values than they say"
-    for file in (file for folder in _FOLDERS for file in run.tables(folder)):
+    for file in (file for folder in (PAIR_LOGPS, SCORES, KL) for file in run.tables(folder)):
         try:
             with arrow_file(file) as raw, pq.ParquetFile(raw) as table:
                 for _ in table.iter_batches():

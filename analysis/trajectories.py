@@ -11,9 +11,9 @@ from typing import NamedTuple
 import polars as pl
 
 from dpo_opt.analysis import rewards
-from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER
 from dpo_opt.analysis.quadrants import MOVEMENTS, movement
 from dpo_opt.analysis.slices import ShardSlice, by_slice, with_reference
+from dpo_opt.schemas.run_layout import PAIR_LOGPS
 
 INTERVALS = 24
 """Training steps are grouped into at most this many equal intervals."""
@@ -102,7 +102,7 @@ def _joined(rows: pl.LazyFrame, part: ShardSlice, point: pl.Expr, noise: float) 
     wanted = rows.select("row", "pair", "phase", "step", "chosen_logps", "rejected_logps")
     reference = part.reference.select("row", "reference_pair", "ref_chosen_logps", "ref_rejected_logps")
     return (
-        with_reference(wanted, reference, where=PAIR_LOGPS_FOLDER)
+        with_reference(wanted, reference, where=PAIR_LOGPS)
         .filter(pl.col("phase").is_in(["train", "eval"]))
         .select(
             "row",

@@ -24,12 +24,7 @@ from dpo_opt.analysis.generalization import Overfitting, overfitting
 from dpo_opt.analysis.intervals import FloatArray
 from dpo_opt.analysis.kl import KLFile, kl_of_run
 from dpo_opt.analysis.labelled import LabelledState, labelled_state
-from dpo_opt.analysis.load import (
-    KL_FOLDER,
-    PAIR_LOGPS_FOLDER,
-    scan_kl_samples,
-    scan_pair_logps,
-)
+from dpo_opt.analysis.load import scan_kl_samples, scan_pair_logps
 from dpo_opt.analysis.notable_pairs import NotablePairs, notable_pairs
 from dpo_opt.analysis.outcomes import (
     LengthBias,
@@ -46,6 +41,7 @@ from dpo_opt.analysis.token_texts import TokenDecoder, completion_start, prompt_
 from dpo_opt.analysis.trajectories import Trajectories, trajectories
 from dpo_opt.analysis.unpaired_rows import is_unpaired
 from dpo_opt.schemas.manifest import Manifest, load_manifest
+from dpo_opt.schemas.run_layout import KL, PAIR_LOGPS
 
 NOTABLE = 6
 SAMPLES = 4
@@ -126,7 +122,7 @@ def view_run(run: Run, scratch: Path) -> RunView:
     """
     manifest = load_manifest(run.shards)
     slices = shard_slices(run.shards)
-    logps = scan_pair_logps(run.path) if run.tables(PAIR_LOGPS_FOLDER) else None
+    logps = scan_pair_logps(run.path) if run.tables(PAIR_LOGPS) else None
     if len(slices) > 1:
         (scratch / "reference").mkdir()
         slices = copy_reference(slices, scratch / "reference")
@@ -162,7 +158,7 @@ def view_run(run: Run, scratch: Path) -> RunView:
         overfitting=overfitting(final.splits if final else {}, run.evals),
         kl=kl,
         frontier=[point._replace(run=run.name) for point in read_frontier(run.path)],
-        samples=_samples(run.path / KL_FOLDER / kl[-1].file, decoder) if kl else [],
+        samples=_samples(run.path / KL / kl[-1].file, decoder) if kl else [],
         text_problem=decoder.problem,
     )
 

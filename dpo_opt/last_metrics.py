@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.schemas.arrow_file import arrow_file
+from dpo_opt.schemas.run_layout import PAIR_LOGPS
 
 
 class LastMetrics(NamedTuple):
@@ -30,12 +31,12 @@ def last_metrics(run: Path) -> list[LastMetrics]:
     for line in evaluations[-1:]:
         for prefix in [key.removesuffix("loss") for key in line if key.endswith("_loss")]:
             name = prefix.removeprefix("eval_").removesuffix("_")
-            folder = run / "pair_logps" / name
+            folder = run / PAIR_LOGPS / name
             pairs = _count(folder, phase="eval", first=int(line["step"]), end=int(line["step"]) + 1)
             found.append(LastMetrics(name or "held out", pairs, _without(prefix, line)))
     for last in training[-1:]:
         before, end = (int(training[-2]["step"]) if len(training) > 1 else 0), int(last["step"])
-        pairs = _count(run / "pair_logps", phase="train", first=before, end=end)
+        pairs = _count(run / PAIR_LOGPS, phase="train", first=before, end=end)
         steps = end - before
         found.append(LastMetrics(f"last {steps} step{'s' if steps > 1 else ''}", pairs, _without("", last)))
     return found

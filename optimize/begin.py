@@ -113,6 +113,7 @@ class RunState:
         written = run.files.written()
         state = TrainState(
             at=self.at.model_copy(),
+            epoch=run.epochs(self.at),
             window=self.window.state,
             running=self.running,
             lines=written.lines,

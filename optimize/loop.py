@@ -34,13 +34,14 @@ from dpo_opt.optimize.processes.distributed import (
     wait_for_all,
     world_from_environment,
 )
-from dpo_opt.optimize.run_folder import FINAL, RunFolder, hold_logps, resume_command
+from dpo_opt.optimize.run_folder import RunFolder, hold_logps, resume_command
 from dpo_opt.optimize.stop_signals import StopRequested, StopSignals, stop_signals
 from dpo_opt.optimize.update.optimizer import learning_rate, set_learning_rate
 from dpo_opt.optimize.update.set_apart import set_apart
 from dpo_opt.schemas.errors import DpoOptError, Preempted, quoted
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.run_layout import FINAL
 
 
 class TrainResult(NamedTuple):

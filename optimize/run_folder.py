@@ -18,17 +18,9 @@ from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.pair_logps import PairLogps, Phase, write_pair_logps
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.plain_data import json_of
+from dpo_opt.schemas.run_layout import BEST, CONFIG, FINAL, METRICS, PAIR_LOGPS, PARITY, PREEMPTED, STATE
 from dpo_opt.schemas.storage import write_text
 
-CONFIG = "config.resolved.yaml"
-CHECKPOINTS = "checkpoints"
-FINAL = "final"
-PREEMPTED = "preempted.json"
-BEST = "best.json"
-_METRICS = "metrics.jsonl"
-_STATE = "trainer_state.json"
-_PARITY = "parity.json"
-_PAIR_LOGPS = "pair_logps"
 # Rows of pair log-probs held before a segment is written: about 10 MB.
 _SEGMENT_ROWS = 50_000
 
@@ -126,7 +118,7 @@ class RunFolder:
 
     def write_parity(self, parity: Mapping[str, object]) -> None:
         """Write parity.json: the measured parity of policy and cached reference."""
-        self._write(_PARITY, json.dumps(parity, indent=1) + "\n")
+        self._write(PARITY, json.dumps(parity, indent=1) + "\n")
 
     def write_preempted(self, record: Mapping[str, object]) -> None:
         """Write preempted.json: a signal stopped the run. It is for scripts that do not see the exit code."""
@@ -152,13 +144,13 @@ class RunFolder:
         """
         if not self._writes:
             return
-        lines = lines_until(self.path / _METRICS, written.lines, step)
-        for name in (PREEMPTED, BEST, _STATE):
+        lines = lines_until(self.path / METRICS, written.lines, step)
+        for name in (PREEMPTED, BEST, STATE):
             (self.path / name).unlink(missing_ok=True)
-        write_text(self.path / _METRICS, "".join(lines))
+        write_text(self.path / METRICS, "".join(lines))
         self._lines = len(lines)
         self._segments = dict(written.segments)
-        for file in (self.path / _PAIR_LOGPS).rglob("*.parquet"):
+        for file in (self.path / PAIR_LOGPS).rglob("*.parquet"):
             folder = file.parent.relative_to(self.path).as_posix()
             # Another name is a file of the user's.
             if file.stem.isdecimal() and int(file.stem) >= self._segments.get(folder, 0):
@@ -174,7 +166,7 @@ class RunFolder:
         if not self._writes:
             return
         self._lines += 1
-        with (self.path / _METRICS).open("a", encoding="utf-8") as handle:
+        with (self.path / METRICS).open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(metrics) + "\n")
 
     def add_pair_logps(self, batch: HeldLogps, *, evaluation: str | None = None) -> None:
@@ -187,7 +179,7 @@ class RunFolder:
         """
         if not self._writes:
             return
-        folder = f"{_PAIR_LOGPS}/{evaluation}" if evaluation else _PAIR_LOGPS
+        folder = f"{PAIR_LOGPS}/{evaluation}" if evaluation else PAIR_LOGPS
         held = self._held.setdefault(folder, [])
         held.append(batch)
         if sum(len(other.pairs) for other in held) >= _SEGMENT_ROWS:
@@ -209,7 +201,7 @@ class RunFolder:
         if not self._writes:
             return
         self.flush_pair_logps()
-        with (self.path / _METRICS).open(encoding="utf-8") as lines:
+        with (self.path / METRICS).open(encoding="utf-8") as lines:
             history = [json.loads(line) for line in lines]
         state = {
             "global_step": step,
@@ -219,7 +211,7 @@ class RunFolder:
             "dtype": dtype,
             "log_history": history,
         }
-        write_text(self.path / _STATE, json.dumps(state, indent=1) + "\n")
+        write_text(self.path / STATE, json.dumps(state, indent=1) + "\n")
 
     def finished_step(self) -> int | None:
         """Number of updates of a finished run; None if the run is not finished.
@@ -227,7 +219,7 @@ class RunFolder:
         Raises:
             DataError: Its state is damaged.
         """
-        if not ((self.path / FINAL).is_dir() and (self.path / _STATE).is_file()):
+        if not ((self.path / FINAL).is_dir() and (self.path / STATE).is_file()):
             return None
         step: int = self._state()["global_step"]
         return step
@@ -239,7 +231,7 @@ class RunFolder:
         return History(training, [line for line in lines if "loss" not in line])
 
     def _state(self) -> dict[str, Any]:
-        file = self.path / _STATE
+        file = self.path / STATE
         try:
             state = json_of(file.read_text(encoding="utf-8"))
         except ValueError:
@@ -258,7 +250,7 @@ class RunFolder:
 
     def last_metrics(self) -> Metrics:
         """The newest line of training metrics; empty if there is none."""
-        return newest_training_line(self.path / _METRICS)
+        return newest_training_line(self.path / METRICS)
 
     def dump_pairs(
         self, pairs: Sequence[ScoredPair], numbers: Mapping[str, Sequence[float]], *, step: int

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_opt.optimize.checkpoint.checkpoints import read_state
 from dpo_opt.optimize.forward.packing import pair_group
 from dpo_opt.optimize.identity import require_same_model
 from dpo_opt.optimize.transformers_scorer import HfScorer
@@ -17,7 +18,10 @@ from dpo_opt.schemas.pair_logps import PairLogps, write_pair_logps
 from dpo_opt.schemas.pairs import ScoredPair
 from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.run_layout import STATE, TRAIN_STATE
 from dpo_opt.schemas.shard_folder import ShardFolder
+
+_FIX = "copy it from the run again, or remove it to score without a step"
 
 
 def score_shards(
@@ -71,7 +75,7 @@ def score_shards(
 
 
 class _Trained(NamedTuple):
-    """Of the run that a checkpoint belongs to."""
+    """Of the run that a model belongs to."""
 
     step: int = 0
     epoch: float = 0.0
@@ -80,18 +84,22 @@ class _Trained(NamedTuple):
 
 
 def _trained(model_folder: Path) -> _Trained:
-    state = model_folder.parent / "trainer_state.json"
-    if not state.is_file():
+    """How far training had come: a checkpoint says it itself, and of the final model its run does."""
+    run = model_folder.parent / STATE
+    if (model_folder / TRAIN_STATE).is_file():
+        state = read_state(model_folder, fix=_FIX)
+        return _Trained(state.at.step, state.epoch, str(state.settings.get("dtype")))
+    if not run.is_file():
         return _Trained()
     try:
-        values = json_of(state.read_text(encoding="utf-8"))
+        values = json_of(run.read_text(encoding="utf-8"))
         return _Trained(int(values["global_step"]), float(values["epoch"]), str(values.get("dtype")))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"not readable as the state of a run ({first_line(error)})",
-            where=str(state),
+            where=str(run),
             why="it says after how many steps the model was saved",
-            fix="copy it from the run again, or remove it to score without a step",
+            fix=_FIX,
         ) from error
 
 

@@ -1,5 +1,6 @@
 """Files from the Hugging Face Hub, at a commit: the one place that may go to the network for them."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Literal
 from dpo_opt.schemas.errors import ConfigError, first_line
 
 Kind = Literal["model", "dataset"]
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""Also the name that the Hub's cache gives to a folder of files."""
 
 
 def fetch(

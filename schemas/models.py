@@ -7,16 +7,17 @@ They need no deep-learning library, so the stage that plans a job knows exactly 
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo_opt.schemas.errors import ConfigError, first_line, quoted
-from dpo_opt.schemas.hub import fetch
+from dpo_opt.schemas.hub import COMMIT, fetch
 from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.weights import OTHER_FORMAT, WEIGHTS, loaded_files, own_head
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""In peft's layout, the file that makes a folder an adapter."""
 VOLATILE_CONFIG_KEYS = frozenset(
     {
         "_name_or_path",
@@ -49,8 +50,6 @@ _CONTEXT_KEYS: tuple[str, ...] = (
     "context_length",  # RWKV
     "n_ctx",
 )
-# The name that the Hub's cache gives to a folder of files.
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # Hub names that this process has asked for: a branch may move between two looks at it.
 _fetched: dict[tuple[str, bool], Path] = {}
@@ -87,7 +86,7 @@ def pinned_name(model: str, folder: Path) -> str:
         model: As ``find_model`` got it.
         folder: What it found.
     """
-    if Path(model).expanduser().is_dir() or not _COMMIT.fullmatch(folder.name):
+    if Path(model).expanduser().is_dir() or not COMMIT.fullmatch(folder.name):
         return model
     return f"{model.partition('@')[0]}@{folder.name}"
 
@@ -114,7 +113,7 @@ def _fetch(model: str, *, weights: bool) -> Path:
 
 def _refuse_unsafe(folder: Path) -> None:
     config_path = folder / "config.json"
-    if not config_path.is_file() and (folder / "adapter_config.json").is_file():
+    if not config_path.is_file() and (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
             f"{quoted(folder)} is an adapter, not a model",
             why="it is a small change to another model, which it needs",
@@ -126,9 +125,9 @@ def _refuse_unsafe(folder: Path) -> None:
             why="it is not a model folder in the Hugging Face layout",
             fix="pass a folder that save_pretrained wrote",
         )
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
-            f"{quoted(folder)} holds a model and an adapter (config.json and adapter_config.json)",
+            f"{quoted(folder)} holds a model and an adapter (config.json and {ADAPTER_CONFIG})",
             why="transformers would add the adapter to the model's weights, which may hold it already, and "
             "save only the adapter after training; vLLM would leave it out",
             fix=f"cp -rL {quoted(folder)} MODEL && rm MODEL/adapter_*, then pass MODEL if its weights are "

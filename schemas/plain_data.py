@@ -49,6 +49,11 @@ def yaml_of(text: str | bytes) -> Any:
     return value
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is one in JSON and YAML, where true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def levels(value: object) -> int:
     """How deep lists and objects stand in each other; what an alias of YAML repeats counts once."""
     level, depth, seen = [value], 0, set[int]()

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -71,10 +70,3 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
     while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-
-
-def leave(code: int = 0) -> NoReturn:
-    """End a process as dpo_opt/__main__.py does: threads of torch may abort it otherwise."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -32,7 +32,7 @@ from dpo_opt.cli import main
 from dpo_opt.commands.merge import MergeConfig
 from dpo_opt.console import watched
 from dpo_opt.merge import merge
-from dpo_opt.optimize.adapters.adapter_folder import CONFIG, WEIGHTS, read_adapter
+from dpo_opt.optimize.adapters.adapter_folder import WEIGHTS, read_adapter
 from dpo_opt.optimize.checkpoint.checkpoints import newest_checkpoint
 from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.precompute import PrecomputeConfig, precompute
@@ -42,7 +42,7 @@ from dpo_opt.schemas.fingerprint import short_value
 from dpo_opt.schemas.kl_samples import LATER_COLUMNS
 from dpo_opt.schemas.locations import location
 from dpo_opt.schemas.manifest import load_manifest, write_manifest
-from dpo_opt.schemas.models import find_model
+from dpo_opt.schemas.models import ADAPTER_CONFIG, find_model
 from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.shards import read_row_groups
 from dpo_opt.schemas.weights import refuse_left_over, weights_digest
@@ -180,7 +180,7 @@ def test_adapters_of_strange_content(tmp_path: Path) -> None:
         {"r": STRANGE, "lora_alpha": 1},
         {"r": 1, "lora_alpha": 1, "peft_type": "LORA"},
     ):
-        (tmp_path / CONFIG).write_text(json.dumps(config))
+        (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config))
         save_file({STRANGE: torch.zeros(2)}, tmp_path / WEIGHTS)
         assert str(tmp_path) in message(lambda: read_adapter(tmp_path))
     (tmp_path / WEIGHTS).write_bytes(b"\x1b[31m" * 20)

@@ -8,12 +8,11 @@ import json
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from os import environ
 from pathlib import Path
 
 import pytest
 import torch
-from processes import leave
+from one_process import one_of_a_run
 from torch import Tensor
 from torchrun_steps import gradients, load, pair_groups, step, write
 
@@ -23,11 +22,9 @@ from dpo_opt.optimize.memory.budget import Room, fit_budget, take_two_micro_batc
 from dpo_opt.optimize.processes.distributed import (
     World,
     least_of_ranks,
-    process_group,
-    world_from_environment,
 )
 from dpo_opt.optimize.processes.fsdp import ShardedPolicy, shard_policy
-from dpo_opt.schemas.errors import ConfigError, DpoOptError
+from dpo_opt.schemas.errors import ConfigError
 
 MB = 10**6
 ROWS = 300
@@ -150,15 +147,8 @@ def main(model: Path, output: Path, world: World) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    here = world_from_environment(environ)
-    try:
-        with process_group(here, timeout=timedelta(seconds=60)):
-            if sys.argv[1] == "alone-without-memory":
-                alone_without_memory(here)
-            else:
-                main(Path(sys.argv[1]), Path(sys.argv[2]), here)
-    except DpoOptError as error:
-        print(error, file=sys.stderr)
-        leave(error.exit_code)
-    leave()
+    with one_of_a_run(timeout=timedelta(seconds=60)) as here:
+        if sys.argv[1] == "alone-without-memory":
+            alone_without_memory(here)
+        else:
+            main(Path(sys.argv[1]), Path(sys.argv[2]), here)

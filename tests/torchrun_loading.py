@@ -8,7 +8,6 @@ Process N writes what it found into ``loaded-N.json``.
 
 import json
 import sys
-from os import environ
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from processes import leave
+from one_process import one_of_a_run
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -26,7 +25,7 @@ from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.forward.stored_weights import StoredWeights
 from dpo_opt.optimize.memory.budget import Device
 from dpo_opt.optimize.prepare import Prepared
-from dpo_opt.optimize.processes.distributed import World, patient_world, process_group, world_from_environment
+from dpo_opt.optimize.processes.distributed import World, patient_world
 from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.pairs import TokenSequence
 
@@ -194,8 +193,5 @@ def main(listed: Path, world: World) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    here = world_from_environment(environ)
-    with process_group(here):
+    with one_of_a_run() as here:
         main(Path(sys.argv[1]), here)
-    leave()

@@ -8,20 +8,19 @@ among those at which it comes to that moment of training. What process N says go
 
 import json
 import sys
-from os import environ
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from processes import leave
+from one_process import one_of_a_run
 from torch import Tensor
 
 from dpo_opt.optimize import TrainConfig, evaluation, gradients, micro_batches, train
 from dpo_opt.optimize.forward.packing import Batch
 from dpo_opt.optimize.pair_results import PairResults
-from dpo_opt.optimize.processes.distributed import World, process_group, world_from_environment
+from dpo_opt.optimize.processes.distributed import World
 from dpo_opt.optimize.processes.exchanges import Exchanges
 from dpo_opt.optimize.processes.fsdp import ShardedPolicy
 from dpo_opt.schemas.errors import DpoOptError
@@ -123,8 +122,5 @@ def main(listed: Path, world: World) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    here = world_from_environment(environ)
-    with process_group(here):
+    with one_of_a_run() as here:
         main(Path(sys.argv[1]), here)
-    leave()

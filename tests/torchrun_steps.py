@@ -8,13 +8,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from os import environ
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from processes import leave
+from one_process import one_of_a_run
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,11 +32,9 @@ from dpo_opt.optimize.processes.distributed import (
     from_all,
     from_first,
     patient_world,
-    process_group,
     sum_over_ranks,
     text_from_first,
     wait_for_all,
-    world_from_environment,
 )
 from dpo_opt.optimize.processes.fsdp import (
     ShardedPolicy,
@@ -242,8 +239,5 @@ def write(path: Path, tensors: dict[str, Tensor], world: World) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    here = world_from_environment(environ)
-    with process_group(here):
+    with one_of_a_run() as here:
         take_steps(Path(sys.argv[1]), Path(sys.argv[2]), here, Path(sys.argv[3]) if sys.argv[3:] else None)
-    leave()

@@ -12,11 +12,12 @@ from dpo_opt.analysis.final_state import (
     final_state,
     held_out_rows,
 )
-from dpo_opt.analysis.load import PAIR_LOGPS_FOLDER, scan_pair_logps
+from dpo_opt.analysis.load import scan_pair_logps
 from dpo_opt.analysis.run_files import Run
 from dpo_opt.analysis.slices import ShardSlice, pair_ids, shard_slices, with_reference
 from dpo_opt.analysis.triage import token_overlap
 from dpo_opt.schemas.manifest import Manifest, load_manifest
+from dpo_opt.schemas.run_layout import PAIR_LOGPS
 
 FEWEST = 30
 """Fewer pairs say nothing."""
@@ -112,7 +113,7 @@ def gather(run: Run, final: FinalState | None = None, slices: Sequence[ShardSlic
     """
     manifest, slices = load_manifest(run.shards), slices or shard_slices(run.shards)
     drawn = pl.col("row").hash(seed=1) % max(1, -(-manifest.kept // _DRAWN)) == 0
-    logps = scan_pair_logps(run.path) if run.tables(PAIR_LOGPS_FOLDER) else None
+    logps = scan_pair_logps(run.path) if run.tables(PAIR_LOGPS) else None
     held_out = held_out_rows(logps)
     final = final or final_state(run, logps, slices, held_out)
     reference = pl.concat([s.reference.filter(drawn).collect(engine="streaming") for s in slices])
@@ -123,7 +124,7 @@ def gather(run: Run, final: FinalState | None = None, slices: Sequence[ShardSlic
         table = some.with_columns(pair=pl.col("pair_id").hash()).select(*_SCHEMA).collect(engine="streaming")
     parts: dict[str, pl.DataFrame] = {}
     for name, rows in wanted.items():
-        where = str(run.path / PAIR_LOGPS_FOLDER)
+        where = str(run.path / PAIR_LOGPS)
         part = table.lazy().filter(rows).drop("step", "epoch", "phase")
         joined = with_reference(part, reference.lazy(), where=where)
         parts[name] = each_once(joined.lazy(), held_out=held_out)

@@ -9,7 +9,8 @@ import io
 import re
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any, ParamSpec, cast
 
 import matplotlib
@@ -28,6 +29,7 @@ INK = "#1f2933"
 MUTED = "#7b8794"
 BENIGN = ("#0072B2", "#56B4E9", "#A6CEE3", "#c8ced6")
 ALARMING = ("#F0C419", "#D55E00", "#8C2D04")
+_LOOKS_OF_RUNS = (CHOSEN, REJECTED, HELD_OUT, INK, MUTED), ("o", "s", "^", "D", "v", "P", "X")
 _GRID = "#e4e7eb"
 # In a page these follow its colours, light or dark; the others are readable on both.
 _NAMED = {
@@ -149,6 +151,11 @@ def with_legend(figure: Figure, axes: Axes) -> Figure:
         # Below the axes, where it covers no data.
         figure.legend(loc="outside lower left", ncols=2 if entries > 1 else 1)
     return figure
+
+
+def looks_of_runs() -> Iterator[tuple[str, str]]:
+    """Colour and marker of one run after another; the 36th has those of the first."""
+    return zip(*map(cycle, _LOOKS_OF_RUNS), strict=True)
 
 
 def legend_label(name: str) -> str:

@@ -4,7 +4,7 @@ It draws into ``axes`` if they are given, or else into a figure of its own.
 """
 
 from collections.abc import Sequence
-from itertools import cycle, groupby
+from itertools import groupby
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,22 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dpo_opt.analysis.figures.drawing import (
-    CHOSEN,
-    HELD_OUT,
-    INK,
-    MUTED,
-    REJECTED,
     legend_label,
+    looks_of_runs,
     new_figure,
     styled,
     with_legend,
 )
 from dpo_opt.analysis.frontier import FrontierPoint
 from dpo_opt.analysis.intervals import FloatArray, Interval
-
-_COLOURS = (CHOSEN, REJECTED, HELD_OUT, INK, MUTED)
-# Runs beyond the colours differ by their markers.
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 @styled
@@ -47,7 +39,7 @@ def frontier_figure(points: Sequence[FrontierPoint], *, axes: Axes | None = None
     )
     axes.xaxis.set_major_locator(MaxNLocator(6))
     runs = groupby(points, key=lambda point: point.run)
-    for number, ((name, of_run), colour) in enumerate(zip(runs, cycle(_COLOURS), strict=False)):
+    for (name, of_run), (colour, marker) in zip(runs, looks_of_runs(), strict=False):
         found = list(of_run)
         kl, reward = ([getattr(point, name) for point in found] for name in ("kl", "reward"))
         axes.errorbar(
@@ -56,7 +48,7 @@ def frontier_figure(points: Sequence[FrontierPoint], *, axes: Axes | None = None
             xerr=_lengths(kl),
             yerr=_lengths(reward),
             color=colour,
-            marker=_MARKERS[number // len(_COLOURS) % len(_MARKERS)],
+            marker=marker,
             markersize=5,
             linewidth=1.2,
             elinewidth=0.8,

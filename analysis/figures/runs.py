@@ -1,7 +1,6 @@
 """Draws several runs over one another, aligned by step or by how far each policy is from its reference."""
 
 from collections.abc import Sequence
-from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -10,20 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dpo_opt.analysis.figures.drawing import (
-    CHOSEN,
-    HELD_OUT,
-    INK,
-    MUTED,
-    REJECTED,
     baseline,
     legend_label,
+    looks_of_runs,
     new_figure,
     styled,
     with_legend,
 )
-
-_COLOURS = (CHOSEN, REJECTED, HELD_OUT, INK, MUTED)
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 class RunCurve(NamedTuple):
@@ -53,13 +45,13 @@ def accuracy_of_runs(curves: Sequence[RunCurve], *, along: str, axes: Axes | Non
         y="held-out pairs with margin > 0",
     )
     baseline(axes, 0.5, None)
-    for number, (curve, colour) in enumerate(zip(curves, cycle(_COLOURS), strict=False)):
+    for curve, (colour, marker) in zip(curves, looks_of_runs(), strict=False):
         order = np.argsort(curve.at)
         axes.plot(
             np.array(curve.at)[order],
             np.array(curve.accuracy)[order],
             color=colour,
-            marker=_MARKERS[number % len(_MARKERS)],
+            marker=marker,
             markersize=4.5,
             label=legend_label(curve.run),
         )

@@ -17,6 +17,7 @@ from dpo_opt.results import counted, say, show, table
 from dpo_opt.schemas.errors import ConfigError, Interrupted
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.models import checkpoint_dtype
+from dpo_opt.schemas.run_layout import CONFIG
 from dpo_opt.schemas.safe_text import printable
 from dpo_opt.trl_config import read_trl_config
 
@@ -76,7 +77,7 @@ def command(config: TrainConfig, dry_run: bool, gpus: str | None, as_json: bool)
         return
     from dpo_opt.optimize.loop import train as run
     from dpo_opt.optimize.processes.distributed import world_from_environment
-    from dpo_opt.optimize.run_folder import CONFIG, resume_command
+    from dpo_opt.optimize.run_folder import resume_command
 
     def resume() -> str | None:
         """The command that continues the run; None where nothing has begun."""

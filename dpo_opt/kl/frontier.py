@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from dpo_opt.analysis.frontier import FrontierPoint, frontier_point, write_frontier
 from dpo_opt.analysis.kl import KLFile, kl_of_run
-from dpo_opt.analysis.load import KL_FOLDER
 from dpo_opt.analysis.run_files import distinct_names
 from dpo_opt.analysis.run_settings import read_run_config
 from dpo_opt.kl.rewards import make_rater
@@ -14,6 +13,7 @@ from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.kl_samples import read_kl_record
 from dpo_opt.schemas.outputs import output_mark, require_own_output
 from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.run_layout import KL
 from dpo_opt.schemas.storage import write_text
 from dpo_opt.sweep.grid import run_folders
 
@@ -54,7 +54,7 @@ def measure_frontier(config: "FrontierConfig", *, progress: Progress | None = No
     for run, name in zip(runs, distinct_names(runs), strict=True):
         points = []
         for kl in measured[run]:
-            rewards = rater.rate(run / KL_FOLDER / kl.file, run=run)
+            rewards = rater.rate(run / KL / kl.file, run=run)
             points.append(frontier_point(run, kl, rewards, rated_by=rater.name, rated_by_sha256=rater.sha256))
             progress.advance(1)
         write_frontier(run, points)
@@ -76,10 +76,10 @@ def _require_one_length(measured: Mapping[Path, Sequence[KLFile]]) -> None:
         DataError: Two differ.
     """
     tables = [
-        (run / KL_FOLDER / kl.file, kl.estimate.prompts, record)
+        (run / KL / kl.file, kl.estimate.prompts, record)
         for run, files in measured.items()
         for kl in files
-        if (record := read_kl_record(run / KL_FOLDER / kl.file)) is not None
+        if (record := read_kl_record(run / KL / kl.file)) is not None
     ]
     others = [table for table in tables if table[2].max_new_tokens != tables[0][2].max_new_tokens]
     if others:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_opt.analysis.kl import estimate_kl, kl_of_run
 from dpo_opt.analysis.kl_table import write_kl_table
-from dpo_opt.analysis.load import KL_FOLDER, scan_kl_samples
+from dpo_opt.analysis.load import scan_kl_samples
 from dpo_opt.kl.policies import Policy, find_policies
 from dpo_opt.kl.prompts import choose_prompts
 from dpo_opt.merge import merge
@@ -26,6 +26,7 @@ from dpo_opt.schemas.models import checkpoint_dtype, context_length, find_model
 from dpo_opt.schemas.outputs import require_own_output
 from dpo_opt.schemas.pairs import Completion, IdArray, Sampler, TokenSequence, content_hash
 from dpo_opt.schemas.progress import Progress, Silent
+from dpo_opt.schemas.run_layout import KL
 from dpo_opt.schemas.storage import publish, sha256_file
 from dpo_opt.schemas.weights import weights_digest
 from dpo_opt.scorers import make_engine, runs_vllm
@@ -168,11 +169,11 @@ def _others_beside(jobs: Sequence[_Job]) -> dict[Path, str]:
     found = {}
     for run, job in {job.policy.run: job for job in jobs}.items():
         # A file that the user named stands beside no others.
-        if run is None or job.policy.output.parent != run / KL_FOLDER:
+        if run is None or job.policy.output.parent != run / KL:
             continue
         own = {other.policy.output for other in jobs}
         for kl in kl_of_run(run):
-            if (table := run / KL_FOLDER / kl.file) in own or (there := read_kl_record(table)) is None:
+            if (table := run / KL / kl.file) in own or (there := read_kl_record(table)) is None:
                 continue
             # A final model may be saved in another dtype than the checkpoints.
             of_policy = {"policy": there.policy, "step": there.step, "dtype": there.dtype}

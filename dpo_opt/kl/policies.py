@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dpo_opt.analysis.kl import FINAL_TABLE
-from dpo_opt.analysis.load import KL_FOLDER
-from dpo_opt.analysis.run_settings import CONFIG, read_run_config
-from dpo_opt.optimize.run_folder import CHECKPOINTS, FINAL, RunFolder
+from dpo_opt.analysis.run_settings import read_run_config
+from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.schemas.errors import ConfigError, quoted
+from dpo_opt.schemas.models import ADAPTER_CONFIG
+from dpo_opt.schemas.run_layout import CONFIG, FINAL, KL, whole_checkpoints
 from dpo_opt.sweep.grid import SWEEP, run_folders
 
 if TYPE_CHECKING:
     from dpo_opt.commands.kl import KLConfig
-
-_ADAPTER = "adapter_config.json"
 
 
 class Policy(NamedTuple):
@@ -94,19 +93,14 @@ def _models_of(run: Path, *, every: bool = False) -> list[tuple[Path, int]]:
         run: The run's folder.
         every: Also the checkpoint of the last step, which has the final model's weights.
     """
-    steps = {
-        folder: int(folder.name.removeprefix("step-"))
-        for folder in sorted((run / CHECKPOINTS).glob("step-*"))
-        if (folder / "COMPLETE.json").is_file() and folder.name.removeprefix("step-").isdecimal()
-    }
     last = RunFolder(run).finished_step()
-    found = [(folder, step) for folder, step in steps.items() if every or step != last]
+    found = [(folder, step) for folder, step in whole_checkpoints(run).items() if every or step != last]
     return found if last is None else [*found, (run / FINAL, last)]
 
 
 def _of_run(model: Path, run: Path, step: int, config: "KLConfig") -> Policy:
     settings = read_run_config(run)
-    whole = (model / "config.json").is_file() or not (model / _ADAPTER).is_file()
+    whole = (model / "config.json").is_file() or not (model / ADAPTER_CONFIG).is_file()
     name = FINAL_TABLE if model.name == FINAL else f"{model.name}.parquet"
     return Policy(
         model=str(model),
@@ -114,7 +108,7 @@ def _of_run(model: Path, run: Path, step: int, config: "KLConfig") -> Policy:
         reference=config.reference or _reference_of(settings, run),
         run=run,
         step=step,
-        output=config.output or run / KL_FOLDER / name,
+        output=config.output or run / KL / name,
     )
 
 

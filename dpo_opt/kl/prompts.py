@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from dpo_opt.analysis.run_files import shards_of_run
-from dpo_opt.analysis.run_settings import CONFIG, read_run_config
+from dpo_opt.analysis.run_settings import read_run_config
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.datasets import read_prompts
 from dpo_opt.precompute.tokens.template_date import ChosenDate, chosen_date
@@ -16,6 +16,7 @@ from dpo_opt.precompute.tokens.tokenize import PairTokenizer, encoder, prompt_id
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.locations import AnyPath, location
 from dpo_opt.schemas.pairs import IdArray, PreferencePair
+from dpo_opt.schemas.run_layout import CONFIG
 from dpo_opt.schemas.shard_folder import ShardFolder
 
 if TYPE_CHECKING:

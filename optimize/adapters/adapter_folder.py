@@ -8,10 +8,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
+from dpo_opt.schemas.models import ADAPTER_CONFIG
 from dpo_opt.schemas.plain_data import json_of
 from dpo_opt.schemas.weights import weights_digest
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE_WEIGHTS = "base_weights"
 """Metadata of the weights' file: digest of the base that the adapter was trained on."""
@@ -61,20 +61,20 @@ def read_adapter(folder: Path) -> Adapter:
         ConfigError: There is no adapter, or it is not plain LoRA.
         DataError: Its files are damaged or do not belong together.
     """
-    for name in (CONFIG, WEIGHTS):
+    for name in (ADAPTER_CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ConfigError(
                 f"{quoted(folder)} holds no {name}",
-                why="an adapter is a folder with both adapter_config.json and adapter_model.safetensors",
+                why=f"an adapter is a folder with both {ADAPTER_CONFIG} and {WEIGHTS}",
                 fix="pass --adapter with a folder that `dpo-opt train --use-peft` or peft's save_pretrained "
                 "wrote",
             )
     try:
-        config = json_of((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json_of((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"not an adapter's configuration ({first_line(error)})", where=str(folder / CONFIG)
+            f"not an adapter's configuration ({first_line(error)})", where=str(folder / ADAPTER_CONFIG)
         ) from error
     _refuse_features(config, folder)
     try:
@@ -123,7 +123,7 @@ def _refuse_features(config: dict[str, Any], folder: Path) -> None:
     if features or config.get("peft_type") != "LORA":
         raise ConfigError(
             f"the adapter is not plain LoRA ({', '.join(features) or 'no peft_type'})",
-            where=str(folder / CONFIG),
+            where=str(folder / ADAPTER_CONFIG),
             why="only the two matrices of each layer are read here; the rest would silently be lost",
             fix="merge it with peft's own merge_and_unload, and continue from the merged model",
         )

@@ -21,16 +21,15 @@ from pydantic import BaseModel, ConfigDict
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.losses.running import Running
 from dpo_opt.optimize.processes.distributed import World, from_all, text_from_first
-from dpo_opt.optimize.run_folder import CHECKPOINTS, resume_command
+from dpo_opt.optimize.run_folder import resume_command
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint, short_value
 from dpo_opt.schemas.full_disk import room_on_disk
 from dpo_opt.schemas.locations import inside
 from dpo_opt.schemas.manifest import Sha256, parse, to_json
+from dpo_opt.schemas.run_layout import CHECKPOINTS, COMPLETE, TRAIN_STATE, checkpoint_path, checkpoint_steps
 from dpo_opt.schemas.storage import publish_folder, sha256_file
 
-_COMPLETE = "COMPLETE.json"
-_STATE = "training_state.json"
 # Settings that change neither the updates nor the data, so a resumed run may change them.
 _FREE = {
     "model", "shards", "output_dir", "resume", "micro_batch_tokens", "activation_checkpointing",
@@ -89,6 +88,8 @@ class TrainState(_Record):
 
     format: Literal[1] = 1
     at: Counters
+    epoch: float = 0.0
+    """Passes over the training pairs; 0 in checkpoints of versions that did not record it."""
     window: list[float]
     """Sums of the metrics since the last line of metrics (step.MetricsWindow)."""
     running: Running = Running()
@@ -124,11 +125,6 @@ class _File(_Record):
 class _Complete(_Record):
     step: int
     files: list[_File]
-
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    """Folder of the checkpoint after ``step`` updates."""
-    return run / CHECKPOINTS / f"step-{step:08d}"
 
 
 def save_checkpoint(
@@ -169,7 +165,7 @@ def save_checkpoint(
 
 def _complete(private: Path, state: TrainState, hashes: Mapping[str, str]) -> None:
     """Write the last files of a checkpoint."""
-    (private / _STATE).write_text(to_json(state), encoding="utf-8")
+    (private / TRAIN_STATE).write_text(to_json(state), encoding="utf-8")
     files = {file.relative_to(private).as_posix(): file for file in private.rglob("*") if file.is_file()}
     complete = _Complete(
         step=state.at.step,
@@ -178,7 +174,7 @@ def _complete(private: Path, state: TrainState, hashes: Mapping[str, str]) -> No
             for name, file in sorted(files.items())
         ],
     )
-    (private / _COMPLETE).write_text(to_json(complete), encoding="utf-8")
+    (private / COMPLETE).write_text(to_json(complete), encoding="utf-8")
 
 
 def prune_checkpoints(run: Path, *, step: int, keep: int, best: Best | None) -> None:
@@ -186,9 +182,10 @@ def prune_checkpoints(run: Path, *, step: int, keep: int, best: Best | None) -> 
 
     Checkpoints after ``step`` are damaged, or the run would have resumed from them.
     """
-    newest = [path for path in _newest_first(run) if path <= checkpoint_path(run, step)][:keep]
+    steps = checkpoint_steps(run)
+    newest = [path for path, made in reversed(steps.items()) if made <= step][:keep]
     kept = {*newest, *([checkpoint_path(run, best.step)] if best else [])}
-    for path in _newest_first(run):
+    for path in steps:
         if path not in kept:
             _remove(path)
 
@@ -198,6 +195,16 @@ class Checkpoint(NamedTuple):
 
     path: Path
     state: TrainState
+
+
+def read_state(checkpoint: Path, *, fix: str | None = None) -> TrainState:
+    """How far a run had come.
+
+    Raises:
+        DataError: What the checkpoint says of it is damaged; the error has this fix.
+    """
+    file = checkpoint / TRAIN_STATE
+    return parse(TrainState, file.read_bytes(), where=file, fix=fix)
 
 
 def find_checkpoint(run: Path, say: Callable[[str], None], world: World) -> Checkpoint | None:
@@ -210,7 +217,7 @@ def find_checkpoint(run: Path, say: Callable[[str], None], world: World) -> Chec
     if found or not name:
         return found
     path = run / CHECKPOINTS / name
-    return Checkpoint(path, parse(TrainState, (path / _STATE).read_bytes(), where=path / _STATE))
+    return Checkpoint(path, read_state(path))
 
 
 def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -228,10 +235,10 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Checkpoint | Non
     for left in (run / CHECKPOINTS).glob(".step-*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
     damage = None
-    for path in _newest_first(run):
+    for path in reversed(checkpoint_steps(run)):
         damage = _damage(path)
         if damage is None:
-            return Checkpoint(path, parse(TrainState, (path / _STATE).read_bytes(), where=path / _STATE))
+            return Checkpoint(path, read_state(path))
         say(f"skipping the damaged checkpoint {quoted(path.name)}: {damage}")
     if damage is None:
         return None
@@ -293,21 +300,15 @@ def _flat(data: Data) -> dict[str, object]:
     return {**body, **{f"shards' {name}": value for name, value in fingerprint.items()}}
 
 
-def _newest_first(run: Path) -> list[Path]:
-    # A copy under another name, such as step-00000100-keep, is the user's.
-    folders = (p for p in (run / CHECKPOINTS).glob("step-*") if p.name.removeprefix("step-").isdecimal())
-    return sorted(folders, reverse=True)
-
-
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if every byte is as it was written."""
-    record = path / _COMPLETE
+    record = path / COMPLETE
     if not record.is_file():
-        return f"{_COMPLETE} is missing: it was being removed, or files were deleted"
+        return f"{COMPLETE} is missing: it was being removed, or files were deleted"
     try:
         complete = parse(_Complete, record.read_bytes(), where=record)
     except DataError as error:
-        return f"{_COMPLETE} cannot be read ({error.what})"
+        return f"{COMPLETE} cannot be read ({error.what})"
     for entry in complete.files:
         try:
             file = inside(path, entry.file)
@@ -323,5 +324,5 @@ def _damage(path: Path) -> str | None:
 
 
 def _remove(path: Path) -> None:
-    (path / _COMPLETE).unlink(missing_ok=True)
+    (path / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)

@@ -2,10 +2,9 @@
 
 from collections.abc import Set
 
-from dpo_opt.precompute.read.shape_parts import PROMPT_KEYS
+from dpo_opt.precompute.read.shape_parts import LABEL_KEYS, PROMPT_KEYS
 from dpo_opt.schemas.errors import DataError
 
-_VERDICTS = ("label", "kto_tag")
 _ANSWERS = ("completion", "output", "response")
 _CONVERSATIONS = ("messages", "conversations")
 _RECORD = frozenset({"fields", "responses", "suggestions"})
@@ -22,7 +21,7 @@ def refuse_foreign(names: Set[str], where: str) -> None:
     Raises:
         DataError: They are.
     """
-    if not names.isdisjoint(_VERDICTS) and not names.isdisjoint(_ANSWERS + _CONVERSATIONS):
+    if not names.isdisjoint(LABEL_KEYS) and not names.isdisjoint(_ANSWERS + _CONVERSATIONS):
         raise DataError(
             "this is feedback of one completion and a label, without a prompt or under other names",
             where=where,
@@ -43,7 +42,7 @@ def refuse_foreign(names: Set[str], where: str) -> None:
 
 def _renaming(names: Set[str]) -> str:
     """The settings that read such a row by its keys, where each of its parts has one."""
-    keys = {"prompt": PROMPT_KEYS, "completion": _ANSWERS, "label": _VERDICTS}
+    keys = {"prompt": PROMPT_KEYS, "completion": _ANSWERS, "label": LABEL_KEYS}
     found = {part: next((key for key in known if key in names), None) for part, known in keys.items()}
     if None in found.values():
         return "write the rows as prompt, completion and label"

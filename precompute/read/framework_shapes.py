@@ -7,6 +7,7 @@ from dpo_opt.precompute.read.prompt_columns import begun_with, refuse_media
 from dpo_opt.precompute.read.shape_parts import (
     CONVERSATION_KEYS,
     MEDIA,
+    PAIR_KEYS,
     Shape,
     Values,
     agreed,
@@ -227,7 +228,6 @@ def _question_with_image(values: Values, where: str) -> list[Values]:
     return [{**kept(values), **pair}]
 
 
-_PAIR = frozenset({"chosen", "rejected"})
 _WITHOUT_PROMPT = frozenset({"prompt"})  # a row that has it is read by it
 
 FRAMEWORK_SHAPES = (
@@ -235,10 +235,10 @@ FRAMEWORK_SHAPES = (
     *(
         Shape(
             "ShareGPT ranking",
-            _PAIR | {key},
+            PAIR_KEYS | {key},
             _ranking,
             absent=_WITHOUT_PROMPT,
-            objects=_PAIR,
+            objects=PAIR_KEYS,
             also=frozenset({*MEDIA, "system"}),
         )
         for key in CONVERSATION_KEYS
@@ -257,23 +257,25 @@ FRAMEWORK_SHAPES = (
     ),
     Shape(
         "system and question",
-        _PAIR | {"system", "question"},
+        PAIR_KEYS | {"system", "question"},
         _question,
         absent=_WITHOUT_PROMPT,
         also=frozenset({"image"}),
     ),
     Shape(
         "Alpaca preferences",
-        _PAIR | {"instruction"},
+        PAIR_KEYS | {"instruction"},
         alpaca,
         absent=_WITHOUT_PROMPT,
         also=frozenset({*MEDIA, "input", "system", "history"}),
     ),
-    Shape("question with image", _PAIR | {"question", "image"}, _question_with_image, absent=_WITHOUT_PROMPT),
+    Shape(
+        "question with image", PAIR_KEYS | {"question", "image"}, _question_with_image, absent=_WITHOUT_PROMPT
+    ),
     *(
         Shape(
             "conversation and answers",
-            _PAIR | {key},
+            PAIR_KEYS | {key},
             _asked,
             absent=_WITHOUT_PROMPT,
             filled=frozenset({key}),

@@ -7,12 +7,11 @@ from typing import NamedTuple
 from fsspec.utils import glob_translate
 
 from dpo_opt.schemas.errors import ConfigError, DataError, first_line, quoted
-from dpo_opt.schemas.hub import current_commit, fetch, list_files
+from dpo_opt.schemas.hub import COMMIT, current_commit, fetch, list_files
 
 PROTOCOL = "hf://datasets/"
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<files>.+))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_ROOT = re.compile(rf"{PROTOCOL}[^/]+/[^/@]+@[0-9a-f]{{40}}")
+_ROOT = re.compile(rf"{PROTOCOL}[^/]+/[^/@]+@{COMMIT.pattern}")
 _CARD = "README.md"
 
 
@@ -49,7 +48,7 @@ def hub_listing(name: str, *, suffixes: Sequence[str], streamed: bool) -> Listin
             kind="no_such_file",
         )
     repository, revision, pattern = found["name"], found["revision"], found["files"]
-    if revision is None or not _COMMIT.fullmatch(revision):
+    if revision is None or not COMMIT.fullmatch(revision):
         commit = current_commit(repository, kind="dataset", revision=revision, extra="hub")
         raise ConfigError(
             f"{name!r} is not pinned to a commit",

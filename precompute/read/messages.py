@@ -13,7 +13,9 @@ TEXT_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']
 """The beginning of a list of messages as JSON, or as Python prints it."""
 _TEXT_OF_MESSAGE = re.compile(r"""\s*\{\s*["'](role|content|from|value)["']\s*:""")
 _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-ASKING_ROLES = frozenset({"user", "human", "system", "developer"})
+FIRST_ROLES = ("system", "developer")
+"""Who speaks before all others, so that a template may move the text, or write none for an empty one."""
+ASKING_ROLES = frozenset({"user", "human", *FIRST_ROLES})
 """Who may not speak first in a completion; whoever comes before is prompt."""
 _RESULTS = ("tool", "function", "ipython", "observation", "environment", "tool_response", "tool_result")
 OTHER_ROLES = ASKING_ROLES.union(_RESULTS)

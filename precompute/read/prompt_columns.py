@@ -19,6 +19,7 @@ The rules:
 from collections.abc import Mapping
 from typing import NoReturn
 
+from dpo_opt.precompute.read.messages import FIRST_ROLES
 from dpo_opt.precompute.read.shape_parts import (
     AROUND_KEYS,
     BACKGROUND_KEYS,
@@ -37,7 +38,6 @@ from dpo_opt.precompute.read.shared_prompt import answered
 from dpo_opt.precompute.read.strict_json import kind_of
 from dpo_opt.schemas.errors import DataError, quoted
 
-_SPEAKS_FIRST = ("system", "developer")
 _LONGEST_PHRASE = 40  # characters; what is longer stands in a text by no chance
 _SENTENCE_ENDS = frozenset(".!?:\u3002\uff01\uff1f\u2026\n")
 
@@ -197,7 +197,7 @@ def begun_with(conversation: list[object], system: str, key: str, where: str) ->
         DataError: It begins with another one.
     """
     first = conversation[0] if conversation else None
-    if not isinstance(first, dict) or first.get("role") not in _SPEAKS_FIRST:
+    if not isinstance(first, dict) or first.get("role") not in FIRST_ROLES:
         return [said("system", system), *conversation]
     if not _stands_in(system, "".join(_texts(first))):
         _refuse(key, where, why="the conversation begins with another system prompt")

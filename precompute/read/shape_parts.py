@@ -12,6 +12,9 @@ Values = dict[str, object]
 PROMPT_KEYS = ("prompt", "instruction", "question", "context", "input", "query")
 """Keys that publishers use for the prompt. In a row with ``chosen`` only ``prompt`` is one."""
 
+PAIR_KEYS = frozenset({"chosen", "rejected"})
+LABEL_KEYS = ("label", "kto_tag")
+"""Keys by which a row of one completion says whether it is desirable."""
 MEDIA = (
     *("image", "images", "image_path", "img_path", "image_url", "rejected_images"),
     *("image_urls", "image_file", "img", "picture", "pixel_values", "media"),

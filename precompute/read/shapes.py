@@ -38,6 +38,7 @@ from dpo_opt.precompute.read.shape_parts import (
     AROUND_KEYS,
     CARRIED_KEYS,
     CONVERSATION_KEYS,
+    PAIR_KEYS,
     PROMPT_KEYS,
     RATINGS,
     Shape,
@@ -58,7 +59,6 @@ _SECOND = {"b", "model_b", "response_b"}
 _TIES = {"tie", "tie (bothbad)", "tie (both bad)", "bothbad", "both_bad", "both bad", "both", "neither"}
 _GRADES = range(-3, 4)
 _VOTES = ("winner_model_a", "winner_model_b", "winner_tie")
-_BOTH = frozenset({"chosen", "rejected"})
 
 
 def find_shape(values: Values) -> Shape | None:
@@ -89,7 +89,7 @@ def keys_to_read(names: Set[str], objects: Set[str]) -> frozenset[str]:
 
 def has_form(names: Set[str]) -> bool:
     """Whether a table with these columns may hold pairs, or rows of a published form."""
-    return names >= _BOTH or any(s.keys <= names and s.absent.isdisjoint(names) for s in SHAPES)
+    return names >= PAIR_KEYS or any(s.keys <= names and s.absent.isdisjoint(names) for s in SHAPES)
 
 
 class _Comparison(NamedTuple):
@@ -259,7 +259,7 @@ SHAPES = (
 )
 """A row is of the first of these forms that it has the keys of."""
 
-_PAIR_SHAPES = tuple(shape for shape in SHAPES if shape.keys >= _BOTH)
+_PAIR_SHAPES = tuple(shape for shape in SHAPES if shape.keys >= PAIR_KEYS)
 
 # The keys of other forms are loaded where a table has all keys of the form.
 _ALWAYS_READ = frozenset(

@@ -16,7 +16,9 @@ from dpo_opt.precompute.read.framework_shapes import alpaca, conversation_of, sh
 from dpo_opt.precompute.read.prompt_columns import refuse_media
 from dpo_opt.precompute.read.shape_parts import (
     CONVERSATION_KEYS,
+    LABEL_KEYS,
     MEDIA,
+    PAIR_KEYS,
     Shape,
     Values,
     agreed,
@@ -25,8 +27,6 @@ from dpo_opt.precompute.read.shape_parts import (
     refuse_label,
 )
 
-LABEL_KEYS = ("label", "kto_tag")
-_OF_PAIRS = frozenset({"chosen", "rejected"})
 _WORDS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -77,7 +77,7 @@ UNPAIRED_SHAPES = (
         "unpaired",
         frozenset({"prompt", "completion", "label"}),
         _completion,
-        absent=_OF_PAIRS,
+        absent=PAIR_KEYS,
         unpaired=True,
     ),
     *(
@@ -85,7 +85,7 @@ UNPAIRED_SHAPES = (
             "labelled conversations",
             frozenset({key, label}),
             _conversation,
-            absent=_OF_PAIRS | {"completion", "output"},
+            absent=PAIR_KEYS | {"completion", "output"},
             also=frozenset({*MEDIA, *CONVERSATION_KEYS, *LABEL_KEYS}),
             unpaired=True,
         )
@@ -97,7 +97,7 @@ UNPAIRED_SHAPES = (
             "Alpaca feedback",
             frozenset({"instruction", "output", label}),
             _alpaca_feedback,
-            absent=_OF_PAIRS | {"prompt"},
+            absent=PAIR_KEYS | {"prompt"},
             also=frozenset({*MEDIA, *LABEL_KEYS, "input", "system", "history"}),
             unpaired=True,
         )

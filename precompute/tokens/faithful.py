@@ -22,8 +22,6 @@ from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import Message
 
 THOUGHT_KEYS = ("reasoning_content", "thinking")
-FIRST_ROLES = ("system", "developer")
-"""Who speaks before all others, so that a template may move the text, or write none for an empty one."""
 _IN_SINGLE_QUOTES = str.maketrans({"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r"})
 _SCHEMAS_IN = ("items", "prefixItems", "anyOf", "oneOf", "allOf", "additionalProperties")
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)

@@ -23,8 +23,9 @@ from collections import Counter
 from collections.abc import Callable, MutableMapping
 from typing import NamedTuple
 
+from dpo_opt.precompute.read.messages import FIRST_ROLES
 from dpo_opt.precompute.read.strict_json import SKIP_ROW, escape
-from dpo_opt.precompute.tokens.faithful import FIRST_ROLES, THOUGHT_KEYS, Part, lost, refused
+from dpo_opt.precompute.tokens.faithful import THOUGHT_KEYS, Part, lost, refused
 from dpo_opt.precompute.tokens.tool_calls import has_calls
 from dpo_opt.precompute.tokens.worded import (
     Thing,

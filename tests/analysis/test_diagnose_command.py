@@ -67,7 +67,9 @@ def test_a_run_that_goes_on_or_crashed_is_judged_as_far_as_it_came(run):
     assert "the run is not finished" in text
     assert "--resume" in text
     assert "no model is saved yet" in text
-    (run / "checkpoints" / "step-00000020").mkdir(parents=True)
+    checkpoint = run / "checkpoints" / "step-00000020"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE.json").touch()
     assert f"the saved model was not scored: dpo-opt score --shards {run.parent / 'shards'}" in said(run)
 
 

@@ -16,6 +16,7 @@ from dpo_opt.analysis.kl import estimate_kl
 from dpo_opt.analysis.load import scan_kl_samples, scan_pair_logps
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.pair_logps import write_pair_logps
+from dpo_opt.schemas.run_layout import CHECKPOINTS, COMPLETE
 
 HOSTILE = (
     "Ignore this <script>alert(1)</script></style></div> \x1b]0;owned\x07 \u202ereversed <img src=http://x>"
@@ -337,11 +338,15 @@ def test_a_folder_is_no_page(make_run, tmp_path):
 
 def test_a_run_that_was_stopped_says_so_and_how_to_go_on(make_run):
     run = make_run(finished=False, scored=False)
-    (run / "checkpoints" / "step-00000010").mkdir(parents=True)
+    for name in ("step-00000005", "step-00000010", "step-00000010-keep", "step-00000020"):
+        (run / CHECKPOINTS / name).mkdir(parents=True)
+        (run / CHECKPOINTS / name / COMPLETE).touch()
+    # The newest is being removed, and the user's own copy is none of the run's.
+    (run / CHECKPOINTS / "step-00000020" / COMPLETE).unlink()
     summary, page = write_report(run)
     assert not summary.runs[0].finished
     assert f"dpo-opt train --config {run / 'config.resolved.yaml'} --resume" in page
-    assert f"--model {run / 'checkpoints' / 'step-00000010'} --output" in page
+    assert f"--model {run / CHECKPOINTS / 'step-00000010'} --output" in page
     assert "is not finished" not in write_report(make_run("done"))[1]
 
 

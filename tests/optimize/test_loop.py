@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from dpo_opt.dry_run import plan_train
 from dpo_opt.optimize import TrainConfig, begin, run_folder, train
 from dpo_opt.optimize.prepare import prepare
+from dpo_opt.optimize.score_folder import score_shards
 from dpo_opt.optimize.stream import PairStream, share_that_holds_out
 from dpo_opt.optimize.update.optimizer import learning_rate
 from dpo_opt.precompute import PrecomputeConfig, precompute
-from dpo_opt.schemas.errors import ConfigError, DpoOptError, FingerprintError
+from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA
 from dpo_opt.schemas.pairs import ScoredPair, TokenSequence
 from dpo_opt.schemas.shard_folder import ShardFolder
@@ -267,6 +268,26 @@ def test_trainer_state_is_what_notebooks_read(settings: dict[str, Any]) -> None:
     assert state["epoch"] == 2.0
     assert state["num_train_epochs"] == 2
     assert state["dtype"] == "float32"
+
+
+def test_scores_of_a_checkpoint_say_how_far_it_was_trained(settings: dict[str, Any], tmp_path: Path) -> None:
+    """As do those of the final model: the report shows the one that was trained longest."""
+    run = settings["output_dir"]
+    train(TrainConfig(**settings, save_steps=1, save_total_limit=9))
+    found = []
+    for model in (*sorted((run / "checkpoints").iterdir()), run / "final"):
+        scores = tmp_path / f"{model.name}.parquet"
+        score_shards(settings["shards"], model=str(model), output=scores, dtype="auto")
+        (said,) = {(row["step"], round(row["epoch"], 6)) for row in pq.read_table(scores).to_pylist()}
+        found.append(said)
+    logged = [(line["step"], line["epoch"]) for line in train_metrics(run)]
+    assert found == [*logged, logged[-1]]
+    damaged = run / "checkpoints" / "step-00000001"
+    (damaged / "training_state.json").write_text("{}")
+    with pytest.raises(DataError, match="Field required") as caught:
+        score_shards(settings["shards"], model=str(damaged), output=tmp_path / "x.parquet", dtype="auto")
+    assert str(damaged / "training_state.json") in str(caught.value)
+    assert not (tmp_path / "x.parquet").exists()
 
 
 def test_the_resolved_configuration_makes_the_same_configuration(settings: dict[str, Any]) -> None:

@@ -27,11 +27,11 @@ from dpo_opt.optimize.checkpoint.checkpoints import Best
 from dpo_opt.optimize.evaluation import Evaluation, is_comparable, new_best
 from dpo_opt.optimize.memory.budget import CPU_ROWS, Device, run_device
 from dpo_opt.optimize.processes.distributed import World
-from dpo_opt.optimize.run_folder import CONFIG
 from dpo_opt.optimize.stop_signals import StopRequested, stop_signals
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError, Preempted
 from dpo_opt.schemas.progress import Silent
+from dpo_opt.schemas.run_layout import CONFIG
 from dpo_opt.schemas.shard_folder import ShardFolder
 from dpo_opt.schemas.sidecars import WEIGHT, Column, write_column
 from dpo_opt.schemas.storage import sha256_file
