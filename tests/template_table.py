@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from messages import assistant, user
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -53,16 +54,6 @@ def sources() -> list[Source]:
         # Those that llama.cpp wrote itself belong to no model.
         Source("llama-cpp-python 0.3.36", Path(given) if given else None, r"(?!llama-cpp-).*"),
     ]
-
-
-def user(content: str) -> dict[str, Any]:
-    """A message of the user."""
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str | None = "", **more: Any) -> dict[str, Any]:
-    """A message of the assistant."""
-    return {"role": "assistant", "content": content, **more}
 
 
 def call(arguments: Any) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 from click.testing import CliRunner
 from fakes import preference_rows, write_jsonl
+from messages import said
 from model_edits import change_weights
 
 from dpo_opt.cli import main
@@ -225,10 +226,6 @@ SITUATIONS: dict[str, Situation] = {
         "leave --eval-split out",
     ),
 }
-
-
-def said(role: str, content: str) -> dict[str, object]:
-    return {"role": role, "content": content}
 
 
 def chat(number: int, *more: dict[str, object]) -> dict[str, object]:

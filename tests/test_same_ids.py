@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from fakes import write_jsonl
+from messages import said
 from pydantic import ValidationError
 
 from dpo_opt.cli import main
@@ -26,10 +27,6 @@ TEMPLATE = (
     "{{ m['role'] }}: {{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %} "
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
-
-
-def said(role: str, content: str) -> Row:
-    return {"role": role, "content": content}
 
 
 SIDES = {"chosen": [said("assistant", "So.")], "rejected": [said("assistant", "No.")]}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from command_line import result_of
+from messages import assistant, user
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_opt.cli import main
@@ -17,14 +18,6 @@ from dpo_opt.schemas.manifest import load_manifest
 from dpo_opt.schemas.shard_folder import ShardFolder
 
 TOWNS = ("Oslo", "Lima", "Bonn", "Kyiv", "Rome", "Riga")
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import pytest
+from messages import assistant, said, user
 from peers.real_tokenizers import (
     MISTRAL_TEKKEN,
     MISTRAL_V1,
@@ -30,7 +31,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from dpo_opt.precompute.tokens.load_tokenizer import load_tokenizer
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.pairs import Message, PreferencePair, Text, TokenizedPair
+from dpo_opt.schemas.pairs import PreferencePair, Text, TokenizedPair
 
 pytestmark = pytest.mark.slow
 
@@ -120,25 +121,21 @@ def pairs_of(rows: Iterable[tuple[Text, Text, Text]]) -> list[PreferencePair]:
     return [PreferencePair(i, *row, None, f"row {i}") for i, row in enumerate(rows)]
 
 
-def message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
 def as_messages(pair: PreferencePair) -> PreferencePair:
     """A transcript as its turns; any other prompt as one turn of the user."""
     prompt = str(pair.prompt)
     _, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
     roles = {"Human": "user", "Assistant": "assistant"}
     messages = [
-        message(roles[speaker], text.removeprefix(" "))
+        said(roles[speaker], text.removeprefix(" "))
         for speaker, text in zip(turns[::2], turns[1::2], strict=True)
     ]
     if prompt.startswith(HUMAN):
-        assert messages.pop() == message("assistant", "")
+        assert messages.pop() == said("assistant", "")
     else:
-        messages = [message("user", prompt)]
+        messages = [said("user", prompt)]
     chosen, rejected = (
-        [message("assistant", str(text).removeprefix(" "))] for text in (pair.chosen, pair.rejected)
+        [said("assistant", str(text).removeprefix(" "))] for text in (pair.chosen, pair.rejected)
     )
     return pair._replace(prompt=messages, chosen=chosen, rejected=rejected)
 
@@ -290,8 +287,7 @@ def odd_texts(eos: str) -> list[tuple[Text, Text, Text]]:
 
 
 def odd_conversations(eos: str) -> list[tuple[Text, Text, Text]]:
-    user, assistant = functools.partial(message, "user"), functools.partial(message, "assistant")
-    system = message("system", "Be brief.")
+    system = said("system", "Be brief.")
     several = [user("Hi"), assistant("Hello!"), user("Why?"), assistant("Why not?"), user("So?")]
     yes, no = [assistant("yes")], [assistant("no")]
     return [
@@ -299,7 +295,7 @@ def odd_conversations(eos: str) -> list[tuple[Text, Text, Text]]:
         ([system, user("Why?")], yes, no),
         (several, yes, no),
         ([system, *several], yes, no),
-        ([message("system", ""), user("")], yes, no),
+        ([said("system", ""), user("")], yes, no),
         ([user("Why?")], [assistant("yes"), user("Sure?"), assistant("Yes.")], no),
         ([user("Why?")], [assistant("yes"), user("Sure?"), assistant("Yes.")], [*yes, user("Oh"), *no]),
         ([user(" Why? \n")], [assistant("  yes ")], [assistant("\n\nno\t\n")]),
@@ -338,9 +334,9 @@ def test_odd_pairs_have_trls_ids(
 
 
 GREETING: tuple[Text, Text, Text] = (
-    [message("user", "Hi")],
-    [message("assistant", "yes")],
-    [message("assistant", "no")],
+    [said("user", "Hi")],
+    [said("assistant", "yes")],
+    [said("assistant", "no")],
 )
 WEATHER = {
     "type": "function",

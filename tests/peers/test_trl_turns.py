@@ -4,31 +4,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from messages import said
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.tokens.truncation import PairIds
 from dpo_opt.schemas.errors import DataError
-from dpo_opt.schemas.pairs import Message, PreferencePair
+from dpo_opt.schemas.pairs import PreferencePair
 
 SAYS_OTHER_WORDS_LATER = ["gptoss", "phi3", "phi3_5"]
 WANTS_IMAGES = {"llava_next", "llava_next_training", "idefics3", "idefics3_training"}
 WANTS_IMAGES |= {"smolvlm", "smolvlm_training"}
 
 
-def turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-PROMPT = [turn("user", "Alpha?")]
+PROMPT = [said("user", "Alpha?")]
 CHOSEN = [
-    turn("assistant", "Beta."),
-    turn("user", "Gamma?"),
-    turn("assistant", "Delta."),
-    turn("user", "Zeta"),
+    said("assistant", "Beta."),
+    said("user", "Gamma?"),
+    said("assistant", "Delta."),
+    said("user", "Zeta"),
 ]
-REJECTED = [turn("assistant", "Eta."), turn("user", "Theta?"), turn("assistant", "Iota.")]
+REJECTED = [said("assistant", "Eta."), said("user", "Theta?"), said("assistant", "Iota.")]
 PAIR = PreferencePair(0, PROMPT, CHOSEN, REJECTED, None, "data.jsonl:1")
 
 
@@ -67,15 +64,15 @@ def test_turns_are_found(templates: dict[str, str]) -> None:
         tokenizer = tokenizer_of(template)
         found = encoded(tokenizer)
         assert isinstance(found, PairIds), name
-        for ids, mask, said, unsaid in (
+        for ids, mask, wanted, unwanted in (
             (found.chosen, found.chosen_mask, ("Beta.", "Delta."), ("Gamma", "Zeta")),
             (found.rejected, found.rejected_mask, ("Eta.", "Iota."), ("Theta",)),
         ):
             assert mask is not None
             counted, others = (str(tokenizer.decode(ids[part])) for part in (mask, ~mask))
-            assert all(words in counted for words in said), name
-            assert not any(words in counted for words in unsaid), name
-            assert unsaid[0] in others
+            assert all(words in counted for words in wanted), name
+            assert not any(words in counted for words in unwanted), name
+            assert unwanted[0] in others
 
 
 @pytest.mark.parametrize("name", SAYS_OTHER_WORDS_LATER)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from messages import said
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
@@ -19,10 +20,6 @@ from dpo_opt.schemas.pairs import PreferencePair
 Row = dict[str, Any]
 WRITERS = {"stream": pa.ipc.new_stream, "file": pa.ipc.new_file}
 each_kind = pytest.mark.parametrize("kind", WRITERS)
-
-
-def said(role: str, content: str) -> Row:
-    return {"role": role, "content": content}
 
 
 def chat(i: int) -> Row:

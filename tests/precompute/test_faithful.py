@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from messages import assistant, user
 from template_table import (
     ASKED,
     BELGIUM,
@@ -12,14 +13,12 @@ from template_table import (
     RESULT,
     THOUGHT,
     Source,
-    assistant,
     call,
     pair_of,
     place,
     sources,
     table,
     tokenizer_with,
-    user,
 )
 
 from dpo_opt.precompute.tokens.known_roles import knows_role

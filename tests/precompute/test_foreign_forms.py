@@ -10,16 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import write_jsonl
+from messages import said
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.datasets import read_pairs
 from dpo_opt.schemas.errors import DataError
 
 Row = dict[str, Any]
-
-
-def said(role: str, content: str) -> Row:
-    return {"role": role, "content": content}
 
 
 ANSWER = [{"value": ["response2", "response1"], "user_id": "u"}]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from messages import assistant, user
 from template_table import (
     ASKED,
     BELGIUM,
@@ -11,11 +12,9 @@ from template_table import (
     RAIN,
     RESULT,
     TOOLS,
-    assistant,
     call,
     pair_of,
     tokenizer_with,
-    user,
 )
 
 from dpo_opt.precompute.read.rows import to_pairs

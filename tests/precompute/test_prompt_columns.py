@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import write_jsonl
+from messages import said
 from one_row import read, written
 
 from dpo_opt.precompute.check.audit import audit
@@ -20,10 +21,6 @@ from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 
 Row = dict[str, Any]
-
-
-def said(role: str, content: str) -> Row:
-    return {"role": role, "content": content}
 
 
 USER, SYSTEM = said("user", "How?"), said("system", "Be kind.")

@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from messages import assistant, user
 
 from dpo_opt.precompute.config import DataConfig
 from dpo_opt.precompute.read.datasets import BadRow, read_pairs, row_content, scan_pairs
@@ -16,14 +17,6 @@ from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 
 LONG = "private words " * 20
-
-
-def user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
 
 
 def pairs_of(row: dict[str, Any]) -> list[PreferencePair]:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from messages import assistant, user
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -63,14 +64,6 @@ def ids_of(text: str) -> list[int]:
 
 def pair_of(prompt: Text, chosen: Text, rejected: Text) -> PreferencePair:
     return PreferencePair(3, prompt, chosen, rejected, "made", "data.jsonl:4")
-
-
-def user(content: str) -> dict[str, object]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, object]:
-    return {"role": "assistant", "content": content}
 
 
 def run(

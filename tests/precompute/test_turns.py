@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from messages import assistant, user
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -34,14 +35,6 @@ MARKED = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CALL = [{"type": "function", "function": {"name": "rain", "arguments": {"town": "Rome"}}}]
-
-
-def user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str, **others: object) -> Message:
-    return {"role": "assistant", "content": content, **others}
 
 
 def tool(content: str) -> Message:

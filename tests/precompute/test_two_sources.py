@@ -6,16 +6,13 @@ from typing import Any
 
 import pytest
 from fakes import write_jsonl
+from messages import said
 from one_row import read, written
 
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 
 Row = dict[str, Any]
-
-
-def said(role: str, content: str) -> Row:
-    return {"role": role, "content": content}
 
 
 def turn(speaker: str, value: str, **more: object) -> Row:

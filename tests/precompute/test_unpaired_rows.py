@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import ScriptedScorer, preference_rows, scripted_logps, write_jsonl
+from messages import said
 
 from dpo_opt.integrity import integrity_problems
 from dpo_opt.precompute.check.audit import audit
@@ -39,10 +40,6 @@ def refused(call: Callable[[], object]) -> DpoOptError:
 
 def problems_of(shards: AnyPath) -> list[str]:
     return integrity_problems(shards, load_manifest(shards))
-
-
-def said(role: str, content: str) -> Row:
-    return {"role": role, "content": content}
 
 
 USER, SO = [said("user", "How?")], [said("assistant", "So.")]

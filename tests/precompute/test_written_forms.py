@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 from damage import GOOD
 from fakes import write_jsonl
+from messages import said
 
 from dpo_opt.precompute.check.convert import Converted, convert
 from dpo_opt.precompute.config import ConvertConfig, DataConfig, WrittenForm
@@ -21,10 +22,6 @@ from dpo_opt.schemas.pairs import PreferencePair
 Row = dict[str, Any]
 FORMS: tuple[WrittenForm, ...] = tuple(form for form in get_args(WrittenForm) if form != "unpaired")
 """Of pairs; what is written as unpaired rows is tried in test_unpaired_rows.py."""
-
-
-def said(role: str, content: str, **others: Any) -> Row:
-    return {"role": role, "content": content, **others}
 
 
 TEXT_CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
