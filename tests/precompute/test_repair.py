@@ -36,6 +36,7 @@ from dpo_opt.schemas.manifest import (
     MANIFEST,
     PLAN,
     TOKENIZER,
+    ShardCommit,
     load_manifest,
     to_json,
     write_manifest,
@@ -329,19 +330,20 @@ def test_a_lost_commit_before_finalize_is_one_shard(made: Path, scored: Path, ti
     assert contents(scored) == contents(made / "shards")
 
 
+def another_attempt(shards: Path, own: ShardCommit, attempt: str) -> ShardCommit:
+    """A shard once more, as another worker would have committed it."""
+    new = {name: getattr(own, name).replace(own.attempt, attempt) for name in ("file", "dropped_file")}
+    for name, file in new.items():
+        shutil.copy(shards / getattr(own, name), shards / file)
+    other = own.model_copy(update={"attempt": attempt, **new})
+    (shards / COMMITS / f"{own.shard:05}-{attempt}.json").write_text(to_json(other))
+    return other
+
+
 def test_another_attempt_that_is_whole_takes_the_place_of_a_damaged_one(made: Path, finished: Path) -> None:
     (record,) = [path for path in commit_files(finished) if path.name.startswith("00002-")]
     own = load_manifest(finished).shards[2]
-    other = own.model_copy(
-        update={
-            "attempt": "ffffffff0",
-            "file": "data/00002-ffffffff0.parquet",
-            "dropped_file": own.dropped_file.replace(own.attempt, "ffffffff0"),
-        }
-    )
-    shutil.copy(finished / own.file, finished / other.file)
-    shutil.copy(finished / own.dropped_file, finished / other.dropped_file)
-    (finished / COMMITS / "00002-ffffffff0.json").write_text(to_json(other))
+    other = another_attempt(finished, own, "ffffffff0")
     flip(finished / own.file)
     done = repair(finished)
     assert (done.shards_to_score, done.finalized) == ([], True)
@@ -353,17 +355,7 @@ def test_another_attempt_that_is_whole_takes_the_place_of_a_damaged_one(made: Pa
 def test_what_the_manifest_named_is_named_again(made: Path, finished: Path, tiny_model: Path) -> None:
     """Also where another attempt has a smaller id, which would win without the manifest."""
     before = load_manifest(finished).shards
-    own = before[0]
-    other = own.model_copy(
-        update={
-            "attempt": "0000",
-            "file": "data/00000-0000.parquet",
-            "dropped_file": own.dropped_file.replace(own.attempt, "0000"),
-        }
-    )
-    shutil.copy(finished / own.file, finished / other.file)
-    shutil.copy(finished / own.dropped_file, finished / other.dropped_file)
-    (finished / COMMITS / "00000-0000.json").write_text(to_json(other))
+    another_attempt(finished, before[0], "0000")
     flip(finished / before[2].file)
     repair(finished)
     assert go_on(finished, made, tiny_model) == 1
