@@ -36,6 +36,9 @@ def write_index(shards_dir: AnyPath, name: str, table: pa.Table) -> tuple[str, s
 
     Another ``finalize`` may have published an index of other attempts under this name. That one stays, and
     this one gets a name with its hash.
+
+    Raises:
+        DataError: What stands under both names is neither of them.
     """
     with tempfile.TemporaryDirectory(prefix="dpo-opt-") as own:
         file = Path(own) / name
