@@ -167,7 +167,7 @@ def _row_problems(file: Path, commit: ShardCommit, kept: set[int]) -> Iterator[s
     """Row by row; ``kept`` collects the rows."""
     yield from _metadata_problems(file, commit)
     before = -1
-    truncated = tokens = 0
+    truncated = with_the_others = tokens = 0
     for group in read_row_groups(file):
         for pair in group:
             if pair.row in kept or not commit.start <= pair.row < commit.stop:
@@ -176,11 +176,15 @@ def _row_problems(file: Path, commit: ShardCommit, kept: set[int]) -> Iterator[s
                 yield f"row {pair.row} comes after row {before}"
             before = pair.row
             kept.add(pair.row)
-            truncated += pair.chosen_truncated or pair.rejected_truncated
+            truncated += pair.truncated
+            with_the_others += pair.chosen_truncated or pair.rejected_truncated
             tokens += 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
             yield from (f"row {pair.row} {problem}" for problem in _pair_problems(pair))
     for row, name in inconsistent_columns(file):
         yield f"row {row} has a {name} that does not follow from its ids and log-probs"
+    if commit.truncated == with_the_others:
+        # Earlier versions counted what is cut of another row's completion beside an unpaired row, too.
+        truncated = with_the_others
     counts = {"rows": len(kept), "truncated": truncated, "tokens": tokens}
     for name, found in counts.items():
         if (stated := getattr(commit, name)) != found:

@@ -15,6 +15,7 @@ from dpo_opt.precompute.shards.write_plan import settle_plan
 from dpo_opt.precompute.workers.assignment import worker_from_environment
 from dpo_opt.precompute.workers.local import own_devices, worker_environments
 from dpo_opt.precompute.workers.local import run_workers as run_here
+from dpo_opt.schemas.counts import are, counted
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.scorers import make_scorer
@@ -33,7 +34,7 @@ def take_place(config: PrecomputeConfig) -> PrecomputeConfig:
         if worker is None:
             return config
         raise ConfigError(
-            f"--num-workers {config.num_workers} would start workers in each of {worker.of} workers",
+            f"--num-workers {config.num_workers} would start workers in each of {worker.of}",
             why="a scheduler has numbered this process already",
             fix="leave --num-workers out, or start one process only",
         )
@@ -83,8 +84,9 @@ def launch(config: PrecomputeConfig, *, progress: Progress | None = None) -> dic
     if workers < asked:
         progress.say(
             # Also true where a launcher starts none: without --submit, or because it is not there.
-            f"{workers} of {asked} workers are enough: {left} of {len(plan.shards)} shards are left to "
-            "score. In another folder, a smaller --pairs-per-shard would give every worker some"
+            f"{workers} of {counted(asked, 'worker')} {are(workers)} enough: {counted(left, 'shard')} of "
+            f"{len(plan.shards)} {are(left)} left to score. In another folder, a smaller --pairs-per-shard "
+            "would give every worker some"
         )
         config = config.model_copy(update={"num_workers": workers})
         environments = environments[:workers]

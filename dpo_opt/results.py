@@ -28,11 +28,6 @@ def say(lines: Iterable[str]) -> None:
         click.echo(printable(line))
 
 
-def counted(count: int, noun: str) -> str:
-    """A count with what it counts: ``1 shard``, ``2,048 shards``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def table(header: list[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
     """Lines of a table.
 

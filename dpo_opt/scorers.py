@@ -10,6 +10,7 @@ from dpo_opt.precompute.engine.option_rules import read_engine_options
 from dpo_opt.precompute.engine.vllm_build import is_cpu_build, prepare_environment, vllm_version
 from dpo_opt.precompute.engine.vllm_model import ReuseCheck, VllmModel
 from dpo_opt.precompute.shards.reference import resolve_reference
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.pairs import Sampler, Scorer
 
@@ -92,7 +93,7 @@ def _require_the_gpus(config: PrecomputeConfig, options: Mapping[str, Any]) -> N
     needed, given = options.get("tensor_parallel_size", 1), config.gpus_per_worker
     if config.launched and 0 < given < needed:
         raise ConfigError(
-            f"--engine-option tensor_parallel_size={needed}: each worker gets {given} GPUs",
+            f"--engine-option tensor_parallel_size={needed}: each worker gets {counted(given, 'GPU')}",
             why="its engine would look for the others where there are none",
             fix=f"pass --gpus-per-worker {needed}",
         )

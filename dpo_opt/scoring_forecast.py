@@ -8,6 +8,7 @@ from dpo_opt.precompute.check.pair_statistics import Wanted, collect
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.engine.option_rules import read_engine_options
 from dpo_opt.precompute.shards.reference import Reference
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.progress import Silent
 
 # A shard is what a killed worker loses. Much shorter ones spend their time on commits.
@@ -102,12 +103,13 @@ def _warnings(config: PrecomputeConfig, shards: int, workers: int, gpus_of_a_mod
     warnings = []
     if shards < workers:
         warnings.append(
-            f"of {workers} workers {workers - shards} would have nothing to do (shards: {shards})"
+            f"of {counted(workers, 'worker')} {workers - shards} would have nothing to do (shards: {shards})"
         )
     if config.launched and gpus_of_a_model < config.gpus_per_worker:
         idle = config.gpus_per_worker - gpus_of_a_model
         warnings.append(
-            f"each worker has {config.gpus_per_worker} GPUs, and its engine uses {gpus_of_a_model}: "
-            f"{idle} would be idle without --engine-option tensor_parallel_size={config.gpus_per_worker}"
+            f"each worker has {counted(config.gpus_per_worker, 'GPU')}, and its engine uses "
+            f"{gpus_of_a_model}: {idle} would be idle without --engine-option "
+            f"tensor_parallel_size={config.gpus_per_worker}"
         )
     return warnings

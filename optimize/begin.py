@@ -42,6 +42,7 @@ from dpo_opt.optimize.step import Batching
 from dpo_opt.optimize.stop_signals import StopSignals
 from dpo_opt.optimize.throughput import Throughput
 from dpo_opt.optimize.update.optimizer import make_optimizer, optimizer_bytes
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.progress import Progress
 
@@ -274,7 +275,8 @@ def _resumed(run: Run, checkpoint: Checkpoint, batching: Batching) -> RunState:
     open_folder(run, state.parity, Written(kept.lines, kept.segments), step=kept.at.step)
     state.at, state.window.state, state.saved_step = kept.at, kept.window, kept.at.step
     state.running = kept.running
-    say(f"continuing from {quoted(checkpoint.path.name)}, {kept.at.consumed} pairs into the run")
+    consumed = counted(kept.at.consumed, run.data.fingerprint.noun)
+    say(f"continuing from {quoted(checkpoint.path.name)}, {consumed} into the run")
     if kept.at.step > run.total_steps:
         say(f"the checkpoint is already past the {run.total_steps} requested steps, so the run ends there")
     if kept.best is not None and is_comparable(

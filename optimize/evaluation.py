@@ -67,15 +67,16 @@ def evaluations(config: TrainConfig, folder: ShardFolder, stream: PairStream) ->
     """
     if config.eval_split and not len(stream.eval_positions):
         share = share_that_holds_out(folder.index(["prompt_id"])["prompt_id"])
+        noun = folder.manifest.fingerprint.noun
         raise ConfigError(
             f"--eval-split {config.eval_split} holds out none of the prompts",
             where=str(folder.path),
             why="the run would silently never be evaluated on them"
             if share is not None
-            else "all pairs share one prompt, or nearly so, and all pairs of a prompt are held out together",
+            else f"all {noun}s share one prompt, or nearly so, and those of a prompt are held out together",
             fix=f"pass a larger share, such as --eval-split {share}, or leave --eval-split out"
             if share is not None
-            else "leave --eval-split out, and pass pairs of other prompts as --eval-shards",
+            else f"leave --eval-split out, and pass {noun}s of other prompts as --eval-shards",
         )
     unpaired = is_unpaired(config.loss_type)
     found = [Evaluation(None, stream, None, unpaired)] if len(stream.eval_positions) else []

@@ -72,12 +72,13 @@ def prepare(config: TrainConfig, *, compares_model: bool = True) -> Prepared:
     )
     require_no_weights(config, weighted=stream.weighted, where=str(folder.path))
     if stream.train_size == 0:
+        noun = folder.manifest.fingerprint.noun
         share = share_that_holds_out(folder.index(["prompt_id"])["prompt_id"])
         raise ConfigError(
-            f"--eval-split {config.eval_split} holds out every pair",
+            f"--eval-split {config.eval_split} holds out every {noun}",
             where=str(folder.path),
             why="nothing would be left to train on",
-            fix="leave --eval-split out, and pass pairs of other prompts as --eval-shards"
+            fix=f"leave --eval-split out, and pass {noun}s of other prompts as --eval-shards"
             if share is None
             else f"pass a smaller share, such as --eval-split {share}",
         )

@@ -61,7 +61,7 @@ def score_shards(
         whole = trained.dtype == checkpoint_dtype(model_folder) == "float32"
         dtype = "float32" if whole else reference.dtype
     scorer = HfScorer(model_folder, dtype=dtype, max_length=reference.max_length)
-    progress.start("scoring", total=folder.manifest.kept, unit="pairs")
+    progress.start("scoring", total=folder.manifest.kept, unit=f"{folder.manifest.fingerprint.noun}s")
 
     def batches() -> Iterator[list[PairLogps]]:
         for shard in folder.manifest.shards:

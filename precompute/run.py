@@ -26,6 +26,7 @@ from dpo_opt.precompute.tokens.mismatched import NO_OTHER_PROMPT, with_mismatche
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.workers.assignment import Worker, shards_for
 from dpo_opt.schemas.attempts import commit_names
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.locations import AnyPath, sizes
 from dpo_opt.schemas.manifest import (
@@ -111,7 +112,7 @@ def _score_what_is_left(config: PrecomputeConfig, scorer: Scorer, progress: Prog
                 model=model,
                 losses=losses,
             )
-            last = "was another's first" if commit is None else f"has {commit.tokens} tokens"
+            last = "was another's first" if commit is None else f"has {counted(commit.tokens, 'token')}"
             job.look(f"the last shard {last}")
             scored += 1
     job.look("")
@@ -133,7 +134,12 @@ class _Job:
         self._left = {p.shard: p.used for p in plan.shards if p.shard not in done}
         # None of these counts for a shard that is left: they are commits of other plans, or damaged.
         self._before = sizes(self._commits)
-        progress.start("scoring", total=plan.used, unit="pairs", done=plan.used - sum(self._left.values()))
+        progress.start(
+            "scoring",
+            total=plan.used,
+            unit=f"{plan.fingerprint.noun}s",
+            done=plan.used - sum(self._left.values()),
+        )
 
     def look(self, note: str) -> None:
         """Report the shards that were committed since the last call."""

@@ -181,6 +181,12 @@ class Audit(BaseModel):
     reference: ReferenceView | None = None
 
     @property
+    def noun(self) -> str:
+        """What messages call one of ``pairs``: ``row`` where each is one completion and its label."""
+        counts = self.labels
+        return "row" if counts is not None and counts.desirable + counts.undesirable == self.pairs else "pair"
+
+    @property
     def refused(self) -> bool:
         """A later command would refuse this data."""
         return any(problem.severity == "error" for problem in self.problems)

@@ -61,6 +61,11 @@ class Fingerprint(BaseModel):
     """The class that the reference's config.json names; compared where both sides name one."""
 
     @property
+    def noun(self) -> str:
+        """What messages call one of its rows: an unpaired one is no pair."""
+        return "pair" if self.rows is None else "row"
+
+    @property
     def unknown(self) -> list[str]:
         """Keys of a later version that are not null; a null key means the same as an absent one."""
         return sorted(name for name, value in (self.model_extra or {}).items() if value is not None)

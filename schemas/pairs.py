@@ -76,6 +76,13 @@ class TokenizedPair:
     The other side is another row's completion, by which KTO estimates a KL divergence."""
 
     @property
+    def truncated(self) -> bool:
+        """Whether a completion lost tokens to ``max_length``; of an unpaired row its own, not the other."""
+        if self.label is None:
+            return self.chosen_truncated or self.rejected_truncated
+        return self.chosen_truncated if self.label else self.rejected_truncated
+
+    @property
     def pair_id(self) -> str:
         return content_hash(self.prompt_ids, self.chosen_ids, self.rejected_ids)
 

@@ -22,6 +22,8 @@ from fakes import preference_rows, write_jsonl
 
 import dpo_opt
 import dpo_opt.commands
+import dpo_opt.precompute
+from dpo_opt import launch, scoring_forecast
 from dpo_opt.cli import main
 from dpo_opt.schemas.manifest import MANIFEST, PLAN, load_manifest
 from dpo_opt.schemas.pair_logps import dtype_of_logps
@@ -264,6 +266,7 @@ def test_status_counts(shards: Path) -> None:
     assert shown == {
         "shards_total": 3,
         "shards_committed": 3,
+        "unpaired": False,
         "pairs_total": 12,
         "pairs_kept": 12,
         "pairs_dropped": 0,
@@ -321,7 +324,7 @@ def test_finalize_writes_the_manifest(shards: Path, tmp_path: Path) -> None:
     (shards / MANIFEST).unlink()
     next((shards / "commits").glob("00001-*")).unlink()
     message = refused(3, "finalize", "--shards", shards, unchanged=tmp_path)
-    assert "1 of 3 shards are not scored yet (1)" in message
+    assert "1 of 3 shards is not scored yet (1)" in message
 
 
 def test_verify_says_what_is_wrong(shards: Path, tiny_model: Path) -> None:
@@ -737,12 +740,24 @@ def test_a_launched_worker_names_settings_that_stay(
 def test_counts_in_what_commands_print_agree_with_what_they_count() -> None:
     """A number before a noun comes from ``counted``, which knows of one: no `1 pairs`."""
     nouns = "pairs|rows|shards|steps|tokens|prompts|completions|samples|sequences|workers|files|runs"
+    nouns += "|log-probs|answers|cells|values|GPUs|nodes|other files|scored shards"
     alone = re.compile(rf"\{{(?!counted\()[^{{}}:]*(?::,)?\}} (?:{nouns})\b")
-    sources = sorted(Path(dpo_opt.commands.__file__).parent.glob("*.py"))
+    commands = sorted(Path(dpo_opt.commands.__file__).parent.glob("*.py"))
+    stage = sorted(Path(dpo_opt.precompute.__file__).parent.rglob("*.py"))
     assert alone.search('f"{pair_count:,} pairs"')
-    assert len(sources) > 15
-    found = [(file.name, at[0]) for file in sources for at in alone.finditer(file.read_text())]
-    assert found == []
+    assert min(len(commands), len(stage)) > 15
+    found = [
+        (file.name, at[0])
+        for file in (*commands, *stage, *(Path(module.__file__) for module in (launch, scoring_forecast)))
+        for at in alone.finditer(file.read_text())
+    ]
+    # Each of these is said of several alone.
+    assert set(found) == {
+        ("failing_sequences.py", "{len(self.left_out)} sequences"),
+        ("ranked_shapes.py", "{len(completions)} completions"),
+        ("length_bias.py", "{bias.unequal_pairs:,} pairs"),
+        ("openings.py", "{alike[i]:,} prompts"),
+    }
 
 
 def test_an_interrupted_training_says_what_goes_on(shards: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_check_json_has_the_promised_keys(data: Path) -> None:
     assert (first["kind"], first["count"], first["severity"]) == ("json", 1, "error")
     assert first["examples"][0]["where"] == f"{data}:13"
     assert (second["kind"], second["count"], second["severity"]) == ("duplicate", 1, "warning")
-    assert second["examples"] == [{"where": f"{data}:14", "detail": f"the same pair as {data}:1"}]
+    assert second["examples"] == [{"where": f"{data}:14", "detail": f"the same as {data}:1"}]
     assert report["truncation"] == []
     assert report["estimate"] is None
 

@@ -186,7 +186,7 @@ SITUATIONS: dict[str, Situation] = {
     "finalize: a shard is not scored": Situation(
         lambda place: (unfinish(place), next((place.shards / "commits").glob("00001-*")).unlink()),
         lambda place: place.of_shards("finalize"),
-        "1 of 3 shards are not scored yet",
+        "1 of 3 shards is not scored yet",
         "dpo-opt precompute --config",
     ),
     "finalize: the index is lost": Situation(
@@ -210,7 +210,7 @@ SITUATIONS: dict[str, Situation] = {
     "precompute: no pair fits": Situation(
         lambda place: shutil.rmtree(place.shards),
         lambda place: place.precompute("--max-length", 2),
-        "none of the 8 pairs can be used (8 prompt_fills_max_length)",
+        "none of 8 pairs can be used (8 prompt_fills_max_length)",
         "pass --max-length ",
     ),
     "convert: the output exists": Situation(

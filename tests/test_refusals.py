@@ -565,7 +565,7 @@ def test_a_commit_of_another_run_is_never_used(shards: Path, another_run: Path) 
     unfinished(shards)
     (shards / COMMITS / f"00001-{manifest.shards[1].attempt}.json").unlink()
     assert status(shards).shards_committed == 2
-    with pytest.raises(DataError, match="1 of 3 shards are not scored yet"):
+    with pytest.raises(DataError, match="1 of 3 shards is not scored yet"):
         finalize(shards)
     assert not (shards / MANIFEST).exists()
 

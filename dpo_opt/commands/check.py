@@ -11,8 +11,9 @@ from dpo_opt.complete_fix import complete_fix
 from dpo_opt.console import watched
 from dpo_opt.options import configured, json_option
 from dpo_opt.precompute.config import CheckConfig
-from dpo_opt.results import counted, say, show, table
+from dpo_opt.results import say, show, table
 from dpo_opt.schemas.audit_record import Audit
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.outputs import require_own_output
 
@@ -54,7 +55,7 @@ def _lines(audit: Audit) -> Iterator[str]:
 
     for data in audit.data:
         bad = f", {counted(data.bad_rows, 'bad row')}" if data.bad_rows else ""
-        yield f"{data.name}: {counted(data.pairs, 'pair')}{bad}, read as {data.form}"
+        yield f"{data.name}: {counted(data.pairs, audit.noun)}{bad}, read as {data.form}"
     yield ""
     yield from _problem_lines(audit)
     if not audit.pairs:
@@ -85,7 +86,7 @@ def _lines(audit: Audit) -> Iterator[str]:
         yield ""
         header = [
             "source",
-            "pairs",
+            f"{audit.noun}s",
             "prompts",
             "duplicates",
             "contradictory",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from dpo_opt.options import json_option
-from dpo_opt.results import counted, say, show
+from dpo_opt.results import say, show
+from dpo_opt.schemas.counts import counted
 
 if TYPE_CHECKING:
     from dpo_opt.analysis.diagnosis.finding import Diagnosis

@@ -12,9 +12,11 @@ from dpo_opt.console import duration, watched
 from dpo_opt.explained_errors import going_on_by
 from dpo_opt.options import configured, dry_run_option, json_option
 from dpo_opt.precompute.config import PrecomputeConfig
-from dpo_opt.results import counted, show
+from dpo_opt.results import show
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import quoted
-from dpo_opt.schemas.manifest import resume_command
+from dpo_opt.schemas.locations import location
+from dpo_opt.schemas.manifest import load_manifest, resume_command
 from dpo_opt.schemas.safe_text import printable
 
 _COUNTS = {"rows", "kept", "dropped", "truncated", "tokens", "reuse_check"}
@@ -65,12 +67,16 @@ def _in_words(result: dict[str, Any]) -> dict[str, Any]:
     """A result as a person reads it: counts with what they count, and the rest as it is."""
     words = {"shards": result["shards"]} | {n: v for n, v in result.items() if n not in _COUNTS}
     if "kept" in result:
-        rows = result["rows"] if "rows" in result else result["pairs_total"]
+        noun = load_manifest(location(result["shards"])).fingerprint.noun
+        total = result["rows"] if "rows" in result else result["pairs_total"]
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in result["dropped"].items())
-        words["pairs"] = f"{result['kept']:,} kept of {counted(rows, 'row')}"
+        words[f"{noun}s"] = f"{result['kept']:,} kept of {counted(total, 'row')}"
         words["left out"] = f"{dropped} (listed in dropped/)" if dropped else "none"
-        words["cut"] = f"{counted(result['truncated'], 'pair')} lost tokens to --max-length"
-        words["tokens"] = f"{result['tokens']:,}; a prompt counts with each of its two completions"
+        words["cut"] = f"{counted(result['truncated'], noun)} lost tokens to --max-length"
+        sides = (
+            "each of its two completions" if noun == "pair" else "its own completion and with another row's"
+        )
+        words["tokens"] = f"{result['tokens']:,}; a prompt counts with {sides}"
     check = result.get("reuse_check")
     if check is not None:
         words["prefix cache"] = (

@@ -31,14 +31,12 @@ def command(shards: AnyPath, model: str, output: Path, dtype: str, as_json: bool
         show({"output": str(output), "pairs": count}, as_json)
     else:
         from dpo_opt.schemas.manifest import load_manifest
-        from dpo_opt.schemas.shards import UNPAIRED
 
-        unpaired = load_manifest(shards).fingerprint.rows == UNPAIRED
-        say(_lines(output, model=model, unpaired=unpaired))
+        say(_lines(output, model=model, noun=load_manifest(shards).fingerprint.noun))
 
 
-def _lines(output: Path, *, model: str, unpaired: bool = False) -> Iterator[str]:
-    """Means over the pairs of a table of log-probs."""
+def _lines(output: Path, *, model: str, noun: str) -> Iterator[str]:
+    """Means over the pairs of a table of log-probs; ``noun`` is what one of them is called."""
     import pyarrow.parquet as pq
 
     from dpo_opt.schemas.arrow_file import arrow_file
@@ -48,7 +46,8 @@ def _lines(output: Path, *, model: str, unpaired: bool = False) -> Iterator[str]
         columns = [column.to_numpy() for column in file.read(columns=names).columns]
     chosen, chosen_length, rejected, rejected_length = columns
     yield f"output  {output}"
-    yield f"pairs   {len(chosen):,}, under {model}"
+    yield f"{noun + 's':<6}  {len(chosen):,}, under {model}"
+    unpaired = noun != "pair"
     if unpaired:
         yield "        each has one completion, the other side is of another prompt: see dpo-opt report"
     if unpaired or not len(chosen):

@@ -9,7 +9,8 @@ import click
 
 from dpo_opt.console import duration
 from dpo_opt.options import json_option, shards_option
-from dpo_opt.results import counted, show
+from dpo_opt.results import show
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.locations import AnyPath
 
@@ -32,7 +33,8 @@ def command(shards: AnyPath, as_json: bool) -> None:
 def _in_words(found: "Status") -> dict[str, Any]:
     """A folder's state as a person reads it; what is not known is None."""
     more = len(found.lost) - _MOST_SHOWN
-    return {
+    noun = "row" if found.unpaired else "pair"
+    words = {
         **found.model_dump(include={"shards_total", "shards_committed", "pairs_total", "pairs_kept"}),
         **found.model_dump(include={"pairs_dropped", "dropped"}),
         "share_done": f"{found.share_done:.1%}",
@@ -41,7 +43,7 @@ def _in_words(found: "Status") -> dict[str, Any]:
         "last_commit": _ago(found.seconds_since_commit),
         "workers": [
             f"{quoted(w.host)}{'' if w.worker is None else f' worker {w.worker}'}: "
-            f"{counted(w.pairs, 'pair')} in {counted(w.shards, 'shard')}, {w.pairs_per_second:.3g} pairs/s, "
+            f"{counted(w.pairs, noun)} in {counted(w.shards, 'shard')}, {w.pairs_per_second:.3g} {noun}s/s, "
             f"last commit {_ago(w.seconds_since_commit)}"
             for w in found.workers
         ],
@@ -50,6 +52,7 @@ def _in_words(found: "Status") -> dict[str, Any]:
         "lost": [*found.lost[:_MOST_SHOWN], *([f"and {more} more"] if more > 0 else [])] or None,
         "next": found.next,
     }
+    return {name.replace("pairs_", f"{noun}s_"): value for name, value in words.items()}
 
 
 def _ago(seconds: float | None) -> str | None:

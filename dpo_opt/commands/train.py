@@ -13,9 +13,11 @@ from dpo_opt.console import watched
 from dpo_opt.explained_errors import going_on_by
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.options import ListsCommand, OtherFile, configured, dry_run_option, json_option
-from dpo_opt.results import counted, say, show, table
+from dpo_opt.results import say, show, table
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import ConfigError, Interrupted
 from dpo_opt.schemas.locations import AnyPath
+from dpo_opt.schemas.manifest import load_manifest
 from dpo_opt.schemas.models import checkpoint_dtype
 from dpo_opt.schemas.run_layout import CONFIG
 from dpo_opt.schemas.safe_text import printable
@@ -73,7 +75,8 @@ def command(config: TrainConfig, dry_run: bool, gpus: str | None, as_json: bool)
         if as_json:
             show(plan, as_json)
         else:
-            click.echo("\n".join(_planned_lines(plan)))
+            noun = load_manifest(config.shards).fingerprint.noun
+            click.echo("\n".join(_planned_lines(plan, noun)))
         return
     from dpo_opt.optimize.loop import train as run
     from dpo_opt.optimize.processes.distributed import world_from_environment
@@ -109,7 +112,7 @@ def _ended_lines(config: TrainConfig, result: "TrainResult") -> Iterator[str]:
     """Where the model is, whether the cache was its own, and how it does on what it was not trained on."""
     from dpo_opt.last_metrics import last_metrics
 
-    last = result.last_metrics
+    last, noun = result.last_metrics, load_manifest(config.shards).fingerprint.noun
     yield f"model   {result.final}"
     saved = None if config.use_peft else checkpoint_dtype(result.final)
     if saved not in (None, config.param_dtype):
@@ -125,14 +128,14 @@ def _ended_lines(config: TrainConfig, result: "TrainResult") -> Iterator[str]:
             f"parity  {'ok' if parity.ok else 'FAILED'}: cached log-probs differ from the policy's own by "
             f"{parity.sd:.2g} nats per token (sd), by {parity.max:.2g} at most"
         )
-        tokens, pairs = counted(parity.tokens, "token"), counted(parity.pairs, "pair")
+        tokens, pairs = counted(parity.tokens, "token"), counted(parity.pairs, noun)
         yield f"        (over {tokens} of {pairs}, before the first update)"
     yield ""
     groups = last_metrics(config.output_dir)
     yield from table(
-        ["mean over pairs", *(group.name for group in groups)],
+        [f"mean over {noun}s", *(group.name for group in groups)],
         [
-            ["pairs", *(group.pairs for group in groups)],
+            [f"{noun}s", *(group.pairs for group in groups)],
             *(
                 [words, *(form.format(group.means[name]) if name in group.means else "-" for group in groups)]
                 for name, words, form in _MEANS
@@ -146,8 +149,8 @@ def _ended_lines(config: TrainConfig, result: "TrainResult") -> Iterator[str]:
         yield "nothing was held out: --eval-split 0.05 measures on prompts that are not trained on"
 
 
-def _planned_lines(plan: dict[str, Any]) -> list[str]:
-    """What a run will do, then its memory as a table."""
+def _planned_lines(plan: dict[str, Any], noun: str) -> list[str]:
+    """What a run will do, then its memory as a table; ``noun`` is what it trains on."""
     memory = plan["memory_gb"]
     pair = plan["longest_pair"]
     remarks = {
@@ -164,9 +167,10 @@ def _planned_lines(plan: dict[str, Any]) -> list[str]:
         for name in parts
     ]
     return [
-        f"pairs        {plan['pairs_train']:,} to train on, {plan['pairs_eval']:,} held out",
+        f"{noun + 's':<11}  {plan['pairs_train']:,} to train on, {plan['pairs_eval']:,} held out",
         f"steps        {plan['steps']:,}",
-        f"longest pair row {pair['row']}: prompt {pair['prompt']}, chosen {pair['chosen']}, "
+        f"{'longest pair' if noun == 'pair' else 'longest':<12} row {pair['row']}: "
+        f"prompt {pair['prompt']}, chosen {pair['chosen']}, "
         f"rejected {counted(pair['rejected'], 'token')}",
         "",
         *table(["memory at the peak of a step", "size", ""], rows),

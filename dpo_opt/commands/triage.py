@@ -12,7 +12,8 @@ import click
 
 from dpo_opt.console import watched
 from dpo_opt.options import FiniteRange, json_option, shards_option
-from dpo_opt.results import counted, say, show, table
+from dpo_opt.results import say, show, table
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import ConfigError, quoted
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.outputs import PARQUET_KEY, output_mark, require_own_output

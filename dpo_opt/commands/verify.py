@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from dpo_opt.options import dtype_option, json_option, shards_option
-from dpo_opt.results import counted, say, show, table
+from dpo_opt.results import say, show, table
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.locations import AnyPath
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def command(shards: AnyPath, model: str | None, num_pairs: int, dtype: str, as_j
 def _lines(verdict: "Verdict") -> Iterator[str]:
     manifest = verdict.manifest
     yield (
-        f"{verdict.shards}: {counted(manifest.kept, 'pair')} of {counted(manifest.rows, 'row')} in "
-        f"{counted(len(manifest.shards), 'shard')}, scored by {manifest.fingerprint.engine} in "
-        f"{manifest.fingerprint.dtype}"
+        f"{verdict.shards}: {counted(manifest.kept, manifest.fingerprint.noun)} of "
+        f"{counted(manifest.rows, 'row')} in {counted(len(manifest.shards), 'shard')}, scored by "
+        f"{manifest.fingerprint.engine} in {manifest.fingerprint.dtype}"
     )
     if verdict.problems:
         yield f"integrity FAILED: {len(verdict.problems)} found"
@@ -56,7 +57,7 @@ def _lines(verdict: "Verdict") -> Iterator[str]:
     else:
         yield "integrity ok: every file's hash, every row, exact coverage"
     if verdict.parity is not None:
-        yield from _parity(verdict.parity)
+        yield from _parity(verdict.parity, manifest.fingerprint.noun)
     elif verdict.model is not None:
         yield "parity    not measured: the files must be whole first"
     else:
@@ -64,12 +65,12 @@ def _lines(verdict: "Verdict") -> Iterator[str]:
     yield from (f"note      {note}" for note in verdict.notes)
 
 
-def _parity(parity: "Parity") -> Iterator[str]:
+def _parity(parity: "Parity", noun: str) -> Iterator[str]:
     from dpo_opt.optimize.parity import worst_token
 
     state = "ok" if parity.ok else "FAILED"
     yield (
-        f"parity    {state}: {counted(parity.pairs, 'pair')}, {counted(parity.tokens, 'token')}, "
+        f"parity    {state}: {counted(parity.pairs, noun)}, {counted(parity.tokens, 'token')}, "
         f"cached ({parity.cached_dtype}) minus the trainer's own ({parity.dtype})"
     )
     yield "  cached minus in batches; minus each sequence alone; floor: alone minus in batches"
@@ -84,7 +85,7 @@ def _parity(parity: "Parity") -> Iterator[str]:
     ]
     yield from (f"  {line}" for line in table(["nats per token", "measured", "limit", ""], rows))
     yield (
-        f"  margin noise (sd of chosen minus rejected): {parity.margin_sd:.2e} nats per pair, floor "
+        f"  margin noise (sd of chosen minus rejected): {parity.margin_sd:.2e} nats per {noun}, floor "
         f"{parity.floor_margin_sd:.2e}; times beta it is the noise in the loss's logit"
     )
     yield f"  {worst_token(parity)}"

@@ -26,6 +26,7 @@ from dpo_opt.precompute.check.problems import (
     LEAVES_NOTHING,
     MERGED_TURNS,
     by_harm,
+    of_rows,
     problem,
     without_skipping,
 )
@@ -44,6 +45,7 @@ from dpo_opt.schemas.audit_record import (
     Problem,
     TruncationForecast,
 )
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.models import context_length, find_model
 from dpo_opt.schemas.progress import Progress, Silent
@@ -143,7 +145,7 @@ def audit(
             pairs_per_shard=config.pairs_per_shard,
         )
         problems += _forecast_problems(facts, at_max_length, config.truncation)
-    report.problems = by_harm(problems)
+    report.problems = by_harm(problems if report.noun == "pair" else list(map(of_rows, problems)))
     return report
 
 
@@ -194,7 +196,7 @@ def _repeated(facts: Facts) -> list[Problem]:
         "identical_completions": np.flatnonzero(facts.chosen == facts.rejected),
     }
     details: dict[str, Callable[[int], str]] = {
-        "duplicate": lambda i: f"the same pair as {facts.places[int(repeats.earlier[i])]}",
+        "duplicate": lambda i: f"the same as {facts.places[int(repeats.earlier[i])]}",
         "contradictory": lambda i: f"the other way round in {facts.places[int(repeats.opposite[i])]}",
         "identical_completions": lambda i: f"{facts.characters[i, 1]} characters, twice",
     }
@@ -241,7 +243,7 @@ def _nearly_repeated(facts: Facts, *, similarity: float) -> list[Problem]:
     if not earlier:
         return []
     pairs = np.array(sorted(earlier))
-    examples = _examples(facts, pairs, lambda i: f"nearly the same pair as {facts.places[earlier[i]]}")
+    examples = _examples(facts, pairs, lambda i: f"nearly the same as {facts.places[earlier[i]]}")
     return [problem("near_duplicate", len(pairs), examples)]
 
 
@@ -313,13 +315,17 @@ def _forecast_problems(facts: Facts, fit: TruncationForecast, truncation: Trunca
         reasons = ", ".join(f"{count} {reason}" for reason, count in by_length.items())
         summary = Example(where=f"--max-length {fit.max_length}", detail=reasons)
         examples = _examples(
-            facts, pairs, lambda i: f"prompt of {prompt[i]}, completion of {longest[i]} tokens"
+            facts,
+            pairs,
+            lambda i: f"prompt of {prompt[i]}, completion of {counted(int(longest[i]), 'token')}",
         )
         problems.append(problem("left_out", len(pairs), [summary, *examples][:EXAMPLES]))
     if fit.cut:
         pairs = np.flatnonzero(kept & too_long)
         examples = _examples(
-            facts, pairs, lambda i: f"{prompt[i] + longest[i]} tokens, {fit.max_length} are kept"
+            facts,
+            pairs,
+            lambda i: f"{counted(int(prompt[i] + longest[i]), 'token')}, {fit.max_length} of them kept",
         )
         problems.append(problem("cut", fit.cut, examples))
     return problems

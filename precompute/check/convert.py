@@ -107,7 +107,7 @@ def _write(
     counts: Counter[str] = Counter()
     removed: Counter[str] = Counter()
     unwritable: DataError | None = None
-    progress.start("writing", total=len(facts), unit="pairs")
+    progress.start("writing", total=len(facts), unit="rows")
     with (
         (folder / "train.jsonl").open("w", encoding="utf-8") as train,
         (folder / "eval.jsonl").open("w", encoding="utf-8") as held_out,

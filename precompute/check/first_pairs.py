@@ -10,6 +10,7 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.read.datasets import scan_pairs
 from dpo_opt.precompute.tokens.ends import Ends
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import DataError
 from dpo_opt.schemas.pairs import PreferencePair
 
@@ -35,8 +36,9 @@ def odd_ends(config: PrecomputeConfig, tokenizer: PairTokenizer, folder: Path) -
     for pair, ids in zip(pairs, tokenizer.encode(pairs), strict=True):
         if not isinstance(ids, DataError):
             found.update(ends.odd(ids, plain=isinstance(pair.prompt, str)))
+    noun = "row" if pairs and pairs[0].label is not None else "pair"
     return [
-        f"{FOUND[kind].title} (in {count} of the first {len(pairs)} pairs): {FOUND[kind].why}; "
+        f"{FOUND[kind].title} (in {count} of the first {counted(len(pairs), noun)}): {FOUND[kind].why}; "
         f"{FOUND[kind].fix}"
         for kind, count in sorted(found.items())
     ]

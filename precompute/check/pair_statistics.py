@@ -142,7 +142,7 @@ def collect(config: DataConfig, wanted: Wanted, *, processes: int, progress: Pro
             else:
                 yield (*item, wanted)
 
-    progress.start("reading", total=None, unit="pairs")
+    progress.start("reading", total=None, unit="rows")
     blocks = []
     preload = () if wanted.model_folder is None else ("transformers.models.auto.tokenization_auto",)
     for block in map_in_order(_block_facts, tasks(), processes=processes, preload=preload):

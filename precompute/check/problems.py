@@ -27,6 +27,8 @@ def without_skipping(kind: str) -> str:
     return _SKIPPING.sub("", BAD_ROWS[kind].fix)
 
 
+# The word alone, not within an option such as --pairs-per-shard.
+_PAIR = re.compile(r"(?<![\w-])pair(s?)\b(?!-)")
 _DEDUPLICATE = "`dpo-opt convert DATA --output DIR` keeps the first of each"
 
 FOUND: dict[str, Kind] = {
@@ -274,6 +276,14 @@ def problem(
         fix=fix or found.fix,
         examples=examples,
     )
+
+
+def of_rows(found: Problem) -> Problem:
+    """A problem of data without pairs, where each row is one completion and its label."""
+    if found.kind not in FOUND:
+        return found
+    texts = {name: _PAIR.sub(r"row\1", getattr(found, name)) for name in ("title", "why", "fix")}
+    return found.model_copy(update=texts)
 
 
 def by_harm(problems: list[Problem]) -> list[Problem]:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_opt.schemas.counts import are, counted
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped, Preempted, first_line
 from dpo_opt.schemas.pairs import LogpArray, Scorer, TokenizedPair, TokenSequence
 from dpo_opt.schemas.safe_text import printable
@@ -88,9 +89,9 @@ class Losses:
             return
         only_long = self._longest_scored and (self._shortest_lost or 0) > self._longest_scored
         raise EngineStopped(
-            f"the engine failed on {self.lost} of {self._seen} pairs, the last time with: "
+            f"the engine failed on {self.lost} of {counted(self._seen, 'row')}, the last time with: "
             f"{list(left_out.values())[-1]}",
-            why="so many failures are not the fault of single rows, and training would miss these pairs; the "
+            why="so many failures are not the fault of single rows, and training would miss these rows; the "
             "shard is not kept",
             fix=f"all of them are longer than what it scored: pass --max-length {self._longest_scored} and "
             "another --shards folder"
@@ -176,7 +177,8 @@ class _Search:
                 continue
             count = int((~np.isfinite(alone)).sum())
             dtype = self._scorer.numerics.dtype
-            self._leave_out(i, f"{count} of {len(alone)} log-probs are not finite in {dtype}")
+            values = counted(len(alone), "log-prob")
+            self._leave_out(i, f"{count} of {values} {are(count)} not finite in {dtype}")
             del self.values[i]
 
     def _require_a_working_engine(self, error: EngineStopped) -> None:
@@ -227,7 +229,8 @@ def _ask(scorer: Scorer, sequences: Sequence[TokenSequence]) -> list[LogpArray]:
             fix=_LOOK_AT_THE_ENGINE,
         ) from error
     if len(answers) != len(sequences):
-        raise DpoOptError(f"the scorer gave {len(answers)} answers for {len(sequences)} sequences")
+        given, asked = counted(len(answers), "answer"), counted(len(sequences), "sequence")
+        raise DpoOptError(f"the scorer gave {given} for {asked}")
     return answers
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_opt.precompute.engine.failing_sequences import score_or_leave_out
+from dpo_opt.schemas.counts import are, counted
 from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.pairs import HIGHEST_LOGP, LogpArray, ScoredPair, Scorer, TokenizedPair, TokenSequence
 
@@ -81,13 +82,13 @@ def _require_logps(values: LogpArray, length: int, row: int, *, dtype: str) -> N
     not_finite = int((~np.isfinite(values)).sum())
     if not_finite and dtype == "float16":
         raise DpoOptError(
-            f"{not_finite} of {len(values)} log-probs are not finite in float16",
+            f"{not_finite} of {counted(len(values), 'log-prob')} {are(not_finite)} not finite in float16",
             where=f"source row {row}",
             why="values inside the model exceed 65504, the largest float16 number",
             fix="pass --dtype bfloat16 or float32, and another --shards folder",
         )
     raise DpoOptError(
-        f"the scorer returned values that are not log-probs ({len(values)} for {length} tokens, "
+        f"the scorer returned values that are not log-probs ({len(values)} for {counted(length, 'token')}, "
         f"largest {float(np.max(values, initial=-np.inf)):g}, "
         f"{not_finite} not finite)",
         where=f"source row {row}",

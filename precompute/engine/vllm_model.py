@@ -26,6 +26,7 @@ from dpo_opt.precompute.engine.process_death import death_is_noticed
 from dpo_opt.precompute.engine.process_watchdog import children_end_with_this_process
 from dpo_opt.precompute.engine.vllm_build import is_cpu_build, prepare_environment, vllm_version
 from dpo_opt.precompute.engine.vllm_strategy import choose_strategy, read_answer, request_settings
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, EngineStopped, first_line
 from dpo_opt.schemas.model_config import load_model_config
 from dpo_opt.schemas.models import read_config
@@ -141,7 +142,7 @@ class VllmModel:
         again = [i for i, answer in enumerate(answers) if answer is None]
         if again and not reuse:
             raise DpoOptError(
-                f"vLLM gave no log-probs for {len(again)} of {len(sequences)} sequences",
+                f"vLLM gave no log-probs for {len(again)} of {counted(len(sequences), 'sequence')}",
                 where=str(self._folder),
                 fix="pass --backend hf, and report the vLLM version with `dpo-opt env`",
             )
@@ -170,7 +171,7 @@ class VllmModel:
         if not self.reuse_check.mean <= limit:
             raise DpoOptError(
                 f"with the prefix cache, log-probs differ by {self.reuse_check.mean:.2g} nats per token on "
-                f"average over {len(difference)} tokens; {limit:g} is allowed",
+                f"average over {counted(len(difference), 'token')}; {limit:g} is allowed",
                 where=str(self._folder),
                 why="the cache may change only the speed, not the values",
                 fix="pass --backend hf, and report the vLLM version with `dpo-opt env`",

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.pairs import LogpArray, TokenSequence
 
@@ -86,7 +87,7 @@ def read_answer(strategy: Strategy, sequence: TokenSequence, output: Any) -> Log
     flat = output.prompt_logprobs
     start = len(sequence.prompt_ids) - 1
     if len(flat.token_ids) != start + len(sequence.completion_ids):
-        raise _wrong_answer(f"{len(flat.token_ids)} log-probs", sequence)
+        raise _wrong_answer(counted(len(flat.token_ids), "log-prob"), sequence)
     if (output.num_cached_tokens or 0) > start:
         return None
     # Entries before ``start`` are the prompt's; those from the cache are uninitialized memory.
@@ -97,7 +98,8 @@ def read_answer(strategy: Strategy, sequence: TokenSequence, output: Any) -> Log
 
 def _wrong_answer(found: str, sequence: TokenSequence) -> DpoOptError:
     return DpoOptError(
-        f"vLLM answered with {found}, for {len(sequence.prompt_ids)} + {len(sequence.completion_ids)} tokens",
+        f"vLLM answered with {found}; the prompt has {counted(len(sequence.prompt_ids), 'token')}, the "
+        f"completion {len(sequence.completion_ids)}",
         why="the values would belong to other tokens",
         fix="pass --backend hf, and report the vLLM version with `dpo-opt env`",
     )

@@ -16,6 +16,7 @@ from dpo_opt.precompute.read.row_blocks import LONGEST_ROW, TextBlock, too_long
 from dpo_opt.precompute.read.shape_parts import CARRIED_KEYS, HISTORY_KEYS, MEDIA, RATINGS
 from dpo_opt.precompute.read.strict_json import escape, parse_json
 from dpo_opt.precompute.read.tables import columns_to_read
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import DataError, quoted
 
 _SCORES = frozenset({*RATINGS, *RATINGS.values()})
@@ -81,7 +82,7 @@ def _objects(file: str, stream: BinaryIO, delimiter: str, column: Mapping[str, s
     for number, cells in enumerate(rows, start=1):
         if len(cells) != len(header):
             _refuse(
-                f"the row has {len(cells)} cells, but the header has {len(header)}",
+                f"the row has {counted(len(cells), 'cell')}, but the header has {len(header)}",
                 f"{file}:row {number}",
                 why="nothing says which cell belongs to which column",
                 fix=_FIX_QUOTES,

@@ -25,6 +25,7 @@ from dpo_opt.precompute.read.shape_parts import (
     said,
 )
 from dpo_opt.precompute.read.strict_json import escape, kind_of, without_nulls
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import DataError
 
 _LISTS = ("completions", "responses", "answers")
@@ -98,7 +99,7 @@ def _is_opposed(goodness: list[float], found: list[object], name: str) -> bool:
 
 def _numbers(found: Sequence[object], count: int, name: str, where: str) -> list[float]:
     if len(found) != count:
-        refuse(f'"{name}" has {len(found)} values for {count} completions', where)
+        refuse(f'"{name}" has {counted(len(found), "value")} for {counted(count, "completion")}', where)
     numbers = []
     for value in found:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -150,7 +151,7 @@ def _vertex(values: Values, where: str) -> list[Values]:
     if not isinstance(contents, list) or not isinstance(completions, list):
         refuse('"contents" and "completions" are not two lists', where)
     if len(completions) != 2:
-        refuse(f'"completions" has {len(completions)} completions where two are expected', where)
+        refuse(f'"completions" has {counted(len(completions), "completion")} where two are expected', where)
     given = [key for key in _INSTRUCTIONS if values.get(key)]
     system = agreed({key: _joined_parts(values[key], "the instruction", where) for key in given}, where)
     prompt = [said("system", system)] if given else []

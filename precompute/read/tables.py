@@ -12,6 +12,7 @@ from dpo_opt.precompute.read.row_blocks import LONGEST_ROW, TableBlock, too_long
 from dpo_opt.precompute.read.shapes import has_form, keys_to_read
 from dpo_opt.precompute.read.sources import open_file, reading_errors, reason_of
 from dpo_opt.precompute.read.strict_json import quote
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import DataError
 
 # Few rows at a time, and none too large.
@@ -54,7 +55,7 @@ def table_blocks(
             # If the count is damaged, Arrow silently stops early.
             if rows != table.metadata.num_rows:
                 raise not_readable(
-                    file, "Parquet", f"{rows} of its {table.metadata.num_rows} rows can be read"
+                    file, "Parquet", f"{rows} of its {counted(table.metadata.num_rows, 'row')} can be read"
                 )
     except reading_errors() as error:
         raise not_readable(file, "Parquet", reason_of(error)) from error

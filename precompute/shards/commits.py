@@ -88,7 +88,7 @@ def write_commit(
         dropped_file=left_out,
         dropped_sha256=dropped_sha256,
         dropped=dict(sorted(Counter(row.reason for row in dropped).items())),
-        truncated=sum(p.chosen_truncated or p.rejected_truncated for p in scored.pairs),
+        truncated=sum(p.truncated for p in scored.pairs),
         tokens=sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in scored.pairs),
         unique_sequences=scored.unique_sequences,
         fingerprint=fingerprint,

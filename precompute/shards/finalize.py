@@ -20,6 +20,7 @@ from dpo_opt.precompute.shards.read_plan import ranges_of, read_plan
 from dpo_opt.precompute.shards.scored_tokenizer import scored_tokenizer_sha256
 from dpo_opt.precompute.shards.write_index import verified_index, write_index
 from dpo_opt.schemas.attempts import AttemptName, commit_names
+from dpo_opt.schemas.counts import are, counted
 from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError
 from dpo_opt.schemas.fingerprint import ALL_FIELDS, refuse_differences
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
@@ -59,12 +60,15 @@ def require_beginning(manifest: Manifest, plan: Plan, shards_dir: AnyPath) -> No
     )
     if ranges_of(manifest) != plan.shards[: len(manifest.shards)]:
         raise FingerprintError(
-            f"{MANIFEST} is of {manifest.rows} rows with digest {manifest.dataset_digest[:16]}..., the plan "
-            f"of {plan.rows} rows with digest {plan.dataset_digest[:16]}...",
+            f"{MANIFEST} is of {_data(manifest)}, the plan of {_data(plan)}",
             where=str(shards_dir),
             why="finished log-probs would be replaced by those of other data",
             fix=fix,
         )
+
+
+def _data(record: Plan | Manifest) -> str:
+    return f"{counted(record.rows, 'row')} with digest {record.dataset_digest[:16]}..."
 
 
 def require_grown_from(own: Plan, plan: Plan, shards_dir: AnyPath) -> None:
@@ -75,8 +79,7 @@ def require_grown_from(own: Plan, plan: Plan, shards_dir: AnyPath) -> None:
     """
     if plan.fingerprint != own.fingerprint or plan.shards[: len(own.shards)] != own.shards:
         raise FingerprintError(
-            f"{PLAN} is of {plan.rows} rows with digest {plan.dataset_digest[:16]}..., this run began with "
-            f"{own.rows} rows of digest {own.dataset_digest[:16]}...",
+            f"{PLAN} is of {_data(plan)}, this run began with {_data(own)}",
             where=str(shards_dir),
             why="the folder was replaced meanwhile, and other data or another model would be called finished",
             fix="move the folder that this run began with back there, then run the same command again",
@@ -113,7 +116,7 @@ def finalize(shards_dir: AnyPath, *, own: Plan | None = None) -> Manifest:
     if not len(index):
         dropped = json.dumps(_dropped(commits))
         raise DataError(
-            f"no pair is left of {plan.rows} ({dropped})",
+            f"no {plan.fingerprint.noun} is left of {plan.rows:,} ({dropped})",
             where=str(shards_dir),
             why="there is nothing to train on",
             fix="see the rows in dropped/, correct them or the settings, and pass another --shards",
@@ -179,7 +182,8 @@ def _require_all_committed(shards_dir: AnyPath, plan: Plan) -> list[ShardCommit]
     if missing:
         listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         raise DataError(
-            f"{len(missing)} of {len(plan.shards)} shards are not scored yet ({listed})",
+            f"{len(missing)} of {counted(len(plan.shards), 'shard')} {are(len(missing))} not scored yet "
+            f"({listed})",
             where=str(shards_dir),
             why="pairs would be missing from training",
             fix=resume_command(shards_dir),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from dpo_opt.precompute.shards.read_plan import ranges_of
+from dpo_opt.schemas.counts import are, counted
 from dpo_opt.schemas.locations import AnyPath, is_file, sizes
 from dpo_opt.schemas.manifest import (
     DATA,
@@ -53,7 +54,8 @@ def require_all_there(shards_dir: AnyPath, manifest: Manifest) -> None:
     lost = list(lost_files(shards_dir, manifest))
     if lost:
         name, problem = lost[0]
-        others = f" ({len(lost) - 1} other files are lost or cut as well)" if len(lost) > 1 else ""
+        more = len(lost) - 1
+        others = f" ({counted(more, 'other file')} {are(more)} lost or cut as well)" if more else ""
         why = "the manifest names it, so readers of the folder would miss it"
         raise damaged(f"{problem}{others}", shards_dir / name, shards_dir, why=why)
     for name in manifest.columns or ():

@@ -8,6 +8,7 @@ from dpo_opt.precompute.read.datasets import BadRow, scan_pairs
 from dpo_opt.precompute.shards.reference import Reference
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.precompute.tokens.truncation import DROP_FIXES
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.schemas.models import context_length
 from dpo_opt.schemas.pairs import PreferencePair, TokenizedPair
@@ -27,6 +28,7 @@ def first_usable(config: PrecomputeConfig, reference: Reference, tokenizer: Pair
     reasons: Counter[str] = Counter()
     refused: list[DataError] = []
     needed = completion = sys.maxsize
+    noun = "row"
     for item in scan_pairs(config):
         if len(refused) == _ROWS_TRIED:
             break
@@ -34,6 +36,7 @@ def first_usable(config: PrecomputeConfig, reference: Reference, tokenizer: Pair
             refused += [item.error] if config.on_bad_row == "error" else []
             reasons["bad_row"] += 1
             continue
+        noun = "pair" if item.label is None else "row"
         (ids,) = tokenizer.encode([item])
         if isinstance(ids, DataError):
             refused += [ids] if config.on_bad_row == "error" else []
@@ -54,7 +57,7 @@ def first_usable(config: PrecomputeConfig, reference: Reference, tokenizer: Pair
         raise _as_all_are(refused[0])
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     raise DataError(
-        f"none of the {reasons.total()} pairs can be used ({counts})",
+        f"none of {counted(reasons.total(), noun)} can be used ({counts})",
         where=", ".join(config.data),
         why="nothing would be left to train on",
         fix=_way_out(config, reference, reasons.most_common(1)[0][0], needed, completion),
@@ -86,7 +89,7 @@ def _way_out(
         return DROP_FIXES[reason]
     if needed <= (context_length(reference.folder) or needed):
         others = "`dpo-opt check DATA --model M` forecasts others"
-        return f"pass --max-length {needed}, which keeps the shortest pair; {others}"
+        return f"pass --max-length {needed}, which keeps the shortest row; {others}"
     if config.truncation != "keep_end" and completion < reference.max_length:
         return "pass --truncation keep_end"
     return "shorten the texts, or pass a --model with a longer context"

@@ -3,6 +3,7 @@
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.shards.planned_columns import other_columns
 from dpo_opt.precompute.shards.recover_plan import latest_settings
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
 from dpo_opt.schemas.locations import AnyPath
 from dpo_opt.schemas.manifest import COMMAND, PLAN, Plan
@@ -37,11 +38,11 @@ def other_plan(
         as_planned = f"{how}, as {quoted(shards_dir / COMMAND)} has it"
     elif lengths is None:
         different = (
-            f"its data has {existing.rows} rows with digest {existing.dataset_digest[:16]}..., this data "
-            f"{plan.rows} rows with digest {plan.dataset_digest[:16]}..."
+            f"its data has {counted(existing.rows, 'row')} with digest {existing.dataset_digest[:16]}..., "
+            f"this data {counted(plan.rows, 'row')} with digest {plan.dataset_digest[:16]}..."
         )
     else:
-        different = f"its shards hold {lengths[0]} rows, --pairs-per-shard now gives {lengths[1]}"
+        different = f"its shards hold {counted(lengths[0], 'row')}, --pairs-per-shard now gives {lengths[1]}"
         if existing.pairs_per_shard is not None:
             as_planned = (
                 f"pass --pairs-per-shard {existing.pairs_per_shard}, as the folder's last plan has it"

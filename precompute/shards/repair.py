@@ -20,6 +20,7 @@ from dpo_opt.precompute.shards.recover_tokenizer import (
 )
 from dpo_opt.precompute.tokens.tokenize import TEXT_TO_IDS
 from dpo_opt.schemas.attempts import AttemptName, commit_names
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import DataError, FingerprintError, quoted
 from dpo_opt.schemas.locations import AnyPath, inside, is_file, remove, sizes
 from dpo_opt.schemas.manifest import (
@@ -232,7 +233,7 @@ def _require_other_records(
     only_there = [shard for shard in left if shard in scored - recorded]
     if only_there:
         raise DataError(
-            f"the manifest is damaged, and {len(only_there)} scored shards have no commit",
+            f"the manifest is damaged, and {counted(len(only_there), 'scored shard')} without a commit",
             where=str(shards_dir / MANIFEST),
             why="nothing else says which files are theirs, so they would be scored again",
             fix=f"restore {MANIFEST} from where the folder was copied, or remove it to score them again",

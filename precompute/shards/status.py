@@ -12,6 +12,7 @@ from dpo_opt.precompute.shards.throughput import WorkerThroughput, throughput
 from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.locations import AnyPath, is_file
 from dpo_opt.schemas.manifest import MANIFEST, load_manifest, repair_command, resume_command
+from dpo_opt.schemas.shards import UNPAIRED
 
 
 class Status(BaseModel):
@@ -19,6 +20,8 @@ class Status(BaseModel):
 
     shards_total: int
     shards_committed: int
+    unpaired: bool
+    """Whether each of what is called pairs here is one completion and its label."""
     pairs_total: int
     """Source rows, without those that ``--data-share`` leaves out."""
     pairs_kept: int
@@ -61,6 +64,7 @@ def status(shards_dir: AnyPath) -> Status:
     return Status(
         shards_total=len(plan.shards),
         shards_committed=len(done),
+        unpaired=plan.fingerprint.rows == UNPAIRED,
         pairs_total=plan.used,
         pairs_kept=sum(c.rows for c in done.values()),
         pairs_dropped=sum(dropped.values()),

@@ -32,6 +32,7 @@ from dpo_opt.precompute.shards.same_plan import as_the_folder_has_it, refuse_oth
 from dpo_opt.precompute.shards.weights_memo import remember_weights, weight_files
 from dpo_opt.precompute.tokens.tokenize import PairTokenizer
 from dpo_opt.schemas.config_keys import keep_model_config
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import DataError, DpoOptError, FingerprintError, quoted
 from dpo_opt.schemas.locations import AnyPath, is_file, read_all, remove, sizes
 from dpo_opt.schemas.manifest import (
@@ -321,7 +322,7 @@ def _require_growth(config: PrecomputeConfig, last: Plan, new: Plan) -> None:
         raise other_plan(last, new, config)
     if not config.append:
         raise FingerprintError(
-            f"the data has grown from {last.rows} to {new.rows} rows since the folder was planned",
+            f"the data has grown from {last.rows} to {counted(new.rows, 'row')} since the folder was planned",
             where=str(config.shards),
             why="its first rows are those that the folder holds",
             fix="pass --append to score the new rows only, or another --shards folder",

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import ConfigError
 from dpo_opt.schemas.models import context_length
 
@@ -17,7 +18,7 @@ def resolve_max_length(folder: Path, max_length: int | None) -> int:
     context = context_length(folder)
     if max_length is not None and context is not None and max_length > context:
         raise ConfigError(
-            f"--max-length {max_length} is beyond the model's context of {context} tokens",
+            f"--max-length {max_length} is beyond the model's context of {counted(context, 'token')}",
             where=str(folder),
             why="log-probs past the context mean nothing",
             fix=f"pass --max-length {context} or less",

@@ -19,6 +19,7 @@ from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.shards.commits import committed
 from dpo_opt.precompute.shards.read_plan import read_plan
 from dpo_opt.precompute.workers import worker_process
+from dpo_opt.schemas.counts import are, counted
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError, Preempted
 from dpo_opt.schemas.safe_text import printable
 
@@ -83,8 +84,8 @@ def worker_environments(
         else:
             fix = f"pass --gpus-per-worker {len(devices)} and --num-workers 1"
         raise ConfigError(
-            f"{workers} workers with {each} GPUs each need {workers * each} GPUs, this machine has "
-            f"{len(devices)}",
+            f"{counted(workers, 'worker')} with {counted(each, 'GPU')} each: {workers * each} in all, this "
+            f"machine has {len(devices)}",
             why="two engines on one GPU would take each other's memory",
             fix=fix,
         )
@@ -109,9 +110,11 @@ def own_devices(config: PrecomputeConfig, environment: Mapping[str, str]) -> str
     share = devices[int(rank) * each : (int(rank) + 1) * each]
     if len(share) < each:
         raise ConfigError(
-            f"worker {rank} of this machine needs {each} GPUs, and of {len(devices)} too few are left",
+            f"worker {rank} of this machine needs {counted(each, 'GPU')}, and of {len(devices)} too few are "
+            "left",
             why="two engines on one GPU would take each other's memory",
-            fix=f"start {len(devices) // each} workers on a machine, or pass a smaller --gpus-per-worker",
+            fix=f"start {counted(len(devices) // each, 'worker')} on a machine, or pass a smaller "
+            "--gpus-per-worker",
         )
     return ",".join(share)
 
@@ -234,7 +237,7 @@ def _require_done(config: PrecomputeConfig, codes: Mapping[int, int]) -> None:
     preempted = all(code in (_PREEMPTED, -signal.SIGTERM) for code in failed.values())
     kind = Preempted if preempted else DpoOptError
     raise kind(
-        f"{left} of {len(plan.shards)} shards are not scored: {ended}",
+        f"{left} of {counted(len(plan.shards), 'shard')} {are(left)} not scored: {ended}",
         where=str(config.shards),
         why="what a worker said at its end stands above; a negative number is the signal that ended it",
         fix="run the same command again: it goes on where this one stopped",

@@ -19,6 +19,7 @@ from typing import Any, Self
 from dpo_opt.precompute.config import PrecomputeConfig
 from dpo_opt.precompute.shards.commits import committed
 from dpo_opt.precompute.shards.read_plan import read_plan
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import ConfigError, DpoOptError, Preempted, first_line
 from dpo_opt.schemas.manifest import PLAN
 
@@ -188,9 +189,10 @@ def _require_room(ray: Any, config: PrecomputeConfig) -> None:
         fix = f"pass --gpus-per-worker {max(gpus)} or less"
     else:
         fix = "start Ray with at least one CPU on each node"
+    gpus_and_cpus = " and ".join(counted(int(total.get(kind, 0)), kind) for kind in ("GPU", "CPU"))
     raise ConfigError(
-        f"the cluster has {total.get('GPU', 0):g} GPUs and {total.get('CPU', 0):g} CPUs on {len(nodes)} "
-        f"nodes, which is room for {places} of {workers} workers with {each} GPUs and 1 CPU each",
+        f"the cluster has {gpus_and_cpus} on {counted(len(nodes), 'node')}, which is room for {places} of "
+        f"{counted(workers, 'worker')} with {counted(each, 'GPU')} and 1 CPU each",
         where=config.ray_address or os.environ.get("RAY_ADDRESS") or "this machine",
         why="Ray would wait for the rest without saying so",
         fix=fix,

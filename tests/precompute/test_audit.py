@@ -152,7 +152,7 @@ def test_repeated_pairs_are_counted_and_named_with_the_pair_they_repeat(
     path, rows = repetitive
     problems = by_kind(check(path))
     for kind, words, found in (
-        ("duplicate", "the same pair as {}", duplicates(rows)),
+        ("duplicate", "the same as {}", duplicates(rows)),
         ("contradictory", "the other way round in {}", contradictory(rows)),
     ):
         assert len(found) > 20
@@ -524,7 +524,7 @@ def test_pairs_that_nearly_repeat_another_are_found_and_no_others(tmp_path: Path
     path = write_jsonl(tmp_path / "data.jsonl", [*rows, *more, rows[0]])
     problem = by_kind(check(path, near_duplicates=True))["near_duplicate"]
     assert [(e.where, e.detail) for e in problem.examples] == [
-        (f"{path}:{41 + n}", f"nearly the same pair as {path}:{i + 1}") for n, (i, _) in enumerate(close)
+        (f"{path}:{41 + n}", f"nearly the same as {path}:{i + 1}") for n, (i, _) in enumerate(close)
     ]
     assert problem.count == 3
     # An exact repetition is a duplicate, not a near one.

@@ -171,7 +171,7 @@ def test_a_file_that_is_cut_off_stops_everything_all_the_same(config_of: Configs
 def test_data_of_bad_rows_alone_is_refused(config_of: Configs, tmp_path: Path) -> None:
     data = tmp_path / "bad.jsonl"
     data.write_text("{\n" * 5)
-    with pytest.raises(DataError, match="none of the 5 pairs can be used"):
+    with pytest.raises(DataError, match="none of 5 rows can be used"):
         run(config_of(data=data))
     assert not config_of().shards.exists()
 

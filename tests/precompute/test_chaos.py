@@ -279,7 +279,7 @@ def test_a_commit_of_another_run_does_not_count(
         for path in (other.shards / folder).glob("00001-*"):
             shutil.copy(path, config.shards / folder / path.name)
     assert status(config.shards).shards_committed == 2
-    with pytest.raises(DataError, match="1 of 3 shards are not scored yet") as caught:
+    with pytest.raises(DataError, match="1 of 3 shards is not scored yet") as caught:
         finalize(config.shards)
     settings = config.shards / "precompute.yaml"
     assert caught.value.fix == f"dpo-opt precompute --config {settings} --shards {config.shards}"

@@ -164,7 +164,7 @@ def test_being_stopped_during_a_search_is_not_taken_for_a_broken_engine() -> Non
 def test_a_sequence_that_overflows_alone_is_left_out() -> None:
     engine = Engine(nan=lambda sequence, together: number(sequence) == 9)
     found = score_or_leave_out(sequences(64), engine)
-    assert found.left_out == {9: "1 of 2 log-probs are not finite in float32"}
+    assert found.left_out == {9: "1 of 2 log-probs is not finite in float32"}
     assert found.values[9] is None
     # All at once, the one again, and a small one beside it.
     assert engine.calls == 3
@@ -255,14 +255,14 @@ def too_long(asked: Sequence[TokenSequence]) -> Exception | None:
 
 def test_what_every_shard_loses_is_counted_over_the_folder(tiny_model: Path, tmp_path: Path) -> None:
     config = folder_of(tiny_model, tmp_path, rows=40, long=range(0, 40, 2))
-    with pytest.raises(EngineStopped, match=r"failed on 9 of 18 pairs, .*index out of range") as caught:
+    with pytest.raises(EngineStopped, match=r"failed on 9 of 18 rows, .*index out of range") as caught:
         precompute(config, scorer=Engine(too_long))
     assert "all of them are longer than what it scored: pass --max-length" in str(caught.value.fix)
     length = int(str(caught.value.fix).partition("--max-length ")[2].split()[0])
     assert len(list((config.shards / "commits").iterdir())) == 8
     # Another process goes on counting where this one stopped, also as another worker.
     for worker in ({}, {"worker_index": 1, "num_workers": 2}):
-        with pytest.raises(EngineStopped, match="failed on 9 of 18 pairs"):
+        with pytest.raises(EngineStopped, match="failed on 9 of 18 rows"):
             work(config.model_copy(update=worker), scorer=Engine(too_long))
     # What the message advises works.
     config = config.model_copy(update={"max_length": length, "truncation": "drop", "shards": tmp_path / "b"})
@@ -274,7 +274,7 @@ def test_a_small_folder_may_lose_one_pair_in_four(tiny_model: Path, tmp_path: Pa
     config = folder_of(tiny_model, tmp_path / "one", rows=2, long=range(1, 2))
     assert precompute(config, scorer=Engine(too_long)).dropped == {ENGINE_ERROR: 1}
     config = folder_of(tiny_model, tmp_path, rows=12, long=range(4), pairs_per_shard=12)
-    with pytest.raises(EngineStopped, match="failed on 4 of 12 pairs"):
+    with pytest.raises(EngineStopped, match="failed on 4 of 12 rows"):
         precompute(config, scorer=Engine(too_long))
 
 
@@ -287,7 +287,7 @@ def test_a_large_folder_may_lose_one_pair_in_two_hundred() -> None:
     losses = Losses(rows=10_000, seen=2000, lost=12)
     losses.add(pairs, {0: "bad", 1: "bad", 2: "bad"})
     with pytest.raises(
-        EngineStopped, match="failed on 21 of 4000 pairs, the last time with: worse"
+        EngineStopped, match="failed on 21 of 4,000 rows, the last time with: worse"
     ) as caught:
         losses.add(pairs, dict.fromkeys(range(5), "bad") | {5: "worse"})
     assert "--max-length" not in str(caught.value.fix)

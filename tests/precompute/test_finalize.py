@@ -89,6 +89,7 @@ def test_status_counts_what_is_committed(folder: Path) -> None:
     ) == {
         "shards_total": 5,
         "shards_committed": 5,
+        "unpaired": False,
         "pairs_total": 14,
         "pairs_kept": 13,
         "pairs_dropped": 1,
@@ -104,7 +105,7 @@ def test_status_counts_what_is_committed(folder: Path) -> None:
     assert partial.seconds_left == 3 / (partial.pairs_per_second or 0)
     assert (partial.shards_committed, partial.pairs_kept, partial.dropped) == (4, 11, {})
     finalize_error = bad_data(lambda: finalize(folder))
-    assert "1 of 5 shards are not scored yet (1)" in finalize_error.what
+    assert "1 of 5 shards is not scored yet (1)" in finalize_error.what
 
 
 def test_status_needs_a_plan(tmp_path: Path) -> None:
@@ -250,7 +251,7 @@ def test_a_commit_that_names_the_files_of_another_shard_does_not_count(folder: P
     files = {"file", "dropped_file", "bytes", "sha256", "dropped_sha256"}
     changed = first.model_copy(update=second.model_dump(include=files))
     commit_files(folder)[0].write_text(to_json(changed))
-    assert "1 of 5 shards are not scored yet (0)" in bad_data(lambda: finalize(folder)).what
+    assert "1 of 5 shards is not scored yet (0)" in bad_data(lambda: finalize(folder)).what
     assert (folder / first.file).exists()
 
 
@@ -260,7 +261,7 @@ def test_a_commit_that_names_the_files_of_another_shard_does_not_count(folder: P
 def test_a_commit_with_a_count_below_zero_does_not_count(folder: Path, changes: dict[str, object]) -> None:
     path = commit_files(folder)[0]
     path.write_text(to_json(read_commit(path).model_copy(update=changes)))
-    assert "1 of 5 shards are not scored yet (0)" in bad_data(lambda: finalize(folder)).what
+    assert "1 of 5 shards is not scored yet (0)" in bad_data(lambda: finalize(folder)).what
 
 
 PLANS: dict[str, Callable[[list[ShardRange]], list[ShardRange]]] = {
@@ -328,7 +329,7 @@ def test_an_unreadable_commit_is_no_commit(folder: Path, tmp_path: Path, tiny_mo
     assert status(folder).shards_committed == 4
     plan = read_plan(folder)
     assert [shard.shard for shard in plan.shards if not is_committed(folder, shard, plan)] == [1]
-    assert "1 of 5 shards are not scored yet (1)" in bad_data(lambda: finalize(folder)).what
+    assert "1 of 5 shards is not scored yet (1)" in bad_data(lambda: finalize(folder)).what
     # What is young may be somebody's at work.
     assert find_garbage(folder, older_than_hours=24).files == []
     config = config_of(folder, write_jsonl(tmp_path / "data.jsonl", ROWS), tiny_model)

@@ -227,7 +227,7 @@ def test_a_commit_that_repair_removed_meanwhile_is_not_published(
         assert repair(folder).shards_to_score == [2]
 
     after(monkeypatch, step, damage_and_repair)
-    with pytest.raises(DataError, match=r"1 of 3 shards are not scored yet \(2\)"):
+    with pytest.raises(DataError, match=r"1 of 3 shards is not scored yet \(2\)"):
         finalize(folder)
     assert not (folder / MANIFEST).exists()
     assert list(folder.glob(f".{MANIFEST}.*")) == []

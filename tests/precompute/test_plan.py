@@ -145,7 +145,7 @@ def test_data_of_which_nothing_is_left_is_refused_with_a_length_that_keeps_some(
 ) -> None:
     settings: dict[str, Any] = {"truncation": truncation}
     with pytest.raises(
-        DataError, match=rf"none of the 10 pairs can be used \(10 {reason}_max_length\)"
+        DataError, match=rf"none of 10 pairs can be used \(10 {reason}_max_length\)"
     ) as caught:
         plan_of(max_length=2, **settings)
     length = re.match(r"pass --max-length (\d+),", caught.value.fix or "")

@@ -625,7 +625,7 @@ def test_a_repair_beside_a_worker_takes_nothing_of_what_it_commits(made: Path, t
             repaired.append(repair(folder))
 
     config = config_of(folder, made / "data.jsonl", tiny_model)
-    with pytest.raises(DataError, match=r"1 of 5 shards are not scored yet \(0\)") as caught:
+    with pytest.raises(DataError, match=r"1 of 5 shards is not scored yet \(0\)") as caught:
         precompute(config, scorer=ScriptedScorer(before_call=repair_meanwhile))
     (done,) = repaired
     assert done.shards_to_score == [0, 2, 3, 4]

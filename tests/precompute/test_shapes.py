@@ -491,7 +491,7 @@ def test_ranked_completions_may_be_messages() -> None:
     [
         ({"completions": ["a"]}, '"completions" is not a list of at least two completions'),
         ({"completions": "ab"}, '"completions" is not a list of at least two completions'),
-        ({"ranks": [1]}, '"ranks" has 1 values for 2 completions'),
+        ({"ranks": [1]}, '"ranks" has 1 value for 2 completions'),
         ({"ranks": [1, "2"]}, '"ranks" holds a string where a number is expected'),
         ({"ranks": [1, True]}, '"ranks" holds a boolean where a number is expected'),
         ({"ranks": None}, '"completions" has neither ranks nor scores'),

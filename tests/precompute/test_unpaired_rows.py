@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from messages import said
 from dpo_opt.integrity import integrity_problems
 from dpo_opt.precompute.check.audit import audit
 from dpo_opt.precompute.check.convert import Converted, convert
+from dpo_opt.precompute.check.problems import of_rows, problem
 from dpo_opt.precompute.config import CheckConfig, ConvertConfig, DataConfig, PrecomputeConfig
 from dpo_opt.precompute.read.datasets import read_pairs, row_content
 from dpo_opt.precompute.read.shapes import SHAPES, find_shape
@@ -341,7 +343,7 @@ def test_a_folder_without_a_row_left_says_where_the_reasons_are(
 ) -> None:
     write_jsonl(Path(config.data[0]), rows[:1])
     error = refused(lambda: precompute(config, scorer=ScriptedScorer()))
-    assert str(error.what) == f'no pair is left of 1 ({{"{NO_OTHER_PROMPT}": 1}})'
+    assert str(error.what) == f'no row is left of 1 ({{"{NO_OTHER_PROMPT}": 1}})'
     assert error.why
     assert "dropped/" in str(error.fix)
 
@@ -398,6 +400,48 @@ def test_check_counts_labels_and_finds_what_repeats(
     assert found.estimate.sequences == 2 * len({(r["prompt"], r["completion"]) for r in rows})
     (balance,) = (problem for problem in found.problems if problem.kind == "label_balance")
     assert balance.fix.startswith("`--desirable-weight 0.62` to `0.83`")
+
+
+def test_check_and_precompute_count_the_same_cuts_and_call_rows_rows(
+    tmp_path: Path, tiny_model: Path, rows: list[Row]
+) -> None:
+    """A completion that is cut beside another row's prompt is no cut of the row that it comes from."""
+    # Short prompts with long completions beside long prompts with short ones.
+    for number, row in enumerate(rows):
+        row["prompt"] += " and so on" * (number % 2) * 6
+        row["completion"] += " again" * (number % 3) * 9
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    config = CheckConfig(data=[str(path)], model=str(tiny_model), max_length=90)
+    found = audit(config)
+    (cut,) = (problem for problem in found.problems if problem.kind == "cut")
+    scoring = PrecomputeConfig(
+        model=str(tiny_model), data=[str(path)], shards=tmp_path / "shards", max_length=90
+    )
+    manifest = precompute(scoring, scorer=ScriptedScorer())
+    pairs = list(ShardFolder.open(scoring.shards).pairs())
+    either = sum(pair.chosen_truncated or pair.rejected_truncated for pair in pairs)
+    assert 0 < cut.count == manifest.truncated < either
+    assert (found.noun, manifest.fingerprint.noun) == ("row", "row")
+    texts = [text for p in found.problems for text in (p.title, p.why)]
+    assert not [text for text in texts if re.search(r"\bpairs?\b", text)]
+    assert problems_of(scoring.shards) == []
+    # Folders of earlier versions say the other count, and are whole.
+    (commit,) = manifest.shards
+    earlier = manifest.model_copy(
+        update={"truncated": either, "shards": [commit.model_copy(update={"truncated": either})]}
+    )
+    assert integrity_problems(scoring.shards, earlier) == []
+    wrong = manifest.model_copy(update={"shards": [commit.model_copy(update={"truncated": either + 1})]})
+    assert any("truncated" in problem for problem in integrity_problems(scoring.shards, wrong))
+
+
+def test_an_option_with_pairs_in_its_name_stays() -> None:
+    found = of_rows(problem("cut", 1, [], fix="pairs: see `--pairs-per-shard`, and the pair"))
+    assert (found.title, found.fix) == (
+        "rows that are cut to max_length",
+        "rows: see `--pairs-per-shard`, and the row",
+    )
+    assert "pair" in of_rows(problem("shape", 1, [])).why
 
 
 def test_check_refuses_a_mixture_and_warns_of_one_label(tmp_path: Path, rows: list[Row]) -> None:

@@ -83,7 +83,7 @@ def test_tables_of_log_probs_are_written_and_read(folder: Path) -> None:
     for path in (folder / "sc:x.parquet", Path("sc:x.parquet"), folder / "pair_logps" / "0.parquet"):
         write_pair_logps(path, [[a_pair()]])
         assert len(scan_pair_logps(path).collect()) == 1
-        assert "pairs   1, under M" in list(_lines(path, model="M"))
+        assert "pairs   1, under M" in list(_lines(path, model="M", noun="pair"))
     write_kl_samples(folder / "kl.parquet", [])
     assert len(scan_kl_samples(folder / "kl.parquet").collect()) == 0
     write_column(folder, "weight", Column(array("q", [0]), array("d", [1.0])))
