@@ -15,7 +15,8 @@ from dpo_opt.analysis.intervals import Interval, as_record, ratio_interval
 from dpo_opt.analysis.kl import KLFile
 from dpo_opt.analysis.load import scan_kl_samples
 from dpo_opt.analysis.run_settings import losses_in_words, read_run_config
-from dpo_opt.schemas.errors import DataError, first_line, quoted
+from dpo_opt.analysis.table_checks import set_aside
+from dpo_opt.schemas.errors import DataError, first_line
 from dpo_opt.schemas.run_layout import KL
 from dpo_opt.schemas.storage import publish
 
@@ -152,7 +153,7 @@ def _no_frontier(file: Path, problem: str) -> DataError:
         f"this is not a table of a frontier ({problem})",
         where=str(file),
         why="its points are drawn in the report",
-        fix=f"mv {quoted(file)} {quoted(f'{file}.other')}, and measure it again with `dpo-opt frontier`",
+        fix=f"{set_aside(file, called='other')}, and measure it again with `dpo-opt frontier`",
     )
 
 

@@ -143,7 +143,8 @@ def parquet_files(path: Path | str, *, inside: str) -> list[Path]:
         DataError: There is none.
     """
     path = Path(path)
-    if path.is_file():
+    # A link to nothing is refused as such where the tables are looked at.
+    if path.is_file() or (path.is_symlink() and not path.exists()):
         return [path]
     folder = path / inside if (path / inside).is_dir() else path
     files = finished_tables(folder)

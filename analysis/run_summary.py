@@ -67,7 +67,13 @@ def _diagnosis(diagnosis: Diagnosis) -> JsonValue:
         }
         for finding in diagnosis.findings
     ]
-    return {"verdict": diagnosis.verdict, "pairs": diagnosis.pairs, "findings": numbers_of(findings)}
+    return {
+        "verdict": diagnosis.verdict,
+        "pairs": diagnosis.pairs,
+        "held_out": diagnosis.held_out,
+        "doubts": list(diagnosis.doubts),
+        "findings": numbers_of(findings),
+    }
 
 
 def _identifiers(notable: NotablePairs) -> dict[str, list[str]]:

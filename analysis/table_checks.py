@@ -20,6 +20,16 @@ UNREADABLE = (
 """What a query raises where a table's pages are damaged, or a column holds another type."""
 
 
+def set_aside(file: Path, *, called: str) -> str:
+    """The command that lets nobody take a file for one of a run's any more; it is called so then."""
+    return f"mv {quoted(file)} {quoted(f'{file}.{called}')}"
+
+
+def without(file: Path, *, called: str) -> str:
+    """The fix for a file of which a run needs no other: the command goes on as if it was not there."""
+    return f"{set_aside(file, called=called)}, then run the same command without it"
+
+
 def require_table(file: Path, schema: pa.Schema, *, what: str, later: Collection[str] = ()) -> None:
     """Refuse a file that is damaged, or another program's.
 
@@ -32,6 +42,14 @@ def require_table(file: Path, schema: pa.Schema, *, what: str, later: Collection
     Raises:
         DataError: It is no Parquet, or a column is missing, holds another type or has rows without a value.
     """
+    if file.is_symlink() and not file.exists():
+        raise DataError(
+            "it is a link to a file that is not there",
+            where=str(file),
+            why=f"a table of {what} was there",
+            fix=f"rm {quoted(file)}, then run the same command without it; or put "
+            f"{quoted(file.readlink())} back",
+        )
     try:
         with arrow_file(file) as raw, pq.ParquetFile(raw) as table:
             there, empty = table.schema_arrow, _columns_with_nulls(table, schema)
@@ -40,13 +58,10 @@ def require_table(file: Path, schema: pa.Schema, *, what: str, later: Collection
             f"not readable as Parquet ({first_line(error)})",
             where=str(file),
             why="the file is truncated, damaged or not Parquet",
-            fix=f"mv {quoted(file)} {quoted(f'{file}.damaged')}, then run the same command without it",
+            fix=without(file, called="damaged"),
         ) from error
     # A file of another program, that stands among ours or in the place of one.
-    apart = (
-        f"mv {quoted(file)} {quoted(f'{file}.other')}, then run the same command without it; or write it "
-        "again with the command that made it"
-    )
+    apart = f"{without(file, called='other')}; or write it again with the command that made it"
     missing = [name for name in schema.names if name not in there.names and name not in later]
     if missing:
         raise DataError(
@@ -86,8 +101,7 @@ def unreadable_of(run: Run, error: Exception) -> DataError:
                 for _ in table.iter_batches():
                     pass
         except (pa.ArrowException, OSError):
-            fix = f"mv {quoted(file)} {quoted(f'{file}.damaged')}, then run the same command without it"
-            return DataError(what, where=str(file), why=why, fix=fix)
+            return DataError(what, where=str(file), why=why, fix=without(file, called="damaged"))
     return DataError(what, where=str(run.path), why=why, fix=f"dpo-opt verify --shards {quoted(run.shards)}")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from dpo_opt.schemas.errors import ConfigError, first_line, quoted
 from dpo_opt.schemas.hub import COMMIT, fetch
 from dpo_opt.schemas.plain_data import json_of
-from dpo_opt.schemas.weights import OTHER_FORMAT, WEIGHTS, loaded_files, own_head
+from dpo_opt.schemas.weights import OTHER_FORMAT, WEIGHTS, loaded_tensors, own_head
 
 ADAPTER_CONFIG = "adapter_config.json"
 """In peft's layout, the file that makes a folder an adapter."""
@@ -163,7 +163,8 @@ def _require_weights(folder: Path) -> None:
             why="transformers would load that file, vLLM the others",
             fix=f"cp -rL {quoted(folder)} MODEL, remove the key and call the file {WEIGHTS}, then pass MODEL",
         )
-    loaded_files(folder)
+    # Whoever reads the weights afterwards reads the same: no index lies, and no file is damaged.
+    loaded_tensors(folder)
     _require_one_head(folder)
 
 

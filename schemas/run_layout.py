@@ -1,5 +1,6 @@
 """What stands where in a run's folder, which training writes, scoring and `kl` add to, and analysis reads."""
 
+import re
 from pathlib import Path
 
 CONFIG = "config.resolved.yaml"
@@ -18,6 +19,8 @@ PAIR_LOGPS = "pair_logps"
 SCORES = "scores"
 KL = "kl"
 
+_STEP = re.compile(r"step-([0-9]{1,15})")
+
 
 def checkpoint_path(run: Path, step: int) -> Path:
     """Folder of the checkpoint after ``step`` updates."""
@@ -27,11 +30,11 @@ def checkpoint_path(run: Path, step: int) -> Path:
 def checkpoint_steps(run: Path) -> dict[Path, int]:
     """The checkpoints of a run with their steps, from the earliest on; also those that are damaged.
 
-    A copy under another name, such as ``step-00000100-keep``, is the user's.
+    A copy under another name, such as ``step-00000100-keep``, is the user's. So is one of a step that no run
+    reaches, which no table has a place for.
     """
-    folders = sorted((run / CHECKPOINTS).glob("step-*"))
-    steps = {folder: folder.name.removeprefix("step-") for folder in folders}
-    return {folder: int(step) for folder, step in steps.items() if step.isdecimal()}
+    found = {folder: _STEP.fullmatch(folder.name) for folder in sorted((run / CHECKPOINTS).glob("step-*"))}
+    return {folder: int(step[1]) for folder, step in found.items() if step}
 
 
 def whole_checkpoints(run: Path) -> dict[Path, int]:

@@ -35,6 +35,12 @@ _EXPONENTS = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
 }
+_BYTES = {
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+}
 # Older releases of transformers stored the causal masks of GPT-2, GPT-J, GPT-Neo and GPT-NeoX.
 _STORED_MASK = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 
@@ -62,8 +68,8 @@ def loaded_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers and vLLM load: those of the index, where there is one.
 
     Raises:
-        ConfigError: The index cannot be read or names a file that is not there, or the two would not load
-            the same files.
+        ConfigError: The index cannot be read or names a file that is not there, the two would not load the
+            same files, or transformers would find none.
     """
     files = {p.name for p in folder.glob("*.safetensors") if not fnmatch(p.name, OTHER_FORMAT)}
     if (folder / _INDEX).is_file():
@@ -91,7 +97,18 @@ def loaded_files(folder: Path) -> list[Path]:
             why=f"transformers would load {WEIGHTS} alone, vLLM both",
             fix=f"cp -rL {quoted(folder)} MODEL && rm MODEL/{quoted(other)}, then pass MODEL",
         )
-    return [folder / name for name in sorted(files)] or sorted(folder.glob("*.safetensors"))
+    if WEIGHTS not in files:
+        alone = next(iter(files)) if len(files) == 1 else None
+        renamed = f"mv MODEL/{quoted(alone)} MODEL/{WEIGHTS}"
+        raise ConfigError(
+            f"there is no {WEIGHTS}, and no {_INDEX}",
+            where=str(folder),
+            why="transformers would find no weights, vLLM would load every *.safetensors",
+            fix="copy or download the model again"
+            if alone is None
+            else f"cp -rL {quoted(folder)} MODEL && {renamed}, then pass MODEL",
+        )
+    return [folder / WEIGHTS]
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -180,11 +197,22 @@ def _tensors(path: Path) -> list[StoredTensor]:
                 found.append(StoredTensor(path, name, str(entry["dtype"]), shape, start + begin, start + end))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged from error
-    # The format has no byte after the last tensor.
-    ends = max((tensor.end for tensor in found), default=start)
-    if ends != size or any(not start <= tensor.begin <= tensor.end for tensor in found):
+    if not _is_full(found, start=start, size=size):
         raise damaged
     return found
+
+
+def _is_full(tensors: Sequence[StoredTensor], *, start: int, size: int) -> bool:
+    """Whether tensors follow each other from ``start`` to the end of a file, each as long as its shape is."""
+    end = start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+        length = tensor.end - tensor.begin
+        # Of dtypes of less than a byte only the places are looked at.
+        expected = _BYTES[tensor.dtype] * math.prod(tensor.shape) if tensor.dtype in _BYTES else length
+        if tensor.begin != end or length < 0 or length != expected:
+            return False
+        end = tensor.end
+    return end == size
 
 
 def _tensor_line(tensor: StoredTensor, content: tuple[str, str] | None) -> str:

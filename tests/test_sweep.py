@@ -22,7 +22,7 @@ from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.precompute.workers import worker_process
 from dpo_opt.schemas.errors import ConfigError, DataError
 from dpo_opt.sweep.grid import SweepRun, named_runs, read_grid, record_runs, recorded_runs, run_folders
-from dpo_opt.sweep.outcomes import best_first, outcomes, write_table
+from dpo_opt.sweep.outcomes import TABLE, best_first, outcomes, write_table
 from dpo_opt.sweep.processes import last_error, only_sweep, process_environments, run_processes
 
 Program = Callable[..., subprocess.Popen[str]]
@@ -114,11 +114,42 @@ def test_a_file_that_is_no_grid_is_refused_by_name(name: str, tmp_path: Path) ->
     assert str(tmp_path / "grid.yaml") in str(refusal.value)
 
 
-@pytest.mark.parametrize("text", ["[1]", "a: {output_dir: x}", "../up: {}", "a: {beta: -1}", "\t"])
-def test_a_damaged_record_is_named(text: str, tmp_path: Path) -> None:
-    (tmp_path / "sweep.yaml").write_text(text)
-    with pytest.raises(DataError, match=r"sweep\.yaml"):
+BROKEN = [
+    *("", "[1]", "7", "a: [1]", "a:", "a: {output_dir: x}", "../up: {}", "a: {beta: -1}", "a: {beta: .inf}"),
+    *("\t", "a: [", "1: {}", "null: {}", "!!python/object/apply:os.getcwd []", "a: {more: 1}", "\xff"),
+    "a: " + "[" * 5000,
+]
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+def test_a_damaged_record_is_named_with_what_is_wrong_and_what_mends_it(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError) as caught:
         recorded_runs(tmp_path)
+    assert caught.value.where == str(file)
+    assert not caught.value.what.endswith("for TrainConfig)")
+    command = str(caught.value.fix).partition(", then dpo-opt sweep --config GRID.yaml --output-dir ")[0]
+    subprocess.run(["bash", "-ec", command], check=True)
+    assert recorded_runs(tmp_path) == []
+
+
+def test_a_sweeps_table_takes_values_of_any_kind_and_length(tmp_path: Path) -> None:
+    values = [1, 2.5, "auto", 10**400, [1, "a"], True, None]
+    for name, some in {
+        "numbers": [1, 2.5, None],
+        "words": ["a", "b", None],
+        "lists": [[1], ["a"], None],
+        "huge": [1, 10**400, None],
+        "mixed": ["auto", 3, None],
+        "kinds": [True, 3, None],
+    }.items():
+        write_table(tmp_path, [{"run": str(i), name: value} for i, value in enumerate(some)])
+        found = pq.read_table(tmp_path / TABLE)[name].to_pylist()
+        plain = name in ("numbers", "words")
+        assert found == (some if plain else [v if v is None or v == "auto" else json.dumps(v) for v in some])
+    write_table(tmp_path, [{"run": str(i), "all": value} for i, value in enumerate(values)])
+    assert len(pq.read_table(tmp_path / TABLE)) == len(values)
 
 
 # Where they run -----------------------------------------------------------------------------------------

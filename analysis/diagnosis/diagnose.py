@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dpo_opt.analysis.diagnosis import labels, pace, setup
+from dpo_opt.analysis.diagnosis.doubts import doubts
 from dpo_opt.analysis.diagnosis.evidence import Evidence, gather
 from dpo_opt.analysis.diagnosis.finding import Check, Diagnosis, Finding, Missing
 from dpo_opt.analysis.final_state import FinalState
@@ -62,6 +63,8 @@ def diagnose(
         findings=tuple(evidence.named(finding) for finding in findings),
         checks=_checks(found),
         pairs=len(evidence.unseen),
+        held_out=len(evidence.held_out),
+        doubts=tuple(doubts(evidence)),
         unfinished=None if run.finished else run.resume_command,
     )
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 from dpo_opt.analysis.intervals import Interval
+from dpo_opt.schemas.counts import counted
 
 
 class Measure(NamedTuple):
@@ -35,7 +36,7 @@ class Measure(NamedTuple):
         return f"{value:.1%}" if self.unit == "%" else f"{value:.3g}"
 
 
-def counted(value: float) -> Interval:
+def exact(value: float) -> Interval:
     """A number that is known, and not estimated."""
     return Interval(value, math.nan, math.nan)
 
@@ -92,6 +93,10 @@ class Diagnosis:
     """Every cause that was looked for."""
     pairs: int
     """How many pairs that training had not seen the run was judged by."""
+    held_out: int
+    """How many of them were held out; the others are of the first epoch, each as it was before its step."""
+    doubts: tuple[str, ...]
+    """What keeps a run without findings from being called healthy, a sentence each."""
     unfinished: str | None
     """The command that goes on with a run that is not finished; None for a finished one."""
 
@@ -101,6 +106,8 @@ class Diagnosis:
             "run": self.run,
             "verdict": self.verdict,
             "pairs": self.pairs,
+            "held_out": self.held_out,
+            "doubts": list(self.doubts),
             "unfinished": self.unfinished,
             "findings": [
                 {
@@ -116,8 +123,24 @@ class Diagnosis:
         }
 
     @property
-    def verdict(self) -> Literal["found", "healthy", "unknown"]:
-        """``unknown``: nothing was found, but the pairs that would show it are missing."""
+    def verdict(self) -> Literal["found", "healthy", "undecided", "unknown"]:
+        """``undecided``: nothing was found, nor is it clear that the run learned something.
+
+        ``unknown``: nothing was found, but the pairs that would show it are missing.
+        """
         if self.findings:
             return "found"
-        return "healthy" if self.pairs else "unknown"
+        if not self.pairs:
+            return "unknown"
+        return "undecided" if self.doubts else "healthy"
+
+    @property
+    def judged_by(self) -> str:
+        """The pairs that the run was judged by, in words."""
+        before = self.pairs - self.held_out
+        groups = [
+            f"{self.held_out:,} held out" if self.held_out else "",
+            f"{before:,} of the first epoch, before they were trained on" if before else "",
+        ]
+        named = " and ".join(group for group in groups if group)
+        return f"{counted(self.pairs, 'pair')} that training had not seen{named and f': {named}'}"

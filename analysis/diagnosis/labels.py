@@ -11,7 +11,7 @@ import polars as pl
 
 from dpo_opt.analysis import rewards
 from dpo_opt.analysis.diagnosis.evidence import FEW, FEWEST, Evidence
-from dpo_opt.analysis.diagnosis.finding import Finding, Measure, Missing, counted
+from dpo_opt.analysis.diagnosis.finding import Finding, Measure, Missing, exact
 from dpo_opt.analysis.intervals import wilson
 from dpo_opt.analysis.outcomes import by_source, means_over_prompts, shares_over_prompts
 from dpo_opt.analysis.triage import MOST_OVERLAP
@@ -124,7 +124,7 @@ def likelihood_displacement(evidence: Evidence) -> Finding | Missing | None:
         cause="likelihood_displacement",
         title="Likelihood displacement: chosen completions become less likely, beside near-identical ones",
         evidence=(
-            Measure("unseen pairs whose completions share nearly all tokens", counted(share), "%"),
+            Measure("unseen pairs whose completions share nearly all tokens", exact(share), "%"),
             Measure(
                 "log-ratio of their chosen completions", fell, "nats per token", f"found below -{_FELL:g}"
             ),
@@ -164,7 +164,7 @@ def swapped_labels(evidence: Evidence) -> Finding | Missing | None:
                 "%",
                 f"{chance:.1%} were expected by chance",
             ),
-            Measure("median reward margin of unseen pairs", counted(float(middle)), "nats"),
+            Measure("median reward margin of unseen pairs", exact(float(middle)), "nats"),
         ),
         rows=tuple(pairs.filter(mirrored).sort(margin)["row"].to_list()),
         action="read these pairs and swap or drop those that are wrong; --loss-type robust --label-smoothing "

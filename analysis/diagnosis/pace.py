@@ -8,7 +8,7 @@ import math
 
 from dpo_opt.analysis import generalization, rewards
 from dpo_opt.analysis.diagnosis.evidence import FEW, FEWEST, Evidence
-from dpo_opt.analysis.diagnosis.finding import Finding, Measure, Missing, counted
+from dpo_opt.analysis.diagnosis.finding import Finding, Measure, Missing, exact
 from dpo_opt.analysis.diagnosis.setup import REFERENCE_FREE
 from dpo_opt.analysis.outcomes import means_over_prompts, shares_over_prompts
 
@@ -50,8 +50,8 @@ def nothing_learnt(evidence: Evidence) -> Finding | Missing | None:
                 f"found below {_NOTHING:g}",
             ),
             Measure("distance from the reference", distance, "nats per token"),
-            *([Measure("highest learning rate", counted(rate))] if isinstance(rate, float) else []),
-            Measure("steps", counted(evidence.steps)),
+            *([Measure("highest learning rate", exact(rate))] if isinstance(rate, float) else []),
+            Measure("steps", exact(evidence.steps)),
         ),
         action="raise --learning-rate tenfold; if the margins then grow but stay small, train for more steps",
     )
@@ -108,7 +108,7 @@ def beta_too_low(evidence: Evidence) -> Finding | Missing | None:
                 "nats",
                 f"found below {_UNSATURATED:g}",
             ),
-            Measure("beta", counted(evidence.run.beta)),
+            Measure("beta", exact(evidence.run.beta)),
         ),
         rows=tuple(pairs.sort(drift, descending=True)["row"].to_list()),
         action="raise --beta tenfold",
@@ -139,7 +139,7 @@ def overfitting(evidence: Evidence) -> Finding | Missing | None:
             Measure("ranked right, pairs trained on before", trained, "%"),
             Measure("ranked right, held-out pairs", unseen, "%"),
             Measure("held-out loss at the end", loss_now, "nats"),
-            Measure("lowest held-out loss", counted(lowest), "nats", f"at step {step:,}"),
+            Measure("lowest held-out loss", exact(lowest), "nats", f"at step {step:,}"),
             Measure("loss of pairs trained on before", seen_loss, "nats"),
         ),
         rows=tuple(held_out.sort(loss, descending=True)["row"].to_list()),

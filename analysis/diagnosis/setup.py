@@ -11,10 +11,11 @@ import polars as pl
 
 from dpo_opt.analysis import rewards
 from dpo_opt.analysis.diagnosis.evidence import FEWEST, MOST_PAIRS, Evidence
-from dpo_opt.analysis.diagnosis.finding import Finding, Measure, Missing, counted
+from dpo_opt.analysis.diagnosis.finding import Finding, Measure, Missing, exact
 from dpo_opt.analysis.intervals import wilson
 from dpo_opt.analysis.outcomes import means_over_prompts
-from dpo_opt.schemas.errors import DataError, first_line, quoted
+from dpo_opt.analysis.table_checks import without
+from dpo_opt.schemas.errors import DataError, first_line
 from dpo_opt.schemas.plain_data import json_of
 
 _ANOTHER_REFERENCE = 0.01
@@ -81,16 +82,16 @@ def values_not_finite(evidence: Evidence) -> Finding | Missing | None:
             f"not the pairs of a step, one JSON object in a line ({first_line(error)})",
             where=str(dump),
             why="they say why training stopped",
-            fix=f"mv {quoted(dump)} {quoted(f'{dump}.other')}, then run the same command without it",
+            fix=without(dump, called="other"),
         ) from error
     other = "" if run.config.get("dtype") == "float32" else ", or use --dtype float32"
     return Finding(
         cause="values_not_finite",
         title="Values were not finite: training stopped before an update that would destroy the policy",
         evidence=(
-            Measure("step", counted(step)),
-            Measure("pairs in it whose loss was not finite", counted(sum(not finite for finite, _ in rows))),
-            Measure("pairs in it", counted(len(rows))),
+            Measure("step", exact(step)),
+            Measure("pairs in it whose loss was not finite", exact(sum(not finite for finite, _ in rows))),
+            Measure("pairs in it", exact(len(rows))),
         ),
         rows=tuple(row for _, row in sorted(rows)),
         action=f"lower --learning-rate to a tenth{other}",

@@ -38,9 +38,11 @@ def _lines(diagnosis: "Diagnosis") -> Iterator[str]:
     verdicts = {
         "found": counted(len(diagnosis.findings), "finding"),
         "healthy": "healthy",
+        "undecided": "nothing clear: no known fault was found, nor that the run learned something",
         "unknown": "nothing was found, but no pair shows how the policy does on pairs it has not seen",
     }
     yield f"{diagnosis.run}: {verdicts[diagnosis.verdict]}"
+    yield from (f"   {doubt}" for doubt in diagnosis.doubts if diagnosis.verdict == "undecided")
     if diagnosis.unfinished:
         yield f"the run is not finished, and is judged as far as it came; to go on: {diagnosis.unfinished}"
     for number, finding in enumerate(diagnosis.findings, start=1):
@@ -52,6 +54,7 @@ def _lines(diagnosis: "Diagnosis") -> Iterator[str]:
             yield f"   rows, the clearest first: {rows}"
         yield f"   do: {finding.action}"
     yield ""
-    yield f"looked for, in {counted(diagnosis.pairs, 'pair')} that training had not seen:"
+    yield f"judged by {diagnosis.judged_by}"
+    yield "looked for:"
     for check in diagnosis.checks:
         yield f"  {check.result:<7}  {check.asked}" + (f" ({check.reason})" if check.reason else "")

@@ -16,7 +16,7 @@ import yaml
 from dpo_opt.complete_fix import complete_fix
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.read_settings import make_settings, read_settings, require_known
-from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, quoted
+from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, first_line, quoted
 from dpo_opt.schemas.plain_data import yaml_of
 from dpo_opt.schemas.storage import write_text
 
@@ -177,10 +177,12 @@ def recorded_runs(sweep: Path) -> list[SweepRun]:
         return [_run(sweep, name, settings) for name, settings in runs.items()]
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"unreadable ({str(error).splitlines()[0]})",
+            f"unreadable ({first_line(error)})",
             where=str(file),
             why="it says which runs this sweep has",
-            fix=f"remove it, and run the same `dpo-opt sweep` with another folder than {quoted(sweep)}",
+            fix=f"mv {quoted(file)} {quoted(f'{file}.damaged')}, then "
+            f"dpo-opt sweep --config GRID.yaml --output-dir {quoted(sweep)} with the grid that it began "
+            "with: it writes the file again, and repeats no finished run",
         ) from error
 
 

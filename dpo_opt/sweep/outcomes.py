@@ -48,12 +48,21 @@ def state_of(run: SweepRun) -> str:
 
 def write_table(sweep: Path, rows: Sequence[Row]) -> None:
     """Write ``sweep.parquet``, whole or not at all."""
-    # A setting may be a number in one run and a word in another; a list is one value here.
-    plain = [
-        {name: json.dumps(v) if isinstance(v, list | dict) else v for name, v in row.items()} for row in rows
-    ]
+    columns = {name: _of_one_kind([row[name] for row in rows]) for name in (rows[0] if rows else ())}
     with publish(sweep / TABLE) as private, arrow_file(private, "wb") as sink:
-        pq.write_table(pa.Table.from_pylist(plain), sink)
+        pq.write_table(pa.Table.from_pydict(columns), sink)
+
+
+def _of_one_kind(values: Sequence[Any]) -> Sequence[Any]:
+    """A column's values; each as text where they are of several kinds, are lists, or have no place in Arrow.
+
+    A setting may be a number in one run and a word in another, and a whole number of any length.
+    """
+    kinds = {type(value) for value in values if value is not None}
+    numbers = kinds <= {int, float} and all(abs(value) < 2**63 for value in values if type(value) is int)
+    if numbers or kinds in ({str}, {bool}):
+        return values
+    return [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
 
 
 def best_first(rows: Sequence[Row]) -> Iterator[Row]:

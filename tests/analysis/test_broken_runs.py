@@ -15,6 +15,7 @@ import yaml
 from dpo_opt.analysis import diagnose, kl_of_run, report
 from dpo_opt.schemas.errors import DpoOptError
 from dpo_opt.schemas.pair_logps import PAIR_LOGPS_SCHEMA
+from dpo_opt.schemas.run_layout import checkpoint_steps
 
 NEEDED = [field.name for field in PAIR_LOGPS_SCHEMA if not field.nullable]
 
@@ -67,6 +68,29 @@ def test_a_column_without_values_is_named_with_its_file(run, folder, column, how
     for error in refusals(run):
         assert error.where == str(file)
         assert column in error.what
+
+
+@pytest.mark.parametrize("folder", ["pair_logps", "scores", "kl"])
+def test_a_link_to_a_table_that_is_gone_is_called_so(run, folder):
+    file = run / folder / "00009.parquet"
+    file.symlink_to(run / "elsewhere" / "gone.parquet")
+    calls = {"report": lambda: report([run], run.parent / "report.html")}
+    calls |= {"kl": lambda: kl_of_run(run)} if folder == "kl" else {"diagnose": lambda: diagnose(run)}
+    for call in calls.values():
+        with pytest.raises(DpoOptError, match="it is a link to a file that is not there") as refused:
+            call()
+        assert refused.value.where == str(file)
+        assert refused.value.fix.startswith(f"rm {file}, then")
+        assert str(run / "elsewhere" / "gone.parquet") in refused.value.fix
+    file.unlink()
+    for call in calls.values():
+        call()
+
+
+def test_a_folder_with_the_number_of_a_step_that_no_run_reaches_is_no_checkpoint(tmp_path):
+    for name in ("step-00000002", "step-0000000002-keep", f"step-{9**40}", "step-٣", "step-x"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert list(checkpoint_steps(tmp_path).values()) == [2]
 
 
 def cut_in_half(file):

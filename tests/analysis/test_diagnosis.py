@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from click.testing import CliRunner
 from diagnosis_numbers import EXPECTED, numbers, pairs_of
 from report_numbers import differences
 
 from dpo_opt.analysis.diagnosis import labels, pace, setup
 from dpo_opt.analysis.diagnosis.diagnose import CAUSES, diagnose
+from dpo_opt.analysis.diagnosis.doubts import doubts
 from dpo_opt.analysis.diagnosis.evidence import Evidence
 from dpo_opt.analysis.diagnosis.finding import Finding, Missing
+from dpo_opt.analysis.page import report
 from dpo_opt.analysis.run_files import Run
+from dpo_opt.cli import main
 
 PAIRS = 300
 LENGTH = 100
@@ -232,3 +236,63 @@ def test_any_number_of_the_evidence_that_is_off_is_noticed(planted):
                 number[name] = value + 0.01 + 0.01 * abs(value)
                 assert differences(expected, found), name
                 number[name] = value
+
+
+def confused_from(fake_policy, monkeypatch, *, right):
+    """Policies that move so many pairs the right way, far, and the others the wrong way."""
+
+    def drift(policy):
+        size = np.random.default_rng(2).normal(0, 3, len(policy.pairs))
+        turned = np.random.default_rng(3).random(len(policy.pairs)) < right
+        margin = np.where(turned, 1, -1) * np.abs(size)
+        policy.drift = np.stack([margin / 2, -margin / 2], axis=1)
+
+    monkeypatch.setattr(fake_policy, "__post_init__", drift)
+
+
+def test_a_small_run_that_is_no_better_than_chance_is_not_called_healthy(
+    tmp_path, shards_writer, run_writer, texts, fake_policy, monkeypatch
+):
+    confused_from(fake_policy, monkeypatch, right=0.5)
+    pairs = shards_writer(tmp_path / "shards", texts(160))
+    run = run_writer(tmp_path / "run", tmp_path / "shards", pairs, kl=False)
+    found = diagnose(run)
+    assert (found.findings, found.verdict) == ((), "undecided")
+    assert "chance alone moves 50%" in found.doubts[0]
+    assert 0 < found.held_out <= found.pairs
+    before = found.pairs - found.held_out
+    words = f"{found.held_out} held out" + (f" and {before} of the first epoch" if before else "")
+    assert words in found.judged_by
+    said = CliRunner().invoke(main, ["diagnose", str(run)]).output
+    assert f"{run}: nothing clear" in said
+    assert "healthy" not in said
+    assert found.judged_by in said
+    report([run], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Nothing clear:" in page
+    assert "No known fault was found" not in page
+    assert found.judged_by in page
+
+
+def test_a_run_that_learned_something_is_called_healthy(tmp_path, shards_writer, run_writer, texts):
+    pairs = shards_writer(tmp_path / "shards", texts(200))
+    found = diagnose(run_writer(tmp_path / "run", tmp_path / "shards", pairs, kl=False))
+    assert (found.findings, found.doubts, found.verdict) == ((), (), "healthy")
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        (CONTROL, []),
+        (evidence(table(margin=healthy())[:0]), []),
+        (evidence(table(margin=swapped(0.5))), ["chance alone"]),
+        (evidence(table(margin=swapped(0.9))), ["chance alone"]),
+        # What the page's box says of overfitting, where it is no finding.
+        (evidence(table(margin=healthy()), evals=(0.6, 0.9)), ["lowest at step 10 (0.6)"]),
+    ],
+    ids=["healthy", "no pair", "chance", "wrong", "a loss that rose"],
+)
+def test_what_keeps_a_run_from_being_called_healthy(known, said):
+    found = list(doubts(known))
+    assert len(found) == len(said)
+    assert all(part in doubt for part, doubt in zip(said, found, strict=True))

@@ -83,7 +83,8 @@ def test_every_file_that_others_wrote_is_refused_in_words(
         loaded_files(model)
     (model / "model.safetensors.index.json").unlink()
     header = deep.encode()
-    (model / "part.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    (model / "part.safetensors").unlink()
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(ConfigError, match="truncated or damaged"):
         weights_digest(model)
     with pytest.raises(ConfigError, match="neither JSON nor a YAML scalar"):

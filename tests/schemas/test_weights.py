@@ -3,6 +3,7 @@ import hashlib
 import json
 import shutil
 import struct
+import subprocess
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,29 @@ def test_an_index_that_is_not_of_these_files_is_refused(model: Path) -> None:
     ):
         write_index(model, weight_map)
         assert what in refusal(lambda: weights_digest(model)).what
+        # By every reader of weights, whatever it reads of them: also where no head is compared.
+        for tied in (True, False):
+            change_config(model, tie_word_embeddings=tied)
+            assert what in refusal(lambda: find_model(str(model))).what
     (model / "model.safetensors.index.json").write_text("{")
     assert "not readable as an index" in refusal(lambda: find_model(str(model))).what
+
+
+def test_weights_that_transformers_would_not_find_are_refused_with_what_mends_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process and several would read them otherwise, and so would vLLM."""
+    (model / "model.safetensors").rename(model / "weights.safetensors")
+    for read in (lambda: find_model(str(model)), lambda: weights_digest(model)):
+        error = refusal(read)
+        assert error.what.startswith("there is no model.safetensors")
+    monkeypatch.chdir(model.parent)
+    commands, _, then = str(error.fix).partition(", then ")
+    subprocess.run(["bash", "-ec", commands], check=True)
+    assert then == "pass MODEL"
+    assert weights_digest(find_model("./MODEL"))
+    (model / "weights.safetensors").rename(model / "consolidated.safetensors")
+    assert refusal(lambda: find_model(str(model))).what.startswith("there is no model.safetensors")
 
 
 def test_bytes_after_the_last_tensor_are_refused(model: Path) -> None:
@@ -172,6 +194,22 @@ def test_truncated_weights_are_refused(model: Path, keep: int) -> None:
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 4]}},
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
         {"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F16", "shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
+        {
+            "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        },
+        {
+            "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+            "b": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]},
+        },
+        {
+            "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+            "b": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]},
+        },
+        {"a": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]}},
         {"a": {"dtype": "F32", "shape": 4, "data_offsets": [0, 4]}},
     ],
 )
@@ -229,17 +267,17 @@ NOT_FINITE = {
 @pytest.mark.parametrize("dtype", NOT_FINITE)
 def test_a_tensor_with_a_value_that_is_no_number_is_named(dtype: str, tmp_path: Path) -> None:
     good = {"head": (dtype, LARGEST[dtype] * 3), "ids": ("I64", b"\xff" * 8), "empty": (dtype, b"")}
-    write_tensors(tmp_path / "a.safetensors", good)
+    write_tensors(tmp_path / "model.safetensors", good)
     assert nonfinite_tensor(tmp_path) is None
     for value in NOT_FINITE[dtype]:
         others = {"good": good["head"], "bad": (dtype, LARGEST[dtype] * 5 + value), "worse": (dtype, value)}
-        write_tensors(tmp_path / "b.safetensors", others)
+        write_tensors(tmp_path / "model.safetensors", others)
         assert nonfinite_tensor(tmp_path) == "bad"
 
 
 def test_the_last_value_of_a_large_tensor_is_looked_at_in_little_memory(tmp_path: Path) -> None:
     content = bytes(2**26 + 2)
-    write_tensors(tmp_path / "a.safetensors", {"large": ("BF16", content + NOT_FINITE["BF16"][0])})
+    write_tensors(tmp_path / "model.safetensors", {"large": ("BF16", content + NOT_FINITE["BF16"][0])})
     tracemalloc.start()
     try:
         assert nonfinite_tensor(tmp_path) == "large"
