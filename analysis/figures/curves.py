@@ -186,11 +186,14 @@ def _line(axes: Axes, train: pl.DataFrame, column: str, colour: str, label: str)
     if column not in train.columns or not len(train):
         return
     line = smoothed(train, [column])
+    # The mean of two values would be a dot, and their change would not be seen.
+    if len(line) == 1:
+        line = train
     if len(line) < len(train):
         axes.plot(train["step"], train[column], color=colour, linewidth=0.6, alpha=0.25)
     # A single point needs a marker, because it has no line.
     marker = "o" if len(line) == 1 else ""
-    axes.plot(line["step"], line[column], color=colour, label=label, marker=marker)
+    axes.plot(line["step"], line[column], color=colour, label=label, marker=marker, markersize=4)
 
 
 def _points(axes: Axes, evals: pl.DataFrame, column: str, colour: str, label: str) -> None:

@@ -246,3 +246,15 @@ def test_no_line_of_a_title_is_wider_than_its_figure(train):
     title = axes(figure)._left_title.get_window_extent()
     # Something to spare: the reader's bold font may be wider than matplotlib's.
     assert title.x1 < 0.95 * figure.bbox.width
+
+
+@pytest.mark.parametrize("steps", [[10, 15], [1, 2], [10, 20]])
+def test_two_logged_values_are_a_line_and_not_a_dot(steps):
+    few = pl.DataFrame({"step": steps, "loss": [0.7, 0.5]})
+    figure = curves.loss_curve(few, pl.DataFrame(schema={"step": pl.Int64}), untrained=None)
+    (line,) = figure.axes[0].get_lines()
+    assert (list(line.get_xdata()), line.get_marker()) == (steps, "")
+    one = curves.loss_curve(few[:1], pl.DataFrame(schema={"step": pl.Int64}), untrained=None)
+    (dot,) = one.axes[0].get_lines()
+    assert dot.get_marker() == "o"
+    assert dot.get_markersize() < 5

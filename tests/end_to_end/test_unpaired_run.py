@@ -1,6 +1,7 @@
 """From rows of one completion and a label to a trained policy and its report, by the command line."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,19 @@ def test_the_report_tells_labels_apart_and_compares_no_two_completions(run: Path
     assert "Before and after, by label" in page
     for heading in ("pair by pair", "Likelihood of chosen and rejected", "<h3>Length</h3>"):
         assert heading not in page
+
+
+def test_runs_on_unpaired_rows_are_compared_by_what_they_have(run: Path) -> None:
+    shutil.copytree(run / "run", run / "again")
+    ran("report", run / "run", run / "again", "--output", run / "both.html")
+    page = (run / "both.html").read_text(encoding="utf-8")
+    table = page.partition("<h2>Comparison</h2>")[2].partition("</table>")[0]
+    assert table.count("<tr>") == 3
+    assert ">separated, held-out</th>" in table
+    assert "ranking accuracy" not in table
+    assert "–" not in table
+    # Where it goes on beyond a narrow window, its side has a shadow.
+    assert "background-attachment: local, local, scroll, scroll" in page
 
 
 REFUSED = {
