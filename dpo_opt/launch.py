@@ -84,9 +84,9 @@ def launch(config: PrecomputeConfig, *, progress: Progress | None = None) -> dic
     if workers < asked:
         progress.say(
             # Also true where a launcher starts none: without --submit, or because it is not there.
-            f"{workers} of {counted(asked, 'worker')} {are(workers)} enough: {counted(left, 'shard')} of "
-            f"{len(plan.shards)} {are(left)} left to score. In another folder, a smaller --pairs-per-shard "
-            "would give every worker some"
+            f"{workers} of {counted(asked, 'worker')} {are(workers)} enough: {left} of "
+            f"{counted(len(plan.shards), 'shard')} {are(left)} left to score. In another folder, a "
+            "smaller --pairs-per-shard would give every worker some"
         )
         config = config.model_copy(update={"num_workers": workers})
         environments = environments[:workers]

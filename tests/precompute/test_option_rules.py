@@ -174,7 +174,7 @@ def test_a_launched_worker_gets_the_gpus_that_its_engine_spans(
     options = {"backend": "vllm", "engine_option": ["tensor_parallel_size=2"]}
     config = PrecomputeConfig.model_validate({**config.model_dump(), **options, **given})
     if refused:
-        with pytest.raises(ConfigError, match="each worker gets 1 GPUs") as caught:
+        with pytest.raises(ConfigError, match="each worker gets 1 GPU") as caught:
             make_scorer(config)
         assert caught.value.fix == "pass --gpus-per-worker 2"
     else:

@@ -307,7 +307,7 @@ def test_a_connection_that_was_there_before_is_used_and_kept(
 @pytest.mark.parametrize(
     ("nodes", "gpus", "message", "fix"),
     [
-        ([{"CPU": 8.0}], 1, "0 GPUs and 8 CPUs on 1 nodes", "--gpus-per-worker 0"),
+        ([{"CPU": 8.0}], 1, "0 GPUs and 8 CPUs on 1 node,", "--gpus-per-worker 0"),
         ([{"CPU": 8.0, "GPU": 3.0}], 1, "3 GPUs .* room for 3 of 4 workers", "--num-workers 3"),
         ([{"CPU": 8.0, "GPU": 1.0}] * 8, 2, "8 GPUs .* room for 0 of 4", "--gpus-per-worker 1 or less"),
         ([{"CPU": 8.0, "GPU": 3.0}] * 3, 2, "9 GPUs .* room for 3 of 4", "--num-workers 3"),
@@ -571,7 +571,7 @@ def test_a_lost_nodes_worker_goes_on_elsewhere_and_a_running_cluster_is_left_run
         assert sorted(len(times) for times in found.values()) == [1, 2]
         assert {time[1] for times in found.values() for time in times} == {"'0'"}
 
-        with pytest.raises(ConfigError, match="the cluster has 1 GPUs and 1 CPUs on 2 nodes") as caught:
+        with pytest.raises(ConfigError, match="the cluster has 1 GPU and 1 CPU on 2 nodes") as caught:
             run_workers(config, score)
         assert caught.value.fix == "pass --num-workers 1"
 

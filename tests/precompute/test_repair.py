@@ -367,7 +367,7 @@ def test_a_damaged_manifest_without_other_records_is_not_thrown_away(finished: P
     commit_files(finished)[1].unlink()
     (finished / MANIFEST).write_text("{")
     before = files(finished)
-    with pytest.raises(DataError, match="1 scored shards have no commit") as caught:
+    with pytest.raises(DataError, match="1 scored shard without a commit") as caught:
         repair(finished)
     assert caught.value.fix is not None
     assert files(finished) == before
