@@ -84,7 +84,7 @@ def test_workers_without_gpus_share_the_cores(
     ],
 )
 def test_too_few_gpus_are_refused_with_what_would_fit(settings: dict[str, Any], named: str, fix: str) -> None:
-    with pytest.raises(ConfigError, match="GPUs, this machine has") as caught:
+    with pytest.raises(ConfigError, match="in all, this machine has") as caught:
         worker_environments(config_of(**settings), {"CUDA_VISIBLE_DEVICES": named}, cores=4)
     assert caught.value.fix == fix
 
