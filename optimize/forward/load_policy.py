@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_opt.optimize.forward.architecture import auto_class, decoder_of, model_without_weights
 from dpo_opt.optimize.forward.layout import choose_layout, use_attention
-from dpo_opt.optimize.forward.narrow_linear import round_weights_at_use
+from dpo_opt.optimize.forward.linear import train_linear_layers
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.forward.precision import HALF, narrow_products
 from dpo_opt.optimize.forward.probe import Probe, require_same_in_compute_dtype
@@ -87,7 +87,7 @@ def load_policy(
     model.requires_grad_(False)
     packs, probe = choose_layout(model, device, dtype, folder=folder, longest=longest)
     if trainable:
-        _make_trainable(model, dtype)
+        make_trainable(model, dtype)
     policy = Policy(model, device, dtype, packs, probe)
     require_same_in_compute_dtype(policy, where=str(folder))
     return policy
@@ -139,7 +139,7 @@ def lay_out_policy(
     packs, probe = once(measured)
     use_attention(model, probe.attention)
     if trainable:
-        _make_trainable(model, dtype)
+        make_trainable(model, dtype)
     return UnreadPolicy(Policy(model, device, dtype, packs, probe), weights)
 
 
@@ -164,12 +164,12 @@ def _configuration(
     return config if longest is None else pin_rope(config, longest), longest
 
 
-def _make_trainable(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def make_trainable(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let the weights of the text model train, and not those of image and audio parts."""
     for part in (decoder_of(model), model.get_output_embeddings()):
         part.requires_grad_(True)
     sum_tied_gradients(model)
-    if dtype in HALF:
-        round_weights_at_use(decoder_of(model), dtype)
+    train_linear_layers(decoder_of(model), dtype)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ and the head takes three products. Rows that do not fit are projected again in b
     S = scored tokens, d = hidden size, V = vocabulary
 """
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,7 +18,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_opt.optimize.forward.device_path import takes_gpu_path
-from dpo_opt.optimize.forward.gradient_place import gradient_place
+from dpo_opt.optimize.forward.gradient_place import add_product, gradient_place
+from dpo_opt.optimize.forward.head_products import (
+    add_towards_weight,
+    gradient_operands,
+    logit_operands,
+    project,
+    towards_states,
+)
 from dpo_opt.optimize.forward.tied_gradients import TiedRows
 
 
@@ -37,13 +43,15 @@ class _Bytes(NamedTuple):
 
     block: int
     """A block's logits. Products of fewer than about 50 rows are slow, of more than 500 no faster."""
+    part: int
+    """The log-probs that a block's logits become at a time. A CPU's stay in its cache."""
     kept: int
     """What is kept for backward."""
 
 
-_ON_CPU = _Bytes(block=2**26, kept=2**29)
+_ON_CPU = _Bytes(block=2**26, part=2**22, kept=2**29)
 # In bf16 with 262,144 tokens, 8,192 rows are kept: a pair of two completions of 4,096 tokens.
-_ON_GPU = _Bytes(block=2**28, kept=2**32)
+_ON_GPU = _Bytes(block=2**28, part=2**28, kept=2**32)
 
 
 def token_logps(
@@ -61,8 +69,9 @@ def token_logps(
         hidden: (S, d) states that predict the targets.
         head: The model's head; its weight may require grad.
         targets: (S,) token ids.
-        dtype: Compute dtype. In half precision a GPU multiplies on tensor cores. Logits and sums are fp32 all
-            the same: logits in bf16 would be off by up to 0.06 nats. A CPU multiplies in fp32.
+        dtype: Compute dtype. In half precision a GPU multiplies on tensor cores, and a CPU that multiplies
+            bfloat16 computes gradients in it. Logits and sums are fp32 all the same: logits in bf16 would be
+            off by up to 0.06 nats.
         log_squares: (S,) float32 that is filled with the log of each row's sum of squared probabilities; it
             takes another block's memory. None: they are not computed.
         tied: Takes over a part of the weight's gradient, for the embedding that has the same weight.
@@ -76,7 +85,6 @@ def token_logps(
     # An asynchronous assertion: the CPU does not wait for the GPU.
     known = ((targets >= 0) & (targets < head.weight.shape[0])).all()
     torch._assert_async(known, f"a token to be scored is not among the head's {head.weight.shape[0]}")
-    operands = dtype if takes_gpu_path(hidden.device) else torch.float32
     logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
         hidden,
         head.weight,
@@ -84,7 +92,7 @@ def token_logps(
         targets,
         head.scale,
         head.softcap,
-        operands,
+        dtype,
         torch.is_grad_enabled(),
         log_squares,
         tied,
@@ -115,7 +123,7 @@ class _TokenLogps(torch.autograd.Function):
         projector = Projector(hidden, Head(weight, bias, scale, softcap), dtype)
         kept = projector.room_to_keep(len(targets) if of_weight or of_bias else 0)
         room = torch.split(kept, projector.rows) if len(kept) else ()
-        narrow = weight.to(dtype) if of_hidden else weight
+        narrow = weight.to(kept.dtype) if of_hidden else weight
         squares = () if log_squares is None else torch.split(log_squares, projector.rows)
         logps, towards_hidden = [], []
         for states, tokens, into, squared in itertools.zip_longest(
@@ -126,7 +134,7 @@ class _TokenLogps(torch.autograd.Function):
             )
             logps.append(found)
             if of_hidden and derivatives is not None:
-                towards_hidden.append(_product(derivatives, narrow))
+                towards_hidden.append(towards_states(derivatives, narrow))
         ctx.save_for_backward(
             hidden, weight, bias, targets, kept, torch.cat(towards_hidden) if of_hidden else None
         )
@@ -147,42 +155,45 @@ class _TokenLogps(torch.autograd.Function):
         if of_weight or of_bias:
             head = Head(weight, bias, scale, softcap)
             for derivatives, states, factor in _derivatives(head, hidden, targets, kept, factors, dtype):
+                scaled, factor = (t.to(derivatives.dtype) for t in (states * factor, factor))
                 if place is not None:
-                    weight.grad = place.addmm_(
-                        derivatives.t(), states * factor, beta=int(weight.grad is place)
-                    )
+                    add_product(weight, derivatives.t(), scaled)
                 elif of_weight:
-                    weight_sum = _plus(weight_sum, _product(derivatives.t(), (states * factor).to(dtype)))
+                    weight_sum = add_towards_weight(weight_sum, derivatives, scaled)
                 if of_bias:
-                    bias_sum = _plus(bias_sum, _product(derivatives.t(), factor.to(dtype)).squeeze(1))
+                    bias_sum = add_towards_weight(bias_sum, derivatives, factor)
         whole = weight_sum if place is None else place
         if ctx.tied is not None and whole is not None:
             ctx.tied.take(whole)
         # fp32 until here: hundreds of rows are added, and bf16 would lose the small ones.
         sums = ((hidden_sum, hidden), (weight_sum, weight), (bias_sum, bias))
-        grads = (None if total is None else total.to(like.dtype) for total, like in sums)
+        grads = (None if total is None else total.view_as(like).to(like.dtype) for total, like in sums)
         return *grads, None, None, None, None, None, None, None
 
 
 class Projector:
     """Projects blocks of rows, and takes the derivatives. Holds the buffers of a block.
 
-    In half precision, only the derivatives and what they are multiplied with are rounded to it. Logits are
-    products of half-precision states and weights if that is what they are. Otherwise they are products in
-    TF32, which moves log-probs by 0.001 nats (sd) where rounding to bf16 would move them by 0.008.
+    In half precision, only the derivatives and what they are multiplied with are rounded to it. A GPU's
+    logits are products of half-precision states and weights if that is what they are. Otherwise they are
+    products in TF32, which moves log-probs by 0.001 nats (sd) where bf16 would move them by 0.008.
     """
 
     def __init__(self, hidden: Tensor, head: Head, dtype: torch.dtype) -> None:
+        on_gpu = takes_gpu_path(hidden.device)
         self._head = head
-        self._dtype = dtype
-        self._operands = dtype if hidden.dtype == head.weight.dtype == dtype else torch.float32
-        self._weight = head.weight.to(self._operands)
-        self._bytes = _ON_GPU if takes_gpu_path(hidden.device) else _ON_CPU
+        self._dtype = gradient_operands(dtype, hidden.device)
+        self._operands = logit_operands(dtype, hidden, head.weight)
+        self._tf32 = on_gpu and dtype != torch.float32
+        self._weight = head.weight.to(self._operands) if on_gpu else head.weight
+        self._bytes = _ON_GPU if on_gpu else _ON_CPU
         self.rows = max(1, self._bytes.block // (4 * len(head.weight)))
-        # The same memory for all blocks: new memory would have to be mapped and zeroed each time.
-        shape = min(len(hidden), self.rows), len(head.weight)
-        self._logits = torch.empty(shape, device=hidden.device, dtype=torch.float32)
-        self._log_probs = torch.empty_like(self._logits)
+        self._part = max(1, self._bytes.part // (4 * len(head.weight)))
+        # The same memory for all blocks: new memory would have to be mapped and zeroed each time. What is not
+        # written takes none.
+        rows = min(len(hidden), self.rows)
+        self._logits = torch.empty(rows, len(head.weight), device=hidden.device, dtype=torch.float32)
+        self._log_probs = torch.empty_like(self._logits.narrow(0, 0, min(rows, self._part)))
 
     def room_to_keep(self, rows: int) -> Tensor:
         """Memory for the derivatives of the first rows: of all, or of the blocks that are not too much."""
@@ -190,23 +201,9 @@ class Projector:
         kept = rows if rows <= most else most - most % self.rows
         return self._weight.new_empty(kept, len(self._weight), dtype=self._dtype)
 
-    def log_probs(self, states: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """(rows, V) float32 log-probs of all tokens after each of a block's states.
-
-        They are written to ``out``. Without it they last until the next block.
-        """
-        _, bias, scale, softcap = self._head
-        logits = self._logits.narrow(0, 0, len(states))
-        with contextlib.nullcontext() if self._dtype == torch.float32 else _tf32():
-            _product(states.to(self._operands), self._weight.t(), out=logits)
-        if bias is not None:
-            logits += bias.float()
-        if scale != 1.0:
-            logits *= scale
-        if softcap is not None:
-            logits.div_(softcap).tanh_().mul_(softcap)
-        found = self._log_probs.narrow(0, 0, len(states)) if out is None else out
-        return torch.log_softmax(logits, -1, out=found)
+    def log_probs(self, states: Tensor) -> Tensor:
+        """(rows, V) float32 log-probs of all tokens after each of a block's states."""
+        return torch.log_softmax(self._scaled_logits(states, self._logits.narrow(0, 0, len(states))), -1)
 
     def project(
         self,
@@ -222,22 +219,49 @@ class Projector:
         The derivatives, (rows, V), are written to ``into``. Without it they last until the next block.
         """
         in_fp32 = self._dtype == torch.float32
-        log_probs = self.log_probs(states, out=into if in_fp32 else None)
-        if log_squares is not None:
-            torch.log((2 * log_probs).exp_().sum(-1), out=log_squares)
+        # In fp32 the derivatives take the place of their logits.
+        logits = into if in_fp32 and into is not None else self._logits.narrow(0, 0, len(states))
+        self._scaled_logits(states, logits)
+        if into is None and differentiate:
+            into = logits if in_fp32 else torch.empty_like(logits, dtype=self._dtype)
+        logps = torch.empty_like(targets, dtype=torch.float32)
+        given = (logits, targets, logps, into if differentiate else None, log_squares)
+        parts = (itertools.repeat(None) if t is None else torch.split(t, self._part) for t in given)
+        for rows, tokens, found, derivatives, squared in zip(*parts, strict=False):
+            log_probs = self._log_probs.narrow(0, 0, len(rows))
+            torch.log_softmax(rows, -1, out=log_probs)
+            torch.gather(log_probs, 1, tokens.unsqueeze(1), out=found.unsqueeze(1))
+            if squared is not None:
+                torch.log((2 * log_probs).exp_().sum(-1), out=squared)
+            if derivatives is not None:
+                self._differentiate(rows, log_probs, tokens, found, into=derivatives)
+        return logps, into if differentiate else None
+
+    def _scaled_logits(self, states: Tensor, out: Tensor) -> Tensor:
+        """``out``, (rows, V) float32, with the logits of (rows, d) states."""
+        _, bias, scale, softcap = self._head
+        project(states.to(self._operands), self._weight, out=out, tf32=self._tf32)
+        if bias is not None:
+            out += bias.float()
+        if scale != 1.0:
+            out *= scale
+        if softcap is not None:
+            out.div_(softcap).tanh_().mul_(softcap)
+        return out
+
+    def _differentiate(
+        self, logits: Tensor, log_probs: Tensor, targets: Tensor, logps: Tensor, *, into: Tensor
+    ) -> None:
+        """Write softmax - onehot, through the soft cap, to ``into``, which may lie where the logits do."""
         columns = targets.unsqueeze(1)
-        logps = log_probs.gather(1, columns)
-        if not differentiate:
-            return logps.squeeze(1), None
-        if into is None:
-            into = log_probs if in_fp32 else torch.empty_like(log_probs, dtype=self._dtype)
-        # softmax - onehot. Where the model is sure of the target, their difference is a small number.
-        torch.exp(log_probs, out=into)
-        into.scatter_(1, columns, torch.expm1(logps).to(into.dtype))
-        if (softcap := self._head.softcap) is not None:
-            logits = self._logits.narrow(0, 0, len(states))
-            into.mul_(logits.div_(softcap).square_().neg_().add_(1))
-        return logps.squeeze(1), into
+        # Where the model is sure of the target, the difference is a small number.
+        of_targets = torch.expm1(logps).unsqueeze(1)
+        if (softcap := self._head.softcap) is None:
+            torch.exp(log_probs, out=into)
+            into.scatter_(1, columns, of_targets.to(into.dtype))
+        else:
+            log_probs.exp_().scatter_(1, columns, of_targets)
+            torch.mul(log_probs, logits.div_(softcap).square_().neg_().add_(1), out=into)
 
 
 def _derivatives(
@@ -256,26 +280,3 @@ def _derivatives(
         _, derivatives = projector.project(states, tokens, into=None, differentiate=True)
         assert derivatives is not None
         yield derivatives, states, factor
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a @ b`` in fp32, also of operands in half precision, which a GPU multiplies many times as fast."""
-    if a.dtype == torch.float32:
-        return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-@contextlib.contextmanager
-def _tf32() -> Iterator[None]:
-    """A GPU multiplies fp32 numbers on its tensor cores, rounded to TF32, while the block runs."""
-    matmul: Any = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-def _plus(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)

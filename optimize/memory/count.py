@@ -28,12 +28,10 @@ from dpo_opt.optimize.forward.attention import without_kept_masks
 from dpo_opt.optimize.forward.balance import ForwardCost
 from dpo_opt.optimize.forward.device_path import standing_for_gpu
 from dpo_opt.optimize.forward.layout import layout_by_structure
-from dpo_opt.optimize.forward.narrow_linear import round_weights_at_use
+from dpo_opt.optimize.forward.load_policy import make_trainable
 from dpo_opt.optimize.forward.packing import Batch
 from dpo_opt.optimize.forward.policy import Policy, compute_dtype
-from dpo_opt.optimize.forward.precision import HALF
 from dpo_opt.optimize.forward.prompt_groups import Sides, both_sides, own_side, prompt_groups
-from dpo_opt.optimize.forward.tied_gradients import sum_tied_gradients
 from dpo_opt.optimize.losses.preference_loss import is_unpaired
 from dpo_opt.optimize.memory.budget import Device
 from dpo_opt.optimize.memory.live_bytes import LiveBytes
@@ -133,18 +131,12 @@ def _model(config: TrainConfig, folder: Path, compute: torch.dtype) -> PreTraine
     model = model_without_weights(folder)
     torch.nn.Module.to(model, compute if config.use_peft else getattr(torch, config.param_dtype))
     model.requires_grad_(False)
-    head = projection_of(model)
     if config.use_peft:
         # 4 bits change no shape of the adapter, and this machine need not have a GPU.
         plan = plan_adapter(config.model_copy(update={"load_in_4bit": False}), folder)
         add_adapter(model, plan._replace(continued=None), seed=config.seed)
     else:
-        # As in ``load_policy``: image and audio parts are loaded but not trained.
-        for part in (decoder_of(model), head):
-            part.requires_grad_(True)
-        sum_tied_gradients(model)
-        if compute in HALF:
-            round_weights_at_use(decoder_of(model), compute)
+        make_trainable(model, compute)
     checkpoint_activations(model, config.activation_checkpointing)
     return model
 

@@ -155,7 +155,9 @@ def test_recomputed_activations_are_the_kept_ones(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 20.0])
 # Of 3,000 rows a block has 1,341, and all derivatives are kept; or a block has 167, and those of 4 or 8 are.
-@pytest.mark.parametrize("most", [None, logps_module._Bytes(block=2**25, kept=2**27)], ids=["few", "many"])
+@pytest.mark.parametrize(
+    "most", [None, logps_module._Bytes(block=2**25, part=2**23, kept=2**27)], ids=["few", "many"]
+)
 def test_the_head_gives_the_log_probs_and_gradients_of_full_logits(
     cuda: torch.device,
     monkeypatch: pytest.MonkeyPatch,

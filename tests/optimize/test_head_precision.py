@@ -1,6 +1,7 @@
 """The head in half precision: how far rounding moves log-probs, and the products that a GPU would compute.
 
-A CPU has no products of bf16 numbers in fp32. Rounding the operands and multiplying in fp32 gives the same.
+A CPU has no products of bf16 numbers in fp32. Rounding the operands and multiplying in fp32 gives what a GPU
+computes.
 """
 
 from pathlib import Path
@@ -14,7 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_opt.optimize.forward import head_products
 from dpo_opt.optimize.forward import logps as logps_module
+from dpo_opt.optimize.forward.device_path import standing_for_gpu
 from dpo_opt.schemas.errors import ConfigError
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -36,12 +39,14 @@ class Head(NamedTuple):
     def stored_in(self, dtype: torch.dtype) -> "Head":
         return Head(self.hidden.to(dtype), self.weight.to(dtype), self.targets)
 
-    def run(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs and gradients, computed as a GPU does in this dtype."""
+    def run(self, dtype: torch.dtype, *, on_gpu: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs and gradients, computed as a GPU does in this dtype, or a CPU that multiplies bf16."""
         inputs = [t.clone().requires_grad_() for t in (self.hidden, self.weight)]
         upstream = torch.randn(len(self.targets), generator=torch.Generator().manual_seed(0))
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(logps_module, "_product", product_as_on_a_gpu)
+        with pytest.MonkeyPatch.context() as monkeypatch, standing_for_gpu(on_gpu):
+            monkeypatch.setattr(head_products, "_multiplies_bf16", lambda: True)
+            if on_gpu:
+                monkeypatch.setattr(head_products, "_product", product_as_on_a_gpu)
             apply: Any = logps_module._TokenLogps.apply
             logps = apply(*inputs, None, self.targets, 1.0, None, dtype, True, None, None)
             of_hidden, of_weight = torch.autograd.grad(logps, inputs, upstream)
@@ -102,6 +107,22 @@ def test_bf16_weights_and_states_lose_nothing_in_the_head(head: Head) -> None:
     logits = narrow.hidden @ narrow.weight.T
     rounded = logits.float().log_softmax(-1).gather(1, narrow.targets[:, None]).squeeze(1)
     assert (rounded - exact[0]).std() > 1e-3
+
+
+@pytest.mark.parametrize("stored", [FP32, BF16], ids=str)
+def test_a_cpu_in_bf16_rounds_gradients_and_no_log_probs(head: Head, stored: torch.dtype) -> None:
+    head = head.stored_in(stored)
+    exact, found = head.stored_in(FP32).run(FP32, on_gpu=False), head.run(BF16, on_gpu=False)
+    torch.testing.assert_close(found[0], exact[0], rtol=0, atol=1e-6)
+    for mine, wanted in zip(found[1:], exact[1:], strict=True):
+        assert 0 < (mine - wanted).norm() <= 4e-3 * wanted.norm()
+
+
+def test_a_cpu_without_bf16_multiplies_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, dtype in (({"avx512_bf16": True}, BF16), ({"avx512_f": True, "amx_bf16": False}, FP32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        assert head_products.gradient_operands(BF16, torch.device("cpu")) == dtype
+        assert head_products.gradient_operands(torch.float16, torch.device("cpu")) == FP32
 
 
 class Product(NamedTuple):

@@ -41,7 +41,9 @@ def textbook(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 def blocks_of(monkeypatch: pytest.MonkeyPatch, rows: int, *, keep: int = 1000) -> None:
     """Project so many rows at a time, and keep the derivatives of so many at most."""
-    sizes = logps_module._Bytes(block=4 * VOCABULARY * rows, kept=4 * VOCABULARY * keep)
+    sizes = logps_module._Bytes(
+        block=4 * VOCABULARY * rows, part=4 * VOCABULARY * max(1, rows - 1), kept=4 * VOCABULARY * keep
+    )
     monkeypatch.setattr(logps_module, "_ON_CPU", sizes)
 
 

@@ -211,7 +211,7 @@ def test_sums_of_squares_come_from_the_heads_blocks(
     from dpo_opt.optimize.forward import logps
 
     # Blocks of 7 rows, of which some are kept for backward.
-    monkeypatch.setattr(logps, "_ON_CPU", logps._Bytes(block=4 * 7 * 50, kept=4 * 14 * 50))
+    monkeypatch.setattr(logps, "_ON_CPU", logps._Bytes(block=4 * 7 * 50, part=4 * 3 * 50, kept=4 * 14 * 50))
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(n, 8, generator=generator).requires_grad_(need) for n in (30, 50))
     head = Head(weight, None, 0.5, softcap)
