@@ -73,7 +73,7 @@ def _gated(module: Any, hidden: Tensor) -> Any:
         return result
 
     gate, up = module.gate_proj(hidden), module.up_proj(hidden)
-    return module.down_proj(_recomputed(product, (gate, up), tuple(module.act_fn.parameters())))
+    return module.down_proj(recomputed(product, (gate, up), tuple(module.act_fn.parameters())))
 
 
 def _method(plain: Callable[..., Any], owner: torch.nn.Module | None, *inputs: Any, **options: Any) -> Any:
@@ -81,13 +81,13 @@ def _method(plain: Callable[..., Any], owner: torch.nn.Module | None, *inputs: A
     if len(inputs) != 1 or options:  # norms with a gate of their own
         return plain(*inputs, **options)
     # Read at each call: sharding gives a module other parameters.
-    return _recomputed(plain, inputs, () if owner is None else tuple(owner.parameters()))
+    return recomputed(plain, inputs, () if owner is None else tuple(owner.parameters()))
 
 
-def _recomputed(
-    compute: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor]
+def recomputed(
+    compute: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor] = ()
 ) -> Tensor:
-    """``compute(*inputs)``, which reads ``parameters``."""
+    """``compute(*inputs)``, which reads ``parameters``. In a model that recomputes it is not kept."""
     needed = any(tensor.requires_grad for tensor in (*inputs, *parameters))
     if _results.get() is None or not needed or not torch.is_grad_enabled():
         return compute(*inputs)

@@ -10,6 +10,7 @@ and the head takes three products. Rows that do not fit are projected again in b
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -187,13 +188,15 @@ class Projector:
         self._tf32 = on_gpu and dtype != torch.float32
         self._weight = head.weight.to(self._operands) if on_gpu else head.weight
         self._bytes = _ON_GPU if on_gpu else _ON_CPU
-        self.rows = max(1, self._bytes.block // (4 * len(head.weight)))
+        most = max(1, self._bytes.block // (4 * len(head.weight)))
+        # Blocks of one size: products of the few rows that a last one would have are slow.
+        count = max(1, len(hidden))
+        self.rows = math.ceil(count / math.ceil(count / most))
         self._part = max(1, self._bytes.part // (4 * len(head.weight)))
         # The same memory for all blocks: new memory would have to be mapped and zeroed each time. What is not
         # written takes none.
-        rows = min(len(hidden), self.rows)
-        self._logits = torch.empty(rows, len(head.weight), device=hidden.device, dtype=torch.float32)
-        self._log_probs = torch.empty_like(self._logits.narrow(0, 0, min(rows, self._part)))
+        self._logits = torch.empty(self.rows, len(head.weight), device=hidden.device, dtype=torch.float32)
+        self._log_probs = torch.empty_like(self._logits.narrow(0, 0, min(self.rows, self._part)))
 
     def room_to_keep(self, rows: int) -> Tensor:
         """Memory for the derivatives of the first rows: of all, or of the blocks that are not too much."""
@@ -256,12 +259,15 @@ class Projector:
         columns = targets.unsqueeze(1)
         # Where the model is sure of the target, the difference is a small number.
         of_targets = torch.expm1(logps).unsqueeze(1)
-        if (softcap := self._head.softcap) is None:
-            torch.exp(log_probs, out=into)
-            into.scatter_(1, columns, of_targets.to(into.dtype))
-        else:
-            log_probs.exp_().scatter_(1, columns, of_targets)
-            torch.mul(log_probs, logits.div_(softcap).square_().neg_().add_(1), out=into)
+        softcap = self._head.softcap
+        # A CPU's kernels would write another dtype by way of two large copies.
+        at_once = softcap is None and (into.dtype == torch.float32 or takes_gpu_path(into.device))
+        found = torch.exp(log_probs, out=into if at_once else log_probs)
+        found.scatter_(1, columns, of_targets.to(found.dtype))
+        if softcap is not None:
+            found *= logits.div_(softcap).square_().neg_().add_(1)
+        if not at_once:
+            into.copy_(found)
 
 
 def _derivatives(
