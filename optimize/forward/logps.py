@@ -156,13 +156,13 @@ class _TokenLogps(torch.autograd.Function):
         if of_weight or of_bias:
             head = Head(weight, bias, scale, softcap)
             for derivatives, states, factor in _derivatives(head, hidden, targets, kept, factors, dtype):
-                scaled, factor = (t.to(derivatives.dtype) for t in (states * factor, factor))
+                narrow = derivatives.dtype
                 if place is not None:
-                    add_product(weight, derivatives.t(), scaled)
+                    add_product(weight, derivatives.t(), (states * factor).to(narrow))
                 elif of_weight:
-                    weight_sum = add_towards_weight(weight_sum, derivatives, scaled)
+                    weight_sum = add_towards_weight(weight_sum, derivatives, (states * factor).to(narrow))
                 if of_bias:
-                    bias_sum = add_towards_weight(bias_sum, derivatives, factor)
+                    bias_sum = add_towards_weight(bias_sum, derivatives, factor.to(narrow))
         whole = weight_sum if place is None else place
         if ctx.tied is not None and whole is not None:
             ctx.tied.take(whole)
