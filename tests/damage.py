@@ -625,7 +625,7 @@ def _bad_csv() -> Iterator[Damage]:
     unreadable = "not readable as CSV ("
     for kind, bad, says in (
         ("ragged row", line([*text.values(), "more"]), "the row has 5 cells, but the header has 4"),
-        ("ragged row", good + b"half a row\n", "the row has 1 cells, but the header has 4"),
+        ("ragged row", good + b"half a row\n", "the row has 1 cell, but the header has 4"),
         ("quote in CSV", good[:-2] + b"\n", unreadable),
         ("quote in CSV", b'"a" b,c,d,e\n', unreadable),
         ("quote in CSV", rb'"a \"b\"",c,d,e' + b"\n", unreadable),

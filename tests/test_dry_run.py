@@ -94,7 +94,8 @@ def test_the_options_that_save_memory_are_seen_to_save_it(
         return found
 
     plain = memory()
-    assert memory("--activation-checkpointing", "full")["activations"] < 0.9 * plain["activations"]
+    none, full = (memory("--activation-checkpointing", mode)["activations"] for mode in ("none", "full"))
+    assert max(full, plain["activations"]) < 0.9 * none
     assert memory("--optim", "rmsprop")["optimizer state"] < plain["optimizer state"]
 
 

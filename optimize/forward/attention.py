@@ -90,9 +90,8 @@ def segment_attention(
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         grouped = False
     dtype = attention_dtype(query)
-    # A CPU's kernel takes a third less time in fp32 than in bf16.
-    in_fp32 = dtype in HALF and not written and not takes_gpu_path(query.device)
-    if in_fp32:
+    if dtype in HALF and not written and not takes_gpu_path(query.device):
+        # A CPU's kernel takes a third less time in fp32 than in bf16.
         query, key, value = (x.float() for x in (query, key, value))
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = (
         functools.partial(written_attention, scale=scaling, softcap=softcap, sinks=s_aux)
@@ -116,28 +115,38 @@ def segment_attention(
         for block in torch.split(q, q.shape[2] if takes_gpu_path(q.device) else _CPU_ROWS, dim=2):
             rows = block.shape[2]
             stop += rows
-            windowed = sliding_window is not None and stop > sliding_window
-            mask = None
-            if stop > rows or windowed or written:
-                # All layers of one forward need the same masks; large ones cost less to make than to keep.
-                make = _kept_mask if rows * stop <= _KEPT_ENTRIES else _mask
-                mask = make(rows, stop, sliding_window if windowed else None, q.device)
-            with torch.autocast(q.device.type, enabled=False) if in_fp32 else contextlib.nullcontext():
-                outputs.append(attend(block, k[:, :, :stop], v[:, :, :stop], mask))
+            mask = _block_mask(rows, stop, sliding_window, always=written, device=q.device)
+            outputs.append(attend(block, k[:, :, :stop], v[:, :, :stop], mask))
+    # The kernel keeps the parts. The next product need not keep them once more.
+    return recomputed(functools.partial(_joined, dtype), outputs), None
 
-    def joined(*parts: Tensor) -> Tensor:
-        return torch.cat(parts, dim=2).to(dtype).transpose(1, 2).contiguous()
 
-    # Torch's kernel keeps the parts. The next product need not keep them once more.
-    return recomputed(joined, outputs), None
+def _joined(dtype: torch.dtype, *parts: Tensor) -> Tensor:
+    """(1, T, H, D) of parts along T, (1, H, rows, D) each."""
+    return torch.cat(parts, dim=2).to(dtype).transpose(1, 2).contiguous()
 
 
 def _fused_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None, grouped: bool
 ) -> Tensor:
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-    )
+    # On a CPU autocast would round what was widened.
+    plain = not takes_gpu_path(query.device)
+    with torch.autocast(query.device.type, enabled=False) if plain else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+
+
+def _block_mask(
+    rows: int, stop: int, window: int | None, *, always: bool, device: torch.device
+) -> Tensor | None:
+    """The mask of a segment's queries up to ``stop``; None where the kernel's own causal one will do."""
+    windowed = window is not None and stop > window
+    if not (stop > rows or windowed or always):
+        return None
+    # All layers of one forward need the same masks; large ones cost less to make than to keep.
+    make = _kept_mask if rows * stop <= _KEPT_ENTRIES else _mask
+    return make(rows, stop, window if windowed else None, device)
 
 
 def _mask(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:

@@ -142,7 +142,7 @@ def test_a_file_that_only_its_library_finds_damaged_is_refused_by_name(model: Pa
     norms[0][key] = "F64" if key == "dtype" else norms[1][key]
     text = json.dumps(header).encode()
     (model / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
-    with pytest.raises(ConfigError, match="the safetensors file is damaged") as caught:
+    with pytest.raises(ConfigError, match="the safetensors file is truncated or damaged") as caught:
         find_stored(model_without_weights(model), model)
     assert caught.value.where == str(model / WEIGHTS)
     assert caught.value.fix is not None

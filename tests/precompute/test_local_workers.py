@@ -118,7 +118,7 @@ def test_a_numbered_process_is_one_worker_and_starts_none(monkeypatch: pytest.Mo
     worker = take_place(config_of(gpus_per_worker=2))
     assert (worker.worker_index, worker.num_workers, worker.launched) == (5, 8, False)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
-    with pytest.raises(ConfigError, match="start workers in each of 8 workers"):
+    with pytest.raises(ConfigError, match="start workers in each of 8"):
         take_place(config_of(num_workers=4))
     monkeypatch.setattr(os, "environ", {})
     with pytest.raises(ConfigError, match="--gpus-per-worker without workers"):
