@@ -1,8 +1,7 @@
 """Where the gradient of a parameter is to lie, for a backward that adds to it there.
 
 Autograd makes a gradient, keeps it until it has all others of the parameter, and then adds it. The head's is
-the largest of all: for SmolLM2-135M 0.11 GB, which lay there during the backward of every layer. Those of all
-layers are written, read and added once more for every micro-batch, which is about 2% of a step.
+the largest of all: for SmolLM2-135M 0.11 GB, which lay there during the backward of every layer.
 """
 
 from typing import Any

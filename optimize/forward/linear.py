@@ -1,10 +1,10 @@
-"""Linear layers of a policy that trains. They differ from torch's in two places, and not in their results.
+"""Linear layers whose fp32 weights are rounded to half precision at every use, and not kept rounded.
 
-In half precision, fp32 weights are rounded at every use. Autocast rounds a weight in the forward and keeps
-the rounded copy for the backward: half a model more in memory for as long as a micro-batch lives. Here the
-backward rounds it again, which costs one pass over it.
+Autocast rounds a weight in the forward and keeps the rounded copy for the backward: half a model more in
+memory for as long as a micro-batch lives. Here the backward rounds it again, which costs one pass over it.
 
-Where a weight's gradient has a place, it is summed there. Autograd would make it, and add it in another pass.
+Where a weight's gradient has a place, it is summed there. Autograd would widen it in a pass of its own, and
+add it in another.
 """
 
 from types import MethodType
@@ -18,25 +18,22 @@ from dpo_opt.optimize.forward.gradient_place import add_product, gradient_place
 
 
 def train_linear_layers(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Prepare a model's linear layers for training.
+    """Prepare a model's linear layers for training in half precision.
 
-    Outputs stay those of torch bit by bit. So do gradients, but those that are summed in fp32 in a place:
-    they differ by rounding.
+    Outputs and gradients stay those of autocast, bit by bit.
 
     Args:
         model: A model or decoder; linear layers of other classes than ``torch.nn.Linear`` are left alone.
-        dtype: What the model computes in.
+        dtype: The half precision that the model computes in.
     """
 
     def forward(layer: torch.nn.Linear, hidden: Tensor) -> Tensor:
-        kind = hidden.device.type
-        rounds = torch.is_autocast_enabled(kind)
         # Another context computes in another dtype: the fp32 probe of layouts, for one.
-        foreign = rounds and torch.get_autocast_dtype(kind) != dtype
-        if foreign or not (rounds or gradient_place(layer.weight) is not None):
+        kind = hidden.device.type
+        if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != dtype:
             return functional.linear(hidden, layer.weight, layer.bias)
         output: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            hidden, layer.weight, layer.bias, dtype if rounds else hidden.dtype
+            hidden, layer.weight, layer.bias, dtype
         )
         return output
 

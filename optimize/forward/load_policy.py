@@ -169,7 +169,8 @@ def make_trainable(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for part in (decoder_of(model), model.get_output_embeddings()):
         part.requires_grad_(True)
     sum_tied_gradients(model)
-    train_linear_layers(decoder_of(model), dtype)
+    if dtype in HALF:
+        train_linear_layers(decoder_of(model), dtype)
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def test_what_is_kept_shrinks_and_what_is_computed_again_is_what_was_promised(tm
     for mode in modes:
         kept[mode], forward[mode], backward[mode] = measured(checkpointed(tmp_path, mode))
     assert kept["full"] < 0.3 * kept["none"]
-    assert kept["full"] < kept["selective"] < 0.65 * kept["none"]
+    assert kept["full"] < kept["selective"] < 0.56 * kept["none"]
     assert forward["none"]["mm"] == forward["selective"]["mm"] == forward["full"]["mm"]
     attention = "_scaled_dot_product_flash_attention_for_cpu"
     again = {mode: backward[mode].get(attention, 0) for mode in modes}

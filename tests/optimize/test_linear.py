@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dpo_opt.optimize.forward.gradient_place import give_place
 from dpo_opt.optimize.forward.linear import train_linear_layers
 from dpo_opt.optimize.forward.load_policy import load_policy
 from dpo_opt.schemas.pairs import TokenSequence
@@ -60,6 +61,24 @@ def test_no_rounded_copy_of_a_weight_is_kept() -> None:
     assert copies(model) == 3
     train_linear_layers(model, torch.bfloat16)
     assert copies(model) == 0
+
+
+def test_gradients_of_several_backwards_are_summed_in_their_place() -> None:
+    plain = small()
+    placed = copy.deepcopy(plain)
+    train_linear_layers(placed, torch.bfloat16)
+    places = []
+    for parameter in placed.parameters():
+        # What lies there before is nothing's gradient.
+        places.append(torch.full_like(parameter, torch.nan))
+        give_place(parameter, places[-1])
+    for _ in range(3):
+        hidden = torch.randn(7, 24)
+        trained(plain, hidden)
+        trained(placed, hidden)
+    for own, other, place in zip(placed.parameters(), plain.parameters(), places, strict=True):
+        assert torch.equal(own.grad, other.grad)
+        assert own.grad is place or own.ndim == 1  # biases have no product
 
 
 def test_without_autocast_a_layer_computes_as_it_is_stored() -> None:

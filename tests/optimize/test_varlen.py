@@ -76,6 +76,21 @@ def test_one_call_gives_the_outputs_and_gradients_of_a_call_per_segment(
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_cpu_in_bf16_computes_attention_in_fp32_and_rounds_once(autocast: bool) -> None:
+    batch = pack(next(iter(PACKS.values())))
+    segments = batch.model_kwargs["segments"]
+    narrow = [x.detach().to(torch.bfloat16) for x in heads(batch.input_ids.shape[1], 2)]
+    # Under autocast the rotary embedding leaves fp32 queries and keys; they are not rounded.
+    given = [*heads(batch.input_ids.shape[1], 2)[:2], narrow[2]] if autocast else narrow
+    given = [x.detach().float() if x.dtype == torch.float64 else x for x in given]
+    exact, _ = segment_attention(nn.Module(), *(x.float() for x in given), None, segments=segments)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found, _ = segment_attention(nn.Module(), *given, None, segments=segments)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.to(torch.bfloat16))
+
+
 def test_without_a_scale_it_is_the_root_of_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen_module, "_KERNEL", written_out)
     batch = pack(PACKS["five that share a prefix"])
