@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from dpo_opt.optimize.forward.device_path import takes_gpu_path
-from dpo_opt.optimize.forward.gradient_place import sum_product
-
-# Rows of the weight: of SmolLM2's, 2 MB in bf16. More than four times as many do not stay in a CPU's cache.
-_SLICE = 2048
+from dpo_opt.optimize.forward.gradient_place import CACHED_ROWS, sum_product
 
 
 def gradient_operands(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -84,7 +81,7 @@ def add_towards_weight(total: Tensor | None, derivatives: Tensor, states: Tensor
 
 def _slices(tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
     """Parts along the vocabulary; on a GPU the whole."""
-    return (tensor,) if takes_gpu_path(tensor.device) else torch.split(tensor, _SLICE, dim)
+    return (tensor,) if takes_gpu_path(tensor.device) else torch.split(tensor, CACHED_ROWS, dim)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

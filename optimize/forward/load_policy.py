@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_opt.optimize.forward.architecture import auto_class, decoder_of, model_without_weights
 from dpo_opt.optimize.forward.layout import choose_layout, use_attention
-from dpo_opt.optimize.forward.linear import train_linear_layers
+from dpo_opt.optimize.forward.narrow_linear import round_weights_at_use
 from dpo_opt.optimize.forward.policy import Policy
 from dpo_opt.optimize.forward.precision import HALF, narrow_products
 from dpo_opt.optimize.forward.probe import Probe, require_same_in_compute_dtype
@@ -170,7 +170,7 @@ def make_trainable(model: PreTrainedModel, dtype: torch.dtype) -> None:
         part.requires_grad_(True)
     sum_tied_gradients(model)
     if dtype in HALF:
-        train_linear_layers(decoder_of(model), dtype)
+        round_weights_at_use(decoder_of(model), dtype)
 
 
 @contextlib.contextmanager

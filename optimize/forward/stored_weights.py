@@ -144,7 +144,7 @@ def find_stored(model: PreTrainedModel, folder: Path) -> StoredWeights | str:
 
 
 def _require_readable(file: Path) -> None:
-    # Of places that overlap or do not fit a tensor's shape only the library knows.
+    # Which dtypes there are only the library knows.
     try:
         with safe_open(file, framework="pt"):
             pass

@@ -19,7 +19,7 @@ from dpo_opt.optimize.forward.architecture import decoder_of
 from dpo_opt.optimize.forward.attention import without_kept_masks
 from dpo_opt.optimize.forward.device_path import standing_for_gpu
 from dpo_opt.optimize.forward.layout import layout_by_structure
-from dpo_opt.optimize.forward.linear import train_linear_layers
+from dpo_opt.optimize.forward.narrow_linear import round_weights_at_use
 from dpo_opt.optimize.forward.policy import Policy
 
 CPU, BF16, FP32 = torch.device("cpu"), torch.bfloat16, torch.float32
@@ -51,7 +51,7 @@ def counted(model: PreTrainedModel, stored: torch.dtype, mode: Any) -> tuple[Cou
     packs = layout_by_structure(model, CPU, BF16)
     assert packs
     if stored != BF16:
-        train_linear_layers(decoder_of(model), BF16)
+        round_weights_at_use(decoder_of(model), BF16)
     checkpoint_activations(model, mode)
     policy = Policy(model, CPU, BF16, packs)
     batch = policy.layout(groups())

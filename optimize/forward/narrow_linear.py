@@ -17,8 +17,8 @@ from torch.nn import functional
 from dpo_opt.optimize.forward.gradient_place import add_product, gradient_place
 
 
-def train_linear_layers(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Prepare a model's linear layers for training in half precision.
+def round_weights_at_use(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Make every linear layer of the model round its fp32 weight twice instead of keeping it rounded.
 
     Outputs and gradients stay those of autocast, bit by bit.
 
@@ -32,7 +32,7 @@ def train_linear_layers(model: torch.nn.Module, dtype: torch.dtype) -> None:
         kind = hidden.device.type
         if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != dtype:
             return functional.linear(hidden, layer.weight, layer.bias)
-        output: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+        output: Tensor = _NarrowLinear.apply(  # type: ignore[no-untyped-call]
             hidden, layer.weight, layer.bias, dtype
         )
         return output
@@ -42,7 +42,7 @@ def train_linear_layers(model: torch.nn.Module, dtype: torch.dtype) -> None:
             module.forward = MethodType(forward, module)  # type: ignore[method-assign]
 
 
-class _Linear(torch.autograd.Function):
+class _NarrowLinear(torch.autograd.Function):
     """``hidden @ weight.T + bias`` in ``dtype``; keeps input and weight themselves."""
 
     @staticmethod

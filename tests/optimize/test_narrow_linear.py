@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dpo_opt.optimize.forward.gradient_place import give_place
-from dpo_opt.optimize.forward.linear import train_linear_layers
 from dpo_opt.optimize.forward.load_policy import load_policy
+from dpo_opt.optimize.forward.narrow_linear import round_weights_at_use
 from dpo_opt.schemas.pairs import TokenSequence
 
 
@@ -43,7 +43,7 @@ def test_outputs_and_gradients_are_those_of_autocast_bit_by_bit(shape: tuple[int
     plain = small()
     plain[0].requires_grad_(not frozen)
     narrow = copy.deepcopy(plain)
-    train_linear_layers(narrow, torch.bfloat16)
+    round_weights_at_use(narrow, torch.bfloat16)
     hidden = torch.randn(shape)
     expected, found = trained(plain, hidden), trained(copy.deepcopy(narrow), hidden)
     assert torch.equal(found[0], expected[0])
@@ -59,14 +59,14 @@ def test_no_rounded_copy_of_a_weight_is_kept() -> None:
 
     model = small()
     assert copies(model) == 3
-    train_linear_layers(model, torch.bfloat16)
+    round_weights_at_use(model, torch.bfloat16)
     assert copies(model) == 0
 
 
 def test_gradients_of_several_backwards_are_summed_in_their_place() -> None:
     plain = small()
     placed = copy.deepcopy(plain)
-    train_linear_layers(placed, torch.bfloat16)
+    round_weights_at_use(placed, torch.bfloat16)
     places = []
     for parameter in placed.parameters():
         # What lies there before is nothing's gradient.
@@ -84,7 +84,7 @@ def test_gradients_of_several_backwards_are_summed_in_their_place() -> None:
 def test_without_autocast_a_layer_computes_as_it_is_stored() -> None:
     model = small()
     expected = model(torch.ones(2, 24))
-    train_linear_layers(model, torch.bfloat16)
+    round_weights_at_use(model, torch.bfloat16)
     assert torch.equal(model(torch.ones(2, 24)), expected)
 
 
