@@ -1,6 +1,5 @@
 """Which pairs are compared with the policy's own log-probs: some of every shard, the same each time."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -110,21 +109,10 @@ def _cut(pairs: Sequence[ScoredPair]) -> list[ScoredPair]:
     if sum(pair.chosen_counted + pair.rejected_counted for pair in pairs) <= _MOST_TOKENS:
         return list(pairs)
     most = _MOST_TOKENS // (2 * len(pairs))
-    found = []
-    for pair in pairs:
-        chosen, rejected = _stop(pair.chosen_mask, most), _stop(pair.rejected_mask, most)
-        found.append(
-            dataclasses.replace(
-                pair,
-                chosen_ids=pair.chosen_ids[:chosen],
-                rejected_ids=pair.rejected_ids[:rejected],
-                chosen_mask=None if pair.chosen_mask is None else pair.chosen_mask[:chosen],
-                rejected_mask=None if pair.rejected_mask is None else pair.rejected_mask[:rejected],
-                ref_chosen_token_logps=pair.ref_chosen_token_logps[:chosen],
-                ref_rejected_token_logps=pair.ref_rejected_token_logps[:rejected],
-            )
-        )
-    return found
+    return [
+        pair.cut(chosen=_stop(pair.chosen_mask, most), rejected=_stop(pair.rejected_mask, most))
+        for pair in pairs
+    ]
 
 
 def _stop(mask: MaskArray | None, most: int) -> int:

@@ -240,12 +240,13 @@ class PairStream:
         with np.errstate(over="ignore"):
             mean = weights[~self._held_out].mean() if self.train_size else 1.0
         if not 0 < mean < np.inf:
+            noun = self._folder.manifest.fingerprint.noun
             raise DataError(
-                "the weights of all training pairs are 0"
+                f"the weights of all training {noun}s are 0"
                 if mean == 0
-                else "the weights of the training pairs add up to infinity",
+                else f"the weights of the training {noun}s add up to infinity",
                 where=str(column_path(self._folder.path, WEIGHT, self._folder.manifest.columns)),
-                why="the policy would learn nothing: each pair would count as 0",
+                why=f"the policy would learn nothing: each {noun} would count as 0",
                 fix="write weights above 0 to columns/weight.parquet there (columns row and weight)",
             )
         return weights / mean

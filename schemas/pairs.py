@@ -5,7 +5,7 @@ Shapes in this package: L = tokens of one sequence, P = prompt tokens, C = compl
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -117,6 +117,18 @@ class ScoredPair(TokenizedPair):
     def ref_rejected_logps(self) -> float:
         """Sum over the completion's tokens that count, accumulated in float64."""
         return float(counted(self.ref_rejected_token_logps, self.rejected_mask).sum(dtype=np.float64))
+
+    def cut(self, *, chosen: int, rejected: int) -> "ScoredPair":
+        """The pair with only the first so many tokens of each completion, and what goes with them."""
+        return replace(
+            self,
+            chosen_ids=self.chosen_ids[:chosen],
+            rejected_ids=self.rejected_ids[:rejected],
+            chosen_mask=None if self.chosen_mask is None else self.chosen_mask[:chosen],
+            rejected_mask=None if self.rejected_mask is None else self.rejected_mask[:rejected],
+            ref_chosen_token_logps=self.ref_chosen_token_logps[:chosen],
+            ref_rejected_token_logps=self.ref_rejected_token_logps[:rejected],
+        )
 
 
 def counted(values: LogpArray, mask: MaskArray | None) -> LogpArray:

@@ -96,10 +96,11 @@ class ShardFolder:
         path = column_path(self.path, name, self.manifest.columns)
         there = is_file(path)
         if not there and name in (self.manifest.columns or {}):
+            noun = self.manifest.fingerprint.noun
             raise DataError(
-                f"the {name} of the pairs is missing",
+                f"the {name} of the {noun}s is missing",
                 where=str(path),
-                why=f"the data has a {name} for some pairs; without it all pairs would count alike",
+                why=f"the data has a {name} for some {noun}s; without it all {noun}s would count alike",
                 fix=f"{resume_command(self.path)}, which takes it from the data again and scores nothing",
             )
         return there

@@ -11,6 +11,7 @@ A checkpoint appears under its name only after all of its bytes are on the disk.
 """
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -309,18 +310,31 @@ def _damage(path: Path) -> str | None:
         complete = parse(_Complete, record.read_bytes(), where=record)
     except DataError as error:
         return f"{COMPLETE} cannot be read ({error.what})"
+    if complete.step != int(path.name.removeprefix("step-")):
+        return f"{COMPLETE} is that of step {complete.step}"
+    if TRAIN_STATE not in [entry.file for entry in complete.files]:
+        return f"{COMPLETE} does not name {TRAIN_STATE}"
     for entry in complete.files:
         try:
             file = inside(path, entry.file)
         except DataError as error:
             return error.what
-        if not file.is_file():
+        if not _is_file(path / entry.file):
             return f"{quoted(entry.file)} is missing"
         if file.stat().st_size != entry.bytes:
             return f"{quoted(entry.file)} has {file.stat().st_size} bytes, not {entry.bytes}"
         if sha256_file(file) != entry.sha256:
             return f"the bytes of {quoted(entry.file)} changed"
     return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def _remove(path: Path) -> None:

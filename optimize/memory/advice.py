@@ -102,13 +102,4 @@ def _cut(pair: ScoredPair, longest: int) -> ScoredPair:
     prompt, chosen, rejected = (
         max(1, int(share * len(ids))) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
     )
-    return replace(
-        pair,
-        prompt_ids=pair.prompt_ids[:prompt],
-        chosen_ids=pair.chosen_ids[:chosen],
-        rejected_ids=pair.rejected_ids[:rejected],
-        chosen_mask=None if pair.chosen_mask is None else pair.chosen_mask[:chosen],
-        rejected_mask=None if pair.rejected_mask is None else pair.rejected_mask[:rejected],
-        ref_chosen_token_logps=pair.ref_chosen_token_logps[:chosen],
-        ref_rejected_token_logps=pair.ref_rejected_token_logps[:rejected],
-    )
+    return replace(pair.cut(chosen=chosen, rejected=rejected), prompt_ids=pair.prompt_ids[:prompt])

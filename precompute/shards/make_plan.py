@@ -139,9 +139,9 @@ def _plan_after(
         division.add(row)
     if not_weighted and not weighted and not earlier:
         raise DataError(
-            "the weights of all pairs are 0",
+            f"the weights of all {'rows' if unpaired else 'pairs'} are 0",
             where=", ".join(config.data),
-            why="no pair would count in the loss, and `train` would refuse the folder",
+            why="none of them would count in the loss, and `train` would refuse the folder",
             fix="correct the column weight, or pass --ignore-column weight to leave it out",
         )
     by_message = division.counts_bad_rows_by_message()

@@ -163,8 +163,12 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
-def name_another_file(path: Path) -> None:
-    path.write_text(path.read_text().replace('"model.safetensors"', '"../../metrics.jsonl"'))
+def rename_to(name: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(path.read_text().replace('"model.safetensors"', f'"{name}"'))
+
+
+def change_record(**entries: object) -> Callable[[Path], object]:
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 def lead_out(path: Path) -> None:
@@ -182,7 +186,14 @@ def lead_out(path: Path) -> None:
         ("model.safetensors", Path.unlink, "model.safetensors is missing"),
         ("COMPLETE.json", Path.unlink, "COMPLETE.json is missing"),
         ("COMPLETE.json", truncate, "COMPLETE.json cannot be read"),
-        ("COMPLETE.json", name_another_file, "the file name '../../metrics.jsonl' does not stay inside"),
+        (
+            "COMPLETE.json",
+            rename_to("../../metrics.jsonl"),
+            "the file name '../../metrics.jsonl' does not stay inside",
+        ),
+        ("COMPLETE.json", change_record(step=3), "COMPLETE.json is that of step 3"),
+        ("COMPLETE.json", change_record(files=[]), "COMPLETE.json does not name training_state.json"),
+        ("COMPLETE.json", rename_to("x" * 300), f"{'x' * 300} is missing"),
         ("model.safetensors", lead_out, "the file is a link that leads out of the folder"),
     ],
 )

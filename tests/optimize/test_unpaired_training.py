@@ -1,6 +1,8 @@
 """KTO on rows of one completion and a label: resumed, on two processes, in micro-batches, and its metrics."""
 
 import json
+import shutil
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torchrun_training
 from processes import torchrun
-from refusals import refusal
+from refusals import bad_data, refusal
 from training_runs import Interrupter, contents
 
 from dpo_opt.optimize import TrainConfig, train
@@ -19,6 +21,7 @@ from dpo_opt.precompute.check.convert import convert
 from dpo_opt.precompute.config import ConvertConfig
 from dpo_opt.schemas.errors import Preempted
 from dpo_opt.schemas.shard_folder import ShardFolder
+from dpo_opt.schemas.sidecars import WEIGHT, Column, write_column
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +178,15 @@ def test_folders_and_losses_of_different_rows_are_refused(
     with pytest.raises(ValueError, match="desirable_weight"):
         TrainConfig(**{**kto, "desirable_weight": 0.0}, output_dir=out)
     assert not out.exists()
+
+
+def test_what_is_wrong_with_weights_is_said_of_rows_and_not_of_pairs(
+    kto: dict[str, Any], unpaired_shards: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(unpaired_shards, tmp_path / "shards")
+    config = TrainConfig(**{**kto, "shards": str(copied)}, output_dir=tmp_path / "run")
+    for weight, said in ((0.0, "of all training rows are 0"), (1e308, "of the training rows add up to")):
+        write_column(copied, WEIGHT, Column(array("q", range(42)), array("d", [weight] * 42)))
+        error = bad_data(lambda: prepare(config))
+        assert said in error.what
+        assert "pair" not in (error.why or "")

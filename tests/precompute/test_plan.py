@@ -336,3 +336,7 @@ def test_weights_that_are_all_0_are_refused_before_anything_is_scored(plan_of: P
     assert plan_of(data=[str(data)], ignore_column=["weight"]).rows == 4
     write_jsonl(data, [*rows, preference_rows(5)[4]])
     assert plan_of(data=[str(data)]).rows == 5
+    labelled = [{"prompt": f"{i}", "completion": "a", "label": i > 1, "weight": 0} for i in range(4)]
+    write_jsonl(data, labelled)
+    with pytest.raises(DataError, match="the weights of all rows are 0"):
+        plan_of(data=[str(data)])
