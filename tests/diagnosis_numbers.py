@@ -82,7 +82,7 @@ EXPECTED: dict[str, Callable[[dict[str, Rows], Any], Numbers]] = {
     "nothing_learnt": lambda parts, run: [
         of(parts["fresh"], "margin"),
         of(parts["fresh"], "moved"),
-        counted(max(run.train["learning_rate"])),
+        counted(run.config["learning_rate"]),
         counted(max(run.train["step"])),
     ],
     "learning_rate_too_high": lambda parts, run: [

@@ -37,8 +37,6 @@ def nothing_learnt(evidence: Evidence) -> Finding | Missing | None:
     # With a tiny beta a policy may go far, and its rewards stay small.
     if not moved.high < _NOTHING or distance.high > _FAR:
         return None
-    train = evidence.run.train
-    rate = train["learning_rate"].max() if "learning_rate" in train.columns else None
     return Finding(
         cause="nothing_learnt",
         title="Nothing was learnt: the policy is still its reference",
@@ -50,11 +48,21 @@ def nothing_learnt(evidence: Evidence) -> Finding | Missing | None:
                 f"found below {_NOTHING:g}",
             ),
             Measure("distance from the reference", distance, "nats per token"),
-            *([Measure("highest learning rate", exact(rate))] if isinstance(rate, float) else []),
+            *_learning_rate(evidence),
             Measure("steps", exact(evidence.steps)),
         ),
         action="raise --learning-rate tenfold; if the margins then grow but stay small, train for more steps",
     )
+
+
+def _learning_rate(evidence: Evidence) -> list[Measure]:
+    """The setting, since training logs the rates of some steps alone: they may all miss the highest one."""
+    setting, train = evidence.run.config.get("learning_rate"), evidence.run.train
+    logged = train["learning_rate"].max() if "learning_rate" in train.columns else None
+    if isinstance(setting, int | float):
+        limit = f"at most {logged:.3g} in the logged steps" if isinstance(logged, float) else ""
+        return [Measure("--learning-rate", exact(float(setting)), limit=limit)]
+    return [Measure("highest logged learning rate", exact(logged))] if isinstance(logged, float) else []
 
 
 def learning_rate_too_high(evidence: Evidence) -> Finding | Missing | None:

@@ -130,6 +130,8 @@ def _ended_lines(config: TrainConfig, result: "TrainResult") -> Iterator[str]:
         )
         tokens, pairs = counted(parity.tokens, "token"), counted(parity.pairs, noun)
         yield f"        (over {tokens} of {pairs}, before the first update)"
+    elif config.reference_differs:
+        yield "parity  not measured: the reference is not the starting policy (--reference-differs)"
     yield ""
     groups = last_metrics(config.output_dir)
     yield from table(

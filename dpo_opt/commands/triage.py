@@ -53,7 +53,8 @@ _KINDS = ("hard_to_flip", "suspect_label", "near_identical", "no_information", _
     "kinds",
     multiple=True,
     type=click.Choice(_KINDS),
-    help="Weight pairs of this kind down, beside the shards (columns/weight.parquet); may be repeated.",
+    help="Weight pairs of this kind down, beside the shards (columns/weight.parquet), in place of what an "
+    "earlier call wrote; may be repeated.",
 )
 @click.option(
     "--weight",

@@ -230,6 +230,11 @@ def test_commands_of_a_fix_are_code_and_its_words_are_not(draw, tmp_path):
     assert "<code>dpo-opt convert DATA</code>" in text
 
 
+def test_a_fix_in_words_is_no_code(draw, tmp_path):
+    draw(changed(problems=[problem(fix="remove the rows, or add the missing text")]))
+    assert "<p>remove the rows, or add the missing text</p>" in (tmp_path / "check.html").read_text()
+
+
 def test_refused_data_is_said_to_be(draw):
     assert "A later command would refuse this data." in draw(full_audit()).text
     assert "would refuse" not in draw(changed(problems=[problem(severity="warning")])).text

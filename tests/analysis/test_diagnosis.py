@@ -56,7 +56,11 @@ def evidence(fresh=None, *, evals=(0.6, 0.4), **parts):
         path=Path("run"),
         name="run",
         shards=Path("shards"),
-        config={"beta": parts.pop("beta", BETA), "loss_type": parts.pop("loss_type", "sigmoid")},
+        config={
+            "beta": parts.pop("beta", BETA),
+            "loss_type": parts.pop("loss_type", "sigmoid"),
+            "learning_rate": 2e-6,
+        },
         train=pl.DataFrame({"step": [10, 20], "learning_rate": [1e-6, 5e-7]}),
         evals=pl.DataFrame({"step": [10, 20], "eval_loss": list(evals)}),
         parity=None,
@@ -163,6 +167,15 @@ def test_overfitting_is_ruled_out_only_where_pairs_were_seen_once():
 def test_every_cause_says_what_it_asks():
     assert all(cause.__doc__ and not cause.__doc__.endswith(".") for cause in CAUSES)
     assert len({cause.__name__ for cause in CAUSES}) == len(CAUSES) == 12
+
+
+def test_the_learning_rate_is_the_setting_since_not_every_step_is_logged():
+    found = evidence(table(margin=0.004))
+    lines = [m.line for m in pace.nothing_learnt(found).evidence]
+    assert "--learning-rate: 2e-06 (at most 1e-06 in the logged steps)" in lines
+    unknown = replace(found, run=replace(found.run, config={"beta": BETA}))
+    lines = [m.line for m in pace.nothing_learnt(unknown).evidence]
+    assert "highest logged learning rate: 1e-06" in lines
 
 
 def test_a_policy_that_went_far_under_a_tiny_beta_learned_something():

@@ -221,11 +221,14 @@ def test_training_another_model_than_was_scored_is_refused(work: Path) -> None:
 
 
 def test_a_second_round_may_keep_the_first_reference(work: Path) -> None:
-    result = result_of(
+    command = [
         "train", "--shards", work / "shards", "--model", work / "run" / "final",
         "--output-dir", work / "round-2", "--reference-differs", "--max-steps", "1",
-    )  # fmt: skip
+    ]  # fmt: skip
+    result = result_of(*command)
     assert result["parity"] is None
+    shown = invoke(*command, "--resume").stdout
+    assert "parity  not measured: the reference is not the starting policy" in shown
     assert result["loss"] < 0.6, "the first round's policy is already ahead of the reference"
 
 
