@@ -24,6 +24,7 @@ from dpo_opt.optimize.forward.device_path import takes_gpu_path
 from dpo_opt.optimize.forward.elementwise import recomputed
 from dpo_opt.optimize.forward.packing import Segment, VarlenIndex
 from dpo_opt.optimize.forward.precision import HALF
+from dpo_opt.optimize.forward.seen_keys import query_blocks, seen_by
 from dpo_opt.optimize.forward.varlen import attention_dtype, takes_varlen, varlen_attention
 from dpo_opt.optimize.forward.written_attention import written_attention
 
@@ -98,25 +99,13 @@ def segment_attention(
         if written
         else functools.partial(_fused_attention, scale=scaling, grouped=grouped)
     )
-    # Split, not sliced: autograd then assembles the gradient of T rows once, not once per segment.
-    sizes = [segment.stop - segment.start for segment in segments]
-    queries, keys, values = (torch.split(x, sizes, dim=2) for x in (query, key, value))
-    begins = {segment.start: number for number, segment in enumerate(segments)}
+    blocks = query_blocks(segments, None if takes_gpu_path(query.device) else _CPU_ROWS)
+    # Split, not sliced: autograd then assembles the gradient of T rows once, not once per block.
+    queries = torch.split(query, [block.stop - block.start for block in blocks], dim=2)
     outputs = []
-    for number, segment in enumerate(segments):
-        q, k, v = queries[number], keys[number], values[number]
-        offset = segment.prefix_stop - segment.prefix_start
-        if offset:
-            # The prefix is the beginning of the segment that the group starts with.
-            first = begins[segment.prefix_start]
-            k = torch.cat([keys[first][:, :, :offset], k], dim=2)
-            v = torch.cat([values[first][:, :, :offset], v], dim=2)
-        stop = offset
-        for block in torch.split(q, q.shape[2] if takes_gpu_path(q.device) else _CPU_ROWS, dim=2):
-            rows = block.shape[2]
-            stop += rows
-            mask = _block_mask(rows, stop, sliding_window, always=written, device=q.device)
-            outputs.append(attend(block, k[:, :, :stop], v[:, :, :stop], mask))
+    for q, k, v in zip(queries, seen_by(key, blocks), seen_by(value, blocks), strict=True):
+        mask = _block_mask(q.shape[2], k.shape[2], sliding_window, always=written, device=q.device)
+        outputs.append(attend(q, k, v, mask))
     # The kernel keeps the parts. The next product need not keep them once more.
     return recomputed(functools.partial(_joined, dtype), outputs), None
 

@@ -7,19 +7,19 @@ what it was made through. Here backward makes it again, once for all that need i
 
 import dis
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from functools import partial
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 
 from dpo_opt.optimize.forward.architecture import decoder_of
+from dpo_opt.optimize.forward.computed_again import Kept, computes_again, stand_for, watched
+from dpo_opt.optimize.forward.rms_norm import is_llama_rms_norm, rms_norm
 
 _ACTIVATIONS = tuple({made[0] if isinstance(made, tuple) else made for made in ACT2CLS.values()})
 _GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")
@@ -40,18 +40,11 @@ def recompute_elementwise(model: PreTrainedModel) -> None:
             module.forward = MethodType(_gated, module)
         elif hasattr(module, "_apply_gate"):
             module._apply_gate = partial(_method, module._apply_gate, getattr(module, "act_fn", None))
+        elif is_llama_rms_norm(module):
+            module.forward = MethodType(rms_norm, module)
         elif isinstance(module, (torch.nn.LayerNorm, *_ACTIVATIONS)) or _is_rms_norm(module):
             module.forward = partial(_method, module.forward, module)
-    decoder.forward = partial(_watched, decoder.forward)
-
-
-def _watched(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    token = _results.set({})
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
-            return forward(*args, **kwargs)
-    finally:
-        _results.reset(token)
+    decoder.forward = partial(watched, decoder.forward)
 
 
 def _is_gated(module: torch.nn.Module) -> bool:
@@ -89,7 +82,7 @@ def recomputed(
 ) -> Tensor:
     """``compute(*inputs)``, which reads ``parameters``. In a model that recomputes it is not kept."""
     needed = any(tensor.requires_grad for tensor in (*inputs, *parameters))
-    if _results.get() is None or not needed or not torch.is_grad_enabled():
+    if not needed or not computes_again():
         return compute(*inputs)
     value: Tensor = _Recomputed.apply(  # type: ignore[no-untyped-call]
         compute, len(inputs), *inputs, *parameters
@@ -98,26 +91,21 @@ def recomputed(
 
 
 class _Recomputed(torch.autograd.Function):
-    """Keeps the inputs of a computation, and lets what it gives be kept as a ``_Result``."""
+    """Keeps the inputs of a computation, and lets what it gives be kept as a ``_Computed``."""
 
     @staticmethod
     def forward(ctx: Any, compute: Callable[..., Tensor], count: int, *tensors: Tensor) -> Tensor:
         inputs, parameters = tensors[:count], tensors[count:]
         value = compute(*inputs)
-        ctx.result = _Result(compute, inputs, ctx.needs_input_grad[2 : 2 + count])
+        ctx.result = _Computed(compute, inputs, ctx.needs_input_grad[2 : 2 + count])
         ctx.parameters = parameters
-        results = _results.get()
-        assert results is not None
-        storage = value.untyped_storage()
-        # The reference keeps the storage's number from being given to another.
-        here = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        results[storage._cdata] = _Made(ctx.result, here, value.dtype)
+        stand_for(value, ctx.result)
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        leaves, value = ctx.result.computed()
+        leaves, value = ctx.result.graph()
         # Nothing asks for it any more: all that the value went into had its backward before.
         ctx.result.forget()
         wanted = [leaf for leaf in (*leaves, *ctx.parameters) if leaf.requires_grad]
@@ -125,74 +113,36 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *(next(found) if needed else None for needed in ctx.needs_input_grad[2:])
 
 
-class _Result:
+class _Computed:
     """A result that is not kept, but what it is computed from."""
 
     def __init__(
         self, compute: Callable[..., Tensor], inputs: Sequence[Tensor], differentiable: Sequence[bool]
     ) -> None:
         self._compute = compute
-        self._inputs = [(_pack(tensor.detach()), tensor._version) for tensor in inputs]
+        self._inputs = [Kept(tensor) for tensor in inputs]
         self._differentiable = differentiable
-        self._computed: tuple[list[Tensor], Tensor] | None = None
+        self._graph: tuple[list[Tensor], Tensor] | None = None
         self._device = inputs[0].device.type
         # Backward runs outside the forward's context.
         self._autocast = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
 
-    def computed(self) -> tuple[list[Tensor], Tensor]:
-        """The inputs, and the result with its graph down to them; computed at the first call.
-
-        Raises:
-            RuntimeError: An input was changed in place since the forward.
-        """
-        if self._computed is None:
-            leaves = []
-            for (packed, version), differentiable in zip(self._inputs, self._differentiable, strict=True):
-                tensor = _unpack(packed)
-                if isinstance(packed, Tensor) and packed._version != version:
-                    raise RuntimeError("a tensor that backward needs was changed in place")
-                leaves.append(tensor.detach().requires_grad_(differentiable))
+    def graph(self) -> tuple[list[Tensor], Tensor]:
+        """The inputs, and the result with its graph down to them; computed at the first call."""
+        if self._graph is None:
+            leaves = [
+                kept.tensor().detach().requires_grad_(differentiable)
+                for kept, differentiable in zip(self._inputs, self._differentiable, strict=True)
+            ]
             enabled, dtype = self._autocast
             with torch.enable_grad(), torch.autocast(self._device, dtype, enabled, cache_enabled=False):
-                self._computed = leaves, self._compute(*leaves)
-        return self._computed
+                self._graph = leaves, self._compute(*leaves)
+        return self._graph
+
+    def value(self) -> Tensor:
+        """The result."""
+        return self.graph()[1]
 
     def forget(self) -> None:
         """Free the inputs and the result: a graph's nodes live until all of its backward is done."""
-        self._inputs, self._computed = [], None
-
-
-class _Made(NamedTuple):
-    """Where a result lies during the forward."""
-
-    result: _Result
-    storage: StorageWeakRef
-    dtype: torch.dtype
-
-
-class _View(NamedTuple):
-    """Stands for a tensor that is a result, or a view of one."""
-
-    result: _Result
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-
-_results: ContextVar[dict[int, _Made] | None] = ContextVar("results", default=None)
-"""The results of the running forward, by their storage."""
-
-
-def _pack(tensor: Tensor) -> Tensor | _View:
-    made = (_results.get() or {}).get(tensor.untyped_storage()._cdata)
-    # Version 0: it is as it was computed.
-    if made is None or tensor.dtype != made.dtype or tensor._version:
-        return tensor
-    return _View(made.result, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
-
-
-def _unpack(packed: Tensor | _View) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
-    _, value = packed.result.computed()
-    return value.detach().as_strided(packed.size, packed.stride, packed.offset)
+        self._inputs, self._graph = [], None

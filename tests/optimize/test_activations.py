@@ -123,11 +123,9 @@ def test_what_is_kept_shrinks_and_what_is_computed_again_is_what_was_promised(tm
     assert backward["selective"]["mm"] == backward["none"]["mm"]
     # All of a layer's seven products but the last, which nothing in backward reads.
     assert backward["full"]["mm"] == backward["none"]["mm"] + 4 * 6
-    # Norms and SwiGLU are computed again in both, once each; the last norm belongs to no layer.
-    for name, once in (("rsqrt", 2 * 4), ("silu", 4)):
-        assert backward["full"][name] == once
-        assert backward["selective"][name] == once + (name == "rsqrt")
-        assert name not in backward["none"]
+    # SwiGLU is computed again in both, once each. Selective keeps the root mean square of every row.
+    assert [backward[mode].get("silu", 0) for mode in modes] == [0, 4, 4]
+    assert [backward[mode].get("rsqrt", 0) for mode in modes] == [0, 0, 2 * 4]
 
 
 def test_full_keeps_one_hidden_state_per_layer(tmp_path: Path) -> None:
@@ -158,16 +156,23 @@ def test_dropout_stays_off(tmp_path: Path, mode: Mode) -> None:
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_bf16_is_computed_again_in_bf16(tmp_path: Path, mode: Mode) -> None:
+    """Selective rounds elsewhere in a norm: that moves a gradient by little of what bf16 does."""
     save_random("LlamaConfig", HEADS, tmp_path)
     found = []
-    for each in ("none", mode):
-        policy = load(tmp_path, dtype=torch.bfloat16)
+    ways: list[tuple[Mode, torch.dtype]] = [
+        ("none", torch.float32),
+        ("none", torch.bfloat16),
+        (mode, torch.bfloat16),
+    ]
+    for each, dtype in ways:
+        policy = load(tmp_path, dtype=dtype)
         checkpoint_activations(policy.model, each)
         found.append(gradients(policy)[1])
-    for name, expected in found[0].items():
-        assert float((found[1][name] - expected).norm()) <= (2e-3 if mode == "selective" else 0) * float(
-            expected.norm()
-        )
+    exact, expected, again = found
+    for name, gradient in again.items():
+        off = float((expected[name] - exact[name]).norm())
+        moved = float((gradient - expected[name]).norm())
+        assert moved <= (0.1 * off if mode == "selective" else 0), name
 
 
 def test_without_gradients_nothing_is_set_up(tmp_path: Path) -> None:

@@ -90,10 +90,10 @@ def per_layer(stored: torch.dtype, mode: str | None) -> tuple[Counter[str], Coun
     ("stored", "mode", "forward", "backward"),
     [
         pytest.param(FP32, "none", 50, 109, marks=pytest.mark.slow),
-        (FP32, "selective", 50, 123),
+        (FP32, "selective", 50, 101),
         pytest.param(FP32, "full", 50, 158, marks=pytest.mark.slow),
         pytest.param(BF16, "none", 40, 81, marks=pytest.mark.slow),
-        (BF16, "selective", 40, 99),
+        (BF16, "selective", 40, 79),
         pytest.param(BF16, "full", 40, 119, marks=pytest.mark.slow),
     ],
 )

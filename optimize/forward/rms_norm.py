@@ -1,0 +1,108 @@
+"""RMSNorm as Llama writes it, which most models copy word by word, with its derivative in closed form.
+
+    y = w * n,  n = x * r,  r = 1 / sqrt(mean(x^2) + eps)        (Zhang and Sennrich 2019, equation 4)
+    dw = sum over rows of dy * n
+    dx = r * (dy * w - n * mean(dy * w * n))
+
+Autograd goes over the rows ten times for that, and keeps what it goes over. Here backward needs x, and r: one
+number per row.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from dpo_opt.optimize.forward.computed_again import Kept, computes_again, stand_for
+
+
+def is_llama_rms_norm(module: torch.nn.Module) -> bool:
+    """Whether the module's forward is Llama's, under whatever name. Gemma's, for one, is not."""
+    code = getattr(type(module).forward, "__code__", None)
+    return "forward" not in vars(module) and code is not None and _written(code) == _written(_LLAMA)
+
+
+_LLAMA = LlamaRMSNorm.forward.__code__
+
+
+def _written(code: Any) -> tuple[Any, ...]:
+    # The first constant is the docstring.
+    return code.co_code, code.co_names, code.co_consts[1:]
+
+
+def rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    """The module's output, (..., N). In a model that computes results again it is not kept.
+
+    Args:
+        module: One that ``is_llama_rms_norm`` is true of.
+        hidden_states: (..., N).
+    """
+    # Read at each call: sharding gives a module other parameters.
+    weight: Tensor = module.weight
+    if not computes_again() or not (hidden_states.requires_grad or weight.requires_grad):
+        output: Tensor = type(module).forward(module, hidden_states)
+        return output
+    value: Tensor = _RmsNorm.apply(hidden_states, weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
+    return value
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Keeps the input and one number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        # Llama's operations in Llama's order: the same bits.
+        wide = hidden.to(torch.float32)
+        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        ctx.normed = _Normed(hidden, weight, inverse)
+        value = weight * (wide * inverse).to(hidden.dtype)
+        stand_for(value, ctx.normed)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        normed: _Normed = ctx.normed
+        rows, weight, inverse = normed.rows(), normed.weight.float(), normed.inverse
+        # Nothing asks for the output any more: all that it went into had its backward before.
+        normed.forget()
+        grad = grad.float()
+        product = grad * rows
+        to_hidden = to_weight = None
+        if ctx.needs_input_grad[1]:
+            to_weight = product.flatten(0, -2).sum(0).to(normed.weight.dtype)
+        if ctx.needs_input_grad[0]:
+            mean = (product @ weight).unsqueeze(-1).div_(weight.numel())
+            to_hidden = (grad * weight).addcmul_(rows, mean, value=-1).mul_(inverse).to(normed.dtype)
+        return to_hidden, to_weight, None
+
+
+class _Normed:
+    """The output of a norm, which is not kept."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, inverse: Tensor) -> None:
+        self.dtype = hidden.dtype
+        self.weight = weight.detach()
+        self.inverse = inverse
+        self._hidden: Kept | None = Kept(hidden)
+        self._rows: Tensor | None = None
+        self._value: Tensor | None = None
+
+    def rows(self) -> Tensor:
+        """The input over its root mean square, (..., N) float32."""
+        if self._rows is None:
+            assert self._hidden is not None
+            self._rows = self._hidden.tensor() * self.inverse
+        return self._rows
+
+    def value(self) -> Tensor:
+        """The output, (..., N)."""
+        if self._value is None:
+            self._value = self.weight * self.rows().to(self.dtype)
+        return self._value
+
+    def forget(self) -> None:
+        """Free the rows: a graph's nodes live until all of its backward is done."""
+        self._hidden = self._rows = self._value = None
