@@ -40,7 +40,8 @@ def frontier_figure(points: Sequence[FrontierPoint], *, axes: Axes | None = None
     axes.xaxis.set_major_locator(MaxNLocator(6))
     runs = groupby(points, key=lambda point: point.run)
     for (name, of_run), (colour, marker) in zip(runs, looks_of_runs(), strict=False):
-        found = list(of_run)
+        # The reference itself, at no step and a KL of 0, is where the line of the run beside it begins.
+        found = sorted(of_run, key=lambda point: point.step is not None or point.kl.value != 0)
         kl, reward = ([getattr(point, name) for point in found] for name in ("kl", "reward"))
         axes.errorbar(
             [interval.value for interval in kl],

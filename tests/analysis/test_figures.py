@@ -239,6 +239,16 @@ def test_a_run_of_any_name_stands_in_the_legends(name):
         assert f">{name}<" in svg(figure, label="").replace("> ", ">")
 
 
+def test_a_frontier_begins_at_the_reference():
+    def point(step, kl):
+        at = Interval(kl, kl, kl)
+        return FrontierPoint("a", "f", step, 0.1, "sigmoid", "r", None, 4, 2, 0.0, at, Interval(1, 0, 2))
+
+    figure = frontier_figure([point(10, 2.0), point(20, 1.0), point(None, 0.0), point(None, 3.0)])
+    (bars,) = axes(figure).containers
+    assert bars[0].get_xdata().tolist() == [0.0, 2.0, 1.0, 3.0]
+
+
 def test_no_line_of_a_title_is_wider_than_its_figure(train):
     wide = train.with_columns(**{"rewards/chosen": -0.839, "rewards/rejected": -0.781})
     figure = curves.reward_curves(wide, train.clear())
