@@ -35,7 +35,7 @@ from dpo_opt.optimize.memory.budget import Device, choose_budget, longest_pair, 
 from dpo_opt.optimize.metrics_window import MetricsWindow
 from dpo_opt.optimize.parity import Parity
 from dpo_opt.optimize.prepare import Prepared
-from dpo_opt.optimize.processes.distributed import World
+from dpo_opt.optimize.processes.distributed import World, from_all
 from dpo_opt.optimize.reporting.reports import Reports
 from dpo_opt.optimize.run_folder import RunFolder, Written
 from dpo_opt.optimize.step import Batching
@@ -165,7 +165,7 @@ def resume_or_begin(
     ``patient_world``.
 
     Raises:
-        ConfigError: The checkpoint is of another run, or the model cannot be trained.
+        ConfigError: The checkpoint is of another run, another run is at work, or the model cannot be trained.
         DataError: No checkpoint is whole.
     """
     folder, model_folder = prepared.folder, prepared.model_folder
@@ -174,7 +174,7 @@ def resume_or_begin(
     dtype = compute_dtype(config.dtype, world.device)
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     settings = config.model_dump(mode="json", exclude={"resume"})
-    checkpoint = find_checkpoint(files.path, progress.say, patient) if config.resume else None
+    checkpoint = _claimed(files, progress.say, patient) if config.resume else None
     if checkpoint is not None:
         require_same_run(checkpoint.state, data=data, settings=settings, run=files.path)
 
@@ -230,16 +230,23 @@ def resume_or_begin(
     return run, _new_state(run, batching)
 
 
+def _claimed(files: RunFolder, say: Callable[[str], None], patient: World) -> Checkpoint | None:
+    """The newest checkpoint of a folder in which no other run is at work."""
+    if files.path.is_dir():
+        from_all(files.claim, patient)
+    return find_checkpoint(files.path, say, patient)
+
+
 def open_folder(run: Run, parity: Parity | None, written: Written, *, step: int = 0) -> None:
     """Begin to write the run's folder: its configuration, and the parity if it was measured.
 
     Of an older beginning all but ``written``, up to ``step``, is removed.
     """
-    run.files.create(yaml.safe_dump(run.settings, sort_keys=False))
+    run.files.create(yaml.safe_dump(run.settings, sort_keys=False), new=not run.config.resume)
     if parity is not None:
         run.files.write_parity(parity._asdict())
-    if run.config.resume:
-        run.files.rewind(written, step=step)
+    if run.config.resume and (lost := run.files.rewind(written, step=step)):
+        run.progress.say(f"gone since the checkpoint, and not written again: {', '.join(lost)}")
 
 
 def _data(config: TrainConfig, prepared: Prepared) -> Data:

@@ -3,6 +3,7 @@
 Only the policy is in memory. The reference comes from the shards, as two numbers per pair.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -66,14 +67,16 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
             gradient is not finite, or no checkpoint to resume from is whole.
     """
     world = world_from_environment(os.environ)
-    with stop_signals() as stop, process_group(world):
-        return _train(config, (progress or Silent()) if world.first else Silent(), stop, world)
+    files = RunFolder(config.output_dir, writes=world.first)
+    with stop_signals() as stop, process_group(world), contextlib.closing(files):
+        return _train(config, files, (progress or Silent()) if world.first else Silent(), stop, world)
 
 
-def _train(config: TrainConfig, progress: Progress, stop: StopSignals, world: World) -> TrainResult:
+def _train(
+    config: TrainConfig, files: RunFolder, progress: Progress, stop: StopSignals, world: World
+) -> TrainResult:
     prepared = prepare(config)
     total_steps = prepared.total_steps
-    files = RunFolder(config.output_dir, writes=world.first)
     final = files.path / FINAL
     ended = files.finished_step()
     patient = patient_world(world)

@@ -6,6 +6,7 @@ step is twice in the metrics, and no pair is twice in a step's log-probs.
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from dpo_opt.optimize.metrics_lines import Metrics, is_line, is_whole, lines_until, newest_training_line
+from dpo_opt.optimize.run_claim import claim_folder
+from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.pair_logps import PairLogps, Phase, write_pair_logps
 from dpo_opt.schemas.pairs import ScoredPair
@@ -94,6 +97,7 @@ class RunFolder:
         self._lines = 0
         self._held: dict[str, list[HeldLogps]] = {}
         self._segments: dict[str, int] = {}
+        self._claim: int | None = None
 
     @staticmethod
     def require_unused(path: Path) -> None:
@@ -112,9 +116,40 @@ class RunFolder:
                 else "pass another --output-dir, or remove the folder",
             )
 
-    def create(self, config_yaml: str) -> None:
-        """Create the folder and write its resolved configuration."""
-        self._write(CONFIG, config_yaml)
+    def claim(self) -> None:
+        """Keep other runs of this machine out of the folder until ``close``; it is created.
+
+        Raises:
+            ConfigError: One is at work there.
+        """
+        if not self._writes or self._claim is not None:
+            return
+        self._claim = claim_folder(self.path)
+
+    def close(self) -> None:
+        """Let other runs into the folder."""
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
+
+    def create(self, config_yaml: str, *, new: bool) -> None:
+        """Create the folder and write its resolved configuration.
+
+        Args:
+            config_yaml: The configuration.
+            new: Whether the folder must not have one.
+
+        Raises:
+            ConfigError: Another run is at work in the folder, or has begun it meanwhile.
+        """
+        if not self._writes:
+            return
+        self.claim()
+        try:
+            write_text(self.path / CONFIG, config_yaml, replace=not new)
+        except FileExistsError:
+            self.require_unused(self.path)
+            raise
 
     def write_parity(self, parity: Mapping[str, object]) -> None:
         """Write parity.json: the measured parity of policy and cached reference."""
@@ -132,8 +167,8 @@ class RunFolder:
         if self._writes:
             write_text(self.path / name, text)
 
-    def rewind(self, written: Written, *, step: int) -> None:
-        """Remove everything that was written after a checkpoint.
+    def rewind(self, written: Written, *, step: int) -> list[str]:
+        """Remove everything that was written after a checkpoint; returns what is gone of ``written``.
 
         Args:
             written: What was on disk when the checkpoint was made.
@@ -143,7 +178,7 @@ class RunFolder:
             DataError: A line of metrics is broken.
         """
         if not self._writes:
-            return
+            return []
         lines = lines_until(self.path / METRICS, written.lines, step)
         for name in (PREEMPTED, BEST, STATE):
             (self.path / name).unlink(missing_ok=True)
@@ -155,6 +190,10 @@ class RunFolder:
             # Another name is a file of the user's.
             if file.stem.isdecimal() and int(file.stem) >= self._segments.get(folder, 0):
                 file.unlink()
+        files = (f"{name}/{i:05d}.parquet" for name, count in written.segments.items() for i in range(count))
+        lost = [name for name in files if not (self.path / name).is_file()]
+        missing = written.lines - len(lines)
+        return [f"{counted(missing, 'line')} of {METRICS}", *lost] if missing > 0 else lost
 
     def written(self) -> Written:
         """Write everything that is still held, and say how much is on disk."""

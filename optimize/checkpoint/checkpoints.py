@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.losses.running import Running
@@ -72,15 +72,15 @@ class Counters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    step: int = 0
+    step: NonNegativeInt = 0
     """Optimizer updates made."""
-    consumed: int = 0
+    consumed: NonNegativeInt = 0
     """Training pairs seen: with the seed, the state of the data order."""
-    num_tokens: int = 0
+    num_tokens: NonNegativeInt = 0
     """Tokens of the pairs seen; prompts count twice."""
-    num_unique_tokens: int = 0
+    num_unique_tokens: NonNegativeInt = 0
     """Tokens of the pairs seen; prompts count once."""
-    evaluated_step: int = 0
+    evaluated_step: NonNegativeInt = 0
     """Update after which the last evaluation was made; 0 before the first."""
 
 
@@ -95,14 +95,14 @@ class TrainState(_Record):
     """Sums of the metrics since the last line of metrics (step.MetricsWindow)."""
     running: Running = Running()
     """The rewards of training so far, as losses that read them know them."""
-    lines: int
+    lines: NonNegativeInt
     """Lines of metrics that were written."""
-    segments: dict[str, int]
+    segments: dict[str, NonNegativeInt]
     """Files of pair log-probs that were written, by folder."""
     best: Best | None
     parity: dict[str, Any] | None
     """Parity of the policy that the run started from; None with ``reference_differs``."""
-    micro_batch_tokens: int
+    micro_batch_tokens: PositiveInt
     """The micro-batch budget in token rows; another budget rounds differently."""
     threads: int
     """Number of CPU threads; another number rounds differently."""
@@ -239,7 +239,8 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Checkpoint | Non
     for path in reversed(checkpoint_steps(run)):
         damage = _damage(path)
         if damage is None:
-            return Checkpoint(path, read_state(path))
+            other = f"restore it, or continue from the checkpoint before: rm -r {quoted(path)}"
+            return Checkpoint(path, read_state(path, fix=other))
         say(f"skipping the damaged checkpoint {quoted(path.name)}: {damage}")
     if damage is None:
         return None

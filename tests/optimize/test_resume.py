@@ -1,5 +1,6 @@
 """A run that was stopped, however it was stopped, ends as the run that was not."""
 
+import fcntl
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from dpo_opt.optimize.checkpoint.checkpoints import Best
 from dpo_opt.optimize.evaluation import Evaluation, is_comparable, new_best
 from dpo_opt.optimize.memory.budget import CPU_ROWS, Device, run_device
 from dpo_opt.optimize.processes.distributed import World
+from dpo_opt.optimize.run_folder import RunFolder
 from dpo_opt.optimize.stop_signals import StopRequested, stop_signals
 from dpo_opt.optimize.stream import PairStream
 from dpo_opt.schemas.errors import ConfigError, DataError, DpoOptError, FingerprintError, Preempted
@@ -230,7 +232,9 @@ def test_a_broken_line_of_metrics_is_named_before_anything_is_trained_and_its_fi
     assert str(refused.value.fix).startswith("sed -i.bak 1d ")
     assert {path: path.read_bytes() for path in before} == before
     metrics.write_text("".join(lines[1:]))
-    train(again)
+    listener = Listener()
+    train(again, progress=listener)
+    assert listener.lines[0] == "gone since the checkpoint, and not written again: 1 line of metrics.jsonl"
     found = contents(run)
     assert found["metrics"] == undisturbed["metrics"][1:]
     assert found["pair_logps"] == undisturbed["pair_logps"]
@@ -246,6 +250,46 @@ def test_what_a_user_put_beside_checkpoints_and_log_probs_is_left_alone(
     train(TrainConfig(**settings, output_dir=run, resume=True))
     assert kept.is_dir()
     assert (run / "pair_logps" / "mine.parquet").read_bytes() == b"mine"
+
+
+def test_a_folder_has_one_run_at_a_time(
+    settings: dict[str, Any], undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    run = stopped_at_step(tmp_path / "run", settings, 4)
+    before = {path: path.stat() for path in run.rglob("*")}
+    other = RunFolder(run)
+    other.claim()
+    with pytest.raises(ConfigError, match="another run is at work") as refused:
+        train(TrainConfig(**settings, output_dir=run, resume=True))
+    assert refused.value.fix == "let it end, or pass another --output-dir"
+    assert {path: path.stat() for path in run.rglob("*")} == before
+    other.close()
+    train(TrainConfig(**settings, output_dir=run, resume=True))
+    assert contents(run) == undisturbed
+
+
+def test_of_two_new_runs_in_a_folder_at_once_one_goes_on(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = RunFolder(tmp_path / "run")
+    claim = RunFolder.claim
+
+    def begin_first(files: RunFolder) -> None:
+        """Both looked whether the folder is in use; the other one is the first to begin it."""
+        monkeypatch.setattr(RunFolder, "claim", claim)
+        other.create("the other's", new=True)
+        files.claim()
+
+    for ended, said in ((False, "another run is at work"), (True, "already in use")):
+        monkeypatch.setattr(RunFolder, "claim", begin_first)
+        if ended:
+            monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # as if a file system had no locks
+        with pytest.raises(ConfigError, match=said):
+            train(TrainConfig(**settings, output_dir=other.path))
+        assert [path.name for path in other.path.iterdir()] == [CONFIG]
+        assert (other.path / CONFIG).read_text() == "the other's"
+        other.close()
+        shutil.rmtree(other.path)
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_started_over(
@@ -525,6 +569,24 @@ def change_state(checkpoint: Path, change: Callable[[dict[str, Any]], dict[str, 
 
 def with_dtype(dtype: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda said: said | {"settings": said["settings"] | {"dtype": dtype}}
+
+
+def test_a_state_that_no_run_has_is_refused_and_its_fix_goes_on(
+    settings: dict[str, Any], undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    run = stopped_at_step(tmp_path / "my run", settings, 5)
+    newest = run / "checkpoints" / "step-00000004"
+    change_state(newest, lambda said: said | {"at": said["at"] | {"consumed": -5}})
+    again = TrainConfig(**settings, output_dir=run, resume=True)
+    with pytest.raises(DataError, match=r"at\.consumed") as refused:
+        train(again)
+    assert str(refused.value.fix).endswith(f"rm -r '{newest}'")
+    shutil.rmtree(newest)
+    (run / "pair_logps" / "00000.parquet").unlink()
+    listener = Listener()
+    train(again, progress=listener)
+    assert listener.lines[0] == "gone since the checkpoint, and not written again: pair_logps/00000.parquet"
+    assert contents(run)["metrics"] == undisturbed["metrics"]
 
 
 def test_on_another_kind_of_device_a_run_does_not_change_its_dtype(
