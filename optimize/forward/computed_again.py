@@ -42,7 +42,7 @@ def stand_for(value: Tensor, result: Result) -> None:
     storage = value.untyped_storage()
     # The reference keeps the storage's number from being given to another.
     here = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-    results[storage._cdata] = _Made(result, here, value.dtype)
+    results[storage._cdata] = _Made(result, here, value.dtype, value._version)
 
 
 class Kept:
@@ -69,6 +69,7 @@ class _Made(NamedTuple):
     result: Result
     storage: StorageWeakRef
     dtype: torch.dtype
+    version: int
 
 
 class _View(NamedTuple):
@@ -86,8 +87,7 @@ _results: ContextVar[dict[int, _Made] | None] = ContextVar("results", default=No
 
 def _pack(tensor: Tensor) -> Tensor | _View:
     made = (_results.get() or {}).get(tensor.untyped_storage()._cdata)
-    # Version 0: it is as it was computed.
-    if made is None or tensor.dtype != made.dtype or tensor._version:
+    if made is None or (tensor.dtype, tensor._version) != (made.dtype, made.version):
         return tensor
     return _View(made.result, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 

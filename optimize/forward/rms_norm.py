@@ -55,9 +55,13 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         # Llama's operations in Llama's order: the same bits.
         wide = hidden.to(torch.float32)
-        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        rows = wide.pow(2)
+        inverse = torch.rsqrt(rows.mean(-1, keepdim=True) + epsilon)
         ctx.normed = _Normed(hidden, weight, inverse)
-        value = weight * (wide * inverse).to(hidden.dtype)
+        torch.mul(wide, inverse, out=rows)
+        rows = rows.to(hidden.dtype)
+        in_place = torch.result_type(weight, rows) == rows.dtype
+        value = rows.mul_(weight) if in_place else weight * rows
         stand_for(value, ctx.normed)
         return value
 
@@ -75,7 +79,8 @@ class _RmsNorm(torch.autograd.Function):
             to_weight = product.flatten(0, -2).sum(0).to(normed.weight.dtype)
         if ctx.needs_input_grad[0]:
             mean = (product @ weight).unsqueeze(-1).div_(weight.numel())
-            to_hidden = (grad * weight).addcmul_(rows, mean, value=-1).mul_(inverse).to(normed.dtype)
+            torch.mul(grad, weight, out=product)
+            to_hidden = product.addcmul_(rows, mean, value=-1).mul_(inverse).to(normed.dtype)
         return to_hidden, to_weight, None
 
 
