@@ -25,6 +25,7 @@ from dpo_opt.schemas.manifest import (
     TOKENIZER,
     Manifest,
     ShardCommit,
+    all_prompts_truncated,
     resume_command,
 )
 from dpo_opt.schemas.pairs import HIGHEST_LOGP, LogpArray, ScoredPair
@@ -114,6 +115,7 @@ def _record_problems(manifest: Manifest) -> Iterator[str]:
     sums = {
         "kept": sum(c.rows for c in manifest.shards),
         "truncated": sum(c.truncated for c in manifest.shards),
+        "prompts_truncated": all_prompts_truncated(manifest.shards),
         "tokens": sum(c.tokens for c in manifest.shards),
     }
     for name, right in sums.items():

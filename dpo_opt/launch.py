@@ -17,6 +17,7 @@ from dpo_opt.precompute.workers.local import own_devices, worker_environments
 from dpo_opt.precompute.workers.local import run_workers as run_here
 from dpo_opt.schemas.counts import are, counted
 from dpo_opt.schemas.errors import ConfigError
+from dpo_opt.schemas.manifest import COUNTS
 from dpo_opt.schemas.progress import Progress, Silent
 from dpo_opt.scorers import make_scorer
 
@@ -110,7 +111,7 @@ def launch(config: PrecomputeConfig, *, progress: Progress | None = None) -> dic
     manifest = finalize(config.shards, own=plan)
     if lost := manifest.dropped.get(ENGINE_ERROR, 0):
         progress.say(f"left out because the engine failed on them: {lost} ({ENGINE_ERROR})")
-    return planned | manifest.model_dump(include={"kept", "dropped", "truncated", "tokens"}) | scored
+    return planned | manifest.model_dump(include=COUNTS) | scored
 
 
 def score_as_worker(config: PrecomputeConfig) -> int:

@@ -180,22 +180,26 @@ def score_shard(
         DpoOptError: The scorer returned values that cannot be log-probs.
     """
     begun = time.monotonic()
-    kept: list[TokenizedPair] = []
     dropped: list[DroppedRow] = []
-    digest = RowsDigest()
     pairs: list[PreferencePair] = []
+    digest = RowsDigest()
     for item in items:
         digest.add(item)
         if isinstance(item, BadRow):
             dropped.append(_left_out(item.row, item.error, config))
         elif isinstance(item, PreferencePair):
             pairs.append(item)
+    kept: list[TokenizedPair] = []
+    prompts_cut: set[int] = set()
     for pair, ids in zip(pairs, tokenizer.encode(pairs), strict=True):
-        fitted = _left_out(pair.row, ids, config) if isinstance(ids, DataError) else tokenizer.fit(pair, ids)
-        if isinstance(fitted, TokenizedPair):
-            kept.append(fitted)
-        else:
+        if isinstance(ids, DataError):
+            dropped.append(_left_out(pair.row, ids, config))
+        elif isinstance(fitted := tokenizer.fit(pair, ids), DroppedRow):
             dropped.append(fitted)
+        else:
+            kept.append(fitted)
+            if len(fitted.prompt_ids) < len(ids.prompt):
+                prompts_cut.add(pair.row)
     if not digest.is_that_of(planned):
         raise DataError(
             f"rows {planned.start} to {planned.stop} changed while the file was being scored",
@@ -208,7 +212,7 @@ def score_shard(
         kept, alone = with_mismatched(kept, max_length=plan.fingerprint.max_length)
         dropped += [DroppedRow(r.row, r.source, NO_OTHER_PROMPT, where[r.row].where) for r in alone]
     scored = score_pairs(kept, scorer, model=model.folder)
-    # An engine loads the model at its first sequences, and again when it had failed.
+    # An engine loads it at its first sequences, and again when it had failed.
     model.require_unchanged(plan.fingerprint.weights)
     losses.add(kept, scored.left_out)
     for row, message in scored.left_out.items():
@@ -220,6 +224,7 @@ def score_shard(
         planned,
         scored,
         dropped,
+        prompts_cut=prompts_cut,
         fingerprint=plan.fingerprint,
         worker=config.worker_index,
         begun=begun,

@@ -12,7 +12,7 @@ manifest says.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, TypeVar
 
@@ -43,6 +43,8 @@ SLURM = "slurm"
 """Scripts, settings and logs of jobs."""
 DAMAGED = "damaged"
 """Kind of the errors that ``dpo-opt repair`` mends."""
+COUNTS = {"kept", "dropped", "truncated", "prompts_truncated", "tokens"}
+"""What commands say of a manifest."""
 _ONLY_RECORD = "nothing else says which files belong to the folder"
 R = TypeVar("R", bound=BaseModel)
 _SAFE_FILE = re.compile(rf"(({DATA}|{DROPPED})/)?[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -109,6 +111,8 @@ class ShardCommit(ShardRange):
     """Reason to number of rows."""
     truncated: int
     """Kept pairs with at least one completion cut."""
+    prompts_truncated: int | None = None
+    """Kept pairs whose prompt was cut; null in records from before it was counted."""
     tokens: int
     """Prompts count twice."""
     unique_sequences: int
@@ -133,6 +137,8 @@ class Manifest(_Record):
     kept: int
     dropped: dict[str, int]
     truncated: int
+    prompts_truncated: int | None = None
+    """This and the one before as those of the shards add up; null where one of theirs is."""
     tokens: int
     pairs_per_shard: PositiveInt | None = None
     columns: dict[str, ColumnFile] | None = None
@@ -143,6 +149,13 @@ class Manifest(_Record):
     tokenizer_sha256: Sha256
     tokenizer_files: list[str] | None = None
     """Only these are fetched from a store; None in a manifest from before they were named."""
+
+
+def all_prompts_truncated(commits: Sequence[ShardCommit]) -> int | None:
+    """Kept pairs of some shards whose prompt was cut; None where one of the shards does not say it."""
+    counts = [commit.prompts_truncated for commit in commits]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def repair_command(shards_dir: AnyPath) -> str:

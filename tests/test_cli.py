@@ -63,6 +63,7 @@ def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "kept": 12,
         "dropped": {},
         "truncated": 0,
+        "prompts_truncated": 0,
         "tokens": load_manifest(base / "shards").tokens,
         "engine": "transformers",
         "reuse_check": None,

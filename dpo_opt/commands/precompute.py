@@ -16,10 +16,10 @@ from dpo_opt.results import show
 from dpo_opt.schemas.counts import counted
 from dpo_opt.schemas.errors import quoted
 from dpo_opt.schemas.locations import location
-from dpo_opt.schemas.manifest import load_manifest, resume_command
+from dpo_opt.schemas.manifest import COUNTS, load_manifest, resume_command
 from dpo_opt.schemas.safe_text import printable
 
-_COUNTS = {"rows", "kept", "dropped", "truncated", "tokens", "reuse_check"}
+_NOT_AS_THEY_ARE = {"rows", "reuse_check", *COUNTS}
 
 
 @click.command(help=__doc__)
@@ -57,7 +57,7 @@ def command(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
             result: dict[str, Any] = {"worker": config.worker_index, "scored_shards": scored}
         else:
             manifest = run(config, scorer=scorer, progress=watched())
-            result = manifest.model_dump(include={"rows", "kept", "dropped", "truncated", "tokens"})
+            result = manifest.model_dump(include={"rows", *COUNTS})
             result["engine"] = manifest.fingerprint.engine
     result = {"shards": str(config.shards), **result, "reuse_check": reuse_check(scorer)}
     show(result if as_json else _in_words(result), as_json)
@@ -65,14 +65,16 @@ def command(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
 
 def _in_words(result: dict[str, Any]) -> dict[str, Any]:
     """A result as a person reads it: counts with what they count, and the rest as it is."""
-    words = {"shards": result["shards"]} | {n: v for n, v in result.items() if n not in _COUNTS}
+    words = {"shards": result["shards"]} | {n: v for n, v in result.items() if n not in _NOT_AS_THEY_ARE}
     if "kept" in result:
         noun = load_manifest(location(result["shards"])).fingerprint.noun
         total = result["rows"] if "rows" in result else result["pairs_total"]
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in result["dropped"].items())
         words[f"{noun}s"] = f"{result['kept']:,} kept of {counted(total, 'row')}"
         words["left out"] = f"{dropped} (listed in dropped/)" if dropped else "none"
-        words["cut"] = f"{counted(result['truncated'], noun)} lost tokens to --max-length"
+        # Never both of one pair: a prompt is cut where completions stay whole.
+        cut = result["truncated"] + (result["prompts_truncated"] or 0)
+        words["cut"] = f"{counted(cut, noun)} lost tokens to --max-length"
         sides = (
             "each of its two completions" if noun == "pair" else "its own completion and with another row's"
         )

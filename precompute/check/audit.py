@@ -10,7 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_opt.precompute.check.flags import ODD_ENDS, Flag
-from dpo_opt.precompute.check.forecast import estimate, forecast, forecast_lengths, kept_pairs
+from dpo_opt.precompute.check.forecast import (
+    estimate,
+    forecast,
+    forecast_lengths,
+    kept_pairs,
+    lengths_that_cut_prompts,
+)
 from dpo_opt.precompute.check.labels import label_counts, label_problems
 from dpo_opt.precompute.check.length_bias import biased, length_bias
 from dpo_opt.precompute.check.openings import shared_openings
@@ -23,6 +29,7 @@ from dpo_opt.precompute.check.pair_statistics import (
     collect,
 )
 from dpo_opt.precompute.check.problems import (
+    FOUND,
     LEAVES_NOTHING,
     MERGED_TURNS,
     by_harm,
@@ -31,16 +38,15 @@ from dpo_opt.precompute.check.problems import (
     without_skipping,
 )
 from dpo_opt.precompute.check.repeats import find_repeats, near_repeats
-from dpo_opt.precompute.check.summaries import lengths_of, percentiles, source_counts
+from dpo_opt.precompute.check.summaries import data_sources, lengths_of, percentiles, source_counts
 from dpo_opt.precompute.config import CheckConfig, Truncation
 from dpo_opt.precompute.read.sources import Source, find_sources, merged_splits
 from dpo_opt.precompute.tokens.max_length import resolve_max_length
+from dpo_opt.precompute.tokens.mismatched import NO_OTHER_PROMPT
 from dpo_opt.precompute.tokens.template_date import ChosenDate, chosen_date
 from dpo_opt.precompute.tokens.tokenize import encoder
-from dpo_opt.precompute.tokens.truncation import DROP_FIXES
 from dpo_opt.schemas.audit_record import (
     Audit,
-    DataSource,
     Example,
     Problem,
     TruncationForecast,
@@ -96,7 +102,8 @@ def audit(
         if folder is None
         else chosen_date(encoder(folder).tokenizer, given=config.template_date, shards=config.shards)
     )
-    wanted = Wanted(folder, config.near_duplicates, config.train_on, date.date)
+    cut_to = lengths_that_cut_prompts(config, folder)
+    wanted = Wanted(folder, config.near_duplicates, config.train_on, date.date, cut_to)
     named = find_sources(config)
     facts = collect(config, wanted, processes=config.processes, progress=progress)
     problems = _bad_rows(facts, skipped=config.on_bad_row == "skip")
@@ -117,7 +124,7 @@ def audit(
     if not len(facts):
         problems.append(problem("no_pairs", 0, []))
     report = Audit(
-        data=_data(facts, named),
+        data=data_sources(facts, named),
         pairs=len(facts),
         problems=[],
         unit="tokens" if facts.tokens.shape[1] else "characters",
@@ -129,22 +136,7 @@ def audit(
         template_date_from=date.origin,
     )
     if folder is not None and len(facts):
-        max_length = resolve_max_length(folder, config.max_length)
-        fits = [
-            forecast(facts.tokens, max_length=length, truncation=config.truncation)
-            for length in forecast_lengths(facts.tokens, max_length, context=context_length(folder))
-        ]
-        report.truncation_mode = config.truncation
-        report.truncation = fits
-        at_max_length = next(fit for fit in fits if fit.max_length == max_length)
-        report.estimate = estimate(
-            facts,
-            max_length=max_length,
-            truncation=config.truncation,
-            parameters=count_parameters(folder),
-            pairs_per_shard=config.pairs_per_shard,
-        )
-        problems += _forecast_problems(facts, at_max_length, config.truncation)
+        problems += _forecast(report, facts, config, folder, cut_to, parameters=count_parameters(folder))
     report.problems = by_harm(problems if report.noun == "pair" else list(map(of_rows, problems)))
     return report
 
@@ -279,28 +271,48 @@ def _merged(named: Sequence[Source]) -> list[Problem]:
     return [problem("merged_splits", len(examples), examples[:EXAMPLES])] if examples else []
 
 
-def _data(facts: Facts, named: Sequence[Source]) -> list[DataSource]:
-    return [
-        DataSource(
-            name=source.name,
-            form=facts.forms.get(i, "nothing that could be recognised"),
-            files=len(source.files),
-            pairs=int((facts.source == i).sum()),
-            bad_rows=sum(found.rows for (number, _), found in facts.bad_rows.items() if number == i),
-        )
-        for i, source in enumerate(named)
+def _forecast(
+    report: Audit,
+    facts: Facts,
+    config: CheckConfig,
+    folder: Path,
+    cut_to: tuple[int, ...],
+    *,
+    parameters: int,
+) -> list[Problem]:
+    """Write the forecasts into the report; the problems among them."""
+    max_length, truncation = resolve_max_length(folder, config.max_length), config.truncation
+    others = None if report.labels is None else facts.other_prompts(cut_to, config.pairs_per_shard)
+    fits = [
+        forecast(facts.tokens, max_length=length, truncation=truncation, others=others)
+        for length in forecast_lengths(facts.tokens, max_length, context=context_length(folder))
     ]
+    report.truncation_mode = truncation
+    report.truncation = fits
+    report.estimate = estimate(
+        facts,
+        max_length=max_length,
+        truncation=truncation,
+        parameters=parameters,
+        pairs_per_shard=config.pairs_per_shard,
+        others=others,
+    )
+    at_max_length = next(fit for fit in fits if fit.max_length == max_length)
+    kept, _ = kept_pairs(facts.tokens, max_length=max_length, truncation=truncation, others=others)
+    return _forecast_problems(facts, at_max_length, truncation, kept)
 
 
-def _forecast_problems(facts: Facts, fit: TruncationForecast, truncation: Truncation) -> list[Problem]:
+def _forecast_problems(
+    facts: Facts, fit: TruncationForecast, truncation: Truncation, kept: Mask
+) -> list[Problem]:
     prompt, longest = facts.tokens[:, 0], facts.tokens[:, 1:3].max(axis=1)
     if not fit.whole and not fit.cut:
         reason = max(fit.dropped, key=lambda key: fit.dropped[key])
-        kind = f"all_{reason}" if reason in DROP_FIXES else "nothing_fits"
+        kind = f"all_{reason}" if f"all_{reason}" in FOUND else "nothing_fits"
         counts = ", ".join(f"{count} {reason}" for reason, count in fit.dropped.items())
         return [problem(kind, len(facts), [Example(where=f"--max-length {fit.max_length}", detail=counts)])]
     too_long = prompt + longest > fit.max_length
-    kept, _ = kept_pairs(facts.tokens, max_length=fit.max_length, truncation=truncation)
+    fits, _ = kept_pairs(facts.tokens, max_length=fit.max_length, truncation=truncation)
     usable, of_themselves = kept_pairs(
         facts.tokens, max_length=int((prompt + longest).max()) + 1, truncation=truncation
     )
@@ -309,9 +321,14 @@ def _forecast_problems(facts: Facts, fit: TruncationForecast, truncation: Trunca
     if len(pairs):
         examples = _examples(facts, pairs, lambda i: _shape_of(facts, i))
         problems.append(problem("no_token", len(pairs), examples))
-    pairs = np.flatnonzero(usable & ~kept)
+    pairs = np.flatnonzero(fits & ~kept)
     if len(pairs):
-        by_length = {key: n for key, n in fit.dropped.items() if key not in of_themselves}
+        examples = _examples(facts, pairs, lambda i: _shape_of(facts, i))
+        problems.append(problem(NO_OTHER_PROMPT, len(pairs), examples))
+    pairs = np.flatnonzero(usable & ~fits)
+    if len(pairs):
+        of_others = {*of_themselves, NO_OTHER_PROMPT}
+        by_length = {key: n for key, n in fit.dropped.items() if key not in of_others}
         reasons = ", ".join(f"{count} {reason}" for reason, count in by_length.items())
         summary = Example(where=f"--max-length {fit.max_length}", detail=reasons)
         examples = _examples(

@@ -1,14 +1,19 @@
 """What a ``max_length`` would do to pairs, and what scoring them would take: arithmetic on their lengths."""
 
+from pathlib import Path
 from typing import assert_never
 
 import numpy as np
 import numpy.typing as npt
 
+from dpo_opt.precompute.check.other_prompts import OtherPrompts
 from dpo_opt.precompute.check.pair_statistics import Facts, mixed_hash
-from dpo_opt.precompute.config import Truncation
+from dpo_opt.precompute.config import CheckConfig, Truncation
+from dpo_opt.precompute.tokens.max_length import resolve_max_length
+from dpo_opt.precompute.tokens.mismatched import NO_OTHER_PROMPT
 from dpo_opt.precompute.tokens.truncation import DropReason
 from dpo_opt.schemas.audit_record import Estimate, TruncationForecast
+from dpo_opt.schemas.models import context_length
 
 Mask = npt.NDArray[np.bool_]
 
@@ -19,7 +24,11 @@ _FLOPS = 0.4 * 989e12
 
 
 def kept_pairs(
-    tokens: npt.NDArray[np.int32], *, max_length: int, truncation: Truncation
+    tokens: npt.NDArray[np.int32],
+    *,
+    max_length: int,
+    truncation: Truncation,
+    others: OtherPrompts | None = None,
 ) -> tuple[Mask, dict[str, int]]:
     """Which pairs ``fit_ids`` keeps, and how many it leaves out for which reason, from lengths alone.
 
@@ -28,6 +37,7 @@ def kept_pairs(
             ``PairIds``.
         max_length: Most tokens of prompt plus completion.
         truncation: What happens to longer ones.
+        others: Of data with unpaired rows, to leave out those without a completion of another prompt, too.
     """
     prompt, chosen, rejected, alike, uncounted = tokens.T
     longest, shortest = np.maximum(chosen, rejected), np.minimum(chosen, rejected)
@@ -54,12 +64,23 @@ def kept_pairs(
         if count:
             dropped[reason] = count
         kept &= ~mask
+    if others is not None:
+        without = others.without(tokens, kept, max_length=max_length)
+        if without.any():
+            dropped[NO_OTHER_PROMPT] = int(without.sum())
+        kept &= ~without
     return kept, dropped
 
 
-def forecast(tokens: npt.NDArray[np.int32], *, max_length: int, truncation: Truncation) -> TruncationForecast:
-    """What ``max_length`` would do to the pairs; ``tokens`` as in ``kept_pairs``."""
-    kept, dropped = kept_pairs(tokens, max_length=max_length, truncation=truncation)
+def forecast(
+    tokens: npt.NDArray[np.int32],
+    *,
+    max_length: int,
+    truncation: Truncation,
+    others: OtherPrompts | None = None,
+) -> TruncationForecast:
+    """What ``max_length`` would do to the pairs; arguments as those of ``kept_pairs``."""
+    kept, dropped = kept_pairs(tokens, max_length=max_length, truncation=truncation, others=others)
     cut = int((kept & (tokens[:, 0] + tokens[:, 1:3].max(axis=1) > max_length)).sum())
     return TruncationForecast(max_length=max_length, whole=int(kept.sum()) - cut, cut=cut, dropped=dropped)
 
@@ -77,15 +98,36 @@ def forecast_lengths(
     longest = int((tokens[:, 0] + tokens[:, 1:3].max(axis=1)).max())
     shorter = [length for length in _FORECAST_LENGTHS if length < longest]
     enough = [length for length in _FORECAST_LENGTHS if length >= longest][:1]
-    lengths = {*shorter, *enough, max_length}
+    return _within({*shorter, *enough, max_length}, context)
+
+
+def lengths_that_cut_prompts(config: CheckConfig, folder: Path | None) -> tuple[int, ...]:
+    """Those that ``forecast_lengths`` may name, whatever the data; none where prompts stay whole.
+
+    Raises:
+        ConfigError: ``--max-length`` is beyond the model's context.
+    """
+    if folder is None or config.truncation != "keep_end":
+        return ()
+    max_length = resolve_max_length(folder, config.max_length)
+    return tuple(_within({*_FORECAST_LENGTHS, max_length}, context_length(folder)))
+
+
+def _within(lengths: set[int], context: int | None) -> list[int]:
     return sorted(lengths if context is None else {min(length, context) for length in lengths})
 
 
 def estimate(
-    facts: Facts, *, max_length: int, truncation: Truncation, parameters: int, pairs_per_shard: int
+    facts: Facts,
+    *,
+    max_length: int,
+    truncation: Truncation,
+    parameters: int,
+    pairs_per_shard: int,
+    others: OtherPrompts | None = None,
 ) -> Estimate:
-    """What scoring would take; equal sequences are scored once."""
-    kept, _ = kept_pairs(facts.tokens, max_length=max_length, truncation=truncation)
+    """What scoring would take; equal sequences are scored once. ``others`` as that of ``kept_pairs``."""
+    kept, _ = kept_pairs(facts.tokens, max_length=max_length, truncation=truncation, others=others)
     prompt, *completions = facts.tokens[kept, :3].T
     if truncation == "keep_start":
         completions = [np.minimum(completion, max_length - prompt) for completion in completions]
@@ -102,7 +144,7 @@ def estimate(
         sequences=len(firsts),
         tokens=tokens,
         max_length=max_length,
-        shards=-(-len(facts) // pairs_per_shard),
+        shards=-(-facts.rows // pairs_per_shard),
         disk_gb=round(stored / 1e9, 4),
         parameters=parameters,
         gpu_hours=2 * parameters * tokens / _FLOPS / 3600,

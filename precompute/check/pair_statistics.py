@@ -3,7 +3,6 @@
 Blocks are read on several processes; their facts come back as arrays and are joined in order.
 """
 
-import bisect
 import hashlib
 import itertools
 import json
@@ -17,8 +16,17 @@ import numpy.typing as npt
 
 from dpo_opt.precompute.check.flags import flags_of
 from dpo_opt.precompute.check.near_duplicates import signatures
+from dpo_opt.precompute.check.other_prompts import OtherPrompts, prompt_hashes
+from dpo_opt.precompute.check.places import Places
 from dpo_opt.precompute.config import DataConfig, TrainOn
-from dpo_opt.precompute.read.datasets import BadFile, BadRow, Reading, parse_block, scan_blocks
+from dpo_opt.precompute.read.datasets import (
+    BadFile,
+    BadRow,
+    NotInShare,
+    Reading,
+    parse_block,
+    scan_blocks,
+)
 from dpo_opt.precompute.read.parallel import map_in_order
 from dpo_opt.precompute.read.row_blocks import Block
 from dpo_opt.precompute.tokens.templates import chat_templates
@@ -73,7 +81,13 @@ class Facts(NamedTuple):
     """By --data argument and kind."""
     forms: dict[int, str]
     """From the index of a --data argument to the form of its rows."""
-    places: "Places"
+    places: Places
+    prompt_ids: Hashes
+    """``prompt_hashes`` of the unpaired rows, (0, 1) without model."""
+    numbers: npt.NDArray[np.int64]
+    """(P,) number of the pair among all rows that ``--data-share`` keeps, those included that are bad."""
+    rows: int
+    """How many rows those are."""
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -90,22 +104,14 @@ class Facts(NamedTuple):
         found: npt.NDArray[np.bool_] = self.chosen == NO_COMPLETION
         return found
 
+    def other_prompts(self, lengths: tuple[int, ...], pairs_per_shard: int) -> OtherPrompts:
+        """What decides which unpaired rows get a completion of another prompt."""
+        rows = np.flatnonzero(self.desirable | self.undesirable)
+        return OtherPrompts(rows, self.numbers[rows] // pairs_per_shard, self.prompt_ids, lengths)
+
     def hashes(self, pair: int) -> tuple[int, int, int]:
         """``pair_hashes`` of a pair that was read."""
         return int(self.prompt[pair]), int(self.chosen[pair]), int(self.rejected[pair])
-
-
-class Places:
-    """File and line of every pair, compressed: names of neighbouring lines hardly differ."""
-
-    def __init__(self, blocks: Sequence[tuple[int, bytes]]) -> None:
-        self._ends = list(itertools.accumulate(count for count, _ in blocks))
-        self._blocks = [names for _, names in blocks]
-
-    def __getitem__(self, pair: int) -> str:
-        block = bisect.bisect_right(self._ends, pair)
-        names = zlib.decompress(self._blocks[block]).decode("utf-8", errors="surrogateescape").split("\0")
-        return names[pair - self._ends[block]]
 
 
 class Wanted(NamedTuple):
@@ -115,6 +121,8 @@ class Wanted(NamedTuple):
     near_duplicates: bool = False
     train_on: TrainOn = "all"
     template_date: str | None = None
+    cut_to: tuple[int, ...] = ()
+    """Lengths to which prompts may be cut."""
 
 
 class _BlockFacts(NamedTuple):
@@ -194,11 +202,13 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
     block, reading, wanted = task
     bad_rows: dict[tuple[int, str], BadRows] = {}
     pairs: list[PreferencePair] = []
+    rows = 0
     for item in parse_block(block, reading):
         if isinstance(item, BadRow):
             _count(bad_rows, reading.source, item.error)
         elif isinstance(item, PreferencePair):
-            pairs.append(item)
+            pairs.append(item._replace(row=rows))
+        rows += not isinstance(item, NotInShare)
     ids: list[PairIds] = []
     if wanted.model_folder is not None:
         pairs, ids = _encoded(pairs, wanted, wanted.model_folder, reading.source, bad_rows)
@@ -237,6 +247,9 @@ def _block_facts(task: tuple[Block, Reading, Wanted]) -> _BlockFacts:
         bad_rows=bad_rows,
         forms={} if reading.first is None else {reading.source: reading.first[0].name},
         places=Places([]),
+        prompt_ids=prompt_hashes(pairs, ids, wanted.cut_to),
+        numbers=np.array([pair.row for pair in pairs], dtype=np.int64),
+        rows=rows,
     )
     return _BlockFacts(facts, (len(pairs), zlib.compress(names, 1)))
 
@@ -295,8 +308,10 @@ def _joined(blocks: Sequence[_BlockFacts], unreadable: dict[tuple[int, str], Bad
     labels: dict[str | None, int] = {}
     bad_rows = dict(unreadable)
     forms: dict[int, str] = {}
-    codes = []
+    codes, numbers, rows = [], [], 0
     for facts, _ in blocks:
+        numbers.append(facts.numbers + rows)
+        rows += facts.rows
         places = np.array([labels.setdefault(label, len(labels)) for label in facts.labels], dtype=np.int32)
         codes.append(places[facts.label] if len(facts) else facts.label)
         for key, found in facts.bad_rows.items():
@@ -325,4 +340,7 @@ def _joined(blocks: Sequence[_BlockFacts], unreadable: dict[tuple[int, str], Bad
         bad_rows=bad_rows,
         forms=forms,
         places=Places([place for _, place in blocks]),
+        prompt_ids=column("prompt_ids", np.uint64, (1,)),
+        numbers=np.concatenate(numbers) if numbers else np.zeros(0, dtype=np.int64),
+        rows=rows,
     )

@@ -27,6 +27,9 @@ def without_skipping(kind: str) -> str:
     return _SKIPPING.sub("", BAD_ROWS[kind].fix)
 
 
+_NO_OTHER_PROMPT = (
+    "KTO scores each row with the completion of another prompt too, of the same shard, and there is none"
+)
 # The word alone, not within an option such as --pairs-per-shard.
 _PAIR = re.compile(r"(?<![\w-])pair(s?)\b(?!-)")
 _DEDUPLICATE = "`dpo-opt convert DATA --output DIR` keeps the first of each"
@@ -46,6 +49,13 @@ FOUND: dict[str, Kind] = {
         for reason, why in DROP_REASONS.items()
         if reason in DROP_FIXES
     },
+    "all_no_other_prompt": Kind(
+        "error",
+        "no pair can be used",
+        _NO_OTHER_PROMPT,
+        "give the data rows of other prompts, and mix rows or pass a larger `--pairs-per-shard`, so that a "
+        "shard has several",
+    ),
     "merged_splits": Kind(
         "warning",
         "sources with several splits (such as train and test), read as one",
@@ -126,6 +136,12 @@ FOUND: dict[str, Kind] = {
         "pairs that are too long for max_length and left out",
         "they would be neither scored nor trained on",
         "pass a larger `--max-length`; the forecast says what each would cost",
+    ),
+    "no_other_prompt": Kind(
+        "warning",
+        "rows of one completion that would be left out because their shard holds a single prompt",
+        _NO_OTHER_PROMPT,
+        "mix the rows, or pass a larger `--pairs-per-shard`",
     ),
     "no_token": Kind(
         "warning",

@@ -1,4 +1,6 @@
-"""Tables over the pairs of an audit: their lengths, and what each source of them is like."""
+"""Tables over the pairs of an audit: what was read, their lengths, and what each source of them is like."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -6,7 +8,22 @@ import numpy.typing as npt
 from dpo_opt.precompute.check.length_bias import length_bias
 from dpo_opt.precompute.check.pair_statistics import Facts
 from dpo_opt.precompute.check.repeats import find_repeats
-from dpo_opt.schemas.audit_record import Lengths, Part, SourceCount
+from dpo_opt.precompute.read.sources import Source
+from dpo_opt.schemas.audit_record import DataSource, Lengths, Part, SourceCount
+
+
+def data_sources(facts: Facts, named: Sequence[Source]) -> list[DataSource]:
+    """What was read of each --data argument."""
+    return [
+        DataSource(
+            name=source.name,
+            form=facts.forms.get(i, "nothing that could be recognised"),
+            files=len(source.files),
+            pairs=int((facts.source == i).sum()),
+            bad_rows=sum(found.rows for (number, _), found in facts.bad_rows.items() if number == i),
+        )
+        for i, source in enumerate(named)
+    ]
 
 
 def lengths_of(facts: Facts) -> npt.NDArray[np.int32]:

@@ -8,7 +8,7 @@ import contextlib
 import socket
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 
 from pydantic import ValidationError
@@ -38,6 +38,7 @@ def write_commit(
     scored: ScoredPairs,
     dropped: Sequence[DroppedRow],
     *,
+    prompts_cut: Collection[int],
     fingerprint: Fingerprint,
     worker: int | None,
     begun: float,
@@ -49,6 +50,7 @@ def write_commit(
         planned: The shard.
         scored: Its pairs, in order.
         dropped: Its other rows, in order.
+        prompts_cut: Rows whose prompt was cut, whether they are among the pairs or not.
         fingerprint: Of the plan.
         worker: Number of the worker that scored them; None for the only one.
         begun: When it began, by ``time.monotonic``.
@@ -89,6 +91,7 @@ def write_commit(
         dropped_sha256=dropped_sha256,
         dropped=dict(sorted(Counter(row.reason for row in dropped).items())),
         truncated=sum(p.truncated for p in scored.pairs),
+        prompts_truncated=sum(p.row in prompts_cut for p in scored.pairs),
         tokens=sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in scored.pairs),
         unique_sequences=scored.unique_sequences,
         fingerprint=fingerprint,
@@ -223,6 +226,7 @@ def is_of(commit: ShardCommit, planned: ShardRange, plan: Plan) -> bool:
         is_at(commit, planned, plan.fingerprint)
         and commit.rows + sum(commit.dropped.values()) == planned.used
         and min(commit.rows, commit.truncated, commit.tokens, *commit.dropped.values()) >= 0
+        and 0 <= (commit.prompts_truncated or 0) <= commit.rows
         # `load_manifest` would refuse a manifest that names a file outside the folder. And of a commit that
         # names another attempt's files, `finalize` would remove the files of its own attempt.
         and attempt is not None

@@ -11,8 +11,8 @@ completion of the same prompt.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from dpo_opt.precompute.tokens.truncation import cut_completion
 from dpo_opt.schemas.pairs import TokenizedPair
@@ -20,6 +20,7 @@ from dpo_opt.schemas.pairs import TokenizedPair
 NO_OTHER_PROMPT = "no_other_prompt"
 """Why a row is left out that got no such completion."""
 _MOST_TRIED = 64
+T = TypeVar("T")
 
 
 class Mismatched(NamedTuple):
@@ -42,13 +43,12 @@ def with_mismatched(rows: Sequence[TokenizedPair], *, max_length: int) -> Mismat
         max_length: Most tokens of prompt plus completion; a completion is cut at its end to that.
     """
     found = Mismatched([], [])
-    prompts = _numbered(rows)
-    distance = max((len(list(run)) for _, run in itertools.groupby(prompts)), default=0)
-    before = _of_other_prompts(prompts)
-    for number, row in enumerate(rows):
-        tried = itertools.islice(_candidates(number, distance, prompts, before), _MOST_TRIED)
-        fitting = (_beside(row, rows[other], max_length) for other in tried)
-        given = next((pair for pair in fitting if pair is not None), None)
+
+    def beside(number: int, other: int) -> TokenizedPair | None:
+        return _beside(rows[number], rows[other], max_length)
+
+    prompts = [row.prompt_ids.tobytes() for row in rows]
+    for row, given in zip(rows, first_fitting(prompts, beside), strict=True):
         if given is None:
             found.left_out.append(row)
         else:
@@ -56,10 +56,21 @@ def with_mismatched(rows: Sequence[TokenizedPair], *, max_length: int) -> Mismat
     return found
 
 
-def _numbered(rows: Sequence[TokenizedPair]) -> list[int]:
-    """A number for each row's prompt."""
-    numbers: dict[bytes, int] = {}
-    return [numbers.setdefault(row.prompt_ids.tobytes(), len(numbers)) for row in rows]
+def first_fitting(prompts: Sequence[Hashable], fitting: Callable[[int, int], T | None]) -> Iterator[T | None]:
+    """For each row of a shard what the first row of another prompt gives that fits, or None.
+
+    Args:
+        prompts: Of the rows, in order.
+        fitting: What a row and another one give together; None where the other does not fit.
+    """
+    numbers: dict[Hashable, int] = {}
+    numbered = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    distance = max((len(list(run)) for _, run in itertools.groupby(numbered)), default=0)
+    before = _of_other_prompts(numbered)
+    for number in range(len(numbered)):
+        tried = itertools.islice(_candidates(number, distance, numbered, before), _MOST_TRIED)
+        found = (fitting(number, other) for other in tried)
+        yield next((given for given in found if given is not None), None)
 
 
 def _of_other_prompts(prompts: Sequence[int]) -> list[int]:

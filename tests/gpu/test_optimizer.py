@@ -65,11 +65,13 @@ def test_an_update_waits_for_nothing(cuda: torch.device) -> None:
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     optimizer.step()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
+    before = [weight.detach().clone() for weight in weights]
+    torch.cuda.set_sync_debug_mode("error")  # what waits raises
     try:
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(not torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
 
 
 class Run:

@@ -1,5 +1,6 @@
 """Nothing that a row says is lost in a chat template: real templates, and what each kind of part becomes."""
 
+import json
 from typing import Any
 
 import pytest
@@ -123,7 +124,9 @@ def test_a_text_that_stands_in_quotes_of_python_is_there(town: str, write: str) 
     """As LFM2's templates write the arguments of calls, and those that print an object."""
     signs = '{% set A = "\'" %}{% set B = "\\\\" %}{% set E = "\\n" %}'
     template = signs + CALLING.replace("WRITE", write)
-    texts_of(template, pair_of(RAIN, [assistant(tool_calls=call({"town": town}))], tools=True))
+    _, text, _ = texts_of(template, pair_of(RAIN, [assistant(tool_calls=call({"town": town}))], tools=True))
+    escaped = town.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    assert (json.dumps({"town": town}) if "items" not in write else f"town='{escaped}'") in text
 
 
 @pytest.mark.parametrize(
@@ -228,9 +231,10 @@ def test_a_thought_in_the_words_of_its_answer_is_not_taken_for_written() -> None
 def test_repeated_words_that_are_all_written_are_faithful() -> None:
     plain = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}</s>{% endfor %}"
     again = [user("Sure?"), assistant("Yes."), user("Sure?"), assistant(THOUGHT), user("assistant")]
-    texts_of(plain, pair_of(again, [assistant("Yes. "), user("Yes."), assistant("")]))
+    _, text, _ = texts_of(plain, pair_of(again, [assistant("Yes. "), user("Yes."), assistant("")]))
+    assert text.count("] Yes.</s>") == 3
     picky = "{% for m in messages %}{{ raise_exception('?') if 'word' in m.content }}" + plain[26:]
-    texts_of(picky, pair_of(again, [assistant("Yes.")]))
+    assert texts_of(picky, pair_of(again, [assistant("Yes.")]))[1].count("] Yes.</s>") == 2
 
 
 ALTERNATE = (

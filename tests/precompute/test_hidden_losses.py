@@ -237,11 +237,12 @@ def test_a_role_that_neither_a_header_nor_its_place_says_is_lost(
 
 
 def test_a_template_without_headers_takes_who_speaks_in_turn() -> None:
-    texts_of(NO_HEADERS, pair_of([SYSTEM, *GOES_ON], [*BELGIUM, user("Sure?"), assistant("Yes.")]))
-    texts_of(
-        "{% set first = messages[0].role == 'developer' %}" + NO_HEADERS,
-        pair_of([DEVELOPER, *GOES_ON], BELGIUM),
-    )
+    going_on = [*BELGIUM, user("Sure?"), assistant("Yes.")]
+    _, text, _ = texts_of(NO_HEADERS, pair_of([SYSTEM, *GOES_ON], going_on))
+    assert all(message["content"] in text for message in (SYSTEM, *GOES_ON, *going_on))
+    named = "{% set first = messages[0].role == 'developer' %}" + NO_HEADERS
+    _, text, _ = texts_of(named, pair_of([DEVELOPER, *GOES_ON], BELGIUM))
+    assert all(message["content"] in text for message in (DEVELOPER, *GOES_ON, *BELGIUM))
 
 
 def test_a_result_may_be_written_as_the_users_behind_a_call_alone() -> None:
@@ -253,7 +254,8 @@ def test_a_result_may_be_written_as_the_users_behind_a_call_alone() -> None:
 
 def test_another_word_for_a_role_is_that_role() -> None:
     gemma = PLAIN.replace("{{ m.role }}", "{{ 'model' if m.role == 'assistant' else m.role }}")
-    texts_of(gemma, pair_of(GOES_ON, [{"role": "model", "content": "A camel."}]))
+    _, text, _ = texts_of(gemma, pair_of(GOES_ON, [{"role": "model", "content": "A camel."}]))
+    assert "[model] A camel." in text
 
 
 def with_settings(prompt: list[Any], **settings: Any) -> PreferencePair:

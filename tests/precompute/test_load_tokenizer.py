@@ -149,7 +149,8 @@ def test_a_flag_that_changes_no_id_is_no_other_tokenizer(tmp_path: Path) -> None
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     other = {"added_tokens_decoder": {"2": said("</s>", normalized=True)}}
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **other}))
-    load_tokenizer(folder)
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder)("a</s> b")["input_ids"] == own.encode("a</s> b").ids
 
 
 @pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
