@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from dpo_opt.optimize.adapters.lora import add_adapter, four_bit_options, plan_adapter
+from dpo_opt.optimize.adapters.lora import add_adapter, four_bit_options, plan_adapter, without_adapter
 from dpo_opt.optimize.checkpoint.checkpoints import Checkpoint
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.forward.activations import checkpoint_activations
@@ -76,7 +76,8 @@ def start(
         policy = shard_policy(unread.policy, world, mesh, memory=device.memory)
         read_own_parts(unread.weights, world.device)
     # Until now whole layers were compared, and their dtype was not always the compute dtype.
-    require_same_in_compute_dtype(policy, where=str(model_folder))
+    with without_adapter(policy.model):
+        require_same_in_compute_dtype(policy, where=str(model_folder))
     return policy, cost
 
 

@@ -7,9 +7,10 @@ still the plain transformers model with the same decoder, head and attention. A 
     y = W x + lora_alpha / r * B A x,   A = (r, in), B = (out, r)     (Hu et al. 2021, arXiv 2106.09685)
 """
 
+import contextlib
 import copy
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -136,6 +137,20 @@ def require_usable(config: TrainConfig) -> None:
             )
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError("--load-in-4bit needs bitsandbytes", fix="pip install bitsandbytes")
+
+
+@contextlib.contextmanager
+def without_adapter(model: torch.nn.Module) -> Iterator[None]:
+    """Meanwhile the model computes what its base does: an adapter that was trained before is left out."""
+    # Only peft's layers have it; peft's own switch would also freeze the adapter.
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "_disable_adapters")]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def four_bit_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

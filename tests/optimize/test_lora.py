@@ -20,6 +20,8 @@ from all_architectures import (
     tiny_config,
 )
 from architectures import contrast
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,6 +36,7 @@ from dpo_opt.optimize.adapters.lora import (
     plan_adapter,
     save_adapter,
     trainable_names,
+    without_adapter,
 )
 from dpo_opt.optimize.config import TrainConfig
 from dpo_opt.optimize.forward.activations import checkpoint_activations
@@ -535,3 +538,18 @@ def test_an_adapter_of_another_model_is_refused(tiny_model: Path, other_model: P
         planned(wider, adapter=tmp_path / "adapter")
     with pytest.raises(ConfigError, match=r"has rank 4, --lora-r is 8"):
         planned(other_model, adapter=tmp_path / "adapter", lora_r=8)
+
+
+def test_without_its_adapter_a_model_that_was_trained_computes_what_its_base_does() -> None:
+    """On several processes the base's log-probs are compared when the adapter of a checkpoint is there."""
+    layer = torch.nn.Module()
+    layer.part = LoraLinear(
+        torch.nn.Linear(4, 4), adapter_name="default", r=2, config=LoraConfig(r=2, init_lora_weights=False)
+    )
+    given = torch.ones(1, 4)
+    base, adapted = layer.part.base_layer(given), layer.part(given)
+    assert not torch.equal(base, adapted)
+    with without_adapter(layer):
+        assert torch.equal(layer.part(given), base)
+    assert torch.equal(layer.part(given), adapted)
+    assert layer.part.lora_A["default"].weight.requires_grad
