@@ -158,7 +158,8 @@ def _require_together(config: TrainConfig, dtype: torch.dtype, world: World) -> 
         raise ConfigError(
             "--param-dtype bfloat16 does not go with computing in float32",
             why="computing would take twice the time and be more exact than the weights it computes with",
-            fix="add --dtype bfloat16, or leave --param-dtype out",
+            fix="leave --param-dtype out"
+            + (", or add --dtype bfloat16" if config.optim != "rmsprop" else ""),
         )
     if config.load_in_4bit and world.size > 1:
         raise ConfigError(

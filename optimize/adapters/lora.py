@@ -108,8 +108,8 @@ def require_usable(config: TrainConfig) -> None:
         ConfigError: An option would be ignored, or needs a device or package that this machine lacks.
     """
     if not config.use_peft:
-        for name in ("adapter", "load_in_4bit", "lora_target_modules"):
-            if getattr(config, name):
+        for name in ("adapter", "load_in_4bit", "lora_target_modules", "lora_r", "lora_alpha"):
+            if getattr(config, name) != TrainConfig.model_fields[name].default:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} works only with an adapter, and none is trained",
                     why="all weights would be trained, and the option would be ignored",

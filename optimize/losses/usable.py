@@ -195,10 +195,11 @@ def _require_known_options(config: TrainConfig, names: list[str]) -> None:
         if any(option in options_of(name) for name in names):
             continue
         takers = [name for name in LOSSES if option in options_of(name)]
+        others = _instead(takers, names)
         raise ConfigError(
             f"{_flag(option)} belongs to {_listed(takers)}, not to {_listed(names)}",
             why="it would be ignored",
-            fix=f"leave {_flag(option)} out, or pass --loss-type {takers[0]}",
+            fix=f"leave {_flag(option)} out" + (f", or pass --loss-type {others[0]}" if others else ""),
         )
 
 
@@ -214,14 +215,19 @@ def _require_divergence(config: TrainConfig, names: list[str]) -> None:
         return
     others = [name for name in names if not takes_divergence(name) and name not in REFERENCE_FREE]
     if others or REFERENCE_FREE.issuperset(names):
-        takers = [name for name in LOSSES if takes_divergence(name)]
+        takers = _instead([name for name in LOSSES if takes_divergence(name)], names)
         raise ConfigError(
             f"--f-divergence-type {kind} does not go with --loss-type {' '.join(others or names)}",
             why="a term that depends on the prompt cancels only in the difference of both completions"
             if others
             else "it reads no reference, so no divergence from one",
-            fix=f"leave --f-divergence-type out, or take of {', '.join(takers)}",
+            fix="leave --f-divergence-type out" + (f", or take of {', '.join(takers)}" if takers else ""),
         )
+
+
+def _instead(losses: list[str], names: list[str]) -> list[str]:
+    """Those of ``losses`` to try instead: whoever chose a loss of unpaired rows has such rows."""
+    return [name for name in losses if name in UNPAIRED or not is_unpaired(names)]
 
 
 def _flag(option: str) -> str:

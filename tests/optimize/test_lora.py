@@ -380,6 +380,8 @@ LINEAR = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
         ({"lora_r": 513}, r"--lora-r 513 is more than 512(.|\n)*vLLM serves no adapter"),
         ({"use_peft": False, "load_in_4bit": True}, r"--load-in-4bit works only with an adapter"),
         ({"use_peft": False, "adapter": "somewhere"}, r"--adapter works only with an adapter"),
+        ({"use_peft": False, "lora_alpha": 32}, r"--lora-r works only with an adapter"),
+        ({"use_peft": False, "lora_r": 16}, r"--lora-alpha works only with an adapter"),
         ({"use_peft": False, "lora_target_modules": ["q_proj"]}, r"--lora-target-modules works only with"),
         ({"adapter": "a", "lora_target_modules": ["q_proj"]}, r"exclude each other"),
         ({"adapter": "nowhere"}, r"nowhere holds no adapter_config\.json"),

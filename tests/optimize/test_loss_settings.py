@@ -135,10 +135,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "--use-weighting does not go with --loss-type kto",
         "leave --use-weighting out",
     ),
+    "single completions and smoothing": (
+        {"loss_type": "kto", "label_smoothing": 0.1},
+        "--label-smoothing belongs to sigmoid, robust, exo_pair, aot, aot_unpaired, simpo and cpo, "
+        "not to kto",
+        "leave --label-smoothing out\n",
+    ),
     "single completions and a divergence": (
         {"loss_type": "kto", "f_divergence_type": "forward_kl"},
         "--f-divergence-type forward_kl does not go with --loss-type kto",
-        "leave --f-divergence-type out",
+        "leave --f-divergence-type out\n",
     ),
     "a step of one row": (
         {"loss_type": "kto", "batch_size": 1},
@@ -159,7 +165,7 @@ def test_what_would_be_ignored_or_is_missing_is_refused(name: str, tmp_path: Pat
     # Through the checks before a run: no folder is opened first.
     error = refusal(lambda: prepare(training(**settings, output_dir=tmp_path / "run")))
     assert error.what == what
-    assert (error.fix or "").startswith(fix)
+    assert f"{error.fix}\n".startswith(fix)
     assert error.why
 
 

@@ -144,6 +144,11 @@ def test_bf16_parameters_move_at_a_rate_that_plain_bf16_would_lose(
         ({"param_dtype": "bfloat16", "dtype": "float32"}, "--dtype bfloat16"),
         ({"lora_target_modules": ["q_proj"]}, "--use-peft"),
         ({**BF16, "optim": "rmsprop"}, "rmsprop"),
+        # Not the other way out, which would be refused.
+        (
+            {"param_dtype": "bfloat16", "dtype": "float32", "optim": "rmsprop"},
+            "fix: leave --param-dtype out\n",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -151,4 +156,4 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         train(TrainConfig(**settings, **change, reference_differs=True, output_dir=tmp_path / "run"))
-    assert said in str(caught.value)
+    assert said in f"{caught.value}\n"
