@@ -40,7 +40,8 @@ def loss_curve(
         untrained: The loss of a policy equal to its reference; None if that is not one number.
     """
     first, last, which = _first_and_last(train, evals, "loss")
-    figure, axes = new_figure(f"Loss ends at {last:.3g}, {which} (first: {first:.3g})", axes, y="loss (nats)")
+    begun = "" if first == last else f" (first: {first:.3g})"  # a single evaluation is its own first
+    figure, axes = new_figure(f"Loss ends at {last:.3g}, {which}{begun}", axes, y="loss (nats)")
     if untrained is not None:
         baseline(axes, untrained, f"policy = reference ({untrained:.3f})")
     _line(axes, train, "loss", INK, "training")

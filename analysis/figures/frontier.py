@@ -30,7 +30,8 @@ def frontier_figure(points: Sequence[FrontierPoint], *, axes: Axes | None = None
         points: At least one, all with rewards of one kind; those of a run next to each other.
         axes: Where to draw.
     """
-    best = max(points, key=lambda point: point.reward.value)
+    # Of equal rewards, the one that moved the policy least.
+    best = max(points, key=lambda point: (point.reward.value, -point.kl.value))
     figure, axes = new_figure(
         f"The highest reward, {best.reward.value:.3g}, is at a KL of {best.kl.value:.3g} nats ({best.run})",
         axes,

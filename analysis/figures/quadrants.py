@@ -79,6 +79,8 @@ def margin_map(grid: MarginGrid, *, axes: Axes | None = None) -> Figure:
         (right, CHOSEN, "^", "turned right"),
         (wrong, REJECTED, "v", "turned wrong"),
     ):
+        if not picked.any():
+            continue  # its mark in the legend would be a dot without an area
         x, y = centres[before[picked]], centres[after[picked]]
         axes.scatter(x, y, s=area[picked], color=colour, marker=marker, alpha=0.6, linewidths=0, label=label)
     return with_legend(figure, axes)

@@ -13,9 +13,11 @@ from dpo_opt.analysis.aligned_runs import by_kl
 from dpo_opt.analysis.figures import curves, distributions
 from dpo_opt.analysis.figures.drawing import svg
 from dpo_opt.analysis.figures.frontier import frontier_figure
+from dpo_opt.analysis.figures.quadrants import margin_map
 from dpo_opt.analysis.figures.runs import RunCurve, accuracy_of_runs
 from dpo_opt.analysis.frontier import FrontierPoint
 from dpo_opt.analysis.intervals import Interval
+from dpo_opt.analysis.quadrants import MarginGrid
 
 
 @pytest.fixture
@@ -247,6 +249,29 @@ def test_a_frontier_begins_at_the_reference():
     figure = frontier_figure([point(10, 2.0), point(20, 1.0), point(None, 0.0), point(None, 3.0)])
     (bars,) = axes(figure).containers
     assert bars[0].get_xdata().tolist() == [0.0, 2.0, 1.0, 3.0]
+
+
+def test_of_equal_rewards_a_frontier_names_the_one_that_moved_the_policy_least():
+    def point(kl):
+        at, reward = Interval(kl, kl, kl), Interval(0.5, 0, 1)
+        return FrontierPoint("a", "f", int(kl), 0.1, "sigmoid", "r", None, 4, 2, 0.0, at, reward)
+
+    assert "at a KL of 2 nats" in title(frontier_figure([point(5.0), point(2.0), point(3.0)]))
+
+
+def test_a_map_has_no_mark_for_what_no_pair_did():
+    counts = np.zeros((4, 4))
+    counts[0, 0], counts[3, 1] = 5, 2
+    figure = margin_map(MarginGrid(edges=np.array([-2.0, -1, 0, 1, 2]), counts=counts))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["ranking unchanged", "turned wrong"]
+
+
+def test_a_single_evaluation_is_not_called_the_first(train):
+    evals = pl.DataFrame({"step": [200], "eval_loss": [0.5]})
+    assert title(curves.loss_curve(train, evals, untrained=None)) == "Loss ends at 0.5, held-out"
+    more = pl.DataFrame({"step": [100, 200], "eval_loss": [0.6, 0.5]})
+    assert title(curves.loss_curve(train, more, untrained=None)) == "Loss ends at 0.5, held-out (first: 0.6)"
 
 
 def test_no_line_of_a_title_is_wider_than_its_figure(train):
