@@ -24,7 +24,8 @@ def contents(run: Path) -> dict[str, Any]:
         )
         for file in (run / "pair_logps").rglob("*.parquet")
     }
-    weights = load_file(run / "final" / "model.safetensors")
+    (file,) = (run / "final").glob("*.safetensors")  # of a model or an adapter
+    weights = load_file(file)
     return {
         "metrics": [{k: v for k, v in line.items() if k != "pairs_per_second"} for line in lines],
         "pair_logps": tables,

@@ -34,6 +34,7 @@ def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     program = folder / "runs.json"
     again = {"resume": True}
     whole = {"loss_type": ["bco_pair", "beta_dpo"], "max_steps": 4, "ld_alpha": 0.5, "use_weighting": True}
+    adapter = {"use_peft": True, "lora_r": 4, "learning_rate": 0.01}
     program.write_text(
         json.dumps(
             [
@@ -47,6 +48,9 @@ def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
                 (named("two, stopped", **again), 0, 0),
                 (named("one then two", **again), 0, 0),
                 (named("two then one"), 1, 6),
+                (named("adapter", **adapter), 0, 0),
+                (named("adapter, stopped", **adapter), 1, 4),
+                (named("adapter, stopped", **adapter, **again), 0, 0),
             ]
         ),
         encoding="utf-8",
@@ -58,8 +62,9 @@ def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def test_interrupted_equals_uninterrupted_bit_for_bit_on_two_processes(runs: Path) -> None:
-    assert contents(runs / "two, stopped") == contents(runs / "two")
+@pytest.mark.parametrize("name", ["two", "adapter"])
+def test_interrupted_equals_uninterrupted_bit_for_bit_on_two_processes(runs: Path, name: str) -> None:
+    assert contents(runs / f"{name}, stopped") == contents(runs / name)
 
 
 @pytest.mark.parametrize("name", ["two", "one then two", "two then one"])
