@@ -20,16 +20,14 @@ from dpo_opt.optimize.forward.computed_again import Kept, computes_again, stand_
 
 def is_llama_rms_norm(module: torch.nn.Module) -> bool:
     """Whether the module's forward is Llama's, under whatever name. Gemma's, for one, is not."""
-    code = getattr(type(module).forward, "__code__", None)
-    return "forward" not in vars(module) and code is not None and _written(code) == _written(_LLAMA)
+    written = _written(type(module))
+    return _LLAMA_IS_KNOWN and "forward" not in vars(module) and written == _written(LlamaRMSNorm)
 
 
-_LLAMA = LlamaRMSNorm.forward.__code__
-
-
-def _written(code: Any) -> tuple[Any, ...]:
+def _written(kind: type[torch.nn.Module]) -> tuple[Any, ...] | None:
+    code = getattr(kind.forward, "__code__", None)
     # The first constant is the docstring.
-    return code.co_code, code.co_names, code.co_consts[1:]
+    return None if code is None else (code.co_code, code.co_names, code.co_consts[1:])
 
 
 def rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
@@ -48,20 +46,40 @@ def rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
     return value
 
 
+def _computed(hidden: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The output, and r of each row, (..., 1): Llama's operations in Llama's order, and so the same bits."""
+    wide = hidden.to(torch.float32)
+    rows = wide.pow(2)
+    inverse = torch.rsqrt(rows.mean(-1, keepdim=True) + epsilon)
+    torch.mul(wide, inverse, out=rows)
+    rows = rows.to(hidden.dtype)
+    in_place = torch.result_type(weight, rows) == rows.dtype
+    return rows.mul_(weight) if in_place else weight * rows, inverse
+
+
+@torch.no_grad()
+def _is_known(kind: type[Any]) -> bool:
+    """Whether a norm gives the numbers of ``_computed``, rounded as there."""
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden = torch.linspace(-2, 3, 96, dtype=dtype, device="cpu").view(4, 24)
+        norm = kind(24, eps=1e-3).to("cpu", dtype)
+        norm.weight.copy_(hidden[1])
+        if not torch.equal(norm(hidden), _computed(hidden, norm.weight, 1e-3)[0]):
+            return False
+    return True
+
+
+_LLAMA_IS_KNOWN = _is_known(LlamaRMSNorm)
+"""Whether this version of transformers writes it as those did that the formulas above were taken from."""
+
+
 class _RmsNorm(torch.autograd.Function):
     """Keeps the input and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        # Llama's operations in Llama's order: the same bits.
-        wide = hidden.to(torch.float32)
-        rows = wide.pow(2)
-        inverse = torch.rsqrt(rows.mean(-1, keepdim=True) + epsilon)
+        value, inverse = _computed(hidden, weight, epsilon)
         ctx.normed = _Normed(hidden, weight, inverse)
-        torch.mul(wide, inverse, out=rows)
-        rows = rows.to(hidden.dtype)
-        in_place = torch.result_type(weight, rows) == rows.dtype
-        value = rows.mul_(weight) if in_place else weight * rows
         stand_for(value, ctx.normed)
         return value
 

@@ -40,6 +40,13 @@ def test_a_norm_is_told_by_what_is_written(kind: Any, is_one: bool) -> None:
     assert is_llama_rms_norm(kind(8)) is is_one
 
 
+@pytest.mark.parametrize("kind", [GemmaRMSNorm, Olmo2RMSNorm, Shifted])
+def test_a_llama_that_was_written_anew_is_not_known(kind: Any) -> None:
+    """What another version of transformers may have under the name."""
+    assert source._is_known(LlamaRMSNorm)
+    assert not source._is_known(kind)
+
+
 def test_a_norm_whose_kernel_was_replaced_is_left_alone() -> None:
     norm = LlamaRMSNorm(8)
     norm.forward = norm.forward
