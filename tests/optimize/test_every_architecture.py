@@ -38,7 +38,8 @@ def test_a_window_longer_than_what_loading_tries_is_kept_to(tmp_path: Path, mode
     layout, difference = result_of(model_type, tmp_path, window=25)
     assert difference < 1e-3
     if DOCUMENTED:
-        assert layout == DOCUMENTED[model_type]
+        # With a window of its own a model is loaded in float32 alone.
+        assert layout == DOCUMENTED[model_type].removesuffix(", float32 only")
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa"])
