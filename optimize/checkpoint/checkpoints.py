@@ -26,7 +26,7 @@ from dpo_opt.optimize.run_folder import resume_command
 from dpo_opt.schemas.errors import ConfigError, DataError, quoted
 from dpo_opt.schemas.fingerprint import Fingerprint, short_value
 from dpo_opt.schemas.full_disk import room_on_disk
-from dpo_opt.schemas.locations import inside
+from dpo_opt.schemas.locations import AnyPath, inside
 from dpo_opt.schemas.manifest import Sha256, parse, to_json
 from dpo_opt.schemas.run_layout import CHECKPOINTS, COMPLETE, TRAIN_STATE, checkpoint_path, checkpoint_steps
 from dpo_opt.schemas.storage import publish_folder, sha256_file
@@ -320,7 +320,7 @@ def _damage(path: Path) -> str | None:
             file = inside(path, entry.file)
         except DataError as error:
             return error.what
-        if not _is_file(path / entry.file):
+        if not _is_file(file):
             return f"{quoted(entry.file)} is missing"
         if file.stat().st_size != entry.bytes:
             return f"{quoted(entry.file)} has {file.stat().st_size} bytes, not {entry.bytes}"
@@ -329,7 +329,7 @@ def _damage(path: Path) -> str | None:
     return None
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(path: AnyPath) -> bool:
     try:
         return path.is_file()
     except OSError as error:

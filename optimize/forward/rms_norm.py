@@ -35,7 +35,7 @@ def rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
 
     Args:
         module: One that ``is_llama_rms_norm`` is true of.
-        hidden_states: (..., N).
+        hidden_states: (..., N), float32 or in half precision: what policies compute in.
     """
     # Read at each call: sharding gives a module other parameters.
     weight: Tensor = module.weight
